@@ -1,0 +1,191 @@
+"""Reads YAML files into plain mappings, strictly.
+
+Three differences from PyYAML's safe loader, each because the usual behaviour bites somebody who
+writes settings: a key given twice is an error; `3e-4` is a number (YAML 1.1 reads it as text); and
+`yes`, `no`, `on`, `off`, dates and `1:30` stay text. A file may start from another one with
+`extends: OTHER`, a path relative to the file or a name that the caller's `resolve` knows.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, ClassVar
+
+import yaml
+
+from data_pipeline.common.errors import ConfigError
+
+Resolve = Callable[[str], Path | None]
+
+_NUMBER = re.compile(
+    r"[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?$"
+    r"|[-+]?[0-9]+[eE][-+]?[0-9]+$"
+    r"|[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$"
+)
+_WHOLE = re.compile(r"[-+]?(?:0|[1-9][0-9_]*)$|0x[0-9a-fA-F]+$")
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader with YAML 1.2's idea of what a scalar is."""
+
+    # Set, because PyYAML's own table would be inherited.
+    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}  # type: ignore[misc]
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that `_Loader` would take for a number."""
+
+
+for _tag, _pattern, _first in (
+    ("bool", re.compile(r"true$|True$|TRUE$|false$|False$|FALSE$"), "tTfF"),
+    ("int", _WHOLE, "-+0123456789"),
+    ("float", _NUMBER, "-+0123456789."),
+    ("null", re.compile(r"~$|null$|Null$|NULL$|$"), ("~", "n", "N", "")),
+    ("merge", re.compile(r"<<$"), "<"),
+):
+    # PyYAML keys its table by a scalar's first character; "" stands for an empty scalar.
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _pattern, list(_first))
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+0123456789."))
+
+
+def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    """A mapping in which every key is text and is given once."""
+    seen: set[str] = set()
+    for key_node, _ in node.value:
+        where = f"line {key_node.start_mark.line + 1}"
+        if key_node.tag == "tag:yaml.org,2002:merge":
+            continue
+        key = loader.construct_object(key_node)
+        if not isinstance(key, str):
+            raise yaml.constructor.ConstructorError(
+                problem=f"{where}: the key {key!r} is not text; put it in quotes")
+        if key in seen:
+            raise yaml.constructor.ConstructorError(
+                problem=f"{where}: the key {key!r} is given twice; keep one of them")
+        seen.add(key)
+    loader.flatten_mapping(node)
+    return {loader.construct_object(k): loader.construct_object(v, deep=True) for k, v in node.value}
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
+
+
+def parse_yaml(text: str, *, source: str) -> Any:
+    """The value of a YAML text.
+
+    Args:
+        text: YAML, one document.
+        source: Named in errors.
+
+    Raises:
+        ConfigError: The text is not YAML, or a key occurs twice.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"{source}{where}: not usable YAML: {getattr(error, 'problem', error)}") from error
+
+
+def to_yaml(mapping: dict[str, Any]) -> str:
+    """YAML text that `parse_yaml` reads back to an equal mapping, keys in their own order."""
+    return yaml.dump(mapping, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+def load_yaml(path: str | Path, resolve: Resolve | None = None) -> dict[str, Any]:
+    """The mapping in a YAML file, laid over the files it extends.
+
+    Args:
+        path: A local file.
+        resolve: Turns a name in `extends:` that is no file into a path, or None when it is unknown.
+
+    Returns:
+        A fresh mapping without the key `extends`.
+
+    Raises:
+        ConfigError: A file is missing, is not YAML, is not a mapping, or extends itself.
+    """
+    return _load(Path(path), resolve, ())
+
+
+def _load(path: Path, resolve: Resolve | None, chain: tuple[Path, ...]) -> dict[str, Any]:
+    here = path.resolve()
+    if here in chain:
+        loop = " -> ".join(str(p) for p in (*chain, here))
+        raise ConfigError(f"{path}: `extends` goes round in a circle: {loop}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the settings file {path}: {error}") from error
+    mapping = parse_yaml(text, source=str(path))
+    if mapping is None:
+        mapping = {}
+    if not isinstance(mapping, dict):
+        raise ConfigError(f"{path}: expected a mapping of settings, found {_kind(mapping)}")
+    base_name = mapping.pop("extends", None)
+    if base_name is None:
+        return mapping
+    if not isinstance(base_name, str):
+        raise ConfigError(f"{path}: `extends` must be one path or name, found {base_name!r}")
+    return merge(_load(_base_path(path, base_name, resolve), resolve, (*chain, here)), mapping)
+
+
+def _base_path(path: Path, name: str, resolve: Resolve | None) -> Path:
+    """The file that `extends: name` in `path` means."""
+    relative = path.parent / name
+    if relative.is_file():
+        return relative
+    known = resolve(name) if resolve else None
+    if known is None:
+        raise ConfigError(f"{path}: extends {name!r}, but there is no file {relative}"
+                          + (" and no preset of that name" if resolve else ""))
+    return known
+
+
+def merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    """`top` laid over `base`: mappings are merged key by key, anything else is replaced."""
+    merged = deepcopy(base)
+    for key, value in top.items():
+        merged[key] = _merged(merged.get(key), value)
+    return merged
+
+
+def _merged(under: Any, value: Any) -> Any:
+    both = isinstance(under, dict) and isinstance(value, dict)
+    return merge(under, value) if both else deepcopy(value)
+
+
+def apply_overrides(mapping: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of `mapping` with settings of the form `optim.lr=3e-4` put in.
+
+    Args:
+        mapping: Settings as read from YAML; left as it is.
+        overrides: `dotted.key=value`, the value in YAML (`[1, 2]` is a list, nothing after `=` is
+            empty text). Later ones win. Whether a key exists is judged by `from_mapping`.
+
+    Raises:
+        ConfigError: An override has no `=`, an empty key, a value that is not YAML, or goes
+            through a setting that is not a section.
+    """
+    result = deepcopy(mapping)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        parts = key.strip().split(".")
+        if not equals or not all(parts):
+            raise ConfigError(f"{override!r} is no setting; write it as key=value, such as optim.lr=3e-4")
+        value = parse_yaml(text, source=f"the value of {override!r}") if text.strip() else ""
+        section = result
+        for depth, part in enumerate(parts[:-1], start=1):
+            section = section.setdefault(part, {})
+            if not isinstance(section, dict):
+                raise ConfigError(f"{override!r}: {'.'.join(parts[:depth])} is {section!r}, not a section")
+        section[parts[-1]] = _merged(section.get(parts[-1]), value)
+    return result
+
+
+def _kind(value: object) -> str:
+    return "a list" if isinstance(value, list) else f"{value!r}"

@@ -1,0 +1,236 @@
+"""Batches by number, made here or in worker processes: the machinery under `loader.py`.
+
+A batch is a pure function of its number, so workers can make them in any order and torch's DataLoader
+hands them over in the right one. Workers come from a fork server: a forked copy of the training
+process would inherit threads (object stores, CUDA) that do not live in it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from data_pipeline.collate import collate
+from data_pipeline.common import errors
+from data_pipeline.common.errors import DataError, VlmError
+from data_pipeline.manifest import Manifest
+from data_pipeline.reader import Reader
+from data_pipeline.recipe import Item, Recipe
+from data_pipeline.samples import Batch, SampleProblem, SampleRef
+from data_pipeline.shards import ShardStore
+from data_pipeline.tokenizer import Tokenizer
+
+POLL_SECONDS = 5
+"""How often a waiting trainer looks whether its workers still live."""
+
+
+class Schedule(Protocol):
+    """Which samples batch number `n` holds; must travel to another process."""
+
+    def refs(self, number: int) -> list[SampleRef]:
+        """Its samples, in order."""
+
+
+class Failure(NamedTuple):
+    """An error that a worker hands over as a value: a raised one would arrive as a traceback in text."""
+
+    kind: str
+    message: str
+
+    def error(self) -> VlmError:
+        """The error again, as it was raised."""
+        kind = getattr(errors, self.kind, DataError)
+        found = kind(self.message)
+        assert isinstance(found, VlmError)
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sources:
+    """Where batches come from: plain facts, so that a worker can open everything itself."""
+
+    manifests: tuple[Manifest, ...]
+    tokenizer_path: str
+    cache_dir: str
+    verify: bool
+    timeout_seconds: float
+    max_open: int
+
+
+class BatchMaker(Dataset[Batch | Failure]):
+    """Map-style dataset of whole batches."""
+
+    def __init__(self, sources: Sources, recipe: Recipe, schedule: Schedule) -> None:
+        self._sources, self._recipe, self._schedule = sources, recipe, schedule
+        self._tools: tuple[Reader, Tokenizer] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_tools": None}  # open files stay in their process
+
+    def __getitem__(self, number: int) -> Batch | Failure:
+        try:
+            return self.make(number)
+        except VlmError as error:
+            return Failure(type(error).__name__, str(error))
+
+    def make(self, number: int) -> Batch:
+        """One batch.
+
+        Raises:
+            DataError: A shard is missing or damaged as a whole. Bad samples are no error: they are
+                named in the batch's `problems`.
+        """
+        start = time.perf_counter()
+        reader, tokenizer = self._opened()
+        items: list[Item] = []
+        problems: list[SampleProblem] = []
+        for epoch, shard, index in self._schedule.refs(number):
+            try:
+                items.append(self._recipe.make(reader.read(shard, index), epoch, tokenizer))
+            except DataError as error:
+                if not error.slug:
+                    raise
+                problems.append(SampleProblem(*reader.name(shard, index), error.slug, str(error)))
+        return collate(
+            items,
+            problems,
+            image_size=self._recipe.image_size,
+            text_length=self._recipe.text_length,
+            pad_id=tokenizer.pad_id,
+        )._replace(seconds=time.perf_counter() - start)
+
+    def _opened(self) -> tuple[Reader, Tokenizer]:
+        if self._tools is None:
+            known = self._sources
+            store = ShardStore(
+                known.manifests,
+                cache_dir=known.cache_dir,
+                verify=known.verify,
+                timeout_seconds=known.timeout_seconds,
+                max_open=known.max_open,
+            )
+            self._tools = Reader(store), Tokenizer.load(known.tokenizer_path)
+        return self._tools
+
+
+class BatchStream:
+    """Batches in the order of `numbers`, made ahead by `workers` processes (0: made when asked)."""
+
+    def __init__(
+        self,
+        maker: BatchMaker,
+        numbers: Iterable[int],
+        *,
+        workers: int,
+        prefetch: int,
+        timeout_seconds: float,
+    ) -> None:
+        self._timeout = timeout_seconds
+        more: dict[str, Any] = {}
+        if workers:
+            # The server imports torch and this package once; its children then start in no time.
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload([__name__])
+            more = {
+                "multiprocessing_context": context,
+                "worker_init_fn": _prepare_worker,
+                "prefetch_factor": max(1, prefetch),
+                "timeout": POLL_SECONDS,
+            }
+        loader = DataLoader(
+            maker,
+            batch_size=None,
+            sampler=_Numbers(numbers),
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            # Its own generator: the loader draws a seed, and must not take it from the run's.
+            generator=torch.Generator(),
+            **more,
+        )
+        self._batches: Iterator[Batch | Failure] | None = iter(loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        found = self._wait()
+        if isinstance(found, Failure):
+            self.close()
+            raise found.error()
+        return found
+
+    def close(self) -> None:
+        """End the worker processes."""
+        self._batches = None  # torch ends them when nothing refers to the iterator any more
+
+    def _wait(self) -> Batch | Failure:
+        if self._batches is None:
+            raise StopIteration
+        start = time.monotonic()
+        while True:
+            try:
+                return next(self._batches)
+            except RuntimeError as error:
+                text = str(error)
+                if text.startswith("DataLoader worker (pid"):
+                    self.close()
+                    raise DataError(
+                        f"a loader process ended unexpectedly ({text}); it may have run out of memory or of "
+                        f"space in /dev/shm: try fewer data.workers or a smaller data.prefetch"
+                    ) from None
+                # Asking again after a time-out is allowed: torch kept its place. Short waits instead of
+                # one long one, because only between them does torch notice that a worker has died.
+                if not text.startswith(f"DataLoader timed out after {POLL_SECONDS} seconds"):
+                    raise
+                if time.monotonic() - start > self._timeout:
+                    self.close()
+                    raise DataError(
+                        f"no batch came within {self._timeout:g} s (data.timeout_seconds): the disk or store "
+                        f"with the shards does not answer, or is too slow"
+                    ) from None
+
+
+class _Numbers(Sampler[int]):
+    def __init__(self, numbers: Iterable[int]) -> None:
+        self._numbers = numbers
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._numbers)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _prepare_worker(worker: int) -> None:
+    """One thread a worker, deaf to the signals meant for the trainer, and no life without it."""
+    torch.set_num_threads(1)
+    import cv2
+
+    cv2.setNumThreads(0)
+    # A scheduler signals every process of a job; the trainer still needs batches while it saves.
+    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(name, signal.SIG_IGN)
+    # A child of the fork server does not notice the end of the trainer by its parent's number.
+    threading.Thread(target=_end_with_the_trainer, daemon=True).start()
+
+
+def _end_with_the_trainer() -> None:
+    trainer = multiprocessing.parent_process()
+    if trainer is not None:
+        trainer.join()
+        os._exit(1)
+
+
+def shard_sizes(manifests: Sequence[Manifest]) -> list[int]:
+    """Samples of every shard of all manifests, in order."""
+    return [shard.samples for manifest in manifests for shard in manifest.shards]

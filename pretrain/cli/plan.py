@@ -1,0 +1,150 @@
+"""`vlmoe plan`: what a run would be, from arithmetic alone: no GPU, no DeepSpeed, no data."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from pretrain.cli.common import Subparsers, add_command, add_run
+from pretrain.config.batch import plan_batch
+from pretrain.config.presets import load_run, run_path
+from pretrain.config.schema import RunConfig
+from pretrain.config.validate import check
+from pretrain.model.count import count_flops, count_parameters
+from pretrain.parallel.deepspeed_config import profile_path, resolve_for
+
+_EXAMPLES = """\
+  vlmoe plan b16 --world 64
+  vlmoe plan run.yaml --world 8 parallel.expert_parallel=8 parallel.deepspeed=zero2
+  vlmoe plan l16 --world 128 --json"""
+
+_TEXT_TOKENS = 16
+"""Tokens of a usual caption; FLOPs depend on it."""
+
+
+def add(subparsers: Subparsers) -> None:
+    """Add the command."""
+    parser = add_command(
+        subparsers, "plan", summary="show parameters, FLOPs, batch, layout and DeepSpeed settings of a run",
+        description="Show what a run would be, and everything that is wrong with it, without starting it.",
+        examples=_EXAMPLES,
+    )
+    add_run(parser)
+    parser.add_argument("--world", metavar="N", type=int, default=1, help="number of ranks (default: 1)")
+    parser.add_argument("--text-tokens", metavar="N", type=float, default=None,
+                        help=f"average tokens of a caption, for the FLOPs (default: {_TEXT_TOKENS}, at most "
+                             f"model.text_length)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    parser.set_defaults(handle=handle)
+
+
+def handle(args: argparse.Namespace) -> None:
+    """Read, check, count and print."""
+    if args.world < 1:
+        args.parser.error(f"--world is {args.world}, but must be at least 1")
+    path = run_path(args.run)
+    run = load_run(path, args.overrides)
+    text_tokens = min(_TEXT_TOKENS, run.model.text_length) if args.text_tokens is None else args.text_tokens
+    check(run, args.world, source=str(path), training=False)
+    facts = plan(run, path, world=args.world, text_tokens=text_tokens)
+    print(json.dumps(facts, indent=2) if args.json else _render(run, facts))
+
+
+def plan(run: RunConfig, path: Path, *, world: int, text_tokens: float) -> dict[str, Any]:
+    """All facts about a run, as plain values.
+
+    Args:
+        run: A run that `check` has passed.
+        path: Its file.
+        world: Number of ranks.
+        text_tokens: Average tokens of a caption.
+
+    Raises:
+        ConfigError: The DeepSpeed profile is missing or contradicts the run.
+    """
+    batch = plan_batch(run.batch.pairs_per_step, run.batch.pairs_per_forward, world)
+    parameters = count_parameters(run.model, run.moe)
+    flops = count_flops(run.model, run.moe, text_tokens=text_tokens)
+    uses_deepspeed = run.parallel.engine == "deepspeed"
+    return {
+        "run": str(path),
+        "name": run.name,
+        "params": {
+            "total": parameters.total, "active": parameters.active,
+            "trunk_total": parameters.trunk_total, "trunk_active": parameters.trunk_active,
+            "embeddings": parameters.embeddings, "heads": parameters.heads,
+        },
+        "flops_per_pair": {
+            "forward": round(flops.forward), "training": round(flops.training),
+            "patches": run.model.num_patches, "text_tokens": text_tokens,
+        },
+        "batch": batch._asdict(),
+        "schedule": {
+            "total_steps": run.schedule.total_steps,
+            "total_pairs": run.schedule.total_steps * batch.pairs_per_step,
+            "total_flops": round(flops.training * run.schedule.total_steps * batch.pairs_per_step),
+        },
+        "layout": {
+            "world": world,
+            "expert_parallel": run.parallel.expert_parallel,
+            "expert_copies": world // run.parallel.expert_parallel,
+            "experts_per_rank": run.moe.num_experts // run.parallel.expert_parallel,
+            "moe_blocks": list(run.moe.blocks(run.model.num_blocks)),
+        },
+        "deepspeed_profile": str(profile_path(run.parallel.deepspeed)) if uses_deepspeed else None,
+        "deepspeed": resolve_for(run, path, batch) if uses_deepspeed else None,
+    }
+
+
+def _render(run: RunConfig, facts: dict[str, Any]) -> str:
+    """The facts for a person."""
+    params, flops, batch = facts["params"], facts["flops_per_pair"], facts["batch"]
+    schedule, layout = facts["schedule"], facts["layout"]
+    sparse = len(layout["moe_blocks"])
+    lines = [
+        ("run", f"{facts['name']} ({facts['run']})"),
+        ("parameters", f"{_short(params['total'])} total, {_short(params['active'])} active per token"),
+        ("  trunk", f"{_short(params['trunk_total'])} total, {_short(params['trunk_active'])} active per token"),
+        ("  rest", f"{_short(params['embeddings'])} embeddings, {_short(params['heads'])} heads"),
+        ("blocks", f"{run.model.num_blocks}, {sparse} of them with experts"),
+        ("experts", f"{run.moe.num_experts} routed + {run.moe.shared_experts} shared a layer, "
+                    f"{run.moe.experts_per_token} routed per token"),
+        ("FLOPs", f"{_short(flops['training'])} per pair ({_short(flops['forward'])} forward), for "
+                  f"{flops['patches']} patches and {flops['text_tokens']:g} text tokens"),
+        ("batch", f"{batch['pairs_per_step']:,} pairs a step = {batch['pairs_per_forward']:,} a forward pass x "
+                  f"{_count(batch['data_ranks'], 'rank')} x "
+                  f"{_count(batch['accumulation_steps'], 'accumulation step')}"),
+        ("schedule", f"{schedule['total_steps']:,} steps, {_short(schedule['total_pairs'])} pairs, "
+                     f"{_short(schedule['total_flops'])} FLOPs; {run.schedule.kind}, peak lr {run.optim.lr:g}, "
+                     f"{run.schedule.warmup_steps:,} steps of warm-up"),
+        ("layout", f"{_count(layout['world'], 'rank')}; {_experts(layout)}"),
+        ("precision", run.precision.compute),
+        ("DeepSpeed", facts["deepspeed_profile"] or "not used (parallel.engine is plain)"),
+    ]
+    text = "\n".join(f"{name:<12} {value}" for name, value in lines)
+    return text + (f"\n{json.dumps(facts['deepspeed'], indent=2)}" if facts["deepspeed"] else "")
+
+
+def _experts(layout: dict[str, Any]) -> str:
+    """How the experts lie over the ranks, in words."""
+    ranks, copies = layout["expert_parallel"], _count(layout["expert_copies"], "copy", "copies")
+    if ranks == 1:
+        return f"every rank holds all experts ({copies})"
+    groups = [f"{first}-{first + ranks - 1}" for first in range(0, layout["world"], ranks)]
+    shown = ", ".join(groups if len(groups) <= 4 else [*groups[:2], "...", groups[-1]])
+    return (f"{_count(layout['experts_per_rank'], 'expert')} of each layer a rank, {copies} of the experts, "
+            f"on ranks {shown}")
+
+
+def _count(number: int, singular: str, plural: str = "") -> str:
+    return f"{number:,} {singular if number == 1 else plural or singular + 's'}"
+
+
+def _short(number: float) -> str:
+    """Four figures and a unit: 461.5M."""
+    for limit, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= limit:
+            return f"{number / limit:.4g}{unit}"
+    return f"{number:.4g}"

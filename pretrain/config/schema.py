@@ -1,0 +1,331 @@
+"""What a run is: every number that changes what is learned, each in one typed place.
+
+The YAML of a run is read into `RunConfig`. Memory and wires (ZeRO stage, buckets, offload) are
+not here: they live in `ds_configs/*.json`, and a key owned by both is an error.
+Checks that need one section live in its `__post_init__`; checks across sections are in
+`pretrain.config.validate`, which reports all problems at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from data_pipeline.common.errors import ConfigError
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """One trunk over image patches and text tokens."""
+
+    width: int = 128
+    """Width of the trunk (D)."""
+    num_blocks: int = 4
+    """Transformer blocks."""
+    num_heads: int = 4
+    """Attention heads (H); must divide `width` into an even head width."""
+    ffn_width: int = 256
+    """Hidden width of the dense SwiGLU blocks."""
+    fusion_start: int = 2
+    """First block in which text also sees the patches of its image."""
+    image_size: int = 48
+    """Side of the square picture the model sees, pixels."""
+    patch_size: int = 8
+    """Side of a patch, pixels; must divide `image_size`."""
+    vocab_size: int = 32000
+    """Text vocabulary (V); must equal the tokenizer's."""
+    text_length: int = 64
+    """Most text positions of a caption, start and end marks included (S)."""
+    embed_dim: int = 128
+    """Width of the shared image-text embedding."""
+    pool_heads: int = 4
+    """Heads of the attention pooling that makes the image embedding."""
+    rope_theta: float = 10000.0
+    """Base of the rotary position frequencies."""
+    recompute: bool = False
+    """Recompute the blocks' activations in the backward pass to save memory."""
+
+    def __post_init__(self) -> None:
+        _require(self.num_heads > 0 and self.width % self.num_heads == 0,
+                 f"model.width is {self.width}, not a multiple of model.num_heads ({self.num_heads})")
+        _require((self.width // self.num_heads) % 4 == 0,
+                 f"model.width / model.num_heads is {self.width // self.num_heads}; two-dimensional "
+                 f"rotary positions need a multiple of 4")
+        _require(self.patch_size > 0 and self.image_size % self.patch_size == 0,
+                 f"model.image_size is {self.image_size}, not a multiple of model.patch_size "
+                 f"({self.patch_size})")
+        _require(1 <= self.fusion_start < self.num_blocks,
+                 f"model.fusion_start is {self.fusion_start}, but must lie in 1..num_blocks-1 "
+                 f"({self.num_blocks - 1}): text is embedded below it and captions are written above it")
+        _require(self.width % self.pool_heads == 0,
+                 f"model.width is {self.width}, not a multiple of model.pool_heads ({self.pool_heads})")
+        _require(self.text_length >= 2, f"model.text_length is {self.text_length}; start and end need 2")
+        _require(self.vocab_size > 4, f"model.vocab_size is {self.vocab_size}; four ids are reserved")
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of one picture (P)."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """The sparse feed-forward layers of the trunk."""
+
+    num_experts: int = 8
+    """Routed experts of a layer, over all ranks (E)."""
+    experts_per_token: int = 2
+    """Experts each token visits (K)."""
+    expert_width: int = 64
+    """Hidden width of one SwiGLU expert."""
+    shared_experts: int = 1
+    """Experts that every token visits, beside the routed ones."""
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    """How router logits become gate scores."""
+    temperature: float = 1.0
+    """Multiplies the router logits before the score (`a` in softmax(a x logits))."""
+    renormalise: bool = True
+    """Let the weights of the chosen experts sum to one."""
+    start: int = 1
+    """First block with experts."""
+    every: int = 1
+    """Every how many blocks from `start` on."""
+    stop: int = -1
+    """Block before which the experts end; -1 means all blocks to the last."""
+    backend: Literal["auto", "grouped", "loop"] = "auto"
+    """Expert computation: one grouped matrix product, or a loop over the experts."""
+
+    def __post_init__(self) -> None:
+        _require(self.num_experts >= 1, f"moe.num_experts is {self.num_experts}, but must be at least 1")
+        _require(1 <= self.experts_per_token <= self.num_experts,
+                 f"moe.experts_per_token is {self.experts_per_token}, but must lie in "
+                 f"1..moe.num_experts ({self.num_experts})")
+        _require(self.shared_experts >= 0, f"moe.shared_experts is {self.shared_experts}, below 0")
+        _require(self.temperature > 0, f"moe.temperature is {self.temperature}, but must be positive")
+        _require(self.every >= 1, f"moe.every is {self.every}, but must be at least 1")
+
+    def blocks(self, num_blocks: int) -> tuple[int, ...]:
+        """Indices of the blocks that hold experts, in a trunk of `num_blocks`."""
+        stop = num_blocks if self.stop < 0 else min(self.stop, num_blocks)
+        return tuple(range(self.start, stop, self.every))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """The objective: what each term weighs."""
+
+    contrastive_weight: float = 1.0
+    """Weight of image-text contrast (InfoNCE over the global batch)."""
+    caption_weight: float = 2.0
+    """Weight of next-token captioning."""
+    balance_weight: float = 1e-3
+    """Weight of the expert balance loss (1.0 at perfect balance), averaged over the MoE layers."""
+    router_z_weight: float = 1e-3
+    """Weight of the router z-loss, averaged over the MoE layers."""
+    mask_equal_captions: bool = True
+    """Do not use pairs with the same caption as negatives of each other."""
+    logit_scale_init: float = 14.285714
+    """First value of the contrastive scale (inverse temperature)."""
+    logit_scale_max: float = 100.0
+    """Largest value the contrastive scale may take."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """Changes made to training pictures, drawn from the sample's own seed."""
+
+    flip: bool = False
+    """Mirror left-right with probability one half (wrong for text and arrows: off by default)."""
+    crop_scale: tuple[float, float] = (1.0, 1.0)
+    """Range of the share of the area that a random crop keeps; (1, 1) is no random crop."""
+    crop_ratio: tuple[float, float] = (0.75, 1.3333)
+    """Range of the aspect ratio of a random crop."""
+    affine_degrees: float = 0.0
+    """Largest rotation, degrees, either way."""
+    affine_translate: float = 0.0
+    """Largest shift, as a share of the side, either way."""
+    affine_scale: tuple[float, float] = (1.0, 1.0)
+    """Range of the zoom factor."""
+    random_background: bool = False
+    """Put pictures that have transparency on a random colour instead of white."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is read, and how a sample is made of it."""
+
+    train: tuple[str, ...] = ()
+    """Manifests (`.../manifest.json`, local or a store URL) or folders that hold one."""
+    tokenizer: str = ""
+    """SentencePiece model file."""
+    caption_keys: tuple[str, ...] = ("txt",)
+    """Where captions are: `txt` is the .txt member, `json:NAME` a field of the .json member (a string
+    or a list of strings, one of which is drawn)."""
+    caption_weights: tuple[float, ...] = (1.0,)
+    """How often each of `caption_keys` is used; one weight a key."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """Changes made to training pictures."""
+    shuffle_window: int = 256
+    """Shards whose samples are shuffled together; shards themselves are always shuffled."""
+    workers: int = 2
+    """Loader processes of a rank; 0 reads in the training process."""
+    prefetch: int = 4
+    """Micro-batches that each worker prepares ahead."""
+    cache_dir: str = ""
+    """Local folder for shards of a remote store; empty means a folder of the run."""
+    verify_shards: bool = True
+    """Check a shard's SHA-256 when it is first opened, beside each sample's CRC-32."""
+    max_bad_share: float = 0.01
+    """Stop when more than this share of the samples read (and at least 100) was bad."""
+    timeout_seconds: float = 300.0
+    """Longest wait for one batch or one shard before the run stops with an error."""
+
+    def __post_init__(self) -> None:
+        _require(len(self.caption_keys) == len(self.caption_weights),
+                 f"data.caption_weights has {len(self.caption_weights)} numbers for "
+                 f"{len(self.caption_keys)} data.caption_keys; give one weight a key")
+        _require(self.workers >= 0, f"data.workers is {self.workers}, below 0")
+        _require(self.shuffle_window >= 1, f"data.shuffle_window is {self.shuffle_window}, below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchConfig:
+    """How many pairs make a step; accumulation follows from these and the number of ranks."""
+
+    pairs_per_step: int = 256
+    """Pairs of one optimizer step over the whole world (G)."""
+    pairs_per_forward: int = 64
+    """Pairs of one forward pass of one rank (B)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW."""
+
+    lr: float = 1e-3
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the first and second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled decay; none on norms, biases, embeddings and the temperature."""
+    clip_norm: float = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """Length of the run and the learning rate over it."""
+
+    kind: Literal["cosine", "wsd", "constant"] = "cosine"
+    """Shape after warm-up: cosine, warm-up-stable-decay, or constant."""
+    total_steps: int = 1000
+    """Optimizer steps of the whole run."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up."""
+    final_share: float = 0.0
+    """Learning rate at the end, as a share of the peak."""
+    decay_share: float = 0.2
+    """Share of the run spent decaying (`wsd` only)."""
+
+    def __post_init__(self) -> None:
+        _require(self.total_steps >= 1, f"schedule.total_steps is {self.total_steps}, below 1")
+        _require(0 <= self.warmup_steps <= self.total_steps,
+                 f"schedule.warmup_steps is {self.warmup_steps}, but must lie in 0..total_steps "
+                 f"({self.total_steps})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionConfig:
+    """Number formats."""
+
+    compute: Literal["fp32", "bf16"] = "fp32"
+    """Activations and matrix products; masters, moments, router and losses stay in fp32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the run is laid over ranks."""
+
+    expert_parallel: int = 1
+    """Ranks that share one copy of the experts; must divide the world and `moe.num_experts`."""
+    engine: Literal["deepspeed", "plain"] = "deepspeed"
+    """`plain` is one process without DeepSpeed: the reference."""
+    deepspeed: str = "zero1"
+    """A profile of `ds_configs/` by name, or the path of a JSON file."""
+    timeout_seconds: float = 600.0
+    """Longest wait in a collective before the run stops with an error."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """What is kept to go on from."""
+
+    every_steps: int = 500
+    """Steps between checkpoints; one is always written at the end. 0 means only at the end."""
+    keep: int = 2
+    """Newest checkpoints kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What people see."""
+
+    every_steps: int = 10
+    """Steps between console lines, TensorBoard scalars and rows of metrics.jsonl."""
+    pictures_every_steps: int = 500
+    """Steps between sample pictures with the captions the model writes; 0 turns them off."""
+    num_pictures: int = 8
+    """Pictures shown."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSet:
+    """A held-out set of shards."""
+
+    name: str
+    """How it is called in tables and TensorBoard."""
+    shards: str
+    """Its manifest, or the folder that holds it."""
+    labels: str = ""
+    """A file with one caption a line to rank against; empty means the set's own captions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Judging the model."""
+
+    sets: tuple[EvalSet, ...] = ()
+    """Held-out sets."""
+    pairs_per_forward: int = 128
+    """Pairs of one forward pass while judging."""
+    caption_samples: int = 200
+    """Pictures of a set for which captions are written and compared."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One training run."""
+
+    name: str = "run"
+    """Shown in logs."""
+    seed: int = 0
+    """Everything random follows from it."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)

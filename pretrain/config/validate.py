@@ -1,0 +1,191 @@
+"""Checks that need more than one section of a run, or the number of ranks: all problems at once.
+
+A section's own checks are in its `__post_init__`; whether files exist and fit (manifests, the
+tokenizer's vocabulary) is judged where they are opened.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from data_pipeline.common.config import join_problems
+from data_pipeline.common.errors import ConfigError
+from pretrain.config.batch import plan_batch
+from pretrain.config.schema import AugmentConfig, RunConfig
+
+
+def check(run: RunConfig, world: int, *, source: str = "", training: bool = True) -> None:
+    """Raise one error that lists everything wrong with a run.
+
+    Args:
+        run: The run.
+        world: Number of ranks it is started with.
+        source: Named at the head of the error, such as the run's file.
+        training: Also ask for what only training needs: shards and a tokenizer.
+
+    Raises:
+        ConfigError: There is a problem.
+    """
+    found = problems(run, world) + (training_problems(run) if training else [])
+    if found:
+        raise ConfigError(join_problems(found, source))
+
+
+def problems(run: RunConfig, world: int) -> list[str]:
+    """Every contradiction between sections, and with the number of ranks; empty when there is none."""
+    found: list[str] = []
+    for part in (_batch(run, world), _parallel(run, world), _experts(run), _numbers(run), _data(run),
+                 _augment(run.data.augment), _eval(run), _precision(run)):
+        found.extend(part)
+    return found
+
+
+def training_problems(run: RunConfig) -> list[str]:
+    """What is still missing before a run can train."""
+    found = []
+    if not run.data.train:
+        found.append("data.train is empty; name the manifests or folders of shards to train on, such as "
+                     "data.train=[data/quickstart/train]")
+    if not run.data.tokenizer:
+        found.append("data.tokenizer is empty; name a SentencePiece model, or make one: "
+                     "vlmoe tokenizer train MANIFEST --out tokenizer.model")
+    return found
+
+
+def _batch(run: RunConfig, world: int) -> Iterator[str]:
+    try:
+        plan_batch(run.batch.pairs_per_step, run.batch.pairs_per_forward, world)
+    except ConfigError as error:
+        yield str(error)
+    if run.batch.pairs_per_step == 1 and run.loss.contrastive_weight > 0:
+        yield ("batch.pairs_per_step is 1: contrast needs other pairs to compare with; "
+               "raise it, or set loss.contrastive_weight=0")
+
+
+def _parallel(run: RunConfig, world: int) -> Iterator[str]:
+    ranks, experts = run.parallel.expert_parallel, run.moe.num_experts
+    if ranks < 1:
+        yield f"parallel.expert_parallel is {ranks}, but must be at least 1"
+    elif ranks > experts:
+        yield (f"parallel.expert_parallel is {ranks}: more ranks than the {experts} experts (moe.num_experts) can "
+               f"be split over; use at most {_largest_divisor(experts, world)} with {world} ranks")
+    else:
+        if experts % ranks:
+            yield (f"parallel.expert_parallel is {ranks}, which does not divide moe.num_experts ({experts}); "
+                   f"possible: {_divisors(experts)}")
+        if world % ranks:
+            yield (f"parallel.expert_parallel is {ranks}, which does not divide the {world} ranks started; "
+                   f"start a multiple of {ranks}, or use {_largest_divisor(experts, world)}")
+    if ranks > 1 and not run.moe.blocks(run.model.num_blocks):
+        yield (f"parallel.expert_parallel is {ranks}, but no block has experts (moe.start {run.moe.start}, "
+               f"moe.stop {run.moe.stop}, {run.model.num_blocks} blocks); set it to 1")
+    if run.parallel.engine == "plain" and world != 1:
+        yield (f"parallel.engine is 'plain', which is one process, but {world} ranks were started; "
+               f"start one, or set parallel.engine=deepspeed")
+    if run.parallel.timeout_seconds <= 0:
+        yield f"parallel.timeout_seconds is {run.parallel.timeout_seconds}, but must be positive"
+
+
+def _experts(run: RunConfig) -> Iterator[str]:
+    if run.moe.start < 0:
+        yield f"moe.start is {run.moe.start}, below 0"
+    if run.moe.expert_width < 1:
+        yield f"moe.expert_width is {run.moe.expert_width}, below 1"
+    if run.model.ffn_width < 1:
+        yield f"model.ffn_width is {run.model.ffn_width}, below 1"
+
+
+def _numbers(run: RunConfig) -> Iterator[str]:
+    """Ranges of single numbers that no section checks by itself."""
+    optim, loss, schedule = run.optim, run.loss, run.schedule
+    for name, value, inside, allowed in (
+        ("optim.lr", optim.lr, optim.lr > 0, "above 0"),
+        ("optim.betas", list(optim.betas), all(0 <= beta < 1 for beta in optim.betas), "in 0..1, 1 left out"),
+        ("optim.eps", optim.eps, optim.eps > 0, "above 0"),
+        ("optim.weight_decay", optim.weight_decay, optim.weight_decay >= 0, "at least 0"),
+        ("optim.clip_norm", optim.clip_norm, optim.clip_norm >= 0, "at least 0 (0 turns it off)"),
+        ("schedule.final_share", schedule.final_share, 0 <= schedule.final_share <= 1, "in 0..1"),
+        ("schedule.decay_share", schedule.decay_share, 0 <= schedule.decay_share <= 1, "in 0..1"),
+        ("data.max_bad_share", run.data.max_bad_share, 0 <= run.data.max_bad_share <= 1, "in 0..1"),
+        ("data.timeout_seconds", run.data.timeout_seconds, run.data.timeout_seconds > 0, "above 0"),
+        ("data.prefetch", run.data.prefetch, run.data.prefetch >= 1, "at least 1"),
+        ("checkpoint.every_steps", run.checkpoint.every_steps, run.checkpoint.every_steps >= 0, "at least 0"),
+        ("checkpoint.keep", run.checkpoint.keep, run.checkpoint.keep >= 1, "at least 1"),
+        ("log.every_steps", run.log.every_steps, run.log.every_steps >= 1, "at least 1"),
+        ("log.pictures_every_steps", run.log.pictures_every_steps, run.log.pictures_every_steps >= 0, "at least 0"),
+        ("log.num_pictures", run.log.num_pictures, run.log.num_pictures >= 0, "at least 0"),
+        ("eval.pairs_per_forward", run.eval.pairs_per_forward, run.eval.pairs_per_forward >= 1, "at least 1"),
+        ("eval.caption_samples", run.eval.caption_samples, run.eval.caption_samples >= 0, "at least 0"),
+        ("loss.logit_scale_init", loss.logit_scale_init, 0 < loss.logit_scale_init <= loss.logit_scale_max,
+         f"above 0 and at most loss.logit_scale_max ({loss.logit_scale_max})"),
+        ("seed", run.seed, run.seed >= 0, "at least 0"),
+    ):
+        if not inside:
+            yield f"{name} is {value}, but must be {allowed}"
+    for name in ("contrastive_weight", "caption_weight", "balance_weight", "router_z_weight"):
+        if getattr(loss, name) < 0:
+            yield f"loss.{name} is {getattr(loss, name)}, below 0"
+    if loss.contrastive_weight == 0 and loss.caption_weight == 0:
+        yield "loss.contrastive_weight and loss.caption_weight are both 0: nothing would be learned"
+    decay_steps = round(schedule.decay_share * schedule.total_steps)
+    if schedule.kind == "wsd" and schedule.warmup_steps + decay_steps > schedule.total_steps:
+        yield (f"schedule.warmup_steps ({schedule.warmup_steps}) and the decay (schedule.decay_share x total_steps "
+               f"= {decay_steps}) are longer than schedule.total_steps ({schedule.total_steps})")
+
+
+def _data(run: RunConfig) -> Iterator[str]:
+    data = run.data
+    if not data.caption_keys:
+        yield "data.caption_keys is empty; name where captions are, such as txt"
+    for key in data.caption_keys:
+        if not re.fullmatch(r"json:.+|[^:\s]+", key):
+            yield f"data.caption_keys has {key!r}; write txt, or json:FIELD for a field of the .json member"
+    if any(weight < 0 for weight in data.caption_weights) or (data.caption_weights and not sum(data.caption_weights)):
+        yield f"data.caption_weights is {list(data.caption_weights)}; weights are at least 0 and not all 0"
+
+
+def _augment(augment: AugmentConfig) -> Iterator[str]:
+    for name in ("crop_scale", "crop_ratio", "affine_scale"):
+        low, high = getattr(augment, name)
+        if not 0 < low <= high:
+            yield f"data.augment.{name} is [{low}, {high}], but must be two positive numbers, the smaller first"
+    if augment.crop_scale[1] > 1:
+        yield f"data.augment.crop_scale is {list(augment.crop_scale)}; a crop keeps at most 1, the whole area"
+    if not 0 <= augment.affine_degrees <= 180:
+        yield f"data.augment.affine_degrees is {augment.affine_degrees}, but must lie in 0..180"
+    if not 0 <= augment.affine_translate < 1:
+        yield f"data.augment.affine_translate is {augment.affine_translate}, but must lie in 0..1, 1 left out"
+
+
+def _eval(run: RunConfig) -> Iterator[str]:
+    names = [held_out.name for held_out in run.eval.sets]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield f"eval.sets has {names.count(name)} sets called {name!r}; give each its own name"
+    for held_out in run.eval.sets:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", held_out.name):
+            yield f"eval.sets has a set called {held_out.name!r}; use letters, digits and _ . - only"
+        if not held_out.shards:
+            yield f"eval.sets {held_out.name!r} has no shards; name a manifest or the folder that holds one"
+        elif held_out.shards in run.data.train:
+            yield (f"eval.sets {held_out.name!r} is {held_out.shards}, which data.train names too; "
+                   f"what is trained on is not held out")
+
+
+def _precision(run: RunConfig) -> Iterator[str]:
+    if run.precision.compute != "bf16" or run.moe.backend == "loop":
+        return
+    # torch's grouped matrix product wants rows that start on 16 bytes: 8 numbers of bfloat16.
+    for name, width in (("model.width", run.model.width), ("moe.expert_width", run.moe.expert_width)):
+        if width % 8:
+            yield (f"{name} is {width}: with precision.compute=bf16 it must be a multiple of 8, "
+                   f"or set moe.backend=loop")
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
+
+
+def _largest_divisor(experts: int, world: int) -> int:
+    """Most ranks that one copy of the experts can be split over in this world."""
+    return max(n for n in range(1, min(experts, world) + 1) if experts % n == 0 and world % n == 0)

@@ -1,0 +1,69 @@
+"""Texts to tensors and embeddings, for judging.
+
+Shapes: M texts, S text positions, T valid text tokens, D embedding width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class TextModel(Protocol):
+    """What embedding texts needs from a model."""
+
+    def encode_text(self, text_ids: Tensor, text_lengths: Tensor, text_positions: Tensor) -> Tensor:
+        """Unit vectors, `[texts, embed_dim]`."""
+
+
+class TextCoder(Protocol):
+    """What it needs from a tokenizer."""
+
+    @property
+    def pad_id(self) -> int: ...
+
+    def encode(self, text: str, max_length: int) -> list[int]:
+        """Ids with both marks."""
+
+
+class TextBatch(NamedTuple):
+    """Texts as the model reads them."""
+
+    ids_MS: Tensor
+    """int64, padded on the right."""
+    lengths_M: Tensor
+    """Valid tokens of each text, int64."""
+    positions_T: Tensor
+    """Flat indices m x S + s of the valid tokens, int64, rising."""
+
+
+def batch_texts(tokenizer: TextCoder, texts: Sequence[str], text_length: int) -> TextBatch:
+    """Tokenise and pad to the longest of `texts`."""
+    rows = [tokenizer.encode(text, text_length) for text in texts]
+    width = max((len(row) for row in rows), default=0)
+    ids_MS = torch.full((len(rows), width), tokenizer.pad_id, dtype=torch.int64)
+    for number, row in enumerate(rows):
+        ids_MS[number, : len(row)] = torch.tensor(row)
+    lengths_M = torch.tensor([len(row) for row in rows], dtype=torch.int64)
+    valid_MS = torch.arange(width) < lengths_M[:, None]
+    return TextBatch(ids_MS, lengths_M, valid_MS.flatten().nonzero().flatten())
+
+
+def embed_texts(
+    model: TextModel,
+    tokenizer: TextCoder,
+    texts: Sequence[str],
+    *,
+    text_length: int,
+    texts_per_forward: int,
+    device: torch.device,
+) -> Tensor:
+    """Unit vectors of texts, `[texts, embed_dim]` on `device`."""
+    parts = []
+    for first in range(0, len(texts), texts_per_forward):
+        batch = batch_texts(tokenizer, texts[first : first + texts_per_forward], text_length)
+        parts.append(model.encode_text(*(tensor.to(device) for tensor in batch)))
+    return torch.cat(parts)

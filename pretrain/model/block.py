@@ -1,0 +1,38 @@
+"""One pre-norm transformer block: attention, then a dense or a sparse feed-forward network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from pretrain.config.schema import ModelConfig, MoEConfig
+from pretrain.model.attention import Attention, TokenLayout
+from pretrain.model.layers import RMSNorm
+from pretrain.moe.layer import MoELayer, SwiGLU
+from pretrain.moe.statistics import RouterStats
+
+MakeMoELayer = Callable[[int, MoEConfig], MoELayer]
+
+
+class Block(nn.Module):
+    """Block `index` of the trunk; text sees patches from `fusion_start` on."""
+
+    def __init__(self, index: int, model: ModelConfig, moe: MoEConfig, make_moe_layer: MakeMoELayer) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(model.width)
+        self.attention = Attention(model.width, model.num_heads, fused=index >= model.fusion_start)
+        self.ffn_norm = RMSNorm(model.width)
+        self.is_sparse = index in moe.blocks(model.num_blocks)
+        self.ffn: nn.Module = (
+            make_moe_layer(model.width, moe) if self.is_sparse else SwiGLU(model.width, model.ffn_width)
+        )
+
+    def forward(self, x_TD: Tensor, layout: TokenLayout) -> tuple[Tensor, RouterStats | None]:
+        """Return the tokens after the block and, from a sparse block, what its router did."""
+        x_TD = x_TD + self.attention(self.attention_norm(x_TD), layout)
+        normed_TD = self.ffn_norm(x_TD)
+        if self.is_sparse:
+            y_TD, stats = self.ffn(normed_TD, layout.modality_T)
+            return x_TD + y_TD, stats
+        return x_TD + self.ffn(normed_TD), None

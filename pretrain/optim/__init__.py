@@ -1,0 +1,1 @@
+"""Optimizer: schedule, parameter groups, AdamW."""

@@ -1,0 +1,28 @@
+"""The learning rate as a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+
+from pretrain.config.schema import ScheduleConfig
+
+
+def learning_rate(step: int, schedule: ScheduleConfig, peak: float) -> float:
+    """Learning rate of optimizer step `step` (the first is 0).
+
+    Linear warm-up ends with the full peak at step `warmup_steps`; the last step comes close to
+    `final_share` x peak. `wsd` stays at the peak and falls linearly over the last `decay_share` of the run
+    (Hu et al. 2024, arXiv:2404.06395).
+    """
+    if step < schedule.warmup_steps:
+        return peak * (step + 1) / (schedule.warmup_steps + 1)
+    after_warmup = max(1, schedule.total_steps - schedule.warmup_steps)
+    progress = min(1.0, (step - schedule.warmup_steps) / after_warmup)
+    if schedule.kind == "constant":
+        return peak
+    if schedule.kind == "wsd":
+        fall = max(0.0, (progress - (1 - schedule.decay_share)) / max(schedule.decay_share, 1e-12))
+        share = 1 - min(1.0, fall)
+    else:
+        share = 0.5 * (1 + math.cos(math.pi * progress))
+    return peak * (schedule.final_share + (1 - schedule.final_share) * share)

@@ -1,0 +1,94 @@
+"""Reaching into DeepSpeed's optimizers: masters and moments as plain tensors with stable names.
+
+DeepSpeed saves them as pickles; we read the tensors where they lie. Stages 1 and 2 keep one flat float32
+partition per parameter group, stage 3 one per sub-group, stage 0 leaves torch's optimizer as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data_pipeline.common.errors import CheckpointError
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def whole_parameter(parameter: nn.Parameter) -> Tensor:
+    """The whole value of a parameter, gathered when ZeRO-3 has partitioned it. Collective then."""
+    if not hasattr(parameter, "ds_id"):
+        return parameter.detach()
+    from deepspeed import zero
+
+    with zero.GatheredParameters([parameter]):
+        return parameter.detach().clone()
+
+
+def optimizer_shard(optimizer: Any, zero_stage: int) -> dict[str, Tensor]:
+    """Masters and moments of this rank: `GROUP/master`, `GROUP/exp_avg`, `GROUP/exp_avg_sq`, `GROUP/step`."""
+    shard: dict[str, Tensor] = {}
+    for name, master, state in _masters(optimizer, zero_stage):
+        if zero_stage > 0:
+            shard[f"{name}/master"] = master.detach()
+        shard.update({f"{name}/{key}": state[key].detach() for key in MOMENTS if key in state})
+        if "step" in state:
+            shard[f"{name}/step"] = torch.as_tensor(state["step"], dtype=torch.float32).reshape(())
+    return shard
+
+
+def load_optimizer_shard(optimizer: Any, zero_stage: int, shard: Mapping[str, Tensor]) -> None:
+    """Take over what `optimizer_shard` returned at the same layout.
+
+    Raises:
+        CheckpointError: A tensor is missing or has another size.
+    """
+    for name, master, _ in _masters(optimizer, zero_stage):
+        if zero_stage > 0:
+            _fit(shard, f"{name}/master", master)
+            master.data.copy_(shard[f"{name}/master"])
+        if f"{name}/exp_avg" not in shard:
+            continue  # saved before the first step
+        state: dict[str, Tensor] = {"step": shard[f"{name}/step"].clone()}
+        for key in MOMENTS:
+            _fit(shard, f"{name}/{key}", master)
+            state[key] = shard[f"{name}/{key}"].to(master.device).clone().view_as(master)
+        _torch_optimizer(optimizer, zero_stage).state[master] = state
+
+
+def load_partitioned_weights(optimizer: Any) -> None:
+    """Stage 3: write the masters into the partitioned weights, as an optimizer step does."""
+    for group in range(len(optimizer.fp32_partitioned_groups_flat)):
+        optimizer.fp16_partitioned_groups_flat[group].data.copy_(optimizer.fp32_partitioned_groups_flat[group].data)
+        optimizer._unflatten_partitioned_parameters(group)
+    if optimizer.persistent_parameters:
+        persistent = optimizer.persistent_parameters
+        persistent[0].partition(persistent)
+        persistent[0].all_gather(persistent)
+
+
+def _masters(optimizer: Any, zero_stage: int) -> list[tuple[str, Tensor, dict[str, Any]]]:
+    """(name, float32 tensor that the optimizer updates, its state) for everything this rank updates."""
+    inner = _torch_optimizer(optimizer, zero_stage)
+    if zero_stage in (1, 2):
+        tensors = list(optimizer.single_partition_of_fp32_groups)
+    elif zero_stage == 3:
+        tensors = list(optimizer.fp32_partitioned_groups_flat)
+    else:
+        tensors = [parameter for group in inner.param_groups for parameter in group["params"]]
+    return [(f"group_{index:04d}", tensor, inner.state.get(tensor, {})) for index, tensor in enumerate(tensors)]
+
+
+def _torch_optimizer(optimizer: Any, zero_stage: int) -> torch.optim.Optimizer:
+    return optimizer.optimizer if zero_stage > 0 else optimizer  # type: ignore[no-any-return]
+
+
+def _fit(shard: Mapping[str, Tensor], name: str, like: Tensor) -> None:
+    if name not in shard or shard[name].numel() != like.numel():
+        found = f"{shard[name].numel()} numbers" if name in shard else "nothing"
+        raise CheckpointError(
+            f"the checkpoint has {found} for {name!r}, this run needs {like.numel()}; "
+            f"the model, the layout or the ZeRO profile has changed since it was written"
+        )

@@ -1,0 +1,94 @@
+"""Rank, device and process group: the machine a process finds itself on."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import socket
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from data_pipeline.common.errors import LayoutError
+
+logger = logging.getLogger(__name__)
+
+
+class RankEnvironment(NamedTuple):
+    """Where this process stands among the started ones."""
+
+    rank: int
+    world: int
+    local_rank: int
+    device: torch.device
+
+
+def rank_environment() -> RankEnvironment:
+    """Read what torchrun set; a process started alone is rank 0 of 1.
+
+    Raises:
+        LayoutError: Some of the variables are missing or are not numbers, or the GPU does not exist.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    present = [name for name in names if name in os.environ]
+    if present and len(present) < len(names):
+        missing = ", ".join(name for name in names if name not in present)
+        raise LayoutError(f"{', '.join(present)} set but not {missing}; start ranks with torchrun")
+    try:
+        rank, world, local_rank = (int(os.environ.get(name, default)) for name, default in zip(names, "010", strict=True))
+    except ValueError as error:
+        raise LayoutError(f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers: {error}") from None
+    if not torch.cuda.is_available():
+        return RankEnvironment(rank, world, local_rank, torch.device("cpu"))
+    if local_rank >= torch.cuda.device_count():
+        raise LayoutError(
+            f"local rank {local_rank} has no GPU: this node shows {torch.cuda.device_count()}; "
+            f"start at most one process per GPU (torchrun --nproc-per-node)"
+        )
+    torch.cuda.set_device(local_rank)
+    return RankEnvironment(rank, world, local_rank, torch.device("cuda", local_rank))
+
+
+def start_process_group(environment: RankEnvironment, timeout_seconds: float) -> None:
+    """Join the ranks through DeepSpeed (NCCL on GPUs, gloo on CPUs); does nothing when already joined."""
+    if dist.is_initialized():
+        return
+    if environment.device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    _quiet_deepspeed()
+    import deepspeed
+    from deepspeed.ops import __compatible_ops__
+
+    # Without this the first start on CPU compiles a shared-memory collective for 100 s, behind a lock that a
+    # killed builder leaves for ever. gloo serves without it.
+    __compatible_ops__["deepspeed_shm_comm"] = False
+    if environment.world == 1 and "MASTER_PORT" not in os.environ:
+        alone = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        os.environ.update(alone | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"})
+    deepspeed.init_distributed(
+        dist_backend="nccl" if environment.device.type == "cuda" else "gloo",
+        timeout=datetime.timedelta(seconds=timeout_seconds),
+        verbose=False,
+        auto_mpi_discovery=False,
+    )
+    logger.debug("rank %d of %d on %s", environment.rank, environment.world, environment.device)
+
+
+def stop_process_group() -> None:
+    """Leave the ranks; harmless when never joined."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _quiet_deepspeed() -> None:
+    """DeepSpeed tells its life at INFO on every rank; its warnings are what a person needs."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    os.environ.setdefault("DS_LOG_LEVEL", "warning")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

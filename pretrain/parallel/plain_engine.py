@@ -1,0 +1,112 @@
+"""One process, plain torch: the reference that every parallel engine must equal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_pipeline.common.errors import CheckpointError
+from data_pipeline.samples import Batch
+from pretrain.config.schema import OptimConfig
+from pretrain.model.vision_language import ModelOutput, VisionLanguageModel
+from pretrain.optim.groups import build_adamw, is_expert, parameter_groups
+from pretrain.parallel.engine import slice_name
+from pretrain.parallel.layout import Layout
+
+
+class PlainEngine:
+    """`TrainEngine` without other ranks."""
+
+    def __init__(
+        self, model: VisionLanguageModel, optim: OptimConfig, layout: Layout, device: torch.device
+    ) -> None:
+        self.rank, self.world, self.layout, self.device = 0, 1, layout, device
+        self.model = model.to(device)
+        self._clip_norm = optim.clip_norm
+        self._optimizer = build_adamw(parameter_groups(self.model, optim, "experts"), optim)
+
+    def forward(self, batch: Batch) -> ModelOutput:
+        return self.model(*model_inputs(batch, self.device))  # type: ignore[no-any-return]
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def step(self, learning_rate: float) -> float:
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        limit = self._clip_norm or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return float(norm)
+
+    def gradients(self) -> dict[str, Tensor]:
+        return {
+            _file_name(name, parameter): parameter.grad.detach().float().clone()
+            for name, parameter in self.model.named_parameters()
+            if parameter.grad is not None
+        }
+
+    def gather(self, rows: Tensor) -> Tensor:
+        return rows
+
+    def total(self, values: Tensor) -> Tensor:
+        return values.detach()
+
+    def agree(self, ok: bool) -> bool:
+        return ok
+
+    def barrier(self) -> None:
+        return None
+
+    def broadcast_json(self, value: Any) -> Any:
+        return value
+
+    def gather_json(self, value: Any) -> list[Any]:
+        return [value]
+
+    def model_tensors(self) -> dict[str, Tensor]:
+        return {_file_name(n, p): p.detach() for n, p in self.model.named_parameters()}
+
+    def load_model_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(take(tensors, _file_name(name, parameter)))
+
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        return {
+            f"{name}/{key}": value
+            for name, parameter in self.model.named_parameters()
+            for key, value in self._optimizer.state.get(parameter, {}).items()
+        }
+
+    def load_optimizer_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.model.named_parameters():
+            state = {key: tensors[f"{name}/{key}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")
+                     if f"{name}/{key}" in tensors}
+            if state:
+                self._optimizer.state[parameter] = state
+
+
+def model_inputs(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The tensors of a batch that the model reads, on `device`."""
+    tensors = (batch.images, batch.text_ids, batch.text_lengths, batch.text_positions)
+    images, ids, lengths, positions = (tensor.to(device, non_blocking=True) for tensor in tensors)
+    return images, ids, lengths, positions
+
+
+def take(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    """A tensor of a checkpoint by name, or a clear error."""
+    if name not in tensors:
+        raise CheckpointError(
+            f"the checkpoint has no {name!r}: it was written by a model of another shape; "
+            f"compare the model and moe sections of its config.yaml with this run's"
+        )
+    return tensors[name]
+
+
+def _file_name(name: str, parameter: Tensor) -> str:
+    return slice_name(name, 0, parameter.shape[0]) if is_expert(name) else name

@@ -1,0 +1,149 @@
+"""The composition root: the only place that turns a configuration into live objects."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_pipeline.common.config import dump_yaml
+from data_pipeline.common.errors import ConfigError, TokenizerError
+from data_pipeline.common.logs import setup_logging
+from data_pipeline.loader import Loader
+from data_pipeline.manifest import Manifest, load_manifest
+from data_pipeline.plan import LoaderState
+from data_pipeline.tokenizer import Tokenizer
+from pretrain.config.batch import BatchPlan, plan_batch
+from pretrain.config.schema import RunConfig
+from pretrain.config.validate import check
+from pretrain.model import build_model
+from pretrain.parallel.deepspeed_config import load_profile, profile_path, resolve, zero_stage
+from pretrain.parallel.engine import TrainEngine
+from pretrain.parallel.environment import RankEnvironment, rank_environment, start_process_group
+from pretrain.parallel.layout import Layout
+from pretrain.parallel.plain_engine import PlainEngine
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE, DEEPSPEED_FILE, TOKENIZER_FILE = "config.yaml", "deepspeed.json", "tokenizer.model"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """Everything a training run is made of, on one rank."""
+
+    run: RunConfig
+    out: Path
+    environment: RankEnvironment
+    batch_plan: BatchPlan
+    engine: TrainEngine
+    tokenizer: Tokenizer
+    manifests: tuple[Manifest, ...]
+
+    def open_loader(self, state: LoaderState) -> Loader:
+        """The training data from `state` on."""
+        return Loader(
+            manifests=self.manifests,
+            tokenizer_path=str(self.out / TOKENIZER_FILE),
+            data=self.run.data,
+            image_size=self.run.model.image_size,
+            text_length=self.run.model.text_length,
+            seed=self.run.seed,
+            rank=self.environment.rank,
+            world=self.environment.world,
+            pairs_per_step=self.run.batch.pairs_per_step,
+            pairs_per_forward=self.run.batch.pairs_per_forward,
+            state=state,
+        )
+
+
+def build(run: RunConfig, out: Path) -> Parts:
+    """Check the run against this world, make its folder, and build every part. Collective.
+
+    Raises:
+        VlmError: Anything about the run, the data or the cluster that cannot work; the same on every rank.
+    """
+    environment = rank_environment()
+    setup_logging(environment.rank)
+    check(run, environment.world, source="this run")
+    batch_plan = plan_batch(run.batch.pairs_per_step, run.batch.pairs_per_forward, environment.world)
+    tokenizer = Tokenizer.load(run.data.tokenizer)
+    _check_vocabulary(run, tokenizer)
+    manifests = tuple(load_manifest(url) for url in run.data.train)
+    engine = build_engine(run, environment, batch_plan)
+    _make_run_folder(run, out, engine, tokenizer, batch_plan)
+    pairs = sum(manifest.total_samples for manifest in manifests)
+    logger.info("%s: %d ranks, %d pairs in %d manifests", run.name, environment.world, pairs, len(manifests))
+    return Parts(run=run, out=out, environment=environment, batch_plan=batch_plan, engine=engine,
+                 tokenizer=tokenizer, manifests=manifests)
+
+
+def build_engine(run: RunConfig, environment: RankEnvironment, batch_plan: BatchPlan) -> TrainEngine:
+    """The model with its first values, on this rank's engine. Collective unless the engine is plain."""
+    if run.parallel.engine == "plain":
+        plain = Layout(world=1, expert_parallel=1, zero_stage=-1, precision=run.precision.compute,
+                       num_experts=run.moe.num_experts)
+        return PlainEngine(build_model(run), run.optim, plain, environment.device)
+    path = profile_path(run.parallel.deepspeed)
+    profile = load_profile(path)
+    layout = Layout(
+        world=environment.world,
+        expert_parallel=run.parallel.expert_parallel,
+        zero_stage=zero_stage(profile, path),
+        precision=run.precision.compute,
+        num_experts=run.moe.num_experts,
+    )
+    start_process_group(environment, run.parallel.timeout_seconds)
+    # Imported late: DeepSpeed takes seconds to import and wants the accelerator chosen first.
+    from pretrain.parallel.deepspeed_engine import DeepSpeedEngine
+    from pretrain.parallel.deepspeed_moe import expert_parallel_layers
+
+    model = build_model(
+        run,
+        make_moe_layer=expert_parallel_layers(layout, environment.rank),
+        first_expert=layout.first_expert(environment.rank),
+    )
+    config = resolve(run, profile, path, Path(CONFIG_FILE), batch_plan)
+    return DeepSpeedEngine(model, run.optim, layout, environment.device, config)
+
+
+def _check_vocabulary(run: RunConfig, tokenizer: Tokenizer) -> None:
+    if tokenizer.vocab_size != run.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size is {run.model.vocab_size}, but the tokenizer {run.data.tokenizer} has "
+            f"{tokenizer.vocab_size} pieces; set model.vocab_size={tokenizer.vocab_size}"
+        )
+
+
+def _make_run_folder(
+    run: RunConfig, out: Path, engine: TrainEngine, tokenizer: Tokenizer, batch_plan: BatchPlan
+) -> None:
+    """Write the resolved settings beside the run; refuse a folder trained with another tokenizer."""
+    problem = ""
+    if engine.rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        kept = out / TOKENIZER_FILE
+        if kept.exists() and Tokenizer.load(str(kept)).fingerprint != tokenizer.fingerprint:
+            problem = (
+                f"{out} was trained with another tokenizer ({kept}) than data.tokenizer "
+                f"({run.data.tokenizer}); its token numbers would mean other words. Give the run its own "
+                f"tokenizer, or start in another folder"
+            )
+        else:
+            if not kept.exists():
+                shutil.copyfile(run.data.tokenizer, kept)
+            (out / CONFIG_FILE).write_text(dump_yaml(run), encoding="utf-8")
+            _write_deepspeed(run, out, batch_plan)
+    problem = engine.broadcast_json(problem)
+    if problem:
+        raise TokenizerError(problem)
+
+
+def _write_deepspeed(run: RunConfig, out: Path, batch_plan: BatchPlan) -> None:
+    if run.parallel.engine == "plain":
+        return
+    path = profile_path(run.parallel.deepspeed)
+    resolved = resolve(run, load_profile(path), path, out / CONFIG_FILE, batch_plan)
+    (out / DEEPSPEED_FILE).write_text(json.dumps(resolved, indent=2) + "\n", encoding="utf-8")

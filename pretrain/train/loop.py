@@ -1,0 +1,106 @@
+"""The training loop: what happens at every step, in the order it happens."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+from data_pipeline.plan import LoaderState
+from data_pipeline.samples import Batch
+from pretrain.checkpoint.reader import load_latest
+from pretrain.checkpoint.writer import save
+from pretrain.optim.schedule import learning_rate
+from pretrain.train.build import Parts
+from pretrain.train.metrics import BadSamples, RankReport, Window
+from pretrain.train.pictures import PictureBook
+from pretrain.train.random_state import get_random_state, set_random_state
+from pretrain.train.reporter import Reporter
+from pretrain.train.signals import StopFlag
+from pretrain.train.state import TrainState
+from pretrain.train.step import train_step
+
+logger = logging.getLogger(__name__)
+
+
+def train(parts: Parts) -> TrainState:
+    """Train until `schedule.total_steps`, or until asked to stop; always leaves a checkpoint. Collective."""
+    state = _resume(parts)
+    if state.step >= parts.run.schedule.total_steps:
+        logger.info("%s is complete: step %d of %d", parts.out, state.step, parts.run.schedule.total_steps)
+        return state
+    reporter = Reporter(parts.out, parts.run, state.step) if parts.engine.rank == 0 else None
+    loader = parts.open_loader(state.loader)
+    try:
+        with StopFlag() as stop:
+            return _train_on(parts, loader.steps(), state, reporter, stop)
+    finally:
+        loader.close()
+        if reporter is not None:
+            reporter.close()
+
+
+def _train_on(
+    parts: Parts,
+    steps: Iterator[tuple[list[Batch], LoaderState]],
+    state: TrainState,
+    reporter: Reporter | None,
+    stop: StopFlag,
+) -> TrainState:
+    """The loop itself."""
+    run, engine = parts.run, parts.engine
+    window, bad = Window(run, engine.world, engine.device), BadSamples(run.data.max_bad_share)
+    pictures = PictureBook.open(parts)
+    while state.step < run.schedule.total_steps:
+        waiting_since = time.perf_counter()
+        batches, loader_state = next(steps)
+        waited = time.perf_counter() - waiting_since
+        rate = learning_rate(state.step, run.schedule, run.optim.lr)
+        result = train_step(
+            engine, batches, run.loss, pairs_per_forward=run.batch.pairs_per_forward, learning_rate=rate
+        )
+        state = replace(
+            state, step=state.step + 1, samples_seen=state.samples_seen + result.pairs, loader=loader_state
+        )
+        window.add(result, waited, [problem for batch in batches for problem in batch.problems])
+        stopping = not engine.agree(not stop.is_set)
+        last = stopping or state.step == run.schedule.total_steps
+        if last or state.step % run.log.every_steps == 0:
+            reports = [RankReport.from_json(r) for r in engine.gather_json(window.rank_report().to_json())]
+            if reporter is not None:
+                reporter.bad_samples([problem for report in reports for problem in report.problems])
+                reporter.step(state.step, *window.summary(state, reports, rate))
+            window.restart()
+            bad.add(reports, read=state.loader.position)
+        if pictures is not None and pictures.is_due(state.step, last=last):
+            pictures.show(reporter, state.step)
+        if last or (run.checkpoint.every_steps and state.step % run.checkpoint.every_steps == 0):
+            _save(parts, state)
+            window.skip_pause()
+        if stopping:
+            logger.warning("asked to stop: saved step %d; start the same command again to go on", state.step)
+            break
+    return state
+
+
+def _resume(parts: Parts) -> TrainState:
+    """The newest checkpoint of the run folder, or the beginning."""
+    resumed = load_latest(parts.engine, parts.out / "checkpoints")
+    if resumed is None:
+        return TrainState(loader=LoaderState(seed=parts.run.seed, position=0))
+    state = TrainState.from_json(resumed.state["train"])
+    set_random_state(resumed.rank_state["random"])
+    logger.info("resumed from %s: step %d, %d pairs seen", resumed.path, state.step, state.samples_seen)
+    return state
+
+
+def _save(parts: Parts, state: TrainState) -> None:
+    save(
+        parts.engine,
+        root=parts.out / "checkpoints",
+        step=state.step,
+        state_json={"train": state.to_json(), "tokenizer": parts.tokenizer.fingerprint},
+        rank_state={"random": get_random_state()},
+        keep=parts.run.checkpoint.keep,
+    )

@@ -1,0 +1,172 @@
+"""From step results to the numbers that people watch.
+
+Every rank keeps a `Window` of the steps since the last report; rank 0 turns it, with a small report of each
+rank, into metrics and tables.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from data_pipeline.common.errors import DataError
+from data_pipeline.samples import SampleProblem
+from pretrain.config.schema import RunConfig
+from pretrain.model.count import count_flops
+from pretrain.moe.statistics import MODALITIES
+from pretrain.train.state import TrainState
+from pretrain.train.step import StepResult
+
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
+"""Dense bf16 peak of GPUs by a part of their name, FLOP/s (vendors' data sheets), for MFU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankReport:
+    """What one rank has to tell about the steps since the last report."""
+
+    wait_seconds: float
+    """Mean wait for data per step."""
+    memory_gib: float
+    """Largest memory held so far: of the GPU, or resident on CPU."""
+    problems: tuple[SampleProblem, ...]
+    """Bad samples this rank met."""
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object."""
+        return {"wait": self.wait_seconds, "memory": self.memory_gib, "problems": [list(p) for p in self.problems]}
+
+    @staticmethod
+    def from_json(value: dict[str, Any]) -> RankReport:
+        """Read what `to_json` gave."""
+        problems = tuple(SampleProblem(*problem) for problem in value["problems"])
+        return RankReport(wait_seconds=value["wait"], memory_gib=value["memory"], problems=problems)
+
+
+class Window:
+    """The steps since the last report."""
+
+    def __init__(self, run: RunConfig, world: int, device: torch.device) -> None:
+        self._run, self._world, self._device = run, world, device
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a new window now."""
+        self._since = time.perf_counter()
+        self._results: list[StepResult] = []
+        self._waited = 0.0
+        self._problems: list[SampleProblem] = []
+
+    def skip_pause(self) -> None:
+        """Do not count the time since the last step (a checkpoint, pictures) as training."""
+        if not self._results:
+            self._since = time.perf_counter()
+
+    def add(self, result: StepResult, waited: float, problems: list[SampleProblem]) -> None:
+        """Count one step."""
+        self._results.append(result)
+        self._waited += waited
+        self._problems += problems
+
+    def rank_report(self) -> RankReport:
+        """This rank's part."""
+        return RankReport(
+            wait_seconds=self._waited / max(1, len(self._results)),
+            memory_gib=_memory_gib(self._device),
+            problems=tuple(self._problems),
+        )
+
+    def summary(
+        self, state: TrainState, reports: list[RankReport], rate: float
+    ) -> tuple[dict[str, float], dict[str, np.ndarray[Any, Any]]]:
+        """Metrics by name and tables by name, over the window; losses are those of its mean."""
+        seconds = max(1e-9, time.perf_counter() - self._since)
+        results, last = self._results, self._results[-1]
+        pairs, tokens = sum(r.pairs for r in results), sum(r.tokens for r in results)
+        metrics = {f"loss/{name}": float(np.mean([r.losses[name] for r in results])) for name in last.losses}
+        metrics |= {
+            "loss/logit_scale": last.logit_scale,
+            "optim/lr": rate,
+            "optim/grad_norm": float(np.mean([r.grad_norm for r in results])),
+            "perf/samples_per_second": pairs / seconds,
+            "perf/tokens_per_second": tokens / seconds,
+            "perf/seconds_per_step": seconds / len(results),
+            "perf/flops_per_second": self._flops(pairs, tokens) / seconds,
+            "perf/memory_gib": max(report.memory_gib for report in reports),
+            "data/wait_seconds": max(report.wait_seconds for report in reports),
+            "data/samples_seen": float(state.samples_seen),
+            "data/epoch_position": float(state.loader.position),
+        }
+        peak = _peak_flops(self._device)
+        if peak:
+            metrics["perf/mfu"] = metrics["perf/flops_per_second"] / (peak * self._world)
+        choices_LME = torch.stack([r.choices_LME for r in results]).sum(dim=0).numpy()
+        return metrics | self._moe_metrics(choices_LME, last), {"moe/tokens_per_expert": choices_LME}
+
+    def _flops(self, pairs: int, tokens: int) -> float:
+        """Forward and backward FLOPs of the window, for the text lengths that it really had."""
+        model = self._run.model
+        text_tokens = tokens / max(1, pairs) - model.num_patches
+        return pairs * count_flops(model, self._run.moe, text_tokens=max(0.0, text_tokens)).training
+
+    def _moe_metrics(self, choices_LME: np.ndarray[Any, Any], last: StepResult) -> dict[str, float]:
+        """Balance of each layer: busiest and idlest expert against a fair share, and router entropy."""
+        metrics = {}
+        for row, block in enumerate(self._run.moe.blocks(self._run.model.num_blocks)):
+            load_E = choices_LME[row].sum(axis=0)
+            fair = max(1.0, float(load_E.mean()))
+            metrics[f"moe/max_over_mean_load/layer_{block:02d}"] = float(load_E.max()) / fair
+            metrics[f"moe/min_over_mean_load/layer_{block:02d}"] = float(load_E.min()) / fair
+            for column, modality in enumerate(MODALITIES):
+                metrics[f"moe/entropy/layer_{block:02d}/{modality}"] = float(last.entropy_LM[row, column])
+        return metrics
+
+
+class BadSamples:
+    """Counts the bad samples of all ranks and stops the run when they are too many; the same on every rank."""
+
+    AT_LEAST = 100
+
+    def __init__(self, max_share: float) -> None:
+        self._max_share, self._bad, self._first = max_share, 0, ""
+
+    def add(self, reports: list[RankReport], *, read: int) -> None:
+        """Count the problems of a window.
+
+        Args:
+            reports: Of all ranks.
+            read: Samples read since the beginning of training.
+
+        Raises:
+            DataError: More than the allowed share of what was read, and at least 100 samples, were bad.
+        """
+        problems = [problem for report in reports for problem in report.problems]
+        if problems and not self._first:
+            self._first = "{0.shard}, sample {0.key!r}: {0.reason} ({0.detail})".format(problems[0])
+        self._bad += len(problems)
+        if self._bad >= self.AT_LEAST and self._bad > self._max_share * read:
+            raise DataError(
+                f"{self._bad} of about {read} samples were bad, more than data.max_bad_share "
+                f"({self._max_share:g}); the first: {self._first}. All are named in bad_samples.jsonl of the "
+                f"run folder. Mend the shards, or allow more with data.max_bad_share"
+            )
+
+
+def _memory_gib(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def _peak_flops(device: torch.device) -> float | None:
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)

@@ -1,0 +1,49 @@
+"""Sample pictures with the captions that the model writes, for TensorBoard."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from data_pipeline.loader import read_all
+from data_pipeline.manifest import load_manifest
+from data_pipeline.samples import Batch
+from pretrain.evaluate.generation import write_captions
+from pretrain.train.build import Parts
+from pretrain.train.reporter import Reporter
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureBook:
+    """A few fixed pictures. All ranks write captions for the same ones, since experts live on all ranks."""
+
+    parts: Parts
+    batch: Batch
+
+    @staticmethod
+    def open(parts: Parts) -> PictureBook | None:
+        """The first pictures of the first held-out set, or of the training data; None when turned off."""
+        run = parts.run
+        if not run.log.pictures_every_steps or not run.log.num_pictures:
+            return None
+        source = load_manifest(run.eval.sets[0].shards) if run.eval.sets else parts.manifests[0]
+        batches = read_all(
+            source, tokenizer=parts.tokenizer, data=run.data, image_size=run.model.image_size,
+            text_length=run.model.text_length, pairs_per_forward=run.log.num_pictures,
+        )
+        return PictureBook(parts=parts, batch=next(iter(batches)))
+
+    def is_due(self, step: int, *, last: bool) -> bool:
+        """Whether pictures are shown after this step."""
+        return last or step % self.parts.run.log.pictures_every_steps == 0
+
+    def show(self, reporter: Reporter | None, step: int) -> None:
+        """Write captions and show them. Collective."""
+        parts, engine = self.parts, self.parts.engine
+        tokenizer = parts.tokenizer
+        ids = write_captions(
+            engine.model, self.batch.images.to(engine.device), start_id=tokenizer.start_id,
+            end_id=tokenizer.end_id, max_length=parts.run.model.text_length,
+        )
+        written = [tokenizer.decode(tokens) for tokens in ids]
+        if reporter is not None:
+            reporter.pictures(step, self.batch.images.numpy(), written, list(self.batch.captions))

@@ -1,0 +1,160 @@
+"""DeepSpeed's settings: resolved dicts must not drift, and no key may have two owners.
+
+After an intended change, write the golden files anew: `WRITE_GOLDEN=1 pytest PATH_OF_THIS_FILE`, and
+read the difference before it is committed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_pipeline.common.errors import ConfigError
+from pretrain.config.batch import plan_batch
+from pretrain.config.presets import load_run
+from pretrain.config.schema import RunConfig
+from pretrain.parallel.deepspeed_config import (
+    JSON_KEYS,
+    YAML_KEYS,
+    load_profile,
+    profile_path,
+    resolve,
+    resolve_for,
+    zero_stage,
+)
+
+ROOT = Path(__file__).resolve().parents[3]
+GOLDEN = ROOT / "tests" / "golden" / "deepspeed"
+PROFILES = sorted(path.stem for path in (ROOT / "ds_configs").glob("*.json"))
+RUN_PATH = Path("run.yaml")
+
+
+def _run(*overrides: str) -> RunConfig:
+    return load_run("tiny", overrides)
+
+
+def _resolve(profile: dict[str, Any], run: RunConfig | None = None, world: int = 2) -> dict[str, Any]:
+    run = run or _run()
+    plan = plan_batch(run.batch.pairs_per_step, run.batch.pairs_per_forward, world)
+    return resolve(run, profile, Path("my.json"), RUN_PATH, plan)
+
+
+def _compare(name: str, resolved: dict[str, Any]) -> None:
+    path = GOLDEN / f"{name}.json"
+    text = json.dumps(resolved, indent=2) + "\n"
+    if os.environ.get("WRITE_GOLDEN"):
+        path.write_text(text)
+    assert text == path.read_text()
+
+
+def test_the_profiles_are_there() -> None:
+    assert PROFILES == ["zero0", "zero1", "zero2", "zero2_offload", "zero3"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("profile", PROFILES)
+def test_each_profile_resolves_as_before(profile: str, precision: str) -> None:
+    run = _run(f"parallel.deepspeed={profile}", f"precision.compute={precision}", "optim.clip_norm=0.5")
+    plan = plan_batch(run.batch.pairs_per_step, run.batch.pairs_per_forward, 2)
+    _compare(f"{profile}-{precision}", resolve_for(run, RUN_PATH, plan))
+
+
+@pytest.mark.parametrize(("preset", "world"), [("s16", 8), ("b16", 16), ("l16", 64), ("h14", 64)])
+def test_each_preset_resolves_as_before(preset: str, world: int) -> None:
+    run = load_run(preset)
+    plan = plan_batch(run.batch.pairs_per_step, run.batch.pairs_per_forward, world)
+    _compare(f"preset-{preset}", resolve_for(run, RUN_PATH, plan))
+
+
+def test_stage_0_leaves_precision_and_clipping_to_the_engine() -> None:
+    resolved = _resolve({"zero_optimization": {"stage": 0}}, _run("precision.compute=bf16", "optim.clip_norm=0.5"))
+    assert "bf16" not in resolved and resolved["gradient_clipping"] == 0.0
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_higher_stages_take_both_from_the_yaml(stage: int) -> None:
+    profile = {"zero_optimization": {"stage": stage}}
+    resolved = _resolve(profile, _run("precision.compute=bf16", "optim.clip_norm=0.5"))
+    assert resolved["bf16"] == {"enabled": True} and resolved["gradient_clipping"] == 0.5
+    assert "bf16" not in _resolve(profile, _run())
+
+
+def test_the_batch_keys_agree_with_each_other() -> None:
+    resolved = _resolve({"zero_optimization": {"stage": 1}}, world=2)
+    assert (resolved["train_micro_batch_size_per_gpu"] * resolved["gradient_accumulation_steps"] * 2
+            == resolved["train_batch_size"] == 256)
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    ("train_batch_size", 256), ("gradient_clipping", 1.0), ("bf16", {"enabled": True}),
+    ("optimizer", {"type": "AdamW"}), ("train_micro_batch_size_per_gpu", 1), ("scheduler", {}),
+])
+def test_a_key_with_two_owners_names_both_files(key: str, value: object) -> None:
+    with pytest.raises(ConfigError) as caught:
+        _resolve({"zero_optimization": {"stage": 1}, key: value})
+    text = str(caught.value)
+    assert f"{key} has two owners: my.json sets it to" in text and f"run.yaml sets it by {YAML_KEYS[key]}" in text
+
+
+def test_auto_asks_the_yaml() -> None:
+    plain = _resolve({"zero_optimization": {"stage": 1}})
+    asked = _resolve({"zero_optimization": {"stage": 1}, "train_batch_size": "auto", "gradient_clipping": "auto",
+                      "bf16": "auto", "optimizer": "auto"})
+    assert asked == plain
+
+
+@pytest.mark.parametrize(("profile", "part"), [
+    ({"zero_optimization": {"stage": 1, "reduce_bucket_size": "auto"}},
+     'zero_optimization.reduce_bucket_size is "auto", but the run has no setting for it'),
+    ({"zero_optimization": {"stage": 1}, "zero_optimisation": {}}, "did you mean 'zero_optimization'?"),
+    ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage is 4, but must be 0, 1, 2 or 3"),
+    ({"zero_optimization": {"stage": True}}, "zero_optimization.stage is True"),
+    ({}, "zero_optimization.stage is None"),
+])
+def test_profiles_that_are_refused(profile: dict[str, Any], part: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        _resolve(profile)
+    assert part in str(caught.value) and "my.json" in str(caught.value)
+
+
+def test_all_problems_of_a_profile_are_told_at_once() -> None:
+    with pytest.raises(ConfigError, match="2 problems"):
+        _resolve({"zero_optimization": {"stage": 1}, "gradient_clipping": 1, "nonsense": 1})
+
+
+def test_the_profile_is_not_changed_and_not_shared() -> None:
+    profile = {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}
+    before = json.dumps(profile)
+    _resolve(profile)["zero_optimization"]["offload_optimizer"]["device"] = "nvme"
+    assert json.dumps(profile) == before
+
+
+def test_a_profile_is_found_by_name_and_by_path(tmp_path: Path) -> None:
+    assert profile_path("zero2") == ROOT / "ds_configs" / "zero2.json"
+    mine = tmp_path / "mine.json"
+    mine.write_text('{"zero_optimization": {"stage": 3}}')
+    assert profile_path(str(mine)) == mine
+    assert zero_stage(load_profile(mine), mine) == 3
+    with pytest.raises(ConfigError, match=r"no such JSON file, and no profile .*did you mean 'zero1'\?"):
+        profile_path("zer01")
+
+
+@pytest.mark.parametrize(("text", "part"), [
+    ("{", "cannot read the DeepSpeed profile"), ("[]", "is a JSON object"), ('{"a": 1, "a": 2}', "given twice"),
+])
+def test_files_that_are_no_profile(tmp_path: Path, text: str, part: str) -> None:
+    path = tmp_path / "p.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_profile(path)
+    assert part in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_no_key_has_two_owners_in_the_tables_and_the_readme_lists_all() -> None:
+    assert not JSON_KEYS & set(YAML_KEYS)
+    readme = (ROOT / "ds_configs" / "README.md").read_text()
+    assert [key for key in [*YAML_KEYS, *JSON_KEYS] if f"`{key}`" not in readme] == []

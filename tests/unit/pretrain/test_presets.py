@@ -1,0 +1,78 @@
+"""Run files and presets: each loads, and mistakes are told with their nearest right form."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.common.config import dump_yaml
+from data_pipeline.common.errors import ConfigError
+from pretrain.config.presets import load_run, preset_names, preset_path
+from pretrain.config.schema import RunConfig
+from pretrain.config.validate import problems
+
+
+def test_the_presets_are_there() -> None:
+    assert preset_names() == ("b16", "h14", "l16", "s16", "tiny")
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_a_preset_loads_fits_eight_ranks_and_survives_a_round_trip(name: str, tmp_path: Path) -> None:
+    run = load_run(name, ["batch.pairs_per_forward=32"] if name == "tiny" else [])
+    assert run.name == name
+    assert problems(run, 8) == []
+    (tmp_path / "config.yaml").write_text(dump_yaml(run))
+    assert load_run(tmp_path / "config.yaml") == run
+
+
+@pytest.mark.parametrize(("name", "lr", "pairs_per_step", "experts_per_token"), [
+    ("tiny", 1e-3, 256, 2), ("s16", 1e-3, 8192, 3), ("b16", 1e-3, 16384, 3), ("l16", 5e-4, 32768, 3),
+    ("h14", 4e-4, 32768, 7),
+])
+def test_the_numbers_of_the_table_of_sizes(
+    name: str, lr: float, pairs_per_step: int, experts_per_token: int
+) -> None:
+    run = load_run(name)
+    assert (run.optim.lr, run.batch.pairs_per_step) == (lr, pairs_per_step)
+    assert (run.moe.shared_experts, run.moe.experts_per_token) == (1, experts_per_token)
+    assert (run.model.vocab_size, run.model.text_length) == (32000, 64)
+
+
+def test_a_run_file_extends_a_preset_and_the_command_line_wins(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("extends: tiny\nname: mine\noptim: {lr: 2e-3, weight_decay: 0.2}\n")
+    run = load_run(path, ["optim.lr=3e-4", "data.train=[a, b]"])
+    assert (run.name, run.optim.lr, run.optim.weight_decay) == ("mine", 3e-4, 0.2)
+    assert run.data.train == ("a", "b")
+    assert run.model == load_run("tiny").model
+
+
+def test_a_file_wins_over_a_preset_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("tiny").write_text("name: local\n")
+    assert load_run("tiny").name == "local"
+
+
+def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("")
+    assert load_run(tmp_path / "run.yaml") == RunConfig()
+
+
+def test_an_unknown_preset_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"b61: no such file, and no preset either .*did you mean 'b16'\?"):
+        load_run("b61")
+    assert preset_path("../schema") is None
+
+
+def test_an_unknown_key_names_the_nearest_and_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("moe: {experts_per_tokn: 2}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_run(path)
+    assert str(caught.value) == f"{path}: moe.experts_per_tokn: no such setting; did you mean 'experts_per_token'?"
+
+
+def test_an_unknown_key_of_the_command_line_is_told_too() -> None:
+    with pytest.raises(ConfigError, match=r"command line: lr: no such setting; did you mean 'optim.lr'\?"):
+        load_run("tiny", ["lr=1"])

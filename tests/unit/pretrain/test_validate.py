@@ -1,0 +1,72 @@
+"""Contradictions in a run: every one is told, all at once, with what to do."""
+
+from __future__ import annotations
+
+import pytest
+
+from data_pipeline.common.errors import ConfigError
+from pretrain.config.presets import load_run
+from pretrain.config.validate import check, problems, training_problems
+
+
+def test_a_good_run_has_no_problem() -> None:
+    assert problems(load_run("tiny"), 2) == []
+
+
+@pytest.mark.parametrize(("overrides", "world", "part"), [
+    (["batch.pairs_per_step=100"], 2, "batch.pairs_per_step is 100, not a positive multiple of "
+     "batch.pairs_per_forward (64) x 2 ranks = 128; the nearest that is: batch.pairs_per_step=128, "
+     "or batch.pairs_per_forward=50"),
+    (["parallel.expert_parallel=16"], 16, "more ranks than the 8 experts (moe.num_experts) can be split over; "
+     "use at most 8 with 16 ranks"),
+    (["parallel.expert_parallel=3"], 3, "does not divide moe.num_experts (8); possible: 1, 2, 4, 8"),
+    (["parallel.expert_parallel=4"], 2, "does not divide the 2 ranks started; start a multiple of 4, or use 2"),
+    (["parallel.expert_parallel=0"], 1, "must be at least 1"),
+    (["parallel.expert_parallel=2", "moe.start=4"], 2, "no block has experts"),
+    (["parallel.engine=plain"], 2, "one process, but 2 ranks were started"),
+    (["optim.lr=0"], 1, "optim.lr is 0.0, but must be above 0"),
+    (["optim.betas=[0.9, 1]"], 1, "optim.betas is [0.9, 1.0], but must be in 0..1"),
+    (["loss.caption_weight=0", "loss.contrastive_weight=0"], 1, "nothing would be learned"),
+    (["loss.logit_scale_init=200"], 1, "at most loss.logit_scale_max (100.0)"),
+    (["loss.balance_weight=-1"], 1, "loss.balance_weight is -1.0, below 0"),
+    (["batch={pairs_per_step: 1, pairs_per_forward: 1}"], 1, "contrast needs other pairs"),
+    (["schedule={kind: wsd, warmup_steps: 900, decay_share: 0.2}"], 1, "longer than schedule.total_steps (1000)"),
+    (["data.caption_keys=['json:']"], 1, "write txt, or json:FIELD"),
+    (["data.caption_weights=[0]"], 1, "at least 0 and not all 0"),
+    (["data.augment.crop_scale=[0.9, 0.5]"], 1, "the smaller first"),
+    (["data.augment.crop_scale=[0.9, 1.5]"], 1, "a crop keeps at most 1"),
+    (["eval.sets=[{name: a, shards: x}, {name: a, shards: y}]"], 1, "2 sets called 'a'"),
+    (["eval.sets=[{name: a/b, shards: x}]"], 1, "use letters, digits"),
+    (["eval.sets=[{name: a, shards: ''}]"], 1, "has no shards"),
+    (["eval.sets=[{name: a, shards: t}]", "data.train=[t]"], 1, "is not held out"),
+    (["precision.compute=bf16", "moe.expert_width=60"], 1, "multiple of 8, or set moe.backend=loop"),
+    (["data.prefetch=0"], 1, "data.prefetch is 0, but must be at least 1"),
+])
+def test_each_contradiction_is_one_problem(overrides: list[str], world: int, part: str) -> None:
+    if world > 2:
+        overrides = [*overrides, "batch={pairs_per_step: 480, pairs_per_forward: 1}"]
+    elif world == 1:
+        overrides = ["batch.pairs_per_step=64", *overrides]
+    found = problems(load_run("tiny", overrides), world)
+    assert len(found) == 1 and part in found[0]
+
+
+def test_the_backend_without_alignment_takes_any_width() -> None:
+    run = load_run("tiny", ["precision.compute=bf16", "moe={expert_width: 60, backend: loop}"])
+    assert problems(run, 1) == []
+
+
+def test_all_problems_come_in_one_error() -> None:
+    run = load_run("tiny", ["batch.pairs_per_step=100", "parallel.expert_parallel=16", "optim.lr=0"])
+    with pytest.raises(ConfigError) as caught:
+        check(run, 2, source="run.yaml")
+    text = str(caught.value)
+    # The three above, and the shards and the tokenizer that training needs.
+    assert text.startswith("run.yaml: 5 problems:") and text.count("\n  - ") == 5
+
+
+def test_only_training_needs_shards_and_a_tokenizer() -> None:
+    run = load_run("tiny")
+    check(run, 2, training=False)
+    assert [problem.split(" ")[0] for problem in training_problems(run)] == ["data.train", "data.tokenizer"]
+    assert training_problems(load_run("tiny", ["data.train=[a]", "data.tokenizer=t"])) == []
