@@ -59,7 +59,7 @@ class Sources:
     """Where batches come from: plain facts, so that a worker can open everything itself."""
 
     manifests: tuple[Manifest, ...]
-    tokenizer_path: str
+    tokenizer: Tokenizer
     cache_dir: str
     verify: bool
     timeout_seconds: float
@@ -71,10 +71,10 @@ class BatchMaker(Dataset[Batch | Failure]):
 
     def __init__(self, sources: Sources, recipe: Recipe, schedule: Schedule) -> None:
         self._sources, self._recipe, self._schedule = sources, recipe, schedule
-        self._tools: tuple[Reader, Tokenizer] | None = None
+        self._reader: Reader | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_tools": None}  # open files stay in their process
+        return self.__dict__ | {"_reader": None}  # open files stay in their process
 
     def __getitem__(self, number: int) -> Batch | Failure:
         try:
@@ -90,7 +90,7 @@ class BatchMaker(Dataset[Batch | Failure]):
                 named in the batch's `problems`.
         """
         start = time.perf_counter()
-        reader, tokenizer = self._opened()
+        reader, tokenizer = self._opened(), self._sources.tokenizer
         items: list[Item] = []
         problems: list[SampleProblem] = []
         for epoch, shard, index in self._schedule.refs(number):
@@ -108,8 +108,8 @@ class BatchMaker(Dataset[Batch | Failure]):
             pad_id=tokenizer.pad_id,
         )._replace(seconds=time.perf_counter() - start)
 
-    def _opened(self) -> tuple[Reader, Tokenizer]:
-        if self._tools is None:
+    def _opened(self) -> Reader:
+        if self._reader is None:
             known = self._sources
             store = ShardStore(
                 known.manifests,
@@ -118,8 +118,8 @@ class BatchMaker(Dataset[Batch | Failure]):
                 timeout_seconds=known.timeout_seconds,
                 max_open=known.max_open,
             )
-            self._tools = Reader(store), Tokenizer.load(known.tokenizer_path)
-        return self._tools
+            self._reader = Reader(store)
+        return self._reader
 
 
 class BatchStream:

@@ -23,10 +23,8 @@ from data_pipeline.manifest import Manifest
 from data_pipeline.plan import LoaderState, Plan, micro_batch_positions, micro_batches_per_step
 from data_pipeline.recipe import Recipe
 from data_pipeline.samples import Batch, SampleRef
+from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.transforms import AugmentSettings
-
-MIN_BAD_SAMPLES = 100
-"""Bad samples before their share is judged: a few are no verdict."""
 
 
 class DataSettings(Protocol):
@@ -48,8 +46,6 @@ class DataSettings(Protocol):
     def cache_dir(self) -> str: ...
     @property
     def verify_shards(self) -> bool: ...
-    @property
-    def max_bad_share(self) -> float: ...
     @property
     def timeout_seconds(self) -> float: ...
 
@@ -90,6 +86,7 @@ class Loader:
         Raises:
             ConfigError: The batch does not split, or the state is of another seed.
             DataError: The state was saved with other shards or another shuffle window.
+            TokenizerError: There is no tokenizer at `tokenizer_path`.
         """
         self._micro_batches = micro_batches_per_step(pairs_per_step, pairs_per_forward, world)
         self._pairs_per_step = pairs_per_step
@@ -116,7 +113,7 @@ class Loader:
         )
         sources = Sources(
             manifests=tuple(manifests),
-            tokenizer_path=tokenizer_path,
+            tokenizer=Tokenizer.load(tokenizer_path),
             cache_dir=data.cache_dir,
             verify=data.verify_shards,
             timeout_seconds=data.timeout_seconds,
@@ -125,14 +122,13 @@ class Loader:
         )
         self._maker = BatchMaker(sources, recipe, schedule)
         self._stream: BatchStream | None = None
-        self._read = self._bad = 0
 
     def steps(self) -> Iterator[tuple[list[Batch], LoaderState]]:
         """This rank's micro-batches of each step, and the state after it; goes on where it was left.
 
         Raises:
-            DataError: A shard is missing or not the manifest's, too many samples are bad
-                (`max_bad_share`), or nothing came in time.
+            DataError: A shard is missing or not the manifest's, or nothing came in time. Bad samples
+                are no error: they are in each batch's `problems`.
         """
         if self._stream is None:
             self._stream = BatchStream(
@@ -146,7 +142,6 @@ class Loader:
             batches = list(itertools.islice(self._stream, self._micro_batches))
             if len(batches) < self._micro_batches:
                 return  # closed
-            self._judge(batches)
             self._state = replace(self._state, position=self._state.position + self._pairs_per_step)
             yield batches, self._state
 
@@ -155,56 +150,38 @@ class Loader:
         if self._stream is not None:
             self._stream.close()
 
-    def _judge(self, batches: list[Batch]) -> None:
-        """Stop when too many samples are bad: something is wrong with all of the data."""
-        problems = [problem for batch in batches for problem in batch.problems]
-        self._bad += len(problems)
-        self._read += len(problems) + sum(len(batch.keys) for batch in batches)
-        if problems and self._bad >= MIN_BAD_SAMPLES and self._bad > self._data.max_bad_share * self._read:
-            last = problems[-1]
-            self.close()
-            raise DataError(
-                f"{self._bad} of {self._read} samples that this rank read were bad, more than "
-                f"data.max_bad_share ({self._data.max_bad_share:g}) allows; the last: {last.shard}, sample "
-                f"{last.key!r}: {last.reason}: {last.detail}"
-            )
-
 
 def read_all(
     manifest: Manifest,
     *,
-    tokenizer_path: str,
+    tokenizer: Tokenizer,
+    data: DataSettings,
     image_size: int,
     text_length: int,
     pairs_per_forward: int,
-    caption_keys: Sequence[str] = ("txt",),
     indices: Sequence[int] | None = None,
     rank: int = 0,
     world: int = 1,
     workers: int = 0,
-    cache_dir: str = "",
-    verify_shards: bool = True,
-    timeout_seconds: float = 300.0,
 ) -> Iterator[Batch]:
     """Every sample once, in the manifest's order, without augmentation and with its first caption.
 
     Args:
         manifest: The shards.
-        tokenizer_path: SentencePiece model file.
+        tokenizer: Turns captions into ids.
+        data: Where captions are (the first key that has one counts), and how shards are read; its
+            `augment`, `shuffle_window`, `workers` and `prefetch` are for training only.
         image_size: Side of the square pictures, pixels.
         text_length: Most text positions, marks included.
-        pairs_per_forward: Pairs of a batch; the last may have fewer.
-        caption_keys: Where captions are; the first that has one is used, as it is.
+        pairs_per_forward: Samples of a batch, bad ones included; the last may have fewer.
         indices: Only these samples (numbers in the manifest's order), in this order; None is all.
         rank: Gives batches `rank, rank + world, ...` of them; the union over ranks is everything, and
             some ranks may get one batch less.
         world: Ranks that share the work.
         workers: Processes that prepare batches; 0 prepares them here.
-        cache_dir: Where copies of remote shards go.
-        verify_shards: Check each shard's SHA-256.
-        timeout_seconds: Longest wait for one batch or one request.
 
     Raises:
+        ConfigError: `indices` holds numbers of no sample.
         DataError: A shard is missing or not the manifest's.
     """
     numbers = np.arange(manifest.total_samples) if indices is None else np.asarray(indices, dtype=np.int64)
@@ -216,25 +193,24 @@ def read_all(
     recipe = Recipe(
         image_size=image_size,
         text_length=text_length,
-        caption_keys=tuple(caption_keys),
-        caption_weights=(1.0,) * len(caption_keys),
+        caption_keys=tuple(data.caption_keys),
+        caption_weights=tuple(data.caption_weights),
     )
     sources = Sources(
         manifests=(manifest,),
-        tokenizer_path=tokenizer_path,
-        cache_dir=cache_dir,
-        verify=verify_shards,
-        timeout_seconds=timeout_seconds,
+        tokenizer=tokenizer,
+        cache_dir=data.cache_dir,
+        verify=data.verify_shards,
+        timeout_seconds=data.timeout_seconds,
         max_open=16,
     )
     schedule = _ListSchedule(shard_sizes([manifest]), numbers, pairs_per_forward)
-    batches = range(rank, -(-len(numbers) // pairs_per_forward), world)
     stream = BatchStream(
         BatchMaker(sources, recipe, schedule),
-        batches,
+        range(rank, -(-len(numbers) // pairs_per_forward), world),
         workers=workers,
         prefetch=2,
-        timeout_seconds=timeout_seconds,
+        timeout_seconds=data.timeout_seconds,
     )
     try:
         yield from stream

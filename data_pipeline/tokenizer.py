@@ -106,7 +106,9 @@ class Tokenizer:
         return str(self._pieces.id_to_piece(token))
 
 
-def train_tokenizer(captions: Iterable[str], path: str | os.PathLike[str], *, vocab_size: int) -> Tokenizer:
+def train_tokenizer(
+    captions: Iterable[str], path: str | os.PathLike[str], *, vocab_size: int, exact: bool = True
+) -> Tokenizer:
     """Learn a vocabulary and write it, whole or not at all.
 
     The same captions in the same order give the same bytes.
@@ -115,6 +117,7 @@ def train_tokenizer(captions: Iterable[str], path: str | os.PathLike[str], *, vo
         captions: What to learn from; cleaned here, empty ones left out.
         path: Model file to write.
         vocab_size: Ids wanted, the four special ones and the 256 bytes included.
+        exact: Refuse text that is too little for so many; otherwise there are fewer ids.
 
     Raises:
         TokenizerError: There are no captions, or too few to fill `vocab_size`.
@@ -127,6 +130,7 @@ def train_tokenizer(captions: Iterable[str], path: str | os.PathLike[str], *, vo
             model_writer=model,
             model_type="unigram",
             vocab_size=vocab_size,
+            hard_vocab_limit=exact,
             byte_fallback=True,
             # A character in fewer than one of 5,000 places is spelt in bytes: it would cost an id.
             character_coverage=0.9998,
@@ -165,6 +169,7 @@ def train_from_manifest(
     *,
     vocab_size: int,
     keys: Sequence[str] = ("txt",),
+    exact: bool = True,
     timeout_seconds: float = 300.0,
 ) -> Tokenizer:
     """Learn a vocabulary from every caption of a set of shards; see `train_tokenizer`.
@@ -174,6 +179,7 @@ def train_from_manifest(
         path: Model file to write.
         vocab_size: Ids wanted.
         keys: Where captions are: `txt`, `json:FIELD`; all of a list's are used.
+        exact: Refuse text that is too little for `vocab_size`; otherwise there are fewer ids.
         timeout_seconds: Longest wait for one shard of a store.
 
     Raises:
@@ -181,7 +187,8 @@ def train_from_manifest(
         TokenizerError: Its captions cannot fill `vocab_size`.
     """
     found = manifest if isinstance(manifest, Manifest) else load_manifest(manifest)
-    return train_tokenizer(captions_of(found, keys, timeout_seconds), path, vocab_size=vocab_size)
+    captions = captions_of(found, keys, timeout_seconds)
+    return train_tokenizer(captions, path, vocab_size=vocab_size, exact=exact)
 
 
 def captions_of(manifest: Manifest, keys: Sequence[str], timeout_seconds: float = 300.0) -> Iterator[str]:

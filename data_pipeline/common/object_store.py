@@ -42,7 +42,7 @@ class ObjectInfo(NamedTuple):
     etag: str
 
 
-_clients: dict[tuple[str, float], ObjectStore] = {}
+_clients: dict[tuple[str, str, float], ObjectStore] = {}
 _clients_pid: int | None = None
 
 
@@ -157,20 +157,25 @@ def _open(url: str, timeout_seconds: float) -> tuple[ObjectStore, str]:
         raise StorageError(f"{redact(url)}?...: addresses with a query (presigned) are not supported")
     host, _, name = rest.partition("/")
     base = f"{scheme}://{host}"
-    if (base, timeout_seconds) not in _clients:
+    endpoint = _s3_endpoint() if scheme == "s3" else ""
+    known = (base, endpoint, timeout_seconds)
+    if known not in _clients:
         _clients_pid = os.getpid()
         try:
-            _clients[base, timeout_seconds] = _client(scheme, host, timeout_seconds)
+            _clients[known] = _client(scheme, host, endpoint, timeout_seconds)
         except _ERRORS as error:
             raise StorageError(_explain("open", base, error)) from None
-    return _clients[base, timeout_seconds], name
+    return _clients[known], name
 
 
-def _client(scheme: str, host: str, timeout_seconds: float) -> ObjectStore:
+def _s3_endpoint() -> str:
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+
+
+def _client(scheme: str, host: str, endpoint: str, timeout_seconds: float) -> ObjectStore:
     """A new client with explicit time-outs and retries."""
     wait = timedelta(seconds=timeout_seconds)
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
-    plain = scheme == "http" or (scheme == "s3" and endpoint.startswith("http://"))
+    plain = scheme == "http" or endpoint.startswith("http://")
     client: Any = {
         "connect_timeout": min(timedelta(seconds=10), wait),
         "read_timeout": min(timedelta(seconds=60), wait),

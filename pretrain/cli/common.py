@@ -45,7 +45,7 @@ def add_group(subparsers: Subparsers, name: str, *, summary: str) -> Subparsers:
 def add_run(parser: argparse.ArgumentParser) -> None:
     """Take a run file and settings that win over it."""
     parser.add_argument("run", metavar="RUN.yaml",
-                        help="a run file, or the name of a preset: tiny, s16, b16, l16, h14")
+                        help="a run file, or the name of a preset: quickstart, tiny, s16, b16, l16, h14")
     parser.add_argument("overrides", metavar="key=value", nargs="*",
                         help="settings that win over the file, such as optim.lr=3e-4")
     parser.set_defaults(takes_overrides=True)

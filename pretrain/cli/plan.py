@@ -104,7 +104,7 @@ def _render(run: RunConfig, facts: dict[str, Any]) -> str:
     schedule, layout = facts["schedule"], facts["layout"]
     sparse = len(layout["moe_blocks"])
     lines = [
-        ("run", f"{facts['name']} ({facts['run']})"),
+        ("run", f"{facts['name']} ({_near(facts['run'])})"),
         ("parameters", f"{_short(params['total'])} total, {_short(params['active'])} active per token"),
         ("  trunk", f"{_short(params['trunk_total'])} total, {_short(params['trunk_active'])} active per token"),
         ("  rest", f"{_short(params['embeddings'])} embeddings, {_short(params['heads'])} heads"),
@@ -121,10 +121,17 @@ def _render(run: RunConfig, facts: dict[str, Any]) -> str:
                      f"{run.schedule.warmup_steps:,} steps of warm-up"),
         ("layout", f"{_count(layout['world'], 'rank')}; {_experts(layout)}"),
         ("precision", run.precision.compute),
-        ("DeepSpeed", facts["deepspeed_profile"] or "not used (parallel.engine is plain)"),
+        ("DeepSpeed", _near(facts["deepspeed_profile"]) if facts["deepspeed_profile"]
+         else "not used (parallel.engine is plain)"),
     ]
     text = "\n".join(f"{name:<12} {value}" for name, value in lines)
     return text + (f"\n{json.dumps(facts['deepspeed'], indent=2)}" if facts["deepspeed"] else "")
+
+
+def _near(path: str) -> str:
+    """A path from here, when it lies below."""
+    full, here = Path(path).resolve(), Path.cwd()
+    return str(full.relative_to(here)) if full.is_relative_to(here) else path
 
 
 def _experts(layout: dict[str, Any]) -> str:

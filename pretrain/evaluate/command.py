@@ -18,11 +18,21 @@ from data_pipeline.manifest import Manifest, load_manifest
 from data_pipeline.samples import Batch
 from data_pipeline.transforms import eval_transform
 from pretrain.config.schema import EvalSet
-from pretrain.evaluate.judge import evaluate_captions, evaluate_set, judging, write_for
+from pretrain.evaluate.judge import (
+    Picture,
+    choose_samples,
+    evaluate_captions,
+    evaluate_set,
+    judging,
+    write_for,
+)
 from pretrain.evaluate.report import format_examples, format_table, write_json
 from pretrain.evaluate.trained import Trained, load_trained
 
 logger = logging.getLogger(__name__)
+
+SMALL_SET = 20_000
+"""Pairs up to which a set is read without worker processes."""
 
 
 def eval_command(
@@ -78,15 +88,13 @@ def evaluate_sets(trained: Trained, sets: Sequence[EvalSet]) -> dict[str, dict[s
 def evaluate_written(trained: Trained, shards: str, *, name: str) -> dict[str, Any]:
     """Only written captions, on `eval.caption_samples` pictures of a set, the training set for example."""
     manifest = load_manifest(shards)
+    indices = choose_samples(name, manifest.total_samples, trained.run.eval.caption_samples)
     with judging(trained.model):
         return evaluate_captions(
             trained.model,
-            open_set(trained, manifest),
+            open_set(trained, manifest, indices),
             tokenizer=trained.tokenizer,
-            name=name,
-            total=manifest.total_samples,
             text_length=trained.run.model.text_length,
-            caption_samples=trained.run.eval.caption_samples,
             device=trained.device,
         )
 
@@ -105,7 +113,7 @@ def caption_command(run_dir: Path, images: Sequence[Path]) -> None:
         except (DataError, OSError) as error:
             problems.append(f"{path}: {error}")
         else:
-            pictures.append((str(path), "", torch.as_tensor(image)))
+            pictures.append(Picture(str(path), "", torch.as_tensor(image)))
     with judging(trained.model):
         writing = write_for(
             trained.model, pictures, tokenizer=trained.tokenizer,
@@ -118,12 +126,25 @@ def caption_command(run_dir: Path, images: Sequence[Path]) -> None:
         raise DataError(f"{len(problems)} of {len(images)} pictures could not be read:\n  {listed}")
 
 
-def open_set(trained: Trained, manifest: Manifest) -> Iterator[Batch]:
-    """Every pair of a set once, as the run's model reads it."""
+def open_set(
+    trained: Trained, manifest: Manifest, indices: Sequence[int] | None = None
+) -> Iterator[Batch]:
+    """Every pair of a set once, or those at `indices`, as the run's model reads them."""
     run = trained.run
+    num_pairs = manifest.total_samples if indices is None else len(indices)
     return read_all(
-        manifest, tokenizer=trained.tokenizer, data=run.data, image_size=run.model.image_size,
-        text_length=run.model.text_length, pairs_per_forward=run.eval.pairs_per_forward,
+        manifest,
+        tokenizer_path=str(trained.tokenizer_path),
+        image_size=run.model.image_size,
+        text_length=run.model.text_length,
+        pairs_per_forward=run.eval.pairs_per_forward,
+        caption_keys=run.data.caption_keys,
+        indices=indices,
+        # Reading a small set here is quicker than starting processes for it.
+        workers=run.data.workers if num_pairs > SMALL_SET else 0,
+        cache_dir=run.data.cache_dir or str(trained.run_dir / "cache"),
+        verify_shards=run.data.verify_shards,
+        timeout_seconds=run.data.timeout_seconds,
     )
 
 

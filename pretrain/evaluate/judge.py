@@ -48,6 +48,16 @@ class JudgedTokenizer(TextCoder, Protocol):
     def decode(self, ids: Sequence[int]) -> str: ...
 
 
+class Picture(NamedTuple):
+    """A picture for which a caption is to be written."""
+
+    key: str
+    caption: str
+    """The true one; empty where there is none."""
+    image: Tensor
+    """uint8 `[3, side, side]`."""
+
+
 class Writing(NamedTuple):
     """Pictures of a set for which captions are written."""
 
@@ -95,9 +105,12 @@ def evaluate_set(
     Raises:
         DataError: No pair is good, or a caption is not among the labels.
     """
-    chosen = choose_samples(name, total, caption_samples)
-    images_ND, captions, token_counts, problems = [], [], [], Counter[str]()
-    kept: list[tuple[str, str, Tensor]] = []
+    chosen = frozenset(choose_samples(name, total, caption_samples))
+    images_ND: list[Tensor] = []
+    captions: list[str] = []
+    token_counts: list[tuple[int, int]] = []
+    problems: Counter[str] = Counter()
+    kept: list[Picture] = []
     for batch in batches:
         first = len(captions)
         captions += batch.captions
@@ -106,9 +119,9 @@ def evaluate_set(
             continue
         images = batch.images.to(device)
         images_ND.append(model.encode_image(images))
-        texts = (batch.text_ids, batch.text_lengths, batch.text_positions)
-        token_counts.append(model.caption_token_hits(images, *(tensor.to(device) for tensor in texts)))
-        kept += _keep(batch, first, chosen)
+        tokens = (batch.text_ids, batch.text_lengths, batch.text_positions)
+        token_counts.append(model.caption_token_hits(images, *(tensor.to(device) for tensor in tokens)))
+        kept += [picture for row, picture in enumerate(_pictures(batch)) if first + row in chosen]
     if not captions:
         raise DataError(f"evaluation set {name!r} has no good pair; bad ones: {dict(problems) or 'none'}")
     if problems:
@@ -136,44 +149,33 @@ def evaluate_captions(
     batches: Iterable[Batch],
     *,
     tokenizer: JudgedTokenizer,
-    name: str,
-    total: int,
     text_length: int,
-    caption_samples: int,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Only written captions, on a fixed sample of the set; arguments as in `evaluate_set`."""
-    chosen = choose_samples(name, total, caption_samples)
-    kept: list[tuple[str, str, Tensor]] = []
-    first = 0
-    for batch in batches:
-        kept += _keep(batch, first, chosen)
-        first += len(batch.captions)
-        if len(kept) == len(chosen):
-            break
-    return write_for(model, kept, tokenizer=tokenizer, text_length=text_length, device=device).to_json()
+    """Only written captions, for all pairs of `batches`; arguments as in `evaluate_set`."""
+    pictures = [picture for batch in batches for picture in _pictures(batch)]
+    return write_for(model, pictures, tokenizer=tokenizer, text_length=text_length, device=device).to_json()
 
 
 def write_for(
     model: WritingModel,
-    pictures: Sequence[tuple[str, str, Tensor]],
+    pictures: Sequence[Picture],
     *,
     tokenizer: JudgedTokenizer,
     text_length: int,
     device: torch.device,
     pictures_per_forward: int = 64,
 ) -> Writing:
-    """Write captions for pictures given as (key, true caption, uint8 `[3, side, side]`)."""
+    """Write a caption for each picture."""
     written: list[str] = []
     for first in range(0, len(pictures), pictures_per_forward):
-        images = torch.stack([image for _, _, image in pictures[first : first + pictures_per_forward]])
+        images = torch.stack([picture.image for picture in pictures[first : first + pictures_per_forward]])
         ids = write_captions(
             model, images.to(device), start_id=tokenizer.start_id, end_id=tokenizer.end_id,
             max_length=text_length,
         )
         written += [tokenizer.decode(tokens) for tokens in ids]
-    keys, true = tuple(key for key, _, _ in pictures), tuple(caption for _, caption, _ in pictures)
-    return Writing(keys, true, tuple(written))
+    return Writing(tuple(p.key for p in pictures), tuple(p.caption for p in pictures), tuple(written))
 
 
 def distinct_texts(
@@ -203,10 +205,10 @@ def distinct_texts(
     return texts, [place[caption_hash(caption)] for caption in captions]
 
 
-def choose_samples(name: str, total: int, count: int) -> frozenset[int]:
-    """A fixed random choice of `count` places in a set of `total`; depends on name and sizes only."""
+def choose_samples(name: str, total: int, count: int) -> tuple[int, ...]:
+    """A fixed random choice of `count` places in a set of `total`, rising; from name and sizes only."""
     drawn = rng("caption-samples", name).choice(total, size=min(count, total), replace=False)
-    return frozenset(drawn.tolist())
+    return tuple(sorted(drawn.tolist()))
 
 
 @contextmanager
@@ -221,10 +223,9 @@ def judging(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def _keep(batch: Batch, first: int, chosen: frozenset[int]) -> list[tuple[str, str, Tensor]]:
-    """The chosen pictures of a batch whose first pair has place `first` among the good ones."""
+def _pictures(batch: Batch) -> list[Picture]:
+    # A clone, since a row of the batch would keep the whole batch in memory.
     return [
-        (batch.keys[row], batch.captions[row], batch.images[row])
-        for row in range(len(batch.captions))
-        if first + row in chosen
+        Picture(key, caption, image.clone())
+        for key, caption, image in zip(batch.keys, batch.captions, batch.images, strict=True)
     ]

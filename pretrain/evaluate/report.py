@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pretrain.evaluate.captions import same_caption
 from pretrain.evaluate.retrieval import RECALL_AT
 
 
@@ -21,7 +22,7 @@ def format_examples(result: Mapping[str, Any]) -> str:
     lines = []
     for example in result["examples"]:
         written, true = example["written"], example["true"]
-        lines.append(f"  = {true}" if written == true else f"    {true}   <- it wrote: {written}")
+        lines.append(f"  = {true}" if same_caption(written, true) else f"    {true}   <- it wrote: {written}")
     return "\n".join(lines)
 
 

@@ -17,16 +17,24 @@ from pretrain.config.presets import load_run
 from pretrain.config.schema import PrecisionConfig, RunConfig
 from pretrain.model import VisionLanguageModel, build_model
 
+CONFIG_FILE, TOKENIZER_FILE = "config.yaml", "tokenizer.model"
+
 
 class Trained(NamedTuple):
     """A model to judge or to write captions with."""
 
+    run_dir: Path
     run: RunConfig
     model: VisionLanguageModel
     """In evaluation mode, float32, all experts in this process."""
     tokenizer: Tokenizer
     step: int
     device: torch.device
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The run's own copy of its tokenizer."""
+        return self.run_dir / TOKENIZER_FILE
 
 
 def load_trained(run_dir: Path, *, device: torch.device | None = None) -> Trained:
@@ -41,27 +49,27 @@ def load_trained(run_dir: Path, *, device: torch.device | None = None) -> Traine
         TokenizerError: Its tokenizer is missing, or not the one it was trained with.
         CheckpointError: It has no checkpoint, or none is whole, or it is of another model.
     """
-    config = run_dir / "config.yaml"
+    config = run_dir / CONFIG_FILE
     if not config.is_file():
-        raise ConfigError(f"{run_dir} is not the folder of a run: it holds no config.yaml")
+        raise ConfigError(f"{run_dir} is not the folder of a run: it holds no {CONFIG_FILE}")
     run = load_run(config)
     path = find_latest(run_dir / "checkpoints")
     if path is None:
         raise CheckpointError(f"{run_dir} has no checkpoint yet; train first, or wait for the first one")
     meta = read_meta(path)
-    tokenizer = Tokenizer.load(run_dir / "tokenizer.model")
+    tokenizer = Tokenizer.load(run_dir / TOKENIZER_FILE)
     _check_tokenizer(tokenizer, meta.state.get("tokenizer"), run_dir)
     # Judged in float32 whatever it was trained in: slower, but no noise of rounding in the ranking.
     model = build_model(replace(run, precision=PrecisionConfig(compute="fp32")))
     _fill(model, load_model_weights(path), path)
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return Trained(run, model.to(device).eval(), tokenizer, meta.step, device)
+    return Trained(run_dir, run, model.to(device).eval(), tokenizer, meta.step, device)
 
 
 def _check_tokenizer(tokenizer: Tokenizer, expected: str | None, run_dir: Path) -> None:
     if tokenizer.fingerprint != expected:
         raise TokenizerError(
-            f"{run_dir / 'tokenizer.model'} has fingerprint {tokenizer.fingerprint[:12]}, but the checkpoint "
+            f"{run_dir / TOKENIZER_FILE} has fingerprint {tokenizer.fingerprint[:12]}, but the checkpoint "
             f"was trained with {str(expected)[:12]}; put back the tokenizer of this run"
         )
 

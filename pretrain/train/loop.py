@@ -13,7 +13,7 @@ from pretrain.checkpoint.reader import load_latest
 from pretrain.checkpoint.writer import save
 from pretrain.optim.schedule import learning_rate
 from pretrain.train.build import Parts
-from pretrain.train.metrics import BadSamples, RankReport, Window
+from pretrain.train.metrics import RankReport, Window
 from pretrain.train.pictures import PictureBook
 from pretrain.train.random_state import get_random_state, set_random_state
 from pretrain.train.reporter import Reporter
@@ -50,7 +50,7 @@ def _train_on(
 ) -> TrainState:
     """The loop itself."""
     run, engine = parts.run, parts.engine
-    window, bad = Window(run, engine.world, engine.device), BadSamples(run.data.max_bad_share)
+    window = Window(run, engine.world, engine.device)
     pictures = PictureBook.open(parts)
     while state.step < run.schedule.total_steps:
         waiting_since = time.perf_counter()
@@ -72,7 +72,6 @@ def _train_on(
                 reporter.bad_samples([problem for report in reports for problem in report.problems])
                 reporter.step(state.step, *window.summary(state, reports, rate))
             window.restart()
-            bad.add(reports, read=state.loader.position)
         if pictures is not None and pictures.is_due(state.step, last=last):
             pictures.show(reporter, state.step)
         if last or (run.checkpoint.every_steps and state.step % run.checkpoint.every_steps == 0):
@@ -88,7 +87,7 @@ def _resume(parts: Parts) -> TrainState:
     """The newest checkpoint of the run folder, or the beginning."""
     resumed = load_latest(parts.engine, parts.out / "checkpoints")
     if resumed is None:
-        return TrainState(loader=LoaderState(seed=parts.run.seed, position=0))
+        return TrainState(loader=LoaderState(seed=parts.run.seed))
     state = TrainState.from_json(resumed.state["train"])
     set_random_state(resumed.rank_state["random"])
     logger.info("resumed from %s: step %d, %d pairs seen", resumed.path, state.step, state.samples_seen)

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_pipeline.common.errors import DataError
 from data_pipeline.samples import SampleProblem
 from pretrain.config.schema import RunConfig
 from pretrain.model.count import count_flops
@@ -126,36 +125,6 @@ class Window:
             for column, modality in enumerate(MODALITIES):
                 metrics[f"moe/entropy/layer_{block:02d}/{modality}"] = float(last.entropy_LM[row, column])
         return metrics
-
-
-class BadSamples:
-    """Counts the bad samples of all ranks and stops the run when they are too many; the same on every rank."""
-
-    AT_LEAST = 100
-
-    def __init__(self, max_share: float) -> None:
-        self._max_share, self._bad, self._first = max_share, 0, ""
-
-    def add(self, reports: list[RankReport], *, read: int) -> None:
-        """Count the problems of a window.
-
-        Args:
-            reports: Of all ranks.
-            read: Samples read since the beginning of training.
-
-        Raises:
-            DataError: More than the allowed share of what was read, and at least 100 samples, were bad.
-        """
-        problems = [problem for report in reports for problem in report.problems]
-        if problems and not self._first:
-            self._first = "{0.shard}, sample {0.key!r}: {0.reason} ({0.detail})".format(problems[0])
-        self._bad += len(problems)
-        if self._bad >= self.AT_LEAST and self._bad > self._max_share * read:
-            raise DataError(
-                f"{self._bad} of about {read} samples were bad, more than data.max_bad_share "
-                f"({self._max_share:g}); the first: {self._first}. All are named in bad_samples.jsonl of the "
-                f"run folder. Mend the shards, or allow more with data.max_bad_share"
-            )
 
 
 def _memory_gib(device: torch.device) -> float:

@@ -27,8 +27,13 @@ class PictureBook:
             return None
         source = load_manifest(run.eval.sets[0].shards) if run.eval.sets else parts.manifests[0]
         batches = read_all(
-            source, tokenizer=parts.tokenizer, data=run.data, image_size=run.model.image_size,
-            text_length=run.model.text_length, pairs_per_forward=run.log.num_pictures,
+            source,
+            tokenizer=parts.tokenizer,
+            data=run.data,
+            image_size=run.model.image_size,
+            text_length=run.model.text_length,
+            pairs_per_forward=run.log.num_pictures,
+            indices=range(min(run.log.num_pictures, source.total_samples)),
         )
         return PictureBook(parts=parts, batch=next(iter(batches)))
 

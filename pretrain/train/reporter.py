@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 Array = np.ndarray[Any, Any]
 
 TOKENS_PER_EXPERT = "moe/tokens_per_expert"
+TERMS = ("contrastive", "caption", "balance", "router_z")
 
 
 class Reporter:
@@ -99,9 +100,13 @@ class Reporter:
             problems: Since the last call.
             step: Step in which they were met; by default the one after the last reported.
         """
-        for problem in problems:
-            row = {"step": self._last_step + 1 if step is None else step} | problem._asdict()
-            self._try("bad_samples.jsonl", lambda row=row: self._bad.write(row))
+        met = self._last_step + 1 if step is None else step
+
+        def write() -> None:
+            for problem in problems:
+                self._bad.write({"step": met} | problem._asdict())
+
+        self._try("bad_samples.jsonl", write)
         self.bad_counts.update(problem.reason for problem in problems)
         if problems:
             counts = ", ".join(f"{reason} {count}" for reason, count in sorted(self.bad_counts.items()))
@@ -163,7 +168,7 @@ def progress_line(step: int, metrics: Mapping[str, float], run: RunConfig) -> st
     """The console line of a step; leaves out what `metrics` does not have."""
     parts = [f"step {step}/{run.schedule.total_steps}"]
     if "loss/total" in metrics:
-        terms = [name for name in ("contrastive", "caption", "balance", "router_z") if f"loss/{name}" in metrics]
+        terms = [name for name in TERMS if f"loss/{name}" in metrics]
         inside = ", ".join(f"{name} {metrics[f'loss/{name}']:.3f}" for name in terms)
         parts.append(f"loss {metrics['loss/total']:.4f}" + (f" ({inside})" if inside else ""))
     if "optim/lr" in metrics:

@@ -8,21 +8,24 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import signal
 import time
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 
 MARK = "VLMOE_TEST_FAMILY"
 """The variable that all processes of one launch share."""
 
 
-def tied(command: list[str]) -> list[str]:
-    """`command`, but killed when its standard input closes.
+def tied(command: list[str], leftovers: Iterable[Path] = ()) -> list[str]:
+    """`command`, but killed when its standard input closes; then the files `leftovers` are removed.
 
     Start it with a pipe that only this process holds: then it ends even if this process is killed.
     """
-    return ["sh", "-c", '"$@" </dev/null & read -r _; kill -KILL "$!"', "sh", *command]
+    remove = shlex.join(["rm", "-rf", "--", *map(str, leftovers)])
+    return ["sh", "-c", f'"$@" </dev/null & read -r _; kill -KILL "$!"; wait; {remove}', "sh", *command]
 
 
 def new_mark() -> str:

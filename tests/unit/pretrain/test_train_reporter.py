@@ -144,7 +144,7 @@ def test_pictures_come_with_their_captions(tmp_path: Path) -> None:
 
 def test_a_sheet_shows_the_pictures_and_marks_the_right_captions() -> None:
     images = np.random.default_rng(0).integers(0, 255, (5, 3, 48, 48), dtype=np.uint8)
-    sheet = draw_captions(images, ["a fox", "x", "", "a", "漢字"], ["a fox ", "a fox", "b", "c", "d"])
+    sheet = draw_captions(images, ["a fox", "blue bull", "", "a", "漢字"], ["a fox ", "a fox", "b", "c", "d"])
     assert sheet.dtype == np.uint8
     assert sheet.shape[1] == COLUMNS * (TILE + MARGIN) + MARGIN
     tile = sheet[MARGIN : MARGIN + TILE, MARGIN : MARGIN + TILE]
