@@ -182,11 +182,7 @@ class BatchStream:
             except RuntimeError as error:
                 text = str(error)
                 if text.startswith("DataLoader worker (pid"):
-                    self.close()
-                    raise DataError(
-                        f"a loader process ended unexpectedly ({text}); it may have run out of memory or of "
-                        f"space in /dev/shm: try fewer data.workers or a smaller data.prefetch"
-                    ) from None
+                    raise self._worker_died(text) from None
                 # Asking again after a time-out is allowed: torch kept its place. Short waits instead of
                 # one long one, because only between them does torch notice that a worker has died.
                 if not text.startswith(f"DataLoader timed out after {POLL_SECONDS} seconds"):
@@ -197,6 +193,16 @@ class BatchStream:
                         f"no batch came within {self._timeout:g} s (data.timeout_seconds): the disk or store "
                         f"with the shards does not answer, or is too slow"
                     ) from None
+            except (EOFError, ConnectionError, FileNotFoundError) as error:
+                # A worker that dies while its batch is on the way leaves a broken connection.
+                raise self._worker_died(f"its connection broke: {type(error).__name__}") from None
+
+    def _worker_died(self, what: str) -> DataError:
+        self.close()
+        return DataError(
+            f"a loader process ended unexpectedly ({what}); it may have run out of memory or of space in "
+            f"/dev/shm: try fewer data.workers or a smaller data.prefetch"
+        )
 
 
 class _Numbers(Sampler[int]):

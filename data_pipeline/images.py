@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import struct
+import zlib
 from typing import Any
 
 import cv2
@@ -22,7 +23,7 @@ from data_pipeline.common.errors import DataError
 MAX_PIXELS = 64 * 2**20
 """Largest picture that is decoded; 8192 x 8192, 200 MB as RGB."""
 
-_PNG, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
+_PNG = b"\x89PNG\r\n\x1a\n"
 _PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 # Others stay out: some of Pillow's plug-ins start other programs.
 
@@ -83,13 +84,34 @@ def _decode_jpeg(data: bytes, max_pixels: int) -> np.ndarray:
 
 
 def _decode_png(data: bytes, max_pixels: int) -> np.ndarray:
+    kinds = _png_chunks(data)
     width, height, depth, colour_type = struct.unpack(">IIBB", data[16:26])
     _check_size(width, height, max_pixels)
-    if _PNG_END not in data[-256:]:  # OpenCV gives what there is, and black for the rest
-        raise _Unreadable(f"it is a PNG of {len(data)} bytes without its end: it was cut off")
-    head = data[: max(data.find(b"IDAT"), 0)]
-    plain = depth == 8 and colour_type in (2, 6) and b"tRNS" not in head and b"eXIf" not in head
+    plain = depth == 8 and colour_type in (2, 6) and not kinds & {b"tRNS", b"eXIf", b"acTL"}
     return _decode_opencv(data) if plain else _decode_odd(data, max_pixels)
+
+
+def _png_chunks(data: bytes) -> set[bytes]:
+    """The kinds of chunk in a PNG, all of them whole.
+
+    Checked here because OpenCV is too trusting: it fills up a file that was cut off with black, and
+    believes a damaged length, for which it allocates gigabytes.
+    """
+    kinds: set[bytes] = set()
+    position = len(_PNG)
+    while b"IEND" not in kinds:
+        length, kind = struct.unpack_from(">I4s", data, position)
+        end = position + 12 + length
+        if end > len(data):
+            raise _Unreadable(f"it is a PNG cut off inside its {kind!r} chunk, or that is damaged")
+        # The view spares copying a whole picture; the checksum covers the kind and the contents.
+        if zlib.crc32(memoryview(data)[position + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big"):
+            raise _Unreadable(f"it is a PNG with a damaged {kind!r} chunk at byte {position}")
+        if not kinds and kind != b"IHDR":
+            raise _Unreadable(f"it is a PNG that begins with {kind!r}")
+        kinds.add(kind)
+        position = end
+    return kinds
 
 
 def _decode_webp(data: bytes, max_pixels: int) -> np.ndarray:

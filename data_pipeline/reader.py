@@ -39,14 +39,20 @@ class Reader:
 
         Raises:
             DataError: With slug `crc-mismatch`, `truncated`, `oversize` or `bad-tar`, this sample is
-                damaged; without one, its shard is missing or another than the manifest's.
+                damaged; without one, its shard is missing, unreadable or another than the manifest's.
         """
         found = self._store.open(shard)
         key = found.index.keys[index]
         offset, count = int(found.index.offsets[index]), int(found.index.extents[index])
         if count > self._max_bytes:
             raise DataError(f"the sample has {count} bytes, more than {self._max_bytes}", slug="oversize")
-        extent = os.pread(found.fd, count, offset)
+        try:
+            extent = os.pread(found.fd, count, offset)
+        except OSError as error:
+            raise DataError(
+                f"cannot read shard {found.path} at byte {offset}: {error.strerror}; check the disk or the "
+                f"network file system"
+            ) from error
         if len(extent) < count:
             raise DataError(f"{len(extent)} of {count} bytes at byte {offset}", slug="truncated")
         checksum = zlib.crc32(extent)

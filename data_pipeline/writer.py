@@ -6,6 +6,7 @@ the manifest comes last, so a folder with a manifest is complete.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Mapping
 from itertools import islice
@@ -57,14 +58,29 @@ def _write_tar(samples: list[Mapping[str, object]], path: Path) -> None:
 
     with replacing(path) as fd, open(fd, "wb", closefd=False) as file:
         # mtime 0 and webdataset's fixed owner: the same samples are the same bytes on any day.
-        with TarWriter(file, mtime=0.0) as tar:
+        # Its own encoder would pickle some kinds of members: ours knows bytes, text and JSON.
+        with TarWriter(file, mtime=0, encoder=_encoded) as tar:
             for sample in samples:
                 _check_key(sample)
                 try:
-                    tar.write(dict(sample))
+                    tar.write(sample)
                 except (ValueError, TypeError) as error:
                     raise DataError(f"{path}: cannot write sample {sample['__key__']!r}: {error}") from error
         file.flush()
+
+
+def _encoded(sample: Mapping[str, object]) -> dict[str, object]:
+    return {name: value if name.startswith("__") else _bytes(name, value) for name, value in sample.items()}
+
+
+def _bytes(extension: str, value: object) -> bytes:
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return bytes(value)
+    if extension.rpartition(".")[2] == "json":
+        return json.dumps(value, ensure_ascii=False).encode()
+    if isinstance(value, str):
+        return value.encode()
+    raise TypeError(f"its .{extension} is a {type(value).__name__}; give bytes, or text for .txt, or JSON for .json")
 
 
 def _check_key(sample: Mapping[str, object]) -> None:

@@ -10,6 +10,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TextIO
 
 TTY_SECONDS = 0.1
@@ -38,11 +39,23 @@ def setup_logging(rank: int = 0, level: int | str | None = None) -> None:
     root.setLevel(chosen)
 
 
+def log_to_file(path: Path, rank: int = 0) -> None:
+    """Send this process's log lines to a file too, added at its end; for looking back after a run.
+
+    Raises:
+        OSError: The file cannot be opened.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(_ShortFormatter(f"[rank {rank}] ", "%Y-%m-%d %H:%M:%S"))
+    logging.getLogger().addHandler(handler)
+
+
 class _ShortFormatter(logging.Formatter):
     """`12:34:56 message` for INFO; other levels are named."""
 
-    def __init__(self, who: str) -> None:
-        super().__init__(datefmt="%H:%M:%S")
+    def __init__(self, who: str, datefmt: str = "%H:%M:%S") -> None:
+        super().__init__(datefmt=datefmt)
         self._who = who
 
     def formatMessage(self, record: logging.LogRecord) -> str:

@@ -94,7 +94,10 @@ def fetch(url: str, fd: int, expected_bytes: int | None, timeout_seconds: float)
 
     def copy_part(start: int) -> None:
         end = min(start + PART_BYTES, found.size)
-        _ask("read", url, lambda: os.pwrite(fd, _part(store, name, url, start, end, found), start))
+        data = memoryview(_ask("read", url, lambda: _part(store, name, url, start, end, found)))
+        written = 0
+        while written < len(data):
+            written += os.pwrite(fd, data[written:], start + written)
 
     os.truncate(fd, found.size)
     starts = range(0, found.size, PART_BYTES)
@@ -211,6 +214,8 @@ def _explain(verb: str, url: str, error: Exception) -> str:
         reason = "the store cannot be reached; check the network and the endpoint (AWS_ENDPOINT_URL for s3)"
     elif "timed out" in text.lower() or "timedout" in text.lower():
         reason = "the store did not answer in time; raise data.timeout_seconds or look at the network"
+    elif kind == "NotSupportedError":
+        reason = "the server gives no ranges of a file; serve it with one that does"
     elif isinstance(error, OSError) and error.strerror:
         reason = error.strerror
     elif "169.254.169.254" in text or "credential" in text.lower():

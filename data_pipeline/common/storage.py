@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -124,10 +125,8 @@ def write_bytes(url: str, data: bytes, *, timeout_seconds: float = TIMEOUT_SECON
     if not is_local(url):
         object_store.write_all(url, data, timeout_seconds)
         return
-    with replacing(local_path(url)) as fd:
-        view = memoryview(data)
-        while view:
-            view = view[os.write(fd, view) :]
+    with replacing(local_path(url)) as fd, open(fd, "wb", closefd=False) as file:
+        file.write(data)
 
 
 def fetch_to_file(
@@ -152,9 +151,8 @@ def fetch_to_file(
     with replacing(Path(path)) as fd:
         if found is not None:
             _check_length(url, found, expected_bytes)
-            with _explained("read", url), open(local_path(url), "rb") as source:
-                while chunk := source.read(1 << 20):
-                    os.write(fd, chunk)
+            with open(local_path(url), "rb") as source, open(fd, "wb", closefd=False) as target:
+                shutil.copyfileobj(source, target, 1 << 20)
             _check_length(url, os.fstat(fd).st_size, found)
         else:
             object_store.fetch(url, fd, expected_bytes, timeout_seconds)

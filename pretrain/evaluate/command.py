@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -134,17 +135,14 @@ def open_set(
     num_pairs = manifest.total_samples if indices is None else len(indices)
     return read_all(
         manifest,
-        tokenizer_path=str(trained.tokenizer_path),
+        tokenizer=trained.tokenizer,
+        data=replace(run.data, cache_dir=run.data.cache_dir or str(trained.run_dir / "cache")),
         image_size=run.model.image_size,
         text_length=run.model.text_length,
         pairs_per_forward=run.eval.pairs_per_forward,
-        caption_keys=run.data.caption_keys,
         indices=indices,
         # Reading a small set here is quicker than starting processes for it.
         workers=run.data.workers if num_pairs > SMALL_SET else 0,
-        cache_dir=run.data.cache_dir or str(trained.run_dir / "cache"),
-        verify_shards=run.data.verify_shards,
-        timeout_seconds=run.data.timeout_seconds,
     )
 
 

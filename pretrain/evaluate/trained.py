@@ -31,11 +31,6 @@ class Trained(NamedTuple):
     step: int
     device: torch.device
 
-    @property
-    def tokenizer_path(self) -> Path:
-        """The run's own copy of its tokenizer."""
-        return self.run_dir / TOKENIZER_FILE
-
 
 def load_trained(run_dir: Path, *, device: torch.device | None = None) -> Trained:
     """Load the newest checkpoint of a run, whatever layout wrote it.

@@ -78,7 +78,7 @@ class Attention(nn.Module):
             y_BHSQ = _causal_attention(text_queries, text_keys, text_values)
             flat = y_BHSQ.transpose(1, 2).reshape(layout.num_pairs * layout.text_length, width)
             parts.append(flat.index_select(0, layout.text_positions))
-        return self.out(torch.cat(parts) if len(parts) > 1 else parts[0])
+        return self.out(torch.cat(parts) if len(parts) > 1 else parts[0])  # type: ignore[no-any-return]
 
 
 def _patches(x_THQ: Tensor, layout: TokenLayout) -> Tensor:

@@ -111,7 +111,7 @@ class VisionLanguageModel(nn.Module):
             x_TD, block_stats = self._run(block, x_TD, layout)
             if block_stats is not None:
                 stats.append(block_stats)
-        image_embedding = self.image_head(x_TD[:split].view(images.shape[0], self.config.num_patches, self.config.width))
+        image_embedding = self.image_head(x_TD[:split].view(len(images), self.config.num_patches, x_TD.shape[1]))
         loss_sum, predicted = self._caption_loss(x_TD[split:], ids_T, ends_B)
         text_tokens = text_positions.shape[0]
         return ModelOutput(
@@ -148,7 +148,8 @@ class VisionLanguageModel(nn.Module):
         x_TD = torch.cat([self._embed_patches(images), text_TD])
         for block in self.blocks:
             x_TD, _ = block(x_TD, layout)
-        return self.text_embedding(hidden=self.caption_norm(x_TD[layout.num_patch_tokens :])).float()  # type: ignore[no-any-return]
+        hidden_TD = self.caption_norm(x_TD[layout.num_patch_tokens :])
+        return self.text_embedding(hidden=hidden_TD).float()  # type: ignore[no-any-return]
 
     def next_token_logits(self, images: Tensor, text_ids: Tensor, text_lengths: Tensor) -> Tensor:
         """Logits of the token after the last valid one, float32 `[pairs, V]`: for writing captions."""
@@ -226,7 +227,8 @@ def _stack(stats: list[RouterStats], device: torch.device) -> tuple[Tensor, Tens
     """Statistics of all layers as (prob_sum_LE, z_sum_L, choices_LME, entropy_sum_LM)."""
     if not stats:
         none = torch.zeros(0, 1, device=device)
-        return none, none[:, 0], torch.zeros(0, 2, 1, dtype=torch.int64, device=device), torch.zeros(0, 2, device=device)
+        choices = torch.zeros(0, 2, 1, dtype=torch.int64, device=device)
+        return none, none[:, 0], choices, torch.zeros(0, 2, device=device)
     return (
         torch.stack([s.prob_sum_E for s in stats]),
         torch.stack([s.z_sum for s in stats]),

@@ -85,7 +85,7 @@ class _Spread(torch.autograd.Function):
         return x_TD.index_select(0, torch.div(order_N, k, rounding_mode="floor"))
 
     @staticmethod
-    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None, None]:
         (inverse_N,) = ctx.saved_tensors
         rows, width = grad_ND.shape
         grad_TKD = grad_ND.index_select(0, inverse_N).view(rows // ctx.k, ctx.k, width)
@@ -103,7 +103,7 @@ class _WeightedSum(torch.autograd.Function):
         return torch.bmm(weights_TK.to(y_ND.dtype).unsqueeze(1), y_TKD).squeeze(1)
 
     @staticmethod
-    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None, None]:
         y_TKD, weights_TK, order_N = ctx.saved_tensors
         k = weights_TK.shape[1]
         grad_weights_TK = torch.bmm(y_TKD, grad_TD.unsqueeze(2)).squeeze(2).to(weights_TK.dtype)

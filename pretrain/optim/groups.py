@@ -26,7 +26,9 @@ def parameter_groups(model: nn.Module, optim: OptimConfig, expert_group_name: st
     Experts are a group of their own, marked `moe` and named after their expert-parallel group, which is
     how DeepSpeed recognises parameters that are not the same on every rank.
     """
-    decay, plain, experts = [], [], []
+    decay: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    experts: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         target = experts if is_expert(name) else decay if decays(name, parameter) else plain
         target.append(parameter)

@@ -38,7 +38,7 @@ class _GatherRows(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         out = grad.new_empty(ctx.rows, *grad.shape[1:])
         dist.reduce_scatter_tensor(out, grad.contiguous(), group=ctx.group)
         return out, None
@@ -55,7 +55,7 @@ class _ExchangeRows(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         out = grad.new_empty(sum(ctx.send), grad.shape[1])
         dist.all_to_all_single(out, grad.contiguous(), ctx.send, ctx.receive, group=ctx.group)
         return out, None, None, None

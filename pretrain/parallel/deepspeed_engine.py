@@ -131,7 +131,8 @@ class DeepSpeedEngine:
 
     def _clip_whole_gradients(self) -> float:
         """Norm over dense parameters once and every expert of every rank once; scale all by it."""
-        dense, experts = [], []
+        dense: list[Tensor] = []
+        experts: list[Tensor] = []
         for name, parameter in self.model.named_parameters():
             if parameter.grad is not None:
                 (experts if is_expert(name) else dense).append(parameter.grad)

@@ -48,7 +48,7 @@ def expert_parallel_layers(layout: Layout, rank: int) -> MakeMoELayer:
     return make
 
 
-class _OnlyTheType(AutoEPMoELayer):  # type: ignore[misc]
+class _OnlyTheType(AutoEPMoELayer):
     """AutoEPMoELayer without its constructor: DeepSpeed looks for the type, we bring the rest."""
 
     def __init__(self) -> None:

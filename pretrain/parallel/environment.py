@@ -6,6 +6,7 @@ import datetime
 import logging
 import os
 import socket
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -37,7 +38,7 @@ def rank_environment() -> RankEnvironment:
         missing = ", ".join(name for name in names if name not in present)
         raise LayoutError(f"{', '.join(present)} set but not {missing}; start ranks with torchrun")
     try:
-        rank, world, local_rank = (int(os.environ.get(name, default)) for name, default in zip(names, "010", strict=True))
+        rank, world, local_rank = (int(os.environ.get(n, d)) for n, d in zip(names, "010", strict=True))
     except ValueError as error:
         raise LayoutError(f"RANK, WORLD_SIZE and LOCAL_RANK must be whole numbers: {error}") from None
     if not torch.cuda.is_available():
@@ -86,6 +87,8 @@ def _quiet_deepspeed() -> None:
     """DeepSpeed tells its life at INFO on every rank; its warnings are what a person needs."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     os.environ.setdefault("DS_LOG_LEVEL", "warning")
+    # DeepSpeed 0.19.8 still calls collectives by names that torch 2.13 is about to retire.
+    warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
 
 
 def _free_port() -> int:

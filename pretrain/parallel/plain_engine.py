@@ -32,7 +32,7 @@ class PlainEngine:
         return self.model(*model_inputs(batch, self.device))  # type: ignore[no-any-return]
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
 
     def step(self, learning_rate: float) -> float:
         for group in self._optimizer.param_groups:

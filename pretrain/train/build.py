@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data_pipeline.common.config import dump_yaml
 from data_pipeline.common.errors import ConfigError, TokenizerError
-from data_pipeline.common.logs import setup_logging
+from data_pipeline.common.logs import log_to_file, setup_logging
 from data_pipeline.loader import Loader
 from data_pipeline.manifest import Manifest, load_manifest
 from data_pipeline.plan import LoaderState
@@ -36,6 +37,8 @@ class Parts:
 
     run: RunConfig
     out: Path
+    started: float
+    """`time.perf_counter()` when building began."""
     environment: RankEnvironment
     batch_plan: BatchPlan
     engine: TrainEngine
@@ -47,7 +50,7 @@ class Parts:
         return Loader(
             manifests=self.manifests,
             tokenizer_path=str(self.out / TOKENIZER_FILE),
-            data=self.run.data,
+            data=replace(self.run.data, cache_dir=self.run.data.cache_dir or str(self.out / "cache")),
             image_size=self.run.model.image_size,
             text_length=self.run.model.text_length,
             seed=self.run.seed,
@@ -65,6 +68,7 @@ def build(run: RunConfig, out: Path) -> Parts:
     Raises:
         VlmError: Anything about the run, the data or the cluster that cannot work; the same on every rank.
     """
+    started = time.perf_counter()
     environment = rank_environment()
     setup_logging(environment.rank)
     check(run, environment.world, source="this run")
@@ -74,9 +78,10 @@ def build(run: RunConfig, out: Path) -> Parts:
     manifests = tuple(load_manifest(url) for url in run.data.train)
     engine = build_engine(run, environment, batch_plan)
     _make_run_folder(run, out, engine, tokenizer, batch_plan)
+    log_to_file(out / "logs" / f"rank-{environment.rank:05d}.log", environment.rank)
     pairs = sum(manifest.total_samples for manifest in manifests)
     logger.info("%s: %d ranks, %d pairs in %d manifests", run.name, environment.world, pairs, len(manifests))
-    return Parts(run=run, out=out, environment=environment, batch_plan=batch_plan, engine=engine,
+    return Parts(run=run, out=out, started=started, environment=environment, batch_plan=batch_plan, engine=engine,
                  tokenizer=tokenizer, manifests=manifests)
 
 

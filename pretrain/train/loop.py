@@ -52,6 +52,7 @@ def _train_on(
     run, engine = parts.run, parts.engine
     window = Window(run, engine.world, engine.device)
     pictures = PictureBook.open(parts)
+    seconds_before = state.seconds
     while state.step < run.schedule.total_steps:
         waiting_since = time.perf_counter()
         batches, loader_state = next(steps)
@@ -61,20 +62,27 @@ def _train_on(
             engine, batches, run.loss, pairs_per_forward=run.batch.pairs_per_forward, learning_rate=rate
         )
         state = replace(
-            state, step=state.step + 1, samples_seen=state.samples_seen + result.pairs, loader=loader_state
+            state,
+            step=state.step + 1,
+            samples_seen=state.samples_seen + result.pairs,
+            seconds=seconds_before + time.perf_counter() - parts.started,
+            loader=loader_state,
         )
         window.add(result, waited, [problem for batch in batches for problem in batch.problems])
         stopping = not engine.agree(not stop.is_set)
         last = stopping or state.step == run.schedule.total_steps
-        if last or state.step % run.log.every_steps == 0:
+        saving = last or (run.checkpoint.every_steps > 0 and state.step % run.checkpoint.every_steps == 0)
+        # Before a checkpoint everything is told, so that a restart from it neither repeats nor loses a row.
+        if saving or state.step % run.log.every_steps == 0:
             reports = [RankReport.from_json(r) for r in engine.gather_json(window.rank_report().to_json())]
             if reporter is not None:
-                reporter.bad_samples([problem for report in reports for problem in report.problems])
+                problems = [problem for report in reports for problem in report.problems]
+                reporter.bad_samples(problems, state.step)
                 reporter.step(state.step, *window.summary(state, reports, rate))
             window.restart()
         if pictures is not None and pictures.is_due(state.step, last=last):
             pictures.show(reporter, state.step)
-        if last or (run.checkpoint.every_steps and state.step % run.checkpoint.every_steps == 0):
+        if saving:
             _save(parts, state)
             window.skip_pause()
         if stopping:
@@ -88,7 +96,7 @@ def _resume(parts: Parts) -> TrainState:
     resumed = load_latest(parts.engine, parts.out / "checkpoints")
     if resumed is None:
         return TrainState(loader=LoaderState(seed=parts.run.seed))
-    state = TrainState.from_json(resumed.state["train"])
+    state = TrainState.from_json(resumed.state_json["train"])
     set_random_state(resumed.rank_state["random"])
     logger.info("resumed from %s: step %d, %d pairs seen", resumed.path, state.step, state.samples_seen)
     return state

@@ -20,6 +20,8 @@ class TrainState:
     """Optimizer steps done."""
     samples_seen: int = 0
     """Valid pairs trained on, over all ranks; the loader's position counts bad ones too."""
+    seconds: float = 0.0
+    """Time spent training, over all restarts, from building the parts to the step."""
     loader: LoaderState
     """Where the data goes on."""
 
@@ -42,5 +44,6 @@ class TrainState:
         return TrainState(
             step=value["step"],
             samples_seen=value["samples_seen"],
+            seconds=value["seconds"],
             loader=LoaderState.from_json(value["loader"]),
         )

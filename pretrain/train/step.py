@@ -85,17 +85,17 @@ def _accumulate(
     counts, entropy = _global_counts(engine, first)
     leaves = [_leaf(output) for output in first]
     contrastive = _contrastive(engine, leaves, batches, counts, loss, rows)
-    (engine.world * loss.contrastive_weight * contrastive).backward()  # type: ignore[no-untyped-call]
+    (engine.world * loss.contrastive_weight * contrastive).backward()
     shares = torch.zeros(len(LossTerms._fields), device=contrastive.device)
     shares[0] = contrastive.detach()
     for number, (batch, leaf) in enumerate(zip(batches, leaves, strict=True)):
         output = engine.forward(batch)
         terms = _terms(output, contrastive.new_zeros(()), counts)
         # The surrogate has the gradient of the global contrastive loss with respect to these embeddings.
-        surrogate = (output.image_embedding * leaf.image_embedding.grad).sum()
-        surrogate = surrogate + (output.text_embedding * leaf.text_embedding.grad).sum()
+        surrogate = _pull(output.image_embedding, leaf.image_embedding)
+        surrogate = surrogate + _pull(output.text_embedding, leaf.text_embedding)
         if number == 0:
-            surrogate = surrogate + output.logit_scale * leaves[0].logit_scale.grad
+            surrogate = surrogate + _pull(output.logit_scale, leaf.logit_scale)
         engine.backward(
             engine.world * terms.weighted_sum(loss) + surrogate, last=number == len(batches) - 1
         )
@@ -109,6 +109,12 @@ def _leaf(output: ModelOutput) -> ModelOutput:
         t.detach().requires_grad_() for t in (output.image_embedding, output.text_embedding, output.logit_scale)
     )
     return output._replace(image_embedding=image, text_embedding=text, logit_scale=scale)
+
+
+def _pull(value: Tensor, leaf: Tensor) -> Tensor:
+    """A scalar whose gradient with respect to `value` is the gradient that `leaf` collected."""
+    assert leaf.grad is not None
+    return (value * leaf.grad).sum()
 
 
 def _terms(output: ModelOutput, contrastive: Tensor, counts: GlobalCounts) -> LossTerms:

@@ -38,7 +38,9 @@ from pretrain.train.step import StepResult, train_step
 PAIRS, STEPS, NUM_EXPERTS = 8, 3, 4
 
 
-def run_config(stage: int, expert_parallel: int, precision: str, pairs_per_forward: int, recompute: bool) -> RunConfig:
+def run_config(
+    stage: int, expert_parallel: int, precision: str, pairs_per_forward: int, recompute: bool
+) -> RunConfig:
     # Large balance weights, so that a wrong share would show; a norm far above the clip, so that clipping acts.
     return RunConfig(
         model=ModelConfig(width=32, num_blocks=3, num_heads=2, ffn_width=48, fusion_start=2, image_size=16,
@@ -79,7 +81,10 @@ def collate(pairs: list[dict[str, Any]]) -> Batch:
     return Batch(images, ids, lengths, valid_positions(lengths, 12), hashes, (), (), (), 0.0)
 
 
-def train(engine: TrainEngine, run: RunConfig, bad: tuple[int, ...]) -> tuple[list[StepResult], dict[str, torch.Tensor]]:
+Trained = tuple[list[StepResult], dict[str, torch.Tensor]]
+
+
+def train(engine: TrainEngine, run: RunConfig, bad: tuple[int, ...]) -> Trained:
     """Three steps; results of all, gradients of the first."""
     per_forward = run.batch.pairs_per_forward
     accumulation = PAIRS // (per_forward * engine.world)
@@ -106,8 +111,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def compare(
-    mine: tuple[list[StepResult], dict[str, torch.Tensor]], reference: tuple[list[StepResult], dict[str, torch.Tensor]],
-    world: int, precision: str,
+    mine: Trained, reference: Trained, world: int, precision: str
 ) -> dict[str, float]:
     (results, gradients), (true_results, true_gradients) = mine, reference
     # Bfloat16 parameters (DeepSpeed) and float32 ones rounded at use (the reference) part ways after the first
@@ -137,7 +141,7 @@ def compare(
             "missing": float(local[1]), "choices": choices}
 
 
-def reference(run: RunConfig, bad: tuple[int, ...]) -> tuple[list[StepResult], dict[str, torch.Tensor]]:
+def reference(run: RunConfig, bad: tuple[int, ...]) -> Trained:
     """Plain torch, one process, the whole batch in one forward pass, nothing recomputed."""
     run = replace(run, batch=BatchConfig(pairs_per_step=PAIRS, pairs_per_forward=PAIRS),
                   model=replace(run.model, recompute=False))
@@ -147,7 +151,7 @@ def reference(run: RunConfig, bad: tuple[int, ...]) -> tuple[list[StepResult], d
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--cells", required=True, help="JSON list of [stage, ep, precision, per_forward, recompute, bad]")
+    parser.add_argument("--cells", required=True, help="JSON rows [stage, ep, precision, per_forward, recompute, bad]")
     cells = json.loads(parser.parse_args().cells)
     torch.set_num_threads(1)
     environment = rank_environment()

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.support.launch import run_ranks
+
 WORKER = Path(__file__).with_name("parity_worker.py")
-ROOT = WORKER.parents[2]
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
@@ -44,12 +42,10 @@ def cells(world: int) -> list[list[Any]]:
 def measured(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     """Differences of all cells of a world; one launch, since starting ranks costs more than training them."""
     world: int = request.param
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={world}", "--master-addr=127.0.0.1",
-               "--master-port=0", str(WORKER), "--cells", json.dumps(cells(world))]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    rows = [json.loads(line.removeprefix("CELL ")) for line in done.stdout.splitlines() if line.startswith("CELL ")]
+    done = run_ranks(
+        [str(WORKER), "--cells", json.dumps(cells(world))], processes=world, timeout_seconds=240
+    ).check()
+    rows = [json.loads(line.removeprefix("CELL ")) for line in done.output.splitlines() if line.startswith("CELL ")]
     assert len(rows) == len(cells(world))
     return rows
 

@@ -32,7 +32,7 @@ def test_ranks_follow_the_nodes_and_arguments_arrive_whole(slurm_cluster: SlurmC
     script.write_text(_BATCH)
     words = ["two words", "$HOME `id` $(id) 'x' \"y\"", "data.train=[s3://a/b, c]", "*"]
     job = slurm_cluster.submit(
-        *("--nodes=2", "--cpus-per-task=2", f"--output={tmp_path}/batch.log", script, folder, *words),
+        *("--nodes=2", "--cpus-per-task=2", f"--output={tmp_path}/batch.log"), script, folder, *words,
         env={"VLMOE_HOME": str(ROOT), "VLMOE_PYTHON": sys.executable, "VLMOE_PROCESSES_PER_NODE": "2",
              "AWS_SECRET_ACCESS_KEY": "never-to-be-printed"},
     )  # fmt: skip

@@ -87,7 +87,8 @@ def test_the_slurm_cluster_dies_with_its_owner() -> None:
 def _kill_owner(program: str, mark: str, *, running: Callable[[str], bool]) -> str:
     """Run `program` until it prints "pid word" and `running(word)`; kill it without warning; return the word."""
     with subprocess.Popen(
-        [sys.executable, "-c", program], env=clean_environment({MARK: mark}), cwd=ROOT, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", program], env=clean_environment({MARK: mark}), cwd=ROOT,
+        stdout=subprocess.PIPE, text=True,
     ) as owner:
         assert owner.stdout is not None
         pid, word = owner.stdout.readline().split()

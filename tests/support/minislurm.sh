@@ -40,6 +40,7 @@ daemons() { # [LOG]: this cluster's daemons and job supervisors; they rename the
 
 job_processes() { # [NODE]: what jobs started; their environment names the cluster, the job and the node
     local pid
+    # shellcheck disable=SC2013  # one number a line
     for pid in $(grep -lzxF -- "SLURM_CONF=$SLURM_CONF" /proc/[0-9]*/environ 2>/dev/null | cut -d/ -f3); do
         grep -qzE "^SLURM_JOB_ID=" "/proc/$pid/environ" 2>/dev/null || continue
         [[ -z ${1:-} ]] || grep -qzx "SLURMD_NODENAME=$1" "/proc/$pid/environ" 2>/dev/null || continue

@@ -12,7 +12,7 @@ import shlex
 import signal
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 MARK = "VLMOE_TEST_FAMILY"
@@ -33,18 +33,20 @@ def new_mark() -> str:
     return uuid.uuid4().hex
 
 
-def family(mark: str) -> list[int]:
-    """Ids of the living processes that were started with `MARK=mark`, this one excepted."""
-    wanted = f"{MARK}={mark}".encode()
-    found = []
+def environments() -> Iterator[tuple[int, set[str]]]:
+    """Id of every living process of this user, this one excepted, and the variables it was started with."""
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             variables = (folder / "environ").read_bytes().split(b"\0")
         except OSError:
             continue  # ended meanwhile, a zombie, or somebody else's
-        if wanted in variables and int(folder.name) != os.getpid():
-            found.append(int(folder.name))
-    return found
+        if int(folder.name) != os.getpid():
+            yield int(folder.name), {variable.decode(errors="replace") for variable in variables}
+
+
+def family(mark: str) -> list[int]:
+    """Ids of the living processes that were started with `MARK=mark`, this one excepted."""
+    return [process for process, variables in environments() if f"{MARK}={mark}" in variables]
 
 
 def end_family(mark: str, *, grace_seconds: float = 3.0) -> list[int]:

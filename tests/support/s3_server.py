@@ -148,7 +148,7 @@ def _wait_until_ready(server: S3Server) -> None:
             obstore.put(store, "ready", b"yes")
             obstore.delete(store, "ready")
             return
-        except Exception as error:  # noqa: BLE001  every kind of failure means "not yet" until the deadline
+        except Exception as error:  # every kind of failure means "not yet" until the deadline
             if time.monotonic() > deadline:
                 log = (server.folder / "log").read_text(errors="replace")[-3000:]
                 raise RuntimeError(f"the S3 server did not become ready ({error}); its log ends:\n{log}") from error

@@ -10,9 +10,11 @@ for the end of a pipe that only this process holds.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -23,6 +25,7 @@ from pathlib import Path
 
 from tests.support.launch import ROOT, clean_environment
 from tests.support.ports import free_ports
+from tests.support.processes import environments
 
 _HERE = Path(__file__).resolve().parent
 _FINISHED = frozenset(
@@ -53,14 +56,16 @@ class Job:
         """The batch script's output so far."""
         return self.output_file.read_text(errors="replace") if self.output_file.exists() else ""
 
-    def check(self) -> Job:
-        """Return self, or raise AssertionError with the end of the output unless it is COMPLETED."""
+    def check(self, logs: Path | None = None) -> Job:
+        """Return self, or raise AssertionError with the output unless it is COMPLETED; `logs` as in `wait`."""
         if self.state != "COMPLETED":
-            raise AssertionError(
-                f"job {self.job_id} is {self.state} with exit code {self.exit_code}, but should be COMPLETED; "
-                f"the end of {self.output_file}:\n{self.output()[-6000:]}"
-            )
+            raise AssertionError(f"{self.described(logs)}\n(it should be COMPLETED)")
         return self
+
+    def described(self, logs: Path | None = None) -> str:
+        """Its state and the ends of its output and of its files in the folder `logs`."""
+        files = [self.output_file, *(sorted(logs.glob(f"*{self.job_id}*")) if logs else [])]
+        return f"job {self.job_id} is {self.state} ({self.exit_code})\n{_ends(files)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,39 +107,57 @@ class SlurmCluster:
             output_file=Path(fields.get("StdOut", os.devnull)),
         )
 
-    def cancel(self, job_id: int, *, signal: str | None = None) -> None:
-        """End a job as `scancel` does, or send `signal` (a name, `KILL`) to all of its processes."""
-        self.command("scancel", *([] if signal is None else [f"--signal={signal}", "--full"]), str(job_id))
+    def cancel(self, job_id: int) -> None:
+        """End a job as `scancel` does: SIGTERM to its tasks, and SIGKILL ten seconds later."""
+        self.command("scancel", str(job_id))
 
-    def wait(self, job_id: int, *, timeout_seconds: float) -> Job:
-        """Wait until the job is finished; on time-out cancel it and raise AssertionError with its output."""
-        return self.wait_until(job_id, lambda job: job.finished, timeout_seconds=timeout_seconds, what="finish")
+    def kill_rank(self, job_id: int, rank: int) -> None:
+        """Kill the processes of one rank of a job (the trainer and its workers) without warning."""
+        marks = {f"SLURM_JOB_ID={job_id}", f"SLURM_CONF={self.env['SLURM_CONF']}", f"RANK={rank}"}
+        victims = [process for process, variables in environments() if marks <= variables]
+        if not victims:
+            raise AssertionError(f"no process of job {job_id} has RANK={rank}; {self.job(job_id).described()}")
+        for process in victims:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+
+    def wait(self, job_id: int, *, timeout_seconds: float, logs: Path | None = None) -> Job:
+        """Wait until the job is finished; see `wait_until`."""
+        return self.wait_until(
+            job_id, lambda job: job.finished, what="finish", timeout_seconds=timeout_seconds, logs=logs
+        )
 
     def wait_until(
-        self, job_id: int, reached: Callable[[Job], bool], *, timeout_seconds: float, what: str
+        self,
+        job_id: int,
+        reached: Callable[[Job], bool],
+        *,
+        what: str,
+        timeout_seconds: float,
+        logs: Path | None = None,
     ) -> Job:
-        """Wait until `reached(job)`, or raise AssertionError when the job finished first or time is up.
+        """Wait until `reached(job)`.
 
         Args:
             job_id: The job.
             reached: Looks at the job, or at what it wrote.
+            what: The awaited thing, for the message: "job 5 did not <what>".
             timeout_seconds: Longest wait; the job is cancelled after it.
-            what: The awaited thing, for the message: "job 5 did not <what> ...".
+            logs: Folder with more files of the job (their names hold its number) for the message.
+
+        Raises:
+            AssertionError: The job finished first or time is up; the message ends with its output.
         """
         deadline = time.monotonic() + timeout_seconds
-        while True:
-            job = self.job(job_id)
-            if reached(job):
-                return job
-            if job.finished or time.monotonic() > deadline:
-                break
+        while not reached(job := self.job(job_id)):
+            if job.finished:
+                raise AssertionError(f"job {job_id} finished but did not {what}: {job.described(logs)}")
+            if time.monotonic() > deadline:
+                message = f"job {job_id} did not {what} in {timeout_seconds:.0f} s: {job.described(logs)}"
+                self.cancel(job_id)
+                raise AssertionError(message)
             time.sleep(0.1)
-        if not job.finished:
-            self.cancel(job_id, signal="KILL")
-        raise AssertionError(
-            f"job {job_id} did not {what} within {timeout_seconds:.0f} s and is {job.state} ({job.exit_code}); "
-            f"the end of {job.output_file}:\n{job.output()[-6000:]}\n{self.command('squeue')}"
-        )
+        return job
 
     def kill_node(self, number: int) -> None:
         """Node `number` (from 1) dies at once with everything that runs on it."""
@@ -197,8 +220,14 @@ def _wait_until_ready(supervisor: subprocess.Popen[str], root: Path) -> None:
 
 
 def _logs(root: Path) -> str:
-    files = [root / "supervisor.log", *sorted(root.glob("log/*.log"))]
-    return "\n".join(f"--- {file.name}\n{file.read_text(errors='replace')[-1500:]}" for file in files if file.exists())
+    return _ends([root / "supervisor.log", *sorted(root.glob("log/*.log"))])
+
+
+def _ends(files: list[Path]) -> str:
+    """The last lines of the files that exist."""
+    return "\n".join(
+        f"--- the end of {file}\n{file.read_text(errors='replace')[-4000:]}" for file in files if file.is_file()
+    )
 
 
 def _environment(root: Path, ports: tuple[int, ...], cpus: int, gpus: int) -> dict[str, str]:

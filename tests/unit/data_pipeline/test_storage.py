@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import http.server
 import multiprocessing
@@ -14,7 +15,7 @@ import pytest
 
 from data_pipeline.common import object_store, storage
 from data_pipeline.common.errors import StorageError
-from tests.support.s3_server import S3Server, s3_server
+from tests.support.s3_server import S3Server
 
 
 @pytest.fixture(autouse=True)
@@ -23,18 +24,11 @@ def fresh_clients(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(object_store, "_clients_pid", None)
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[S3Server]:
-    with s3_server() as running:
-        yield running
-
-
 @pytest.fixture
-def s3(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", server.endpoint)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testkey")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testsecret")
-    return server
+def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+    for name, value in s3_server.env.items():
+        monkeypatch.setenv(name, value)
+    return s3_server
 
 
 @pytest.fixture
@@ -208,3 +202,28 @@ def test_a_forked_child_is_told_instead_of_waiting_for_ever(web: str, tmp_path: 
     child.start()
     assert "was forked" in answers.get(timeout=20)
     child.join()
+
+
+def test_a_web_server_without_ranges_cannot_give_large_files(
+    web: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(object_store, "PART_BYTES", 1000)
+    (tmp_path / "www" / "x.tar").write_bytes(os.urandom(5000))
+    with pytest.raises(StorageError, match="gives no ranges"):
+        storage.fetch_to_file(f"{web}/x.tar", tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+
+
+@pytest.mark.s3
+def test_a_disk_that_fills_while_fetching(
+    s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage.write_bytes("s3://shards/large", b"x" * 1000)
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(StorageError, match=r"cannot write .*copy: No space left.*the disk is full"):
+        storage.fetch_to_file("s3://shards/large", tmp_path / "copy")
+    assert list(tmp_path.iterdir()) == []

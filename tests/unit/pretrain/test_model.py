@@ -52,7 +52,7 @@ def test_text_embedding_does_not_change_with_the_image(model: VisionLanguageMode
 
 
 def test_captions_do_see_their_image_and_only_theirs(model: VisionLanguageModel) -> None:
-    images, ids, lengths, positions = pairs([6, 6])
+    images, ids, _, positions = pairs([6, 6])
     before = model.caption_logits(images, ids, positions)
     changed = images.clone()
     changed[1] = 255 - changed[1]
@@ -62,7 +62,7 @@ def test_captions_do_see_their_image_and_only_theirs(model: VisionLanguageModel)
 
 
 def test_captions_cannot_see_the_future(model: VisionLanguageModel) -> None:
-    images, ids, lengths, positions = pairs([10])
+    images, ids, _, positions = pairs([10])
     before = model.caption_logits(images, ids, positions)
     for changed_at in range(1, 10):
         changed = ids.clone()

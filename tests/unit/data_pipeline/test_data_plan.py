@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle  # noqa: TID251  what multiprocessing does with a plan
+import multiprocessing.reduction
 import time
 
 import numpy as np
@@ -65,16 +65,15 @@ def test_a_window_is_shuffled_evenly() -> None:
 def test_the_order_does_not_drift() -> None:
     """Golden: a change here breaks the resumption of every run made before it."""
     refs = Plan(SIZES, seed=7, shuffle_window=2).samples(TOTAL - 2, 5)
-    assert [tuple(ref) for ref in refs] == GOLDEN
-
-
-GOLDEN: list[tuple[int, int, int]] = []
+    assert [tuple(ref) for ref in refs] == [(0, 4, 2), (0, 4, 1), (1, 0, 1), (1, 0, 2), (1, 4, 0)]
 
 
 def test_a_plan_travels_to_another_process() -> None:
     plan = Plan(SIZES, seed=3, shuffle_window=2)
     plan.samples(0, 10)
-    assert pickle.loads(pickle.dumps(plan)).samples(5, 40) == plan.samples(5, 40)  # noqa: S301
+    sent = multiprocessing.reduction.ForkingPickler.dumps(plan)
+    assert len(sent) < 1000  # not its caches
+    assert multiprocessing.reduction.ForkingPickler.loads(sent).samples(5, 40) == plan.samples(5, 40)
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
@@ -98,11 +97,11 @@ def test_an_impossible_split_names_the_nearest() -> None:
 
 def test_a_large_plan_is_fast() -> None:
     plan = Plan([1000] * 20_000, seed=0, shuffle_window=256)
-    start = time.perf_counter()
+    start = time.process_time()
     plan.samples(10_000_000, 64)  # makes one window of 256,000 samples
     for step in range(200):
         plan.samples(10_000_000 + 64 * step, 64)
-    assert time.perf_counter() - start < 2.0
+    assert time.process_time() - start < 2.0
 
 
 @pytest.mark.parametrize(("sizes", "window"), [([], 1), ([1, 0], 1), ([1], 0)])

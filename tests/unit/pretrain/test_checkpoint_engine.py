@@ -1,0 +1,62 @@
+"""A real engine saved in the middle goes on exactly where it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from pretrain.checkpoint import load_latest, load_model_weights, save
+from pretrain.config.schema import ModelConfig, MoEConfig, OptimConfig, RunConfig
+from pretrain.model import build_model
+from pretrain.model.vision_language import valid_positions
+from pretrain.parallel.layout import Layout
+from pretrain.parallel.plain_engine import PlainEngine
+
+RUN = RunConfig(
+    model=ModelConfig(width=32, num_blocks=3, num_heads=2, pool_heads=2, ffn_width=48, fusion_start=1,
+                      image_size=16, patch_size=8, vocab_size=50, text_length=8, embed_dim=16),
+    moe=MoEConfig(num_experts=4, expert_width=16),
+    optim=OptimConfig(lr=1e-2),
+)
+
+
+def new_engine(seed: int) -> PlainEngine:
+    layout = Layout(world=1, expert_parallel=1, zero_stage=-1, precision="fp32", num_experts=4)
+    model = build_model(RunConfig(seed=seed, model=RUN.model, moe=RUN.moe))
+    return PlainEngine(model, RUN.optim, layout, torch.device("cpu"))
+
+
+def train(engine: PlainEngine, first: int, last: int) -> list[float]:
+    losses = []
+    for step in range(first, last):
+        generator = torch.Generator().manual_seed(step)
+        images = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8, generator=generator)
+        ids = torch.randint(4, 50, (4, 8), generator=generator)
+        lengths = torch.tensor([8, 3, 5, 2])
+        output = engine.model(images, ids, lengths, valid_positions(lengths, 8))
+        loss = output.caption_loss_sum / output.caption_tokens
+        engine.backward(loss, last=True)
+        engine.step(1e-2)
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def test_going_on_gives_the_losses_of_the_unbroken_run(tmp_path: Path) -> None:
+    unbroken = train(new_engine(0), 0, 6)
+    first = new_engine(0)
+    losses = train(first, 0, 3)
+    path = save(first, root=tmp_path, step=3, state_json={"step": 3}, rank_state={})
+    second = new_engine(1)
+    resumed = load_latest(second, tmp_path)
+    assert resumed is not None
+    assert (resumed.path, resumed.state_json) == (path, {"step": 3})
+    assert losses + train(second, 3, 6) == unbroken
+
+
+def test_weights_for_one_process_are_the_engines(tmp_path: Path) -> None:
+    engine = new_engine(0)
+    weights = load_model_weights(save(engine, root=tmp_path, step=0, state_json={}, rank_state={}))
+    expected = dict(engine.model.named_parameters())
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
