@@ -72,7 +72,14 @@ class Recipe:
                 slug="no-caption",
             )
         ids = tokenizer.encode(caption, self.text_length)
-        return Item(image, ids, raw.key, caption, caption_hash(caption))
+        return Item(image, ids, raw.key, caption, caption_hash(self._main_caption(raw) or caption))
+
+    def _main_caption(self, raw: RawSample) -> str | None:
+        """The caption that names the sample, whichever was drawn.
+
+        Equal ones are not negatives of each other, and neither are two wordings of the same one.
+        """
+        return choose(raw.members, self.caption_keys[:1], self.caption_weights[:1], None)
 
 
 def _picture(raw: RawSample) -> bytes:

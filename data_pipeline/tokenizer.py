@@ -15,11 +15,8 @@ from pathlib import Path
 
 import sentencepiece
 
-from data_pipeline.captions import clean, find
-from data_pipeline.common import storage
-from data_pipeline.common.errors import DataError, TokenizerError
-from data_pipeline.manifest import Manifest, load_index, load_manifest
-from data_pipeline.tar import members_of, split_name
+from data_pipeline.captions import clean
+from data_pipeline.common.errors import TokenizerError
 
 PAD_ID, START_ID, END_ID, UNK_ID = 0, 1, 2, 3
 
@@ -161,58 +158,6 @@ def train_tokenizer(
     aside.write_bytes(model.getvalue())
     os.replace(aside, target)
     return Tokenizer.load(target)
-
-
-def train_from_manifest(
-    manifest: Manifest | str | os.PathLike[str],
-    path: str | os.PathLike[str],
-    *,
-    vocab_size: int,
-    keys: Sequence[str] = ("txt",),
-    exact: bool = True,
-    timeout_seconds: float = 300.0,
-) -> Tokenizer:
-    """Learn a vocabulary from every caption of a set of shards; see `train_tokenizer`.
-
-    Args:
-        manifest: The set, or where its manifest is.
-        path: Model file to write.
-        vocab_size: Ids wanted.
-        keys: Where captions are: `txt`, `json:FIELD`; all of a list's are used.
-        exact: Refuse text that is too little for `vocab_size`; otherwise there are fewer ids.
-        timeout_seconds: Longest wait for one shard of a store.
-
-    Raises:
-        DataError: The set cannot be read, or a caption is damaged.
-        TokenizerError: Its captions cannot fill `vocab_size`.
-    """
-    found = manifest if isinstance(manifest, Manifest) else load_manifest(manifest)
-    captions = captions_of(found, keys, timeout_seconds)
-    return train_tokenizer(captions, path, vocab_size=vocab_size, exact=exact)
-
-
-def captions_of(manifest: Manifest, keys: Sequence[str], timeout_seconds: float = 300.0) -> Iterator[str]:
-    """Every caption of a set, in its order; one shard at a time is in memory."""
-    wanted = {key.partition(":")[0] for key in keys}
-    for shard in manifest.shards:
-        url = manifest.shard_url(shard)
-        where = storage.redact(url)
-        index = load_index(manifest, shard, with_members=False, timeout_seconds=timeout_seconds)
-        data = storage.read_bytes(url, timeout_seconds=timeout_seconds)
-        if len(data) != shard.bytes:
-            raise DataError(
-                f"{where} has {len(data)} bytes, but its manifest says {shard.bytes}; copy it again",
-                slug="truncated",
-            )
-        for key, offset, extent in zip(index.keys, index.offsets, index.extents, strict=True):
-            sample = data[offset : offset + extent]
-            members = {
-                extension: sample[member.data : member.data + member.size]
-                for member in members_of(sample, f"{where}, sample {key}")
-                if (extension := split_name(member.name)[1]) in wanted
-            }
-            for caption_key in keys:
-                yield from find(members, caption_key)
 
 
 def _nonempty(lines: Iterator[str]) -> Iterator[str]:

@@ -13,7 +13,7 @@ from pretrain.checkpoint.reader import load_latest
 from pretrain.checkpoint.writer import save
 from pretrain.optim.schedule import learning_rate
 from pretrain.train.build import Parts
-from pretrain.train.metrics import RankReport, Window
+from pretrain.train.metrics import BadSamples, RankReport, Window
 from pretrain.train.pictures import PictureBook
 from pretrain.train.random_state import get_random_state, set_random_state
 from pretrain.train.reporter import Reporter
@@ -51,6 +51,7 @@ def _train_on(
     """The loop itself."""
     run, engine = parts.run, parts.engine
     window = Window(run, engine.world, engine.device)
+    bad = BadSamples(run.data.max_bad_share, read=state.loader.position)
     pictures = PictureBook.open(parts)
     seconds_before = state.seconds
     while state.step < run.schedule.total_steps:
@@ -80,6 +81,7 @@ def _train_on(
                 reporter.bad_samples(problems, state.step)
                 reporter.step(state.step, *window.summary(state, reports, rate))
             window.restart()
+            bad.add(reports, read=state.loader.position)
         if pictures is not None and pictures.is_due(state.step, last=last):
             pictures.show(reporter, state.step)
         if saving:

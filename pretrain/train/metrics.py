@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from data_pipeline.common.errors import DataError
 from data_pipeline.samples import SampleProblem
 from pretrain.config.schema import RunConfig
 from pretrain.model.count import count_flops
@@ -125,6 +126,40 @@ class Window:
             for column, modality in enumerate(MODALITIES):
                 metrics[f"moe/entropy/layer_{block:02d}/{modality}"] = float(last.entropy_LM[row, column])
         return metrics
+
+
+class BadSamples:
+    """Counts the bad samples of all ranks and stops the run when they are too many; the same on every rank."""
+
+    AT_LEAST = 100
+    """Bad samples before their share is judged: a few are no verdict."""
+
+    def __init__(self, max_share: float, *, read: int) -> None:
+        self._max_share, self._read_before = max_share, read
+        self._bad, self._first = 0, ""
+
+    def add(self, reports: list[RankReport], *, read: int) -> None:
+        """Count the problems of a window.
+
+        Args:
+            reports: Of all ranks.
+            read: Samples read since the beginning of training, over all ranks.
+
+        Raises:
+            DataError: More than the allowed share of what was read since the start, and at least 100 samples,
+                were bad.
+        """
+        problems = [problem for report in reports for problem in report.problems]
+        if problems and not self._first:
+            self._first = "{0.shard}, sample {0.key!r}: {0.reason}: {0.detail}".format(problems[0])
+        self._bad += len(problems)
+        read -= self._read_before
+        if self._bad >= self.AT_LEAST and self._bad > self._max_share * read:
+            raise DataError(
+                f"{self._bad} of {read} samples were bad, more than data.max_bad_share ({self._max_share:g}); "
+                f"the first: {self._first}. All are named in bad_samples.jsonl of the run folder. Mend the "
+                f"shards, or allow more with data.max_bad_share"
+            )
 
 
 def _memory_gib(device: torch.device) -> float:

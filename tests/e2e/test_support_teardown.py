@@ -37,7 +37,7 @@ with {function}() as server:
 """
 
 
-@pytest.mark.parametrize(("launch", "timeout_seconds"), [(run_ranks, 2), (torchrun, 6)])
+@pytest.mark.parametrize(("launch", "timeout_seconds"), [(run_ranks, 2), (torchrun, 10)])
 def test_a_time_out_ends_ranks_and_their_children(
     launch: Callable[..., LaunchResult], timeout_seconds: float, tmp_path: Path
 ) -> None:

@@ -70,5 +70,4 @@ class Settings:
     prefetch: int = 2
     cache_dir: str = ""
     verify_shards: bool = True
-    max_bad_share: float = 0.5
     timeout_seconds: float = 60.0

@@ -23,7 +23,9 @@ from typing import Any
 
 from data_pipeline.common.errors import DataError
 from data_pipeline.common.seeds import named_seed
-from data_pipeline.tokenizer import train_from_manifest
+from data_pipeline.corpus import captions_of
+from data_pipeline.manifest import load_manifest
+from data_pipeline.tokenizer import train_tokenizer
 from data_pipeline.writer import write_shards
 from tools.quickstart_data import stamp
 from tools.quickstart_data.captions import Concept, Phrases, variants
@@ -94,10 +96,9 @@ def build(settings: Settings) -> dict[str, Any]:
         facts["pictures"][split] = len(chosen)
         facts["captions"][split] = len({drawing.concept.caption for drawing in chosen})
     logger.info("learning the tokenizer")
-    tokenizer = train_from_manifest(
-        out / "train",
+    tokenizer = train_tokenizer(
+        captions_of([load_manifest(str(out / "train"))], CAPTION_KEYS),
         out / "tokenizer.model",
-        keys=CAPTION_KEYS,
         vocab_size=settings.vocab_size,
         exact=not settings.limit,
     )

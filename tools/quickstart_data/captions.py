@@ -1,8 +1,9 @@
 """The concepts, the one caption each is known by, and other ways to say it.
 
 The canonical caption is what the model is judged by and should learn to write. The others are for
-training only: with tags, in little sentences, as mere lists of tags. They tie a drawing to words it
-shares with other concepts, which is all that a concept never seen in training can be found by.
+training only: with tags, with the class. They tie a drawing to words it shares with other concepts,
+which is all that a concept never seen in training can be found by. Every one begins with the canonical
+caption: a model that also learns to write must not be taught to begin with "a drawing of".
 """
 
 from __future__ import annotations
@@ -17,9 +18,6 @@ from data_pipeline.common.seeds import rng
 
 TAG_MIXES = 3
 """Captions that add tags to the canonical one."""
-TAG_LISTS = 2
-"""Captions that are nothing but tags."""
-TEMPLATES = ("a drawing of {}", "a picture of {}", "an icon of {}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,13 +107,10 @@ def variants(concept: Concept, withheld: Phrases | None = None) -> list[str]:
     kept = [tag for tag in concept.tags if withheld is None or tag not in withheld]
     draw = rng("quickstart captions", concept.caption)
     own = concept.caption
-    found = [own, *(template.format(own) for template in TEMPLATES)]
+    found = [own]
     for _ in range(TAG_MIXES if kept else 0):
         count = int(draw.integers(1, min(4, len(kept)) + 1))
         found.append(", ".join([own, *(kept[i] for i in draw.permutation(len(kept))[:count])]))
-    for _ in range(TAG_LISTS if len(kept) >= 3 else 0):
-        count = int(draw.integers(3, min(6, len(kept)) + 1))
-        found.append(", ".join(kept[i] for i in draw.permutation(len(kept))[:count]))
     kind = concept.subgroup.replace("-", " ")
     for part in (kind, concept.group):
         if part and (withheld is None or part not in withheld):

@@ -9,7 +9,8 @@ import sentencepiece
 
 from data_pipeline.captions import clean
 from data_pipeline.common.errors import DataError, TokenizerError
-from data_pipeline.tokenizer import Tokenizer, captions_of, train_from_manifest, train_tokenizer
+from data_pipeline.corpus import captions_of
+from data_pipeline.tokenizer import Tokenizer, train_tokenizer
 from data_pipeline.writer import write_shards
 
 ANIMALS = ("cat", "dog", "horse", "fox", "owl", "red panda", "polar bear")
@@ -118,12 +119,12 @@ def test_training_from_shards_is_training_on_their_captions(tokenizer: Tokenizer
         for number, text in enumerate(CORPUS)
     ]
     manifest = write_shards(samples, tmp_path / "shards", samples_per_shard=30)
-    assert list(captions_of(manifest, ["txt"])) == CORPUS
-    assert list(captions_of(manifest, ["json:tags"]))[:4] == ["tag 0", "x", "tag 1", "x"]
-    learnt = train_from_manifest(tmp_path / "shards", tmp_path / "t.model", vocab_size=290)
+    assert list(captions_of([manifest], ["txt"])) == CORPUS
+    assert list(captions_of([manifest], ["json:tags"]))[:4] == ["tag 0", "x", "tag 1", "x"]
+    learnt = train_tokenizer(captions_of([manifest], ["txt"]), tmp_path / "t.model", vocab_size=290)
     assert learnt.fingerprint == tokenizer.fingerprint
 
     shard = tmp_path / "shards" / manifest.shards[1].name
     shard.write_bytes(shard.read_bytes()[:-512])
-    with pytest.raises(DataError, match="its manifest says"):
-        list(captions_of(manifest, ["txt"]))
+    with pytest.raises(DataError, match="manifest"):
+        list(captions_of([manifest], ["txt"]))
