@@ -91,10 +91,9 @@ def load_manifest(url_or_folder: str | os.PathLike[str], *, timeout_seconds: flo
     try:
         data = storage.read_bytes(url, timeout_seconds=timeout_seconds)
     except StorageError as error:
-        raise StorageError(
-            f"no manifest of shards: {error}. If the shards are there, make it with "
-            f"`vlmoe data index {storage.redact(folder)}`"
-        ) from error
+        missing = isinstance(error.__cause__ or error.__context__, FileNotFoundError)
+        index = f". If the shards are there, make it with `vlmoe data index {storage.redact(folder)}`"
+        raise StorageError(f"no manifest of shards: {error}{index if missing else ''}") from error
     where = storage.redact(url)
     remedy = f"make it again with `vlmoe data index {storage.redact(folder)}`"
     try:

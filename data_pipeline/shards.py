@@ -34,6 +34,25 @@ class OpenShard:
     index: ShardIndex
 
 
+def check_present(manifests: Sequence[Manifest]) -> None:
+    """Look at every local shard's length, so that a long run does not find a missing one after hours.
+
+    Raises:
+        DataError: Some are missing or have another length than their manifest says; names the first.
+    """
+    shards = [(manifest, entry) for manifest in manifests for entry in manifest.shards
+              if storage.is_local(manifest.url)]
+    problems = []
+    for manifest, entry in shards:
+        try:
+            os.close(_open_checked(storage.local_path(manifest.shard_url(entry)), entry))
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        more = f" ({len(problems)} of {len(shards)} shards are like this)" if len(problems) > 1 else ""
+        raise DataError(problems[0] + more)
+
+
 class ShardStore:
     """The shards of some manifests by number, opened on first use; the longest unused are closed."""
 

@@ -38,7 +38,9 @@ class Tokenizer:
         try:
             self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
-            raise TokenizerError(f"{where} is not a SentencePiece model: {error}") from error
+            raise TokenizerError(
+                f"{where} is not a SentencePiece model; train one with `vlmoe tokenizer train`"
+            ) from error
         found = tuple(getattr(self._pieces, name)() for name in ("pad_id", "bos_id", "eos_id", "unk_id"))
         if found != (PAD_ID, START_ID, END_ID, UNK_ID):
             raise TokenizerError(
@@ -63,7 +65,8 @@ class Tokenizer:
             model = Path(path).read_bytes()
         except OSError as error:
             raise TokenizerError(
-                f"cannot read the tokenizer {path}: {error.strerror}; make one with `vlmoe tokenizer`"
+                f"cannot read the tokenizer {path}: {error.strerror}; check the path, or make one with "
+                f"`vlmoe tokenizer train`"
             ) from error
         return cls(model, where=str(path))
 

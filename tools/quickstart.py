@@ -21,6 +21,7 @@ from data_pipeline.common.errors import VlmError
 from data_pipeline.common.logs import setup_logging
 from pretrain.config.presets import load_run
 from pretrain.config.schema import RunConfig
+from pretrain.parallel.environment import free_port
 from tools.quickstart_data import __main__ as quickstart_data_command
 
 logger = logging.getLogger(__name__)
@@ -95,8 +96,8 @@ def _fitting_steps(options: argparse.Namespace) -> int:
 
 def _train(out: Path, overrides: list[str]) -> None:
     """`vlmoe train` on `RANKS` processes, as a cluster starts it."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}",
-               "-m", "pretrain", "train", PRESET, "--out", str(out), *overrides]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={RANKS}",
+               "--master-addr=127.0.0.1", f"--master-port={free_port()}", "-m", "pretrain", "train", PRESET, "--out", str(out), *overrides]
     environment = {"OMP_NUM_THREADS": "1"} | os.environ
     subprocess.run(command, check=True, env=environment)
 

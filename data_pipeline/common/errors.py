@@ -43,3 +43,7 @@ class CheckpointError(VlmError):
 
 class LayoutError(VlmError):
     """The ranks that were started do not fit the run."""
+
+
+class LostRankError(VlmError):
+    """Ranks cannot talk to each other any more, most often because one of them has ended."""

@@ -46,9 +46,25 @@ def log_to_file(path: Path, rank: int = 0) -> None:
         OSError: The file cannot be opened.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _LogFile(path, encoding="utf-8")
     handler.setFormatter(_ShortFormatter(f"[rank {rank}] ", "%Y-%m-%d %H:%M:%S"))
     logging.getLogger().addHandler(handler)
+
+
+def note_in_files(message: str) -> None:
+    """Write a line only to what `log_to_file` opened, where the console is told in other words."""
+    record = logging.makeLogRecord({"levelno": logging.ERROR, "levelname": "ERROR", "msg": message})
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, _LogFile):
+            handler.emit(record)
+
+
+class _LogFile(logging.FileHandler):
+    """A log file whose own trouble, such as a full disk, is not told at every line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
 
 
 class _ShortFormatter(logging.Formatter):

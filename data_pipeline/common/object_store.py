@@ -30,6 +30,13 @@ PART_BYTES = 8 << 20
 PARTS_IN_FLIGHT = 4
 MAX_RETRIES = 5
 
+_CREDENTIALS = {
+    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS",
+    "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
+}
+_ASKED_FOR_CREDENTIALS = ("169.254.169.254", "/latest/api/token", "metadata.google", "/metadata/identity", "redential")
+
 Result = TypeVar("Result")
 _ERRORS = (BaseError, OSError, ValueError)
 """What obstore raises."""
@@ -210,6 +217,10 @@ def _explain(verb: str, url: str, error: Exception) -> str:
         reason = "there is no such object; check the address"
     elif kind in ("PermissionDeniedError", "UnauthenticatedError"):
         reason = "the store refused access; check the credentials and the bucket's rules"
+    elif any(part in text for part in _ASKED_FOR_CREDENTIALS):
+        # Without keys the library asks the cloud's own service for some, which other machines do not have.
+        names = _CREDENTIALS.get(url.partition("://")[0], "them")
+        reason = f"no credentials were found; set {names} in the environment"
     elif "Connection refused" in text or "dns error" in text or "tcp connect" in text:
         reason = "the store cannot be reached; check the network and the endpoint (AWS_ENDPOINT_URL for s3)"
     elif "timed out" in text.lower() or "timedout" in text.lower():
@@ -218,8 +229,8 @@ def _explain(verb: str, url: str, error: Exception) -> str:
         reason = "the server gives no ranges of a file; serve it with one that does"
     elif isinstance(error, OSError) and error.strerror:
         reason = error.strerror
-    elif "169.254.169.254" in text or "credential" in text.lower():
-        reason = "no credentials were found; set them in the environment"
+    elif "must be specified" in text.lower():
+        reason = f"an account is needed; set {_CREDENTIALS.get(url.partition('://')[0], 'it')} in the environment"
     else:
         reason = f"the store answered with {kind}" + (f" (status {status[1]})" if status else "")
     return f"cannot {verb} {redact(url)}: {reason}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import Any
 
 Subparsers = Any
@@ -40,6 +41,15 @@ def add_group(subparsers: Subparsers, name: str, *, summary: str) -> Subparsers:
     """Add a command that only holds further ones, such as `vlmoe data index`."""
     parser = add_command(subparsers, name, summary=summary, description=summary)
     return parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+
+def started_as() -> tuple[int, int]:
+    """This process's rank and the number of ranks, as the launcher set them; (0, 1) without one.
+
+    Values that are no numbers are refused later, where devices are chosen.
+    """
+    rank, world = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    return int(rank) if rank.isdigit() else 0, int(world) if world.isdigit() else 1
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:

@@ -6,17 +6,35 @@ Heavy imports (torch, DeepSpeed) happen inside the handlers, so that help and `p
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import sys
+import time
 from collections.abc import Sequence
 from typing import NoReturn
 
-from data_pipeline.common.errors import VlmError
-from data_pipeline.common.logs import setup_logging
+from data_pipeline.common.errors import LostRankError, VlmError
+from data_pipeline.common.logs import note_in_files, setup_logging
 from pretrain.cli import caption, data, eval, plan, tokenizer, train
+from pretrain.cli.common import started_as
 
 _COMMANDS = (train, plan, eval, caption, data, tokenizer)
+
+_RANK_ZERO_FIRST_SECONDS, _CAUSE_FIRST_SECONDS = 2.0, 5.0
+"""How long an error waits for one that says more. Ranks usually fail alike, and the launcher ends the
+others as soon as one has ended: so a person reads rank 0's error and not the same a hundred times."""
+
+_DISK_ERRORS = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space",
+    errno.EACCES: "check its permissions",
+    errno.EROFS: "choose a folder that can be written",
+    errno.ENOTDIR: "choose another path",
+    errno.EISDIR: "choose another path",
+    errno.EEXIST: "choose another path",
+}
+"""What the system says about files that a person can mend, and how."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -44,14 +62,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         are raised.
     """
     args = _parse(argv)
-    rank = int(os.environ.get("RANK", "0"))
+    rank = started_as()[0]
     setup_logging(rank, logging.DEBUG if args.verbose else None)
     try:
         return int(args.handle(args) or 0)
     except VlmError as error:
-        who = f" (rank {rank})" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-        print(f"error{who}: {error}", file=sys.stderr)
+        _tell(str(error), rank, _CAUSE_FIRST_SECONDS if isinstance(error, LostRankError) else 0.0)
         return 2
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        _tell(f"{error.filename or 'a file'}: {error.strerror}; {_DISK_ERRORS[error.errno]}", rank, 0.0)
+        return 2
+
+
+def _tell(message: str, rank: int, wait_seconds: float) -> None:
+    """Print an error: at once on rank 0, on others when rank 0 had its time to do so."""
+    note_in_files(message)  # also if the launcher ends this rank while it waits
+    time.sleep(max(wait_seconds, _RANK_ZERO_FIRST_SECONDS if rank else 0.0))
+    who = f" (rank {rank})" if started_as()[1] > 1 else ""
+    print(f"error{who}: {message}", file=sys.stderr)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

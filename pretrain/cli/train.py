@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pretrain.cli.common import Subparsers, add_command, add_run
+from pretrain.cli.common import Subparsers, add_command, add_run, started_as
 
 _EXAMPLES = """\
   vlmoe train run.yaml --out runs/first
   vlmoe train run.yaml --out runs/first optim.lr=3e-4 parallel.engine=plain
   torchrun --nproc-per-node 2 -m pretrain train run.yaml --out runs/first parallel.expert_parallel=2
 
+Ctrl-C (or SIGTERM) saves a checkpoint after the current step; once more leaves at once.
 A RUN_DIR that already has a checkpoint is gone on with: start the same command again. It holds
 config.yaml, deepspeed.json, tokenizer.model, metrics.jsonl, tensorboard/, checkpoints/ and logs/."""
 
@@ -31,9 +32,11 @@ def add(subparsers: Subparsers) -> None:
 def handle(args: argparse.Namespace) -> None:
     """Read the run and train it."""
     from pretrain.config.presets import load_run
+    from pretrain.config.validate import check
 
     run = load_run(args.run, args.overrides)
-    # After reading the run: a mistake in it should be told before torch is loaded.
+    check(run, started_as()[1], source=args.run)
+    # After judging the run: a mistake in it should be told before torch is loaded.
     from pretrain.train.run import train_command
 
     train_command(run, args.out)

@@ -37,6 +37,9 @@ class ModelConfig:
     """Side of the square picture the model sees, pixels."""
     patch_size: int = 8
     """Side of a patch, pixels; must divide `image_size`."""
+    stem: Literal["linear", "conv"] = "linear"
+    """From pixels to patch tokens: one linear map, or strided convolutions, which small models learn
+    faster with; `conv` needs a `patch_size` that is a power of two."""
     vocab_size: int = 32000
     """Text vocabulary (V); must equal the tokenizer's."""
     text_length: int = 64
@@ -59,6 +62,9 @@ class ModelConfig:
         _require(self.patch_size > 0 and self.image_size % self.patch_size == 0,
                  f"model.image_size is {self.image_size}, not a multiple of model.patch_size "
                  f"({self.patch_size})")
+        _require(self.stem == "linear" or self.patch_size & (self.patch_size - 1) == 0,
+                 f"model.patch_size is {self.patch_size}, but model.stem=conv halves the picture step by step: "
+                 f"use a power of two, or model.stem=linear")
         _require(1 <= self.fusion_start < self.num_blocks,
                  f"model.fusion_start is {self.fusion_start}, but must lie in 1..num_blocks-1 "
                  f"({self.num_blocks - 1}): text is embedded below it and captions are written above it")
@@ -71,6 +77,12 @@ class ModelConfig:
     def num_patches(self) -> int:
         """Patches of one picture (P)."""
         return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def stem_channels(self) -> tuple[int, ...]:
+        """Channels of the convolutional stem from the pixels on, doubling to the trunk's width."""
+        steps = self.patch_size.bit_length() - 1
+        return (3, *(max(8, self.width >> (steps - 1 - step)) for step in range(steps)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -111,8 +111,10 @@ def caption_command(run_dir: Path, images: Sequence[Path]) -> None:
     for path in images:
         try:
             image = eval_transform(decode(path.read_bytes()), trained.run.model.image_size)
-        except (DataError, OSError) as error:
+        except DataError as error:
             problems.append(f"{path}: {error}")
+        except OSError as error:
+            problems.append(f"{path}: {error.strerror}")
         else:
             pictures.append(Picture(str(path), "", torch.as_tensor(image)))
     with judging(trained.model):

@@ -77,7 +77,7 @@ def count_parameters(model: ModelConfig, moe: MoEConfig) -> ParameterCount:
     return ParameterCount(
         trunk_total=fixed + sparse * moe.num_experts * expert,
         trunk_active=fixed + sparse * moe.experts_per_token * expert,
-        embeddings=3 * model.patch_size**2 * width + model.vocab_size * width,
+        embeddings=_stem_parameters(model) + model.vocab_size * width,
         heads=pooling + text_head + caption_norm + logit_scale,
     )
 
@@ -85,7 +85,8 @@ def count_parameters(model: ModelConfig, moe: MoEConfig) -> ParameterCount:
 def count_flops(model: ModelConfig, moe: MoEConfig, *, text_tokens: float) -> FlopCount:
     """Count the floating-point operations for one pair, active experts only.
 
-    forward = 2 P (3 p^2) D                                                   patch embedding
+    forward = 2 P (3 p^2) D                                                   linear stem
+              (or 2 x 9 x in x out for each pixel that a convolution puts out)
             + sum over blocks of 2 (P + S) (4 D^2 + ffn)                      projections and feed-forward
             + sum over blocks of 4 D (P^2 + S (S + 1) / 2 [+ S P if fused])   scores and values, visible keys only
             + 4 P D^2 + 4 P D + 2 D embed_dim                                 attention pooling
@@ -103,7 +104,7 @@ def count_flops(model: ModelConfig, moe: MoEConfig, *, text_tokens: float) -> Fl
     dense_ffn = 3 * width * model.ffn_width
     sparse_ffn = (width * moe.num_experts
                   + (moe.experts_per_token + moe.shared_experts) * 3 * width * moe.expert_width)
-    forward: float = 2 * patches * 3 * model.patch_size**2 * width
+    forward: float = _stem_flops(model)
     for block in range(model.num_blocks):
         ffn = sparse_ffn if block in sparse_blocks else dense_ffn
         visible = patches**2 + text_tokens * (text_tokens + 1) / 2
@@ -113,3 +114,26 @@ def count_flops(model: ModelConfig, moe: MoEConfig, *, text_tokens: float) -> Fl
     forward += 4 * patches * width**2 + 4 * patches * width + 2 * width * model.embed_dim
     forward += 2 * width * model.embed_dim + 2 * text_tokens * width * model.vocab_size
     return FlopCount(forward)
+
+
+def _stem_parameters(model: ModelConfig) -> int:
+    """Parameters between the pixels and the patch tokens."""
+    if model.stem == "linear":
+        return 3 * model.patch_size**2 * model.width
+    convs = sum(9 * num_in * num_out + num_out for num_in, num_out, _ in _convolutions(model))
+    return convs + _convolutions(model)[-1][1] * model.width
+
+
+def _stem_flops(model: ModelConfig) -> float:
+    """Forward FLOPs of the stem for one picture."""
+    if model.stem == "linear":
+        return 2 * model.num_patches * 3 * model.patch_size**2 * model.width
+    convs = sum(2 * 9 * num_in * num_out * side**2 for num_in, num_out, side in _convolutions(model))
+    return convs + 2 * model.num_patches * _convolutions(model)[-1][1] * model.width
+
+
+def _convolutions(model: ModelConfig) -> list[tuple[int, int, int]]:
+    """(channels in, channels out, side of the output) of each convolution of the stem."""
+    channels = model.stem_channels
+    pairs = zip(channels, channels[1:], strict=False)
+    return [(num_in, num_out, model.image_size >> (step + 1)) for step, (num_in, num_out) in enumerate(pairs)]

@@ -59,7 +59,9 @@ def _deviation(name: str, parameter: Tensor, residual_scale: float) -> float:
 
 
 def _fan_in_deviation(parameter: Tensor) -> float:
-    return 1.0 / math.sqrt(parameter.shape[-1])
+    # Experts are stacked, [experts, out, in]; a convolution is [out, in, 3, 3].
+    inputs = parameter[0].numel() if parameter.dim() == 4 else parameter.shape[-1]
+    return 1.0 / math.sqrt(inputs)
 
 
 def _normal(tensor: Tensor, deviation: float, seed: int) -> None:

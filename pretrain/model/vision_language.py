@@ -24,7 +24,8 @@ from pretrain.config.schema import ModelConfig, MoEConfig
 from pretrain.model.attention import TokenLayout
 from pretrain.model.block import Block, MakeMoELayer
 from pretrain.model.heads import ImageHead, TextHead
-from pretrain.model.layers import Linear, RMSNorm, TextEmbedding, rotary_patches, rotary_text
+from pretrain.model.layers import RMSNorm, TextEmbedding, rotary_patches, rotary_text
+from pretrain.model.stem import make_stem
 from pretrain.moe.layer import MoELayer
 from pretrain.moe.statistics import RouterStats
 
@@ -74,7 +75,7 @@ class VisionLanguageModel(nn.Module):
         self.config = model
         self.logit_scale_max = logit_scale_max
         self.compute_dtype = compute_dtype
-        self.patch_embedding = Linear(3 * model.patch_size**2, model.width)
+        self.stem = make_stem(model)
         self.text_embedding = TextEmbedding(model.vocab_size, model.width)
         self.blocks = nn.ModuleList(Block(i, model, moe, make_moe_layer) for i in range(model.num_blocks))
         self.image_head = ImageHead(model.width, model.pool_heads, model.embed_dim)
@@ -191,12 +192,8 @@ class VisionLanguageModel(nn.Module):
 
     def _embed_patches(self, images: Tensor) -> Tensor:
         """uint8 pictures -> `[pairs x P, width]`, patches in row-major order."""
-        pairs, channels, height, width = images.shape
-        size = self.config.patch_size
-        rows, columns = height // size, width // size
         pixels = (images.to(self.compute_dtype) - PIXEL_MEAN) / PIXEL_DEVIATION
-        patches = pixels.view(pairs, channels, rows, size, columns, size).permute(0, 2, 4, 1, 3, 5)
-        return self.patch_embedding(patches.reshape(pairs * rows * columns, channels * size * size))  # type: ignore[no-any-return]
+        return self.stem(pixels)  # type: ignore[no-any-return]
 
     def _embed_text(self, ids_T: Tensor) -> Tensor:
         # Embeddings are drawn small for the tied head; sqrt(width) brings them to the patches' scale.

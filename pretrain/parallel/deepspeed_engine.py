@@ -119,7 +119,7 @@ class DeepSpeedEngine:
             return  # the masters in the optimizer shard are the weights
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
-                parameter.copy_(take(tensors, self._file_name(name)))
+                parameter.copy_(take(tensors, self._file_name(name), parameter))
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         return optimizer_shard(self._engine.optimizer, self.layout.zero_stage)

@@ -66,7 +66,7 @@ def start_process_group(environment: RankEnvironment, timeout_seconds: float) ->
     # killed builder leaves for ever. gloo serves without it.
     __compatible_ops__["deepspeed_shm_comm"] = False
     if environment.world == 1 and "MASTER_PORT" not in os.environ:
-        alone = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        alone = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         os.environ.update(alone | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"})
     deepspeed.init_distributed(
         dist_backend="nccl" if environment.device.type == "cuda" else "gloo",
@@ -75,6 +75,11 @@ def start_process_group(environment: RankEnvironment, timeout_seconds: float) ->
         auto_mpi_discovery=False,
     )
     logger.debug("rank %d of %d on %s", environment.rank, environment.world, environment.device)
+
+
+def is_lost_rank(error: RuntimeError) -> bool:
+    """Whether an error of torch says that another rank cannot be reached; gloo has no type for it."""
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error)
 
 
 def stop_process_group() -> None:
@@ -91,7 +96,8 @@ def _quiet_deepspeed() -> None:
     warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of this machine that nobody uses now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

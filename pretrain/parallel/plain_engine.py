@@ -74,7 +74,7 @@ class PlainEngine:
     def load_model_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
-                parameter.copy_(take(tensors, _file_name(name, parameter)))
+                parameter.copy_(take(tensors, _file_name(name, parameter), parameter))
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         return {
@@ -98,14 +98,17 @@ def model_inputs(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Te
     return images, ids, lengths, positions
 
 
-def take(tensors: Mapping[str, Tensor], name: str) -> Tensor:
-    """A tensor of a checkpoint by name, or a clear error."""
-    if name not in tensors:
+def take(tensors: Mapping[str, Tensor], name: str, like: Tensor) -> Tensor:
+    """A tensor of a checkpoint by name, of the shape of `like`, or a clear error."""
+    found = tensors.get(name)
+    if found is None or found.shape != like.shape:
+        what = f"no {name!r}" if found is None else f"{name!r} as {list(found.shape)}"
         raise CheckpointError(
-            f"the checkpoint has no {name!r}: it was written by a model of another shape; "
-            f"compare the model and moe sections of its config.yaml with this run's"
+            f"the checkpoint has {what}, but this run's model needs {list(like.shape)}: it was written by a "
+            f"model of another shape. Set the model and moe sections as in config.yaml of the run folder, or "
+            f"start in another folder"
         )
-    return tensors[name]
+    return found
 
 
 def _file_name(name: str, parameter: Tensor) -> str:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
+from data_pipeline.common import errors, storage
 from data_pipeline.common.config import dump_yaml
-from data_pipeline.common.errors import ConfigError, TokenizerError
+from data_pipeline.common.errors import ConfigError, StorageError, TokenizerError, VlmError
 from data_pipeline.common.logs import log_to_file, setup_logging
 from data_pipeline.loader import Loader
 from data_pipeline.manifest import Manifest, load_manifest
 from data_pipeline.plan import LoaderState
+from data_pipeline.shards import check_present
 from data_pipeline.tokenizer import Tokenizer
+from pretrain.checkpoint.retention import list_checkpoints
 from pretrain.config.batch import BatchPlan, plan_batch
 from pretrain.config.schema import RunConfig
 from pretrain.config.validate import check
@@ -27,6 +31,8 @@ from pretrain.parallel.layout import Layout
 from pretrain.parallel.plain_engine import PlainEngine
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 CONFIG_FILE, DEEPSPEED_FILE, TOKENIZER_FILE = "config.yaml", "deepspeed.json", "tokenizer.model"
 
@@ -49,7 +55,7 @@ class Parts:
         """The training data from `state` on."""
         return Loader(
             manifests=self.manifests,
-            tokenizer_path=str(self.out / TOKENIZER_FILE),
+            tokenizer_path=self.run.data.tokenizer,
             data=replace(self.run.data, cache_dir=self.run.data.cache_dir or str(self.out / "cache")),
             image_size=self.run.model.image_size,
             text_length=self.run.model.text_length,
@@ -60,6 +66,22 @@ class Parts:
             pairs_per_forward=self.run.batch.pairs_per_forward,
             state=state,
         )
+
+    def on_first_rank(self, work: Callable[[], T]) -> T | None:
+        """What `work` gives on rank 0, None on others; its errors are those of every rank. Collective."""
+        return _on_first_rank(self.engine, self.out, work)
+
+    def keep_settings(self) -> None:
+        """Write the resolved settings and the tokenizer into the folder. Collective.
+
+        Called when the run is sure to train: a refused start must leave there what fits the checkpoints.
+        """
+        def write() -> None:
+            storage.write_bytes(str(self.out / TOKENIZER_FILE), self.tokenizer.model_bytes)
+            storage.write_bytes(str(self.out / CONFIG_FILE), dump_yaml(self.run).encode())
+            _write_deepspeed(self.run, self.out, self.batch_plan)
+
+        self.on_first_rank(write)
 
 
 def build(run: RunConfig, out: Path) -> Parts:
@@ -75,9 +97,11 @@ def build(run: RunConfig, out: Path) -> Parts:
     batch_plan = plan_batch(run.batch.pairs_per_step, run.batch.pairs_per_forward, environment.world)
     tokenizer = Tokenizer.load(run.data.tokenizer)
     _check_vocabulary(run, tokenizer)
-    manifests = tuple(load_manifest(url) for url in run.data.train)
+    patience = min(60.0, run.data.timeout_seconds)
+    manifests = tuple(load_manifest(url, timeout_seconds=patience) for url in run.data.train)
     engine = build_engine(run, environment, batch_plan)
-    _make_run_folder(run, out, engine, tokenizer, batch_plan)
+    _on_first_rank(engine, out, lambda: check_present(manifests))
+    _on_first_rank(engine, out, lambda: _open_run_folder(run, out, tokenizer))
     log_to_file(out / "logs" / f"rank-{environment.rank:05d}.log", environment.rank)
     pairs = sum(manifest.total_samples for manifest in manifests)
     logger.info("%s: %d ranks, %d pairs in %d manifests", run.name, environment.world, pairs, len(manifests))
@@ -122,28 +146,33 @@ def _check_vocabulary(run: RunConfig, tokenizer: Tokenizer) -> None:
         )
 
 
-def _make_run_folder(
-    run: RunConfig, out: Path, engine: TrainEngine, tokenizer: Tokenizer, batch_plan: BatchPlan
-) -> None:
-    """Write the resolved settings beside the run; refuse a folder trained with another tokenizer."""
-    problem = ""
+def _open_run_folder(run: RunConfig, out: Path, tokenizer: Tokenizer) -> None:
+    """Make the folder; refuse one that was trained with another tokenizer."""
+    out.mkdir(parents=True, exist_ok=True)
+    kept, trained = out / TOKENIZER_FILE, list_checkpoints(out / "checkpoints")
+    if trained and kept.exists() and Tokenizer.load(kept).fingerprint != tokenizer.fingerprint:
+        raise TokenizerError(
+            f"{out} was trained with another tokenizer ({kept}) than data.tokenizer "
+            f"({run.data.tokenizer}); its token numbers would mean other words. Set data.tokenizer={kept}, "
+            f"or start in another folder"
+        )
+
+
+def _on_first_rank(engine: TrainEngine, out: Path, work: Callable[[], T]) -> T | None:
+    """See `Parts.on_first_rank`."""
+    problem, result = None, None
     if engine.rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        kept = out / TOKENIZER_FILE
-        if kept.exists() and Tokenizer.load(str(kept)).fingerprint != tokenizer.fingerprint:
-            problem = (
-                f"{out} was trained with another tokenizer ({kept}) than data.tokenizer "
-                f"({run.data.tokenizer}); its token numbers would mean other words. Give the run its own "
-                f"tokenizer, or start in another folder"
-            )
-        else:
-            if not kept.exists():
-                shutil.copyfile(run.data.tokenizer, kept)
-            (out / CONFIG_FILE).write_text(dump_yaml(run), encoding="utf-8")
-            _write_deepspeed(run, out, batch_plan)
+        try:
+            result = work()
+        except VlmError as error:
+            problem = [type(error).__name__, str(error)]
+        except OSError as error:
+            problem = [StorageError.__name__, f"cannot write into the run folder {out}: {error.strerror}; free "
+                       f"space or mend permissions there, or choose another --out"]
     problem = engine.broadcast_json(problem)
     if problem:
-        raise TokenizerError(problem)
+        raise getattr(errors, problem[0], VlmError)(problem[1])
+    return result
 
 
 def _write_deepspeed(run: RunConfig, out: Path, batch_plan: BatchPlan) -> None:
@@ -151,4 +180,4 @@ def _write_deepspeed(run: RunConfig, out: Path, batch_plan: BatchPlan) -> None:
         return
     path = profile_path(run.parallel.deepspeed)
     resolved = resolve(run, load_profile(path), path, out / CONFIG_FILE, batch_plan)
-    (out / DEEPSPEED_FILE).write_text(json.dumps(resolved, indent=2) + "\n", encoding="utf-8")
+    storage.write_bytes(str(out / DEEPSPEED_FILE), json.dumps(resolved, indent=2).encode() + b"\n")

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 
+from data_pipeline.common.errors import TokenizerError
 from data_pipeline.plan import LoaderState
 from data_pipeline.samples import Batch
 from pretrain.checkpoint.reader import load_latest
@@ -30,8 +31,9 @@ def train(parts: Parts) -> TrainState:
     if state.step >= parts.run.schedule.total_steps:
         logger.info("%s is complete: step %d of %d", parts.out, state.step, parts.run.schedule.total_steps)
         return state
-    reporter = Reporter(parts.out, parts.run, state.step) if parts.engine.rank == 0 else None
     loader = parts.open_loader(state.loader)
+    parts.keep_settings()
+    reporter = parts.on_first_rank(lambda: Reporter(parts.out, parts.run, state.step))
     try:
         with StopFlag() as stop:
             return _train_on(parts, loader.steps(), state, reporter, stop)
@@ -88,7 +90,7 @@ def _train_on(
             _save(parts, state)
             window.skip_pause()
         if stopping:
-            logger.warning("asked to stop: saved step %d; start the same command again to go on", state.step)
+            logger.info("asked to stop: saved step %d; start the same command again to go on", state.step)
             break
     return state
 
@@ -98,6 +100,12 @@ def _resume(parts: Parts) -> TrainState:
     resumed = load_latest(parts.engine, parts.out / "checkpoints")
     if resumed is None:
         return TrainState(loader=LoaderState(seed=parts.run.seed))
+    if resumed.state_json["tokenizer"] != parts.tokenizer.fingerprint:
+        raise TokenizerError(
+            f"{resumed.path} was trained with another tokenizer than data.tokenizer "
+            f"({parts.run.data.tokenizer}); its token numbers would mean other words. Give the run its own "
+            f"tokenizer, or start in another folder"
+        )
     state = TrainState.from_json(resumed.state_json["train"])
     set_random_state(resumed.rank_state["random"])
     logger.info("resumed from %s: step %d, %d pairs seen", resumed.path, state.step, state.samples_seen)

@@ -8,6 +8,7 @@ that file gets no more.
 from __future__ import annotations
 
 import logging
+import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -51,6 +52,7 @@ class Reporter:
         self._bad = Journal(run_dir / "bad_samples.jsonl", resumed_step=resumed_step)
         self.bad_counts = Counter(str(row.get("reason")) for row in self._bad.kept)
         """Bad samples so far, by reason."""
+        _leave_errors_to_the_next_write()
         # purge_step tells TensorBoard to forget what older event files say from that step on.
         self._events = SummaryWriter(
             str(run_dir / "tensorboard"), purge_step=resumed_step + 1, flush_secs=10
@@ -110,8 +112,8 @@ class Reporter:
         self.bad_counts.update(problem.reason for problem in problems)
         if problems:
             counts = ", ".join(f"{reason} {count}" for reason, count in sorted(self.bad_counts.items()))
-            logger.warning("%d bad samples left out (all so far: %s); see bad_samples.jsonl; the first: %s",
-                           len(problems), counts, " ".join(problems[0]))
+            logger.warning("left out %d bad sample%s (all so far: %s), named in bad_samples.jsonl; the first: "
+                           "%s, sample %s: %s: %s", len(problems), "s" * (len(problems) > 1), counts, *problems[0])
 
     def close(self) -> None:
         """Finish all files."""
@@ -156,7 +158,19 @@ class Reporter:
             write()
         except OSError as error:
             self._failed.add(what)
-            logger.error("cannot write %s any more (%s); training goes on without it", what, error)
+            reason = error.strerror or error
+            logger.error("cannot write %s any more (%s); training goes on without it", what, reason)
+
+
+def _leave_errors_to_the_next_write() -> None:
+    """Do not print errors of TensorBoard's writing thread: it hands them to the next write, which tells them."""
+    before = threading.excepthook
+
+    def hook(found: threading.ExceptHookArgs) -> None:
+        if type(found.thread).__name__ != "_AsyncWriterThread" or not isinstance(found.exc_value, OSError):
+            before(found)
+
+    threading.excepthook = hook
 
 
 def max_over_mean(load_E: Array) -> float:

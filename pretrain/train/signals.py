@@ -1,4 +1,4 @@
-"""Being asked to stop: SIGTERM (torchrun, scancel) and SIGUSR1 (SLURM's warning before the time limit)."""
+"""Being asked to stop: SIGTERM (torchrun, scancel), SIGUSR1 (SLURM's warning before the time limit), Ctrl-C."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import signal
 from types import FrameType, TracebackType
 from typing import Any
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopFlag:
-    """While entered, remembers a stop signal instead of dying of it; the loop stops after its step."""
+    """While entered, remembers a stop signal instead of dying of it; the loop stops after its step.
+
+    Ctrl-C once more leaves at once.
+    """
 
     def __init__(self) -> None:
         self.is_set = False
@@ -18,7 +21,9 @@ class StopFlag:
 
     def __enter__(self) -> StopFlag:
         for number in STOP_SIGNALS:
-            self._before[number] = signal.signal(number, self._set)
+            # A shell lets background jobs ignore Ctrl-C: it is meant for another program then.
+            if number != signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._set)
         return self
 
     def __exit__(
@@ -28,4 +33,6 @@ class StopFlag:
             signal.signal(number, handler)
 
     def _set(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.is_set:
+            raise KeyboardInterrupt
         self.is_set = True

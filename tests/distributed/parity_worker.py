@@ -44,7 +44,7 @@ def run_config(
     # Large balance weights, so that a wrong share would show; a norm far above the clip, so that clipping acts.
     return RunConfig(
         model=ModelConfig(width=32, num_blocks=3, num_heads=2, ffn_width=48, fusion_start=2, image_size=16,
-                          patch_size=8, vocab_size=50, text_length=12, embed_dim=16, pool_heads=2,
+                          patch_size=8, stem="conv", vocab_size=50, text_length=12, embed_dim=16, pool_heads=2,
                           recompute=recompute),
         moe=MoEConfig(num_experts=NUM_EXPERTS, experts_per_token=2, expert_width=16, start=1),
         loss=LossConfig(balance_weight=0.1, router_z_weight=0.1),

@@ -29,6 +29,7 @@ def test_as_many_parameters_as_the_real_model(name: str) -> None:
 @pytest.mark.parametrize("overrides", [
     ["moe.shared_experts=0"], ["moe.shared_experts=3", "moe.expert_width=24"], ["moe.every=2"], ["moe.stop=3"],
     ["moe.start=4"], ["moe.start=0"], ["model.embed_dim=40", "model.pool_heads=2", "model.num_heads=8"],
+    ["model.stem=conv"], ["model.stem=conv", "model.width=48", "model.patch_size=16", "model.num_heads=2"],
 ])
 def test_as_many_parameters_as_the_real_model_with_other_shapes(overrides: list[str]) -> None:
     run = load_run("tiny", ["model.vocab_size=512", *overrides])
@@ -56,7 +57,7 @@ def test_active_leaves_out_exactly_the_experts_not_visited() -> None:
     assert count_parameters(model, every_expert).active == count.total
 
 
-@pytest.mark.parametrize("overrides", [[], ["moe.start=4"], ["moe.experts_per_token=8", "model.fusion_start=1"]])
+@pytest.mark.parametrize("overrides", [[], ["moe.start=4"], ["model.stem=conv"], ["moe.experts_per_token=8", "model.fusion_start=1"]])
 def test_flops_of_the_forward_pass_that_torch_counts(overrides: list[str]) -> None:
     """Torch sees the products that are run, which differ from the formula in two known ways."""
     run = load_run("tiny", ["model.vocab_size=1000", "moe.backend=loop", *overrides])

@@ -206,11 +206,11 @@ def test_concepts_leave_out_mere_parts() -> None:
 def test_variants_begin_with_the_caption_and_never_change() -> None:
     concept = Concept(caption="red heart", tags=("love", "heart", "emotion", "ruby"), group="smileys emotion")
     found = variants(concept)
-    assert found == variants(replace(concept)) and len(set(found)) == len(found) >= 6
-    assert found[0] == "red heart" and "a drawing of red heart" in found
-    words = set(re.findall(r"\w+", " ".join(found))) - {"a", "an", "of", "drawing", "picture", "icon"}
-    assert words <= {"red", "heart", "love", "emotion", "ruby", "smileys"}
-    assert any("red heart" not in text for text in found)  # tags alone
+    assert found == variants(replace(concept)) and len(set(found)) == len(found) >= 4
+    assert found[0] == "red heart"
+    words = set(re.findall(r"\w+", " ".join(found)))
+    assert {"red", "heart", "emotion"} < words <= {"red", "heart", "love", "emotion", "ruby", "smileys"}
+    assert all(text.startswith("red heart") for text in found)
     hidden = variants(concept, Phrases(["heart", "emotion"]))
     assert "emotion" not in " ".join(hidden)
     assert all("heart" not in text.replace("red heart", "") for text in hidden)
