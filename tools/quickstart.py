@@ -97,7 +97,8 @@ def _fitting_steps(options: argparse.Namespace) -> int:
 def _train(out: Path, overrides: list[str]) -> None:
     """`vlmoe train` on `RANKS` processes, as a cluster starts it."""
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={RANKS}",
-               "--master-addr=127.0.0.1", f"--master-port={free_port()}", "-m", "pretrain", "train", PRESET, "--out", str(out), *overrides]
+               "--master-addr=127.0.0.1", f"--master-port={free_port()}",
+               "-m", "pretrain", "train", PRESET, "--out", str(out), *overrides]
     environment = {"OMP_NUM_THREADS": "1"} | os.environ
     subprocess.run(command, check=True, env=environment)
 

@@ -14,6 +14,7 @@ K experts per token.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 from pretrain.config.schema import ModelConfig, MoEConfig
@@ -135,5 +136,5 @@ def _stem_flops(model: ModelConfig) -> float:
 def _convolutions(model: ModelConfig) -> list[tuple[int, int, int]]:
     """(channels in, channels out, side of the output) of each convolution of the stem."""
     channels = model.stem_channels
-    pairs = zip(channels, channels[1:], strict=False)
-    return [(num_in, num_out, model.image_size >> (step + 1)) for step, (num_in, num_out) in enumerate(pairs)]
+    steps = enumerate(pairwise(channels), start=1)
+    return [(num_in, num_out, model.image_size >> step) for step, (num_in, num_out) in steps]

@@ -9,6 +9,8 @@ Shapes: B pictures, C channels, P patches, D trunk width.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -39,7 +41,7 @@ class ConvStem(nn.Module):
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
         channels = model.stem_channels
-        self.convs = nn.ModuleList(Conv(*pair) for pair in zip(channels, channels[1:], strict=False))
+        self.convs = nn.ModuleList(Conv(*pair) for pair in pairwise(channels))
         self.norms = nn.ModuleList(RMSNorm(width) for width in channels[1:])
         self.out = Linear(channels[-1], model.width)
 

@@ -57,7 +57,9 @@ def test_active_leaves_out_exactly_the_experts_not_visited() -> None:
     assert count_parameters(model, every_expert).active == count.total
 
 
-@pytest.mark.parametrize("overrides", [[], ["moe.start=4"], ["model.stem=conv"], ["moe.experts_per_token=8", "model.fusion_start=1"]])
+@pytest.mark.parametrize("overrides", [
+    [], ["moe.start=4"], ["model.stem=conv"], ["moe.experts_per_token=8", "model.fusion_start=1"],
+])
 def test_flops_of_the_forward_pass_that_torch_counts(overrides: list[str]) -> None:
     """Torch sees the products that are run, which differ from the formula in two known ways."""
     run = load_run("tiny", ["model.vocab_size=1000", "moe.backend=loop", *overrides])
