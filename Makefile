@@ -32,7 +32,7 @@ $(STAMP): pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "error: $(PYTHON) is older than Python 3.11; name a newer one: make PYTHON=python3.12" >&2; exit 2; }
 	@echo "making $(VENV): a minute or a few, most of it torch"
-	@test -x $(RUN) || $(PYTHON) -m venv $(VENV) \
+	@$(RUN) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV) \
 		|| { echo "error: $(PYTHON) cannot make environments; on Debian: apt-get install python3-venv" >&2; exit 2; }
 	$(RUN) -m pip install --quiet --disable-pip-version-check $(TORCH)
 	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[quickstart,dev]'

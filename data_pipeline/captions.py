@@ -105,7 +105,7 @@ def find(members: Mapping[str, bytes], key: str) -> list[str]:
 def _json_object(text: str) -> dict[str, object]:
     try:
         value = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also of a number with thousands of digits
         raise DataError(f"the .json member is not JSON: {error}", slug="bad-json") from error
     if not isinstance(value, dict):
         raise DataError(

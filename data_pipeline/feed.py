@@ -219,15 +219,18 @@ def _as_it_is(batch: Any) -> Any:
 
 def _prepare_worker(worker: int) -> None:
     """One thread a worker, deaf to the signals meant for the trainer, and no life without it."""
+    # A scheduler signals every process of a job; the trainer still needs batches while it saves.
+    for name in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(name, signal.SIG_IGN)
+    # Blocked before there are other threads, which inherit that: `_end_when_the_trainer_asks` takes it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    # A child of the fork server does not notice the end of the trainer by its parent's number.
+    for watch in (_end_with_the_trainer, _end_when_the_trainer_asks):
+        threading.Thread(target=watch, daemon=True).start()
     torch.set_num_threads(1)
     import cv2
 
     cv2.setNumThreads(0)
-    # A scheduler signals every process of a job; the trainer still needs batches while it saves.
-    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(name, signal.SIG_IGN)
-    # A child of the fork server does not notice the end of the trainer by its parent's number.
-    threading.Thread(target=_end_with_the_trainer, daemon=True).start()
 
 
 def _end_with_the_trainer() -> None:
@@ -235,6 +238,17 @@ def _end_with_the_trainer() -> None:
     if trainer is not None:
         trainer.join()
         os._exit(1)
+
+
+def _end_when_the_trainer_asks() -> None:
+    """End by the trainer's SIGTERM, also in the middle of a read that never returns; others' are ignored.
+
+    Python waits for its children before it exits: a worker that cannot be ended would keep it for ever.
+    """
+    trainer = multiprocessing.parent_process()
+    while trainer is not None:
+        if signal.sigwaitinfo([signal.SIGTERM]).si_pid == trainer.pid:
+            os._exit(0)
 
 
 def shard_sizes(manifests: Sequence[Manifest]) -> list[int]:

@@ -25,7 +25,7 @@ from data_pipeline.manifest import (
     describe_shard,
     write_manifest,
 )
-from data_pipeline.shard_index import sidecar_path
+from data_pipeline.shard_index import INDEX_SUFFIX, sidecar_path
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,11 @@ def expand(patterns: Sequence[str]) -> list[str]:
     found: dict[str, None] = {}
     for pattern in patterns:
         before = len(found)
-        for url in braceexpand(pattern):
+        try:
+            urls = list(braceexpand(pattern))
+        except ValueError as error:
+            raise DataError(f"{storage.redact(pattern)}: its braces do not close; write {{000..127}}") from error
+        for url in urls:
             found.update(dict.fromkeys(_shards_at(url)))
         if len(found) == before:
             raise DataError(
@@ -96,8 +100,11 @@ def _shards_at(url: str) -> list[str]:
 
 def _common_folder(urls: Sequence[str]) -> str:
     folders = [storage.parent(url) for url in urls]
-    common = os.path.commonpath(folders) if all(map(storage.is_local, urls)) else folders[0]
-    return common or "."
+    if not all(map(storage.is_local, urls)):
+        return folders[0]
+    if len({os.path.isabs(folder) for folder in folders}) > 1:
+        folders = [os.path.abspath(folder) for folder in folders]
+    return os.path.commonpath(folders) or "."
 
 
 def _name_under(url: str, folder: str) -> str:
@@ -140,5 +147,5 @@ def _describe(url: str, name: str, timeout_seconds: float) -> ShardEntry:
             entry = describe_shard(copy, name)
         except DataError as error:
             raise DataError(str(error).replace(str(copy), storage.redact(url))) from error
-        storage.write_bytes(url + ".index.json", sidecar_path(copy).read_bytes())
+        storage.write_bytes(url + INDEX_SUFFIX, sidecar_path(copy).read_bytes())
     return entry

@@ -17,6 +17,7 @@ from typing import Protocol
 
 import numpy as np
 
+from data_pipeline.common import storage
 from data_pipeline.common.errors import ConfigError, DataError
 from data_pipeline.feed import BatchMaker, BatchStream, Sources, shard_sizes
 from data_pipeline.manifest import Manifest
@@ -187,7 +188,7 @@ def read_all(
     numbers = np.arange(manifest.total_samples) if indices is None else np.asarray(indices, dtype=np.int64)
     if len(numbers) and not 0 <= numbers.min() <= numbers.max() < manifest.total_samples:
         raise ConfigError(
-            f"samples {numbers.min()}..{numbers.max()} were asked for, but {manifest.url} has "
+            f"samples {numbers.min()}..{numbers.max()} were asked for, but {storage.redact(manifest.url)} has "
             f"{manifest.total_samples}"
         )
     recipe = Recipe(

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
@@ -50,8 +51,11 @@ class ShardEntry:
             parts = PurePosixPath(name).parts
             if not parts or ".." in parts or name.startswith("/") or "://" in name:
                 raise DataError(f"the shard name {name!r} leads out of the manifest's folder")
-        if self.samples < 1 or self.bytes < 1:
+        if not all(isinstance(number, int) and number > 0 for number in (self.samples, self.bytes)):
             raise DataError(f"shard {self.name!r} has {self.samples} samples in {self.bytes} bytes")
+        for digest in (self.sha256, self.index_sha256):  # part of file names in the cache
+            if not re.fullmatch("[0-9a-f]{64}", digest):
+                raise DataError(f"shard {self.name!r} has the SHA-256 {digest!r}, which is none")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,12 +47,12 @@ class LoaderState:
         Raises:
             DataError: It is not such a state, or of another version.
         """
-        found = json.loads(value) if isinstance(value, str) else dict(value)
-        if found.get("version") != 1:
-            raise DataError(f"the loader state has version {found.get('version')!r}, but 1 was expected")
         try:
+            found = dict(json.loads(value) if isinstance(value, str) else value)
+            if found.get("version") != 1:
+                raise DataError(f"the loader state has version {found.get('version')!r}, but 1 was expected")
             return LoaderState(**found)
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise DataError(f"not a loader state: {error}") from error
 
 

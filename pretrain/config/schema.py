@@ -80,9 +80,9 @@ class ModelConfig:
 
     @property
     def stem_channels(self) -> tuple[int, ...]:
-        """Channels of the convolutional stem from the pixels on, doubling to the trunk's width."""
+        """Channels of the convolutional stem from the pixels on: a quarter of the trunk's width, half, whole."""
         steps = self.patch_size.bit_length() - 1
-        return (3, *(max(8, self.width >> (steps - 1 - step)) for step in range(steps)))
+        return (3, *(max(8, self.width >> max(0, 2 - step)) for step in range(steps)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +144,7 @@ class LossConfig:
     logit_scale_init: float = 14.285714
     """First value of the contrastive scale (inverse temperature)."""
     logit_scale_max: float = 100.0
-    """Largest value the contrastive scale may take."""
+    """Ceiling that the contrastive scale may come near."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,7 +258,8 @@ class PrecisionConfig:
     """Number formats."""
 
     compute: Literal["fp32", "bf16"] = "fp32"
-    """Activations and matrix products; masters, moments, router and losses stay in fp32."""
+    """Activations and matrix products. Masters, moments, router logits and losses are fp32; with DeepSpeed's ZeRO
+    stages 1 to 3 the forward pass reads all weights, those of router and norms too, rounded to bf16."""
 
 
 @dataclass(frozen=True, kw_only=True)

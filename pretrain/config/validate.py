@@ -6,6 +6,7 @@ tokenizer's vocabulary) is judged where they are opened.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 
@@ -117,8 +118,8 @@ def _numbers(run: RunConfig) -> Iterator[str]:
         ("log.num_pictures", run.log.num_pictures, run.log.num_pictures >= 0, "at least 0"),
         ("eval.pairs_per_forward", run.eval.pairs_per_forward, run.eval.pairs_per_forward >= 1, "at least 1"),
         ("eval.caption_samples", run.eval.caption_samples, run.eval.caption_samples >= 0, "at least 0"),
-        ("loss.logit_scale_init", loss.logit_scale_init, 0 < loss.logit_scale_init <= loss.logit_scale_max,
-         f"above 0 and at most loss.logit_scale_max ({loss.logit_scale_max})"),
+        ("loss.logit_scale_init", loss.logit_scale_init, 0 < loss.logit_scale_init < loss.logit_scale_max,
+         f"above 0 and below loss.logit_scale_max ({loss.logit_scale_max})"),
         ("seed", run.seed, run.seed >= 0, "at least 0"),
     ):
         if not inside:
@@ -136,6 +137,9 @@ def _numbers(run: RunConfig) -> Iterator[str]:
 
 def _data(run: RunConfig) -> Iterator[str]:
     data = run.data
+    trained = [_address(shards) for shards in data.train]
+    for shards in sorted({shards for shards in trained if trained.count(shards) > 1}):
+        yield f"data.train names {shards} {trained.count(shards)} times; its pairs would come as often in every epoch"
     if not data.caption_keys:
         yield "data.caption_keys is empty; name where captions are, such as txt"
     for key in data.caption_keys:
@@ -167,9 +171,15 @@ def _eval(run: RunConfig) -> Iterator[str]:
             yield f"eval.sets has a set called {held_out.name!r}; use letters, digits and _ . - only"
         if not held_out.shards:
             yield f"eval.sets {held_out.name!r} has no shards; name a manifest or the folder that holds one"
-        elif held_out.shards in run.data.train:
+        elif _address(held_out.shards) in map(_address, run.data.train):
             yield (f"eval.sets {held_out.name!r} is {held_out.shards}, which data.train names too; "
                    f"what is trained on is not held out")
+
+
+def _address(shards: str) -> str:
+    """The folder of shards, spelt in one way: a manifest may be named itself, or by its folder."""
+    folder = shards.removesuffix("manifest.json")
+    return folder.rstrip("/") if "://" in shards else os.path.normpath(folder.removeprefix("file:"))
 
 
 def _precision(run: RunConfig) -> Iterator[str]:

@@ -153,8 +153,15 @@ def evaluate_captions(
     device: torch.device,
 ) -> dict[str, Any]:
     """Only written captions, for all pairs of `batches`; arguments as in `evaluate_set`."""
-    pictures = [picture for batch in batches for picture in _pictures(batch)]
-    return write_for(model, pictures, tokenizer=tokenizer, text_length=text_length, device=device).to_json()
+    pictures: list[Picture] = []
+    problems: Counter[str] = Counter()
+    for batch in batches:
+        pictures += _pictures(batch)
+        problems.update(problem.reason for problem in batch.problems)
+    if problems:
+        logger.warning("%d bad samples left out: %s", problems.total(), dict(problems))
+    writing = write_for(model, pictures, tokenizer=tokenizer, text_length=text_length, device=device)
+    return writing.to_json() | {"bad_samples": problems.total()}
 
 
 def write_for(

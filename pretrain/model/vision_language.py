@@ -41,7 +41,7 @@ class ModelOutput(NamedTuple):
     text_embedding: Tensor
     """Unit vectors, float32 `[pairs, embed_dim]`."""
     logit_scale: Tensor
-    """Contrastive scale, float32 scalar, already clamped."""
+    """Contrastive scale, float32 scalar, below its ceiling."""
     caption_loss_sum: Tensor
     """Cross-entropy (nats) summed over the predicted caption tokens, float32 scalar."""
     caption_tokens: Tensor
@@ -81,7 +81,8 @@ class VisionLanguageModel(nn.Module):
         self.image_head = ImageHead(model.width, model.pool_heads, model.embed_dim)
         self.text_head = TextHead(model.width, model.embed_dim)
         self.caption_norm = RMSNorm(model.width)
-        self.log_scale = nn.Parameter(torch.tensor([math.log(logit_scale_init)]))
+        # The inverse of the soft ceiling in `_scale`, so that the scale begins at `logit_scale_init`.
+        self.log_scale = nn.Parameter(torch.tensor([-math.log(1 / logit_scale_init - 1 / logit_scale_max)]))
         head_width = model.width // model.num_heads
         side = model.image_size // model.patch_size
         # Plain attributes, not buffers: a cast of the module to bfloat16 must not round the angles.
@@ -120,9 +121,10 @@ class VisionLanguageModel(nn.Module):
             text_embedding,
             self._scale(),
             loss_sum,
-            torch.tensor(predicted, device=x_TD.device),
+            # Filled on the device: a copy from the host would make it wait for the whole pass.
+            torch.full((), predicted, device=x_TD.device),
             *_stack(stats, x_TD.device),
-            torch.tensor([split, text_tokens], device=x_TD.device),
+            torch.stack([torch.full((), count, device=x_TD.device) for count in (split, text_tokens)]),
         )
 
     def encode_image(self, images: Tensor) -> Tensor:
@@ -206,7 +208,13 @@ class VisionLanguageModel(nn.Module):
         return loss_sum, ids_T.shape[0] - ends_B.shape[0]
 
     def _scale(self) -> Tensor:
-        return self.log_scale.float().exp().clamp(max=self.logit_scale_max)[0]
+        """The contrastive scale, below its ceiling.
+
+        A soft ceiling, log s = log max - softplus(log max - p), and not a clamp: above a clamp the gradient is
+        zero, so a scale that once came there would stay for ever.
+        """
+        ceiling = math.log(self.logit_scale_max)
+        return torch.exp(ceiling - F.softplus(ceiling - self.log_scale.float()))[0]
 
 
 def valid_positions(text_lengths: Tensor, text_length: int) -> Tensor:

@@ -21,8 +21,8 @@ def learning_rate(step: int, schedule: ScheduleConfig, peak: float) -> float:
     if schedule.kind == "constant":
         return peak
     if schedule.kind == "wsd":
-        fall = max(0.0, (progress - (1 - schedule.decay_share)) / max(schedule.decay_share, 1e-12))
-        share = 1 - min(1.0, fall)
+        decay_steps = max(schedule.decay_share * schedule.total_steps, 1e-12)
+        share = min(1.0, max(0.0, (schedule.total_steps - step) / decay_steps))
     else:
         share = 0.5 * (1 + math.cos(math.pi * progress))
     return peak * (schedule.final_share + (1 - schedule.final_share) * share)

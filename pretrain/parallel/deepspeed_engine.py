@@ -137,7 +137,8 @@ class DeepSpeedEngine:
             if parameter.grad is not None:
                 (experts if is_expert(name) else dense).append(parameter.grad)
         expert_square = _square_sum(experts, self.device)
-        dist.all_reduce(expert_square, group=groups._get_expert_parallel_group(self._expert_group_name))
+        if experts:  # a dense trunk has no expert groups
+            dist.all_reduce(expert_square, group=groups._get_expert_parallel_group(self._expert_group_name))
         norm = float((_square_sum(dense, self.device) + expert_square).sqrt())
         if self._clip_norm and norm > self._clip_norm:
             torch._foreach_mul_(dense + experts, self._clip_norm / (norm + 1e-6))

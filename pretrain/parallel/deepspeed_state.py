@@ -18,13 +18,14 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def whole_parameter(parameter: nn.Parameter) -> Tensor:
-    """The whole value of a parameter, gathered when ZeRO-3 has partitioned it. Collective then."""
+    """The whole value of a parameter, gathered into a copy on CPU when ZeRO-3 has partitioned it. Collective then."""
     if not hasattr(parameter, "ds_id"):
         return parameter.detach()
     from deepspeed import zero
 
     with zero.GatheredParameters([parameter]):
-        return parameter.detach().clone()
+        # To the host: whole weights of a partitioned model need not fit into one GPU together.
+        return parameter.detach().to("cpu", copy=True)
 
 
 def optimizer_shard(optimizer: Any, zero_stage: int) -> dict[str, Tensor]:
@@ -51,7 +52,8 @@ def load_optimizer_shard(optimizer: Any, zero_stage: int, shard: Mapping[str, Te
             master.data.copy_(shard[f"{name}/master"])
         if f"{name}/exp_avg" not in shard:
             continue  # saved before the first step
-        state: dict[str, Tensor] = {"step": shard[f"{name}/step"].clone()}
+        # The fused optimizer reads its step count where the parameter lies.
+        state = {"step": shard[f"{name}/step"].to(master.device).clone()}
         for key in MOMENTS:
             _fit(shard, f"{name}/{key}", master)
             state[key] = shard[f"{name}/{key}"].to(master.device).clone().view_as(master)

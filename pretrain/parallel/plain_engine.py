@@ -85,8 +85,8 @@ class PlainEngine:
 
     def load_optimizer_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         for name, parameter in self.model.named_parameters():
-            state = {key: tensors[f"{name}/{key}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")
-                     if f"{name}/{key}" in tensors}
+            state = {key: tensors[f"{name}/{key}"].to(parameter.device).clone()
+                     for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}/{key}" in tensors}
             if state:
                 self._optimizer.state[parameter] = state
 

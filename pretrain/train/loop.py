@@ -86,6 +86,7 @@ def _train_on(
             bad.add(reports, read=state.loader.position)
         if pictures is not None and pictures.is_due(state.step, last=last):
             pictures.show(reporter, state.step)
+            window.skip_pause()
         if saving:
             _save(parts, state)
             window.skip_pause()

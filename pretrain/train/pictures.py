@@ -4,12 +4,32 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from data_pipeline.loader import read_all
 from data_pipeline.manifest import load_manifest
 from data_pipeline.samples import Batch
 from pretrain.evaluate.generation import write_captions
+from pretrain.parallel.engine import TrainEngine
 from pretrain.train.build import Parts
 from pretrain.train.reporter import Reporter
+
+
+@dataclass(frozen=True)
+class OneMind:
+    """Rank 0's logits on every rank.
+
+    Ranks that judge for themselves may differ in the last bit, since their rows stand at different places of
+    an expert's batch. One that ends a caption a token sooner would leave the others waiting in an exchange.
+    """
+
+    engine: TrainEngine
+
+    def next_token_logits(self, images: Tensor, text_ids: Tensor, text_lengths: Tensor) -> Tensor:
+        """Logits of the token after the last valid one, `[pictures, vocabulary]`. Collective."""
+        logits = self.engine.model.next_token_logits(images, text_ids, text_lengths)
+        return self.engine.total(logits if self.engine.rank == 0 else torch.zeros_like(logits))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +66,7 @@ class PictureBook:
         parts, engine = self.parts, self.parts.engine
         tokenizer = parts.tokenizer
         ids = write_captions(
-            engine.model, self.batch.images.to(engine.device), start_id=tokenizer.start_id,
+            OneMind(engine), self.batch.images.to(engine.device), start_id=tokenizer.start_id,
             end_id=tokenizer.end_id, max_length=parts.run.model.text_length,
         )
         written = [tokenizer.decode(tokens) for tokens in ids]

@@ -94,8 +94,9 @@ def _accumulate(
         # The surrogate has the gradient of the global contrastive loss with respect to these embeddings.
         surrogate = _pull(output.image_embedding, leaf.image_embedding)
         surrogate = surrogate + _pull(output.text_embedding, leaf.text_embedding)
-        if number == 0:
-            surrogate = surrogate + _pull(output.logit_scale, leaf.logit_scale)
+        # In equal parts: a parameter must take part in every backward pass, because with offload DeepSpeed
+        # drops what was accumulated for one that the last pass leaves out.
+        surrogate = surrogate + _pull(output.logit_scale, leaves[0].logit_scale) / len(batches)
         engine.backward(
             engine.world * terms.weighted_sum(loss) + surrogate, last=number == len(batches) - 1
         )

@@ -39,7 +39,7 @@ PAIRS, STEPS, NUM_EXPERTS = 8, 3, 4
 
 
 def run_config(
-    stage: int, expert_parallel: int, precision: str, pairs_per_forward: int, recompute: bool
+    stage: int | str, expert_parallel: int, precision: str, pairs_per_forward: int, recompute: bool
 ) -> RunConfig:
     # Large balance weights, so that a wrong share would show; a norm far above the clip, so that clipping acts.
     return RunConfig(
@@ -101,7 +101,9 @@ def train(engine: TrainEngine, run: RunConfig, bad: tuple[int, ...]) -> Trained:
         pairs = global_batch(step, bad=bad)
         starts = [(micro * engine.world + engine.rank) * per_forward for micro in range(accumulation)]
         batches = [collate(pairs[start : start + per_forward]) for start in starts]
-        results.append(train_step(engine, batches, run.loss, pairs_per_forward=per_forward, learning_rate=1e-2))
+        # Another rate at each step, and none of them that of the configuration: it must reach the optimizer.
+        rate = 1e-2 / (step + 2)
+        results.append(train_step(engine, batches, run.loss, pairs_per_forward=per_forward, learning_rate=rate))
     return results, gradients
 
 

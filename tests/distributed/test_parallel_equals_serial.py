@@ -1,4 +1,4 @@
-"""DeepSpeed on one and two processes against plain torch in one process: losses, norm and every gradient."""
+"""DeepSpeed on one, two and four processes against plain torch in one process: losses, norm and every gradient."""
 
 from __future__ import annotations
 
@@ -27,18 +27,22 @@ def cells(world: int) -> list[list[Any]]:
         if ep <= world
     ]
     if world == 1:
-        return [*found, [1, 1, "fp32", 2, True, []]]
+        return [*found, [1, 1, "fp32", 2, True, []], ["2_offload", 1, "fp32", 2, False, []]]
+    if world == 4:
+        # Two copies of the experts: each expert's gradient is summed inside a copy and averaged over the copies.
+        return [[0, 2, "fp32", 2, False, []], [1, 2, "fp32", 1, False, []], [3, 2, "fp32", 2, False, []],
+                [2, 4, "fp32", 2, False, [0, 1]], [1, 2, "bf16", 2, False, []]]
     return [
         *found,
         [0, 2, "fp32", 2, False, []], [1, 2, "fp32", 2, True, []], [2, 1, "fp32", 2, False, []],
-        [3, 2, "fp32", 2, False, []],
+        [3, 2, "fp32", 2, False, []], [3, 2, "fp32", 2, True, []], ["2_offload", 2, "fp32", 2, False, []],
         [1, 2, "fp32", 4, False, [1, 6]], [2, 2, "fp32", 2, False, [0, 5]],
         # One rank has no pair at all and must still enter every exchange.
         [1, 2, "fp32", 4, False, [0, 1, 2, 3]], [3, 2, "fp32", 4, False, [4, 5, 6, 7]],
     ]
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["one-process", "two-processes"])
+@pytest.fixture(scope="module", params=[1, 2, 4], ids=["one-process", "two-processes", "four-processes"])
 def measured(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     """Differences of all cells of a world; one launch, since starting ranks costs more than training them."""
     world: int = request.param

@@ -6,8 +6,9 @@ import random
 import socket
 
 # Below the range from which Linux takes the ports of outgoing connections (32768 and up), so that
-# nothing else grabs a port between the look and the server's start.
-_FIRST, _LAST = 11000, 19999
+# nothing else grabs a port between the look and the server's start. The ports 10000 higher belong to the S3
+# server too; above those, ranks of SLURM jobs meet (`slurm.py`).
+_FIRST, _LAST = 11000, 15999
 
 
 def free_ports(count: int) -> list[int]:

@@ -231,6 +231,7 @@ def _ends(files: list[Path]) -> str:
 
 
 def _environment(root: Path, ports: tuple[int, ...], cpus: int, gpus: int) -> dict[str, str]:
+    draw = random.SystemRandom()
     return clean_environment(
         {
             "MINISLURM_ROOT": str(root),
@@ -238,8 +239,8 @@ def _environment(root: Path, ports: tuple[int, ...], cpus: int, gpus: int) -> di
             "MINISLURM_CPUS": str(cpus),
             "MINISLURM_GPUS": str(gpus),
             # The port at which a job's ranks meet follows from its number; clusters side by side on
-            # one machine must not number their jobs alike.
-            "MINISLURM_FIRST_JOB": str(random.SystemRandom().randrange(1, 60_000)),
+            # one machine must not number their jobs alike. From 26000 on, where no other server of a test is.
+            "MINISLURM_FIRST_JOB": str(10_000 * draw.randrange(6) + draw.randrange(6_000, 9_900)),
         }
     )
 

@@ -83,6 +83,7 @@ def test_damaged_members_are_named() -> None:
         ({"json": b"{"}, "json:a", "bad-json"),
         ({"json": b"[1]"}, "json:a", "bad-json"),
         ({"json": b"[" * 100_000}, "json:a", "bad-json"),
+        ({"json": b'{"a": ' + b"1" * 5000 + b"}"}, "json:a", "bad-json"),
     ]:
         with pytest.raises(DataError) as caught:
             find(members, key)

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 
+from data_pipeline import feed
 from data_pipeline.captions import caption_hash
 from data_pipeline.common.errors import ConfigError, DataError
 from data_pipeline.images import decode
@@ -277,6 +278,24 @@ def test_a_worker_that_dies_is_a_clear_error(setup: Setup) -> None:
                 next(steps)
 
 
+def test_a_read_that_never_returns_is_a_clear_error_and_can_be_left(
+    tmp_path: Path, tokenizer_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = make_shards(tmp_path, count=COUNT)
+    index = tmp_path / manifest.shards[2].index
+    index.unlink()
+    os.mkfifo(index)  # opening it waits for a writer, as opening a file of a dead server does
+    monkeypatch.setattr(feed, "POLL_SECONDS", 1)
+    loader = Setup(manifest, tokenizer_path).open(data=Settings(workers=1, timeout_seconds=2))
+    with pytest.raises(DataError, match=r"no batch came within 2 s .*does not answer"):
+        take(loader, 8)
+    # What Python does to its children when it exits; then it waits for them.
+    for worker in multiprocessing.active_children():
+        worker.terminate()
+        worker.join(timeout=10)
+        assert not worker.is_alive()
+
+
 def test_workers_end_with_the_loader(setup: Setup) -> None:
     loader = setup.open(data=Settings(workers=2))
     next(loader.steps())
@@ -362,4 +381,7 @@ def test_captions_are_drawn_by_weight_and_place(tmp_path: Path, tokenizer_path: 
     kinds = [text.split()[0] for batch in batches for text in batch.captions]
     shares = {kind: kinds.count(kind) / len(kinds) for kind in ("a", "alt", "other")}
     assert shares == pytest.approx({"a": 1 / 3, "alt": 1 / 3, "other": 1 / 3}, abs=0.1)  # 600 draws: 5 sigma
+    # Whichever wording was drawn, pairs are equal by the caption that names the sample.
+    for batch in batches:
+        assert batch.caption_hashes.tolist() == [caption_hash(caption(int(key))) for key in batch.keys]
     assert load_manifest(tmp_path).total_samples == COUNT

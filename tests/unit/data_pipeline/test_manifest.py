@@ -160,7 +160,30 @@ def test_a_manifest_that_contradicts_itself(tmp_path: Path, change: dict[str, ob
 @pytest.mark.parametrize("name", ["../x.tar", "/etc/x.tar", "a/../../x.tar", "s3://b/x.tar", ""])
 def test_shard_names_stay_in_the_folder(name: str) -> None:
     with pytest.raises(DataError, match="leads out of"):
-        ShardEntry(name=name, samples=1, bytes=1, sha256="", index="x", index_sha256="")
+        ShardEntry(name=name, samples=1, bytes=1, sha256="a" * 64, index="x", index_sha256="a" * 64)
+
+
+@pytest.mark.parametrize("change", [{"sha256": "../" * 5}, {"index_sha256": "A" * 64}, {"samples": 1.5}, {"bytes": 0}])
+def test_an_impossible_shard_is_refused(tmp_path: Path, change: dict[str, object]) -> None:
+    make_shards(tmp_path)
+    path = tmp_path / MANIFEST_NAME
+    content = json.loads(path.read_text())
+    content["shards"][1] |= change
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"manifest.json: shard 'shard-000001.tar' has"):
+        load_manifest(tmp_path)
+
+
+def test_braces_that_do_not_close_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"x-\{0..3.tar: its braces do not close"):
+        index_shards(f"{tmp_path}/x-{{0..3.tar")
+
+
+def test_shards_may_be_named_from_here_and_from_the_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = make_shards(tmp_path, count=14)
+    monkeypatch.chdir(tmp_path)
+    found = index_shards([f"{tmp_path}/shard-000000.tar", "shard-000001.tar"])
+    assert found.shards == written.shards
 
 
 def test_a_changed_index_is_refused(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pretrain.checkpoint import load_latest, load_model_weights, save
 from pretrain.config.schema import ModelConfig, MoEConfig, OptimConfig, RunConfig
 from pretrain.model import build_model
 from pretrain.model.vision_language import valid_positions
+from pretrain.parallel.deepspeed_state import load_optimizer_shard, optimizer_shard
 from pretrain.parallel.layout import Layout
 from pretrain.parallel.plain_engine import PlainEngine
 
@@ -60,3 +61,20 @@ def test_weights_for_one_process_are_the_engines(tmp_path: Path) -> None:
     expected = dict(engine.model.named_parameters())
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_all_of_the_optimizers_state_goes_to_the_device_of_its_parameter() -> None:
+    """Step counts too: the fused optimizer of a GPU reads them there."""
+    engine = new_engine(0)
+    train(engine, 0, 1)
+    plain, flat = engine.optimizer_tensors(), optimizer_shard(engine._optimizer, 0)
+    engine.model.to("meta")  # stands for a GPU
+    engine.load_optimizer_tensors(plain)
+    weight = torch.nn.Parameter(torch.empty_like(flat["group_0000/exp_avg"], device="meta"))
+    inner = torch.optim.AdamW([weight])
+    load_optimizer_shard(inner, 0, flat)
+    loaded = [engine._optimizer.state.get(parameter) for parameter in engine.model.parameters()]
+    states = [inner.state[weight], *filter(None, loaded)]  # some parameters had no gradient yet
+    assert len(states) > 20
+    assert {tensor.device.type for state in states for tensor in state.values()} == {"meta"}
+    assert all(state.keys() == {"step", "exp_avg", "exp_avg_sq"} for state in states)

@@ -17,6 +17,7 @@ from data_pipeline.common.config import apply_overrides, dump_yaml, from_mapping
 from data_pipeline.common.errors import CheckpointError, ConfigError, DataError, TokenizerError
 from data_pipeline.manifest import load_manifest
 from data_pipeline.tokenizer import Tokenizer, train_tokenizer
+from data_pipeline.writer import write_shards
 from pretrain.checkpoint import save
 from pretrain.config.schema import EvalSet, RunConfig
 from pretrain.evaluate.command import (
@@ -33,7 +34,7 @@ from pretrain.evaluate.judge import choose_samples, distinct_texts, evaluate_set
 from pretrain.evaluate.trained import load_trained
 from pretrain.model import VisionLanguageModel, build_model
 from pretrain.parallel.layout import Layout
-from tests.support.shards import Shapes
+from tests.support.shards import CAPTIONS, Shapes, picture
 
 SMALL = [
     "model.width=32", "model.num_blocks=3", "model.num_heads=2", "model.pool_heads=2", "model.ffn_width=48",
@@ -171,6 +172,18 @@ def test_written_captions_are_those_of_the_whole_set(folder: RunFolder, shapes: 
     assert written["caption_samples"] == 9
     keys = [shapes.keys[index] for index in choose_samples("held", 64, 9)]
     assert [example["key"] for example in written["examples"]] == keys
+
+
+def test_bad_samples_are_counted(folder: RunFolder, tmp_path: Path) -> None:
+    samples: list[dict[str, object]] = [
+        {"__key__": str(number), "png": picture(CAPTIONS[number], 24), "txt": CAPTIONS[number]} for number in range(4)
+    ]
+    samples[1]["png"] = b"this is no picture"
+    write_shards(samples, tmp_path / "mixed")
+    judged = eval_command(folder.path, [str(tmp_path / "mixed")], None, None)["mixed"]
+    written = evaluate_written(load_trained(folder.path), str(tmp_path / "mixed"), name="mixed")
+    assert (judged["images"], judged["bad_samples"]) == (3, 1)
+    assert (written["caption_samples"], written["bad_samples"]) == (3, 1)
 
 
 def test_labels_are_what_is_ranked_against(folder: RunFolder, shapes: Shapes, tmp_path: Path) -> None:

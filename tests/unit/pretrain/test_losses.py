@@ -64,6 +64,9 @@ def test_learning_rate_at_its_corners() -> None:
     wsd = ScheduleConfig(kind="wsd", total_steps=100, warmup_steps=0, decay_share=0.2)
     assert learning_rate(79, wsd, 1.0) == pytest.approx(1.0)
     assert learning_rate(90, wsd, 1.0) == pytest.approx(0.5)
+    late = ScheduleConfig(kind="wsd", total_steps=100, warmup_steps=50, decay_share=0.2)  # of the run, not of the rest
+    assert learning_rate(80, late, 1.0) == pytest.approx(1.0)
+    assert learning_rate(90, late, 1.0) == pytest.approx(0.5)
     assert learning_rate(99, ScheduleConfig(kind="constant", total_steps=100, warmup_steps=5), 2.0) == 2.0
     rates = [learning_rate(step, cosine, 1.0) for step in range(110)]
     assert rates[:11] == sorted(rates[:11])

@@ -126,6 +126,18 @@ def test_experts_start_different_from_one_another_and_equal_on_any_layout() -> N
     assert torch.equal(second_half, whole[2:])
 
 
+@pytest.mark.parametrize("parameter", [2.0, 4.6, 6.0, 9.0])
+def test_contrastive_scale_stays_below_its_ceiling_and_never_freezes(parameter: float) -> None:
+    model = build_model(SMALL)
+    torch.testing.assert_close(model._scale(), torch.tensor(14.285714))
+    with torch.no_grad():
+        model.log_scale.fill_(parameter)
+    scale = model._scale()
+    scale.backward()
+    assert scale < 100.0
+    assert model.log_scale.grad is not None and model.log_scale.grad > 0.1
+
+
 def test_eight_pairs_are_learned_by_heart() -> None:
     """Overfitting reproduces the captions exactly by greedy decoding."""
     torch.manual_seed(0)

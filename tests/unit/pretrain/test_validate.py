@@ -27,7 +27,7 @@ def test_a_good_run_has_no_problem() -> None:
     (["optim.lr=0"], 1, "optim.lr is 0.0, but must be above 0"),
     (["optim.betas=[0.9, 1]"], 1, "optim.betas is [0.9, 1.0], but must be in 0..1"),
     (["loss.caption_weight=0", "loss.contrastive_weight=0"], 1, "nothing would be learned"),
-    (["loss.logit_scale_init=200"], 1, "at most loss.logit_scale_max (100.0)"),
+    (["loss.logit_scale_init=200"], 1, "below loss.logit_scale_max (100.0)"),
     (["loss.balance_weight=-1"], 1, "loss.balance_weight is -1.0, below 0"),
     (["batch={pairs_per_step: 1, pairs_per_forward: 1}"], 1, "contrast needs other pairs"),
     (["schedule={kind: wsd, warmup_steps: 900, decay_share: 0.2}"], 1, "longer than schedule.total_steps (1000)"),
@@ -39,6 +39,9 @@ def test_a_good_run_has_no_problem() -> None:
     (["eval.sets=[{name: a/b, shards: x}]"], 1, "use letters, digits"),
     (["eval.sets=[{name: a, shards: ''}]"], 1, "has no shards"),
     (["eval.sets=[{name: a, shards: t}]", "data.train=[t]"], 1, "is not held out"),
+    (["eval.sets=[{name: a, shards: ./t/}]", "data.train=[t/manifest.json]"], 1, "is not held out"),
+    (["eval.sets=[{name: a, shards: 's3://b/t/'}]", "data.train=['s3://b/t']"], 1, "is not held out"),
+    (["data.train=[t, u, t/]"], 1, "data.train names t 2 times"),
     (["precision.compute=bf16", "moe.expert_width=60"], 1, "multiple of 8, or set moe.backend=loop"),
     (["data.prefetch=0"], 1, "data.prefetch is 0, but must be at least 1"),
 ])
