@@ -12,9 +12,9 @@ from typing import TypeVar
 
 from data_pipeline.common import errors, storage
 from data_pipeline.common.config import dump_yaml
-from data_pipeline.common.errors import ConfigError, StorageError, TokenizerError, VlmError
+from data_pipeline.common.errors import ConfigError, DataError, StorageError, TokenizerError, VlmError
 from data_pipeline.common.logs import log_to_file, setup_logging
-from data_pipeline.loader import Loader
+from data_pipeline.loader import Loader, data_fingerprint
 from data_pipeline.manifest import Manifest, load_manifest
 from data_pipeline.plan import LoaderState
 from data_pipeline.shards import check_present
@@ -100,6 +100,7 @@ def build(run: RunConfig, out: Path) -> Parts:
     patience = min(60.0, run.data.timeout_seconds)
     manifests = tuple(load_manifest(url, timeout_seconds=patience) for url in run.data.train)
     engine = build_engine(run, environment, batch_plan)
+    check_same_everywhere(engine, data_fingerprint(manifests, run.data.shuffle_window), tokenizer.fingerprint)
     _on_first_rank(engine, out, lambda: check_present(manifests))
     _on_first_rank(engine, out, lambda: _open_run_folder(run, out, tokenizer))
     log_to_file(out / "logs" / f"rank-{environment.rank:05d}.log", environment.rank)
@@ -136,6 +137,28 @@ def build_engine(run: RunConfig, environment: RankEnvironment, batch_plan: Batch
     )
     config = resolve(run, profile, path, Path(CONFIG_FILE), batch_plan)
     return DeepSpeedEngine(model, run.optim, layout, environment.device, config)
+
+
+def check_same_everywhere(engine: TrainEngine, data: str, tokenizer: str) -> None:
+    """Refuse ranks that would read different data: copies on a node's own disk can be stale. Collective.
+
+    Args:
+        engine: Talks to the other ranks.
+        data: Fingerprint of this rank's manifests.
+        tokenizer: Fingerprint of this rank's tokenizer.
+
+    Raises:
+        DataError: A rank has others than rank 0; on every rank alike.
+    """
+    everyone = engine.gather_json([data, tokenizer])
+    for what, place in (("data.train", 0), ("data.tokenizer", 1)):
+        others = [rank for rank, found in enumerate(everyone) if found[place] != everyone[0][place]]
+        if others:
+            shown = ", ".join(map(str, others[:8])) + (", ..." if len(others) > 8 else "")
+            raise DataError(
+                f"{what} is not the same on every node: rank(s) {shown} read another content than rank 0; "
+                f"copy it to those nodes again, or use a place that all nodes share"
+            )
 
 
 def _check_vocabulary(run: RunConfig, tokenizer: Tokenizer) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from data_pipeline.common.errors import VlmError
 from data_pipeline.common.logs import clock_text, setup_logging
 from tools.quickstart_data.build import Settings, build
-from tools.quickstart_data.sources import attribution
+from tools.quickstart_data.sources import SOURCES, attribution
 from tools.quickstart_data.split import SPLITS
 
 EXPECTED = {"train": (13203, 5401), "unseen_style": (1705, 1705), "unseen_concept": (1379, 209)}
@@ -53,11 +53,18 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
-    print(table(facts, whole=options.limit == 0))
+    print(f"{thanks()}\n\n{table(facts, whole=options.limit == 0)}\n")
     print(
         f"{options.out} is ready ({clock_text(time.monotonic() - start)}); see {options.out}/ATTRIBUTION.md"
     )
     return 0
+
+
+def thanks() -> str:
+    """Whose drawings these are, one line each; with addresses it is what `--attribution` prints."""
+    lines = [f"{'drawings':<22}{'licence':<15}by"]
+    lines += [f"{source.title:<22}{source.license:<15}{source.author}" for source in SOURCES]
+    return "\n".join([*lines, f"{'Names and tags':<22}{'MIT':<15}Miles Johnson (emojibase)"])
 
 
 def table(facts: dict[str, dict[str, int]], *, whole: bool) -> str:
