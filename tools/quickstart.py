@@ -52,7 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
         return error.returncode
     print(f"\nall numbers: {options.out}/summary.json ({summary['samples_seen']:,} pairs seen in "
           f"{summary['train_seconds'] / 60:.1f} minutes of training)")
-    print(f"watch it:    {Path(sys.executable).parent}/tensorboard --logdir {options.out}")
+    tensorboard = os.path.relpath(Path(sys.executable).with_name("tensorboard"))
+    print(f"watch it:    {tensorboard} --logdir {options.out}")
     return 0
 
 
@@ -62,7 +63,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         description="Fetch real pictures, train a small sparse vision-language model on two processes, judge it.",
     )
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder of the run")
-    parser.add_argument("--minutes", type=float, default=8.5, help="training time that the run is sized for")
+    parser.add_argument("--minutes", type=float, default=9.3, help="training time that the run is sized for")
     parser.add_argument("--steps", type=int, default=0, help="optimizer steps; 0 measures what fits the minutes")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, such as optim.lr=1e-3")
     return parser.parse_args(arguments)
