@@ -148,8 +148,10 @@ def _parameters(run: RunConfig) -> dict[str, int]:
 def _expert_shares(out: Path) -> dict[str, float]:
     """Least and most used expert of any layer in the last report, as multiples of a fair share."""
     last = json.loads((out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
-    least = [value for name, value in last.items() if name.startswith("moe/min_over_mean_load/")]
-    most = [value for name, value in last.items() if name.startswith("moe/max_over_mean_load/")]
+    # moe/max_over_mean_load/layer_03; with a modality behind it the name has one more part.
+    loads = {name: value for name, value in last.items() if "_over_mean_load/" in name and name.count("/") == 2}
+    least = [value for name, value in loads.items() if name.startswith("moe/min")]
+    most = [value for name, value in loads.items() if name.startswith("moe/max")]
     return {"least_over_fair_share": min(least), "most_over_fair_share": max(most)}
 
 
