@@ -29,7 +29,7 @@ from pretrain.config.schema import (
 from pretrain.model import build_model
 from pretrain.model.vision_language import valid_positions
 from pretrain.parallel.engine import TrainEngine
-from pretrain.parallel.environment import rank_environment, start_process_group
+from pretrain.parallel.environment import rank_environment, start_process_group, stop_process_group
 from pretrain.parallel.layout import Layout
 from pretrain.parallel.plain_engine import PlainEngine
 from pretrain.train.build import build_engine
@@ -168,6 +168,7 @@ def main() -> None:
                     "recompute": recompute, "bad": bad, "world": environment.world}
             print("CELL " + json.dumps(cell | found), flush=True)
     dist.barrier()
+    stop_process_group()  # or its threads may still run when the process ends, which C++ calls a crash
 
 
 if __name__ == "__main__":

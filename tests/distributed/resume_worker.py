@@ -18,6 +18,7 @@ import torch.distributed as dist
 from data_pipeline.common.config import apply_overrides, from_mapping
 from pretrain.config.schema import RunConfig
 from pretrain.parallel.deepspeed_engine import gather_json
+from pretrain.parallel.environment import stop_process_group
 from pretrain.train import loop
 from pretrain.train.build import build
 from pretrain.train.journal import read_rows
@@ -106,6 +107,8 @@ def main() -> None:
             everyone = gather_json(wrong, torch.device("cpu"))
             if dist.get_rank() == 0:
                 print("CELL " + json.dumps({"name": name, "cut": cut, "different": everyone}), flush=True)
+    dist.barrier()
+    stop_process_group()
 
 
 if __name__ == "__main__":
