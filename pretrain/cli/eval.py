@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pretrain.cli.common import Subparsers, add_command
+from data_pipeline.common.commands import Subparsers, add_command
 
 _EXAMPLES = """\
   vlmoe eval runs/quickstart

@@ -14,9 +14,10 @@ import time
 from collections.abc import Sequence
 from typing import NoReturn
 
+from data_pipeline.commands import tokenizer
 from data_pipeline.common.errors import LostRankError, VlmError
 from data_pipeline.common.logs import note_in_files, setup_logging
-from pretrain.cli import caption, data, eval, plan, tokenizer, train
+from pretrain.cli import caption, data, eval, plan, train
 from pretrain.cli.common import started_as
 
 _COMMANDS = (train, plan, eval, caption, data, tokenizer)

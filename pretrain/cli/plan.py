@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pretrain.cli.common import Subparsers, add_command, add_run
+from data_pipeline.common.commands import Subparsers, add_command
+from pretrain.cli.common import add_run
 from pretrain.config.batch import plan_batch
 from pretrain.config.presets import load_run, run_path
 from pretrain.config.schema import RunConfig

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pretrain.cli.common import Subparsers, add_command, add_run, started_as
+from data_pipeline.common.commands import Subparsers, add_command
+from pretrain.cli.common import add_run, started_as
 
 _EXAMPLES = """\
   vlmoe train run.yaml --out runs/first

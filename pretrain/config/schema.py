@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from data_pipeline.common.errors import ConfigError
+from data_pipeline.settings import DataConfig
 
 
 def _require(condition: bool, message: str) -> None:
@@ -145,64 +146,6 @@ class LossConfig:
     """First value of the contrastive scale (inverse temperature)."""
     logit_scale_max: float = 100.0
     """Ceiling that the contrastive scale may come near."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class AugmentConfig:
-    """Changes made to training pictures, drawn from the sample's own seed."""
-
-    flip: bool = False
-    """Mirror left-right with probability one half (wrong for text and arrows: off by default)."""
-    crop_scale: tuple[float, float] = (1.0, 1.0)
-    """Range of the share of the area that a random crop keeps; (1, 1) is no random crop."""
-    crop_ratio: tuple[float, float] = (0.75, 1.3333)
-    """Range of the aspect ratio of a random crop."""
-    affine_degrees: float = 0.0
-    """Largest rotation, degrees, either way."""
-    affine_translate: float = 0.0
-    """Largest shift, as a share of the side, either way."""
-    affine_scale: tuple[float, float] = (1.0, 1.0)
-    """Range of the zoom factor."""
-    random_background: bool = False
-    """Put pictures that have transparency on a random colour instead of white."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """What is read, and how a sample is made of it."""
-
-    train: tuple[str, ...] = ()
-    """Manifests (`.../manifest.json`, local or a store URL) or folders that hold one."""
-    tokenizer: str = ""
-    """SentencePiece model file."""
-    caption_keys: tuple[str, ...] = ("txt",)
-    """Where captions are: `txt` is the .txt member, `json:NAME` a field of the .json member (a string
-    or a list of strings, one of which is drawn)."""
-    caption_weights: tuple[float, ...] = (1.0,)
-    """How often each of `caption_keys` is used; one weight a key."""
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
-    """Changes made to training pictures."""
-    shuffle_window: int = 256
-    """Shards whose samples are shuffled together; shards themselves are always shuffled."""
-    workers: int = 2
-    """Loader processes of a rank; 0 reads in the training process."""
-    prefetch: int = 4
-    """Micro-batches that each worker prepares ahead."""
-    cache_dir: str = ""
-    """Local folder for shards of a remote store; empty means a folder of the run."""
-    verify_shards: bool = True
-    """Check a shard's SHA-256 when it is first opened, beside each sample's CRC-32."""
-    max_bad_share: float = 0.01
-    """Stop when more than this share of the samples read (and at least 100) was bad."""
-    timeout_seconds: float = 300.0
-    """Longest wait for one batch or one shard before the run stops with an error."""
-
-    def __post_init__(self) -> None:
-        _require(len(self.caption_keys) == len(self.caption_weights),
-                 f"data.caption_weights has {len(self.caption_weights)} numbers for "
-                 f"{len(self.caption_keys)} data.caption_keys; give one weight a key")
-        _require(self.workers >= 0, f"data.workers is {self.workers}, below 0")
-        _require(self.shuffle_window >= 1, f"data.shuffle_window is {self.shuffle_window}, below 1")
 
 
 @dataclass(frozen=True, kw_only=True)

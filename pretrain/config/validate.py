@@ -12,8 +12,9 @@ from collections.abc import Iterator
 
 from data_pipeline.common.config import join_problems
 from data_pipeline.common.errors import ConfigError
+from data_pipeline.settings import AugmentConfig
 from pretrain.config.batch import plan_batch
-from pretrain.config.schema import AugmentConfig, RunConfig
+from pretrain.config.schema import RunConfig
 
 
 def check(run: RunConfig, world: int, *, source: str = "", training: bool = True) -> None:
@@ -137,7 +138,7 @@ def _numbers(run: RunConfig) -> Iterator[str]:
 
 def _data(run: RunConfig) -> Iterator[str]:
     data = run.data
-    trained = [_address(shards) for shards in data.train]
+    trained = [_address(source.shards) for source in data.sources]
     for shards in sorted({shards for shards in trained if trained.count(shards) > 1}):
         yield f"data.train names {shards} {trained.count(shards)} times; its pairs would come as often in every epoch"
     if not data.caption_keys:
@@ -171,7 +172,7 @@ def _eval(run: RunConfig) -> Iterator[str]:
             yield f"eval.sets has a set called {held_out.name!r}; use letters, digits and _ . - only"
         if not held_out.shards:
             yield f"eval.sets {held_out.name!r} has no shards; name a manifest or the folder that holds one"
-        elif _address(held_out.shards) in map(_address, run.data.train):
+        elif _address(held_out.shards) in [_address(source.shards) for source in run.data.sources]:
             yield (f"eval.sets {held_out.name!r} is {held_out.shards}, which data.train names too; "
                    f"what is trained on is not held out")
 

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from data_pipeline.captions import clean
+from data_pipeline.content.captions import clean
 
 
 class TokenModel(Protocol):

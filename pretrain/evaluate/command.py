@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from data_pipeline.captions import clean
 from data_pipeline.common.errors import ConfigError, DataError
 from data_pipeline.common.storage import read_bytes
-from data_pipeline.images import decode
-from data_pipeline.loader import read_all
-from data_pipeline.manifest import Manifest, load_manifest
+from data_pipeline.content.captions import clean
+from data_pipeline.content.images import decode
+from data_pipeline.content.transforms import eval_transform
+from data_pipeline.loading.loader import read_all
 from data_pipeline.samples import Batch
-from data_pipeline.transforms import eval_transform
+from data_pipeline.shards.manifest import Manifest, load_manifest
 from pretrain.config.schema import EvalSet
 from pretrain.evaluate.judge import (
     Picture,

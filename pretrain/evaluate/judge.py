@@ -17,9 +17,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from data_pipeline.captions import caption_hash
 from data_pipeline.common.errors import DataError
 from data_pipeline.common.seeds import rng
+from data_pipeline.content.captions import caption_hash
 from data_pipeline.samples import Batch
 from pretrain.evaluate.captions import TokenModel, exact_percent, token_percent
 from pretrain.evaluate.embed import TextCoder, TextModel, embed_texts

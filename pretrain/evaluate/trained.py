@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.common.errors import CheckpointError, ConfigError, TokenizerError
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.content.tokenizer import Tokenizer
 from pretrain.checkpoint import find_latest, load_model_weights, read_meta
 from pretrain.config.presets import load_run
 from pretrain.config.schema import PrecisionConfig, RunConfig

@@ -14,11 +14,11 @@ from data_pipeline.common import errors, storage
 from data_pipeline.common.config import dump_yaml
 from data_pipeline.common.errors import ConfigError, DataError, StorageError, TokenizerError, VlmError
 from data_pipeline.common.logs import log_to_file, setup_logging
-from data_pipeline.loader import Loader, data_fingerprint
-from data_pipeline.manifest import Manifest, load_manifest
-from data_pipeline.plan import LoaderState
-from data_pipeline.shards import check_present
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.content.tokenizer import Tokenizer
+from data_pipeline.loading.loader import Loader, data_fingerprint
+from data_pipeline.order.plan import LoaderState
+from data_pipeline.reading.store import check_present
+from data_pipeline.shards.manifest import Manifest, load_manifest
 from pretrain.checkpoint.retention import list_checkpoints
 from pretrain.config.batch import BatchPlan, plan_batch
 from pretrain.config.schema import RunConfig
@@ -98,7 +98,7 @@ def build(run: RunConfig, out: Path) -> Parts:
     tokenizer = Tokenizer.load(run.data.tokenizer)
     _check_vocabulary(run, tokenizer)
     patience = min(60.0, run.data.timeout_seconds)
-    manifests = tuple(load_manifest(url, timeout_seconds=patience) for url in run.data.train)
+    manifests = tuple(load_manifest(source.shards, timeout_seconds=patience) for source in run.data.sources)
     engine = build_engine(run, environment, batch_plan)
     check_same_everywhere(engine, data_fingerprint(manifests, run.data.shuffle_window), tokenizer.fingerprint)
     _on_first_rank(engine, out, lambda: check_present(manifests))

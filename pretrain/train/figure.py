@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from data_pipeline.captions import clean
+from data_pipeline.content.captions import clean
 
 TILE, MARGIN, FONT_SIZE, LINE, LINES = 192, 12, 14, 18, 2
 COLUMNS = 4

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from data_pipeline.common.errors import TokenizerError
-from data_pipeline.plan import LoaderState
+from data_pipeline.order.plan import LoaderState
 from data_pipeline.samples import Batch
 from pretrain.checkpoint.reader import load_latest
 from pretrain.checkpoint.writer import save

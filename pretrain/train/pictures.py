@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from data_pipeline.loader import read_all
-from data_pipeline.manifest import load_manifest
+from data_pipeline.loading.loader import read_all
 from data_pipeline.samples import Batch
+from data_pipeline.shards.manifest import load_manifest
 from pretrain.evaluate.generation import write_captions
 from pretrain.parallel.engine import TrainEngine
 from pretrain.train.build import Parts

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.tokenizer import train_tokenizer
+from data_pipeline.content.tokenizer import train_tokenizer
 from tests.support.commands import Command, command_server
 from tests.support.launch import LaunchResult, run_ranks, torchrun
 from tests.support.ports import free_ports

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.content.tokenizer import Tokenizer
 from tests.support.launch import ROOT, clean_environment
 from tests.support.shards import Shapes
 from tests.support.slurm import SlurmCluster

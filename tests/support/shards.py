@@ -17,8 +17,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from data_pipeline.common.seeds import rng
-from data_pipeline.tokenizer import train_tokenizer
-from data_pipeline.writer import write_shards
+from data_pipeline.content.tokenizer import train_tokenizer
+from data_pipeline.shards.writer import write_shards
 
 COLOURS = {
     "red": (220, 40, 40), "green": (40, 160, 60), "blue": (50, 80, 220), "yellow": (240, 210, 40),

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 
-from data_pipeline.manifest import Manifest
-from data_pipeline.tokenizer import train_tokenizer
-from data_pipeline.writer import write_shards
+from data_pipeline.content.tokenizer import train_tokenizer
+from data_pipeline.settings import AugmentConfig, DataConfig
+from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.writer import write_shards
 
 WORDS = "red green blue small large round square cat dog tree house star boat moon apple".split()
 
@@ -45,29 +46,10 @@ def make_tokenizer(folder: Path) -> str:
     return str(path)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Augment:
-    """Some change to every picture, so that a wrong seed would show."""
-
-    flip: bool = True
-    crop_scale: tuple[float, float] = (0.5, 1.0)
-    crop_ratio: tuple[float, float] = (0.75, 1.33)
-    affine_degrees: float = 0.0
-    affine_translate: float = 0.0
-    affine_scale: tuple[float, float] = (1.0, 1.0)
-    random_background: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What `loader.DataSettings` asks for."""
-
-    caption_keys: tuple[str, ...] = ("txt",)
-    caption_weights: tuple[float, ...] = (1.0,)
-    augment: Augment = field(default_factory=Augment)
-    shuffle_window: int = 2
-    workers: int = 0
-    prefetch: int = 2
-    cache_dir: str = ""
-    verify_shards: bool = True
-    timeout_seconds: float = 60.0
+def settings(**changes: Any) -> DataConfig:
+    """Settings of a loader in this process, with some change to every picture, so that a wrong seed would show."""
+    given: dict[str, Any] = {
+        "augment": AugmentConfig(flip=True, crop_scale=(0.5, 1.0), crop_ratio=(0.75, 1.33)),
+        "shuffle_window": 2, "workers": 0, "prefetch": 2, "shard_seconds": 30.0, "timeout_seconds": 60.0,
+    }  # fmt: skip
+    return DataConfig(**given | changes)

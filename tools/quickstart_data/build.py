@@ -23,10 +23,10 @@ from typing import Any
 
 from data_pipeline.common.errors import DataError
 from data_pipeline.common.seeds import named_seed
-from data_pipeline.corpus import captions_of
-from data_pipeline.manifest import load_manifest
-from data_pipeline.tokenizer import train_tokenizer
-from data_pipeline.writer import write_shards
+from data_pipeline.content.tokenizer import train_tokenizer
+from data_pipeline.preparing.corpus import captions_of
+from data_pipeline.shards.manifest import load_manifest
+from data_pipeline.shards.writer import write_shards
 from tools.quickstart_data import stamp
 from tools.quickstart_data.captions import Concept, Phrases, variants
 from tools.quickstart_data.collect import Drawing, collect, load_concepts

@@ -13,8 +13,8 @@ import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from data_pipeline import captions
 from data_pipeline.common.seeds import rng
+from data_pipeline.content import captions
 
 TAG_MIXES = 3
 """Captions that add tags to the canonical one."""

@@ -7,8 +7,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from data_pipeline.captions import caption_hash, choose, clean, find
 from data_pipeline.common.errors import ConfigError, DataError
+from data_pipeline.content.captions import caption_hash, choose, clean, find
 
 
 @pytest.mark.parametrize(

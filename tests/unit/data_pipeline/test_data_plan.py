@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.common.errors import ConfigError, DataError
-from data_pipeline.plan import LoaderState, Plan, micro_batch_positions, micro_batches_per_step
+from data_pipeline.order.plan import LoaderState, Plan, micro_batch_positions, micro_batches_per_step
 
 SIZES = (5, 3, 8, 1, 4, 7)
 TOTAL = sum(SIZES)

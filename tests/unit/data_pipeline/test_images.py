@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from data_pipeline.common.errors import DataError
-from data_pipeline.images import decode
+from data_pipeline.content.images import decode
 
 
 def smooth(height: int = 20, width: int = 30, channels: int = 3) -> np.ndarray:

@@ -19,19 +19,20 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline import feed
-from data_pipeline.captions import caption_hash
 from data_pipeline.common.errors import ConfigError, DataError
-from data_pipeline.images import decode
-from data_pipeline.loader import Loader, read_all
-from data_pipeline.manifest import Manifest, load_manifest
-from data_pipeline.plan import LoaderState, Plan
+from data_pipeline.content.captions import caption_hash
+from data_pipeline.content.images import decode
+from data_pipeline.content.tokenizer import Tokenizer
+from data_pipeline.content.transforms import eval_transform
+from data_pipeline.loading import feed
+from data_pipeline.loading.loader import Loader, read_all
+from data_pipeline.order.plan import LoaderState, Plan
 from data_pipeline.samples import Batch
-from data_pipeline.tokenizer import Tokenizer
-from data_pipeline.transforms import eval_transform
-from data_pipeline.writer import write_shards
+from data_pipeline.settings import DataConfig
+from data_pipeline.shards.manifest import Manifest, load_manifest
+from data_pipeline.shards.writer import write_shards
 from tests.support.s3_server import S3Server
-from tests.support.small_shards import Settings, caption, make_shards, make_tokenizer, picture, samples
+from tests.support.small_shards import caption, make_shards, make_tokenizer, picture, samples, settings
 
 COUNT, STEP, FORWARD = 30, 8, 2
 
@@ -53,21 +54,21 @@ class Setup:
     manifest: Manifest
     tokenizer: str
 
-    def open(self, *, data: Settings | None = None, rank: int = 0, world: int = 1, position: int = 0) -> Loader:
+    def open(self, *, data: DataConfig | None = None, rank: int = 0, world: int = 1, position: int = 0) -> Loader:
         return self.resume(LoaderState(position=position), data=data, rank=rank, world=world)
 
     def resume(
-        self, state: LoaderState, *, data: Settings | None = None, rank: int = 0, world: int = 1, seed: int = 9
+        self, state: LoaderState, *, data: DataConfig | None = None, rank: int = 0, world: int = 1, seed: int = 9
     ) -> Loader:
         return Loader(
-            manifests=[self.manifest], tokenizer_path=self.tokenizer, data=data or Settings(), image_size=8,
+            manifests=[self.manifest], tokenizer_path=self.tokenizer, data=data or settings(), image_size=8,
             text_length=16, seed=seed, rank=rank, world=world, pairs_per_step=STEP, pairs_per_forward=FORWARD,
             state=state,
         )  # fmt: skip
 
     def evaluate(self, **more: object) -> Iterator[Batch]:
         arguments: dict[str, object] = {
-            "tokenizer": Tokenizer.load(self.tokenizer), "data": Settings(), "image_size": 8, "text_length": 16,
+            "tokenizer": Tokenizer.load(self.tokenizer), "data": settings(), "image_size": 8, "text_length": 16,
             "pairs_per_forward": 4,
         }  # fmt: skip
         return read_all(self.manifest, **(arguments | more))  # type: ignore[arg-type]
@@ -97,7 +98,7 @@ def all_same(left: list[list[Batch]], right: list[list[Batch]]) -> bool:
 def test_steps_follow_the_plan(setup: Setup) -> None:
     steps, states = take(setup.open(), 9)  # two epochs and a bit: steps span epochs
     keys = [key for batches in steps for batch in batches for key in batch.keys]
-    plan = Plan([shard.samples for shard in setup.manifest.shards], 9, Settings().shuffle_window)
+    plan = Plan([shard.samples for shard in setup.manifest.shards], 9, settings().shuffle_window)
     assert keys == [f"{7 * ref.shard + ref.sample:05d}" for ref in plan.samples(0, 9 * STEP)]
     assert [state.position for state in states] == [STEP * step for step in range(1, 10)]
     assert [len(batches) for batches in steps] == [STEP // FORWARD] * 9
@@ -108,7 +109,7 @@ def test_it_goes_on_from_every_cut(setup: Setup, workers: int) -> None:
     whole, states = take(setup.open(), 6)
     for cut in range(6):
         state = LoaderState.from_json(states[cut - 1].to_json()) if cut else LoaderState()
-        rest, later = take(setup.resume(state, data=Settings(workers=workers)), 6 - cut)
+        rest, later = take(setup.resume(state, data=settings(workers=workers)), 6 - cut)
         assert all_same(rest, whole[cut:])
         assert later == states[cut:]
 
@@ -203,7 +204,7 @@ def bad_shards(folder: Path) -> Manifest:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_bad_samples_are_left_out_and_named(tmp_path: Path, tokenizer_path: str, workers: int) -> None:
     setup = Setup(bad_shards(tmp_path), tokenizer_path)
-    data = Settings(workers=workers, verify_shards=False)
+    data = settings(workers=workers)
     batches = [batch for step in take(setup.open(data=data, position=0), 15)[0] for batch in step]
     read = [batch for batch in batches for _ in batch.keys + tuple(p.key for p in batch.problems)]
     assert len(read) == 15 * STEP == 4 * COUNT  # four epochs: nothing vanished
@@ -245,7 +246,7 @@ def test_a_damaged_shard_ends_training_with_one_message(
     else:
         (path if damage == "missing" else tmp_path / manifest.shards[2].index).unlink()
     with pytest.raises(DataError, match=message) as error:
-        take(Setup(manifest, tokenizer_path).open(data=Settings(workers=workers)), 8)
+        take(Setup(manifest, tokenizer_path).open(data=settings(workers=workers)), 8)
     assert "\n" not in str(error.value)
     assert "Traceback" not in str(error.value)
 
@@ -260,14 +261,14 @@ def test_shards_of_a_store_are_read_by_workers(
     # store first, after which a forked worker would wait for ever.
     multiprocessing.forkserver._forkserver._stop()  # type: ignore[attr-defined]
     remote = load_manifest(s3_server.upload(Path(setup.manifest.url), "loader-test"))
-    data = Settings(workers=2, cache_dir=str(tmp_path / "cache"))
+    data = settings(workers=2, cache_dir=str(tmp_path / "cache"))
     found, _ = take(Setup(remote, setup.tokenizer).open(data=data), 4)
     assert all_same(found, take(setup.open(), 4)[0])
     multiprocessing.forkserver._forkserver._stop()  # type: ignore[attr-defined]
 
 
 def test_a_worker_that_dies_is_a_clear_error(setup: Setup) -> None:
-    with closing(setup.open(data=Settings(workers=1, prefetch=1))) as loader:
+    with closing(setup.open(data=settings(workers=1, prefetch=1))) as loader:
         steps = loader.steps()
         next(steps)
         (worker,) = (child for child in multiprocessing.active_children() if child.is_alive())
@@ -286,7 +287,7 @@ def test_a_read_that_never_returns_is_a_clear_error_and_can_be_left(
     index.unlink()
     os.mkfifo(index)  # opening it waits for a writer, as opening a file of a dead server does
     monkeypatch.setattr(feed, "POLL_SECONDS", 1)
-    loader = Setup(manifest, tokenizer_path).open(data=Settings(workers=1, timeout_seconds=2))
+    loader = Setup(manifest, tokenizer_path).open(data=settings(workers=1, timeout_seconds=2))
     with pytest.raises(DataError, match=r"no batch came within 2 s .*does not answer"):
         take(loader, 8)
     # What Python does to its children when it exits; then it waits for them.
@@ -297,7 +298,7 @@ def test_a_read_that_never_returns_is_a_clear_error_and_can_be_left(
 
 
 def test_workers_end_with_the_loader(setup: Setup) -> None:
-    loader = setup.open(data=Settings(workers=2))
+    loader = setup.open(data=settings(workers=2))
     next(loader.steps())
     workers = multiprocessing.active_children()
     assert len(workers) >= 2
@@ -307,15 +308,15 @@ def test_workers_end_with_the_loader(setup: Setup) -> None:
 
 TRAINER = """
 import multiprocessing, sys
-from data_pipeline.loader import Loader
-from data_pipeline.manifest import load_manifest
-from data_pipeline.plan import LoaderState
+from data_pipeline.loading.loader import Loader
+from data_pipeline.shards.manifest import load_manifest
+from data_pipeline.order.plan import LoaderState
 from tests.support.s3_server import S3Server
-from tests.support.small_shards import Settings
+from tests.support.small_shards import settings
 
 if __name__ == "__main__":
     loader = Loader(
-        manifests=[load_manifest(sys.argv[1])], tokenizer_path=sys.argv[2], data=Settings(workers=2), image_size=8,
+        manifests=[load_manifest(sys.argv[1])], tokenizer_path=sys.argv[2], data=settings(workers=2), image_size=8,
         text_length=16, seed=0, rank=0, world=1, pairs_per_step=8, pairs_per_forward=8, state=LoaderState(),
     )
     next(loader.steps())
@@ -351,7 +352,7 @@ def test_workers_ignore_signals_but_end_with_a_killed_trainer(setup: Setup, tmp_
 def test_the_runs_random_numbers_are_left_alone(setup: Setup) -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    take(setup.open(data=Settings(workers=1)), 1)
+    take(setup.open(data=settings(workers=1)), 1)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -360,7 +361,7 @@ def test_a_position_of_other_data_is_refused(setup: Setup, tmp_path: Path) -> No
     with pytest.raises(ConfigError, match="seed is 10, but this position in the data was saved with seed 9"):
         setup.resume(state, seed=10)
     with pytest.raises(DataError, match="saved with other shards or another"):
-        setup.resume(state, data=Settings(shuffle_window=3))
+        setup.resume(state, data=settings(shuffle_window=3))
     moved = make_shards(tmp_path / "moved", count=COUNT)
     assert Setup(moved, setup.tokenizer).resume(state)
     fewer = make_shards(tmp_path / "fewer", count=COUNT - 1)
@@ -376,7 +377,7 @@ def test_an_impossible_split_is_refused(setup: Setup) -> None:
 def test_captions_are_drawn_by_weight_and_place(tmp_path: Path, tokenizer_path: str) -> None:
     made = [sample | {"json": {"alt": [f"alt {n}", f"other {n}"]}} for n, sample in enumerate(samples(COUNT))]
     setup = Setup(write_shards(made, tmp_path), tokenizer_path)
-    data = Settings(caption_keys=("txt", "json:alt"), caption_weights=(1.0, 2.0))
+    data = settings(caption_keys=("txt", "json:alt"), caption_weights=(1.0, 2.0))
     batches = [batch for step in take(setup.open(data=data), 75)[0] for batch in step]
     kinds = [text.split()[0] for batch in batches for text in batch.captions]
     shares = {kind: kinds.count(kind) / len(kinds) for kind in ("a", "alt", "other")}

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.common.errors import DataError
-from data_pipeline.index import index_shards
-from data_pipeline.manifest import (
+from data_pipeline.shards.indexing import index_shards
+from data_pipeline.shards.manifest import (
     MANIFEST_NAME,
     ShardEntry,
     index_shard,
@@ -20,7 +20,7 @@ from data_pipeline.manifest import (
     load_manifest,
     write_manifest,
 )
-from data_pipeline.writer import write_shards
+from data_pipeline.shards.writer import write_shards
 from tests.support.s3_server import S3Server
 from tests.support.small_shards import caption, make_shards, samples
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.common.errors import DataError
-from data_pipeline.manifest import load_manifest
-from data_pipeline.reader import Reader
-from data_pipeline.shards import ShardStore
-from data_pipeline.writer import write_shards
+from data_pipeline.reading.reader import Reader
+from data_pipeline.reading.store import ShardStore
+from data_pipeline.shards.manifest import load_manifest
+from data_pipeline.shards.writer import write_shards
 from tests.support.small_shards import make_shards, samples
 
 

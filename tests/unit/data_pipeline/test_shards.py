@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.common.errors import ConfigError, DataError
-from data_pipeline.manifest import Manifest, load_manifest
-from data_pipeline.shards import ShardStore
+from data_pipeline.reading.store import ShardStore
+from data_pipeline.shards.manifest import Manifest, load_manifest
 from tests.support.s3_server import S3Server
 from tests.support.small_shards import make_shards
 

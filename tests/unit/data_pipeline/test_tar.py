@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.common.errors import DataError
-from data_pipeline.tar import TarMember, members_of, split_name, walk
+from data_pipeline.shards.tar import TarMember, members_of, split_name, walk
 
 
 def archive(files: dict[str, bytes], format: int = tarfile.USTAR_FORMAT) -> bytes:

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from data_pipeline.captions import clean
 from data_pipeline.common.errors import DataError, TokenizerError
-from data_pipeline.corpus import captions_of
-from data_pipeline.tokenizer import Tokenizer, train_tokenizer
-from data_pipeline.writer import write_shards
+from data_pipeline.content.captions import clean
+from data_pipeline.content.tokenizer import Tokenizer, train_tokenizer
+from data_pipeline.preparing.corpus import captions_of
+from data_pipeline.shards.writer import write_shards
 
 ANIMALS = ("cat", "dog", "horse", "fox", "owl", "red panda", "polar bear")
 CORPUS = [f"{how} {animal} {where}" for how in ("a small", "one happy", "the old") for animal in ANIMALS

@@ -1,25 +1,14 @@
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from data_pipeline.transforms import WHITE, composite, eval_transform, train_transform
+from data_pipeline.content.transforms import WHITE, composite, eval_transform, train_transform
+from data_pipeline.settings import AugmentConfig
 
-
-@dataclass(frozen=True, kw_only=True)
-class Augment:
-    flip: bool = False
-    crop_scale: tuple[float, float] = (1.0, 1.0)
-    crop_ratio: tuple[float, float] = (0.75, 1.3333)
-    affine_degrees: float = 0.0
-    affine_translate: float = 0.0
-    affine_scale: tuple[float, float] = (1.0, 1.0)
-    random_background: bool = False
-
-
-EVERYTHING = Augment(
+EVERYTHING = AugmentConfig(
     flip=True,
     crop_scale=(0.5, 1.0),
     affine_degrees=15,
@@ -59,7 +48,7 @@ def test_shape_and_type_whatever_goes_in() -> None:
 def test_without_augmentation_training_sees_what_evaluation_sees() -> None:
     for shape in [(64, 64, 4), (50, 90, 3), (48, 48, 3)]:
         image = rng(3).integers(0, 256, shape, dtype=np.uint8)
-        np.testing.assert_array_equal(train_transform(image, 48, Augment(), rng()), eval_transform(image, 48))
+        np.testing.assert_array_equal(train_transform(image, 48, AugmentConfig(), rng()), eval_transform(image, 48))
 
 
 def test_eval_takes_the_central_square_in_rgb_order() -> None:
@@ -82,8 +71,8 @@ def test_composite_is_the_textbook_formula() -> None:
     assert np.abs(composite(image, (9, 130, 251)) - expected).max() <= 0.5 + 1e-6
 
 
-@pytest.mark.parametrize("augment", [Augment(), Augment(affine_degrees=20, affine_scale=(0.7, 1.1))])
-def test_no_dark_rim_from_colours_that_nobody_sees(augment: Augment) -> None:
+@pytest.mark.parametrize("augment", [AugmentConfig(), AugmentConfig(affine_degrees=20, affine_scale=(0.7, 1.1))])
+def test_no_dark_rim_from_colours_that_nobody_sees(augment: AugmentConfig) -> None:
     """What see-through pixels hold must not change a single value of the result."""
     for seed in range(5):
         black, grey = (
@@ -97,7 +86,7 @@ def test_no_dark_rim_from_colours_that_nobody_sees(augment: Augment) -> None:
 def test_affine_moves_pixels_where_the_formula_says() -> None:
     """The ramps tell where each pixel came from: compare with the exact inverse map."""
     image, size = ramps(128, 128), 64
-    augment = Augment(affine_degrees=30, affine_translate=0.1, affine_scale=(1.1, 1.3))
+    augment = AugmentConfig(affine_degrees=30, affine_translate=0.1, affine_scale=(1.1, 1.3))
     for seed in range(6):
         draws = rng(seed).random(12)
         turn = np.radians(30 * (2 * draws[9] - 1))
@@ -118,7 +107,7 @@ def test_large_pictures_are_averaged_not_picked_from() -> None:
     """A fine checkerboard must turn grey; a filter that skips pixels would keep black and white."""
     board = (np.indices((512, 512)).sum(0) % 2 * 255).astype(np.uint8)
     image = np.repeat(board[..., None], 3, axis=-1)
-    out = train_transform(image, 32, Augment(affine_degrees=10), rng(1))
+    out = train_transform(image, 32, AugmentConfig(affine_degrees=10), rng(1))
     assert np.abs(out.astype(int) - 127).max() < 16
 
 
@@ -127,15 +116,15 @@ def test_flip_mirrors_half_of_the_pictures() -> None:
     plain = eval_transform(image, 48)
     mirrored = 0
     for seed in range(200):
-        out = train_transform(image, 48, Augment(flip=True), rng(seed))
+        out = train_transform(image, 48, AugmentConfig(flip=True), rng(seed))
         assert (out == plain).all() or (out == plain[..., ::-1]).all()
         mirrored += bool((out == plain[..., ::-1]).all())
     assert 70 < mirrored < 130
 
 
 def test_flip_also_mirrors_under_an_affine_change() -> None:
-    out = train_transform(ramps(64, 64), 48, Augment(flip=True, affine_scale=(1.1, 1.1)), rng(2))
-    kept = train_transform(ramps(64, 64), 48, Augment(affine_scale=(1.1, 1.1)), rng(2))
+    out = train_transform(ramps(64, 64), 48, AugmentConfig(flip=True, affine_scale=(1.1, 1.1)), rng(2))
+    kept = train_transform(ramps(64, 64), 48, AugmentConfig(affine_scale=(1.1, 1.1)), rng(2))
     assert rng(2).random(12)[8] < 0.5  # this seed mirrors
     assert np.abs(out.astype(int) - kept[..., ::-1]).max() <= 1
 
@@ -144,12 +133,12 @@ def test_background_is_white_half_of_the_time_and_never_hides_the_picture() -> N
     image = disc(64, (20, 20, 20), 0)
     corners = []
     for seed in range(300):
-        corner = train_transform(image, 48, Augment(random_background=True), rng(seed))[:, 0, 0]
+        corner = train_transform(image, 48, AugmentConfig(random_background=True), rng(seed))[:, 0, 0]
         corners.append(tuple(int(value) for value in corner))
         assert np.abs(np.array(corners[-1]) - 20).sum() >= 90
     assert 100 < sum(corner == WHITE for corner in corners) < 200
     assert len(set(corners)) > 100
-    white = train_transform(image, 48, Augment(affine_degrees=40), rng())
+    white = train_transform(image, 48, AugmentConfig(affine_degrees=40), rng())
     assert (white[:, 0, 0] == 255).all()
 
 
@@ -157,7 +146,7 @@ def test_random_crop_keeps_the_asked_share() -> None:
     """On ramps the range of values left tells how much of each side was kept."""
     shares = []
     for seed in range(100):
-        out = train_transform(ramps(256, 256), 64, Augment(crop_scale=(0.25, 0.5)), rng(seed)).astype(int)
+        out = train_transform(ramps(256, 256), 64, AugmentConfig(crop_scale=(0.25, 0.5)), rng(seed)).astype(int)
         shares.append(np.ptp(out[0]) / 252 * np.ptp(out[1]) / 252)
     assert min(shares) > 0.22 and max(shares) < 0.54 and np.std(shares) > 0.03
 
@@ -167,7 +156,7 @@ def test_the_same_generator_gives_the_same_picture_and_settings_do_not_shift_its
     first, again = (train_transform(image, 48, EVERYTHING, rng(7)) for _ in range(2))
     np.testing.assert_array_equal(first, again)
     left = []
-    for augment in (EVERYTHING, Augment(), replace(EVERYTHING, flip=False)):
+    for augment in (EVERYTHING, AugmentConfig(), replace(EVERYTHING, flip=False)):
         generator = rng(7)
         train_transform(image, 48, augment, generator)
         left.append(generator.random())

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.corpus import captions_of
-from data_pipeline.manifest import load_index, load_manifest
-from data_pipeline.tokenizer import Tokenizer
-from data_pipeline.writer import write_shards
+from data_pipeline.content.tokenizer import Tokenizer
+from data_pipeline.preparing.corpus import captions_of
+from data_pipeline.shards.manifest import load_index, load_manifest
+from data_pipeline.shards.writer import write_shards
 from pretrain.cli.main import build_parser, main
 
 COMMANDS = [[], ["train"], ["plan"], ["eval"], ["caption"], ["data"], ["data", "index"], ["tokenizer"],

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from data_pipeline.common.config import apply_overrides, dump_yaml, from_mapping
 from data_pipeline.common.errors import CheckpointError, ConfigError, DataError, TokenizerError
-from data_pipeline.manifest import load_manifest
-from data_pipeline.tokenizer import Tokenizer, train_tokenizer
-from data_pipeline.writer import write_shards
+from data_pipeline.content.tokenizer import Tokenizer, train_tokenizer
+from data_pipeline.shards.manifest import load_manifest
+from data_pipeline.shards.writer import write_shards
 from pretrain.checkpoint import save
 from pretrain.config.schema import EvalSet, RunConfig
 from pretrain.evaluate.command import (

@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 
 from data_pipeline.common.errors import DataError
-from data_pipeline.images import decode
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.content.images import decode
+from data_pipeline.content.tokenizer import Tokenizer
 from tools.quickstart_data import __main__ as command
 from tools.quickstart_data import build as building
 from tools.quickstart_data import fetch as fetching

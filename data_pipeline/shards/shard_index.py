@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.common.errors import DataError, StorageError
-from data_pipeline.tar import TarMember, split_name, walk
+from data_pipeline.shards.tar import TarMember, split_name, walk
 
 INDEX_SUFFIX = ".index.json"
 

@@ -17,7 +17,7 @@ from typing import Any
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError
 from data_pipeline.common.logs import Progress
-from data_pipeline.manifest import (
+from data_pipeline.shards.manifest import (
     MANIFEST_NAME,
     RESERVED,
     Manifest,
@@ -25,7 +25,7 @@ from data_pipeline.manifest import (
     describe_shard,
     write_manifest,
 )
-from data_pipeline.shard_index import INDEX_SUFFIX, sidecar_path
+from data_pipeline.shards.shard_index import INDEX_SUFFIX, sidecar_path
 
 logger = logging.getLogger(__name__)
 

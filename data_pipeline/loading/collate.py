@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from data_pipeline.recipe import Item
+from data_pipeline.content.recipe import Item
 from data_pipeline.samples import Batch, SampleProblem
 
 # Shapes: B pairs, S text positions, T valid text tokens.

@@ -9,48 +9,18 @@ hold, and leave dark rims.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import cv2
 import numpy as np
+
+from data_pipeline.settings import AugmentConfig
 
 WHITE = (255, 255, 255)
 _LINEAR_SHRINK = 1.6
 """A linear filter looks at two pixels a side; shrinking by more than this would skip some."""
 _MIN_CONTRAST = 96.0
 """Least distance (sum of three channels) of a random background from the picture's mean colour."""
-
-
-class AugmentSettings(Protocol):
-    """How training pictures are changed; see the run's `data.augment`."""
-
-    @property
-    def flip(self) -> bool:
-        """Mirror left-right half of the time."""
-
-    @property
-    def crop_scale(self) -> tuple[float, float]:
-        """Range of the share of the area that a random crop keeps; (1, 1) is no random crop."""
-
-    @property
-    def crop_ratio(self) -> tuple[float, float]:
-        """Range of the width / height of a random crop."""
-
-    @property
-    def affine_degrees(self) -> float:
-        """Largest rotation, degrees, either way."""
-
-    @property
-    def affine_translate(self) -> float:
-        """Largest shift, as a share of the side, either way."""
-
-    @property
-    def affine_scale(self) -> tuple[float, float]:
-        """Range of the zoom factor."""
-
-    @property
-    def random_background(self) -> bool:
-        """Half of the time, put pictures that have transparency on a random colour, not white."""
 
 
 class _Box(NamedTuple):
@@ -63,7 +33,7 @@ class _Box(NamedTuple):
 
 
 def train_transform(
-    image: np.ndarray, size: int, augment: AugmentSettings, rng: np.random.Generator
+    image: np.ndarray, size: int, augment: AugmentConfig, rng: np.random.Generator
 ) -> np.ndarray:
     """Change a picture at random, as the settings allow.
 
@@ -155,7 +125,7 @@ def _random_background(image: np.ndarray, draws: list[float]) -> tuple[int, int,
     return colour[0], colour[1], colour[2]
 
 
-def _random_box(width: int, height: int, augment: AugmentSettings, draws: list[float]) -> _Box:
+def _random_box(width: int, height: int, augment: AugmentConfig, draws: list[float]) -> _Box:
     """A crop of random area, shape and place; the central square if no random crop is asked for."""
     if augment.crop_scale == (1.0, 1.0):
         return _central_square(width, height)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pretrain.cli.common import Subparsers, add_command, add_group
+from data_pipeline.common.commands import Subparsers, add_command, add_group
 
 _TRAIN_EXAMPLES = """\
   vlmoe tokenizer train data/quickstart/train --out data/quickstart/tokenizer.model --vocab-size 4000
@@ -35,9 +35,9 @@ def add(subparsers: Subparsers) -> None:
 
 def handle_train(args: argparse.Namespace) -> None:
     """Train, and say what was made."""
-    from data_pipeline.corpus import captions_of
-    from data_pipeline.manifest import load_manifest
-    from data_pipeline.tokenizer import train_tokenizer
+    from data_pipeline.content.tokenizer import train_tokenizer
+    from data_pipeline.preparing.corpus import captions_of
+    from data_pipeline.shards.manifest import load_manifest
 
     manifests = [load_manifest(address) for address in args.manifests]
     captions = captions_of(manifests, args.caption_key or ["txt"], cache_dir=args.cache_dir)

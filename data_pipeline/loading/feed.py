@@ -19,15 +19,15 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from data_pipeline.collate import collate
 from data_pipeline.common import errors
 from data_pipeline.common.errors import DataError, VlmError
-from data_pipeline.manifest import Manifest
-from data_pipeline.reader import Reader
-from data_pipeline.recipe import Item, Recipe
+from data_pipeline.content.recipe import Item, Recipe
+from data_pipeline.content.tokenizer import Tokenizer
+from data_pipeline.loading.collate import collate
+from data_pipeline.reading.reader import Reader
+from data_pipeline.reading.store import ShardStore
 from data_pipeline.samples import Batch, SampleProblem, SampleRef
-from data_pipeline.shards import ShardStore
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.shards.manifest import Manifest
 
 POLL_SECONDS = 5
 """How often a waiting trainer looks whether its workers still live."""

@@ -22,7 +22,7 @@ from typing import Any
 
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError, StorageError
-from data_pipeline.shard_index import ShardIndex, index_shard, sidecar_path
+from data_pipeline.shards.shard_index import ShardIndex, index_shard, sidecar_path
 
 __all__ = [
     "MANIFEST_NAME", "RESERVED", "Manifest", "ShardEntry", "ShardIndex", "describe_shard", "index_shard", "load_index",

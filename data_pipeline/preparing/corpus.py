@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 
-from data_pipeline.captions import find
 from data_pipeline.common.errors import DataError
 from data_pipeline.common.logs import Progress
-from data_pipeline.manifest import Manifest
-from data_pipeline.reader import Reader
-from data_pipeline.shards import ShardStore
+from data_pipeline.content.captions import find
+from data_pipeline.reading.reader import Reader
+from data_pipeline.reading.store import ShardStore
+from data_pipeline.shards.manifest import Manifest
 
 logger = logging.getLogger(__name__)
 

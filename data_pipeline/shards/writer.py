@@ -15,7 +15,7 @@ from typing import Any
 
 from data_pipeline.common.errors import DataError
 from data_pipeline.common.storage import replacing
-from data_pipeline.manifest import MANIFEST_NAME, Manifest, ShardEntry, describe_shard, write_manifest
+from data_pipeline.shards.manifest import MANIFEST_NAME, Manifest, ShardEntry, describe_shard, write_manifest
 
 
 def write_shards(

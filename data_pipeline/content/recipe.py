@@ -11,13 +11,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_pipeline.captions import caption_hash, choose
 from data_pipeline.common.errors import DataError
 from data_pipeline.common.seeds import rng
-from data_pipeline.images import decode
+from data_pipeline.content.captions import caption_hash, choose
+from data_pipeline.content.images import decode
+from data_pipeline.content.tokenizer import Tokenizer
+from data_pipeline.content.transforms import eval_transform, train_transform
 from data_pipeline.samples import RawSample
-from data_pipeline.tokenizer import Tokenizer
-from data_pipeline.transforms import AugmentSettings, eval_transform, train_transform
+from data_pipeline.settings import AugmentConfig
 
 IMAGE_EXTENSIONS = frozenset(
     ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "jp2", "avif", "img", "image")
@@ -47,7 +48,7 @@ class Recipe:
     caption_keys: tuple[str, ...]
     caption_weights: tuple[float, ...]
     seed: int = 0
-    augment: AugmentSettings | None = None
+    augment: AugmentConfig | None = None
     """Changes to training pictures; None is evaluation: nothing is drawn, the first caption is used."""
 
     def make(self, raw: RawSample, epoch: int, tokenizer: Tokenizer) -> Item:

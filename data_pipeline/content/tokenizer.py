@@ -15,8 +15,8 @@ from pathlib import Path
 
 import sentencepiece
 
-from data_pipeline.captions import clean
 from data_pipeline.common.errors import TokenizerError
+from data_pipeline.content.captions import clean
 
 PAD_ID, START_ID, END_ID, UNK_ID = 0, 1, 2, 3
 

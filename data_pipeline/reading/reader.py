@@ -11,9 +11,9 @@ import os
 import zlib
 
 from data_pipeline.common.errors import DataError
+from data_pipeline.reading.store import ShardStore
 from data_pipeline.samples import RawSample
-from data_pipeline.shards import ShardStore
-from data_pipeline.tar import members_of, split_name
+from data_pipeline.shards.tar import members_of, split_name
 
 MAX_SAMPLE_BYTES = 256 << 20
 """Largest sample that is read; a larger one would take the memory of the whole loader."""

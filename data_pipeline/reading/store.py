@@ -20,8 +20,8 @@ from pathlib import Path
 
 from data_pipeline.common import storage
 from data_pipeline.common.errors import ConfigError, DataError
-from data_pipeline.manifest import Manifest, ShardEntry, load_index
-from data_pipeline.shard_index import ShardIndex
+from data_pipeline.shards.manifest import Manifest, ShardEntry, load_index
+from data_pipeline.shards.shard_index import ShardIndex
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,17 @@
+"""The commands of the data pipeline: `vlmoe data ...`, or `python -m data_pipeline ...` without the trainer.
+
+Heavy imports happen inside the handlers, so that help answers at once.
+"""
+
+from __future__ import annotations
+
+from data_pipeline.commands import index
+from data_pipeline.common.commands import Subparsers
+
+_COMMANDS = (index,)
+
+
+def add_all(subparsers: Subparsers) -> None:
+    """Add every command that works on shards."""
+    for command in _COMMANDS:
+        command.add(subparsers)
