@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -59,3 +60,8 @@ class Batch(NamedTuple):
     problems: tuple[SampleProblem, ...]
     seconds: float
     """Time it took to make."""
+    ids: Tensor = torch.empty(0, dtype=torch.int64)
+    """int64 `[B]`: number of each sample, counted over all shards of all manifests in order; none in a
+    batch that was not read from shards."""
+    slots: Tensor = torch.empty(0, dtype=torch.int64)
+    """int64 `[B]`: row of each sample in the micro-batch as it was asked for, rising; bad samples leave gaps."""

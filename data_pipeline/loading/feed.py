@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -93,9 +94,14 @@ class BatchMaker(Dataset[Batch | Failure]):
         reader, tokenizer = self._opened(), self._sources.tokenizer
         items: list[Item] = []
         problems: list[SampleProblem] = []
-        for epoch, shard, index in self._schedule.refs(number):
+        ids: list[int] = []
+        slots: list[int] = []
+        starts = np.concatenate([[0], np.cumsum(shard_sizes(self._sources.manifests))])
+        for slot, (epoch, shard, index) in enumerate(self._schedule.refs(number)):
             try:
                 items.append(self._recipe.make(reader.read(shard, index), epoch, tokenizer))
+                ids.append(int(starts[shard]) + index)
+                slots.append(slot)
             except DataError as error:
                 if not error.slug:
                     raise
@@ -106,7 +112,10 @@ class BatchMaker(Dataset[Batch | Failure]):
             image_size=self._recipe.image_size,
             text_length=self._recipe.text_length,
             pad_id=tokenizer.pad_id,
-        )._replace(seconds=time.perf_counter() - start)
+        )._replace(
+            seconds=time.perf_counter() - start, ids=torch.tensor(ids, dtype=torch.int64),
+            slots=torch.tensor(slots, dtype=torch.int64),
+        )
 
     def _opened(self) -> Reader:
         if self._reader is None:

@@ -104,6 +104,26 @@ class MoEConfig:
     """Multiplies the router logits before the score (`a` in softmax(a x logits))."""
     renormalise: bool = True
     """Let the weights of the chosen experts sum to one."""
+    gate: Literal["token", "caption"] = "token"
+    """What the router reads: the token; or also, for text in the blocks from `model.fusion_start` on, the
+    caption so far. Patches never read the caption, so that an image's embedding does not depend on it."""
+    choice: Literal["topk", "sampled", "noisy", "expert"] = "topk"
+    """Who chooses: each token its best experts; experts drawn by their scores (Gumbel top-k); its best ones by
+    noisy logits (V-MoE); or every expert its best patches of each image, and text its best experts."""
+    noise: float = 1.0
+    """Deviation of the noise of `choice: noisy`, as a multiple of 1 / num_experts."""
+    capacity_factor: float = 0.0
+    """Places of an expert as a multiple of its fair share while training; 0 means that no choice is ever dropped.
+    Judging never drops any."""
+    capacity_priority: Literal["position", "random", "batch"] = "position"
+    """Who comes first where places are short: earlier pairs, a random order, or the surest tokens (V-MoE's batch
+    prioritised routing). First choices of all tokens come before second ones."""
+    capacity_group: int = 8
+    """Consecutive pairs of the global batch that share the places; must divide `batch.pairs_per_forward`."""
+    pools: Literal["shared", "modality"] = "shared"
+    """Whether all experts serve both modalities, or some serve patches and the others text."""
+    image_experts: int = 0
+    """Experts that serve patches with `pools: modality`, the first ones; 0 means half of them."""
     start: int = 1
     """First block with experts."""
     every: int = 1
@@ -121,6 +141,54 @@ class MoEConfig:
         _require(self.shared_experts >= 0, f"moe.shared_experts is {self.shared_experts}, below 0")
         _require(self.temperature > 0, f"moe.temperature is {self.temperature}, but must be positive")
         _require(self.every >= 1, f"moe.every is {self.every}, but must be at least 1")
+        _require(self.noise > 0, f"moe.noise is {self.noise}, but must be positive")
+        _require(self.capacity_factor >= 0,
+                 f"moe.capacity_factor is {self.capacity_factor}, below 0 (0 means no limit)")
+        _require(self.capacity_group >= 1, f"moe.capacity_group is {self.capacity_group}, but must be at least 1")
+        _require(not (self.choice == "expert" and self.capacity_factor),
+                 f"moe.choice is expert, which fills every expert evenly by itself, but moe.capacity_factor is "
+                 f"{self.capacity_factor}; set moe.capacity_factor=0")
+        if self.pools == "modality":
+            smaller = min(self.image_pool, self.num_experts - self.image_pool)
+            _require(smaller >= self.experts_per_token,
+                     f"moe.pools is modality with {self.image_pool} experts for patches and "
+                     f"{self.num_experts - self.image_pool} for text; each pool needs at least "
+                     f"moe.experts_per_token ({self.experts_per_token})")
+        else:
+            _require(self.image_experts == 0,
+                     f"moe.image_experts is {self.image_experts}, which only moe.pools=modality uses")
+
+    @property
+    def image_pool(self) -> int:
+        """Experts that serve patches; all of them when the pool is shared."""
+        if self.pools == "shared":
+            return self.num_experts
+        return self.image_experts or self.num_experts // 2
+
+    def pool(self, modality: int) -> slice:
+        """The experts that serve a modality (0 image, 1 text)."""
+        if self.pools == "shared":
+            return slice(0, self.num_experts)
+        return slice(0, self.image_pool) if modality == 0 else slice(self.image_pool, self.num_experts)
+
+    def pool_slices(self) -> tuple[slice, ...]:
+        """Every pool once."""
+        return (self.pool(0),) if self.pools == "shared" else (self.pool(0), self.pool(1))
+
+    @property
+    def noise_deviation(self) -> float:
+        """Deviation of the noise on logits."""
+        return self.noise / self.num_experts
+
+    @property
+    def is_random(self) -> bool:
+        """Whether anything about training's routing is drawn."""
+        by_chance = self.capacity_factor > 0 and self.capacity_priority == "random"
+        return self.choice in ("sampled", "noisy") or by_chance
+
+    def patches_per_expert(self, num_patches: int) -> int:
+        """Patches of an image that each expert takes with `choice: expert`: a fair share, rounded up."""
+        return min(num_patches, -(-num_patches * self.experts_per_token // self.image_pool))
 
     def blocks(self, num_blocks: int) -> tuple[int, ...]:
         """Indices of the blocks that hold experts, in a trunk of `num_blocks`."""
@@ -136,16 +204,57 @@ class LossConfig:
     """Weight of image-text contrast (InfoNCE over the global batch)."""
     caption_weight: float = 2.0
     """Weight of next-token captioning."""
-    balance_weight: float = 1e-3
-    """Weight of the expert balance loss (1.0 at perfect balance), averaged over the MoE layers."""
-    router_z_weight: float = 1e-3
-    """Weight of the router z-loss, averaged over the MoE layers."""
     mask_equal_captions: bool = True
     """Do not use pairs with the same caption as negatives of each other."""
     logit_scale_init: float = 14.285714
     """First value of the contrastive scale (inverse temperature)."""
     logit_scale_max: float = 100.0
     """Ceiling that the contrastive scale may come near."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ByModality:
+    """A number for each modality."""
+
+    image: float = 0.0
+    """For patches."""
+    text: float = 0.0
+    """For text tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BalanceConfig:
+    """What keeps the experts in use: losses on statistics of the global batch, and biases without a loss.
+
+    Every loss is averaged over the MoE layers; a weight of 0 turns it off.
+    """
+
+    balance_weight: float = 1e-3
+    """Balance loss of Switch and GShard (1.0 at perfect balance)."""
+    router_z_weight: float = 1e-3
+    """Router z-loss of ST-MoE: mean of logsumexp(logits) squared."""
+    importance_weight: float = 0.0
+    """Squared coefficient of variation of the experts' summed gate scores (V-MoE)."""
+    load_weight: float = 0.0
+    """The same of the probability of being chosen when the noise is drawn anew; needs `moe.choice: noisy`."""
+    local_entropy_weight: ByModality = field(default_factory=ByModality)
+    """Mean entropy of a token's gate scores (LIMoE): with a weight above 0 the router becomes surer."""
+    global_entropy_weight: ByModality = field(default_factory=ByModality)
+    """How far the entropy of a modality's mean gate scores falls short of log S (LIMoE)."""
+    global_entropy_experts: ByModality = field(default_factory=ByModality)
+    """S: experts that a modality should use at least, about; 0 means half of all for patches, a quarter for text."""
+    expert_l1_weight: float = 0.0
+    """Sum of the absolute weights of the routed experts of all layers (a Laplace prior of scale 1 / weight)."""
+    router_l1_weight: float = 0.0
+    """The same of the routers."""
+    bias: Literal["none", "sign", "zscore"] = "none"
+    """Biases of the choice that follow the load: not at all, by a fixed step, or by how far an expert is off."""
+    bias_rate: float = 1e-3
+    """How far a bias moves in one step."""
+    bias_per_modality: bool = False
+    """One bias for patches and one for text, each from its own load."""
+    bias_freeze_share: float = 0.03
+    """Last part of the run in which biases stay as they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,6 +385,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
     data: DataConfig = field(default_factory=DataConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -37,7 +37,7 @@ def check(run: RunConfig, world: int, *, source: str = "", training: bool = True
 def problems(run: RunConfig, world: int) -> list[str]:
     """Every contradiction between sections, and with the number of ranks; empty when there is none."""
     found: list[str] = []
-    for part in (_batch(run, world), _parallel(run, world), _experts(run), _numbers(run), _data(run),
+    for part in (_batch(run, world), _parallel(run, world), _experts(run), _balance(run), _numbers(run), _data(run),
                  _augment(run.data.augment), _eval(run), _precision(run)):
         found.extend(part)
     return found
@@ -96,6 +96,40 @@ def _experts(run: RunConfig) -> Iterator[str]:
         yield f"moe.expert_width is {run.moe.expert_width}, below 1"
     if run.model.ffn_width < 1:
         yield f"model.ffn_width is {run.model.ffn_width}, below 1"
+    group, pairs = run.moe.capacity_group, run.batch.pairs_per_forward
+    if run.moe.capacity_factor and pairs % group:
+        yield (f"moe.capacity_group is {group}, which does not divide batch.pairs_per_forward ({pairs}), so that a "
+               f"group would be cut; possible: {_divisors(pairs)}")
+    blocks = run.moe.blocks(run.model.num_blocks)
+    if run.moe.gate == "caption" and not any(block >= run.model.fusion_start for block in blocks):
+        yield (f"moe.gate is caption, but no block from model.fusion_start ({run.model.fusion_start}) on has experts "
+               f"(moe.start {run.moe.start}, moe.every {run.moe.every}, moe.stop {run.moe.stop}); set moe.gate=token")
+
+
+def _balance(run: RunConfig) -> Iterator[str]:
+    balance = run.balance
+    for name in ("balance_weight", "router_z_weight", "importance_weight", "load_weight", "expert_l1_weight",
+                 "router_l1_weight"):
+        if getattr(balance, name) < 0:
+            yield f"balance.{name} is {getattr(balance, name)}, below 0"
+    for name in ("local_entropy_weight", "global_entropy_weight", "global_entropy_experts"):
+        for modality in ("image", "text"):
+            value = getattr(getattr(balance, name), modality)
+            if value < 0:
+                yield f"balance.{name}.{modality} is {value}, below 0"
+    wanted_of = {"image": balance.global_entropy_experts.image, "text": balance.global_entropy_experts.text}
+    for index, (name, wanted) in enumerate(wanted_of.items()):
+        pool = run.moe.pool(index)
+        if wanted > pool.stop - pool.start:
+            yield (f"balance.global_entropy_experts.{name} is {wanted:g}, more than the {pool.stop - pool.start} "
+                   f"experts that serve it")
+    if balance.load_weight and run.moe.choice != "noisy":
+        yield (f"balance.load_weight is {balance.load_weight}, but without noise on the logits nothing could be "
+               f"drawn anew; set moe.choice=noisy, or balance.load_weight=0")
+    if balance.bias_rate <= 0:
+        yield f"balance.bias_rate is {balance.bias_rate}, but must be above 0 (balance.bias=none turns biases off)"
+    if not 0 <= balance.bias_freeze_share <= 1:
+        yield f"balance.bias_freeze_share is {balance.bias_freeze_share}, but must be in 0..1"
 
 
 def _numbers(run: RunConfig) -> Iterator[str]:
@@ -125,7 +159,7 @@ def _numbers(run: RunConfig) -> Iterator[str]:
     ):
         if not inside:
             yield f"{name} is {value}, but must be {allowed}"
-    for name in ("contrastive_weight", "caption_weight", "balance_weight", "router_z_weight"):
+    for name in ("contrastive_weight", "caption_weight"):
         if getattr(loss, name) < 0:
             yield f"loss.{name} is {getattr(loss, name)}, below 0"
     if loss.contrastive_weight == 0 and loss.caption_weight == 0:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
 from pretrain.model.layers import Linear, RMSNorm, rotate
+from pretrain.moe.tokens import RouterTokens
 
 
 class TokenLayout(NamedTuple):
@@ -36,8 +37,8 @@ class TokenLayout(NamedTuple):
     """Rotary cosines of every token, `[tokens, 1, head_width / 2]`."""
     sin_T1R: Tensor
     """Rotary sines, likewise."""
-    modality_T: Tensor
-    """0 for patches, 1 for text, int64."""
+    router: RouterTokens
+    """What the routers are told about the tokens."""
 
     @property
     def num_patch_tokens(self) -> int:

@@ -2,30 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Protocol
 
 from torch import Tensor, nn
 
-from pretrain.config.schema import ModelConfig, MoEConfig
+from pretrain.config.schema import BalanceConfig, ModelConfig, MoEConfig
 from pretrain.model.attention import Attention, TokenLayout
 from pretrain.model.layers import RMSNorm
 from pretrain.moe.layer import MoELayer, SwiGLU
 from pretrain.moe.statistics import RouterStats
 
-MakeMoELayer = Callable[[int, MoEConfig], MoELayer]
+
+class MakeMoELayer(Protocol):
+    """Makes the sparse layer of a block; `MoELayer` itself is one."""
+
+    def __call__(
+        self, width: int, config: MoEConfig, balance: BalanceConfig, *, block: int, fused: bool
+    ) -> MoELayer:
+        """See `MoELayer`."""
+        ...
 
 
 class Block(nn.Module):
     """Block `index` of the trunk; text sees patches from `fusion_start` on."""
 
-    def __init__(self, index: int, model: ModelConfig, moe: MoEConfig, make_moe_layer: MakeMoELayer) -> None:
+    def __init__(
+        self, index: int, model: ModelConfig, moe: MoEConfig, balance: BalanceConfig, make_moe_layer: MakeMoELayer
+    ) -> None:
         super().__init__()
+        fused = index >= model.fusion_start
         self.attention_norm = RMSNorm(model.width)
-        self.attention = Attention(model.width, model.num_heads, fused=index >= model.fusion_start)
+        self.attention = Attention(model.width, model.num_heads, fused=fused)
         self.ffn_norm = RMSNorm(model.width)
         self.is_sparse = index in moe.blocks(model.num_blocks)
         self.ffn: nn.Module = (
-            make_moe_layer(model.width, moe) if self.is_sparse else SwiGLU(model.width, model.ffn_width)
+            make_moe_layer(model.width, moe, balance, block=index, fused=fused)
+            if self.is_sparse
+            else SwiGLU(model.width, model.ffn_width)
         )
 
     def forward(self, x_TD: Tensor, layout: TokenLayout) -> tuple[Tensor, RouterStats | None]:
@@ -33,6 +46,6 @@ class Block(nn.Module):
         x_TD = x_TD + self.attention(self.attention_norm(x_TD), layout)
         normed_TD = self.ffn_norm(x_TD)
         if self.is_sparse:
-            y_TD, stats = self.ffn(normed_TD, layout.modality_T)
+            y_TD, stats = self.ffn(normed_TD, layout.router)
             return x_TD + y_TD, stats
         return x_TD + self.ffn(normed_TD), None

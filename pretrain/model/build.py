@@ -26,6 +26,7 @@ def build_model(
     model = VisionLanguageModel(
         run.model,
         run.moe,
+        run.balance,
         logit_scale_init=run.loss.logit_scale_init,
         logit_scale_max=run.loss.logit_scale_max,
         compute_dtype=COMPUTE_DTYPES[run.precision.compute],

@@ -71,7 +71,8 @@ def count_parameters(model: ModelConfig, moe: MoEConfig) -> ParameterCount:
     expert = 3 * width * moe.expert_width
     fixed = (model.num_blocks * attention
              + dense * 3 * width * model.ffn_width
-             + sparse * (width * moe.num_experts + moe.shared_experts * expert))
+             + sparse * (width * moe.num_experts + moe.shared_experts * expert)
+             + _caption_gates(model, moe) * 2 * width * moe.num_experts)
     pooling = width + width + 2 * width * width + width * model.embed_dim  # norm, query, k and v, out
     text_head = width + width * model.embed_dim
     caption_norm, logit_scale = width, 1
@@ -90,6 +91,7 @@ def count_flops(model: ModelConfig, moe: MoEConfig, *, text_tokens: float) -> Fl
               (or 2 x 9 x in x out for each pixel that a convolution puts out)
             + sum over blocks of 2 (P + S) (4 D^2 + ffn)                      projections and feed-forward
             + sum over blocks of 4 D (P^2 + S (S + 1) / 2 [+ S P if fused])   scores and values, visible keys only
+            + blocks with a caption gate x S x 4 D E
             + 4 P D^2 + 4 P D + 2 D embed_dim                                 attention pooling
             + 2 D embed_dim + 2 S D V                                         text projection, LM head
     ffn     = 3 D F in a dense block, D E + (K + shared) 3 D F_expert in a sparse one
@@ -112,9 +114,16 @@ def count_flops(model: ModelConfig, moe: MoEConfig, *, text_tokens: float) -> Fl
         if block >= model.fusion_start:
             visible += text_tokens * patches
         forward += 2 * (patches + text_tokens) * (4 * width**2 + ffn) + 4 * width * visible
+    forward += _caption_gates(model, moe) * text_tokens * 4 * width * moe.num_experts
     forward += 4 * patches * width**2 + 4 * patches * width + 2 * width * model.embed_dim
     forward += 2 * width * model.embed_dim + 2 * text_tokens * width * model.vocab_size
     return FlopCount(forward)
+
+
+def _caption_gates(model: ModelConfig, moe: MoEConfig) -> int:
+    """Sparse blocks whose router also reads the caption."""
+    fused = [block for block in moe.blocks(model.num_blocks) if block >= model.fusion_start]
+    return len(fused) if moe.gate == "caption" else 0
 
 
 def _stem_parameters(model: ModelConfig) -> int:

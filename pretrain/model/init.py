@@ -52,7 +52,7 @@ def _fill(name: str, parameter: Tensor, seed: int, residual_scale: float, first_
 def _deviation(name: str, parameter: Tensor, residual_scale: float) -> float:
     if name.startswith("text_embedding") or parameter.dim() == 1:
         return 0.02
-    if ".gate.weight" in name:
+    if ".gate." in name or ".caption_gate." in name:
         return 0.1 * _fan_in_deviation(parameter)
     writes_residual = name.endswith(("attention.out.weight", ".down"))
     return _fan_in_deviation(parameter) * (residual_scale if writes_residual else 1.0)

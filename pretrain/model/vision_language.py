@@ -7,7 +7,7 @@ which never see text, and the caption logits from the fused text. (LIMoE's one t
 with CoCa's late fusion, arXiv:2205.01917.)
 
 Shapes: B pairs, P patches, S text positions, T tokens, D trunk width, V vocabulary, L MoE layers,
-E experts, M modalities.
+M modalities, E experts.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pretrain.config.schema import ModelConfig, MoEConfig
+from pretrain.config.schema import BalanceConfig, ModelConfig, MoEConfig
 from pretrain.model.attention import TokenLayout
 from pretrain.model.block import Block, MakeMoELayer
 from pretrain.model.heads import ImageHead, TextHead
 from pretrain.model.layers import RMSNorm, TextEmbedding, rotary_patches, rotary_text
 from pretrain.model.stem import make_stem
 from pretrain.moe.layer import MoELayer
-from pretrain.moe.statistics import RouterStats
+from pretrain.moe.noise import token_identity
+from pretrain.moe.statistics import RouterStats, stack_stats
+from pretrain.moe.tokens import RouterTokens
 
 # Pixels are scaled to about zero mean and unit deviation; one constant serves all channels.
 PIXEL_MEAN, PIXEL_DEVIATION = 127.5, 63.75
@@ -46,16 +48,25 @@ class ModelOutput(NamedTuple):
     """Cross-entropy (nats) summed over the predicted caption tokens, float32 scalar."""
     caption_tokens: Tensor
     """Caption tokens that were predicted, int64 scalar."""
-    prob_sum_LE: Tensor
-    """Gate probabilities summed over tokens, float32."""
-    z_sum_L: Tensor
-    """logsumexp(router logits)^2 summed over tokens, float32."""
-    choices_LME: Tensor
-    """Token choices by layer, modality and expert, int64."""
-    entropy_sum_LM: Tensor
-    """Router entropy (nats) summed over tokens, float32."""
     tokens_M: Tensor
     """Tokens of each modality, int64."""
+    router: RouterStats
+    """What the routers of all MoE layers did, `[layers, ...]`."""
+
+
+class RoutingFacts(NamedTuple):
+    """What routing depends on beside the tokens; the defaults are for evaluation, where nothing does."""
+
+    pair_ids_B: Tensor | None = None
+    """Number of each sample in the whole data, int64; of training with random choices."""
+    group_B: Tensor | None = None
+    """Capacity group of each pair, int64, counted from 0 in the micro-batch; of training with capacity."""
+    num_groups: int = 0
+    """Capacity groups of the micro-batch."""
+    draw: int = 0
+    """Decides everything random of this step (`pretrain.moe.noise.step_draw`)."""
+    together: bool = False
+    """Also count which experts are chosen together."""
 
 
 class VisionLanguageModel(nn.Module):
@@ -65,6 +76,7 @@ class VisionLanguageModel(nn.Module):
         self,
         model: ModelConfig,
         moe: MoEConfig,
+        balance: BalanceConfig | None = None,
         *,
         logit_scale_init: float = 14.285714,
         logit_scale_max: float = 100.0,
@@ -72,12 +84,13 @@ class VisionLanguageModel(nn.Module):
         make_moe_layer: MakeMoELayer = MoELayer,
     ) -> None:
         super().__init__()
-        self.config = model
+        self.config, self.moe = model, moe
+        balance = balance or BalanceConfig()
         self.logit_scale_max = logit_scale_max
         self.compute_dtype = compute_dtype
         self.stem = make_stem(model)
         self.text_embedding = TextEmbedding(model.vocab_size, model.width)
-        self.blocks = nn.ModuleList(Block(i, model, moe, make_moe_layer) for i in range(model.num_blocks))
+        self.blocks = nn.ModuleList(Block(i, model, moe, balance, make_moe_layer) for i in range(model.num_blocks))
         self.image_head = ImageHead(model.width, model.pool_heads, model.embed_dim)
         self.text_head = TextHead(model.width, model.embed_dim)
         self.caption_norm = RMSNorm(model.width)
@@ -90,7 +103,12 @@ class VisionLanguageModel(nn.Module):
         self.text_angles = rotary_text(model.text_length, head_width, model.rope_theta)
 
     def forward(
-        self, images: Tensor, text_ids: Tensor, text_lengths: Tensor, text_positions: Tensor
+        self,
+        images: Tensor,
+        text_ids: Tensor,
+        text_lengths: Tensor,
+        text_positions: Tensor,
+        facts: RoutingFacts | None = None,
     ) -> ModelOutput:
         """Embed pairs and predict their captions in one pass.
 
@@ -99,8 +117,10 @@ class VisionLanguageModel(nn.Module):
             text_ids: int64 `[pairs, S]`: start, caption, end, padding on the right.
             text_lengths: Valid tokens of each caption, marks included, int64 `[pairs]`.
             text_positions: Flat indices b x S + s of the valid tokens in row-major order, int64.
+            facts: What routing depends on beside the tokens.
         """
-        layout = self._layout(images.shape[0], self.config.num_patches, text_ids.shape[1], text_positions)
+        patches = self.config.num_patches
+        layout = self._layout(images.shape[0], patches, text_ids.shape[1], text_positions, facts)
         ids_T = text_ids.flatten().index_select(0, text_positions)
         x_TD = torch.cat([self._embed_patches(images), self._embed_text(ids_T)])
         ends_B = text_lengths.cumsum(0) - 1
@@ -123,8 +143,8 @@ class VisionLanguageModel(nn.Module):
             loss_sum,
             # Filled on the device: a copy from the host would make it wait for the whole pass.
             torch.full((), predicted, device=x_TD.device),
-            *_stack(stats, x_TD.device),
             torch.stack([torch.full((), count, device=x_TD.device) for count in (split, text_tokens)]),
+            stack_stats(stats, self.moe.num_experts, x_TD.device),
         )
 
     def encode_image(self, images: Tensor) -> Tensor:
@@ -178,8 +198,15 @@ class VisionLanguageModel(nn.Module):
             return checkpoint(block, x_TD, layout, use_reentrant=False)  # type: ignore[no-any-return]
         return block(x_TD, layout)  # type: ignore[no-any-return]
 
-    def _layout(self, pairs: int, patches: int, text_length: int, text_positions: Tensor) -> TokenLayout:
-        """Rotary angles and modality of every token of the flat list."""
+    def _layout(
+        self,
+        pairs: int,
+        patches: int,
+        text_length: int,
+        text_positions: Tensor,
+        facts: RoutingFacts | None = None,
+    ) -> TokenLayout:
+        """Rotary angles of every token of the flat list, and what routers are told."""
         device = text_positions.device
         if self.text_angles.device != device:
             self.patch_angles, self.text_angles = self.patch_angles.to(device), self.text_angles.to(device)
@@ -187,10 +214,35 @@ class VisionLanguageModel(nn.Module):
         if text_length:
             text_angles = self.text_angles.index_select(0, text_positions % text_length)
             angles = torch.cat([angles, text_angles])
-        modality = torch.zeros(angles.shape[0], dtype=torch.int64, device=device)
-        modality[pairs * patches :] = 1
+        router = RouterTokens(pairs, patches, text_length, text_positions)
+        if facts is not None:
+            router = self._with_facts(router, facts)
         cos, sin = (f(angles).unsqueeze(1).to(self.compute_dtype) for f in (torch.cos, torch.sin))
-        return TokenLayout(pairs, patches, text_length, text_positions, cos, sin, modality)
+        return TokenLayout(pairs, patches, text_length, text_positions, cos, sin, router)
+
+    def _with_facts(self, router: RouterTokens, facts: RoutingFacts) -> RouterTokens:
+        """Per-pair facts as facts of tokens, those that this run's routers need."""
+        positions, text_length, patches = router.text_positions, router.text_length, router.num_patches
+        router = router._replace(draw=facts.draw, together=facts.together)
+        if self.moe.is_random:
+            assert facts.pair_ids_B is not None
+            identity = token_identity(facts.pair_ids_B, patches, positions, text_length)
+            router = router._replace(identity_T=identity)
+        if self.moe.capacity_factor:
+            assert facts.group_B is not None
+            text_pairs = torch.div(positions, text_length, rounding_mode="floor")
+            groups = (facts.group_B.repeat_interleave(patches), facts.group_B.index_select(0, text_pairs))
+            router = router._replace(group_T=torch.cat(groups), num_groups=facts.num_groups)
+        return router
+
+    def moe_layers(self) -> list[MoELayer]:
+        """The sparse layers, in the order of their blocks."""
+        return [block.ffn for block in self.blocks if isinstance(block.ffn, MoELayer)]
+
+    def move_biases(self, choices_LME: Tensor, rate: float) -> None:
+        """Move the biases of all layers after a step, by the choices of the global batch."""
+        for layer, choices_ME in zip(self.moe_layers(), choices_LME, strict=True):
+            layer.move_bias(choices_ME, rate)
 
     def _embed_patches(self, images: Tensor) -> Tensor:
         """uint8 pictures -> `[pairs x P, width]`, patches in row-major order."""
@@ -226,17 +278,3 @@ def valid_positions(text_lengths: Tensor, text_length: int) -> Tensor:
 def _next_tokens(ids_T: Tensor, ends_B: Tensor) -> Tensor:
     """The token after each one of the flat text; -100 (nothing to predict) after an end token."""
     return ids_T.roll(-1).index_fill(0, ends_B, -100)
-
-
-def _stack(stats: list[RouterStats], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Statistics of all layers as (prob_sum_LE, z_sum_L, choices_LME, entropy_sum_LM)."""
-    if not stats:
-        none = torch.zeros(0, 1, device=device)
-        choices = torch.zeros(0, 2, 1, dtype=torch.int64, device=device)
-        return none, none[:, 0], choices, torch.zeros(0, 2, device=device)
-    return (
-        torch.stack([s.prob_sum_E for s in stats]),
-        torch.stack([s.z_sum for s in stats]),
-        torch.stack([s.choices_ME for s in stats]),
-        torch.stack([s.entropy_sum_M for s in stats]),
-    )

@@ -3,110 +3,163 @@
 The layer asks a `Dispatcher`. `LocalDispatcher` (every expert lives here) is complete and is the
 reference for the expert-parallel one in `pretrain.parallel.expert_dispatch`.
 
-Both directions are gathers: a scatter-add would be slower on CPU and not deterministic on GPU.
+Choices are sorted by expert; those that found no place come last, as rows that no expert computes. Where
+every token has k choices, both directions are gathers: a scatter-add would not be deterministic on GPU.
 
-Shapes: T tokens, K experts per token, N = T x K token choices ("rows"), D trunk width, L local experts.
+Shapes: T tokens, K experts per token, N choices ("rows"), D trunk width, L local experts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from pretrain.moe.experts import StackedExperts
 from pretrain.moe.routing import Routing
 
-
-class Dispatched(NamedTuple):
-    """Rows sorted by expert, and what is needed to bring them home."""
-
-    rows_ND: Tensor
-    """The rows that the local experts work on, grouped by local expert."""
-    rows_per_expert_L: Tensor
-    """How many rows each local expert got, int64."""
-    order_N: Tensor
-    """`order_N[i]` is the token choice (token x K + k) that stands at row i after sorting by expert."""
-    inverse_N: Tensor
-    """The row of each token choice: the inverse of `order_N`."""
-    route_home: Any = None
-    """What the dispatcher itself must remember (message sizes of an all-to-all)."""
+Shared = Callable[[Tensor], Tensor]
 
 
 class Dispatcher(Protocol):
     """Brings each token to its experts and the results back."""
 
-    def send(self, x_TD: Tensor, routing: Routing) -> Dispatched:
-        """Return the rows of the local experts for tokens `[tokens, width]`."""
-        ...
-
-    def combine(self, y_ND: Tensor, sent: Dispatched, routing: Routing) -> Tensor:
-        """Return `[tokens, width]`: the weighted sum of what each token's experts answered."""
+    def run(self, x_TD: Tensor, routing: Routing, experts: StackedExperts, shared: Shared | None) -> Tensor:
+        """The weighted sum of what each token's experts answer, plus `shared(x_TD)`; `[tokens, width]`."""
         ...
 
 
 class LocalDispatcher:
-    """All experts live here: sort the token choices by expert, and undo it."""
+    """All experts live here."""
 
-    def send(self, x_TD: Tensor, routing: Routing) -> Dispatched:
-        order_N, inverse_N = sort_by_expert(routing.expert_ids_TK)
-        rows_ND = spread(x_TD, order_N, inverse_N, routing.expert_ids_TK.shape[1])
-        return Dispatched(rows_ND, routing.tokens_per_expert_E, order_N, inverse_N)
+    def run(self, x_TD: Tensor, routing: Routing, experts: StackedExperts, shared: Shared | None) -> Tensor:
+        rows = sort_choices(routing)
+        if experts.looped(x_TD):
+            y_TD: Tensor = experts(x_TD, routing.tokens_per_expert_E, rows.token_N, rows.weights(routing))
+        else:
+            limited = routing.kept_ME is not routing.choices_ME
+            x_ND = spread(x_TD, rows, routing.k)
+            if limited:
+                x_ND = keep_first(x_ND, routing.tokens_per_expert_E.sum())
+            y_ND = experts(x_ND, routing.tokens_per_expert_E)
+            if limited:
+                y_ND = keep_first(y_ND, routing.tokens_per_expert_E.sum())
+            y_TD = weighted_sum(y_ND, rows, routing, x_TD.shape[0])
+        return y_TD if shared is None else y_TD + shared(x_TD)
 
-    def combine(self, y_ND: Tensor, sent: Dispatched, routing: Routing) -> Tensor:
-        return weighted_sum(y_ND, sent, routing)
+
+class Rows(NamedTuple):
+    """Choices in the order of their experts."""
+
+    order_N: Tensor
+    """`order_N[i]` is the choice that stands at row i."""
+    token_N: Tensor
+    """The token of row i."""
+
+    def weights(self, routing: Routing) -> Tensor:
+        """The gate weight of each row, with gradient."""
+        return routing.weights_N.index_select(0, self.order_N)
 
 
-def sort_by_expert(expert_ids_TK: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the stable order of token choices by expert, and its inverse; int64 `[tokens x K]`."""
-    order_N = expert_ids_TK.flatten().argsort(stable=True)
+def sort_choices(routing: Routing) -> Rows:
+    """Sort stably by expert; int64 `[choices]`."""
+    order_N = routing.expert_ids_N.argsort(stable=True)
+    if routing.token_N is not None:
+        return Rows(order_N, routing.token_N.index_select(0, order_N))
+    return Rows(order_N, torch.div(order_N, routing.k, rounding_mode="floor"))
+
+
+def inverse(order_N: Tensor) -> Tensor:
+    """The permutation that undoes `order_N`."""
     inverse_N = torch.empty_like(order_N)
     inverse_N[order_N] = torch.arange(order_N.numel(), device=order_N.device)
-    return order_N, inverse_N
+    return inverse_N
 
 
-def spread(x_TD: Tensor, order_N: Tensor, inverse_N: Tensor, k: int) -> Tensor:
-    """Copy each token to its `k` rows, in the order of the experts: `[tokens x k, width]`."""
-    return _Spread.apply(x_TD, order_N, inverse_N, k)  # type: ignore[no-any-return]
+def spread(x_TD: Tensor, rows: Rows, k: int) -> Tensor:
+    """Copy each token to its rows, `[rows, width]`."""
+    if not k:
+        return _Gather.apply(x_TD, rows.token_N)  # type: ignore[no-any-return]
+    return _Spread.apply(x_TD, rows.token_N, rows.order_N, k)  # type: ignore[no-any-return]
 
 
-def weighted_sum(y_ND: Tensor, sent: Dispatched, routing: Routing) -> Tensor:
-    """Bring rows back to token order and add up each token's answers: `[tokens, width]`."""
-    return _WeightedSum.apply(y_ND, routing.weights_TK, sent.order_N, sent.inverse_N)  # type: ignore[no-any-return]
+def permute(x_ND: Tensor, order_N: Tensor) -> Tensor:
+    """Rows in `order_N`, a permutation; a gather both ways."""
+    return _Spread.apply(x_ND, order_N, order_N, 1)  # type: ignore[no-any-return]
+
+
+def weighted_sum(y_ND: Tensor, rows: Rows, routing: Routing, num_tokens: int) -> Tensor:
+    """Bring rows back to their tokens and add up each token's answers: `[tokens, width]`."""
+    if not routing.k:
+        weighted_ND = y_ND * rows.weights(routing).to(y_ND.dtype).unsqueeze(1)
+        return add_rows(weighted_ND, rows.token_N, num_tokens)
+    weights_TK = routing.weights_N.view(-1, routing.k)
+    return _WeightedSum.apply(y_ND, weights_TK, rows.order_N)  # type: ignore[no-any-return]
+
+
+def keep_first(x_ND: Tensor, count: Tensor) -> Tensor:
+    """Zeros in the rows from `count` on, and in their gradient, whatever stands there: it may be no number."""
+    kept_N1 = (torch.arange(x_ND.shape[0], device=x_ND.device) < count).unsqueeze(1)
+    return torch.where(kept_N1, x_ND, x_ND.new_zeros(()))
+
+
+def add_rows(x_ND: Tensor, token_N: Tensor, num_tokens: int) -> Tensor:
+    """Sum the rows of each token, `[tokens, width]`, in the same order each time."""
+    out_TD = x_ND.new_zeros(num_tokens, x_ND.shape[1])
+    if x_ND.is_cuda:  # index_add would add in any order there; this one sorts first
+        return out_TD.index_put((token_N,), x_ND, accumulate=True)
+    return out_TD.index_add(0, token_N, x_ND)
+
+
+class _Gather(torch.autograd.Function):
+    """Rows of a tensor; the gradient of a token is the sum over its rows."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, token_N: Tensor) -> Tensor:
+        ctx.save_for_backward(token_N)
+        ctx.tokens = x_TD.shape[0]
+        return x_TD.index_select(0, token_N)
+
+    @staticmethod
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None]:
+        (token_N,) = ctx.saved_tensors
+        return add_rows(grad_ND, token_N, ctx.tokens), None
 
 
 class _Spread(torch.autograd.Function):
-    """Rows = tokens repeated and permuted; the gradient of a token is the sum over its rows."""
+    """The same with k rows of each token, so that the gradient is a gather and a sum over k."""
 
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, order_N: Tensor, inverse_N: Tensor, k: int) -> Tensor:
-        ctx.save_for_backward(inverse_N)
+    def forward(ctx: Any, x_TD: Tensor, token_N: Tensor, order_N: Tensor, k: int) -> Tensor:
+        ctx.save_for_backward(order_N)
         ctx.k = k
-        return x_TD.index_select(0, torch.div(order_N, k, rounding_mode="floor"))
+        return x_TD.index_select(0, token_N)
 
     @staticmethod
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None, None]:
-        (inverse_N,) = ctx.saved_tensors
+        (order_N,) = ctx.saved_tensors
         rows, width = grad_ND.shape
-        grad_TKD = grad_ND.index_select(0, inverse_N).view(rows // ctx.k, ctx.k, width)
-        return grad_TKD.sum(dim=1), None, None, None
+        grad_TKD = grad_ND.index_select(0, inverse(order_N)).view(rows // ctx.k, ctx.k, width)
+        return grad_TKD.squeeze(1) if ctx.k == 1 else grad_TKD.sum(dim=1), None, None, None
 
 
 class _WeightedSum(torch.autograd.Function):
     """y_T = sum_k w_TK y[inverse]; written out because both gradients are gathers and row sums."""
 
     @staticmethod
-    def forward(ctx: Any, y_ND: Tensor, weights_TK: Tensor, order_N: Tensor, inverse_N: Tensor) -> Tensor:
+    def forward(ctx: Any, y_ND: Tensor, weights_TK: Tensor, order_N: Tensor) -> Tensor:
         tokens, k = weights_TK.shape
-        y_TKD = y_ND.index_select(0, inverse_N).view(tokens, k, y_ND.shape[1])
+        y_TKD = y_ND.index_select(0, inverse(order_N)).view(tokens, k, y_ND.shape[1])
         ctx.save_for_backward(y_TKD, weights_TK, order_N)
         return torch.bmm(weights_TK.to(y_ND.dtype).unsqueeze(1), y_TKD).squeeze(1)
 
     @staticmethod
-    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None]:
         y_TKD, weights_TK, order_N = ctx.saved_tensors
         k = weights_TK.shape[1]
         grad_weights_TK = torch.bmm(y_TKD, grad_TD.unsqueeze(2)).squeeze(2).to(weights_TK.dtype)
         rows_ND = grad_TD.index_select(0, torch.div(order_N, k, rounding_mode="floor"))
         row_weights_N = weights_TK.flatten().index_select(0, order_N).to(rows_ND.dtype)
-        return rows_ND * row_weights_N.unsqueeze(1), grad_weights_TK, None, None
+        return rows_ND * row_weights_N.unsqueeze(1), grad_weights_TK, None

@@ -1,9 +1,10 @@
 """The experts of a layer: SwiGLU networks whose weights are stacked in three tensors.
 
-Two ways to compute the same thing: `loop` (one expert after the other; the reference, and the faster
-one on CPU) and `grouped` (one grouped matrix product; what a GPU wants).
+Two ways to compute the same thing: `loop` (one expert after the other, written out in
+`pretrain.moe.expert_loop`; the faster one on CPU) and `grouped` (one grouped matrix product for all; what a
+GPU wants, because the host need not know how many rows each expert has).
 
-Shapes: N rows, D trunk width, F expert width, L local experts.
+Shapes: T tokens, N rows, D trunk width, F expert width, L local experts.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pretrain.moe.expert_loop import loop_swiglu
+
 Backend = Literal["auto", "grouped", "loop"]
 
 
 class StackedExperts(nn.Module):
-    """`num_experts` SwiGLU networks; rows come sorted by expert."""
+    """`num_experts` SwiGLU networks."""
 
     def __init__(self, width: int, expert_width: int, num_experts: int, backend: Backend = "auto") -> None:
         super().__init__()
@@ -29,39 +32,48 @@ class StackedExperts(nn.Module):
         self.w3 = nn.Parameter(torch.empty(num_experts, expert_width, width))
         self.backend = backend
 
-    def forward(self, rows_ND: Tensor, rows_per_expert_L: Tensor) -> Tensor:
-        """Apply expert l to its rows.
+    def forward(
+        self,
+        x: Tensor | None = None,
+        rows_per_expert_L: Tensor | None = None,
+        token_N: Tensor | None = None,
+        weights_N: Tensor | None = None,
+    ) -> Tensor:
+        """Apply expert l to its rows; every use goes through here, so that partitioned weights are gathered.
 
         Args:
-            rows_ND: Rows grouped by expert, `[rows, width]`.
-            rows_per_expert_L: Rows of each expert, int64; they sum to the number of rows.
+            x: Rows sorted by expert, `[rows, width]`; or tokens, with `token_N`. Without it the result is the
+                sum of all absolute weights, a float32 scalar.
+            rows_per_expert_L: Rows of each expert, int64; rows after their sum are nobody's.
+            token_N: The token of each row (looped experts only).
+            weights_N: The weight of each row, float32, with `token_N`.
+
+        Returns:
+            `[rows, width]`, nobody's rows undefined; with `token_N` the weighted sums, `[tokens, width]`.
         """
-        dtype = rows_ND.dtype
-        w1, w2, w3 = self.w1.to(dtype), self.w2.to(dtype), self.w3.to(dtype)
-        if use_grouped(self.backend, rows_ND):
-            return grouped_swiglu(rows_ND, rows_per_expert_L, w1, w2, w3)
-        return loop_swiglu(rows_ND, rows_per_expert_L, w1, w2, w3)
+        if x is None:
+            return absolute_sum(self.w1, self.w2, self.w3)
+        assert rows_per_expert_L is not None
+        w1, w2, w3 = self.w1.to(x.dtype), self.w2.to(x.dtype), self.w3.to(x.dtype)
+        if self.looped(x):
+            return loop_swiglu(x, rows_per_expert_L, w1, w2, w3, token_N, weights_N)
+        return grouped_swiglu(x, rows_per_expert_L, w1, w2, w3)
+
+    def looped(self, x: Tensor) -> bool:
+        """Whether these rows are computed expert by expert; so are none at all, which the grouped product refuses."""
+        return self.backend == "loop" or x.shape[0] == 0 or (self.backend == "auto" and not x.is_cuda)
 
 
-def use_grouped(backend: Backend, rows_ND: Tensor) -> bool:
-    """Whether the grouped product serves these rows; without any row the loop does."""
-    if rows_ND.shape[0] == 0:
-        return False
-    return backend == "grouped" or (backend == "auto" and rows_ND.is_cuda)
-
-
-def loop_swiglu(rows_ND: Tensor, rows_per_expert_L: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
-    """One expert after the other. `unbind` keeps the gradient of the stack one tensor."""
-    pieces = rows_ND.split(rows_per_expert_L.tolist())
-    experts = zip(pieces, w1.unbind(0), w2.unbind(0), w3.unbind(0), strict=True)
-    return torch.cat([F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
-                      for x, gate, down, up in experts])
+def absolute_sum(*weights: Tensor) -> Tensor:
+    """Sum of all absolute values, float32 scalar."""
+    return torch.stack([weight.float().abs().sum() for weight in weights]).sum()
 
 
 def grouped_swiglu(rows_ND: Tensor, rows_per_expert_L: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
     """All experts in three grouped matrix products, without asking the host for the sizes.
 
-    Rows past the last offset would be uninitialised memory; the offsets end at the number of rows.
+    Rows past the last offset, nobody's, are uninitialised memory, in the result and in the gradient: mask both
+    (`pretrain.moe.dispatch.keep_first`).
     """
     ends_L = rows_per_expert_L.cumsum(0).to(torch.int32)
     gate_NF = F.grouped_mm(rows_ND, w1.transpose(-2, -1), offs=ends_L)

@@ -1,9 +1,9 @@
-"""The sparse feed-forward layer: route, send, compute, bring back, add the shared experts.
+"""The sparse feed-forward layer: score, choose, limit, send, compute, bring back, add the shared experts.
 
-MoE(x) = sum over the chosen experts of w_e(x) f_e(x) + shared(x). The layer sees one flat list of valid
+MoE(x) = sum over the chosen experts of w_e(x) f_e(x) (+ shared experts). The layer sees one flat list of valid
 tokens; padding never reaches it. It knows no machines: the dispatcher it is given does.
 
-Shapes: T tokens, D trunk width, E experts, K experts per token.
+Shapes: T tokens, D trunk width, E experts.
 """
 
 from __future__ import annotations
@@ -12,11 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain.config.schema import MoEConfig
+from pretrain.config.schema import BalanceConfig, MoEConfig
+from pretrain.moe.bias import make_bias, moved_bias
+from pretrain.moe.capacity import limit
+from pretrain.moe.caption_gate import CaptionGate
 from pretrain.moe.dispatch import Dispatcher, LocalDispatcher
-from pretrain.moe.experts import StackedExperts
-from pretrain.moe.routing import gate_scores, topk_route
+from pretrain.moe.experts import StackedExperts, absolute_sum
+from pretrain.moe.routing import Routing, Scores, choose, score_tokens
 from pretrain.moe.statistics import RouterStats, router_stats
+from pretrain.moe.tokens import RouterTokens
 
 
 class SwiGLU(nn.Module):
@@ -40,53 +44,93 @@ class Router(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, width))
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        """Return logits `[tokens, experts]`, float32."""
+    def forward(self, x_TD: Tensor | None = None) -> Tensor:
+        """Return logits `[tokens, experts]`, float32; without tokens the sum of all absolute weights."""
+        if x_TD is None:
+            return absolute_sum(self.weight)
         with torch.autocast(x_TD.device.type, enabled=False):
             return F.linear(x_TD.float(), self.weight.float())
 
 
 class MoELayer(nn.Module):
-    """Routed and shared experts in place of a feed-forward network.
-
-    `num_local_experts` and `dispatcher` are for expert parallelism: the layer then holds only a slice
-    of the experts, and the dispatcher knows where the others are.
-    """
+    """Routed and shared experts in place of a feed-forward network."""
 
     def __init__(
         self,
         width: int,
         config: MoEConfig,
+        balance: BalanceConfig | None = None,
         *,
+        block: int = 0,
+        fused: bool = False,
         num_local_experts: int | None = None,
         dispatcher: Dispatcher | None = None,
     ) -> None:
+        """Make a layer.
+
+        Args:
+            width: Of the trunk.
+            config: Experts and routing.
+            balance: Which biases and statistics there are; the usual ones by default.
+            block: Number of the block, a part of what its random choices are drawn from.
+            fused: Whether the block's text sees patches; only there may the router read the caption.
+            num_local_experts: For expert parallelism: the layer holds only so many of the experts,
+            dispatcher: and this one knows where the others are.
+        """
         super().__init__()
         self.config = config
+        self.balance = balance or BalanceConfig()
+        self.block = block
         self.gate = Router(width, config.num_experts)
+        self.caption_gate = CaptionGate(width, config.num_experts) if config.gate == "caption" and fused else None
+        self.bias = make_bias(config, self.balance)
         self.experts = StackedExperts(
             width, config.expert_width, num_local_experts or config.num_experts, config.backend
         )
         self.shared = SwiGLU(width, config.shared_experts * config.expert_width) if config.shared_experts else None
         self.dispatcher: Dispatcher = dispatcher or LocalDispatcher()
 
-    def forward(self, x_TD: Tensor, modality_T: Tensor) -> tuple[Tensor, RouterStats]:
+    def forward(self, x_TD: Tensor, tokens: RouterTokens) -> tuple[Tensor, RouterStats]:
         """Apply the layer.
 
+        While training, choices may be drawn and places be short; in evaluation mode every token gets its best
+        experts, whatever else is in the batch.
+
         Args:
-            x_TD: Valid tokens of the micro-batch, `[tokens, width]`.
-            modality_T: 0 for image patches, 1 for text, int64 `[tokens]`.
+            x_TD: Valid tokens of the micro-batch, patches first, `[tokens, width]`.
+            tokens: Where they come from.
 
         Returns:
             Output `[tokens, width]` and the router's statistics.
         """
-        config = self.config
+        config, split = self.config, tokens.num_patch_tokens
         logits_TE = self.gate(x_TD)
-        scores_TE = gate_scores(logits_TE, config.score, config.temperature)
-        routing = topk_route(scores_TE, config.experts_per_token, renormalise=config.renormalise)
-        sent = self.dispatcher.send(x_TD, routing)
-        y_ND = self.experts(sent.rows_ND, sent.rows_per_expert_L)
-        y_TD = self.dispatcher.combine(y_ND, sent, routing)
-        if self.shared is not None:
-            y_TD = y_TD + self.shared(x_TD)
-        return y_TD, router_stats(logits_TE, scores_TE, routing.expert_ids_TK, modality_T)
+        if self.caption_gate is not None and tokens.text_length:
+            said = self.caption_gate(x_TD[split:], tokens)
+            logits_TE = torch.cat([logits_TE[:split], logits_TE[split:] + said])
+        scored = score_tokens(logits_TE, config, tokens, block=self.block, noise=self.training)
+        bias_ME = None if self.bias is None else self.bias.value
+        routing = choose(scored, config, tokens, bias_ME, block=self.block, noise=self.training)
+        if config.capacity_factor and self.training:
+            routing = limit(routing, scored.scores_TE, config, tokens, block=self.block)
+        y_TD = self.dispatcher.run(x_TD, routing, self.experts, self.shared)
+        return y_TD, self._statistics(logits_TE, scored, routing, tokens)
+
+    def _statistics(
+        self, logits_TE: Tensor, scored: Scores, routing: Routing, tokens: RouterTokens
+    ) -> RouterStats:
+        return router_stats(
+            logits_TE,
+            scored,
+            routing,
+            tokens,
+            self.config,
+            load=self.training and self.balance.load_weight > 0,
+            expert_l1=self.experts() if self.training and self.balance.expert_l1_weight else None,
+            router_l1=self.gate() if self.training and self.balance.router_l1_weight else None,
+        )
+
+    def move_bias(self, choices_ME: Tensor, rate: float) -> None:
+        """Move the biases after a step, by the choices of the global batch."""
+        if self.bias is not None and rate:
+            self.bias.value.copy_(moved_bias(self.bias.value, choices_ME, self.config, self.balance, rate))

@@ -1,6 +1,9 @@
 """Which experts each token visits, and with what weight. Pure functions of the router's logits.
 
-Shapes: T tokens, E experts, K experts per token.
+A choice is a (token, expert, weight). Where every token has the same number K of choices they stand in the
+order token x K + k; patches that are chosen *by* experts have any number of choices each.
+
+Shapes: T tokens, E experts, K experts per token, N choices, M modalities, B pairs, P patches.
 """
 
 from __future__ import annotations
@@ -10,46 +13,172 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from pretrain.config.schema import MoEConfig
+from pretrain.moe.noise import gumbel, normal
+from pretrain.moe.tokens import RouterTokens
+
 
 class Routing(NamedTuple):
-    """The choice made for every token."""
+    """The choices of a forward pass."""
 
-    weights_TK: Tensor
-    """Gate weights of the chosen experts, float32; gradient flows through these."""
-    expert_ids_TK: Tensor
-    """Chosen experts by global number, int64."""
-    tokens_per_expert_E: Tensor
-    """Token choices that each expert got, int64."""
+    weights_N: Tensor
+    """Gate weight of each choice, float32; gradient flows through these. 0 for one that found no place."""
+    expert_ids_N: Tensor
+    """Expert of each choice by global number, int64; the number of experts for one that found no place."""
+    choices_ME: Tensor
+    """Choices by modality and expert, int64, also those that found no place."""
+    kept_ME: Tensor
+    """Choices that found a place; `choices_ME` itself without capacity."""
+    k: int
+    """Choices of every token; 0 where tokens have different numbers of them."""
+    token_N: Tensor | None = None
+    """Token of each choice, int64; None where it is n // k."""
+
+    @property
+    def tokens_per_expert_E(self) -> Tensor:
+        """Rows that each expert has to compute, int64."""
+        return self.kept_ME.sum(dim=0)
 
 
-def gate_scores(logits_TE: Tensor, score: Literal["softmax", "sigmoid"], temperature: float) -> Tensor:
-    """Turn router logits into gate scores in (0, 1).
+class Scores(NamedTuple):
+    """What a choice is made from; all float32 `[tokens, experts]`."""
+
+    logits_TE: Tensor
+    """Router logits times temperature; -inf for experts of the other modality's pool."""
+    scores_TE: Tensor
+    """Gate scores in [0, 1] without noise."""
+    noisy_logits_TE: Tensor | None = None
+    """Logits with this step's noise (`noisy` while training)."""
+
+
+def gate_scores(logits_TE: Tensor, score: Literal["softmax", "sigmoid"]) -> Tensor:
+    """Turn logits into gate scores: `softmax` competes between experts, `sigmoid` judges each alone."""
+    return torch.softmax(logits_TE, dim=-1) if score == "softmax" else torch.sigmoid(logits_TE)
+
+
+def score_tokens(logits_TE: Tensor, config: MoEConfig, tokens: RouterTokens, *, block: int, noise: bool) -> Scores:
+    """Scores of every expert for every token.
 
     Args:
-        logits_TE: Router logits, float32, `[tokens, experts]`.
-        score: `softmax` competes between experts; `sigmoid` judges each alone.
-        temperature: Multiplies the logits first (`a` in softmax(a x logits)).
+        logits_TE: Router logits, float32.
+        config: `temperature`, `pools`, `score`, `choice`.
+        tokens: Where the tokens come from.
+        block: The layer's block, a part of what its noise is drawn from.
+        noise: Training: noisy choices get their noise.
     """
-    if score == "softmax":
-        return torch.softmax(logits_TE * temperature, dim=-1)
-    return torch.sigmoid(logits_TE * temperature)
+    logits_TE = keep_to_pools(logits_TE * config.temperature, config, tokens.num_patch_tokens)
+    scores_TE = gate_scores(logits_TE, config.score)
+    if not (noise and config.choice == "noisy"):
+        return Scores(logits_TE, scores_TE)
+    assert tokens.identity_T is not None
+    noise_TE = normal(tokens.identity_T, draw=tokens.draw, block=block, size=config.num_experts)
+    return Scores(logits_TE, scores_TE, logits_TE + noise_TE * config.noise_deviation)
 
 
-def topk_route(scores_TE: Tensor, k: int, *, renormalise: bool) -> Routing:
-    """Send each token to its `k` best experts.
+def keep_to_pools(logits_TE: Tensor, config: MoEConfig, num_patch_tokens: int) -> Tensor:
+    """-inf where an expert belongs to the other modality's pool; a probability of 0, without gradient."""
+    if config.pools == "shared":
+        return logits_TE
+    patches, text = logits_TE.split([num_patch_tokens, logits_TE.shape[0] - num_patch_tokens])
+    image, rest = config.pool(0), config.pool(1)
+    minus_inf = torch.full_like(logits_TE, float("-inf"))
+    patch_rows = torch.cat([patches[:, image], minus_inf[:num_patch_tokens, rest]], dim=1)
+    text_rows = torch.cat([minus_inf[num_patch_tokens:, image], text[:, rest]], dim=1)
+    return torch.cat([patch_rows, text_rows])
 
-    Args:
-        scores_TE: Gate scores, float32, `[tokens, experts]`.
-        k: Experts per token, `1..experts`.
-        renormalise: Let the chosen weights of a token sum to one. With `k = 1` that would make every
-            weight the constant 1 and leave the router without a gradient, so a single choice keeps its
-            raw score (Fedus et al. 2021, arXiv:2101.03961).
+
+def choose(
+    scored: Scores, config: MoEConfig, tokens: RouterTokens, bias_ME: Tensor | None, *, block: int, noise: bool
+) -> Routing:
+    """Choose experts for every token, or, with `choice: expert`, patches for every expert.
+
+    The bias of the loss-free balancing steers the choice and not the weight (Wang et al. 2024,
+    arXiv:2408.15664). Evaluation (`noise=False`) takes the best, whatever training draws.
     """
-    weights_TK, expert_ids_TK = scores_TE.topk(k, dim=-1)
-    if renormalise and k > 1:
+    if config.choice == "expert" and tokens.num_patch_tokens:
+        return _experts_choose_patches(scored, config, tokens, bias_ME)
+    weight_TE = scored.scores_TE
+    if scored.noisy_logits_TE is not None:
+        weight_TE = gate_scores(scored.noisy_logits_TE, config.score)
+    key_TE = weight_TE.detach()
+    if noise and config.choice == "sampled":
+        assert tokens.identity_T is not None
+        # The k largest of log p + Gumbel are k draws without replacement from p (Vieira 2014; Kool et al. 2019,
+        # arXiv:1903.06059).
+        drawn_TE = gumbel(tokens.identity_T, draw=tokens.draw, block=block, size=config.num_experts)
+        key_TE = _log_scores(scored.logits_TE.detach(), config.score) + drawn_TE
+    weights_TK, ids_TK = _best(weight_TE, _biased(key_TE, scored, bias_ME, tokens.num_patch_tokens), config)
+    choices_ME = count_choices(ids_TK.flatten(), tokens.num_patch_tokens * ids_TK.shape[1], config.num_experts)
+    return Routing(weights_TK.flatten(), ids_TK.flatten(), choices_ME, choices_ME, ids_TK.shape[1])
+
+
+def _log_scores(logits_TE: Tensor, score: str) -> Tensor:
+    logs = torch.log_softmax if score == "softmax" else None
+    return logs(logits_TE, dim=-1) if logs else torch.nn.functional.logsigmoid(logits_TE)
+
+
+def _biased(key_TE: Tensor, scored: Scores, bias_ME: Tensor | None, num_patch_tokens: int) -> Tensor:
+    """The key of the choice with the bias of each token's modality; never an expert of another pool."""
+    if bias_ME is None:
+        return key_TE
+    first, last = bias_ME[0], bias_ME[-1]
+    biased = torch.cat([key_TE[:num_patch_tokens] + first, key_TE[num_patch_tokens:] + last])
+    return biased.masked_fill(scored.logits_TE == float("-inf"), float("-inf"))
+
+
+def _best(weight_TE: Tensor, key_TE: Tensor, config: MoEConfig) -> tuple[Tensor, Tensor]:
+    """Weights and numbers of the k experts with the largest keys.
+
+    Renormalised, the weights of a token sum to one. With k = 1 that would make every weight the constant 1
+    and leave the router without a gradient, so a single choice keeps its raw score (Fedus et al. 2021,
+    arXiv:2101.03961).
+    """
+    ids_TK = key_TE.topk(config.experts_per_token, dim=-1).indices
+    weights_TK = weight_TE.gather(1, ids_TK)
+    if config.renormalise and config.experts_per_token > 1:
         weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True).clamp(min=1e-20)
-    counts_E = count_ids(expert_ids_TK.flatten(), scores_TE.shape[-1])
-    return Routing(weights_TK, expert_ids_TK, counts_E)
+    return weights_TK, ids_TK
+
+
+def _experts_choose_patches(
+    scored: Scores, config: MoEConfig, tokens: RouterTokens, bias_ME: Tensor | None
+) -> Routing:
+    """Every expert takes its best patches of each image; text chooses as ever.
+
+    Each image is a group of its own, so a picture does not depend on its batch. Text cannot be chosen so: which
+    tokens an expert takes would tell earlier ones of later ones. The weight is the raw score
+    (Zhou et al. 2022, arXiv:2202.09368).
+    """
+    pool = config.pool(0)
+    split = tokens.num_patch_tokens
+    scores_BPE = scored.scores_TE[:split].view(tokens.num_pairs, tokens.num_patches, -1)[:, :, pool]
+    taken = config.patches_per_expert(tokens.num_patches)
+    weights_BEC, places_BEC = scores_BPE.transpose(1, 2).topk(taken, dim=-1)
+    device = places_BEC.device
+    pairs = torch.arange(tokens.num_pairs, device=device).view(-1, 1, 1) * tokens.num_patches
+    experts = torch.arange(pool.start, pool.stop, device=device).view(1, -1, 1).expand_as(places_BEC)
+    text = Scores(scored.logits_TE[split:], scored.scores_TE[split:])
+    text_bias = None if bias_ME is None else bias_ME[-1:]
+    weights_TK, ids_TK = _best(text.scores_TE, _biased(text.scores_TE.detach(), text, text_bias, 0), config)
+    text_tokens = torch.arange(split, split + len(ids_TK), device=device).repeat_interleave(ids_TK.shape[1])
+    ids_N = torch.cat([experts.flatten(), ids_TK.flatten()])
+    choices_ME = count_choices(ids_N, places_BEC.numel(), config.num_experts)
+    return Routing(
+        torch.cat([weights_BEC.flatten(), weights_TK.flatten()]),
+        ids_N,
+        choices_ME,
+        choices_ME,
+        0,
+        torch.cat([(pairs + places_BEC).flatten(), text_tokens]),
+    )
+
+
+def count_choices(ids_N: Tensor, num_patch_choices: int, num_experts: int) -> Tensor:
+    """Choices by modality and expert, int64; numbers from `num_experts` on are left out."""
+    return torch.stack([
+        count_ids(ids_N[:num_patch_choices], num_experts + 1)[:num_experts],
+        count_ids(ids_N[num_patch_choices:], num_experts + 1)[:num_experts],
+    ])
 
 
 def count_ids(ids_N: Tensor, size: int) -> Tensor:

@@ -31,7 +31,7 @@ from pretrain.parallel.deepspeed_state import (
 )
 from pretrain.parallel.engine import slice_name
 from pretrain.parallel.layout import Layout
-from pretrain.parallel.plain_engine import model_inputs, take
+from pretrain.parallel.plain_engine import load_buffers, model_inputs, routing_facts, take
 
 
 class DeepSpeedEngine:
@@ -56,8 +56,9 @@ class DeepSpeedEngine:
         )
         self.model: VisionLanguageModel = self._engine.module
 
-    def forward(self, batch: Batch) -> ModelOutput:
-        return self._engine(*model_inputs(batch, self.device))  # type: ignore[no-any-return]
+    def forward(self, batch: Batch, *, draw: int = 0, together: bool = False) -> ModelOutput:
+        facts = routing_facts(batch, self.model.moe, self.device, draw, together)
+        return self._engine(*model_inputs(batch, self.device), facts)  # type: ignore[no-any-return]
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         assert last == self._engine.is_gradient_accumulation_boundary()
@@ -112,9 +113,12 @@ class DeepSpeedEngine:
             writes = self.layout.writes_experts(self.rank) if is_expert(name) else self.rank == 0
             if writes:
                 mine[self._file_name(name)] = whole
+        if self.rank == 0:
+            mine |= {name: buffer.detach() for name, buffer in self.model.named_buffers()}
         return mine
 
     def load_model_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        load_buffers(self.model, tensors)
         if self.layout.zero_stage == 3:
             return  # the masters in the optimizer shard are the weights
         with torch.no_grad():

@@ -27,7 +27,7 @@ from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.utils import groups
 from torch import nn
 
-from pretrain.config.schema import MoEConfig
+from pretrain.config.schema import BalanceConfig, MoEConfig
 from pretrain.model.block import MakeMoELayer
 from pretrain.moe.layer import MoELayer
 from pretrain.parallel.expert_dispatch import ExpertParallelDispatcher
@@ -42,8 +42,10 @@ def expert_group_name(expert_parallel: int) -> str:
 def expert_parallel_layers(layout: Layout, rank: int) -> MakeMoELayer:
     """A maker of layers that hold this rank's slice of the experts."""
 
-    def make(width: int, config: MoEConfig) -> MoELayer:
-        return DeepSpeedMoELayer(width, config, layout=layout, rank=rank)
+    def make(
+        width: int, config: MoEConfig, balance: BalanceConfig, *, block: int, fused: bool
+    ) -> MoELayer:
+        return DeepSpeedMoELayer(width, config, balance, block=block, fused=fused, layout=layout, rank=rank)
 
     return make
 
@@ -58,9 +60,20 @@ class _OnlyTheType(AutoEPMoELayer):
 class DeepSpeedMoELayer(MoELayer, _OnlyTheType):
     """`MoELayer` with the attributes, tags and groups that DeepSpeed's engine and checkpoints look for."""
 
-    def __init__(self, width: int, config: MoEConfig, *, layout: Layout, rank: int) -> None:
+    def __init__(
+        self,
+        width: int,
+        config: MoEConfig,
+        balance: BalanceConfig,
+        *,
+        block: int,
+        fused: bool,
+        layout: Layout,
+        rank: int,
+    ) -> None:
         exchange = ExpertParallelDispatcher() if layout.expert_parallel > 1 else None
-        super().__init__(width, config, num_local_experts=layout.experts_per_rank, dispatcher=exchange)
+        super().__init__(width, config, balance, block=block, fused=fused,
+                         num_local_experts=layout.experts_per_rank, dispatcher=exchange)
         self.num_experts = config.num_experts
         self.num_local_experts = layout.experts_per_rank
         self.ep_size = layout.expert_parallel
@@ -72,7 +85,8 @@ class DeepSpeedMoELayer(MoELayer, _OnlyTheType):
         )
         for parameter in self.experts.parameters():
             self._tag_expert(parameter)
-        for parameter in self.gate.parameters():
+        readers = [self.gate] if self.caption_gate is None else [self.gate, self.caption_gate]
+        for parameter in (parameter for module in readers for parameter in module.parameters()):
             parameter.ds_zero_placement_family = "replicated"  # type: ignore[attr-defined]
 
     def set_deepspeed_parallelism(

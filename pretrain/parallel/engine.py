@@ -27,8 +27,14 @@ class TrainEngine(Protocol):
     model: VisionLanguageModel
     """This rank's module; with expert parallelism every call of it is collective."""
 
-    def forward(self, batch: Batch) -> ModelOutput:
-        """Run the model on one micro-batch."""
+    def forward(self, batch: Batch, *, draw: int = 0, together: bool = False) -> ModelOutput:
+        """Run the model on one micro-batch.
+
+        Args:
+            batch: The micro-batch.
+            draw: Decides everything random of this step; the same on every rank.
+            together: Also count which experts are chosen together.
+        """
         ...
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
@@ -71,7 +77,10 @@ class TrainEngine(Protocol):
         ...
 
     def model_tensors(self) -> dict[str, Tensor]:
-        """What this rank saves of the weights: dense ones on rank 0, experts as `name@first:last`. Collective."""
+        """What this rank saves of the model: dense weights and biases on rank 0, experts as `name@first:last`.
+
+        Collective.
+        """
         ...
 
     def optimizer_tensors(self) -> dict[str, Tensor]:

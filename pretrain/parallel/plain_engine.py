@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_pipeline.common.errors import CheckpointError
+from data_pipeline.common.errors import CheckpointError, DataError
 from data_pipeline.samples import Batch
-from pretrain.config.schema import OptimConfig
-from pretrain.model.vision_language import ModelOutput, VisionLanguageModel
+from pretrain.config.schema import MoEConfig, OptimConfig
+from pretrain.model.vision_language import ModelOutput, RoutingFacts, VisionLanguageModel
 from pretrain.optim.groups import build_adamw, is_expert, parameter_groups
 from pretrain.parallel.engine import slice_name
 from pretrain.parallel.layout import Layout
@@ -28,8 +28,9 @@ class PlainEngine:
         self._clip_norm = optim.clip_norm
         self._optimizer = build_adamw(parameter_groups(self.model, optim, "experts"), optim)
 
-    def forward(self, batch: Batch) -> ModelOutput:
-        return self.model(*model_inputs(batch, self.device))  # type: ignore[no-any-return]
+    def forward(self, batch: Batch, *, draw: int = 0, together: bool = False) -> ModelOutput:
+        facts = routing_facts(batch, self.model.moe, self.device, draw, together)
+        return self.model(*model_inputs(batch, self.device), facts)  # type: ignore[no-any-return]
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         loss.backward()
@@ -69,12 +70,14 @@ class PlainEngine:
         return [value]
 
     def model_tensors(self) -> dict[str, Tensor]:
-        return {_file_name(n, p): p.detach() for n, p in self.model.named_parameters()}
+        weights = {_file_name(n, p): p.detach() for n, p in self.model.named_parameters()}
+        return weights | {name: buffer.detach() for name, buffer in self.model.named_buffers()}
 
     def load_model_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(take(tensors, _file_name(name, parameter), parameter))
+            load_buffers(self.model, tensors)
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         return {
@@ -96,6 +99,41 @@ def model_inputs(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Te
     tensors = (batch.images, batch.text_ids, batch.text_lengths, batch.text_positions)
     images, ids, lengths, positions = (tensor.to(device, non_blocking=True) for tensor in tensors)
     return images, ids, lengths, positions
+
+
+def routing_facts(
+    batch: Batch, moe: MoEConfig, device: torch.device, draw: int, together: bool
+) -> RoutingFacts:
+    """What routing depends on beside the tokens, on `device`.
+
+    Capacity groups are consecutive pairs of the global batch. A micro-batch holds whole groups, so that a pair's
+    group is its row as it was asked for, whichever others are missing.
+
+    Raises:
+        DataError: The batch does not say which samples it holds, but this run's routing depends on it.
+    """
+    def per_pair(values: Tensor, what: str) -> Tensor:
+        if len(values) != len(batch.images):
+            raise DataError(f"a batch of {len(batch.images)} pairs has {len(values)} {what}; this run's routing "
+                            f"(moe.choice {moe.choice}, moe.capacity_factor {moe.capacity_factor}) needs one a pair")
+        return values
+
+    facts = RoutingFacts(draw=draw, together=together)
+    if moe.is_random:
+        facts = facts._replace(pair_ids_B=per_pair(batch.ids, "ids").to(device, non_blocking=True))
+    if moe.capacity_factor:
+        slots_B = per_pair(batch.slots, "slots")
+        group_B = torch.div(slots_B, moe.capacity_group, rounding_mode="floor")
+        # Counted on the host, where the batch still lies.
+        num_groups = int(group_B.max()) + 1 if len(group_B) else 0
+        facts = facts._replace(group_B=group_B.to(device, non_blocking=True), num_groups=num_groups)
+    return facts
+
+
+def load_buffers(model: VisionLanguageModel, tensors: Mapping[str, Tensor]) -> None:
+    """Take over the state that is no weight: the biases of the routers' choices."""
+    for name, buffer in model.named_buffers():
+        buffer.copy_(take(tensors, name, buffer))
 
 
 def take(tensors: Mapping[str, Tensor], name: str, like: Tensor) -> Tensor:

@@ -61,9 +61,7 @@ def _train_on(
         batches, loader_state = next(steps)
         waited = time.perf_counter() - waiting_since
         rate = learning_rate(state.step, run.schedule, run.optim.lr)
-        result = train_step(
-            engine, batches, run.loss, pairs_per_forward=run.batch.pairs_per_forward, learning_rate=rate
-        )
+        result = train_step(engine, batches, run, step=state.step, learning_rate=rate)
         state = replace(
             state,
             step=state.step + 1,

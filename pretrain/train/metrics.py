@@ -116,16 +116,41 @@ class Window:
         return pairs * count_flops(model, self._run.moe, text_tokens=max(0.0, text_tokens)).training
 
     def _moe_metrics(self, choices_LME: np.ndarray[Any, Any], last: StepResult) -> dict[str, float]:
-        """Balance of each layer: busiest and idlest expert against a fair share, and router entropy."""
-        metrics = {}
+        """Balance of each layer: busiest and idlest expert against a fair share, and what the router is like."""
+        metrics = routing_metrics(last, self._run)
         for row, block in enumerate(self._run.moe.blocks(self._run.model.num_blocks)):
             load_E = choices_LME[row].sum(axis=0)
             fair = max(1.0, float(load_E.mean()))
             metrics[f"moe/max_over_mean_load/layer_{block:02d}"] = float(load_E.max()) / fair
             metrics[f"moe/min_over_mean_load/layer_{block:02d}"] = float(load_E.min()) / fair
-            for column, modality in enumerate(MODALITIES):
-                metrics[f"moe/entropy/layer_{block:02d}/{modality}"] = float(last.entropy_LM[row, column])
         return metrics
+
+
+def routing_metrics(result: StepResult, run: RunConfig) -> dict[str, float]:
+    """What the routers of a step were like, by layer and modality.
+
+    `entropy` (nats) of a token's scores, `mean_entropy` of the scores' mean, `top_probability` the mean of a
+    token's largest score, `top1_share` the tokens whose best expert is the one that most have, and, with
+    capacity, `dropped` the choices that found no place. A modality without tokens has no numbers.
+    """
+    stats = result.router
+    found: dict[str, float] = {}
+    for row, block in enumerate(run.moe.blocks(run.model.num_blocks)):
+        for column, modality in enumerate(MODALITIES):
+            tokens, choices = float(result.tokens_M[column]), float(stats.choices_ME[row, column].sum())
+            if not tokens:
+                continue
+            mean_E = stats.prob_sum_ME[row, column] / tokens
+            values = {
+                "entropy": float(stats.entropy_sum_M[row, column]) / tokens,
+                "mean_entropy": float(torch.special.entr(mean_E).sum()),
+                "top_probability": float(stats.top_sum_M[row, column]) / tokens,
+                "top1_share": float(stats.first_ME[row, column].max()) / tokens,
+            }
+            if run.moe.capacity_factor:
+                values["dropped"] = 1 - float(stats.kept_ME[row, column].sum()) / max(1.0, choices)
+            found |= {f"moe/{name}/layer_{block:02d}/{modality}": value for name, value in values.items()}
+    return found
 
 
 class BadSamples:

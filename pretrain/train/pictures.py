@@ -65,10 +65,13 @@ class PictureBook:
         """Write captions and show them. Collective."""
         parts, engine = self.parts, self.parts.engine
         tokenizer = parts.tokenizer
+        # As when it is judged: every token gets its best experts, and no batch mate takes their place.
+        engine.model.eval()
         ids = write_captions(
             OneMind(engine), self.batch.images.to(engine.device), start_id=tokenizer.start_id,
             end_id=tokenizer.end_id, max_length=parts.run.model.text_length,
         )
+        engine.model.train()
         written = [tokenizer.decode(tokens) for tokens in ids]
         if reporter is not None:
             reporter.pictures(step, self.batch.images.numpy(), written, list(self.batch.captions))

@@ -1,11 +1,13 @@
-"""One optimizer step: forward, losses of the global batch, backward, update.
+"""One optimizer step: forward, losses of the global batch, backward, update, and the routers' biases.
 
-Contrast and balance are functions of the whole global batch. With one micro-batch a rank, the counts are
-summed and the embeddings gathered between forward and backward. With several, a first pass without
+Contrast and the routers' terms are functions of the whole global batch. With one micro-batch a rank, the
+statistics are summed and the embeddings gathered between forward and backward. With several, a first pass without
 gradients collects them (as GradCache does, Gao et al. 2021, arXiv:2101.06983), and a second pass runs each
-micro-batch again with the global values known: twice the forward work, exact gradients.
+micro-batch again with the global values known: twice the forward work, exact gradients. Whatever routing draws
+is drawn alike in both.
 
-Shapes: B pairs of this rank, G rows of the gathered batch, D embedding width.
+Shapes: B pairs of this rank, G rows of the gathered batch, D embedding width, L MoE layers, M modalities,
+E experts.
 """
 
 from __future__ import annotations
@@ -18,10 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data_pipeline.samples import Batch
-from pretrain.config.schema import LossConfig
+from pretrain.config.schema import LossConfig, RunConfig
 from pretrain.losses.contrastive import info_nce_share
-from pretrain.losses.total import GlobalCounts, LossTerms, loss_terms
+from pretrain.losses.total import GlobalSums, MainTerms, main_terms, with_weights
 from pretrain.model.vision_language import ModelOutput
+from pretrain.moe.auxiliary import Linearised, linearise
+from pretrain.moe.bias import bias_rate
+from pretrain.moe.noise import step_draw
+from pretrain.moe.statistics import RouterStats
 from pretrain.parallel.engine import TrainEngine
 
 
@@ -35,73 +41,143 @@ class StepResult(NamedTuple):
     logit_scale: float
     pairs: int
     """Valid pairs of the global batch."""
-    tokens: int
-    """Valid tokens, patches and text."""
-    choices_LME: Tensor
-    """Token choices by MoE layer, modality and expert, float64 on CPU."""
-    entropy_LM: Tensor
-    """Mean router entropy (nats) by layer and modality, float64 on CPU."""
+    tokens_M: Tensor
+    """Tokens by modality, float64 on CPU."""
+    router: RouterStats
+    """What the routers did, `[layers, ...]`, float64 on CPU."""
+
+    @property
+    def tokens(self) -> int:
+        """Valid tokens, patches and text."""
+        return int(self.tokens_M.sum())
+
+    @property
+    def choices_LME(self) -> Tensor:
+        """Token choices by MoE layer, modality and expert."""
+        return self.router.choices_ME
 
 
 def train_step(
     engine: TrainEngine,
     batches: Sequence[Batch],
-    loss: LossConfig,
+    run: RunConfig,
     *,
-    pairs_per_forward: int,
+    step: int,
     learning_rate: float,
+    together: bool = False,
 ) -> StepResult:
     """Train on the micro-batches of one step of this rank.
 
     Args:
         engine: The rank's engine.
-        batches: As many micro-batches on every rank; each holds at most `pairs_per_forward` pairs.
-        loss: Weights of the terms.
-        pairs_per_forward: Rows that each micro-batch takes in the gathered batch.
+        batches: As many micro-batches on every rank; each holds at most `batch.pairs_per_forward` pairs.
+        run: Weights of the terms, rows that each micro-batch takes in the gathered batch, seed.
+        step: Number of this step, from 0: routing draws from it, and biases are frozen near the end.
         learning_rate: Of this step.
+        together: Also count which experts are chosen together.
     """
-    rows = pairs_per_forward * len(batches)
-    if len(batches) == 1:
-        output = engine.forward(batches[0])
-        counts, entropy = _global_counts(engine, [output])
-        contrastive = _contrastive(engine, [output], batches, counts, loss, rows)
-        terms = _terms(output, contrastive, counts)
-        engine.backward(engine.world * terms.weighted_sum(loss), last=True)
-        shares = _detached(terms)
-        scale = output.logit_scale.detach()
-    else:
-        shares, counts, entropy, scale = _accumulate(engine, batches, loss, rows)
-    losses = _losses(engine.total(shares).tolist(), loss)
+    work = _Step(engine, batches, run, step_draw(run.seed, step), together)
+    terms, auxiliary, sums, scale = work.backward() if len(batches) == 1 else work.accumulate()
+    shares = engine.total(torch.stack([term.detach().double() for term in terms]))
+    # One copy to the host for all numbers of the step.
+    numbers = torch.cat([shares, *(value.view(1) for value in auxiliary.values.values()), scale.double().view(1)])
+    found = dict(zip((*MainTerms._fields, *auxiliary.values, "scale"), numbers.tolist(), strict=True))
+    logit_scale = found.pop("scale")
+    weights = {"contrastive": run.loss.contrastive_weight, "caption": run.loss.caption_weight} | auxiliary.weights
     grad_norm = engine.step(learning_rate)
-    return _result(losses, grad_norm, scale, counts, entropy)
+    engine.model.move_biases(sums.router.choices_ME, bias_rate(run.balance, step, run.schedule.total_steps))
+    return StepResult(
+        losses=with_weights(found, weights),
+        grad_norm=grad_norm,
+        logit_scale=logit_scale,
+        pairs=int(sums.pairs),
+        tokens_M=sums.tokens_M.cpu(),
+        router=RouterStats(*(field.cpu() for field in sums.router)),
+    )
 
 
-def _accumulate(
-    engine: TrainEngine, batches: Sequence[Batch], loss: LossConfig, rows: int
-) -> tuple[Tensor, GlobalCounts, Tensor, Tensor]:
-    """Both passes over several micro-batches; returns this rank's summed shares and the global counts."""
-    with torch.no_grad():
-        first = [engine.forward(batch) for batch in batches]
-    counts, entropy = _global_counts(engine, first)
-    leaves = [_leaf(output) for output in first]
-    contrastive = _contrastive(engine, leaves, batches, counts, loss, rows)
-    (engine.world * loss.contrastive_weight * contrastive).backward()
-    shares = torch.zeros(len(LossTerms._fields), device=contrastive.device)
-    shares[0] = contrastive.detach()
-    for number, (batch, leaf) in enumerate(zip(batches, leaves, strict=True)):
-        output = engine.forward(batch)
-        terms = _terms(output, contrastive.new_zeros(()), counts)
-        # The surrogate has the gradient of the global contrastive loss with respect to these embeddings.
-        surrogate = _pull(output.image_embedding, leaf.image_embedding)
-        surrogate = surrogate + _pull(output.text_embedding, leaf.text_embedding)
-        # In equal parts: a parameter must take part in every backward pass, because with offload DeepSpeed
-        # drops what was accumulated for one that the last pass leaves out.
-        surrogate = surrogate + _pull(output.logit_scale, leaves[0].logit_scale) / len(batches)
-        engine.backward(
-            engine.world * terms.weighted_sum(loss) + surrogate, last=number == len(batches) - 1
+Passed = tuple[MainTerms, Linearised, GlobalSums, Tensor]
+"""This rank's shares, the routers' terms, the global sums and the contrastive scale."""
+
+
+class _Step(NamedTuple):
+    """Forward and backward of one step."""
+
+    engine: TrainEngine
+    batches: Sequence[Batch]
+    run: RunConfig
+    draw: int
+    together: bool
+
+    def backward(self) -> Passed:
+        """One micro-batch."""
+        engine = self.engine
+        output = self._forward(self.batches[0])
+        sums = global_sums(engine, [output])
+        auxiliary = self._auxiliary(sums)
+        terms = main_terms(contrastive=self._contrastive([output], sums), caption_loss_sum=output.caption_loss_sum,
+                           sums=sums)
+        share = terms.weighted_sum(self.run.loss) + auxiliary.share(output.router)
+        engine.backward(engine.world * share, last=True)
+        return terms, auxiliary, sums, output.logit_scale.detach()
+
+    def accumulate(self) -> Passed:
+        """Both passes over several micro-batches."""
+        engine, loss = self.engine, self.run.loss
+        with torch.no_grad():
+            first = [self._forward(batch) for batch in self.batches]
+        sums = global_sums(engine, first)
+        auxiliary = self._auxiliary(sums)
+        leaves = [_leaf(output) for output in first]
+        contrastive = self._contrastive(leaves, sums)
+        (engine.world * loss.contrastive_weight * contrastive).backward()
+        caption = torch.zeros_like(contrastive.detach())
+        for number, (batch, leaf) in enumerate(zip(self.batches, leaves, strict=True)):
+            output = self._forward(batch)
+            terms = main_terms(contrastive=caption.new_zeros(()), caption_loss_sum=output.caption_loss_sum, sums=sums)
+            # The surrogate has the gradient of the global contrastive loss with respect to these embeddings.
+            surrogate = _pull(output.image_embedding, leaf.image_embedding)
+            surrogate = surrogate + _pull(output.text_embedding, leaf.text_embedding)
+            # In equal parts: a parameter must take part in every backward pass, because with offload DeepSpeed
+            # drops what was accumulated for one that the last pass leaves out.
+            surrogate = surrogate + _pull(output.logit_scale, leaves[0].logit_scale) / len(self.batches)
+            share = terms.weighted_sum(loss) + auxiliary.share(output.router)
+            engine.backward(engine.world * share + surrogate, last=number == len(self.batches) - 1)
+            caption += terms.caption.detach()
+        return MainTerms(contrastive.detach(), caption), auxiliary, sums, first[0].logit_scale
+
+    def _forward(self, batch: Batch) -> ModelOutput:
+        return self.engine.forward(batch, draw=self.draw, together=self.together)
+
+    def _auxiliary(self, sums: GlobalSums) -> Linearised:
+        """The routers' terms; weights are counted in every micro-batch of every rank that holds them."""
+        times = len(self.batches) * self.engine.world
+        return linearise(
+            sums.router,
+            sums.tokens_M,
+            self.run.moe,
+            self.run.balance,
+            expert_copies=times / self.engine.layout.expert_parallel,
+            router_copies=times,
         )
-        shares += _detached(terms)
-    return shares, counts, entropy, first[0].logit_scale
+
+    def _contrastive(self, outputs: Sequence[ModelOutput], sums: GlobalSums) -> Tensor:
+        rows = self.run.batch.pairs_per_forward * len(self.batches)
+        return _contrastive(self.engine, outputs, self.batches, sums, self.run.loss, rows)
+
+
+def global_sums(engine: TrainEngine, outputs: Sequence[ModelOutput]) -> GlobalSums:
+    """Sum the counts and statistics of all micro-batches and ranks, in one message."""
+    device = outputs[0].tokens_M.device
+    pairs = torch.full((), sum(output.image_embedding.shape[0] for output in outputs), device=device)
+    caption = torch.stack([output.caption_tokens for output in outputs]).sum()
+    tokens_M = torch.stack([output.tokens_M for output in outputs]).sum(dim=0)
+    stats = [torch.stack(fields).sum(dim=0) for fields in zip(*(output.router for output in outputs), strict=True)]
+    parts = [pairs, caption, tokens_M, *stats]
+    packed = engine.total(torch.cat([part.detach().flatten().double() for part in parts]))
+    pieces = packed.split([part.numel() for part in parts])
+    pairs, caption, tokens_M, *stats = (p.view_as(part) for p, part in zip(pieces, parts, strict=True))
+    return GlobalSums(pairs, caption, tokens_M, RouterStats(*stats))
 
 
 def _leaf(output: ModelOutput) -> ModelOutput:
@@ -118,21 +194,11 @@ def _pull(value: Tensor, leaf: Tensor) -> Tensor:
     return (value * leaf.grad).sum()
 
 
-def _terms(output: ModelOutput, contrastive: Tensor, counts: GlobalCounts) -> LossTerms:
-    return loss_terms(
-        contrastive=contrastive,
-        caption_loss_sum=output.caption_loss_sum,
-        prob_sum_LE=output.prob_sum_LE,
-        z_sum_L=output.z_sum_L,
-        counts=counts,
-    )
-
-
 def _contrastive(
     engine: TrainEngine,
     outputs: Sequence[ModelOutput],
     batches: Sequence[Batch],
-    counts: GlobalCounts,
+    sums: GlobalSums,
     loss: LossConfig,
     rows: int,
 ) -> Tensor:
@@ -157,51 +223,6 @@ def _contrastive(
         valid_G=valid_G.bool(),
         first_row=engine.rank * rows,
         logit_scale=outputs[0].logit_scale,
-        num_pairs=counts.pairs.to(image_BD.dtype),
+        num_pairs=sums.pairs.to(image_BD.dtype),
         mask_equal_captions=loss.mask_equal_captions,
-    )
-
-
-def _global_counts(engine: TrainEngine, outputs: Sequence[ModelOutput]) -> tuple[GlobalCounts, Tensor]:
-    """Sum the counts of all micro-batches and ranks in one message; also the summed router entropy."""
-    choices_LME = torch.stack([output.choices_LME for output in outputs]).sum(dim=0)
-    entropy_LM = torch.stack([output.entropy_sum_LM.detach() for output in outputs]).sum(dim=0)
-    tokens_M = torch.stack([output.tokens_M for output in outputs]).sum(dim=0)
-    caption = torch.stack([output.caption_tokens for output in outputs]).sum()
-    pairs = caption.new_tensor(sum(output.image_embedding.shape[0] for output in outputs))
-    parts = [pairs.view(1), caption.view(1), tokens_M, choices_LME.flatten(), entropy_LM.flatten()]
-    packed = engine.total(torch.cat([part.double() for part in parts]))
-    pairs, caption, tokens_M, choices, entropy = packed.split([part.numel() for part in parts])
-    counts = GlobalCounts(pairs[0], caption[0], tokens_M, choices.view_as(choices_LME))
-    return counts, entropy.view_as(entropy_LM) / tokens_M.clamp(min=1)
-
-
-def _detached(terms: LossTerms) -> Tensor:
-    return torch.stack([term.detach().float() for term in terms])
-
-
-def _losses(unweighted: list[float], loss: LossConfig) -> dict[str, float]:
-    """Each term before and after its weight, and their sum."""
-    terms = dict(zip(LossTerms._fields, unweighted, strict=True))
-    weights = {
-        "contrastive": loss.contrastive_weight,
-        "caption": loss.caption_weight,
-        "balance": loss.balance_weight,
-        "router_z": loss.router_z_weight,
-    }
-    weighted = {f"weighted/{name}": weights[name] * value for name, value in terms.items()}
-    return {"total": sum(weighted.values())} | terms | weighted
-
-
-def _result(
-    losses: dict[str, float], grad_norm: float, scale: Tensor, counts: GlobalCounts, entropy_LM: Tensor
-) -> StepResult:
-    return StepResult(
-        losses=losses,
-        grad_norm=grad_norm,
-        logit_scale=float(scale),
-        pairs=int(counts.pairs),
-        tokens=int(counts.tokens_M.sum()),
-        choices_LME=counts.choices_LME.cpu(),
-        entropy_LM=entropy_LM.cpu(),
     )

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from data_pipeline.samples import Batch
 from pretrain.config.batch import plan_batch
 from pretrain.config.schema import (
+    BalanceConfig,
     BatchConfig,
-    LossConfig,
     ModelConfig,
     MoEConfig,
     OptimConfig,
@@ -47,7 +47,7 @@ def run_config(
                           patch_size=8, stem="conv", vocab_size=50, text_length=12, embed_dim=16, pool_heads=2,
                           recompute=recompute),
         moe=MoEConfig(num_experts=NUM_EXPERTS, experts_per_token=2, expert_width=16, start=1),
-        loss=LossConfig(balance_weight=0.1, router_z_weight=0.1),
+        balance=BalanceConfig(balance_weight=0.1, router_z_weight=0.1),
         batch=BatchConfig(pairs_per_step=PAIRS, pairs_per_forward=pairs_per_forward),
         optim=OptimConfig(clip_norm=0.5, lr=1e-2),
         precision=PrecisionConfig(compute=precision),  # type: ignore[arg-type]
@@ -103,7 +103,7 @@ def train(engine: TrainEngine, run: RunConfig, bad: tuple[int, ...]) -> Trained:
         batches = [collate(pairs[start : start + per_forward]) for start in starts]
         # Another rate at each step, and none of them that of the configuration: it must reach the optimizer.
         rate = 1e-2 / (step + 2)
-        results.append(train_step(engine, batches, run.loss, pairs_per_forward=per_forward, learning_rate=rate))
+        results.append(train_step(engine, batches, run, step=step, learning_rate=rate))
     return results, gradients
 
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from pretrain.config.schema import ModelConfig, MoEConfig, RunConfig
+from pretrain.config.schema import BalanceConfig, ModelConfig, MoEConfig, RunConfig
 from pretrain.evaluate.generation import write_captions
 from pretrain.model import VisionLanguageModel, build_model
 from pretrain.model.vision_language import valid_positions
@@ -96,8 +96,8 @@ def test_only_valid_tokens_reach_the_router(model: VisionLanguageModel) -> None:
     images, ids, lengths, positions = pairs([5, 9, 3])
     out = model(images, ids, lengths, positions)
     assert out.tokens_M.tolist() == [3 * 16, 17]
-    assert out.choices_LME.sum(dim=2).tolist() == [[2 * 48, 2 * 17]] * 3
-    torch.testing.assert_close(out.prob_sum_LE.sum(1), torch.full((3,), 65.0))
+    assert out.router.choices_ME.sum(dim=2).tolist() == [[2 * 48, 2 * 17]] * 3
+    torch.testing.assert_close(out.router.prob_sum_ME.sum(2), torch.tensor([[48.0, 17.0]] * 3))
 
 
 def test_recomputation_gives_the_same_gradients_and_counts_once() -> None:
@@ -106,8 +106,8 @@ def test_recomputation_gives_the_same_gradients_and_counts_once() -> None:
     for recompute in (False, True):
         model = build_model(replace(SMALL, model=replace(SMALL.model, recompute=recompute)))
         out = model(*batch)
-        (out.caption_loss_sum + out.image_embedding.sum() + out.z_sum_L.sum()).backward()
-        results.append((out.choices_LME, [p.grad for p in model.parameters() if p.grad is not None]))
+        (out.caption_loss_sum + out.image_embedding.sum() + out.router.z_sum_M.sum()).backward()
+        results.append((out.router.choices_ME, [p.grad for p in model.parameters() if p.grad is not None]))
     assert torch.equal(results[0][0], results[1][0])
     for kept, recomputed in zip(results[0][1], results[1][1], strict=True):
         torch.testing.assert_close(recomputed, kept)
@@ -119,8 +119,8 @@ def test_experts_start_different_from_one_another_and_equal_on_any_layout() -> N
 
     from pretrain.moe.layer import MoELayer
 
-    def half(width: int, config: MoEConfig) -> MoELayer:
-        return MoELayer(width, config, num_local_experts=2)
+    def half(width: int, config: MoEConfig, balance: BalanceConfig, *, block: int, fused: bool) -> MoELayer:
+        return MoELayer(width, config, balance, block=block, fused=fused, num_local_experts=2)
 
     second_half = build_model(SMALL, make_moe_layer=half, first_expert=2).blocks[1].ffn.experts.w1
     assert torch.equal(second_half, whole[2:])

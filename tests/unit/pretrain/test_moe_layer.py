@@ -1,76 +1,182 @@
-"""The sparse layer against a slow loop, and the two ways of computing experts against each other."""
+"""The sparse layer against one written slowly: output, gradients, statistics, for every option."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain.config.schema import MoEConfig
-from pretrain.moe.balance import balance_share, router_z_share
+from pretrain.config.schema import BalanceConfig, MoEConfig
 from pretrain.moe.dispatch import LocalDispatcher
-from pretrain.moe.experts import grouped_swiglu, loop_swiglu
+from pretrain.moe.experts import grouped_swiglu
 from pretrain.moe.layer import MoELayer
-from pretrain.moe.routing import count_ids, gate_scores, topk_route
-from pretrain.moe.statistics import router_stats
+from pretrain.moe.routing import choose, count_ids, score_tokens
+from pretrain.moe.statistics import GRADIENT_FIELDS
+from tests.support.slow_moe import make_tokens, slow_logits, slow_moe, slow_statistics
 
 WIDTH = 16
+LENGTHS, PATCHES = [3, 5, 1, 4], 4
 
 
-def make_layer(**settings: object) -> MoELayer:
+class ExactRouter(torch.nn.Module):
+    """The router in float64, so that a layer in float64 can be compared to the last digits."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(weight.detach().clone())
+
+    def forward(self, x_TD: Tensor | None = None) -> Tensor:
+        return self.weight.abs().sum() if x_TD is None else x_TD @ self.weight.t()
+
+
+def make_layer(balance: dict[str, Any] | None = None, **settings: Any) -> MoELayer:
     torch.manual_seed(0)
-    layer = MoELayer(WIDTH, MoEConfig(expert_width=24, **settings))  # type: ignore[arg-type]
+    config = MoEConfig(**({"expert_width": 24} | settings))
+    layer = MoELayer(WIDTH, config, BalanceConfig(**(balance or {})), block=3, fused=True)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    return layer.double()
+    layer = layer.double()
+    layer.gate = ExactRouter(layer.gate.weight)  # type: ignore[assignment]
+    if layer.bias is not None:
+        layer.bias.value.normal_(std=0.1)
+    return layer
 
 
-def slow_moe(layer: MoELayer, x_TD: Tensor) -> Tensor:
-    """Token by token, expert by expert."""
-    config = layer.config
-    rows = []
-    for x in x_TD:
-        logits = (layer.gate.weight.float() @ x.float()) * config.temperature
-        scores = torch.softmax(logits, 0) if config.score == "softmax" else torch.sigmoid(logits)
-        best = scores.argsort(descending=True)[: config.experts_per_token]
-        weights = scores[best] / scores[best].sum() if config.renormalise and len(best) > 1 else scores[best]
-        y = torch.zeros_like(x)
-        for weight, expert in zip(weights, best.tolist(), strict=True):
-            w1, w2, w3 = (w[expert] for w in (layer.experts.w1, layer.experts.w2, layer.experts.w3))
-            y = y + weight * (w2 @ (F.silu(w1 @ x) * (w3 @ x)))
-        if layer.shared is not None:
-            gate, up = (layer.shared.gate_up @ x).chunk(2)
-            y = y + layer.shared.down @ (F.silu(gate) * up)
-        rows.append(y)
-    return torch.stack(rows)
+OPTIONS: dict[str, dict[str, Any]] = {
+    "top-1": {"num_experts": 4, "experts_per_token": 1},
+    "top-2, no shared expert": {"num_experts": 8, "experts_per_token": 2, "shared_experts": 0},
+    "every expert, raw weights": {"num_experts": 6, "experts_per_token": 6, "renormalise": False},
+    "sigmoid": {"num_experts": 8, "experts_per_token": 3, "score": "sigmoid", "shared_experts": 2, "temperature": 2.0},
+    "sampled": {"num_experts": 8, "experts_per_token": 2, "choice": "sampled"},
+    "sampled sigmoid": {"num_experts": 8, "experts_per_token": 2, "choice": "sampled", "score": "sigmoid"},
+    "noisy": {"num_experts": 8, "experts_per_token": 2, "choice": "noisy", "noise": 4.0, "temperature": 0.5},
+    "noisy in pools": {"num_experts": 6, "experts_per_token": 2, "choice": "noisy", "pools": "modality"},
+    "experts choose": {"num_experts": 4, "experts_per_token": 2, "choice": "expert"},
+    "experts choose in pools": {"num_experts": 6, "experts_per_token": 2, "choice": "expert", "pools": "modality"},
+    "pools": {"num_experts": 7, "experts_per_token": 2, "pools": "modality", "image_experts": 5},
+    "pools with sigmoid": {"num_experts": 6, "experts_per_token": 2, "pools": "modality", "score": "sigmoid"},
+    "capacity": {"num_experts": 4, "experts_per_token": 2, "capacity_factor": 0.75},
+    "capacity by chance": {"num_experts": 4, "experts_per_token": 2, "capacity_factor": 0.6,
+                           "capacity_priority": "random"},
+    "capacity for the surest": {"num_experts": 4, "experts_per_token": 3, "capacity_factor": 0.5,
+                                "capacity_priority": "batch"},
+    "capacity in pools": {"num_experts": 6, "experts_per_token": 2, "capacity_factor": 0.7, "pools": "modality",
+                          "image_experts": 4, "capacity_priority": "batch"},
+}
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"num_experts": 4, "experts_per_token": 1},
-        {"num_experts": 8, "experts_per_token": 2, "shared_experts": 0},
-        {"num_experts": 6, "experts_per_token": 6, "renormalise": False},
-        {"num_experts": 8, "experts_per_token": 3, "score": "sigmoid", "shared_experts": 2, "temperature": 2.0},
-    ],
-)
-def test_layer_equals_the_loop_forward_and_gradient(settings: dict[str, object]) -> None:
-    layer = make_layer(**settings)
-    x = torch.randn(13, WIDTH, dtype=torch.float64, requires_grad=True)
-    y, _ = layer(x, torch.zeros(13, dtype=torch.int64))
-    true = slow_moe(layer, x)
-    torch.testing.assert_close(y, true, atol=1e-6, rtol=1e-6)
+def options(extra: dict[str, dict[str, Any]] | None = None) -> Any:
+    both = OPTIONS | (extra or {})
+    return pytest.mark.parametrize("settings", list(both.values()), ids=list(both))
+
+
+@options({"caption gate": {"num_experts": 4, "experts_per_token": 2, "gate": "caption"}})
+@pytest.mark.parametrize("balance", [{}, {"bias": "sign"}, {"bias": "zscore", "bias_per_modality": True}],
+                         ids=["", "bias", "two biases"])
+def test_the_layer_equals_the_slow_one(settings: dict[str, Any], balance: dict[str, Any]) -> None:
+    noisy = {"load_weight": 1.0} if settings.get("choice") == "noisy" else {}
+    layer = make_layer(balance | noisy, **settings)
+    tokens, listed = make_tokens(LENGTHS, PATCHES, ids=[5, 900, 7, 8], groups=[0, 0, 1, 1], draw=123)
+    x = torch.randn(len(listed), WIDTH, dtype=torch.float64, requires_grad=True)
+    y, stats = layer(x, tokens)
+    true, chosen = slow_moe(layer, x, listed, draw=123)
+    exact = settings.get("choice") not in ("noisy",) and settings.get("gate") != "caption"
+    close = {"atol": 1e-11, "rtol": 1e-9} if exact else {"atol": 1e-5, "rtol": 1e-5}  # float32 noise and gate
+    torch.testing.assert_close(y, true, **close)
+    expected = slow_statistics(layer, slow_logits(layer, x, listed), chosen, listed)
+    for name, value in expected.items():
+        torch.testing.assert_close(getattr(stats, name), value, msg=lambda text, name=name: f"{name}: {text}", **close)
+
     probe = torch.randn_like(y)
     inputs = [x, *layer.parameters()]
-    mine = torch.autograd.grad((y * probe).sum(), inputs, retain_graph=True)
-    for found, expected in zip(mine, torch.autograd.grad((true * probe).sum(), inputs), strict=True):
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    fields = [name for name in expected if name in GRADIENT_FIELDS]
+    probes = {name: torch.randn_like(expected[name]) for name in fields}
+    mine = (y * probe).sum() + sum((getattr(stats, name) * probes[name]).sum() for name in fields)
+    slow = (true * probe).sum() + sum((expected[name] * probes[name]).sum() for name in fields)
+    found = torch.autograd.grad(mine, inputs)
+    for gradient, right in zip(found, torch.autograd.grad(slow, inputs), strict=True):
+        torch.testing.assert_close(gradient, right, atol=10 * close["atol"], rtol=10 * close["rtol"])
+
+
+@options()
+def test_evaluation_draws_and_drops_nothing_and_knows_no_batch_mates(settings: dict[str, Any]) -> None:
+    layer = make_layer(**settings).eval()
+    tokens, listed = make_tokens(LENGTHS, PATCHES, groups=[0, 0, 0, 0], draw=1)
+    x = torch.randn(len(listed), WIDTH, dtype=torch.float64)
+    y, stats = layer(x, tokens._replace(identity_T=None, group_T=None))
+    assert torch.equal(stats.kept_ME, stats.choices_ME)
+    for pair in range(4):
+        mine = [i for i, token in enumerate(listed) if token.pair == pair]
+        alone, _ = make_tokens([LENGTHS[pair]], PATCHES, draw=2)
+        torch.testing.assert_close(layer(x[mine], alone)[0], y[mine], atol=1e-11, rtol=1e-9)
+    order = [2, 0, 3, 1]
+    shuffled, relisted = make_tokens([LENGTHS[b] for b in order], PATCHES)
+    places = [listed.index(next(t for t in listed if (t.pair, t.modality, t.position) == (
+        order[token.pair], token.modality, token.position))) for token in relisted]
+    torch.testing.assert_close(layer(x[places], shuffled)[0], y[places], atol=1e-11, rtol=1e-9)
+
+
+@options()
+def test_training_knows_no_batch_mates_outside_the_group(settings: dict[str, Any]) -> None:
+    """Two micro-batches of one group each give what one micro-batch of both gives."""
+    layer = make_layer(**settings)
+    ids = [50, 60, 70, 80]
+    tokens, listed = make_tokens(LENGTHS, PATCHES, ids=ids, groups=[0, 0, 1, 1], draw=9)
+    x = torch.randn(len(listed), WIDTH, dtype=torch.float64)
+    y, stats = layer(x, tokens)
+    kept = torch.zeros_like(stats.kept_ME)
+    for half in ([0, 1], [2, 3]):
+        mine = [i for i, token in enumerate(listed) if token.pair in half]
+        part, _ = make_tokens([LENGTHS[b] for b in half], PATCHES, ids=[ids[b] for b in half], draw=9)
+        y_part, part_stats = layer(x[mine], part)
+        torch.testing.assert_close(y_part, y[mine], atol=1e-11, rtol=1e-9)
+        kept += part_stats.kept_ME
+    assert torch.equal(kept, stats.kept_ME)
+
+
+@pytest.mark.parametrize("priority", ["position", "random", "batch"])
+def test_capacity_is_respected_and_priority_is_right(priority: str) -> None:
+    torch.manual_seed(3)
+    config = MoEConfig(num_experts=4, experts_per_token=2, capacity_factor=0.5,
+                       capacity_priority=priority)  # type: ignore[arg-type]
+    layer = MoELayer(WIDTH, config)
+    torch.nn.init.normal_(layer.gate.weight)
+    tokens, listed = make_tokens([4] * 6, 6, groups=[0, 0, 0, 1, 1, 1], draw=5)
+    from pretrain.moe.capacity import capacity, limit
+
+    scored = score_tokens(layer.gate(torch.randn(len(listed), WIDTH)), config, tokens, block=0, noise=True)
+    free = choose(scored, config, tokens, None, block=0, noise=True)
+    routing = limit(free, scored.scores_TE, config, tokens, block=0)
+    places = capacity(config, tokens)
+    assert places.tolist() == [[8] * 4] * 2  # 0.5 x 2 x 30 / 4 = 7.5
+    ids, kept = free.expert_ids_N.view(-1, 2), (routing.expert_ids_N < 4).view(-1, 2)
+    assert torch.equal(routing.expert_ids_N[kept.flatten()], free.expert_ids_N[kept.flatten()])
+    assert (routing.weights_N.view(-1, 2)[~kept] == 0).all() and (~kept).any()
+    surety = scored.scores_TE.amax(1)
+    for group in (0, 1):
+        mine = torch.tensor([token.group == group for token in listed])
+        for expert in range(4):
+            wants = (ids == expert) & mine.unsqueeze(1)
+            count = int((kept & wants).sum())
+            assert count == min(8, int(wants.sum()))  # no place stays empty while somebody wants it
+            for k in (0, 1):
+                if not kept[:, k][wants[:, k]].all():  # a first choice lost: then no second one found a place
+                    assert k == 1 or not kept[:, 1][wants[:, 1]].any()
+                if priority == "batch" and kept[:, k][wants[:, k]].any():
+                    lost = surety[wants[:, k] & ~kept[:, k]]
+                    assert (lost <= surety[wants[:, k] & kept[:, k]].min()).all()
+                if priority == "position":
+                    found = kept[:, k][wants[:, k]].int()
+                    assert torch.equal(found, found.sort(descending=True).values)
 
 
 @pytest.mark.parametrize("counts", [[3, 0, 5, 4], [12, 0, 0, 0], [0, 0, 0, 7]])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_grouped_experts_equal_the_loop(counts: list[int], dtype: torch.dtype, tolerance: float) -> None:
+    from pretrain.moe.expert_loop import loop_swiglu
+
     torch.manual_seed(1)
     rows = torch.randn(sum(counts), 16).to(dtype).requires_grad_()
     weights = [torch.randn(4, *shape).mul(0.2).to(dtype).requires_grad_() for shape in ((24, 16), (16, 24), (24, 16))]
@@ -83,61 +189,82 @@ def test_grouped_experts_equal_the_loop(counts: list[int], dtype: torch.dtype, t
         torch.testing.assert_close(grouped, looped, atol=tolerance, rtol=tolerance)
 
 
-def test_every_token_choice_lands_once_and_comes_home() -> None:
+@options()
+def test_both_backends_give_the_same_layer(settings: dict[str, Any]) -> None:
+    """Also with dropped choices, whose rows the grouped product leaves as uninitialised memory."""
+    results = []
+    for backend in ("loop", "grouped"):
+        layer = make_layer(**settings, backend=backend).float()
+        tokens, listed = make_tokens(LENGTHS, PATCHES, groups=[0, 0, 1, 1], draw=4)
+        torch.manual_seed(7)
+        x = torch.randn(len(listed), WIDTH, requires_grad=True)
+        y, _ = layer(x, tokens)
+        results.append([y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])])
+    for looped, grouped in zip(*results, strict=True):
+        torch.testing.assert_close(grouped, looped, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["loop", "grouped"])
+@pytest.mark.parametrize("choice", ["topk", "expert"])
+def test_weights_of_one_bring_tokens_back(backend: str, choice: str) -> None:
+    """Experts that answer 'the token itself' and weights that sum to one give each token back."""
+    class Echo(torch.nn.Module):
+        def looped(self, x: Tensor) -> bool:
+            return False
+
+        def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
+            assert int(counts.sum()) == len(rows)
+            return rows
+
     torch.manual_seed(2)
-    routing = topk_route(torch.rand(50, 8), 3, renormalise=True)
-    x = torch.randn(50, 4)
-    sent = LocalDispatcher().send(x, routing)
-    assert torch.equal(sent.order_N.sort().values, torch.arange(150))
-    assert torch.equal(sent.rows_per_expert_L, torch.bincount(routing.expert_ids_TK.flatten(), minlength=8))
-    # Weights sum to one, so experts that do nothing give the token back.
-    torch.testing.assert_close(LocalDispatcher().combine(sent.rows_ND, sent, routing), x)
+    tokens, listed = make_tokens([5, 8], 6)
+    config = MoEConfig(num_experts=8, experts_per_token=3, choice=choice)  # type: ignore[arg-type]
+    scored = score_tokens(torch.randn(len(listed), 8), config, tokens, block=0, noise=False)
+    routing = choose(scored, config, tokens, None, block=0, noise=False)
+    x = torch.randn(len(listed), 4)
+    y = LocalDispatcher().run(x, routing, Echo(), None)  # type: ignore[arg-type]
+    torch.testing.assert_close(y[12:], x[12:])
+    if choice == "topk":
+        torch.testing.assert_close(y, x)
 
 
 def test_an_empty_batch_has_gradients_of_zero() -> None:
-    layer = make_layer(num_experts=4)
-    y, stats = layer(torch.zeros(0, WIDTH, dtype=torch.float64), torch.zeros(0, dtype=torch.int64))
-    (y.sum() + stats.prob_sum_E.sum()).backward()
-    assert y.shape == (0, WIDTH)
-    assert stats.choices_ME.sum() == 0
-    assert all(p.grad is not None and not p.grad.any() for p in layer.parameters())
+    for settings in (*OPTIONS.values(), {"num_experts": 4, "gate": "caption"}):
+        layer = make_layer(**settings)
+        tokens, _ = make_tokens([], PATCHES)
+        y, stats = layer(torch.zeros(0, WIDTH, dtype=torch.float64), tokens)
+        (y.sum() + stats.prob_sum_ME.sum() + stats.z_sum_M.sum()).backward()
+        assert y.shape == (0, WIDTH)
+        assert stats.choices_ME.sum() == 0
+        assert all(p.grad is not None and not p.grad.any() for p in layer.parameters())
 
 
 def test_router_stays_in_float32_under_bfloat16() -> None:
-    layer = make_layer(num_experts=4).to(torch.bfloat16)
-    assert layer.gate(torch.randn(3, WIDTH, dtype=torch.bfloat16)).dtype == torch.float32
+    layer = MoELayer(WIDTH, MoEConfig(num_experts=4, gate="caption"), fused=True).to(torch.bfloat16)
+    x = torch.randn(5, WIDTH, dtype=torch.bfloat16)
+    assert layer.gate(x).dtype == torch.float32
+    assert layer.caption_gate is not None
+    assert layer.caption_gate(x, make_tokens([5], 0)[0]).dtype == torch.float32
 
 
-def test_balance_loss_is_one_when_even_and_grows_when_all_choose_the_same() -> None:
-    even_PE = torch.full((1, 8), 10.0)
-    assert float(balance_share(even_PE, torch.full((1, 8), 20.0), torch.tensor(80.0))) == pytest.approx(1.0)
-    certain = torch.zeros(1, 8)
-    certain[0, 3] = 80.0
-    assert float(balance_share(certain, certain, torch.tensor(80.0))) == pytest.approx(8.0)
+def test_statistics_of_first_choices_and_of_experts_chosen_together() -> None:
+    layer = make_layer(num_experts=5, experts_per_token=2)
+    tokens, listed = make_tokens(LENGTHS, PATCHES)
+    x = torch.randn(len(listed), WIDTH, dtype=torch.float64)
+    _, stats = layer(x, tokens._replace(together=True))
+    _, chosen = slow_moe(layer, x, listed)
+    first, together, top = torch.zeros(2, 5), torch.zeros(5, 5), torch.zeros(2)
+    for token, choices, scores in zip(listed, chosen.choices, chosen.scores, strict=True):
+        first[token.modality, choices[0][0]] += 1
+        top[token.modality] += float(scores.max())
+        for a, _ in choices:
+            for b, _ in choices:
+                together[a, b] += 1
+    assert torch.equal(stats.first_ME, first.long())
+    assert torch.equal(stats.together_EE, together.long())
+    torch.testing.assert_close(stats.top_sum_M.float(), top)
+    assert layer(x, tokens)[1].together_EE.numel() == 0
 
 
-def test_shares_of_a_split_batch_add_up_to_the_whole() -> None:
-    torch.manual_seed(3)
-    logits, modality = torch.randn(40, 6), torch.randint(0, 2, (40,))
-    scores = gate_scores(logits, "softmax", 1.0)
-    ids = topk_route(scores, 2, renormalise=True).expert_ids_TK
-    whole = router_stats(logits, scores, ids, modality)
-    tokens, choices = torch.tensor(40.0), whole.choices_ME.sum(0, keepdim=True)
-    balance = balance_share(whole.prob_sum_E[None], choices, tokens)
-    z = router_z_share(whole.z_sum[None], tokens)
-    parts = [router_stats(logits[s], scores[s], ids[s], modality[s]) for s in (slice(0, 7), slice(7, 40))]
-    torch.testing.assert_close(sum(balance_share(p.prob_sum_E[None], choices, tokens) for p in parts), balance)
-    torch.testing.assert_close(sum(router_z_share(p.z_sum[None], tokens) for p in parts), z)
-    torch.testing.assert_close(z, torch.logsumexp(logits, 1).square().mean())
-    probs = scores.mean(0)
-    share = torch.bincount(ids.flatten(), minlength=6) / 80
-    torch.testing.assert_close(balance, 6 * (probs * share).sum())
-
-
-def test_statistics_by_modality() -> None:
-    ids = torch.tensor([[0, 1], [1, 2], [2, 0]])
-    scores = torch.full((3, 4), 0.25)
-    stats = router_stats(scores.log(), scores, ids, torch.tensor([0, 1, 1]))
-    assert stats.choices_ME.tolist() == [[1, 1, 0, 0], [1, 1, 2, 0]]
-    torch.testing.assert_close(stats.entropy_sum_M, torch.tensor([1.0, 2.0]) * torch.tensor(4.0).log())
+def test_counting() -> None:
     assert count_ids(torch.tensor([3, 3, 0]), 5).tolist() == [1, 0, 0, 2, 0]

@@ -28,7 +28,7 @@ def test_a_good_run_has_no_problem() -> None:
     (["optim.betas=[0.9, 1]"], 1, "optim.betas is [0.9, 1.0], but must be in 0..1"),
     (["loss.caption_weight=0", "loss.contrastive_weight=0"], 1, "nothing would be learned"),
     (["loss.logit_scale_init=200"], 1, "below loss.logit_scale_max (100.0)"),
-    (["loss.balance_weight=-1"], 1, "loss.balance_weight is -1.0, below 0"),
+    (["balance.balance_weight=-1"], 1, "balance.balance_weight is -1.0, below 0"),
     (["batch={pairs_per_step: 1, pairs_per_forward: 1}"], 1, "contrast needs other pairs"),
     (["schedule={kind: wsd, warmup_steps: 900, decay_share: 0.2}"], 1, "longer than schedule.total_steps (1000)"),
     (["data.caption_keys=['json:']"], 1, "write txt, or json:FIELD"),
