@@ -54,6 +54,9 @@ def run_config(shapes: dict[str, Any], stage: str, precision: str, expert_parall
         f"schedule.total_steps={STEPS}", "schedule.warmup_steps=2", "log.every_steps=1", "log.pictures_every_steps=0",
         "checkpoint.every_steps=0", f"parallel.deepspeed={stage}", f"parallel.expert_parallel={expert_parallel}",
         f"precision.compute={precision}",
+        # Whatever routing remembers or draws must go on too: biases, and numbers that belong to the step.
+        "moe.choice=noisy", "moe.capacity_factor=1", "moe.capacity_priority=random", "moe.capacity_group=2",
+        "balance.load_weight=0.01", "balance.bias=zscore", "balance.bias_rate=0.01", "balance.bias_per_modality=true",
     ]
     return from_mapping(RunConfig, apply_overrides({}, overrides))
 
@@ -64,6 +67,8 @@ def train(run: RunConfig, out: Path, stop_after: int) -> tuple[TrainState, dict[
     parts = build(run, out)
     state = loop.train(parts)
     tensors = parts.engine.model_tensors() | parts.engine.optimizer_tensors()
+    biases = [buffer for _, buffer in parts.engine.model.named_buffers()]
+    assert stop_after or (biases and all(bool(bias.any()) for bias in biases))
     if parts.engine.layout.zero_stage == 3:
         # DeepSpeed leaves the padding of its stage 3 partitions uninitialised; the whole weights stay compared.
         tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("/master")}
