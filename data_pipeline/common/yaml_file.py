@@ -3,7 +3,8 @@
 Three differences from PyYAML's safe loader, each because the usual behaviour bites somebody who
 writes settings: a key given twice is an error; `3e-4` is a number (YAML 1.1 reads it as text); and
 `yes`, `no`, `on`, `off`, dates and `1:30` stay text. A file may start from another one with
-`extends: OTHER`, a path relative to the file or a name that the caller's `resolve` knows.
+`extends: OTHER`, a path relative to the file or a name that the caller's `resolve` knows; of a list,
+`extends: [FIRST, SECOND]`, each is laid over the ones before it.
 """
 
 from __future__ import annotations
@@ -126,12 +127,14 @@ def _load(path: Path, resolve: Resolve | None, chain: tuple[Path, ...]) -> dict[
         mapping = {}
     if not isinstance(mapping, dict):
         raise ConfigError(f"{path}: expected a mapping of settings, found {_kind(mapping)}")
-    base_name = mapping.pop("extends", None)
-    if base_name is None:
-        return mapping
-    if not isinstance(base_name, str):
-        raise ConfigError(f"{path}: `extends` must be one path or name, found {base_name!r}")
-    return merge(_load(_base_path(path, base_name, resolve), resolve, (*chain, here)), mapping)
+    names = mapping.pop("extends", [])
+    names = names if isinstance(names, list) else [names]
+    if not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"{path}: `extends` must be a path or a name, or a list of them, found {names!r}")
+    base: dict[str, Any] = {}
+    for name in names:
+        base = merge(base, _load(_base_path(path, name, resolve), resolve, (*chain, here)))
+    return merge(base, mapping)
 
 
 def _base_path(path: Path, name: str, resolve: Resolve | None) -> Path:

@@ -6,7 +6,8 @@ are written straight into their place in the stack. Autograd would hold more, co
 full-size gradient for every slice.
 
 The gradient of a choice's weight is taken as <h, g W2>, which the way back to h needs anyway, instead of
-<h W2^T, g>, for which the answers would have to be kept.
+<h W2^T, g>, for which the answers would have to be kept. On that way g is weighted already, and the weight is
+divided out again.
 
 Shapes: T tokens, N rows, n rows of one expert, D trunk width, F expert width, L experts.
 """
@@ -18,6 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+SMALLEST = 1e-20
+"""Least weight in the backward pass, which divides by it. A softmax or sigmoid so far down has no slope left."""
 
 
 def loop_swiglu(
@@ -95,17 +99,19 @@ class _Loop(torch.autograd.Function):
             x_nD = x[mine] if token_N is None else x.index_select(0, token_N[mine])
             grad_nD = grad[mine] if token_N is None else grad.index_select(0, token_N[mine])
             gate_nF, up_nF = gate_NF[mine], up_NF[mine]
+            if weights_N is not None:
+                weight_n1 = weights_N[mine].clamp(min=SMALLEST).unsqueeze(1)
+                grad_nD = (grad_nD * weight_n1).to(x.dtype)
             silu_nF = torch.nn.functional.silu(gate_nF)
-            h_nF = silu_nF * up_nF
+            torch.mm(grad_nD.t(), silu_nF * up_nF, out=grads[1][expert])
             grad_h_nF = torch.mm(grad_nD, w2[expert])
+            grad_up_nF = silu_nF * grad_h_nF
+            grad_silu_nF = grad_h_nF.mul_(up_nF)
             if weights_N is not None and grad_weights is not None:
-                grad_weights[mine] = torch.linalg.vecdot(h_nF, grad_h_nF).to(grad_weights.dtype)
-                weight_n1 = weights_N[mine].unsqueeze(1)
-                grad_nD = (grad_nD * weight_n1).to(grad_nD.dtype)
-                grad_h_nF.mul_(weight_n1)
-            torch.mm(grad_nD.t(), h_nF, out=grads[1][expert])
-            grad_up_nF = silu_nF.mul_(grad_h_nF)
-            grad_gate_nF = torch.ops.aten.silu_backward(grad_h_nF.mul_(up_nF), gate_nF)
+                # <h, g W2>, where g holds the weight already.
+                found_n = silu_nF.mul_(grad_silu_nF).sum(dim=1)
+                grad_weights[mine] = found_n.to(grad_weights.dtype) / weight_n1.squeeze(1)
+            grad_gate_nF = torch.ops.aten.silu_backward(grad_silu_nF, gate_nF)
             torch.mm(grad_gate_nF.t(), x_nD, out=grads[0][expert])
             torch.mm(grad_up_nF.t(), x_nD, out=grads[2][expert])
             grad_nD = torch.mm(grad_gate_nF, w1[expert]).addmm_(grad_up_nF, w3[expert])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import logging
 import os
 import socket
+import sys
 import warnings
 from typing import NamedTuple
 
@@ -75,6 +77,21 @@ def start_process_group(environment: RankEnvironment, timeout_seconds: float) ->
         auto_mpi_discovery=False,
     )
     logger.debug("rank %d of %d on %s", environment.rank, environment.world, environment.device)
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep the memory that tensors on CPU give back, instead of returning it to the system.
+
+    Fresh pages are zeroed by the kernel one by one. For the gradient of a stack of 64 experts, which is made anew
+    every step, that took a quarter of the layer's time. Does nothing where the C library has no such knobs.
+    """
+    library = ctypes.CDLL(None)
+    if sys.platform == "linux" and hasattr(library, "mallopt"):
+        library.mallopt(_M_MMAP_MAX, 0)
+        library.mallopt(_M_TRIM_THRESHOLD, -1)
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
 
 def is_lost_rank(error: RuntimeError) -> bool:

@@ -26,7 +26,7 @@ from pretrain.config.validate import check
 from pretrain.model import build_model
 from pretrain.parallel.deepspeed_config import load_profile, profile_path, resolve, zero_stage
 from pretrain.parallel.engine import TrainEngine
-from pretrain.parallel.environment import RankEnvironment, rank_environment, start_process_group
+from pretrain.parallel.environment import RankEnvironment, keep_freed_memory, rank_environment, start_process_group
 from pretrain.parallel.layout import Layout
 from pretrain.parallel.plain_engine import PlainEngine
 
@@ -93,6 +93,8 @@ def build(run: RunConfig, out: Path) -> Parts:
     started = time.perf_counter()
     environment = rank_environment()
     setup_logging(environment.rank)
+    if environment.device.type == "cpu":
+        keep_freed_memory()
     check(run, environment.world, source="this run")
     batch_plan = plan_batch(run.batch.pairs_per_step, run.batch.pairs_per_forward, environment.world)
     tokenizer = Tokenizer.load(run.data.tokenizer)
