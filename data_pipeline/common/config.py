@@ -188,13 +188,13 @@ class _Reader:
         return self.bad(path, f"expected {' or '.join(_describe(k) for k in kinds)}, found {_show(value)}")
 
     def _suggest(self, key: str, names: list[str], path: str) -> str:
-        """The nearest setting of this section, or the section that has a setting of this name."""
-        near = difflib.get_close_matches(key, names, n=1)
-        if near:
-            return f"; did you mean {near[0]!r}?"
+        """The section that has a setting of this very name, or the nearest one of this section."""
         elsewhere = [full for full in _all_settings(self.root) if full.rsplit(".", 1)[-1] == key]
         if elsewhere:
             return f"; did you mean {' or '.join(repr(full) for full in elsewhere)}?"
+        near = difflib.get_close_matches(key, names, n=1)
+        if near:
+            return f"; did you mean {near[0]!r}?"
         return f"; {path or 'the top level'} has {', '.join(names)}"
 
 

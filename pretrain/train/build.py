@@ -26,7 +26,12 @@ from pretrain.config.validate import check
 from pretrain.model import build_model
 from pretrain.parallel.deepspeed_config import load_profile, profile_path, resolve, zero_stage
 from pretrain.parallel.engine import TrainEngine
-from pretrain.parallel.environment import RankEnvironment, keep_freed_memory, rank_environment, start_process_group
+from pretrain.parallel.environment import (
+    RankEnvironment,
+    keep_freed_memory,
+    rank_environment,
+    start_process_group,
+)
 from pretrain.parallel.layout import Layout
 from pretrain.parallel.plain_engine import PlainEngine
 

@@ -191,7 +191,8 @@ def reference(run: RunConfig, bad: tuple[int, ...]) -> Trained:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--cells", required=True, help="JSON rows [stage, ep, precision, per_forward, recompute, bad, routing]")
+    parser.add_argument("--cells", required=True,
+                        help="JSON rows [stage, ep, precision, per_forward, recompute, bad, routing]")
     cells = json.loads(parser.parse_args().cells)
     torch.set_num_threads(1)
     environment = rank_environment()

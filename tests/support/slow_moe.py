@@ -171,7 +171,7 @@ def _limited(
         if config.capacity_priority == "position":
             return 0.0
         if config.capacity_priority == "batch":
-            return -float(scores[i].max())
+            return -float(scores[i].detach().max())
         bits = number(listed[i].identity, draw, layer.block, 2, 0)
         return bits - (1 << 64) if bits >> 63 else bits
 

@@ -129,7 +129,8 @@ def test_scalars(text: str, value: object) -> None:
     ("a: [1,\n", "not usable YAML"),
     ("- 1\n- 2\n", "expected a mapping of settings, found a list"),
     ("a: !!python/object/apply:os.system ['true']\n", "not usable YAML"),
-    ("extends: 3\n", "`extends` must be one path or name"),
+    ("extends: 3\n", "`extends` must be a path or a name, or a list of them"),
+    ("extends: [a, 3]\n", "or a list of them, found ['a', 3]"),
     ("extends: nowhere.yaml\n", "extends 'nowhere.yaml', but there is no file"),
 ])
 def test_files_that_are_refused(tmp_path: Path, text: str, part: str) -> None:
@@ -157,6 +158,13 @@ def test_extends_a_path_and_a_name(tmp_path: Path) -> None:
 
     assert load_yaml(tmp_path / "run.yaml", resolve) == {
         "inner": {"lr": 0.01, "steps": 6}, "names": ["c"], "title": "mine"}
+
+
+def test_extends_a_list_from_left_to_right(tmp_path: Path) -> None:
+    (tmp_path / "one.yaml").write_text("a: 1\nb: {x: 1, y: 1}\n")
+    (tmp_path / "two.yaml").write_text("b: {y: 2, z: 2}\nc: 2\n")
+    (tmp_path / "run.yaml").write_text("extends: [one.yaml, two.yaml]\nc: 3\n")
+    assert load_yaml(tmp_path / "run.yaml") == {"a": 1, "b": {"x": 1, "y": 2, "z": 2}, "c": 3}
 
 
 def test_extends_in_a_circle(tmp_path: Path) -> None:

@@ -20,9 +20,15 @@ SMALL = RunConfig(
 )
 
 
-@pytest.fixture()
-def model() -> VisionLanguageModel:
-    return build_model(SMALL)
+GATES = {
+    "token gate": {}, "caption gate": {"gate": "caption"}, "experts choose": {"choice": "expert", "gate": "caption"},
+    "pools": {"pools": "modality", "score": "sigmoid"},
+}
+
+
+@pytest.fixture(params=list(GATES))
+def model(request: pytest.FixtureRequest) -> VisionLanguageModel:
+    return build_model(replace(SMALL, moe=replace(SMALL.moe, **GATES[request.param])))
 
 
 def pairs(lengths: list[int], seed: int = 0, columns: int = 16) -> tuple[torch.Tensor, ...]:
@@ -70,6 +76,35 @@ def test_captions_cannot_see_the_future(model: VisionLanguageModel) -> None:
         after = model.caption_logits(images, changed, positions)
         torch.testing.assert_close(after[:changed_at], before[:changed_at], atol=1e-5, rtol=0)
         assert (after[changed_at] - before[changed_at]).abs().max() > 1e-3
+
+
+def test_the_caption_gate_reads_the_caption_in_fused_blocks_only() -> None:
+    model = build_model(replace(SMALL, moe=replace(SMALL.moe, gate="caption", experts_per_token=4)))
+    assert [layer.caption_gate is not None for layer in model.moe_layers()] == [False, True, True]
+    batch = pairs([6, 9])
+    before = model(*batch)
+    with torch.no_grad():
+        for layer in model.moe_layers()[1:]:
+            assert layer.caption_gate is not None
+            layer.caption_gate.value.mul_(50)
+    after = model(*batch)
+    assert torch.equal(after.image_embedding, before.image_embedding)
+    assert torch.equal(after.text_embedding, before.text_embedding)
+    assert torch.equal(after.router.prob_sum_ME[:, 0], before.router.prob_sum_ME[:, 0])
+    changed = (after.router.prob_sum_ME[:, 1] - before.router.prob_sum_ME[:, 1]).abs().amax(1)
+    assert changed[0] == 0 and (changed[1:] > 1e-2).all()
+
+
+def test_judging_does_not_depend_on_the_batch_whatever_training_draws_and_drops() -> None:
+    moe = replace(SMALL.moe, choice="sampled", capacity_factor=0.5, capacity_priority="random", gate="caption")
+    model = build_model(replace(SMALL, moe=moe)).eval()
+    images, ids, lengths, positions = pairs([5, 9, 3, 7])
+    together = model(images, ids, lengths, positions)
+    for row in (0, 3):
+        size = lengths[row : row + 1]
+        alone = model(images[row : row + 1], ids[row : row + 1], size, valid_positions(size, 16))
+        torch.testing.assert_close(alone.image_embedding[0], together.image_embedding[row], atol=1e-5, rtol=0)
+    assert torch.equal(together.router.kept_ME, together.router.choices_ME)
 
 
 def test_padding_changes_nothing(model: VisionLanguageModel) -> None:

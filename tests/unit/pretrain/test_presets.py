@@ -6,18 +6,22 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.common.config import dump_yaml
+from data_pipeline.common.config import dump_yaml, load_yaml
 from data_pipeline.common.errors import ConfigError
 from pretrain.config.presets import load_run, preset_names, preset_path
 from pretrain.config.schema import RunConfig
 from pretrain.config.validate import problems
 
+RUNS = ("b16", "h14", "l16", "quickstart", "s16", "tiny")
+WAYS = ("deepseek", "limoe", "ours", "switch", "vl_moe", "vmoe")
+"""Ways of routing and balancing, to be put after a size."""
+
 
 def test_the_presets_are_there() -> None:
-    assert preset_names() == ("b16", "h14", "l16", "quickstart", "s16", "tiny")
+    assert set(preset_names()) == {*RUNS, *WAYS}
 
 
-@pytest.mark.parametrize("name", preset_names())
+@pytest.mark.parametrize("name", RUNS)
 def test_a_preset_loads_fits_its_ranks_and_survives_a_round_trip(name: str, tmp_path: Path) -> None:
     run = load_run(name)
     assert run.name == name
@@ -46,6 +50,20 @@ def test_a_run_file_extends_a_preset_and_the_command_line_wins(tmp_path: Path) -
     assert (run.name, run.optim.lr, run.optim.weight_decay) == ("mine", 3e-4, 0.2)
     assert run.data.train == ("a", "b")
     assert run.model == load_run("tiny").model
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("size", ["tiny", "b16"])
+def test_a_way_of_balancing_goes_on_top_of_a_size(size: str, way: str, tmp_path: Path) -> None:
+    assert set(load_yaml(preset_path(way) or way)) == {"moe", "balance"}
+    path = tmp_path / "run.yaml"
+    path.write_text(f"extends: [{size}, {way}]\nname: mine\n")
+    run, alone, base = load_run(path), load_run(way), load_run(size)
+    assert problems(run, 2 if size == "tiny" else 8) == []
+    assert (run.model, run.optim, run.name) == (base.model, base.optim, "mine")
+    assert run.balance == alone.balance
+    assert (run.moe.choice, run.moe.score, run.moe.pools) == (alone.moe.choice, alone.moe.score, alone.moe.pools)
+    assert run.moe.expert_width == base.moe.expert_width
 
 
 def test_a_file_wins_over_a_preset_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,14 @@ def test_a_good_run_has_no_problem() -> None:
     (["loss.caption_weight=0", "loss.contrastive_weight=0"], 1, "nothing would be learned"),
     (["loss.logit_scale_init=200"], 1, "below loss.logit_scale_max (100.0)"),
     (["balance.balance_weight=-1"], 1, "balance.balance_weight is -1.0, below 0"),
+    (["balance.local_entropy_weight.text=-2"], 1, "balance.local_entropy_weight.text is -2.0, below 0"),
+    (["balance.load_weight=1"], 1, "set moe.choice=noisy, or balance.load_weight=0"),
+    (["balance.global_entropy_experts.image=9"], 1, "more than the 8 experts that serve it"),
+    (["balance.global_entropy_experts.text=5", "moe.pools=modality"], 1, "more than the 4 experts"),
+    (["balance.bias_rate=0"], 1, "balance.bias=none turns biases off"),
+    (["balance.bias_freeze_share=2"], 1, "must be in 0..1"),
+    (["moe.capacity_factor=1", "moe.capacity_group=7"], 1, "does not divide batch.pairs_per_forward (64)"),
+    (["moe.gate=caption", "moe.stop=2"], 1, "set moe.gate=token"),
     (["batch={pairs_per_step: 1, pairs_per_forward: 1}"], 1, "contrast needs other pairs"),
     (["schedule={kind: wsd, warmup_steps: 900, decay_share: 0.2}"], 1, "longer than schedule.total_steps (1000)"),
     (["data.caption_keys=['json:']"], 1, "write txt, or json:FIELD"),
@@ -52,6 +60,21 @@ def test_each_contradiction_is_one_problem(overrides: list[str], world: int, par
         overrides = ["batch.pairs_per_step=64", *overrides]
     found = problems(load_run("tiny", overrides), world)
     assert len(found) == 1 and part in found[0]
+
+
+@pytest.mark.parametrize(("overrides", "part"), [
+    (["moe.pools=modality", "moe.image_experts=7"], "each pool needs at least moe.experts_per_token (2)"),
+    (["moe.image_experts=3"], "which only moe.pools=modality uses"),
+    (["moe.choice=expert", "moe.capacity_factor=1"], "set moe.capacity_factor=0"),
+    (["moe.capacity_factor=-1"], "below 0"), (["moe.capacity_group=0"], "must be at least 1"),
+    (["moe.noise=0"], "must be positive"),
+    (["loss.balance_weight=1"], "did you mean 'balance.balance_weight'?"),
+    (["loss.router_z_weight=1"], "did you mean 'balance.router_z_weight'?"),
+])
+def test_a_section_refuses_what_cannot_be(overrides: list[str], part: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_run("tiny", overrides)
+    assert part in str(caught.value)
 
 
 def test_the_backend_without_alignment_takes_any_width() -> None:
