@@ -72,10 +72,11 @@ class _Loop(torch.autograd.Function):
             gate_nF = torch.mm(x_nD, w1[expert].t(), out=gate_NF[mine])
             up_nF = torch.mm(x_nD, w3[expert].t(), out=up_NF[mine])
             h_nF = torch.nn.functional.silu(gate_nF).mul_(up_nF)
-            if token_N is None or weights_N is None:
+            if token_N is None:
                 torch.mm(h_nF, w2[expert].t(), out=out[mine])
             else:
                 y_nD = torch.mm(h_nF, w2[expert].t()).to(out.dtype)
+                assert weights_N is not None
                 out.index_add_(0, token_N[mine], y_nD.mul_(weights_N[mine].unsqueeze(1)))
         ctx.save_for_backward(x, weights_N, w1, w2, w3, token_N, gate_NF, up_NF)
         ctx.sizes = sizes

@@ -17,7 +17,7 @@ from torch import Tensor
 from pretrain.moe.dispatch import Shared, inverse, permute, sort_choices, spread, weighted_sum
 from pretrain.moe.experts import StackedExperts
 from pretrain.moe.routing import Routing
-from pretrain.parallel.collectives import exchange_rows
+from pretrain.parallel.collectives import Exchange, exchange_rows
 
 
 class ExpertParallelDispatcher:
@@ -36,13 +36,16 @@ class ExpertParallelDispatcher:
         sizes = torch.stack([counts_RL.sum(dim=1), arriving_RL.sum(dim=1)]).tolist()
         sent, received = sizes[0], sizes[1]
         left_behind = rows_ND.shape[0] - sum(sent)
-        arrived_ND = exchange_rows(rows_ND[: sum(sent)], sent, received, self.group)
+        exchange = Exchange(sent, received, self.group)
+        travelling_ND = exchange.start(rows_ND[: sum(sent)])
+        shared_TD = None if shared is None else shared(x_TD)  # while the rows travel
+        arrived_ND = exchange.finish(travelling_ND)
         by_expert_N = _expert_order(arriving_RL, sum(received))
         y_ND = experts(permute(arrived_ND, by_expert_N), arriving_RL.sum(dim=0))
         departing_ND = permute(y_ND, inverse(by_expert_N))
         returned_ND = F.pad(exchange_rows(departing_ND, received, sent, self.group), (0, 0, 0, left_behind))
         y_TD = weighted_sum(returned_ND, rows, routing, x_TD.shape[0])
-        return y_TD if shared is None else y_TD + shared(x_TD)
+        return y_TD if shared_TD is None else y_TD + shared_TD
 
 
 def _expert_order(arriving_RL: Tensor, num_rows: int) -> Tensor:
