@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 
+from data_pipeline.common.errors import CheckpointError
 from pretrain.checkpoint import load_latest, load_model_weights, save
-from pretrain.config.schema import ModelConfig, MoEConfig, OptimConfig, RunConfig
+from pretrain.config.schema import BalanceConfig, ModelConfig, MoEConfig, OptimConfig, RunConfig
 from pretrain.model import build_model
 from pretrain.model.vision_language import valid_positions
 from pretrain.parallel.deepspeed_state import load_optimizer_shard, optimizer_shard
@@ -61,6 +64,26 @@ def test_weights_for_one_process_are_the_engines(tmp_path: Path) -> None:
     expected = dict(engine.model.named_parameters())
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_biases_are_kept_with_the_weights(tmp_path: Path) -> None:
+    run = replace(RUN, balance=BalanceConfig(bias="sign", bias_per_modality=True))
+    layout = Layout(world=1, expert_parallel=1, zero_stage=-1, precision="fp32", num_experts=4)
+    first, second = (PlainEngine(build_model(run), run.optim, layout, torch.device("cpu")) for _ in range(2))
+    for layer in first.model.moe_layers():
+        layer.move_bias(torch.rand(2, 4), 0.01)
+    save(first, root=tmp_path, step=0, state_json={}, rank_state={})
+    resumed = load_latest(second, tmp_path)
+    assert resumed is not None
+    weights = load_model_weights(resumed.path)
+    for name, bias in first.model.named_buffers():
+        assert bias.any() and torch.equal(weights[name], bias)
+        assert torch.equal(dict(second.model.named_buffers())[name], bias)
+    assert weights.keys() == second.model.state_dict().keys()
+    without = new_engine(0)
+    with pytest.raises(CheckpointError, match="no 'blocks.1.ffn.bias.value'"):
+        save(without, root=tmp_path / "other", step=0, state_json={}, rank_state={})
+        load_latest(second, tmp_path / "other")
 
 
 def test_all_of_the_optimizers_state_goes_to_the_device_of_its_parameter() -> None:
