@@ -244,6 +244,11 @@ class VisionLanguageModel(nn.Module):
         for layer, choices_ME in zip(self.moe_layers(), choices_LME, strict=True):
             layer.move_bias(choices_ME, rate)
 
+    def biases(self) -> Tensor:
+        """The biases of all layers' choices, float32 `[layers, M or 1, experts]`; no element where there are none."""
+        found = [layer.bias.value for layer in self.moe_layers() if layer.bias is not None]
+        return torch.stack(found) if found else torch.zeros(0, 1, self.moe.num_experts)
+
     def _embed_patches(self, images: Tensor) -> Tensor:
         """uint8 pictures -> `[pairs x P, width]`, patches in row-major order."""
         pixels = (images.to(self.compute_dtype) - PIXEL_MEAN) / PIXEL_DEVIATION

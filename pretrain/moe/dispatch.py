@@ -36,7 +36,7 @@ class LocalDispatcher:
 
     def run(self, x_TD: Tensor, routing: Routing, experts: StackedExperts, shared: Shared | None) -> Tensor:
         rows = sort_choices(routing)
-        if experts.looped(x_TD):
+        if experts.looped(x_TD, routing.expert_ids_N.shape[0]):
             y_TD: Tensor = experts(x_TD, routing.tokens_per_expert_E, rows.token_N, rows.weights(routing))
         else:
             limited = routing.kept_ME is not routing.choices_ME

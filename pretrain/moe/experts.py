@@ -1,8 +1,9 @@
 """The experts of a layer: SwiGLU networks whose weights are stacked in three tensors.
 
 Two ways to compute the same thing: `loop` (one expert after the other, written out in
-`pretrain.moe.expert_loop`; the faster one on CPU) and `grouped` (one grouped matrix product for all; what a
-GPU wants, because the host need not know how many rows each expert has).
+`pretrain.moe.expert_loop`; on CPU the faster one, or as fast with less memory, while experts have many rows) and
+`grouped` (one grouped matrix product for all; what a GPU wants, because the host need not know how many rows each
+expert has, and a CPU with few rows an expert, where the loop's own steps would count).
 
 Shapes: T tokens, N rows, D trunk width, F expert width, L local experts.
 """
@@ -18,6 +19,11 @@ from torch import Tensor, nn
 from pretrain.moe.expert_loop import loop_swiglu
 
 Backend = Literal["auto", "grouped", "loop"]
+
+MANY_ROWS = 128
+"""From so many rows an expert the CPU loops. Forward and backward on one core, float32, milliseconds looped and
+grouped (tokens, width, expert width, experts, k): 64,128,64,64,2 (2 rows): 6.7, 2.5; 512,128,64,64,2 (16): 9.5, 6.5;
+1024,256,128,128,4 (32): 54, 51; 4096,256,512,64,2 (128): 246, 245; 2560,128,64,32,3 (240): 21, 24."""
 
 
 class StackedExperts(nn.Module):
@@ -55,13 +61,22 @@ class StackedExperts(nn.Module):
             return absolute_sum(self.w1, self.w2, self.w3)
         assert rows_per_expert_L is not None
         w1, w2, w3 = self.w1.to(x.dtype), self.w2.to(x.dtype), self.w3.to(x.dtype)
-        if self.looped(x):
+        if token_N is not None or self.looped(x, x.shape[0]):
             return loop_swiglu(x, rows_per_expert_L, w1, w2, w3, token_N, weights_N)
         return grouped_swiglu(x, rows_per_expert_L, w1, w2, w3)
 
-    def looped(self, x: Tensor) -> bool:
-        """Whether these rows are computed expert by expert; so are none at all, which the grouped product refuses."""
-        return self.backend == "loop" or x.shape[0] == 0 or (self.backend == "auto" and not x.is_cuda)
+    def looped(self, x: Tensor, rows: int) -> bool:
+        """Whether `rows` rows of the type of `x` are computed expert by expert.
+
+        So are none at all, which the grouped product refuses, and widths and types that it does not know.
+        """
+        if self.backend != "auto" or rows == 0:
+            return self.backend == "loop" or rows == 0
+        if x.is_cuda:
+            return False
+        num_experts, hidden, width = self.w1.shape
+        known = x.dtype in (torch.float32, torch.bfloat16) and width % 8 == 0 and hidden % 8 == 0
+        return not known or rows >= MANY_ROWS * num_experts
 
 
 def absolute_sum(*weights: Tensor) -> Tensor:

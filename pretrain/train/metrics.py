@@ -130,8 +130,9 @@ def routing_metrics(result: StepResult, run: RunConfig) -> dict[str, float]:
     """What the routers of a step were like, by layer and modality.
 
     `entropy` (nats) of a token's scores, `mean_entropy` of the scores' mean, `top_probability` the mean of a
-    token's largest score, `top1_share` the tokens whose best expert is the one that most have, and, with
-    capacity, `dropped` the choices that found no place. A modality without tokens has no numbers.
+    token's largest score, `top1_share` the tokens whose best expert is the one that most have, with capacity
+    `dropped`, the choices that found no place, and with biases `bias_range`, how far they lie apart. A modality
+    without tokens has no numbers.
     """
     stats = result.router
     found: dict[str, float] = {}
@@ -149,6 +150,9 @@ def routing_metrics(result: StepResult, run: RunConfig) -> dict[str, float]:
             }
             if run.moe.capacity_factor:
                 values["dropped"] = 1 - float(stats.kept_ME[row, column].sum()) / max(1.0, choices)
+            if len(result.biases):
+                bias_E = result.biases[row, min(column, result.biases.shape[1] - 1), run.moe.pool(column)]
+                values["bias_range"] = float(bias_E.max() - bias_E.min())
             found |= {f"moe/{name}/layer_{block:02d}/{modality}": value for name, value in values.items()}
     return found
 

@@ -45,6 +45,8 @@ class StepResult(NamedTuple):
     """Tokens by modality, float64 on CPU."""
     router: RouterStats
     """What the routers did, `[layers, ...]`, float64 on CPU."""
+    biases: Tensor
+    """Biases of the choice after the step, `[layers, M or 1, experts]` on CPU; no element where there are none."""
 
     @property
     def tokens(self) -> int:
@@ -93,6 +95,7 @@ def train_step(
         pairs=int(sums.pairs),
         tokens_M=sums.tokens_M.cpu(),
         router=RouterStats(*(field.cpu() for field in sums.router)),
+        biases=engine.model.biases().cpu(),
     )
 
 

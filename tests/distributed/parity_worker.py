@@ -44,7 +44,8 @@ ROUTING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "": ({}, {}),
     # Every auxiliary term, with noise, places given out by chance and biases that move fast.
     "noisy": (
-        {"choice": "noisy", "noise": 2.0, "capacity_factor": 0.9, "capacity_priority": "random", "capacity_group": 2},
+        {"backend": "loop", "choice": "noisy", "noise": 2.0, "capacity_factor": 0.9, "capacity_priority": "random",
+         "capacity_group": 2},
         {"importance_weight": 0.1, "load_weight": 0.1, "local_entropy_weight": BOTH, "global_entropy_weight": BOTH,
          "global_entropy_experts": ByModality(image=4.0, text=4.0), "expert_l1_weight": 1e-3,
          "router_l1_weight": 1e-2, "bias": "zscore", "bias_rate": 0.02, "bias_per_modality": True},
@@ -56,7 +57,7 @@ ROUTING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "experts": ({"choice": "expert", "gate": "caption"}, {"router_l1_weight": 1e-2}),
     "pools": (
-        {"pools": "modality", "experts_per_token": 1, "capacity_factor": 0.8, "capacity_group": 1},
+        {"backend": "loop", "pools": "modality", "experts_per_token": 1, "capacity_factor": 0.8, "capacity_group": 1},
         {"bias": "sign", "bias_rate": 0.05, "global_entropy_weight": BOTH},
     ),
 }

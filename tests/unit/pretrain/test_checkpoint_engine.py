@@ -81,7 +81,7 @@ def test_biases_are_kept_with_the_weights(tmp_path: Path) -> None:
         assert torch.equal(dict(second.model.named_buffers())[name], bias)
     assert weights.keys() == second.model.state_dict().keys()
     without = new_engine(0)
-    with pytest.raises(CheckpointError, match="no 'blocks.1.ffn.bias.value'"):
+    with pytest.raises(CheckpointError, match=r"no 'blocks\.1\.ffn\.bias\.value'"):
         save(without, root=tmp_path / "other", step=0, state_json={}, rank_state={})
         load_latest(second, tmp_path / "other")
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pretrain.config.schema import BalanceConfig, MoEConfig
 from pretrain.moe.dispatch import LocalDispatcher
-from pretrain.moe.experts import grouped_swiglu
+from pretrain.moe.experts import StackedExperts, grouped_swiglu
 from pretrain.moe.layer import MoELayer
 from pretrain.moe.routing import choose, count_ids, score_tokens
 from pretrain.moe.statistics import GRADIENT_FIELDS
@@ -204,12 +204,21 @@ def test_both_backends_give_the_same_layer(settings: dict[str, Any]) -> None:
         torch.testing.assert_close(grouped, looped, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("backend", ["loop", "grouped"])
+@pytest.mark.parametrize(("rows", "dtype", "width", "looped"), [
+    (0, torch.float32, 16, True), (127 * 4, torch.float32, 16, False), (128 * 4, torch.float32, 16, True),
+    (8, torch.bfloat16, 16, False), (8, torch.float64, 16, True), (8, torch.float32, 12, True),
+])
+def test_the_cpu_loops_over_experts_with_many_rows(rows: int, dtype: torch.dtype, width: int, looped: bool) -> None:
+    experts = StackedExperts(width, 24, 4)
+    assert experts.looped(torch.zeros(1, width, dtype=dtype), rows) == looped
+    assert StackedExperts(width, 24, 4, "loop").looped(torch.zeros(1, width), 8)
+
+
 @pytest.mark.parametrize("choice", ["topk", "expert"])
-def test_weights_of_one_bring_tokens_back(backend: str, choice: str) -> None:
+def test_weights_of_one_bring_tokens_back(choice: str) -> None:
     """Experts that answer 'the token itself' and weights that sum to one give each token back."""
     class Echo(torch.nn.Module):
-        def looped(self, x: Tensor) -> bool:
+        def looped(self, x: Tensor, rows: int) -> bool:
             return False
 
         def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
@@ -256,7 +265,7 @@ def test_statistics_of_first_choices_and_of_experts_chosen_together() -> None:
     first, together, top = torch.zeros(2, 5), torch.zeros(5, 5), torch.zeros(2)
     for token, choices, scores in zip(listed, chosen.choices, chosen.scores, strict=True):
         first[token.modality, choices[0][0]] += 1
-        top[token.modality] += float(scores.max())
+        top[token.modality] += float(scores.detach().max())
         for a, _ in choices:
             for b, _ in choices:
                 together[a, b] += 1

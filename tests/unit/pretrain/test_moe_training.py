@@ -111,6 +111,18 @@ def test_what_is_drawn_belongs_to_the_step(tmp_path: Path) -> None:
     assert not torch.equal(choices[0], choices[2])
 
 
+def test_biases_are_told(tmp_path: Path) -> None:
+    run = small_run(tmp_path, "[tiny, ours]", "balance.bias_rate=0.5")
+    layout = Layout(world=1, expert_parallel=1, zero_stage=-1, precision="fp32", num_experts=32)
+    engine = PlainEngine(build_model(run), run.optim, layout, torch.device("cpu"))
+    result = train_step(engine, [pairs(0)], run, step=0, learning_rate=0.0)
+    load_E = result.choices_LME[1, 1]
+    expected = 0.5 * float((load_E.max() - load_E.min()) / load_E.std(correction=0))
+    assert routing_metrics(result, run)["moe/bias_range/layer_02/text"] == pytest.approx(expected, rel=1e-4)
+    resting = train_step(engine, [pairs(0)], run, step=STEPS - 1, learning_rate=0.0)
+    assert torch.equal(resting.biases, result.biases)
+
+
 def test_dropped_choices_are_told(tmp_path: Path) -> None:
     run = small_run(tmp_path, "[tiny, switch]", "moe.capacity_factor=0.5")
     model = build_model(run)
