@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -34,6 +35,13 @@ class SampleProblem(NamedTuple):
     reason: str
     """One word by which they are counted: `crc-mismatch`, `bad-image`, `no-caption` ..."""
     detail: str
+    id: int = -1
+    """Number of the sample over all shards of all manifests, in order; -1 where that is not known."""
+
+    @property
+    def is_filtered(self) -> bool:
+        """Whether it was left out on purpose: by a filter, not because it is bad."""
+        return self.reason.startswith("filter:")
 
 
 class Batch(NamedTuple):
@@ -59,3 +67,6 @@ class Batch(NamedTuple):
     problems: tuple[SampleProblem, ...]
     seconds: float
     """Time it took to make."""
+    ids: Tensor = torch.empty(0, dtype=torch.int64)
+    """int64 `[B]`: number of each sample, counted over all shards of all manifests in order; none in a
+    batch that was not read from shards."""
