@@ -36,7 +36,7 @@ _SCAN = b"\xff\xda"
 
 FAILURES = (
     ValueError, OSError, SyntaxError, struct.error, EOFError, LookupError, TypeError, ArithmeticError,
-    MemoryError, Image.DecompressionBombError,
+    AssertionError, MemoryError, Image.DecompressionBombError,
 )  # fmt: skip
 """Decoders fail in all these ways on damaged files; whichever it was, the picture is bad."""
 

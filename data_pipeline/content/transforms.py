@@ -23,6 +23,8 @@ COLOUR_DRAWS = 4
 WHITE = (255, 255, 255)
 _LINEAR_SHRINK = 1.6
 """A linear filter looks at two pixels a side; shrinking by more than this would skip some."""
+_NEARLY = 1.25
+"""Up to this shrink, interpolating comes as near to a bicubic filter as averaging does, at a fifth of the cost."""
 _MIN_CONTRAST = 96.0
 """Least distance (sum of three channels) of a random background from the picture's mean colour."""
 _ROWS = 64
@@ -92,10 +94,7 @@ def render(
     part = _cut(image, view)
     if image.shape[2] == 4:
         part = composite(part, background)
-    if part.shape[:2] != (size, size):
-        shrinks = part.shape[0] >= size and part.shape[1] >= size
-        how = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-        part = cv2.resize(part, (size, size), interpolation=how)
+    part = _resize(part, size)
     return cv2.flip(part, 1) if view.flip else part
 
 
@@ -166,6 +165,23 @@ def _random_background(image: np.ndarray, draws: Sequence[float]) -> tuple[int, 
     if sum(abs(c - m) for c, m in zip(colour, mean, strict=True)) < _MIN_CONTRAST:
         colour = [(c + 128) % 256 for c in colour]
     return colour[0], colour[1], colour[2]
+
+
+def _resize(part: np.ndarray, size: int) -> np.ndarray:
+    """A picture made `size` x `size`: halved as often as it can be, then averaged or interpolated the rest.
+
+    Averaging by exactly two is many times as fast as by a fraction, and what is left is small.
+    """
+    while min(part.shape[:2]) >= 2 * size:
+        rows, columns = part.shape[0] // 2, part.shape[1] // 2
+        part = cv2.resize(part[: 2 * rows, : 2 * columns], (columns, rows), interpolation=cv2.INTER_AREA)
+    if part.shape[:2] == (size, size):
+        return part
+    averages = min(part.shape[:2]) >= size and max(part.shape[:2]) > _NEARLY * size
+    resized: np.ndarray = cv2.resize(
+        part, (size, size), interpolation=cv2.INTER_AREA if averages else cv2.INTER_LINEAR
+    )
+    return resized
 
 
 def _cut(image: np.ndarray, view: View) -> np.ndarray:

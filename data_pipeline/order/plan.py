@@ -22,10 +22,7 @@ import numpy as np
 
 from data_pipeline.common.errors import ConfigError
 from data_pipeline.common.seeds import rng
-from data_pipeline.order.state import LoaderState
 from data_pipeline.samples import SampleRef
-
-__all__ = ["LoaderState", "Plan", "Window", "micro_batch_positions", "micro_batches_per_step"]
 
 
 class Window(NamedTuple):

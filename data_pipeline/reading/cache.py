@@ -155,6 +155,10 @@ class ShardCache:
                 if not _try_lock(fd, fcntl.LOCK_EX):
                     os.close(fd)
                     return Made.BUSY
+                if self.has(entry):  # finished since the first look: what was opened is a new file
+                    part.unlink(missing_ok=True)
+                    os.close(fd)
+                    return Made.HERE
                 os.ftruncate(fd, 0)  # somebody who was killed may have left something
                 if not self._make_room(entry.bytes, {*keep, path}):
                     part.unlink()

@@ -24,6 +24,7 @@ from typing import Any
 
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError, StorageError
+from data_pipeline.common.store_errors import Kind
 from data_pipeline.shards.places import base_folder
 from data_pipeline.shards.shard_entry import ShardEntry, entry_of
 from data_pipeline.shards.shard_index import INDEX_SUFFIX, ShardIndex, check_index_hash
@@ -85,12 +86,12 @@ def load_manifest(url_or_folder: str | os.PathLike[str], *, timeout_seconds: flo
         DataError: There is none, or it is not a manifest.
     """
     given = os.fspath(url_or_folder)
-    url = given if given.endswith(".json") else storage.join(given, MANIFEST_NAME)
+    url = given if given.partition("?")[0].endswith(".json") else storage.join(given, MANIFEST_NAME)
     folder = storage.parent(url)
     try:
         data = storage.read_bytes(url, timeout_seconds=timeout_seconds)
     except StorageError as error:
-        missing = isinstance(error.__cause__ or error.__context__, FileNotFoundError)
+        missing = error.kind == Kind.MISSING or isinstance(error.__cause__ or error.__context__, FileNotFoundError)
         index = f". If the shards are there, make it with `vlmoe data index {storage.redact(folder)}`"
         raise StorageError(f"no manifest of shards: {error}{index if missing else ''}") from error
     return parse_manifest(data, folder, storage.redact(url))

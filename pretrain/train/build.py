@@ -15,7 +15,8 @@ from data_pipeline.common.config import dump_yaml
 from data_pipeline.common.errors import ConfigError, DataError, StorageError, TokenizerError, VlmError
 from data_pipeline.common.logs import log_to_file, setup_logging
 from data_pipeline.content.tokenizer import Tokenizer
-from data_pipeline.loading.ledger import Ledger, LedgerFacts
+from data_pipeline.loading.ledger import Ledger
+from data_pipeline.loading.ledger_facts import LedgerFacts
 from data_pipeline.loading.loader import Loader
 from data_pipeline.loading.sources import Source, data_fingerprint
 from data_pipeline.order.state import LoaderState
@@ -115,12 +116,12 @@ def build(run: RunConfig, out: Path) -> Parts:
     _check_vocabulary(run, tokenizer)
     sources = open_data(run)
     engine = build_engine(run, environment, batch_plan)
-    _on_first_rank(engine, out, lambda: _open_run_folder(run, out, tokenizer))
     # Asked of all: a folder on a node's own disk may look different there.
     if not engine.agree(sources is not None) or sources is None:
         sources = count_data(run, out, engine)
     check_same_everywhere(engine, data_fingerprint(sources, run.data.shuffle_window), tokenizer.fingerprint)
     _on_first_rank(engine, out, lambda: check_present([s.manifest for s in sources], run.data.max_bad_share))
+    _on_first_rank(engine, out, lambda: _open_run_folder(run, out, tokenizer))
     log_to_file(out / "logs" / f"rank-{environment.rank:05d}.log", environment.rank)
     _tell(run, environment.world, sources)
     return Parts(run=run, out=out, started=started, environment=environment, batch_plan=batch_plan, engine=engine,

@@ -16,7 +16,7 @@ PACKAGES = (
 
 EXAMPLES = """\
 examples:
-  python -m tools.bench_loader                               everything, about ten minutes
+  python -m tools.bench_loader                               everything, ten to fifteen minutes
   python -m tools.bench_loader --only loader --only raw      some measures
   python -m tools.bench_loader --quick                       does it run at all? (the figures mean nothing)
   pip install --target peers --no-deps mosaicml-streaming ... && python -m tools.bench_loader --peers peers

@@ -10,7 +10,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -302,3 +303,35 @@ def test_processes_that_take_each_others_room_read_every_sample_right(shards: We
     assert sum(int(out.split()[1]) for out, _ in said) > 0, "no copy was ever used"
     assert len(list(shards.cache.glob("shards/*.tar"))) <= 2
     assert shards.asked() > 20, "nothing was removed and copied again"
+
+
+def test_a_copy_that_another_process_ends_meanwhile_is_left_alone(
+    shards: WebShards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between opening the unfinished file and locking it, whoever made it may end: then it is the copy itself."""
+    cache, entry = _cache(shards, 10), shards.manifest.shards[0]
+    whole = (shards.web.folder / entry.name).read_bytes()
+    lock = cache_module._try_lock
+
+    def ends_first(fd: int, kind: int) -> bool:
+        os.pwrite(fd, whole, 0)
+        os.rename(cache._part(entry), cache.path(entry))
+        monkeypatch.setattr(cache_module, "_try_lock", lock)
+        return lock(fd, kind)
+
+    (shards.cache / "shards").mkdir(parents=True, exist_ok=True)
+    monkeypatch.setattr(cache_module, "_try_lock", ends_first)
+    calls: list[int] = []
+    monkeypatch.setattr(cache, "_slot", _always_free(calls))
+    assert _make(shards, cache, 0) is Made.HERE
+    assert cache.path(entry).read_bytes() == whole and shards.asked() == 0
+    assert calls == [1], "the file was not locked where this test expects it"
+
+
+def _always_free(calls: list[int]) -> Callable[[], AbstractContextManager[bool]]:
+    @contextmanager
+    def slot() -> Iterator[bool]:
+        calls.append(1)
+        yield True
+
+    return slot

@@ -194,6 +194,16 @@ def test_a_tiff_with_tiles_far_larger_than_itself_is_refused() -> None:
         decode(data)
 
 
+def test_a_palette_picture_without_its_palette_is_one_bad_sample() -> None:
+    """Here Pillow fails by an assertion of its own."""
+    header = struct.pack(">IIBBBBB", 8, 8, 8, 3, 0, 0, 0)
+    data = (b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", zlib.compress(bytes(72)))
+            + png_chunk(b"IEND", b""))
+    with pytest.raises(DataError, match="cannot be decoded") as caught:
+        decode(data)
+    assert isinstance(caught.value.__cause__, AssertionError)
+
+
 def test_a_jpeg_of_thousands_of_scans_is_refused_before_it_takes_minutes() -> None:
     data = encoded(photo(64, 64), "JPEG", progressive=True)
     header = read_header(data)

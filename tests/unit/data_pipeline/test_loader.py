@@ -29,6 +29,7 @@ from data_pipeline.content.images import decode
 from data_pipeline.content.tokenizer import Tokenizer
 from data_pipeline.content.transforms import eval_transform
 from data_pipeline.loading import collate, feed
+from data_pipeline.loading.collate import BatchRows
 from data_pipeline.loading.loader import Loader, read_all
 from data_pipeline.loading.sources import Source, data_fingerprint, open_sources
 from data_pipeline.order.drop import make_drop_list, write_drop_list
@@ -335,8 +336,44 @@ def test_a_batch_holds_what_it_says(
 def test_nothing_is_left_of_what_was_in_memory(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = list(setup.evaluate(text_length=64))
     assert any((batch.text_ids == Tokenizer.pad_id).any() for batch in whole)
-    monkeypatch.setattr(collate, "_memory", lambda count: torch.full((count,), 171, dtype=torch.uint8))
+    monkeypatch.setattr(collate, "_memory", lambda count: (torch.full((count,), 171, dtype=torch.uint8), False))
     assert all_same([list(setup.evaluate(text_length=64))], [whole])
+
+
+def test_memory_is_used_again_only_when_nobody_reads_it(setup: Setup) -> None:
+    """A worker fills a batch's memory again; whoever still holds a batch, or one row of it, must not see that."""
+    expected = take(setup.open(), 40)[0]
+    with closing(setup.open(data=settings(workers=1, prefetch=2))) as loader:
+        held: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+        for number, (batches, _) in enumerate(itertools.islice(loader.steps(), 40)):
+            if number % 7 == 3:  # all of one, and a row of another
+                held.append((number, batches[0].images, batches[0].text_ids))
+            if number % 7 == 5:
+                held.append((number, batches[0].images[-1:], batches[0].text_ids[-1:]))
+            del batches
+        for number, images, text_ids in held:
+            whole = expected[number][0]
+            assert torch.equal(images, whole.images[-len(images) :])
+            assert torch.equal(text_ids, whole.text_ids[-len(text_ids) :])
+
+
+def test_a_worker_keeps_few_pieces_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collate, "get_worker_info", lambda: "a worker")
+    monkeypatch.setattr(collate, "_kept", [])
+    places = set()
+    for _ in range(50):
+        packed = BatchRows(2, image_size=4, text_length=8, pad_id=0).packed([])
+        places.add(packed.memory.data_ptr())
+        assert packed.is_lent
+        batch = packed.unpack()
+        view = batch.text_ids  # whatever is held of it holds all
+        del batch
+        assert all(kept[-8:].view(torch.int64)[0] for kept in collate._kept)
+        del view
+    assert len(places) == len(collate._kept) == 1
+    lent = [BatchRows(2, image_size=4, text_length=8, pad_id=0).packed([]) for _ in range(collate._MOST_KEPT + 5)]
+    assert len({packed.memory.data_ptr() for packed in lent}) == len(lent)
+    assert [packed.is_lent for packed in lent].count(False) == 5
 
 
 def test_evaluation_splits_over_ranks_and_workers_and_lists(setup: Setup) -> None:
