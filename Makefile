@@ -4,6 +4,7 @@
 #   make quickstart   real pictures, two processes, a trained model, its scores and captions
 #   make test         every test but those marked `long`
 #   make lint         ruff, mypy and import-linter
+#   make stores       an Azure server for the tests marked `az`, which are skipped without it
 #
 # PYTHON=python3.12 chooses the interpreter for a new `.venv`.
 # SLURM=no leaves out the installation of SLURM (its tests are then skipped).
@@ -20,7 +21,7 @@ STAMP := $(VENV)/.made-$(shell cat pyproject.toml setup.py | cksum | tr ' ' '-')
 # and would bring the newest.
 TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 
-.PHONY: help quickstart test lint env system clean
+.PHONY: help quickstart test lint env system stores clean
 .DEFAULT_GOAL := help
 
 help:
@@ -57,6 +58,10 @@ system:
 		bash tests/support/install_slurm.sh \
 			|| { echo "error: SLURM could not be installed; 'make test SLURM=no' goes without" >&2; exit 2; }; \
 	fi
+
+# Servers of other stores for the tests marked `az`: Azure's emulator comes from npm (190 MB).
+stores: env
+	$(RUN) -m tests.support.azure_server
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

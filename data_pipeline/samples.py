@@ -35,6 +35,13 @@ class SampleProblem(NamedTuple):
     reason: str
     """One word by which they are counted: `crc-mismatch`, `bad-image`, `no-caption` ..."""
     detail: str
+    id: int = -1
+    """Number of the sample over all shards of all manifests, in order; -1 where that is not known."""
+
+    @property
+    def is_filtered(self) -> bool:
+        """Whether it was left out on purpose: by a filter, not because it is bad."""
+        return self.reason.startswith("filter:")
 
 
 class Batch(NamedTuple):

@@ -5,10 +5,11 @@ Heavy imports happen inside the handlers, so that help answers at once.
 
 from __future__ import annotations
 
-from data_pipeline.commands import index
+from data_pipeline.commands import check, dedup, filter, index, ledger, peek, stats, write
 from data_pipeline.common.commands import Subparsers
 
-_COMMANDS = (index,)
+_COMMANDS = (write, index, check, peek, stats, dedup, filter, ledger)
+"""In the order in which they are used."""
 
 
 def add_all(subparsers: Subparsers) -> None:

@@ -32,6 +32,17 @@ class DataError(VlmError):
 class StorageError(DataError):
     """A file or object cannot be read or written."""
 
+    def __init__(self, message: str, *, slug: str = "", kind: str = "") -> None:
+        """Say what cannot be read or written.
+
+        Args:
+            message: As for `DataError`.
+            slug: As for `DataError`.
+            kind: One of `store_errors.Kind` where a store is the cause, for programs; empty otherwise.
+        """
+        super().__init__(message, slug=slug)
+        self.kind = kind
+
 
 class TokenizerError(DataError):
     """The tokenizer is missing, damaged, or not the one this run was trained with."""

@@ -1,236 +1,244 @@
 """Object stores through obstore: s3, gs, az and http(s), with the care that the library leaves to us.
 
-Clients are made on first use, one per bucket, process and time-out. Their threads do not survive
-`fork`: a forked child that used one would wait for ever, so it is told so instead. Every answer is
-checked for its length, and all parts of an object for one ETag. Messages never hold secrets.
+Large objects come in parts of `PART_BYTES`, a few at a time, so memory stays bounded whatever their length. Every
+answer is checked for its length, and all parts of an object for one ETag: when it changes in between, the copy
+begins again. What can heal is tried again until `timeout_seconds` are over ; a part that does not
+come in time is asked for in halves, so that a slow line still gets through. Errors say what kind they are
+(`StorageError.kind`) and never hold secrets.
 
-Credentials come from the environment: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN,
-AWS_REGION, AWS_ENDPOINT_URL (http allowed), GOOGLE_APPLICATION_CREDENTIALS,
-AZURE_STORAGE_ACCOUNT_NAME, AZURE_STORAGE_ACCOUNT_KEY, and instance roles.
+    store_answers.py      one request, and what is checked about its answer
+    store_copy.py         parts of an object, several at a time
+    retries.py            when to try again
+    store_clients.py      the clients, and why a forked child may not use them
+    store_credentials.py  where keys come from
+    store_errors.py       kinds of trouble, and how they are said
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
-import re
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
-from typing import Any, NamedTuple, TypeVar
+from collections import Counter
+from pathlib import Path
+from threading import Event
 
 import obstore
-from obstore.exceptions import BaseError
-from obstore.store import ObjectStore, S3Store, from_url
 
+from data_pipeline.common import store_copy
 from data_pipeline.common.errors import StorageError
+from data_pipeline.common.retries import Patience, Tries, ask
+from data_pipeline.common.store_answers import ObjectInfo, checked_info
+from data_pipeline.common.store_clients import SCHEMES, client_of, forget_clients
+from data_pipeline.common.store_copy import PART_BYTES, Fetched
+from data_pipeline.common.store_errors import Kind, WrongAnswerError, redact
 
-SCHEMES = ("s3", "gs", "az", "http", "https")
-PART_BYTES = 8 << 20
-"""Size of one ranged request; 8 MiB with a few in flight fills a fast wire."""
-PARTS_IN_FLIGHT = 4
-MAX_RETRIES = 5
+__all__ = [
+    "PART_BYTES", "SCHEMES", "Fetched", "ObjectInfo", "fetch", "forget_clients", "head", "list_names", "list_tree",
+    "read_all", "read_range", "redact", "upload", "write",
+]  # fmt: skip
 
-_CREDENTIALS = {
-    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
-    "gs": "GOOGLE_APPLICATION_CREDENTIALS",
-    "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
-}
-_ASKED_FOR_CREDENTIALS = ("169.254.169.254", "/latest/api/token", "metadata.google", "/metadata/identity", "redential")
-
-Result = TypeVar("Result")
-_ERRORS = (BaseError, OSError, ValueError)
-"""What obstore raises."""
-
-
-class ObjectInfo(NamedTuple):
-    """What a store says about an object."""
-
-    size: int
-    etag: str
+REQUEST_SECONDS = 20.0
+"""Longest wait for one request, where the caller names none."""
+UPLOAD_PARTS = 4
+"""Parts of an upload at a time."""
+MOST_PARTS = 9000
+"""Of an upload; stores allow 10,000."""
+WHOLE_PUT_SECONDS = 600.0
+"""Longest time for a file put on a web server, which takes it in one piece."""
 
 
-_clients: dict[tuple[str, str, float], ObjectStore] = {}
-_clients_pid: int | None = None
-
-
-def head(url: str, timeout_seconds: float, *, missing_ok: bool = False) -> ObjectInfo | None:
-    """Length and ETag of an object; None for a missing one where that is allowed."""
-    store, name = _open(url, timeout_seconds)
-    try:
-        meta = obstore.head(store, name)
-    except FileNotFoundError as error:
-        if missing_ok:
-            return None
-        raise StorageError(_explain("read", url, error)) from None
-    except _ERRORS as error:
-        raise StorageError(_explain("read", url, error)) from None
-    return ObjectInfo(meta["size"], meta["e_tag"] or "")
-
-
-def read_all(url: str, timeout_seconds: float) -> bytes:
-    """A whole small object in one request."""
-    store, name = _open(url, timeout_seconds)
-
-    def get() -> bytes:
-        answer = obstore.get(store, name)
-        data = bytes(answer.bytes())
-        if len(data) != answer.meta["size"]:
-            raise StorageError(f"{redact(url)} came with {len(data)} of {answer.meta['size']} bytes")
-        return data
-
-    return _ask("read", url, get)
-
-
-def write_all(url: str, data: bytes, timeout_seconds: float) -> None:
-    """Put an object; stores make it visible only when it is whole."""
-    store, name = _open(url, timeout_seconds)
-    _ask("write", url, lambda: obstore.put(store, name, data))
-
-
-def fetch(url: str, fd: int, expected_bytes: int | None, timeout_seconds: float) -> None:
-    """Copy an object into an open file, in parts of `PART_BYTES`.
+def head(
+    url: str, timeout_seconds: float, *, missing_ok: bool = False, request_seconds: float = REQUEST_SECONDS
+) -> ObjectInfo | None:
+    """Length and ETag of an object; None for a missing one where that is allowed.
 
     Raises:
-        StorageError: Missing, refused, too slow, not `expected_bytes` long, or changed in between.
+        StorageError: Missing, refused, or no answer within `timeout_seconds`.
     """
-    found = head(url, timeout_seconds)
-    assert found is not None
-    if expected_bytes is not None and found.size != expected_bytes:
-        raise StorageError(f"{redact(url)} has {found.size} bytes, but {expected_bytes} were expected")
-    store, name = _open(url, timeout_seconds)
 
-    def copy_part(start: int) -> None:
-        end = min(start + PART_BYTES, found.size)
-        data = memoryview(_ask("read", url, lambda: _part(store, name, url, start, end, found)))
-        written = 0
-        while written < len(data):
-            written += os.pwrite(fd, data[written:], start + written)
+    def request(seconds: float) -> ObjectInfo:
+        store, name = client_of(url, seconds)
+        meta = obstore.head(store, name)
+        return checked_info(url, meta["size"], meta["e_tag"])
 
-    os.truncate(fd, found.size)
-    starts = range(0, found.size, PART_BYTES)
-    if len(starts) <= 1:
-        for start in starts:
-            copy_part(start)
-        return
-    with ThreadPoolExecutor(PARTS_IN_FLIGHT) as pool:
-        jobs = [pool.submit(copy_part, start) for start in starts]
-        try:
-            for job in jobs:
-                job.result()
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+    try:
+        return ask("read", url, Patience(timeout_seconds, request_seconds), request)
+    except StorageError as error:
+        if missing_ok and error.kind == Kind.MISSING:
+            return None
+        raise
+
+
+def read_all(
+    url: str, timeout_seconds: float, *, sha256: str = "", request_seconds: float = REQUEST_SECONDS
+) -> bytes:
+    """A whole object that fits into memory.
+
+    Where nothing says what it must be (no `sha256`, no ETag that is its MD5), it is read until two readings
+    agree: a gateway's page with status 200, or a flipped bit, would look like the object.
+
+    Raises:
+        StorageError: Missing, refused, not readable within `timeout_seconds`, or never the right one.
+    """
+    patience = Patience(timeout_seconds, request_seconds)
+    tries, seen = Tries("read", url, patience), Counter[str]()
+    while True:
+        data, etag = _read_once(url, patience)
+        found = hashlib.sha256(data).hexdigest()
+        seen[found] += 1
+        if sha256 and found == sha256:
+            return data
+        if not sha256 and (seen[found] > 1 or etag.strip('"') == hashlib.md5(data, usedforsecurity=False).hexdigest()):
+            return data
+        if sha256 or seen.total() > 2:
+            wrong = f"it has SHA-256 {found}, but {sha256 or 'another the time before'} was expected"
+            tries.failed(WrongAnswerError(Kind.CHANGED, wrong))
+
+
+def read_range(
+    url: str,
+    start: int,
+    end: int,
+    *,
+    timeout_seconds: float,
+    request_seconds: float = REQUEST_SECONDS,
+    etag: str = "",
+    size: int = -1,
+    cancel: Event | None = None,
+) -> bytes:
+    """Bytes `start` to `end` (exclusive) of an object, in one request where that comes in time.
+
+    Args:
+        url: The object.
+        start: First byte.
+        end: After the last.
+        timeout_seconds: Longest time for all tries together.
+        request_seconds: Longest time for one request.
+        etag: What it must have; another is an error of kind `changed`. Empty accepts any, but all pieces of
+            this range have the same.
+        size: Length of the object that is expected; -1 accepts any.
+        cancel: Set by another thread to give up.
+
+    Raises:
+        StorageError: As for `head`, and kind `no-ranges` when a web server gives only whole files.
+    """
+    patience = Patience(timeout_seconds, request_seconds, cancel)
+    buffer = bytearray(end - start)
+
+    def sink(at: int, data: memoryview) -> None:
+        buffer[at - start : at - start + len(data)] = data
+
+    store_copy.copy_range(url, (start, end), ObjectInfo(size, etag), patience, sink)
+    return bytes(buffer)
+
+
+def fetch(
+    url: str,
+    fd: int,
+    *,
+    timeout_seconds: float,
+    request_seconds: float = REQUEST_SECONDS,
+    expected_bytes: int | None = None,
+    cancel: Event | None = None,
+) -> Fetched:
+    """Copy an object into an open, empty file; memory stays bounded. Its SHA-256 is taken in passing.
+
+    Args:
+        url: The object.
+        fd: Open for reading and writing.
+        timeout_seconds: Longest time without progress, all tries together.
+        request_seconds: Longest time for one request of `PART_BYTES`.
+        expected_bytes: Its length if known; another one, seen three times, is an error of kind `changed`.
+        cancel: Set by another thread to give up.
+
+    Raises:
+        StorageError: Missing, refused, too slow, or another each time.
+        OSError: The file cannot be written.
+    """
+    patience = Patience(timeout_seconds, request_seconds, cancel)
+
+    def sink(at: int, data: memoryview) -> None:
+        while data:
+            written = os.pwrite(fd, data, at)
+            data, at = data[written:], at + written
+
+    def read_back(at: int, count: int) -> bytes:
+        return os.pread(fd, count, at)
+
+    target = store_copy.Target(sink, lambda size: os.ftruncate(fd, size), read_back)
+    return store_copy.copy_object(url, patience, target, expected_bytes=expected_bytes)
+
+
+def write(url: str, data: bytes, timeout_seconds: float, *, request_seconds: float = REQUEST_SECONDS) -> None:
+    """Put an object; stores make it visible only when it is whole. A large one goes up in parts.
+
+    Raises:
+        StorageError: Refused, or not done within `timeout_seconds`.
+    """
+    _put(url, data, len(data), Patience(timeout_seconds, request_seconds))
+
+
+def upload(
+    path: Path, url: str, timeout_seconds: float, *, request_seconds: float = REQUEST_SECONDS
+) -> None:
+    """Put a local file, in parts if it is large; memory stays bounded.
+
+    Raises:
+        StorageError: As for `write`.
+        OSError: The file cannot be read.
+    """
+    _put(url, path, path.stat().st_size, Patience(timeout_seconds, request_seconds))
 
 
 def list_names(folder_url: str, timeout_seconds: float) -> list[str]:
     """Names of the objects directly under a prefix, sorted."""
-    store, prefix = _open(folder_url.rstrip("/") + "/", timeout_seconds)
+
+    def request(seconds: float) -> list[str]:
+        store, prefix = client_of(_listable(folder_url), seconds)
+        answer = obstore.list_with_delimiter(store, prefix or None)
+        return sorted(str(found["path"]).rpartition("/")[2] for found in answer["objects"])
+
+    return ask("list", folder_url, Patience(timeout_seconds), request)
+
+
+def list_tree(folder_url: str, timeout_seconds: float) -> list[str]:
+    """Names of all objects under a prefix, relative to it, sorted."""
+
+    def request(seconds: float) -> list[str]:
+        store, prefix = client_of(_listable(folder_url), seconds)
+        pages = obstore.list(store, prefix or None)
+        return sorted(str(found["path"]).removeprefix(prefix) for page in pages for found in page)
+
+    return ask("list", folder_url, Patience(timeout_seconds), request)
+
+
+def _listable(folder_url: str) -> str:
     if folder_url.startswith("http"):
         raise StorageError(f"{redact(folder_url)} cannot be listed; name the files")
-    answer = _ask("list", folder_url, lambda: obstore.list_with_delimiter(store, prefix or None))
-    return sorted(str(found["path"]).rpartition("/")[2] for found in answer["objects"])
+    return folder_url.rstrip("/") + "/"
 
 
-def redact(url: str) -> str:
-    """An address as it may be shown: without user, password and query (presigned URLs carry keys)."""
-    scheme, separator, rest = url.partition("://")
-    if not separator:
-        return url
-    rest = rest.partition("?")[0]
-    host, slash, path = rest.partition("/")
-    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+def _read_once(url: str, patience: Patience) -> tuple[bytes, str]:
+    """An object and its ETag."""
+    buffer = bytearray()
+
+    def resize(size: int) -> None:
+        buffer[:] = bytes(size)
+
+    def sink(at: int, data: memoryview) -> None:
+        buffer[at : at + len(data)] = data
+
+    found = store_copy.copy_object(url, patience, store_copy.Target(sink, resize))
+    return bytes(buffer), found.etag
 
 
-def _part(store: ObjectStore, name: str, url: str, start: int, end: int, whole: ObjectInfo) -> bytes:
-    """One checked range of an object."""
-    # A plain request where one is enough: small web servers know no ranges.
-    options: Any = None if (start, end) == (0, whole.size) else {"range": (start, end)}
-    answer = obstore.get(store, name, options=options)
-    etag, data = answer.meta["e_tag"] or "", bytes(answer.bytes())
-    if (etag, answer.meta["size"]) != (whole.etag, whole.size):
-        raise StorageError(f"{redact(url)} changed while it was read; start again")
-    if len(data) != end - start:
-        raise StorageError(f"{redact(url)} came with {len(data)} of {end - start} bytes at {start}")
-    return data
+def _put(url: str, content: bytes | Path, size: int, patience: Patience) -> None:
+    part = max(PART_BYTES, -(-size // MOST_PARTS))
+    in_parts = size > 2 * part and not url.startswith("http")
 
+    def request(seconds: float) -> None:
+        # A web server takes only whole files, which may be long.
+        store, name = client_of(url, WHOLE_PUT_SECONDS if url.startswith("http") else seconds)
+        obstore.put(store, name, content, use_multipart=in_parts, chunk_size=part, max_concurrency=UPLOAD_PARTS)
 
-def _open(url: str, timeout_seconds: float) -> tuple[ObjectStore, str]:
-    """The client for an address, and the object's name in it."""
-    global _clients_pid
-    if _clients_pid is not None and _clients_pid != os.getpid():
-        raise StorageError(
-            f"process {os.getpid()} was forked from {_clients_pid}, which had already used an object "
-            f"store; its client would wait for ever here: start workers with 'forkserver' or 'spawn'"
-        )
-    scheme, _, rest = url.partition("://")
-    if "?" in rest:
-        raise StorageError(f"{redact(url)}?...: addresses with a query (presigned) are not supported")
-    host, _, name = rest.partition("/")
-    base = f"{scheme}://{host}"
-    endpoint = _s3_endpoint() if scheme == "s3" else ""
-    known = (base, endpoint, timeout_seconds)
-    if known not in _clients:
-        _clients_pid = os.getpid()
-        try:
-            _clients[known] = _client(scheme, host, endpoint, timeout_seconds)
-        except _ERRORS as error:
-            raise StorageError(_explain("open", base, error)) from None
-    return _clients[known], name
-
-
-def _s3_endpoint() -> str:
-    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
-
-
-def _client(scheme: str, host: str, endpoint: str, timeout_seconds: float) -> ObjectStore:
-    """A new client with explicit time-outs and retries."""
-    wait = timedelta(seconds=timeout_seconds)
-    plain = scheme == "http" or endpoint.startswith("http://")
-    client: Any = {
-        "connect_timeout": min(timedelta(seconds=10), wait),
-        "read_timeout": min(timedelta(seconds=60), wait),
-        "timeout": wait,
-    } | ({"allow_http": True} if plain else {})
-    retry: Any = {"max_retries": MAX_RETRIES, "retry_timeout": wait}
-    if scheme == "s3":
-        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
-        more: Any = {"endpoint": endpoint} if endpoint else {}
-        return S3Store(host, region=region, client_options=client, retry_config=retry, **more)
-    return from_url(f"{scheme}://{host}", client_options=client, retry_config=retry)
-
-
-def _ask(verb: str, url: str, request: Callable[[], Result]) -> Result:
-    try:
-        return request()
-    except StorageError:
-        raise
-    except _ERRORS as error:
-        # `from None`: the library's own text may quote signed requests, so it must not be printed.
-        raise StorageError(_explain(verb, url, error)) from None
-
-
-def _explain(verb: str, url: str, error: Exception) -> str:
-    """What went wrong in one line, without quoting the library's text beyond known-harmless words."""
-    text, kind = str(error), type(error).__name__
-    status = re.search(r"\b(?:status[^0-9]{1,12}|Server returned non-2xx status code: )([45]\d\d)\b", text)
-    if isinstance(error, FileNotFoundError):
-        reason = "there is no such object; check the address"
-    elif kind in ("PermissionDeniedError", "UnauthenticatedError"):
-        reason = "the store refused access; check the credentials and the bucket's rules"
-    elif any(part in text for part in _ASKED_FOR_CREDENTIALS):
-        # Without keys the library asks the cloud's own service for some, which other machines do not have.
-        names = _CREDENTIALS.get(url.partition("://")[0], "them")
-        reason = f"no credentials were found; set {names} in the environment"
-    elif "Connection refused" in text or "dns error" in text or "tcp connect" in text:
-        reason = "the store cannot be reached; check the network and the endpoint (AWS_ENDPOINT_URL for s3)"
-    elif "timed out" in text.lower() or "timedout" in text.lower():
-        reason = "the store did not answer in time; raise data.timeout_seconds or look at the network"
-    elif kind == "NotSupportedError":
-        reason = "the server gives no ranges of a file; serve it with one that does"
-    elif isinstance(error, OSError) and error.strerror:
-        reason = error.strerror
-    elif "must be specified" in text.lower():
-        reason = f"an account is needed; set {_CREDENTIALS.get(url.partition('://')[0], 'it')} in the environment"
-    else:
-        reason = f"the store answered with {kind}" + (f" (status {status[1]})" if status else "")
-    return f"cannot {verb} {redact(url)}: {reason}"
+    ask("write", url, patience, request)

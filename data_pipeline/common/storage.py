@@ -20,8 +20,8 @@ from data_pipeline.common.errors import StorageError
 from data_pipeline.common.object_store import redact
 
 __all__ = [
-    "exists", "fetch_to_file", "is_local", "join", "list_names", "local_path", "parent", "read_bytes",
-    "redact", "replacing", "size", "write_bytes",
+    "exists", "fetch_to_file", "is_local", "join", "list_names", "list_tree", "local_path", "parent", "read_bytes",
+    "redact", "replacing", "size", "upload_file", "write_bytes",
 ]  # fmt: skip
 
 TIMEOUT_SECONDS = 60.0
@@ -76,18 +76,20 @@ def parent(url: str) -> str:
     """The address of the folder that holds `url`."""
     if is_local(url):
         return str(local_path(url).parent)
-    return url.rstrip("/").rpartition("/")[0]
+    # The signature of a presigned address is for that file alone.
+    path = url.partition("?")[0] if url.startswith("http") else url
+    return path.rstrip("/").rpartition("/")[0]
 
 
-def exists(url: str) -> bool:
-    """Whether there is a file or object at `url`.
+def exists(url: str, *, timeout_seconds: float = TIMEOUT_SECONDS) -> bool:
+    """Whether there is a file or object at `url`; `timeout_seconds` is the longest wait for a store.
 
     Raises:
         StorageError: The store does not answer or refuses.
     """
     if is_local(url):
         return local_path(url).exists()
-    return object_store.head(url, TIMEOUT_SECONDS, missing_ok=True) is not None
+    return object_store.head(url, timeout_seconds, missing_ok=True) is not None
 
 
 def size(url: str) -> int:
@@ -104,16 +106,22 @@ def size(url: str) -> int:
     return found.size
 
 
-def read_bytes(url: str, *, timeout_seconds: float = TIMEOUT_SECONDS) -> bytes:
+def read_bytes(url: str, *, timeout_seconds: float = TIMEOUT_SECONDS, sha256: str = "") -> bytes:
     """A whole small file or object.
 
+    Args:
+        url: What to read.
+        timeout_seconds: Longest time for all tries together.
+        sha256: What it must be, if that is known. An object of a store is read again a few times until it is; a
+            local file is not looked at.
+
     Raises:
-        StorageError: It is missing, cannot be read in time, or came shorter than announced.
+        StorageError: It is missing, cannot be read in time, or is another.
     """
     if is_local(url):
         with _explained("read", url):
             return local_path(url).read_bytes()
-    return object_store.read_all(url, timeout_seconds)
+    return object_store.read_all(url, timeout_seconds, sha256=sha256)
 
 
 def write_bytes(url: str, data: bytes, *, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
@@ -123,7 +131,7 @@ def write_bytes(url: str, data: bytes, *, timeout_seconds: float = TIMEOUT_SECON
         StorageError: The disk is full, or the store refuses.
     """
     if not is_local(url):
-        object_store.write_all(url, data, timeout_seconds)
+        object_store.write(url, data, timeout_seconds)
         return
     with replacing(local_path(url)) as fd, open(fd, "wb", closefd=False) as file:
         file.write(data)
@@ -141,8 +149,8 @@ def fetch_to_file(
     Args:
         url: What to copy.
         path: Where to; its folder is made.
-        expected_bytes: Its length if known; another length is an error before anything is copied.
-        timeout_seconds: Longest wait for one request (8 MiB at most), retries included.
+        expected_bytes: Its length if known; another length is an error.
+        timeout_seconds: Longest time without progress, all tries together.
 
     Raises:
         StorageError: Missing, refused, too slow, of another length, or changed while it was copied.
@@ -155,11 +163,28 @@ def fetch_to_file(
                 shutil.copyfileobj(source, target, 1 << 20)
             _check_length(url, os.fstat(fd).st_size, found)
         else:
-            object_store.fetch(url, fd, expected_bytes, timeout_seconds)
+            object_store.fetch(url, fd, expected_bytes=expected_bytes, timeout_seconds=timeout_seconds)
 
 
-def list_names(folder_url: str) -> list[str]:
+def upload_file(
+    path: str | os.PathLike[str], url: str, *, timeout_seconds: float = TIMEOUT_SECONDS
+) -> None:
+    """Copy a local file to `url`, which appears only when it is whole; large ones go up in parts.
+
+    Raises:
+        StorageError: The file cannot be read, the disk is full, or the store refuses.
+    """
+    if is_local(url):
+        fetch_to_file(os.fspath(path), local_path(url))
+        return
+    with _explained("read", os.fspath(path)):
+        object_store.upload(Path(path), url, timeout_seconds)
+
+
+def list_names(folder_url: str, *, timeout_seconds: float = TIMEOUT_SECONDS) -> list[str]:
     """Names of the files directly in a folder, sorted; http(s) folders cannot be listed.
+
+    `timeout_seconds` is the longest wait for a store.
 
     Raises:
         StorageError: The folder cannot be read.
@@ -167,7 +192,22 @@ def list_names(folder_url: str) -> list[str]:
     if is_local(folder_url):
         with _explained("read", folder_url):
             return sorted(entry.name for entry in os.scandir(local_path(folder_url)) if entry.is_file())
-    return object_store.list_names(folder_url, TIMEOUT_SECONDS)
+    return object_store.list_names(folder_url, timeout_seconds)
+
+
+def list_tree(folder_url: str) -> list[str]:
+    """Paths of all files below a folder, relative to it, sorted; http(s) folders cannot be listed.
+
+    Raises:
+        StorageError: The folder cannot be read.
+    """
+    if not is_local(folder_url):
+        return object_store.list_tree(folder_url, TIMEOUT_SECONDS)
+    base = local_path(folder_url)
+    with _explained("read", folder_url):
+        os.scandir(base).close()
+        found = [Path(folder, name) for folder, _, names in os.walk(base) for name in names]
+    return sorted(path.relative_to(base).as_posix() for path in found)
 
 
 @contextmanager

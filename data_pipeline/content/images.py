@@ -1,43 +1,46 @@
 """Bytes of a picture file to pixels: quickly for the usual files, correctly for the odd ones.
 
-What a file is follows from its first bytes, never from its name. The size is read from the header
-and checked before anything is decoded, so a small file cannot ask for all the memory. JPEG goes to
-simplejpeg, plain PNG and WebP to OpenCV; what those read wrongly or not at all (turned by EXIF,
-CMYK, palettes, 16 bits, animations, GIF, BMP, TIFF) goes to Pillow.
+The size is read from the header and checked before anything is decoded, so a small file cannot ask
+for all the memory. JPEG goes to simplejpeg, plain PNG and WebP to OpenCV; what those read wrongly or
+not at all (inks, palettes, 16 bits, animations, GIF, BMP, TIFF) goes to Pillow.
+
+Where a JPEG has many more pixels than are wanted, it is decoded at one half, a quarter or an eighth
+of its size, which libjpeg does while it decodes, for less than decoding all of it.
 """
 
 from __future__ import annotations
 
 import io
-import struct
-import zlib
 from typing import Any
 
 import cv2
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
-from data_pipeline.common.errors import DataError
+from data_pipeline.content.headers import FAILURES, PILLOW_FORMATS, Header, Unreadable, bad_image, read_header
+
+__all__ = ["MAX_PIXELS", "Header", "check_pixels", "decode", "decode_pixels", "read_header"]
 
 MAX_PIXELS = 64 * 2**20
-"""Largest picture that is decoded; 8192 x 8192, 200 MB as RGB."""
-
-_PNG = b"\x89PNG\r\n\x1a\n"
-_PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-# Others stay out: some of Pillow's plug-ins start other programs.
-
-
-class _Unreadable(Exception):
-    """Why a picture cannot be read; becomes a DataError."""
+"""Largest picture that is decoded unless told otherwise; 8192 x 8192, 200 MB as RGB."""
+_MOST_SCANS = 32
+"""A progressive JPEG of the largest size may have so many scans, a smaller one more in proportion; usual
+are 10. A few bytes are enough for a scan of the whole picture, so a file of thousands would take hours."""
+_STRIP_PIXELS = 1 << 20
+"""Odd pictures are converted in strips of about so many pixels, so that large ones are in memory twice
+at most."""
 
 
-def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def decode(
+    data: bytes, *, max_pixels: int = MAX_PIXELS, at_least: tuple[int, int] | None = None
+) -> np.ndarray:
     """Decode one picture, turned the right way up.
 
     Args:
         data: A JPEG, PNG, WebP, GIF, BMP or TIFF file; of an animation the first picture is taken.
         max_pixels: Largest width x height that is accepted.
+        at_least: Height and width that are enough; see `decode_pixels`.
 
     Returns:
         uint8 `[height, width, 3]`, RGB; or `[height, width, 4]`, RGBA with straight (not multiplied)
@@ -46,96 +49,101 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     Raises:
         DataError: Not a picture, cut off, damaged, or too large (slug `bad-image`).
     """
+    header = read_header(data)
+    check_pixels(header, max_pixels)
+    return decode_pixels(data, header, at_least)[0]
+
+
+def check_pixels(header: Header, max_pixels: int) -> None:
+    """Refuse what would take too much memory or time to decode.
+
+    Raises:
+        DataError: It is larger than `max_pixels`, or has a great many scans (slug `bad-image`).
+    """
+    pixels, most = header.width * header.height, max_pixels // header.copies
+    if pixels > most:
+        kind = "" if header.copies == 1 else " of animations and of pictures in printing inks"
+        raise bad_image(
+            f"it has {header.width} x {header.height} pixels, more than the {most:,} that are accepted{kind}"
+        )
+    if header.scans > _MOST_SCANS and header.scans * pixels > _MOST_SCANS * max_pixels:
+        raise bad_image(f"it is a progressive JPEG of {header.scans} scans, too many for its size")
+
+
+def decode_pixels(
+    data: bytes, header: Header, at_least: tuple[int, int] | None = None
+) -> tuple[np.ndarray, int]:
+    """Decode a picture whose header was read and found acceptable.
+
+    Args:
+        data: The file.
+        header: Of this file.
+        at_least: Height and width that are enough; a JPEG that is at least 2, 4 or 8 times as large
+            comes reduced by that, each of its pixels the mean of a square of the file's. None asks for
+            all pixels.
+
+    Returns:
+        The pixels, as `decode` gives them, and by what they are reduced: 1, 2, 4 or 8. A picture of
+        `h x w` comes as `ceil(h / reduced) x ceil(w / reduced)`.
+
+    Raises:
+        DataError: The picture is cut off or damaged (slug `bad-image`).
+    """
+    reduced = 1
     try:
-        return _decode(data, max_pixels)
-    except (
-        _Unreadable, ValueError, OSError, SyntaxError, struct.error, cv2.error, EOFError, KeyError,
-        IndexError, TypeError, OverflowError, ZeroDivisionError, MemoryError, Image.DecompressionBombError,
-    ) as error:  # fmt: skip
-        # Decoders fail in all these ways on damaged files; whichever it was, the picture is bad.
-        raise DataError(f"the picture cannot be decoded: {error}", slug="bad-image") from error
+        if header.decoder == "jpeg":
+            reduced = _reduction(header, at_least) if at_least else 1
+            pixels, reduced = _decode_jpeg(data, header, reduced)
+        elif header.decoder == "opencv":
+            pixels = _decode_opencv(data)
+        else:
+            pixels = _decode_pillow(data)
+        if header.orientation != 1:
+            pixels = _turn(pixels, header.orientation)
+    except (Unreadable, cv2.error, *FAILURES) as error:
+        raise bad_image(error) from error
+    if pixels.shape[:2] != (-(-header.height // reduced), -(-header.width // reduced)):
+        raise bad_image(
+            f"it decodes to {pixels.shape[1]} x {pixels.shape[0]} pixels, but its header says "
+            f"{header.width} x {header.height}"
+        )
+    return pixels, reduced
 
 
-def _decode(data: bytes, max_pixels: int) -> np.ndarray:
-    if data.startswith(b"\xff\xd8\xff"):
-        return _decode_jpeg(data, max_pixels)
-    if data.startswith(_PNG):
-        return _decode_png(data, max_pixels)
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return _decode_webp(data, max_pixels)
-    if data[:4] in (b"GIF8", b"II*\0", b"MM\0*") or data[:2] == b"BM":
-        return _decode_odd(data, max_pixels)
-    beginning = f"begins with {data[:12]!r}" if data else "is empty"
-    raise _Unreadable(f"it {beginning}, which is no JPEG, PNG, WebP, GIF, BMP or TIFF")
+def _reduction(header: Header, at_least: tuple[int, int]) -> int:
+    height, width = at_least
+    for reduced in (8, 4, 2):
+        enough = header.height >= reduced * height and header.width >= reduced * width
+        # The last pixels of a row or column may be averages with what is no longer picture. Turned, they
+        # would come first, and all the others lie beside where they are expected.
+        whole = header.height % reduced == 0 and header.width % reduced == 0
+        if enough and (whole or header.orientation == 1):
+            return reduced
+    return 1
 
 
-def _decode_jpeg(data: bytes, max_pixels: int) -> np.ndarray:
-    height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-    _check_size(width, height, max_pixels)
-    # EXIF lies in the first segments and may say that the camera was held sideways.
-    if colours in ("CMYK", "YCCK") or b"Exif\0\0" in data[:4096]:
-        return _decode_odd(data, max_pixels)
+def _decode_jpeg(data: bytes, header: Header, reduced: int) -> tuple[np.ndarray, int]:
+    pixels: np.ndarray
     try:
-        pixels: np.ndarray = simplejpeg.decode_jpeg(data, colorspace="RGB")
+        if reduced == 1:
+            pixels = simplejpeg.decode_jpeg(data, colorspace="RGB")
+        else:
+            # The smallest size that libjpeg offers and that is no smaller than asked for.
+            height, width = -(-header.height // reduced), -(-header.width // reduced)
+            if header.orientation >= 5:
+                height, width = width, height
+            pixels = simplejpeg.decode_jpeg(data, colorspace="RGB", min_height=height, min_width=width)
     except ValueError:
         # Strict about any oddity; Pillow forgives all but lost data.
-        return _decode_odd(data, max_pixels)
-    return pixels
-
-
-def _decode_png(data: bytes, max_pixels: int) -> np.ndarray:
-    kinds = _png_chunks(data)
-    width, height, depth, colour_type = struct.unpack(">IIBB", data[16:26])
-    _check_size(width, height, max_pixels)
-    plain = depth == 8 and colour_type in (2, 6) and not kinds & {b"tRNS", b"eXIf", b"acTL"}
-    return _decode_opencv(data) if plain else _decode_odd(data, max_pixels)
-
-
-def _png_chunks(data: bytes) -> set[bytes]:
-    """The kinds of chunk in a PNG, all of them whole.
-
-    Checked here because OpenCV is too trusting: it fills up a file that was cut off with black, and
-    believes a damaged length, for which it allocates gigabytes.
-    """
-    kinds: set[bytes] = set()
-    position = len(_PNG)
-    while b"IEND" not in kinds:
-        length, kind = struct.unpack_from(">I4s", data, position)
-        end = position + 12 + length
-        if end > len(data):
-            raise _Unreadable(f"it is a PNG cut off inside its {kind!r} chunk, or that is damaged")
-        # The view spares copying a whole picture; the checksum covers the kind and the contents.
-        if zlib.crc32(memoryview(data)[position + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big"):
-            raise _Unreadable(f"it is a PNG with a damaged {kind!r} chunk at byte {position}")
-        if not kinds and kind != b"IHDR":
-            raise _Unreadable(f"it is a PNG that begins with {kind!r}")
-        kinds.add(kind)
-        position = end
-    return kinds
-
-
-def _decode_webp(data: bytes, max_pixels: int) -> np.ndarray:
-    if len(data) < int.from_bytes(data[4:8], "little") + 8:
-        raise _Unreadable(f"it is a WebP cut off after {len(data)} bytes")
-    kind = data[12:16]
-    if kind == b"VP8L":
-        bits = int.from_bytes(data[21:25], "little")
-        width, height = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
-    elif kind == b"VP8 ":
-        width, height = (side & 0x3FFF for side in struct.unpack("<HH", data[26:30]))
-    else:
-        width, height = (int.from_bytes(data[at : at + 3], "little") + 1 for at in (24, 27))
-        if data[20] & 0b0000_1010:  # EXIF, animation
-            return _decode_odd(data, max_pixels)
-    _check_size(width, height, max_pixels)
-    return _decode_opencv(data)
+        return _decode_pillow(data), 1
+    return pixels, reduced
 
 
 def _decode_opencv(data: bytes) -> np.ndarray:
     """8-bit colour, with or without alpha; OpenCV keeps blue first."""
     image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     if image is None or image.ndim != 3 or image.dtype != np.uint8:
-        raise _Unreadable("it is damaged")
+        raise Unreadable("it is damaged")
     if image.shape[2] == 3:
         order = cv2.COLOR_BGR2RGB
     elif cv2.minMaxLoc(cv2.extractChannel(image, 3))[0] == 255:
@@ -146,28 +154,51 @@ def _decode_opencv(data: bytes) -> np.ndarray:
     return pixels
 
 
-def _decode_odd(data: bytes, max_pixels: int) -> np.ndarray:
-    """Whatever Pillow can read, turned as EXIF says, as RGB or RGBA."""
-    try:
-        image: Any = Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS)
-    except UnidentifiedImageError:
-        raise _Unreadable("it begins like a picture, but is none") from None
-    with image:
-        _check_size(image.width, image.height, max_pixels)
+def _decode_pillow(data: bytes) -> np.ndarray:
+    """Whatever Pillow can read, as RGB or RGBA, not turned."""
+    image: Any
+    with Image.open(io.BytesIO(data), formats=PILLOW_FORMATS) as image:
         image.load()
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I") or image.mode == "F":  # 16 bits of grey; converting would clip
-            grey = np.asarray(image, np.float64)
-            scale = 1 / 257 if grey.max() > 255 else 1.0
-            image = Image.fromarray((grey * scale).clip(0, 255).round().astype(np.uint8))
-        pixels = np.asarray(image.convert("RGBA" if image.has_transparency_data else "RGB"))
-    if pixels.shape[2] == 4 and pixels[..., 3].min() == 255:
-        pixels = pixels[..., :3]
-    return np.ascontiguousarray(pixels)
+        scale = _grey_scale(image)
+        mode = "RGBA" if image.has_transparency_data and scale is None else "RGB"
+        pixels = np.empty((image.height, image.width, len(mode)), np.uint8)
+        rows = max(1, _STRIP_PIXELS // image.width)
+        for top in range(0, image.height, rows):
+            strip = image.crop((0, top, image.width, min(image.height, top + rows)))
+            if scale is not None:
+                grey = np.asarray(strip, np.float64) * scale
+                strip = Image.fromarray(grey.clip(0, 255).round().astype(np.uint8))
+            pixels[top : top + rows] = np.asarray(strip.convert(mode))
+    if len(mode) == 4 and cv2.minMaxLoc(cv2.extractChannel(pixels, 3))[0] == 255:
+        pixels = cv2.cvtColor(pixels, cv2.COLOR_RGBA2RGB)
+    return pixels
 
 
-def _check_size(width: int, height: int, max_pixels: int) -> None:
-    if width < 1 or height < 1:
-        raise _Unreadable(f"its header says {width} x {height} pixels")
-    if width * height > max_pixels:
-        raise _Unreadable(f"it has {width} x {height} pixels, more than the {max_pixels:,} that are accepted")
+def _grey_scale(image: Any) -> float | None:
+    """What turns grey of more than 8 bits, which Pillow would clip, into 0..255; None for other pictures."""
+    if image.mode.startswith("I;16"):
+        return 1 / 257
+    if image.mode in ("I", "F"):
+        return 1 / 257 if image.getextrema()[1] > 255 else 1.0
+    return None
+
+
+def _turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """As EXIF says; each line was compared with Pillow's `exif_transpose`."""
+    turned: np.ndarray
+    match orientation:
+        case 2:
+            turned = cv2.flip(pixels, 1)
+        case 3:
+            turned = cv2.rotate(pixels, cv2.ROTATE_180)
+        case 4:
+            turned = cv2.flip(pixels, 0)
+        case 5:
+            turned = cv2.transpose(pixels)
+        case 6:
+            turned = cv2.rotate(pixels, cv2.ROTATE_90_CLOCKWISE)
+        case 7:
+            turned = cv2.flip(cv2.transpose(pixels), -1)
+        case _:
+            turned = cv2.rotate(pixels, cv2.ROTATE_90_COUNTERCLOCKWISE)
+    return turned

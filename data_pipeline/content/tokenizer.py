@@ -79,9 +79,12 @@ class Tokenizer:
             text: A caption; cleaned here.
             max_length: Most ids, both marks included; at least 2.
         """
+        return self.encode_clean(clean(text), max_length)
+
+    def encode_clean(self, caption: str, max_length: int) -> list[int]:
+        """`encode` of a caption that is clean already."""
         if max_length < 2:
             raise ValueError(f"max_length is {max_length}; start and end alone need 2")
-        caption = clean(text)
         if not caption:
             return [START_ID, END_ID]
         # The leading blank makes the first word the same piece as in the middle of a sentence.
@@ -89,6 +92,8 @@ class Tokenizer:
         ids: list[int] = self._pieces.encode(head)
         for part in rest:
             ids += self._block_ids + self._pieces.encode(part)
+            if len(ids) > max_length:
+                break  # a caption of nothing but these would take a call for each
         return [START_ID, *ids[: max_length - 2], END_ID]
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -12,33 +12,28 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data_pipeline.common import errors
 from data_pipeline.common.errors import DataError, VlmError
-from data_pipeline.content.recipe import Item, Recipe
+from data_pipeline.content.recipe import Recipe
 from data_pipeline.content.tokenizer import Tokenizer
-from data_pipeline.loading.collate import collate
+from data_pipeline.loading.collate import BatchRows, PackedBatch
+from data_pipeline.loading.schedules import Schedule, shard_starts
+from data_pipeline.reading.fetch_ahead import FetchAhead
 from data_pipeline.reading.reader import Reader
 from data_pipeline.reading.store import ShardStore
-from data_pipeline.samples import Batch, SampleProblem, SampleRef
+from data_pipeline.samples import Batch, SampleProblem
+from data_pipeline.settings import DataConfig
 from data_pipeline.shards.manifest import Manifest
 
 POLL_SECONDS = 5
 """How often a waiting trainer looks whether its workers still live."""
-
-
-class Schedule(Protocol):
-    """Which samples batch number `n` holds; must travel to another process."""
-
-    def refs(self, number: int) -> list[SampleRef]:
-        """Its samples, in order."""
 
 
 class Failure(NamedTuple):
@@ -56,78 +51,80 @@ class Failure(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sources:
-    """Where batches come from: plain facts, so that a worker can open everything itself."""
+class Reading:
+    """How batches are read: plain facts, so that a worker can open everything itself."""
 
     manifests: tuple[Manifest, ...]
     tokenizer: Tokenizer
-    cache_dir: str
-    verify: bool
-    timeout_seconds: float
+    settings: DataConfig
     max_open: int
+    """Shards held open."""
 
 
-class BatchMaker(Dataset[Batch | Failure]):
+class BatchMaker(Dataset[PackedBatch | Failure]):
     """Map-style dataset of whole batches."""
 
-    def __init__(self, sources: Sources, recipe: Recipe, schedule: Schedule) -> None:
-        self._sources, self._recipe, self._schedule = sources, recipe, schedule
+    def __init__(self, reading: Reading, recipe: Recipe, schedule: Schedule) -> None:
+        self._reading, self._recipe, self._schedule = reading, recipe, schedule
+        self._starts = shard_starts(reading.manifests)
         self._reader: Reader | None = None
+        self._store: ShardStore | None = None
+        self._ahead: FetchAhead | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_reader": None}  # open files stay in their process
+        # Open files and threads stay in their process.
+        return self.__dict__ | {"_reader": None, "_store": None, "_ahead": None}
 
-    def __getitem__(self, number: int) -> Batch | Failure:
+    def __getitem__(self, number: int) -> PackedBatch | Failure:
         try:
             return self.make(number)
         except VlmError as error:
             return Failure(type(error).__name__, str(error))
 
-    def make(self, number: int) -> Batch:
+    def make(self, number: int) -> PackedBatch:
         """One batch.
 
         Raises:
-            DataError: A shard is missing or damaged as a whole. Bad samples are no error: they are
-                named in the batch's `problems`.
+            VlmError: Something is wrong with the run, such as its settings. Bad samples and shards are no
+                error: the samples are named in the batch's `problems`.
         """
         start = time.perf_counter()
-        reader, tokenizer = self._opened(), self._sources.tokenizer
-        items: list[Item] = []
+        reader, tokenizer, recipe = self._opened(number), self._reading.tokenizer, self._recipe
+        refs = self._schedule.refs(number)
+        rows = BatchRows(
+            len(refs), image_size=recipe.image_size, text_length=recipe.text_length, pad_id=tokenizer.pad_id
+        )
         problems: list[SampleProblem] = []
-        ids: list[int] = []
-        slots: list[int] = []
-        starts = np.concatenate([[0], np.cumsum(shard_sizes(self._sources.manifests))])
-        for slot, (epoch, shard, index) in enumerate(self._schedule.refs(number)):
+        raws = reader.read_many([(ref.shard, ref.sample) for ref in refs])
+        for slot, (ref, raw) in enumerate(zip(refs, raws, strict=True)):
+            number_of_sample = int(self._starts[ref.shard]) + ref.sample
+            if isinstance(raw, SampleProblem):
+                problems.append(raw._replace(id=number_of_sample))
+                continue
             try:
-                items.append(self._recipe.make(reader.read(shard, index), epoch, tokenizer))
-                ids.append(int(starts[shard]) + index)
-                slots.append(slot)
+                rows.add(recipe.make(raw, ref.epoch, tokenizer, rows.place), number_of_sample, slot)
             except DataError as error:
                 if not error.slug:
                     raise
-                problems.append(SampleProblem(*reader.name(shard, index), error.slug, str(error)))
-        return collate(
-            items,
-            problems,
-            image_size=self._recipe.image_size,
-            text_length=self._recipe.text_length,
-            pad_id=tokenizer.pad_id,
-        )._replace(
-            seconds=time.perf_counter() - start, ids=torch.tensor(ids, dtype=torch.int64),
-            slots=torch.tensor(slots, dtype=torch.int64),
-        )
+                problems.append(SampleProblem(raw.shard, raw.key, error.slug, str(error), number_of_sample))
+        return rows.packed(problems, time.perf_counter() - start)
 
-    def _opened(self) -> Reader:
+    def close(self) -> None:
+        """End what was started in this process: a thread that fetches, and open files."""
+        if self._ahead is not None:
+            self._ahead.close()
+        if self._store is not None:
+            self._store.close()
+        self._reader = self._store = self._ahead = None
+
+    def _opened(self, number: int) -> Reader:
+        """The reader, made with the first batch of this process."""
         if self._reader is None:
-            known = self._sources
-            store = ShardStore(
-                known.manifests,
-                cache_dir=known.cache_dir,
-                verify=known.verify,
-                timeout_seconds=known.timeout_seconds,
-                max_open=known.max_open,
-            )
-            self._reader = Reader(store)
+            known = self._reading
+            self._store = ShardStore(known.manifests, known.settings, max_open=known.max_open)
+            self._reader = Reader(self._store)
+            if known.settings.fetch_ahead:
+                self._ahead = FetchAhead(self._store, self._schedule.shards_from(number))
         return self._reader
 
 
@@ -143,7 +140,7 @@ class BatchStream:
         prefetch: int,
         timeout_seconds: float,
     ) -> None:
-        self._timeout = timeout_seconds
+        self._timeout, self._maker = timeout_seconds, maker
         more: dict[str, Any] = {}
         if workers:
             # The server imports torch and this package once; its children then start in no time.
@@ -165,7 +162,7 @@ class BatchStream:
             generator=torch.Generator(),
             **more,
         )
-        self._batches: Iterator[Batch | Failure] | None = iter(loader)
+        self._batches: Iterator[PackedBatch | Failure] | None = iter(loader)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -175,13 +172,14 @@ class BatchStream:
         if isinstance(found, Failure):
             self.close()
             raise found.error()
-        return found
+        return found.unpack()
 
     def close(self) -> None:
-        """End the worker processes."""
+        """End the worker processes, and what was opened here."""
         self._batches = None  # torch ends them when nothing refers to the iterator any more
+        self._maker.close()
 
-    def _wait(self) -> Batch | Failure:
+    def _wait(self) -> PackedBatch | Failure:
         if self._batches is None:
             raise StopIteration
         start = time.monotonic()
@@ -258,8 +256,3 @@ def _end_when_the_trainer_asks() -> None:
     while trainer is not None:
         if signal.sigwaitinfo([signal.SIGTERM]).si_pid == trainer.pid:
             os._exit(0)
-
-
-def shard_sizes(manifests: Sequence[Manifest]) -> list[int]:
-    """Samples of every shard of all manifests, in order."""
-    return [shard.samples for manifest in manifests for shard in manifest.shards]

@@ -1,6 +1,6 @@
 """The door to the data: endless training steps from a state, and one pass for evaluation.
 
-    manifests -> plan (pure) -> this rank's positions -> read, check, decode, tokenise -> Batch
+    sources -> order (pure) -> this rank's positions -> read, check, decode, tokenise -> Batch
 
 `Loader.steps()` gives the micro-batches of one optimizer step and the state after it; a new loader
 made with that state goes on with the very next sample, on any number of ranks and workers.
@@ -8,11 +8,9 @@ made with that state goes on with the very next sample, on any number of ranks a
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -20,11 +18,17 @@ from data_pipeline.common import storage
 from data_pipeline.common.errors import ConfigError, DataError
 from data_pipeline.content.recipe import Recipe
 from data_pipeline.content.tokenizer import Tokenizer
-from data_pipeline.loading.feed import BatchMaker, BatchStream, Sources, shard_sizes
-from data_pipeline.order.plan import LoaderState, Plan, micro_batch_positions, micro_batches_per_step
-from data_pipeline.samples import Batch, SampleRef
+from data_pipeline.loading.feed import BatchMaker, BatchStream, Reading
+from data_pipeline.loading.schedules import ListSchedule, TrainSchedule
+from data_pipeline.loading.sources import Source, data_fingerprint, make_order, plain_source
+from data_pipeline.order.order import Order
+from data_pipeline.order.plan import micro_batches_per_step
+from data_pipeline.order.state import LoaderState
+from data_pipeline.samples import Batch
 from data_pipeline.settings import DataConfig
 from data_pipeline.shards.manifest import Manifest
+
+__all__ = ["Loader", "data_fingerprint", "read_all"]
 
 
 class Loader:
@@ -33,7 +37,8 @@ class Loader:
     def __init__(
         self,
         *,
-        manifests: Sequence[Manifest],
+        sources: Sequence[Source] = (),
+        manifests: Sequence[Manifest] = (),
         tokenizer_path: str,
         data: DataConfig,
         image_size: int,
@@ -48,7 +53,8 @@ class Loader:
         """Prepare; processes start with the first step.
 
         Args:
-            manifests: The shards to train on.
+            sources: The mixture to train on.
+            manifests: Instead of it: manifests, each a source of its own without a weight.
             tokenizer_path: SentencePiece model file.
             data: How to read.
             image_size: Side of the square pictures, pixels.
@@ -61,19 +67,23 @@ class Loader:
             state: Where to begin; `LoaderState()` is the start.
 
         Raises:
-            ConfigError: The batch does not split, or the state is of another seed.
-            DataError: The state was saved with other shards or another shuffle window.
+            ConfigError: The batch does not split, the state is of another seed, or a source that is drawn
+                from has no samples.
+            DataError: The state was saved with other shards, weights, drop-lists or another window.
             TokenizerError: There is no tokenizer at `tokenizer_path`.
         """
         self._micro_batches = micro_batches_per_step(pairs_per_step, pairs_per_forward, world)
-        self._pairs_per_step = pairs_per_step
-        fingerprint = data_fingerprint(manifests, data.shuffle_window)
+        self.sources = tuple(sources) or tuple(plain_source(manifest) for manifest in manifests)
+        if not self.sources or (sources and manifests):
+            raise ConfigError("give a loader sources or manifests to train on: one of the two")
+        fingerprint = data_fingerprint(self.sources, data.shuffle_window)
         _check_state(state, seed, fingerprint)
         self._state = replace(state, seed=seed, data=fingerprint)
         self._data = data
-        schedule = _TrainSchedule(
-            plan=Plan(shard_sizes(manifests), seed, data.shuffle_window),
+        self._schedule = TrainSchedule(
+            order=make_order(self.sources, seed, data.shuffle_window),
             origin=state.position,
+            skip=state.skip,
             pairs_per_step=pairs_per_step,
             pairs_per_forward=pairs_per_forward,
             micro_batches=self._micro_batches,
@@ -87,25 +97,36 @@ class Loader:
             caption_weights=tuple(data.caption_weights),
             seed=seed,
             augment=data.augment,
+            filters=data.filters,
+            limits=data.limits,
         )
-        sources = Sources(
-            manifests=tuple(manifests),
+        reading = Reading(
+            manifests=tuple(source.manifest for source in self.sources),
             tokenizer=Tokenizer.load(tokenizer_path),
-            cache_dir=data.cache_dir,
-            verify=False,
-            timeout_seconds=data.timeout_seconds,
+            settings=data,
             # All shards of a window are in use at once; a few more at its borders.
-            max_open=data.shuffle_window + 8,
+            max_open=len(self.sources) * data.shuffle_window + 8,
         )
-        self._maker = BatchMaker(sources, recipe, schedule)
+        self._maker = BatchMaker(reading, recipe, self._schedule)
         self._stream: BatchStream | None = None
+        self._steps_done = 0
+
+    @property
+    def order(self) -> Order:
+        """The order of training: what of each source was consumed before a position, and more."""
+        return self._schedule.order
+
+    @property
+    def state(self) -> LoaderState:
+        """After the last step that was given."""
+        return self._state
 
     def steps(self) -> Iterator[tuple[list[Batch], LoaderState]]:
         """This rank's micro-batches of each step, and the state after it; goes on where it was left.
 
         Raises:
-            DataError: A shard is missing or not the manifest's, or nothing came in time. Bad samples
-                are no error: they are in each batch's `problems`.
+            DataError: Nothing came in time, or a worker process ended. Bad samples and bad shards are no
+                error: every sample concerned is in its batch's `problems`.
         """
         if self._stream is None:
             self._stream = BatchStream(
@@ -119,7 +140,8 @@ class Loader:
             batches = list(itertools.islice(self._stream, self._micro_batches))
             if len(batches) < self._micro_batches:
                 return  # closed
-            self._state = replace(self._state, position=self._state.position + self._pairs_per_step)
+            self._state = replace(self._state, position=self._schedule.step_end(self._steps_done))
+            self._steps_done += 1
             yield batches, self._state
 
     def close(self) -> None:
@@ -147,7 +169,7 @@ def read_all(
         manifest: The shards.
         tokenizer: Turns captions into ids.
         data: Where captions are (the first key that has one counts), and how shards are read; its
-            `augment`, `shuffle_window`, `workers` and `prefetch` are for training only.
+            `augment`, `filters`, `shuffle_window`, `workers` and `prefetch` are for training only.
         image_size: Side of the square pictures, pixels.
         text_length: Most text positions, marks included.
         pairs_per_forward: Samples of a batch, bad ones included; the last may have fewer.
@@ -159,7 +181,7 @@ def read_all(
 
     Raises:
         ConfigError: `indices` holds numbers of no sample.
-        DataError: A shard is missing or not the manifest's.
+        DataError: Nothing came in time. Bad samples are no error, see `Loader.steps`.
     """
     numbers = np.arange(manifest.total_samples) if indices is None else np.asarray(indices, dtype=np.int64)
     if len(numbers) and not 0 <= numbers.min() <= numbers.max() < manifest.total_samples:
@@ -172,18 +194,12 @@ def read_all(
         text_length=text_length,
         caption_keys=tuple(data.caption_keys),
         caption_weights=tuple(data.caption_weights),
+        limits=data.limits,
     )
-    sources = Sources(
-        manifests=(manifest,),
-        tokenizer=tokenizer,
-        cache_dir=data.cache_dir,
-        verify=False,
-        timeout_seconds=data.timeout_seconds,
-        max_open=16,
-    )
-    schedule = _ListSchedule(shard_sizes([manifest]), numbers, pairs_per_forward)
+    reading = Reading(manifests=(manifest,), tokenizer=tokenizer, settings=data, max_open=16)
+    schedule = ListSchedule(manifest, numbers, pairs_per_forward)
     stream = BatchStream(
-        BatchMaker(sources, recipe, schedule),
+        BatchMaker(reading, recipe, schedule),
         range(rank, -(-len(numbers) // pairs_per_forward), world),
         workers=workers,
         prefetch=2,
@@ -193,12 +209,6 @@ def read_all(
         yield from stream
     finally:
         stream.close()
-
-
-def data_fingerprint(manifests: Sequence[Manifest], shuffle_window: int) -> str:
-    """A name for everything but the seed that decides the order; folders may move."""
-    facts = [[shard.name, shard.samples, shard.sha256] for manifest in manifests for shard in manifest.shards]
-    return hashlib.sha256(json.dumps([shuffle_window, facts]).encode()).hexdigest()[:32]
 
 
 def _check_state(state: LoaderState, seed: int, fingerprint: str) -> None:
@@ -212,46 +222,7 @@ def _check_state(state: LoaderState, seed: int, fingerprint: str) -> None:
         )
     if state.data != fingerprint:
         raise DataError(
-            f"the position in the data (sample {state.position}) was saved with other shards or another "
-            f"data.shuffle_window (fingerprint {state.data}, now {fingerprint}): the order would be another; "
-            f"give the same data or start a new run"
+            f"the position in the data (sample {state.position}) was saved with other shards, weights or drop-lists, "
+            f"or another data.shuffle_window (fingerprint {state.data}, now {fingerprint}): the order would be "
+            f"another; give the same data or start a new run"
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _TrainSchedule:
-    """Batch number n is micro-batch `n mod micro_batches` of step `n div micro_batches` after `origin`."""
-
-    plan: Plan
-    origin: int
-    pairs_per_step: int
-    pairs_per_forward: int
-    micro_batches: int
-    rank: int
-    world: int
-
-    def refs(self, number: int) -> list[SampleRef]:
-        """This rank's samples of one micro-batch."""
-        step, micro = divmod(number, self.micro_batches)
-        positions = micro_batch_positions(
-            self.origin + step * self.pairs_per_step,
-            micro,
-            self.rank,
-            pairs_per_forward=self.pairs_per_forward,
-            world=self.world,
-        )
-        return self.plan.samples(positions.start, len(positions))
-
-
-class _ListSchedule:
-    """Batch number n is the n-th piece of a list of samples."""
-
-    def __init__(self, sizes: Sequence[int], numbers: np.ndarray, pairs_per_forward: int) -> None:
-        self._ends, self._numbers, self._pairs = np.cumsum(sizes), numbers, pairs_per_forward
-
-    def refs(self, number: int) -> list[SampleRef]:
-        """Shard and place of each sample of one batch."""
-        chosen = self._numbers[number * self._pairs : (number + 1) * self._pairs]
-        shards = np.searchsorted(self._ends, chosen, side="right")
-        starts = np.concatenate([[0], self._ends])[shards]
-        return [SampleRef(0, *pair) for pair in zip(shards.tolist(), (chosen - starts).tolist(), strict=True)]

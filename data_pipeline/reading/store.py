@@ -1,200 +1,288 @@
-"""Shards at hand: checked against the manifest, open, and with their index.
+"""The shards of a run by number: the index of each, and its file where there is one on this machine.
 
-A local shard is read where it lies. A remote one is copied once into `cache_dir`, under a name that
-holds its hash, by whichever process of the machine needs it first; the others wait for it. A shard
-that is missing or is not the one of the manifest ends training: reading on would teach something
-else than was asked for.
+A local shard is read where it lies; a remote one from its copy in the cache, and from the store as long as there
+is no copy. Nothing that is wrong with a shard ends a run: it is a `DataError` with a slug by which the samples
+concerned are counted.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
-import hashlib
+import logging
 import os
+import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from threading import Event
 
 from data_pipeline.common import storage
-from data_pipeline.common.errors import ConfigError, DataError
+from data_pipeline.common.errors import ConfigError, DataError, StorageError
+from data_pipeline.reading.cache import Made, ShardCache, touch
+from data_pipeline.reading.open_shard import OpenShard
+from data_pipeline.reading.troubles import Troubles, reason_of
+from data_pipeline.settings import DataConfig
 from data_pipeline.shards.manifest import Manifest, ShardEntry, load_index
 from data_pipeline.shards.shard_index import ShardIndex
 
+logger = logging.getLogger(__name__)
 
-@dataclass(frozen=True)
-class OpenShard:
-    """A checked shard, ready for `os.pread`."""
-
-    name: str
-    path: str
-    fd: int
-    index: ShardIndex
+INDEX_TRIES = 3
+"""How often an index of a store is fetched that is not the one of the manifest."""
+_WAIT_SECONDS = 0.05
+_REMEDY = "copy it again, or make the manifest again with `vlmoe data index` if the change was meant"
 
 
-def check_present(manifests: Sequence[Manifest]) -> None:
-    """Look at every local shard's length, so that a long run does not find a missing one after hours.
+def check_present(manifests: Sequence[Manifest], max_bad_share: float = 0.01) -> None:
+    """Look for every local shard, so that a long run does not find after hours that many are missing.
+
+    Shards of stores are not asked for. Shards of another length than their manifest says are only told.
+
+    Args:
+        manifests: All that a run reads.
+        max_bad_share: Share of the samples that may be in missing shards.
 
     Raises:
-        DataError: Some are missing or have another length than their manifest says; names the first.
+        DataError: More of them are missing; names the first.
     """
     shards = [(manifest, entry) for manifest in manifests for entry in manifest.shards
-              if storage.is_local(manifest.url)]
-    problems = []
+              if storage.is_local(manifest.base)]
+    missing: list[tuple[str, int]] = []
     for manifest, entry in shards:
+        path = storage.local_path(manifest.shard_url(entry))
         try:
-            os.close(_open_checked(storage.local_path(manifest.shard_url(entry)), entry))
-        except DataError as error:
-            problems.append(str(error))
-    if problems:
-        more = f" ({len(problems)} of {len(shards)} shards are like this)" if len(problems) > 1 else ""
-        raise DataError(problems[0] + more)
+            found = path.stat().st_size
+        except OSError as error:
+            what = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+            missing.append((f"shard {path} {what}, but its manifest expects {entry.samples} samples in "
+                            f"{entry.bytes} bytes there", entry.samples))
+            continue
+        if found != entry.bytes:
+            logger.warning("shard %s has %d bytes, but its manifest expects %d; samples that are damaged or cut off "
+                           "are left out", path, found, entry.bytes)
+    lost, total = sum(samples for _, samples in missing), sum(manifest.total_samples for manifest in manifests)
+    if not missing:
+        return
+    counted = f"{len(missing)} of {len(shards)} shards are missing, with {lost} of {total} samples"
+    if lost > max_bad_share * total:
+        raise DataError(f"{missing[0][0]}; {_REMEDY} ({counted}, more than data.max_bad_share {max_bad_share:g})")
+    logger.warning("%s; %s: their samples are left out", missing[0][0], counted)
 
 
 class ShardStore:
-    """The shards of some manifests by number, opened on first use; the longest unused are closed."""
+    """The shards of some manifests by number, opened on first use; the longest unused are closed.
+
+    One thread reads; others may call `load_index` and `copy`.
+    """
 
     def __init__(
-        self,
-        manifests: Sequence[Manifest],
-        *,
-        cache_dir: str = "",
-        verify: bool = True,
-        timeout_seconds: float = 300.0,
-        max_open: int = 256,
+        self, manifests: Sequence[Manifest], settings: DataConfig | None = None, *, max_open: int = 256
     ) -> None:
         """Know the shards; nothing is opened yet.
 
         Args:
             manifests: Their shards, one after the other, are numbers 0, 1, ...
-            cache_dir: Where copies of remote shards go.
-            verify: Check a shard's SHA-256 when it is first opened.
-            timeout_seconds: Longest wait for one request to a store.
+            settings: The cache, and how long to wait for a store.
             max_open: Shards held open.
 
         Raises:
-            ConfigError: A manifest is remote and there is no `cache_dir`.
+            ConfigError: A manifest is remote, copies are wanted, and there is no `cache_dir`.
         """
+        self.settings = settings or DataConfig()
         self._shards = [(manifest, entry) for manifest in manifests for entry in manifest.shards]
-        self._cache_dir, self._verify, self._timeout = cache_dir, verify, timeout_seconds
-        self._max_open = max_open
+        self._max_open = max(1, max_open)
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
-        self._checked: set[int] = set()
+        self.on_read: Callable[[Collection[int]], None] | None = None
+        """Told which shards are read from, now and then."""
         for manifest in manifests:
-            if not cache_dir and not storage.is_local(manifest.url):
+            if not self.settings.cache_dir and self.settings.cache_gib and not storage.is_local(manifest.base):
                 raise ConfigError(
-                    f"data.cache_dir is empty, but {storage.redact(manifest.url)} is remote; name a local "
-                    f"folder for copies of its shards"
+                    f"data.cache_dir is empty, but {storage.redact(manifest.base)} is remote; name a local folder for "
+                    f"copies of its shards, or set data.cache_gib=0 to keep none"
                 )
+        self.cache = ShardCache(self.settings.cache_dir, self.settings.cache_gib) if self.settings.cache_dir else None
+        self.troubles = Troubles(Path(self.settings.cache_dir, "bad") if self.settings.cache_dir else None)
 
     def __len__(self) -> int:
         return len(self._shards)
 
-    def open(self, number: int) -> OpenShard:
-        """One shard, checked and open.
+    def name(self, number: int) -> str:
+        """How the manifest calls a shard."""
+        return self._shards[number][1].name
+
+    def entry(self, number: int) -> ShardEntry:
+        """The manifest's row for a shard."""
+        return self._shards[number][1]
+
+    def is_remote(self, number: int) -> bool:
+        """Whether a shard or its index lies in a store."""
+        manifest = self._shards[number][0]
+        return not (storage.is_local(manifest.base) and storage.is_local(manifest.url))
+
+    def at_hand(self, number: int) -> OpenShard | None:
+        """A shard that needs no store to be opened; None for others.
 
         Raises:
-            DataError: It is missing, has another length or another hash than the manifest says.
+            DataError: It is missing or its index is bad, with a slug.
         """
         shard = self._open.get(number)
-        if shard is None:
-            shard = self._open_new(number)
-            self._open[number] = shard
-            if len(self._open) > self._max_open:
-                _, oldest = self._open.popitem(last=False)
-                os.close(oldest.fd)
-        else:
+        if shard is not None:
             self._open.move_to_end(number)
+            if shard.fd < 0 and self.cache is not None and (fd := self.cache.open(shard.entry)) is not None:
+                shard.fd = fd
+            elif shard.is_copy and shard.fd >= 0:
+                touch(shard.fd)
+            return shard
+        return None if self.is_remote(number) else self.open(number)
+
+    def open(self, number: int, index: ShardIndex | None = None) -> OpenShard:
+        """A shard with its index; the one given, or else the one that is fetched now.
+
+        Raises:
+            DataError: The shard or its index cannot be had, with a slug.
+        """
+        shard = self.at_hand(number) if number in self._open else None
+        if shard is None:
+            while True:
+                try:
+                    shard = self._open_new(number, index)
+                    break
+                except DataError as error:
+                    # Others of this process may have taken the files that it may open: do with fewer.
+                    if not isinstance(error.__cause__, OSError) or error.__cause__.errno != errno.EMFILE:
+                        raise
+                    if not self._open:
+                        raise
+                    self._max_open = max(1, len(self._open) // 2)
+                    self._close_oldest(self._max_open)
+            self._open[number] = shard
+            self._close_oldest(self._max_open)
         return shard
+
+    def forget(self, number: int) -> None:
+        """Close a shard, so that it is opened anew."""
+        shard = self._open.pop(number, None)
+        if shard is not None and shard.fd >= 0:
+            os.close(shard.fd)
+
+    def drop_copy(self, number: int) -> None:
+        """Remove the copy of a shard, of which the store has a better one."""
+        logger.warning("the copy of shard %s is damaged; it will be made again", self.name(number))
+        if self.cache is not None:
+            self.cache.drop(self.entry(number))
+        self.forget(number)
 
     def close(self) -> None:
         """Close every file."""
-        while self._open:
-            os.close(self._open.popitem()[1].fd)
+        self._close_oldest(0)
 
-    def _open_new(self, number: int) -> OpenShard:
+    def load_index(self, number: int, timeout_seconds: float) -> ShardIndex:
+        """The index of a shard; one from a store is tried again while it is not the manifest's.
+
+        Raises:
+            DataError: It cannot be had, with a slug.
+        """
         manifest, entry = self._shards[number]
-        index = load_index(manifest, entry, with_members=False, timeout_seconds=self._timeout)
-        local = storage.is_local(manifest.url)
-        path = storage.local_path(manifest.shard_url(entry)) if local else self._cached(manifest, entry)
-        fd = _open_checked(path, entry)
-        try:
-            if self._verify and number not in self._checked:
-                self._check_hash(fd, path, entry)
-            self._checked.add(number)
-        except BaseException:
-            os.close(fd)
-            raise
-        return OpenShard(entry.name, str(path), fd, index)
+        for attempt in range(INDEX_TRIES):
+            try:
+                return load_index(
+                    manifest, entry, cache_dir=self.settings.cache_dir, timeout_seconds=max(0.1, timeout_seconds)
+                )
+            except StorageError as error:
+                if error.slug or not error.kind:
+                    raise DataError(str(error), slug=error.slug or "bad-index") from error.__cause__
+                slug = "bad-index" if reason_of(error) in ("missing-shard", "truncated") else reason_of(error)
+                raise StorageError(str(error), slug=slug, kind=error.kind) from None
+            except DataError as error:
+                if storage.is_local(manifest.url) or attempt == INDEX_TRIES - 1:
+                    raise DataError(str(error), slug=error.slug or "bad-index") from error
+        raise AssertionError("the last try returns or raises")
 
-    def _cached(self, manifest: Manifest, entry: ShardEntry) -> Path:
-        """The local copy of a remote shard, made if it is not there."""
-        path = Path(self._cache_dir) / f"{entry.sha256[:16]}-{Path(entry.name).name}"
-        with _locked(path):
-            if not path.exists() or path.stat().st_size != entry.bytes:
-                url = manifest.shard_url(entry)
-                try:
-                    storage.fetch_to_file(
-                        url, path, expected_bytes=entry.bytes, timeout_seconds=self._timeout
-                    )
-                except DataError as error:
-                    raise DataError(f"shard {entry.name}: {error}; {_REMEDY}") from error
-        return path
+    def copy(
+        self, number: int, *, keep: Collection[int] = (), timeout_seconds: float = 0.0, cancel: Event | None = None
+    ) -> Made:
+        """Copy a remote shard into the cache.
 
-    def _check_hash(self, fd: int, path: Path, entry: ShardEntry) -> None:
-        """Compare the whole file with the manifest, once a machine where there is a cache folder."""
-        found = os.fstat(fd)
-        stamp = f"{path} {found.st_size} {found.st_mtime_ns}"
-        marker = Path(self._cache_dir) / "verified" / entry.sha256 if self._cache_dir else None
-        if marker and marker.exists() and marker.read_text() == stamp:
-            return
-        with open(fd, "rb", closefd=False) as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        if sha256 != entry.sha256:
-            if marker and path.parent == Path(self._cache_dir):
-                path.unlink(missing_ok=True)  # our own copy: let the next start fetch it again
-            raise DataError(
-                f"shard {path} has SHA-256 {sha256}, but its manifest expects {entry.sha256}: it was "
-                f"changed or damaged; {_REMEDY}"
-            )
-        if marker:
-            storage.write_bytes(str(marker), stamp.encode())
+        Args:
+            number: The shard.
+            keep: Shards whose copies stay.
+            timeout_seconds: Longest time without progress; `data.shard_seconds` if 0.
+            cancel: Set by another thread to give up.
 
+        Raises:
+            StorageError: It cannot be had.
+        """
+        manifest, entry = self._shards[number]
+        if storage.is_local(manifest.base):
+            return Made.HERE
+        if self.cache is None:
+            return Made.FULL
+        return self.cache.make(
+            entry, manifest.shard_url(entry), keep={self.cache.path(self._shards[other][1]) for other in keep},
+            timeout_seconds=timeout_seconds or self.settings.shard_seconds,
+            request_seconds=self.settings.request_seconds, cancel=cancel,
+        )  # fmt: skip
 
-_REMEDY = "copy it again, or make the manifest again with `vlmoe data index` if the change was meant"
+    def copy_now(self, number: int, end: float, keep: Collection[int]) -> None:
+        """Copy a shard that can only be had whole, closing others to make room if need be.
 
+        Args:
+            number: The shard.
+            end: When to give up, on `time.monotonic()`.
+            keep: Shards that stay open.
 
-def _open_checked(path: Path, entry: ShardEntry) -> int:
-    """A file descriptor of a shard that has the manifest's length."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        raise DataError(
-            f"shard {path} is missing, but its manifest expects {entry.samples} samples in "
-            f"{entry.bytes} bytes there; {_REMEDY}"
-        ) from None
-    except OSError as error:
-        hint = "lower data.shuffle_window or raise `ulimit -n`" if error.errno == errno.EMFILE else _REMEDY
-        raise DataError(f"cannot open shard {path}: {error.strerror}; {hint}") from error
-    found = os.fstat(fd).st_size
-    if found != entry.bytes:
-        os.close(fd)
-        kind = "was cut off" if found < entry.bytes else "is longer than it should be"
-        raise DataError(
-            f"shard {path} has {found} bytes, but its manifest expects {entry.bytes}: it {kind}; {_REMEDY}"
+        Raises:
+            StorageError: It cannot be had, or there is no room.
+        """
+        while (left := end - time.monotonic()) > 0:
+            made = self.copy(number, timeout_seconds=left)
+            if made is Made.HERE:
+                return
+            if made is Made.FULL:
+                held = [other for other, shard in self._open.items() if shard.is_copy and shard.fd >= 0]
+                if not (others := [other for other in held if other not in keep]):
+                    break
+                self.forget(others[0])
+            else:
+                time.sleep(_WAIT_SECONDS)
+        raise StorageError(
+            f"shard {self.name(number)} comes from a server that gives only whole files, and there is no room for "
+            f"a copy; raise data.cache_gib, or use a server that knows ranges",
+            slug="unreachable",
         )
-    return fd
+
+    def _open_new(self, number: int, index: ShardIndex | None) -> OpenShard:
+        manifest, entry = self._shards[number]
+        url, remote = manifest.shard_url(entry), not storage.is_local(manifest.base)
+        if not remote:
+            fd = _open_local(storage.local_path(url), entry)
+        try:
+            if index is None:
+                index = self.load_index(number, self.settings.shard_seconds)
+            if remote:
+                found = self.cache.open(entry) if self.cache is not None else None
+                fd = -1 if found is None else found
+        except BaseException as error:
+            if not remote:
+                os.close(fd)
+            if isinstance(error, OSError):
+                raise DataError(f"cannot open the copy of shard {entry.name}: {error.strerror}",
+                                slug="unreachable") from error
+            raise
+        return OpenShard(entry, url, index, fd, is_copy=remote)
+
+    def _close_oldest(self, keep: int) -> None:
+        while len(self._open) > keep:
+            _, shard = self._open.popitem(last=False)
+            if shard.fd >= 0:
+                os.close(shard.fd)
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Keep other processes of this machine from making `path` at the same time."""
-    storage.local_path(str(path)).parent.mkdir(parents=True, exist_ok=True)
-    fd = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+def _open_local(path: Path, entry: ShardEntry) -> int:
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX)  # let go by the kernel if its holder dies
-        yield
-    finally:
-        os.close(fd)
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise DataError(f"shard {path} is missing; {_REMEDY}", slug="missing-shard") from None
+    except OSError as error:
+        hint = "; lower data.shuffle_window or raise `ulimit -n`" if error.errno == errno.EMFILE else ""
+        raise DataError(f"cannot open shard {path}: {error.strerror}{hint}", slug="unreachable") from error

@@ -178,8 +178,16 @@ def _data(run: RunConfig) -> Iterator[str]:
     if not data.caption_keys:
         yield "data.caption_keys is empty; name where captions are, such as txt"
     for key in data.caption_keys:
-        if not re.fullmatch(r"json:.+|[^:\s]+", key):
-            yield f"data.caption_keys has {key!r}; write txt, or json:FIELD for a field of the .json member"
+        if not re.fullmatch(r"json:.+|([^:\s]+\.)?(txt|text|caption)", key):
+            yield (f"data.caption_keys has {key!r}; write txt (or another member of text: text, caption, en.txt), or "
+                   f"json:FIELD for a field of the .json member")
+    if data.filters.require:
+        from data_pipeline.content.filters import compile_conditions  # loads numpy; `vlmoe plan` should not
+
+        try:
+            compile_conditions(data.filters.require)
+        except ConfigError as error:
+            yield str(error)
     if any(weight < 0 for weight in data.caption_weights) or (data.caption_weights and not sum(data.caption_weights)):
         yield f"data.caption_weights is {list(data.caption_weights)}; weights are at least 0 and not all 0"
 

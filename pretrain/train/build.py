@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -15,10 +15,12 @@ from data_pipeline.common.config import dump_yaml
 from data_pipeline.common.errors import ConfigError, DataError, StorageError, TokenizerError, VlmError
 from data_pipeline.common.logs import log_to_file, setup_logging
 from data_pipeline.content.tokenizer import Tokenizer
-from data_pipeline.loading.loader import Loader, data_fingerprint
-from data_pipeline.order.plan import LoaderState
+from data_pipeline.loading.ledger import Ledger
+from data_pipeline.loading.ledger_facts import LedgerFacts
+from data_pipeline.loading.loader import Loader
+from data_pipeline.loading.sources import Source, data_fingerprint
+from data_pipeline.order.state import LoaderState
 from data_pipeline.reading.store import check_present
-from data_pipeline.shards.manifest import Manifest, load_manifest
 from pretrain.checkpoint.retention import list_checkpoints
 from pretrain.config.batch import BatchPlan, plan_batch
 from pretrain.config.schema import RunConfig
@@ -34,12 +36,14 @@ from pretrain.parallel.environment import (
 )
 from pretrain.parallel.layout import Layout
 from pretrain.parallel.plain_engine import PlainEngine
+from pretrain.train.data import count_data, open_data
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 CONFIG_FILE, DEEPSPEED_FILE, TOKENIZER_FILE = "config.yaml", "deepspeed.json", "tokenizer.model"
+LEDGER_FOLDER = "ledger"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,12 +58,12 @@ class Parts:
     batch_plan: BatchPlan
     engine: TrainEngine
     tokenizer: Tokenizer
-    manifests: tuple[Manifest, ...]
+    sources: tuple[Source, ...]
 
     def open_loader(self, state: LoaderState) -> Loader:
         """The training data from `state` on."""
         return Loader(
-            manifests=self.manifests,
+            sources=self.sources,
             tokenizer_path=self.run.data.tokenizer,
             data=replace(self.run.data, cache_dir=self.run.data.cache_dir or str(self.out / "cache")),
             image_size=self.run.model.image_size,
@@ -70,6 +74,19 @@ class Parts:
             pairs_per_step=self.run.batch.pairs_per_step,
             pairs_per_forward=self.run.batch.pairs_per_forward,
             state=state,
+        )
+
+    def open_ledger(self, loader: Loader, step: int) -> Ledger | None:
+        """This rank's record of delivered samples from `step` on, if the run keeps one."""
+        if not self.run.data.ledger:
+            return None
+        return Ledger.open(
+            self.out / LEDGER_FOLDER,
+            rank=self.environment.rank,
+            world=self.environment.world,
+            pairs_per_forward=self.run.batch.pairs_per_forward,
+            resumed_step=step,
+            facts=LedgerFacts.of(self.sources, self.run.data.shuffle_window, loader.state),
         )
 
     def on_first_rank(self, work: Callable[[], T]) -> T | None:
@@ -104,17 +121,18 @@ def build(run: RunConfig, out: Path) -> Parts:
     batch_plan = plan_batch(run.batch.pairs_per_step, run.batch.pairs_per_forward, environment.world)
     tokenizer = Tokenizer.load(run.data.tokenizer)
     _check_vocabulary(run, tokenizer)
-    patience = min(60.0, run.data.timeout_seconds)
-    manifests = tuple(load_manifest(source.shards, timeout_seconds=patience) for source in run.data.sources)
+    sources = open_data(run)
     engine = build_engine(run, environment, batch_plan)
-    check_same_everywhere(engine, data_fingerprint(manifests, run.data.shuffle_window), tokenizer.fingerprint)
-    _on_first_rank(engine, out, lambda: check_present(manifests))
+    # Asked of all: a folder on a node's own disk may look different there.
+    if not engine.agree(sources is not None) or sources is None:
+        sources = count_data(run, out, engine)
+    check_same_everywhere(engine, data_fingerprint(sources, run.data.shuffle_window), tokenizer.fingerprint)
+    _on_first_rank(engine, out, lambda: check_present([s.manifest for s in sources], run.data.max_bad_share))
     _on_first_rank(engine, out, lambda: _open_run_folder(run, out, tokenizer))
     log_to_file(out / "logs" / f"rank-{environment.rank:05d}.log", environment.rank)
-    pairs = sum(manifest.total_samples for manifest in manifests)
-    logger.info("%s: %d ranks, %d pairs in %d manifests", run.name, environment.world, pairs, len(manifests))
+    _tell(run, environment.world, sources)
     return Parts(run=run, out=out, started=started, environment=environment, batch_plan=batch_plan, engine=engine,
-                 tokenizer=tokenizer, manifests=manifests)
+                 tokenizer=tokenizer, sources=sources)
 
 
 def build_engine(run: RunConfig, environment: RankEnvironment, batch_plan: BatchPlan) -> TrainEngine:
@@ -166,6 +184,16 @@ def check_same_everywhere(engine: TrainEngine, data: str, tokenizer: str) -> Non
                 f"{what} is not the same on every node: rank(s) {shown} read another content than rank 0; "
                 f"copy it to those nodes again, or use a place that all nodes share"
             )
+
+
+def _tell(run: RunConfig, world: int, sources: Sequence[Source]) -> None:
+    """What is trained on, one line a source."""
+    logger.info("%s: %d ranks, %d pairs in %d sources", run.name, world, sum(s.samples for s in sources), len(sources))
+    for source in sources if len(sources) > 1 else ():
+        config, manifest = source.config, source.manifest
+        weight = f"weight {config.weight:g}" if config.weight is not None else f"repeats {config.repeats}"
+        logger.info("  %s: %d pairs in %d shards, %s", source.name, source.samples, len(manifest.shards),
+                    "weights by schedule" if config.weight_schedule else weight)
 
 
 def _check_vocabulary(run: RunConfig, tokenizer: Tokenizer) -> None:

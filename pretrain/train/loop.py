@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 
 from data_pipeline.common.errors import TokenizerError
-from data_pipeline.order.plan import LoaderState
-from data_pipeline.samples import Batch
+from data_pipeline.loading.ledger import Ledger
+from data_pipeline.loading.loader import Loader
+from data_pipeline.order.state import LoaderState
 from pretrain.checkpoint.reader import load_latest
 from pretrain.checkpoint.writer import save
 from pretrain.optim.schedule import learning_rate
 from pretrain.train.build import Parts
-from pretrain.train.metrics import BadSamples, RankReport, Window
+from pretrain.train.metrics import BadSamples, RankReport, Window, source_metrics
 from pretrain.train.pictures import PictureBook
 from pretrain.train.random_state import get_random_state, set_random_state
 from pretrain.train.reporter import Reporter
@@ -34,18 +34,22 @@ def train(parts: Parts) -> TrainState:
     loader = parts.open_loader(state.loader)
     parts.keep_settings()
     reporter = parts.on_first_rank(lambda: Reporter(parts.out, parts.run, state.step))
+    ledger = parts.open_ledger(loader, state.step)
     try:
         with StopFlag() as stop:
-            return _train_on(parts, loader.steps(), state, reporter, stop)
+            return _train_on(parts, loader, ledger, state, reporter, stop)
     finally:
         loader.close()
+        if ledger is not None:
+            ledger.close()
         if reporter is not None:
             reporter.close()
 
 
 def _train_on(
     parts: Parts,
-    steps: Iterator[tuple[list[Batch], LoaderState]],
+    loader: Loader,
+    ledger: Ledger | None,
     state: TrainState,
     reporter: Reporter | None,
     stop: StopFlag,
@@ -56,12 +60,15 @@ def _train_on(
     bad = BadSamples(run.data.max_bad_share, read=state.loader.position)
     pictures = PictureBook.open(parts)
     seconds_before = state.seconds
+    steps = loader.steps()
     while state.step < run.schedule.total_steps:
         waiting_since = time.perf_counter()
         batches, loader_state = next(steps)
         waited = time.perf_counter() - waiting_since
         rate = learning_rate(state.step, run.schedule, run.optim.lr)
         result = train_step(engine, batches, run, step=state.step, learning_rate=rate)
+        if ledger is not None:
+            ledger.add(state.step + 1, state.loader.position, loader_state.position, batches)
         state = replace(
             state,
             step=state.step + 1,
@@ -79,13 +86,16 @@ def _train_on(
             if reporter is not None:
                 problems = [problem for report in reports for problem in report.problems]
                 reporter.bad_samples(problems, state.step)
-                reporter.step(state.step, *window.summary(state, reports, rate))
+                metrics, tables = window.summary(state, reports, rate)
+                reporter.step(state.step, metrics | source_metrics(loader.order, state.loader.position), tables)
             window.restart()
             bad.add(reports, read=state.loader.position)
         if pictures is not None and pictures.is_due(state.step, last=last):
             pictures.show(reporter, state.step)
             window.skip_pause()
         if saving:
+            if ledger is not None:
+                ledger.sync()
             _save(parts, state)
             window.skip_pause()
         if stopping:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 
 from data_pipeline.common.errors import DataError
+from data_pipeline.order.order import Order
 from data_pipeline.samples import SampleProblem
 from pretrain.config.schema import RunConfig
 from pretrain.model.count import count_flops
@@ -37,16 +39,20 @@ class RankReport:
     """Largest memory held so far: of the GPU, or resident on CPU."""
     problems: tuple[SampleProblem, ...]
     """Bad samples this rank met."""
+    filtered: dict[str, int]
+    """Samples left out on purpose, by the filter that did."""
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object."""
-        return {"wait": self.wait_seconds, "memory": self.memory_gib, "problems": [list(p) for p in self.problems]}
+        return {"wait": self.wait_seconds, "memory": self.memory_gib, "problems": [list(p) for p in self.problems],
+                "filtered": self.filtered}
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> RankReport:
         """Read what `to_json` gave."""
         problems = tuple(SampleProblem(*problem) for problem in value["problems"])
-        return RankReport(wait_seconds=value["wait"], memory_gib=value["memory"], problems=problems)
+        return RankReport(wait_seconds=value["wait"], memory_gib=value["memory"], problems=problems,
+                          filtered=value["filtered"])
 
 
 class Window:
@@ -62,6 +68,7 @@ class Window:
         self._results: list[StepResult] = []
         self._waited = 0.0
         self._problems: list[SampleProblem] = []
+        self._filtered: Counter[str] = Counter()
 
     def skip_pause(self) -> None:
         """Do not count the time since the last step (a checkpoint, pictures) as training."""
@@ -69,10 +76,14 @@ class Window:
             self._since = time.perf_counter()
 
     def add(self, result: StepResult, waited: float, problems: list[SampleProblem]) -> None:
-        """Count one step."""
+        """Count one step; `problems` are the samples it went without, bad ones and filtered ones."""
         self._results.append(result)
         self._waited += waited
-        self._problems += problems
+        for problem in problems:
+            if problem.is_filtered:
+                self._filtered[problem.reason] += 1
+            else:
+                self._problems.append(problem)
 
     def rank_report(self) -> RankReport:
         """This rank's part."""
@@ -80,6 +91,7 @@ class Window:
             wait_seconds=self._waited / max(1, len(self._results)),
             memory_gib=_memory_gib(self._device),
             problems=tuple(self._problems),
+            filtered=dict(self._filtered),
         )
 
     def summary(
@@ -103,11 +115,18 @@ class Window:
             "data/samples_seen": float(state.samples_seen),
             "data/epoch_position": float(state.loader.position),
         }
+        metrics |= self._filtered_shares(reports, len(results))
         peak = _peak_flops(self._device)
         if peak:
             metrics["perf/mfu"] = metrics["perf/flops_per_second"] / (peak * self._world)
         choices_LME = torch.stack([r.choices_LME for r in results]).sum(dim=0).numpy()
         return metrics | self._moe_metrics(choices_LME, last), {"moe/tokens_per_expert": choices_LME}
+
+    def _filtered_shares(self, reports: list[RankReport], steps: int) -> dict[str, float]:
+        """What share of the samples read each filter left out; nothing where none did."""
+        counts = sum((Counter(report.filtered) for report in reports), Counter[str]())
+        read = steps * self._run.batch.pairs_per_step
+        return {f"data/filtered/{reason.removeprefix('filter:')}": n / read for reason, n in sorted(counts.items())}
 
     def _flops(self, pairs: int, tokens: int) -> float:
         """Forward and backward FLOPs of the window, for the text lengths that it really had."""
@@ -155,6 +174,15 @@ def routing_metrics(result: StepResult, run: RunConfig) -> dict[str, float]:
                 values["bias_range"] = float(bias_E.max() - bias_E.min())
             found |= {f"moe/{name}/layer_{block:02d}/{modality}": value for name, value in values.items()}
     return found
+
+
+def source_metrics(order: Order, position: int) -> dict[str, float]:
+    """How many epochs of each source lie behind, and its share of all samples so far."""
+    metrics = {}
+    for name, samples, epochs in order.consumed(position):
+        metrics[f"data/epochs/{name}"] = epochs
+        metrics[f"data/share/{name}"] = samples / max(1, position)
+    return metrics
 
 
 class BadSamples:

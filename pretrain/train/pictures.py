@@ -45,7 +45,7 @@ class PictureBook:
         run = parts.run
         if not run.log.pictures_every_steps or not run.log.num_pictures:
             return None
-        source = load_manifest(run.eval.sets[0].shards) if run.eval.sets else parts.manifests[0]
+        source = load_manifest(run.eval.sets[0].shards) if run.eval.sets else parts.sources[0].manifest
         batches = read_all(
             source,
             tokenizer=parts.tokenizer,

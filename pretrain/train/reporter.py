@@ -113,7 +113,7 @@ class Reporter:
         if problems:
             counts = ", ".join(f"{reason} {count}" for reason, count in sorted(self.bad_counts.items()))
             logger.warning("left out %d bad sample%s (all so far: %s), named in bad_samples.jsonl; the first: "
-                           "%s, sample %s: %s: %s", len(problems), "s" * (len(problems) > 1), counts, *problems[0])
+                           "%s, sample %s: %s: %s", len(problems), "s" * (len(problems) > 1), counts, *problems[0][:4])
 
     def close(self) -> None:
         """Finish all files."""

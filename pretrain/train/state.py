@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from data_pipeline.common.errors import CheckpointError
-from data_pipeline.order.plan import LoaderState
+from data_pipeline.order.state import LoaderState
 
 STATE_VERSION = 1
 

@@ -40,6 +40,7 @@ _MODEL = [
     *("moe.num_experts=4", "moe.expert_width=16", "moe.shared_experts=0", "schedule.total_steps=4"),
     *("batch.pairs_per_step=8", "batch.pairs_per_forward=4", "schedule.warmup_steps=1", "data.workers=0"),
     *("checkpoint.every_steps=2", "log.every_steps=1", "log.pictures_every_steps=0", "data.timeout_seconds=60"),
+    "data.shard_seconds=20",
 ]
 _PLAIN = [*_MODEL, "parallel.engine=plain"]
 _FOREVER = ["schedule.total_steps=1000000", "checkpoint.every_steps=0", "log.every_steps=10"]
@@ -164,39 +165,54 @@ def test_more_ranks_than_experts_is_told_once(place: Place) -> None:
 
 def test_no_manifest(place: Place) -> None:
     (place.folder / "manifest.json").unlink()
-    says(place.refused(), f"no manifest of shards: cannot read {place.folder}/manifest.json",
+    named = f"data.train=['{place.folder}/manifest.json']"
+    says(place.refused(named), f"no manifest of shards: cannot read {place.folder}/manifest.json",
          f"make it with `vlmoe data index {place.folder}`")
+    result = place.train().check()
+    says(result.output, f"{place.folder} has no manifest: its shards are read once from end to end")
 
 
-def test_missing_shards(place: Place) -> None:
+def test_too_many_missing_shards(place: Place) -> None:
     place.shard(1).unlink()
     place.shard(2).unlink()
     says(place.refused(), f"shard {place.shard(1)} is missing", "expects 16 samples", "copy it again",
-         "2 of 4 shards")
-    assert not place.out.exists()
-
-
-def test_a_truncated_shard(place: Place) -> None:
-    size = place.shard(1).stat().st_size
-    os.truncate(place.shard(1), size - 600)
-    says(place.refused(), f"shard {place.shard(1)} has {size - 600} bytes", f"expects {size}", "was cut off",
-         "copy it again")
-
-
-def test_a_shard_with_another_hash(place: Place) -> None:
-    _damage(place.shard(2), 3000)
-    says(place.refused(), f"shard {place.shard(2)} has SHA-256", "its manifest expects", "changed or damaged",
-         "copy it again")
+         "2 of 4 shards are missing, with 32 of 64 samples", "more than data.max_bad_share 0.01")
     assert not (place.out / "checkpoints").exists()
 
 
-def test_one_rank_alone_meets_a_damaged_shard(place: Place) -> None:
-    """The other rank waits for it in a collective: it must end too, and leave the word to the one that knows."""
+def test_few_missing_shards_are_left_out(place: Place) -> None:
+    place.shard(1).unlink()
+    result = place.train("data.max_bad_share=0.5", "schedule.total_steps=16").check()
+    assert "1 of 4 shards are missing, with 16 of 64 samples: their samples are left out" in result.output
+    rows = _rows(place.out / "bad_samples.jsonl")
+    assert {(row["shard"], row["reason"]) for row in rows} == {("shard-000001.tar", "missing-shard")}
+    assert _rows(place.out / "metrics.jsonl")[-1]["data/samples_seen"] == 128 - len(rows)
+
+
+def test_a_truncated_shard_costs_the_samples_beyond_its_end(place: Place) -> None:
+    size = place.shard(1).stat().st_size
+    os.truncate(place.shard(1), size // 2)
+    result = place.train("data.max_bad_share=0.5", "schedule.total_steps=8").check()
+    assert f"shard {place.shard(1)} has {size // 2} bytes, but its manifest expects {size}" in result.output
+    rows = _rows(place.out / "bad_samples.jsonl")
+    assert {(row["shard"], row["reason"]) for row in rows} == {("shard-000001.tar", "truncated")}
+    assert 4 <= len(rows) <= 12
+
+
+def test_a_flipped_bit_costs_one_sample(place: Place) -> None:
     _damage(place.shard(2), 3000)
-    words = ["-m", "pretrain", *place.settings(*_MODEL, "parallel.expert_parallel=2")]
-    result = torchrun(words, processes=2, timeout_seconds=60)
-    rank = "rank 1" if "error (rank 1)" in result.output else "rank 0"
-    says(one_error(result, rank=rank), f"shard {place.shard(2)} has SHA-256", "copy it again")
+    place.train("schedule.total_steps=8").check()
+    (row,) = _rows(place.out / "bad_samples.jsonl")
+    assert (row["shard"], row["reason"]) == ("shard-000002.tar", "crc-mismatch")
+    says(str(row["detail"]), "CRC-32", "but the index expects")
+
+
+def test_one_rank_alone_meets_a_damaged_sample(place: Place) -> None:
+    """The other ranks go on with it, and all end together."""
+    _damage(place.shard(2), 3000)
+    words = ["-m", "pretrain", *place.settings(*_MODEL, "parallel.expert_parallel=2", "schedule.total_steps=8")]
+    torchrun(words, processes=2, timeout_seconds=60).check()
+    assert [row["reason"] for row in _rows(place.out / "bad_samples.jsonl")] == ["crc-mismatch"]
 
 
 def test_bad_samples_are_left_out_named_and_counted(place: Place) -> None:
@@ -261,7 +277,7 @@ def test_a_store_without_credentials(place: Place) -> None:
     (port,) = free_ports(1)
     # Away from the address of a cloud's own service, which this machine may have.
     env = dict.fromkeys(_KEYS) | {"AWS_METADATA_ENDPOINT": f"http://127.0.0.1:{port}"}
-    result = place.train("data.train=[s3://bucket/pairs]", "data.timeout_seconds=5", **env)
+    result = place.train("data.train=[s3://bucket/pairs]", "data.timeout_seconds=5", "data.shard_seconds=4", **env)
     says(one_error(result), "cannot read s3://bucket/pairs/manifest.json", "no credentials were found",
          "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
     assert result.seconds < 30
@@ -274,7 +290,7 @@ def test_a_store_that_cannot_be_reached(place: Place, silent: bool) -> None:
         if silent:
             listener.listen()  # takes connections and never answers
         env = _KEYS | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{listener.getsockname()[1]}"}
-        result = place.train("data.train=[s3://bucket/pairs]", "data.timeout_seconds=2", **env)
+        result = place.train("data.train=[s3://bucket/pairs]", "data.timeout_seconds=2", "data.shard_seconds=1", **env)
     says(one_error(result), "cannot read s3://bucket/pairs/manifest.json",
          "did not answer in time" if silent else "cannot be reached", "network")
     assert result.seconds < 30

@@ -26,7 +26,7 @@ _SETTINGS = [
     *("batch.pairs_per_step=8", "batch.pairs_per_forward=4", f"schedule.total_steps={_STEPS}"),
     *("schedule.warmup_steps=2", f"checkpoint.every_steps={_CHECKPOINT_EVERY}", "log.every_steps=1"),
     *("log.pictures_every_steps=0", "data.workers=1", "eval.caption_samples=8"),
-    *("parallel.timeout_seconds=60", "data.timeout_seconds=60"),
+    *("parallel.timeout_seconds=60", "data.timeout_seconds=60", "data.shard_seconds=30"),
 ]
 
 

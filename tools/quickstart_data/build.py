@@ -175,7 +175,7 @@ def _first(drawings: list[Drawing], limit: int) -> list[Drawing]:
 
 def _written(folder: Path) -> list[Path]:
     """What `_write` puts into a set's folder."""
-    patterns = ("shard-*.tar", "shard-*.tar.index.json", "manifest.json", "labels.txt")
+    patterns = ("shard-*.tar", "shard-*.tar.index", "manifest.json", "labels.txt")
     return sorted(path for pattern in patterns for path in folder.glob(pattern))
 
 

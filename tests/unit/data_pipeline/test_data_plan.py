@@ -1,15 +1,16 @@
-"""The order of training: complete, shuffled, and the same however it is asked for."""
+"""The order of one source: complete, shuffled, and the same however it is asked for."""
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing.reduction
 import time
 
 import numpy as np
 import pytest
 
-from data_pipeline.common.errors import ConfigError, DataError
-from data_pipeline.order.plan import LoaderState, Plan, micro_batch_positions, micro_batches_per_step
+from data_pipeline.common.errors import ConfigError
+from data_pipeline.order.plan import Plan, micro_batch_positions, micro_batches_per_step
 
 SIZES = (5, 3, 8, 1, 4, 7)
 TOTAL = sum(SIZES)
@@ -111,22 +112,45 @@ def test_a_large_plan_is_fast() -> None:
     assert time.process_time() - start < 2.0
 
 
-@pytest.mark.parametrize(("sizes", "window"), [([], 1), ([1, 0], 1), ([1], 0)])
+@pytest.mark.parametrize(("sizes", "window"), [([], 1), ([0, 0], 1), ([1], 0)])
 def test_a_plan_needs_samples_and_a_window(sizes: list[int], window: int) -> None:
     with pytest.raises(ConfigError, match="a plan needs"):
         Plan(sizes, 0, window)
 
 
-def test_the_state_is_a_value() -> None:
-    import json
+@pytest.mark.parametrize("sizes", [(0, 5, 0, 0, 3, 0), (7,), (0, 1, 0), (100, 1, 1, 1, 10, 1), (1,)])
+@pytest.mark.parametrize("window", [1, 2, 9])
+def test_any_sizes_will_do(sizes: tuple[int, ...], window: int) -> None:
+    """Empty shards, one shard, one sample, and shards of very different size."""
+    plan, total = Plan(sizes, seed=1, shuffle_window=window), sum(sizes)
+    everything = sorted((shard, sample) for shard, size in enumerate(sizes) for sample in range(size))
+    for epoch in range(3):
+        refs = plan.samples(epoch * total, total)
+        assert sorted((ref.shard, ref.sample) for ref in refs) == everything
+        assert {ref.epoch for ref in refs} == {epoch}
 
-    state = LoaderState(position=12, seed=5, data="abc")
-    assert LoaderState.from_json(state.to_json()) == state
-    assert LoaderState.from_json(json.dumps(state.to_json())) == state
-    with pytest.raises(DataError, match="version 2"):
-        LoaderState.from_json(state.to_json() | {"version": 2})
-    with pytest.raises(DataError, match="not a loader state"):
-        LoaderState.from_json(state.to_json() | {"more": 2})
-    for text in ("{", "[1]", "7"):
-        with pytest.raises(DataError, match="not a loader state"):
-            LoaderState.from_json(text)
+
+def test_empty_shards_change_nothing_but_the_numbers() -> None:
+    full, gaps = Plan((4, 3, 5), 2, 2), Plan((0, 4, 0, 3, 5), 2, 2)
+    number = {1: 0, 3: 1, 4: 2}
+    assert [ref._replace(shard=number[ref.shard]) for ref in gaps.samples(0, 40)] == full.samples(0, 40)
+
+
+def test_windows_come_in_the_order_of_need() -> None:
+    plan = Plan([3] * 7, seed=4, shuffle_window=3, first_shard=10)
+    for start in (0, 4, 9, 20, 21, 50):
+        windows = itertools.islice(plan.windows_from(start), 5)
+        for window in windows:
+            samples = 3 * len(window.shards)
+            assert {ref.shard for ref in plan.samples(window.first, samples)} == set(window.shards)
+            assert start < window.first + samples
+    assert [window.first for window in itertools.islice(plan.windows_from(10), 4)] == [9, 18, 21, 30]
+
+
+@pytest.mark.parametrize("window", [1, 3, 100])
+def test_seeking_in_a_billion_samples_is_fast(window: int) -> None:
+    plan = Plan(np.full(100_000, 10_000), seed=0, shuffle_window=256 if window == 100 else window)
+    for position in (10**9 - 5, 3 * 10**9 + 77):
+        start = time.process_time()
+        assert len(plan.samples(position, 64)) == 64
+        assert time.process_time() - start < 1.0

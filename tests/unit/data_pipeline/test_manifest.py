@@ -1,28 +1,32 @@
-"""Writing, indexing and reading back a folder of shards, and what is said when it does not fit."""
+"""The manifest: what it says, where its shards may lie, and what is said when it is none."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import tarfile
-import zlib
+import random
 from pathlib import Path
 
 import pytest
 
 from data_pipeline.common.errors import DataError
-from data_pipeline.shards.indexing import index_shards
 from data_pipeline.shards.manifest import (
     MANIFEST_NAME,
+    Manifest,
     ShardEntry,
-    index_shard,
     load_index,
     load_manifest,
+    parse_manifest,
     write_manifest,
 )
-from data_pipeline.shards.writer import write_shards
-from tests.support.s3_server import S3Server
-from tests.support.small_shards import caption, make_shards, samples
+from data_pipeline.shards.places import base_folder
+from data_pipeline.shards.writer import put_shard, write_shards
+from tests.support.small_shards import make_shards, samples
+
+
+def entry(name: str = "x.tar", **changes: object) -> ShardEntry:
+    given = {"samples": 1, "bytes": 1, "sha256": "a" * 64, "index": f"{name}.index", "index_sha256": "b" * 64}
+    return ShardEntry(**{"name": name, **given, **changes})  # type: ignore[arg-type]
 
 
 def test_a_written_folder_reads_back(tmp_path: Path) -> None:
@@ -35,108 +39,78 @@ def test_a_written_folder_reads_back(tmp_path: Path) -> None:
     for shard in manifest.shards:
         data = (tmp_path / shard.name).read_bytes()
         assert (shard.bytes, shard.sha256) == (len(data), hashlib.sha256(data).hexdigest())
+        assert hashlib.sha256((tmp_path / shard.index).read_bytes()).hexdigest() == shard.index_sha256
 
 
-def test_the_index_agrees_with_tarfile(tmp_path: Path) -> None:
-    manifest = make_shards(tmp_path, count=9, samples_per_shard=9)
-    shard = manifest.shards[0]
-    data, index = (tmp_path / shard.name).read_bytes(), load_index(manifest, shard)
-    assert list(index.keys) == [f"{number:05d}" for number in range(9)]
-    with tarfile.open(tmp_path / shard.name) as tar:
-        infos = tar.getmembers()
-    for number, (offset, extent, crc) in enumerate(zip(index.offsets, index.extents, index.crc32, strict=True)):
-        png, txt = infos[2 * number], infos[2 * number + 1]
-        assert offset == png.offset
-        assert offset + extent == txt.offset_data + -(-txt.size // 512) * 512
-        assert crc == zlib.crc32(data[offset : offset + extent])
-        assert index.members[number] == (("png", png.size), ("txt", len(caption(number))))
+def test_an_empty_shard_may_be_listed(tmp_path: Path) -> None:
+    rows = [put_shard(samples(3), str(tmp_path), "a.tar"), put_shard([], str(tmp_path), "b.tar")]
+    manifest = write_manifest(tmp_path, rows)
+    assert load_manifest(tmp_path) == manifest
+    assert [shard.samples for shard in manifest.shards] == [3, 0]
+    assert len(load_index(manifest, rows[1])) == 0
+    with pytest.raises(DataError, match="needs samples"):
+        write_manifest(tmp_path, rows[1:])
 
 
-def test_equal_samples_give_equal_bytes(tmp_path: Path) -> None:
-    make_shards(tmp_path / "a", count=5)
-    make_shards(tmp_path / "b", count=5)
-    for file in (tmp_path / "a").iterdir():
-        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+def test_etag_and_damage_are_kept_where_there_are_any(tmp_path: Path) -> None:
+    rows = [entry("a.tar"), entry("b.tar", etag='"e-2"', damage="3 samples lost")]
+    assert write_manifest(tmp_path, rows).shards == load_manifest(tmp_path).shards == tuple(rows)
+    plain, told = json.loads((tmp_path / MANIFEST_NAME).read_text())["shards"]
+    assert set(told) - set(plain) == {"etag", "damage"}
 
 
-def test_webdataset_reads_what_was_written(tmp_path: Path) -> None:
-    import webdataset
-
-    make_shards(tmp_path, count=6, samples_per_shard=4)
-    found = list(webdataset.WebDataset(
-        [str(tmp_path / "shard-000000.tar"), str(tmp_path / "shard-000001.tar")], shardshuffle=False,
-    ))  # fmt: skip
-    assert [sample["txt"].decode() for sample in found] == [caption(number) for number in range(6)]
-
-
-@pytest.mark.parametrize("how", ["folder", "wildcard", "braces", "list"])
-def test_indexing_the_shards_of_others(tmp_path: Path, how: str) -> None:
-    written = make_shards(tmp_path, count=20)
-    before = (tmp_path / MANIFEST_NAME).read_bytes()
-    for file in tmp_path.glob("*.json"):
-        file.unlink()
-    given = {
-        "folder": str(tmp_path),
-        "wildcard": f"{tmp_path}/shard-*.tar",
-        "braces": f"{tmp_path}/shard-{{000000..000002}}.tar",
-        "list": [f"{tmp_path}/shard-00000{number}.tar" for number in range(3)],
-    }[how]
-    assert index_shards(given) == written
-    assert (tmp_path / MANIFEST_NAME).read_bytes() == before
-
-
-def test_indexing_sub_folders_and_elsewhere(tmp_path: Path) -> None:
-    make_shards(tmp_path / "data" / "one")
-    make_shards(tmp_path / "data" / "two")
-    manifest = index_shards([f"{tmp_path}/data/one", f"{tmp_path}/data/two"], f"{tmp_path}/data")
-    assert manifest.shards[0].name == "one/shard-000000.tar"
-    assert load_index(manifest, manifest.shards[-1]).keys
-    with pytest.raises(DataError, match=r"does not lie under .*elsewhere"):
-        index_shards(f"{tmp_path}/data/one", f"{tmp_path}/elsewhere")
-    with pytest.raises(DataError, match="no shards at"):
-        index_shards(str(tmp_path))
-
-
-@pytest.mark.s3
-def test_indexing_shards_in_a_store(
-    s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in s3_server.env.items():
-        monkeypatch.setenv(name, value)
-    written = make_shards(tmp_path)
-    for file in tmp_path.glob("*.json"):
-        file.unlink()
-    url = s3_server.upload(tmp_path, "index-test")
-    for given in (url, f"{url}/shard-{{000000..000005}}.tar"):
-        assert index_shards(given).shards == written.shards
-        assert load_manifest(url).shards == written.shards
-        assert load_index(load_manifest(url), written.shards[5]).keys[0] == "00035"
-
-
-def tar_of(path: Path, names: list[str]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for name in names:
-            tar.addfile(tarfile.TarInfo(name))
-    return path
+def test_the_fingerprint_stands_for_contents_and_order(tmp_path: Path) -> None:
+    rows = (entry("a.tar"), entry("b.tar"))
+    print_of = [
+        Manifest(url=url, base=base, shards=shards, about=about).fingerprint()
+        for url, base, shards, about in (
+            ("/a", "", rows, {}),
+            ("/b", "s3://c", rows, {"licence": "x"}),
+            ("/a", "", (entry("a.tar"), entry("b.tar", index_sha256="c" * 64, etag="e")), {}),
+            ("/a", "", rows[::-1], {}),
+            ("/a", "", (entry("a.tar"), entry("b.tar", sha256="c" * 64)), {}),
+            ("/a", "", (entry("a.tar"), entry("b.tar", samples=2)), {}),
+            ("/a", "", (entry("a.tar"), entry("c.tar")), {}),
+        )
+    ]
+    assert len(print_of[0]) == 64
+    assert print_of[0] == print_of[1] == print_of[2]  # places and indices do not count
+    assert len(set(print_of)) == 5
 
 
 @pytest.mark.parametrize(
-    ("names", "message"),
-    [(["a.jpg", "b.jpg", "a.txt", "b.txt"], "the key 'a' comes twice"),
-     (["a.txt", "a.txt"], "sample 'a' has two files with the same extension"),
-     (["README"], "holds no samples")],
+    ("folder", "base", "expected"),
+    [("/m", "", "/m"), ("/m", ".", "/m"), ("/m/n", "../shards", "/m/shards"), ("/m", "/s", "/s"),
+     ("m", "sub/folder", "m/sub/folder"), ("/m", "s3://b/x/", "s3://b/x"), ("s3://b/m/n", "../s", "s3://b/m/s"),
+     ("s3://b/m", "s", "s3://b/m/s"), ("s3://b/m", "gs://c/s", "gs://c/s"), ("/m", "file:/s", "/s")],
 )  # fmt: skip
-def test_shards_that_are_no_webdataset_shards(tmp_path: Path, names: list[str], message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        index_shard(tar_of(tmp_path / "x.tar", names))
+def test_shards_may_lie_elsewhere(folder: str, base: str, expected: str) -> None:
+    assert base_folder(base, folder) == expected
 
 
-def test_a_truncated_shard_is_not_indexed(tmp_path: Path) -> None:
-    make_shards(tmp_path, count=3)
-    shard = tmp_path / "shard-000000.tar"
-    shard.write_bytes(shard.read_bytes()[:3000])
-    with pytest.raises(DataError, match=r"shard-000000.tar.*cut off"):
-        index_shards(str(tmp_path))
+@pytest.mark.parametrize(
+    ("folder", "base"),
+    [("s3://b/m", "/etc"), ("s3://b/m", "file:/etc"), ("s3://b/m", "../../c"), ("/m", 7), ("/m", "a\0b"),
+     ("/m", "pipe:ls"), ("/m", "ftp://x/y")],
+)  # fmt: skip
+def test_where_shards_may_not_lie(folder: str, base: object) -> None:
+    content = {"version": 2, "base": base, "total_samples": 1, "shards": [entry().__dict__]}
+    with pytest.raises(DataError):
+        parse_manifest(json.dumps(content).encode(), folder, "x")
+
+
+def test_a_manifest_elsewhere_finds_shards_and_indices(tmp_path: Path) -> None:
+    written = make_shards(tmp_path / "shards")
+    for shard in written.shards:
+        (tmp_path / "shards" / shard.index).rename(tmp_path / shard.index)
+    (tmp_path / "shards" / MANIFEST_NAME).unlink()
+    write_manifest(tmp_path, written.shards, base="shards")
+    manifest = load_manifest(tmp_path)
+    assert manifest.base == f"{tmp_path}/shards"
+    assert manifest.shard_url(manifest.shards[0]) == f"{tmp_path}/shards/shard-000000.tar"
+    assert manifest.index_url(manifest.shards[0]) == f"{tmp_path}/shard-000000.tar.index"
+    assert load_index(manifest, manifest.shards[0]).key(0) == "00000"
+    assert manifest.fingerprint() == written.fingerprint()
 
 
 def test_a_missing_manifest_names_the_command(tmp_path: Path) -> None:
@@ -146,8 +120,10 @@ def test_a_missing_manifest_names_the_command(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"version": 2}, "version 2"), ({"total_samples": 7}, "announces 7 samples"), ({"shards": 3}, "not a manifest"),
-     ({"shards": [], "total_samples": 0}, "0 shards")],
+    [({"version": 1}, "version 1"), ({"version": None}, "version None"), ({"total_samples": 7}, "announces 7 samples"),
+     ({"shards": 3}, "not a manifest"), ({"shards": [[]]}, "not a manifest"),
+     ({"shards": [{"path": "x"}]}, "not a manifest"), ({"shards": [], "total_samples": 0}, "0 shards"),
+     ({"shards": [entry().__dict__] * 2, "total_samples": 2}, "lists the shard 'x.tar' twice")],
 )  # fmt: skip
 def test_a_manifest_that_contradicts_itself(tmp_path: Path, change: dict[str, object], message: str) -> None:
     make_shards(tmp_path)
@@ -157,13 +133,26 @@ def test_a_manifest_that_contradicts_itself(tmp_path: Path, change: dict[str, ob
         load_manifest(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["../x.tar", "/etc/x.tar", "a/../../x.tar", "s3://b/x.tar", ""])
+def test_an_old_manifest_is_to_be_made_again(tmp_path: Path) -> None:
+    row = {"name": "x.tar", "samples": 1, "bytes": 1, "sha256": "a" * 64, "index": "x.tar.index.json", "extra": 1}
+    (tmp_path / MANIFEST_NAME).write_text(json.dumps({"version": 1, "shards": [row], "total_samples": 1}))
+    with pytest.raises(DataError, match="version 1, but this program reads version 2; make it again with"):
+        load_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../x.tar", "/etc/x.tar", "a/../../x.tar", "s3://b/x.tar", "", "a\0.tar", 7])
 def test_shard_names_stay_in_the_folder(name: str) -> None:
     with pytest.raises(DataError, match="leads out of"):
-        ShardEntry(name=name, samples=1, bytes=1, sha256="a" * 64, index="x", index_sha256="a" * 64)
+        entry(name, index="x")
+    with pytest.raises(DataError, match="leads out of"):
+        entry(index=name)
 
 
-@pytest.mark.parametrize("change", [{"sha256": "../" * 5}, {"index_sha256": "A" * 64}, {"samples": 1.5}, {"bytes": 0}])
+@pytest.mark.parametrize(
+    "change",
+    [{"sha256": "../" * 5}, {"index_sha256": "A" * 64}, {"samples": 1.5}, {"samples": -1}, {"samples": True},
+     {"bytes": 0}, {"etag": 3}, {"damage": []}, {"sha256": None}],
+)  # fmt: skip
 def test_an_impossible_shard_is_refused(tmp_path: Path, change: dict[str, object]) -> None:
     make_shards(tmp_path)
     path = tmp_path / MANIFEST_NAME
@@ -174,43 +163,61 @@ def test_an_impossible_shard_is_refused(tmp_path: Path, change: dict[str, object
         load_manifest(tmp_path)
 
 
-def test_braces_that_do_not_close_are_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"x-\{0..3.tar: its braces do not close"):
-        index_shards(f"{tmp_path}/x-{{0..3.tar")
-
-
-def test_shards_may_be_named_from_here_and_from_the_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    written = make_shards(tmp_path, count=14)
-    monkeypatch.chdir(tmp_path)
-    found = index_shards([f"{tmp_path}/shard-000000.tar", "shard-000001.tar"])
-    assert found.shards == written.shards
-
-
 def test_a_changed_index_is_refused(tmp_path: Path) -> None:
     manifest = make_shards(tmp_path)
     path = tmp_path / manifest.shards[0].index
     path.write_bytes(path.read_bytes() + b" ")
-    with pytest.raises(DataError, match=r"index.json has SHA-256 \w+, but the manifest expects"):
+    with pytest.raises(DataError, match=r"shard-000000.tar.index has SHA-256 \w+, but the manifest expects") as error:
+        load_index(manifest, manifest.shards[0])
+    assert error.value.slug == "bad-index"
+    path.unlink()
+    with pytest.raises(DataError, match="No such file"):
         load_index(manifest, manifest.shards[0])
 
 
-@pytest.mark.parametrize("key", ["a.b", "", "x/", 7])
-def test_unusable_keys_are_refused(tmp_path: Path, key: object) -> None:
-    with pytest.raises(DataError, match=r"sample key .* is unusable"):
-        write_shards([{"__key__": key, "txt": "x"}], tmp_path)
-    assert not list(tmp_path.glob("*"))
+@pytest.mark.parametrize("change", [{"samples": 6}, {"bytes": 512}, {"sha256": "0" * 64}])
+def test_an_index_of_another_shard_is_refused(tmp_path: Path, change: dict[str, object]) -> None:
+    manifest = make_shards(tmp_path)
+    row = ShardEntry(**{**manifest.shards[0].__dict__, **change})  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="describes 7 samples in a shard of 20480 bytes"):
+        load_index(manifest, row)
 
 
-def test_an_interrupted_rewrite_leaves_no_manifest(tmp_path: Path) -> None:
-    make_shards(tmp_path)
-    with pytest.raises(DataError, match=r"cannot write sample 'bad': its .png is a object"):
-        write_shards([*samples(2), {"__key__": "bad", "png": object()}], tmp_path)
-    with pytest.raises(DataError, match="no manifest"):
-        load_manifest(tmp_path)
-
-
-def test_a_manifest_needs_shards(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no samples"):
-        write_shards([], tmp_path)
-    with pytest.raises(DataError, match="needs shards"):
+def test_about_may_not_use_the_manifests_own_words(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"about uses \['base'\]"):
+        write_manifest(tmp_path, [entry()], {"base": "/etc"})
+    with pytest.raises(DataError, match="different names"):
+        write_manifest(tmp_path, [entry(), entry()])
+    with pytest.raises(DataError, match="needs samples"):
         write_manifest(tmp_path, [])
+
+
+@pytest.mark.parametrize("rounds", [1500, pytest.param(30_000, marks=pytest.mark.long)])
+def test_no_manifest_crashes_the_reader(tmp_path: Path, rounds: int) -> None:
+    write_manifest(tmp_path, [entry(f"{i}.tar", samples=i) for i in range(4)], {"licence": "é"}, base="s3://b/c")
+    whole, draw, refused = (tmp_path / MANIFEST_NAME).read_bytes(), random.Random(rounds), 0
+    values = [b"null", b"-1", b"1e999", b"NaN", b"[]", b"{}", b'"../../x"', b'"\\ud800"', b"[" * 5000, b"9" * 5000]
+    for _ in range(rounds):
+        data = bytearray(whole)
+        start = draw.randrange(len(data))
+        match draw.randrange(4):
+            case 0:
+                data[start] = draw.randrange(256)
+            case 1:
+                del data[start:]
+            case 2:
+                data[start : start + draw.randrange(8)] = draw.choice(values)
+            case 3:
+                colon = data.find(b": ", start)
+                end = data.find(b",", colon)
+                data[colon + 2 : end] = draw.choice(values)
+        try:
+            manifest = parse_manifest(bytes(data), "/m", "x")
+        except DataError:
+            refused += 1
+            continue
+        assert manifest.total_samples == sum(shard.samples for shard in manifest.shards) > 0
+        for shard in manifest.shards:
+            assert not Path(shard.name).is_absolute() and ".." not in Path(shard.name).parts
+        assert len(manifest.fingerprint()) == 64
+    assert 0 < refused < rounds

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -189,8 +187,6 @@ def test_the_corpus_names_a_damaged_sample_and_goes_on(shards: Path, caplog: pyt
     data = bytearray(shard.read_bytes())
     data[int(index.offsets[1]) + 512] ^= 1
     shard.write_bytes(data)
-    entry = replace(manifest.shards[0], sha256=hashlib.sha256(data).hexdigest())
-    damaged = replace(manifest, shards=(entry, manifest.shards[1]))
-    assert list(captions_of([damaged], ["txt"])) == [f"a red bird number {i}" for i in (0, 2, 3, 4, 5)]
+    assert list(captions_of([manifest], ["txt"])) == [f"a red bird number {i}" for i in (0, 2, 3, 4, 5)]
     assert "left out k1 of" in caplog.text and "crc-mismatch" in caplog.text
     assert "1 of 6 samples were damaged" in caplog.text

@@ -122,7 +122,7 @@ def test_bad_samples_are_named_and_counted(tmp_path: Path, caplog: pytest.LogCap
     reporter.step(8, {}, NO_TABLES)
     reporter.close()
     assert read_rows(tmp_path / "bad_samples.jsonl")[1] == {
-        "step": 8, "shard": "shard-000001.tar", "key": "k2", "reason": "no-caption", "detail": "no picture",
+        "step": 8, "shard": "shard-000001.tar", "key": "k2", "reason": "no-caption", "detail": "no picture", "id": -1,
     }
     assert sum(record.levelno == logging.WARNING for record in caplog.records) == 1
     assert "bad-image 2, no-caption 1" in caplog.text

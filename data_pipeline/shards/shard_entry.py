@@ -1,0 +1,59 @@
+"""One row of a manifest: what a shard is called, how much it holds, and how to know that it is the same."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from data_pipeline.common.errors import DataError
+from data_pipeline.shards.shard_index import ShardIndex, index_name
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardEntry:
+    """One shard of a manifest."""
+
+    name: str
+    """Path relative to the manifest's `base`."""
+    samples: int
+    """0 for an empty shard."""
+    bytes: int
+    sha256: str
+    index: str
+    """Path of its index (`shard_index.py`), relative to the manifest's folder."""
+    index_sha256: str
+    etag: str = ""
+    """What the store called its contents when it was indexed; empty if unknown."""
+    damage: str = ""
+    """What of it could not be read when it was indexed with `--salvage`; empty for a whole shard."""
+
+    def __post_init__(self) -> None:
+        for name in (self.name, self.index):
+            parts = PurePosixPath(name).parts if isinstance(name, str) else ()
+            if not parts or ".." in parts or name.startswith("/") or "://" in name or "\0" in name:
+                raise DataError(f"the shard name {name!r} leads out of the manifest's folder")
+        numbers = (self.samples, self.bytes)
+        if not all(type(number) is int for number in numbers) or self.samples < 0 or self.bytes <= 0:
+            raise DataError(f"shard {self.name!r} has {self.samples} samples in {self.bytes} bytes")
+        for digest in (self.sha256, self.index_sha256):  # part of file names in the cache
+            if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
+                raise DataError(f"shard {self.name!r} has the SHA-256 {digest!r}, which is none")
+        for text in (self.etag, self.damage):
+            if not isinstance(text, str):
+                raise DataError(f"shard {self.name!r} has {text!r} where text should be")
+
+
+def entry_of(index: ShardIndex, name: str, index_data: bytes) -> ShardEntry:
+    """The manifest's row for a shard.
+
+    Args:
+        index: What is in it.
+        name: Its path relative to the manifest's base.
+        index_data: Contents of its sidecar file.
+    """
+    return ShardEntry(
+        name=name, samples=len(index), bytes=index.shard_bytes, sha256=index.sha256, index=index_name(name),
+        index_sha256=hashlib.sha256(index_data).hexdigest(), etag=index.etag, damage=index.damage,
+    )  # fmt: skip

@@ -1,0 +1,155 @@
+"""A server that speaks Azure Blob Storage for tests: Microsoft's azurite (from npm) on loopback.
+
+It checks signatures. Looked for on the search path and in `azurite/` of this environment, where
+`python -m tests.support.azure_server` puts it (190 MB, some seconds).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import obstore
+from obstore.store import AzureStore
+
+from tests.support.ports import free_ports
+from tests.support.processes import tied
+
+CONTAINER = "shards"
+VERSION = "3.35.0"
+_ACCOUNT = "devstoreaccount1"
+_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+"""Not a secret: every azurite has this account."""
+_READY_SECONDS, _STOP_SECONDS = 30.0, 15.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class AzureServer:
+    """A running server with one container."""
+
+    port: int
+
+    @property
+    def endpoint(self) -> str:
+        """Base URL of the account."""
+        return f"http://127.0.0.1:{self.port}/{_ACCOUNT}"
+
+    @property
+    def env(self) -> dict[str, str]:
+        """What a program needs in its environment to read and write here."""
+        return {
+            "AZURE_STORAGE_ACCOUNT_NAME": _ACCOUNT, "AZURE_STORAGE_ACCOUNT_KEY": _KEY,
+            "AZURE_STORAGE_ENDPOINT": self.endpoint,
+        }  # fmt: skip
+
+    def url(self, path: str = "") -> str:
+        """`az://` address of an object or folder of the container."""
+        return f"az://{CONTAINER}/{path}".rstrip("/")
+
+
+def why_unavailable() -> str:
+    """Why no server can be started here, and what to do; empty if it can."""
+    if _program():
+        return ""
+    return "no azurite here; python -m tests.support.azure_server"
+
+
+@contextmanager
+def azure_server() -> Iterator[AzureServer]:
+    """Start a server with an empty container, and end it in every case.
+
+    Raises:
+        RuntimeError: It did not come up.
+    """
+    (port,) = free_ports(1)
+    folder = Path(tempfile.mkdtemp(prefix="vlmoe-azure-"))
+    command = [
+        *(*_program(), "--blobPort", str(port), "--inMemoryPersistence", "--extentMemoryLimit", "256"),
+        *("--skipApiVersionCheck", "--silent", "--disableTelemetry"),
+    ]
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(
+            tied(command, [folder]), stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, cwd=folder,
+            start_new_session=True,
+        )  # fmt: skip
+    try:
+        server = AzureServer(port=port)
+        _make_container(server, folder / "log")
+        yield server
+    finally:
+        process.communicate(timeout=_STOP_SECONDS)  # closes its standard input, which ends it
+
+
+def _program() -> list[str]:
+    """The first words of the command; node's program is named, because only that is ended with us."""
+    node = shutil.which("node") or str(Path(sys.prefix, "bin", "node"))
+    script = Path(sys.prefix, "azurite", "node_modules", "azurite", "dist", "src", "blob", "main.js")
+    found = shutil.which("azurite-blob")
+    if found is not None:
+        script = Path(found).resolve()
+    return [node, str(script)] if script.exists() and os.path.exists(node) else []
+
+
+def _make_container(server: AzureServer, log: Path) -> None:
+    store = AzureStore(
+        CONTAINER, account_name=_ACCOUNT, account_key=_KEY, endpoint=server.endpoint,
+        client_options={"allow_http": True}, retry_config={"max_retries": 0},
+    )  # fmt: skip
+    deadline = time.monotonic() + _READY_SECONDS
+    while True:
+        try:
+            _put_container(server)
+            obstore.put(store, "ready", b"yes")
+            obstore.delete(store, "ready")
+            return
+        except Exception as error:  # every kind of failure means "not yet" until the deadline
+            if time.monotonic() > deadline:
+                text = log.read_text(errors="replace")[-3000:]
+                raise RuntimeError(f"azurite did not become ready ({error}); its log ends:\n{text}") from error
+            time.sleep(0.1)
+
+
+def _put_container(server: AzureServer) -> None:
+    """Ask for the container, with the account's signature: obstore makes none."""
+    import base64
+    import email.utils
+    import hashlib
+    import hmac
+    import urllib.error
+    import urllib.request
+
+    date = email.utils.formatdate(usegmt=True)
+    headers = f"x-ms-date:{date}\nx-ms-version:2021-12-02\n"
+    resource = f"/{_ACCOUNT}/{_ACCOUNT}/{CONTAINER}\nrestype:container"
+    text = "PUT" + "\n" * 12 + headers + resource
+    signature = base64.b64encode(hmac.new(base64.b64decode(_KEY), text.encode(), hashlib.sha256).digest()).decode()
+    request = urllib.request.Request(f"{server.endpoint}/{CONTAINER}?restype=container", method="PUT", headers={
+        "x-ms-date": date, "x-ms-version": "2021-12-02", "Content-Length": "0",
+        "Authorization": f"SharedKey {_ACCOUNT}:{signature}",
+    })  # fmt: skip
+    try:
+        urllib.request.urlopen(request, timeout=5).close()
+    except urllib.error.HTTPError as error:
+        if error.code != 409:  # it is there
+            raise
+
+
+def install() -> None:
+    """Bring azurite into this environment."""
+    from tools.quickstart_data.fetch import npm_command
+
+    npm, environment = npm_command()
+    words = ["install", "--ignore-scripts", "--no-audit", "--no-fund", f"--prefix={Path(sys.prefix, 'azurite')}"]
+    subprocess.run([*npm, *words, f"azurite@{VERSION}"], env=environment, check=True)
+
+
+if __name__ == "__main__":
+    install()
