@@ -20,8 +20,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 MIN_REPEATS = 20
 """Rounds below which a ratio is no figure to publish."""
 
@@ -36,6 +34,8 @@ class Quartiles(NamedTuple):
     @staticmethod
     def of(values: Sequence[float]) -> Quartiles:
         """The 25th, 50th and 75th percentile."""
+        import numpy as np  # here, so that what only tells figures needs no package at all
+
         low, median, high = np.percentile(np.asarray(values, np.float64), (25, 50, 75)).tolist()
         return Quartiles(low, median, high)
 
@@ -54,7 +54,12 @@ class Clock(NamedTuple):
 
 
 def interleave(
-    contestants: Mapping[str, Callable[[], object]], *, repeats: int, warmup: int = 2, clock: Clock | None = None
+    contestants: Mapping[str, Callable[[], object]],
+    *,
+    repeats: int,
+    warmup: int = 2,
+    clock: Clock | None = None,
+    stopwatch: Callable[[Callable[[], object]], float] | None = None,
 ) -> dict[str, list[float]]:
     """Run every contestant once a round, in an order that turns round each time (A B, B A, A B, ...).
 
@@ -62,12 +67,14 @@ def interleave(
         contestants: What to run, by name; each call must do the same work again.
         repeats: Rounds that count.
         warmup: Rounds before those.
-        clock: What is counted; `PROCESS` if None.
+        clock: What CPU seconds are counted; `PROCESS` if None.
+        stopwatch: What takes the time of one run instead, such as `gpu_seconds`.
 
     Returns:
-        By name, the CPU seconds of each round.
+        By name, the seconds of each round.
     """
-    clock = clock or PROCESS
+    counted = clock or PROCESS
+    stopwatch = stopwatch or (lambda work: cpu_seconds(work, counted))
     taken: dict[str, list[float]] = {name: [] for name in contestants}
     # What is there by now need not be looked at again and again.
     gc.collect()
@@ -77,7 +84,7 @@ def interleave(
         for name in names if number % 2 == 0 else reversed(names):
             # What another contestant left to collect is not this one's work.
             gc.collect()
-            seconds = cpu_seconds(contestants[name], clock)
+            seconds = stopwatch(contestants[name])
             if number >= 0:
                 taken[name].append(seconds)
     gc.unfreeze()
@@ -93,6 +100,19 @@ def cpu_seconds(work: Callable[[], object], clock: Clock) -> float:
     before = _at_rest(clock)
     work()
     return max(clock.resolution, _at_rest(clock) - before)
+
+
+def gpu_seconds(work: Callable[[], object]) -> float:
+    """What one run takes on the GPU, from an idle stream to an idle stream, waiting for the host included."""
+    import torch
+
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    work()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3
 
 
 def _at_rest(clock: Clock) -> float:

@@ -35,6 +35,7 @@ _HOW_TO_MATCH = {
     "zero_stage": "set parallel.deepspeed to a profile with ZeRO stage {found}",
     "precision": "set precision.compute={found}",
     "num_experts": "set moe.num_experts={found}",
+    "expert_layer": "set moe.backend={found}",
 }
 
 
@@ -142,6 +143,8 @@ def _check_layout(path: Path, meta: Meta, layout: dict[str, Any]) -> None:
 def _how_to_match(name: str, found: Any) -> str:
     if name == "zero_stage" and found == -1:
         return "set parallel.engine=plain"
+    if name == "expert_layer" and found is None:
+        return "set moe.backend=auto"
     return _HOW_TO_MATCH.get(name, f"use {name} {{found}}").format(found=found)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,14 @@ from pretrain.config.presets import load_run, run_path
 from pretrain.config.schema import RunConfig
 from pretrain.config.validate import check
 from pretrain.model.count import count_flops, count_parameters
-from pretrain.parallel.deepspeed_config import profile_path, resolve_for
+from pretrain.model.twin import USUAL_TEXT_TOKENS, dense_twin, differing_settings
+from pretrain.parallel.deepspeed_config import profile_path, resolve_for, zero_stage_of
 
 _EXAMPLES = """\
   vlmoe plan b16 --world 64
   vlmoe plan run.yaml --world 8 parallel.expert_parallel=8 parallel.deepspeed=zero2
-  vlmoe plan l16 --world 128 --json"""
-
-_TEXT_TOKENS = 16
-"""Tokens of a usual caption; FLOPs depend on it."""
+  vlmoe plan l16 --world 128 --json
+  vlmoe plan b16 --twin"""
 
 
 def add(subparsers: Subparsers) -> None:
@@ -35,8 +35,10 @@ def add(subparsers: Subparsers) -> None:
     add_run(parser)
     parser.add_argument("--world", metavar="N", type=int, default=1, help="number of ranks (default: 1)")
     parser.add_argument("--text-tokens", metavar="N", type=float, default=None,
-                        help=f"average tokens of a caption, for the FLOPs (default: {_TEXT_TOKENS}, at most "
+                        help=f"average tokens of a caption, for the FLOPs (default: {USUAL_TEXT_TOKENS}, at most "
                              f"model.text_length)")
+    parser.add_argument("--twin", action="store_true",
+                        help="show the dense model of equal active FLOPs beside it, and the settings that make it")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     parser.set_defaults(handle=handle)
 
@@ -47,9 +49,16 @@ def handle(args: argparse.Namespace) -> None:
         args.parser.error(f"--world is {args.world}, but must be at least 1")
     path = run_path(args.run)
     run = load_run(path, args.overrides)
-    text_tokens = min(_TEXT_TOKENS, run.model.text_length) if args.text_tokens is None else args.text_tokens
-    check(run, args.world, source=str(path), training=False)
+    text_tokens = min(USUAL_TEXT_TOKENS, run.model.text_length) if args.text_tokens is None else args.text_tokens
+    check(run, args.world, source=str(path), training=False, zero_stage=zero_stage_of(run))
     facts = plan(run, path, world=args.world, text_tokens=text_tokens)
+    if args.twin:
+        twin = dense_twin(run, text_tokens=text_tokens)
+        check(twin, args.world, source=f"the dense twin of {path}", training=False)
+        both = {"sparse": facts, "twin": plan(twin, path, world=args.world, text_tokens=text_tokens),
+                "twin_settings": differing_settings(run, twin)}
+        print(json.dumps(both, indent=2) if args.json else _render_twin(run, twin, both))
+        return
     print(json.dumps(facts, indent=2) if args.json else _render(run, facts))
 
 
@@ -127,6 +136,29 @@ def _render(run: RunConfig, facts: dict[str, Any]) -> str:
     ]
     text = "\n".join(f"{name:<12} {value}" for name, value in lines)
     return text + (f"\n{json.dumps(facts['deepspeed'], indent=2)}" if facts["deepspeed"] else "")
+
+
+def _render_twin(run: RunConfig, twin: RunConfig, both: dict[str, Any]) -> str:
+    """A run and its dense twin side by side."""
+    rows = [("", "sparse", "dense twin", "twin / sparse")]
+    for name, section, key in (
+        ("parameters", "params", "total"),
+        ("  active per token", "params", "active"),
+        ("  trunk", "params", "trunk_total"),
+        ("  trunk, active", "params", "trunk_active"),
+        ("FLOPs per pair", "flops_per_pair", "training"),
+        ("  forward", "flops_per_pair", "forward"),
+        ("FLOPs of the run", "schedule", "total_flops"),
+    ):
+        sparse, dense = both["sparse"][section][key], both["twin"][section][key]
+        rows.append((name, _short(sparse), _short(dense), f"{dense / sparse:.4f}"))
+    sparse_blocks = len(both["sparse"]["layout"]["moe_blocks"])
+    rows.append(("blocks with experts", str(sparse_blocks), "0", ""))
+    rows.append(("dense width", str(run.model.ffn_width), str(twin.model.ffn_width), ""))
+    flops = both["sparse"]["flops_per_pair"]
+    lines = [f"{a:<20}{b:>12}{c:>12}{d:>15}".rstrip() for a, b, c, d in rows]
+    lines.append(f"for {flops['patches']} patches and {flops['text_tokens']:g} text tokens a pair")
+    return "\n".join([*lines, f"settings of the twin: {shlex.join(both['twin_settings'])}"])
 
 
 def _near(path: str) -> str:

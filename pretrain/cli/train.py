@@ -34,9 +34,10 @@ def handle(args: argparse.Namespace) -> None:
     """Read the run and train it."""
     from pretrain.config.presets import load_run
     from pretrain.config.validate import check
+    from pretrain.parallel.deepspeed_config import zero_stage_of
 
     run = load_run(args.run, args.overrides)
-    check(run, started_as()[1], source=args.run)
+    check(run, started_as()[1], source=args.run, zero_stage=zero_stage_of(run))
     # After judging the run: a mistake in it should be told before torch is loaded.
     from pretrain.train.run import train_command
 

@@ -130,8 +130,9 @@ class MoEConfig:
     """Every how many blocks from `start` on."""
     stop: int = -1
     """Block before which the experts end; -1 means all blocks to the last."""
-    backend: Literal["auto", "grouped", "loop"] = "auto"
-    """Expert computation: one grouped matrix product, or a loop over the experts."""
+    backend: Literal["auto", "grouped", "loop", "deepspeed"] = "auto"
+    """Expert computation: one grouped matrix product, or a loop over the experts; or DeepSpeed's own MoE layer
+    while training, to compare with."""
 
     def __post_init__(self) -> None:
         _require(self.num_experts >= 1, f"moe.num_experts is {self.num_experts}, but must be at least 1")
@@ -348,6 +349,9 @@ class LogConfig:
     """Steps between sample pictures with the captions the model writes; 0 turns them off."""
     num_pictures: int = 8
     """Pictures shown."""
+    routing_every_steps: int = 500
+    """Steps between pictures of the routing: load by layer and expert, and which experts are chosen together;
+    0 turns them off."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,10 +14,13 @@ from data_pipeline.common.config import join_problems
 from data_pipeline.common.errors import ConfigError
 from data_pipeline.settings import AugmentConfig
 from pretrain.config.batch import plan_batch
+from pretrain.config.deepspeed_layer import deepspeed_layer_problems
 from pretrain.config.schema import RunConfig
 
 
-def check(run: RunConfig, world: int, *, source: str = "", training: bool = True) -> None:
+def check(
+    run: RunConfig, world: int, *, source: str = "", training: bool = True, zero_stage: int | None = None
+) -> None:
     """Raise one error that lists everything wrong with a run.
 
     Args:
@@ -25,20 +28,21 @@ def check(run: RunConfig, world: int, *, source: str = "", training: bool = True
         world: Number of ranks it is started with.
         source: Named at the head of the error, such as the run's file.
         training: Also ask for what only training needs: shards and a tokenizer.
+        zero_stage: Of the DeepSpeed profile, where it matters (`pretrain.parallel.deepspeed_config.zero_stage_of`).
 
     Raises:
         ConfigError: There is a problem.
     """
-    found = problems(run, world) + (training_problems(run) if training else [])
+    found = problems(run, world, zero_stage) + (training_problems(run) if training else [])
     if found:
         raise ConfigError(join_problems(found, source))
 
 
-def problems(run: RunConfig, world: int) -> list[str]:
+def problems(run: RunConfig, world: int, zero_stage: int | None = None) -> list[str]:
     """Every contradiction between sections, and with the number of ranks; empty when there is none."""
     found: list[str] = []
     for part in (_batch(run, world), _parallel(run, world), _experts(run), _balance(run), _numbers(run), _data(run),
-                 _augment(run.data.augment), _eval(run), _precision(run)):
+                 _augment(run.data.augment), _eval(run), _precision(run), deepspeed_layer_problems(run, zero_stage)):
         found.extend(part)
     return found
 
@@ -150,6 +154,7 @@ def _numbers(run: RunConfig) -> Iterator[str]:
         ("checkpoint.keep", run.checkpoint.keep, run.checkpoint.keep >= 1, "at least 1"),
         ("log.every_steps", run.log.every_steps, run.log.every_steps >= 1, "at least 1"),
         ("log.pictures_every_steps", run.log.pictures_every_steps, run.log.pictures_every_steps >= 0, "at least 0"),
+        ("log.routing_every_steps", run.log.routing_every_steps, run.log.routing_every_steps >= 0, "at least 0"),
         ("log.num_pictures", run.log.num_pictures, run.log.num_pictures >= 0, "at least 0"),
         ("eval.pairs_per_forward", run.eval.pairs_per_forward, run.eval.pairs_per_forward >= 1, "at least 1"),
         ("eval.caption_samples", run.eval.caption_samples, run.eval.caption_samples >= 0, "at least 0"),
@@ -226,7 +231,7 @@ def _address(shards: str) -> str:
 
 
 def _precision(run: RunConfig) -> Iterator[str]:
-    if run.precision.compute != "bf16" or run.moe.backend == "loop":
+    if run.precision.compute != "bf16" or run.moe.backend in ("loop", "deepspeed"):
         return
     # torch's grouped matrix product wants rows that start on 16 bytes: 8 numbers of bfloat16.
     for name, width in (("model.width", run.model.width), ("moe.expert_width", run.moe.expert_width)):

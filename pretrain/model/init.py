@@ -28,14 +28,14 @@ def initialise(model: nn.Module, *, seed: int, num_blocks: int, first_expert: in
         num_blocks: Blocks of the trunk.
         first_expert: Global number of the first expert that this rank holds.
     """
-    residual_scale = 1.0 / math.sqrt(2 * num_blocks)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            _fill(name, parameter, seed, residual_scale, first_expert)
+            fill_parameter(name, parameter, seed, num_blocks, first_expert)
 
 
-def _fill(name: str, parameter: Tensor, seed: int, residual_scale: float, first_expert: int) -> None:
+def fill_parameter(name: str, parameter: Tensor, seed: int, num_blocks: int, first_expert: int) -> None:
     """Give one parameter its first value, by the role its name tells."""
+    residual_scale = 1.0 / math.sqrt(2 * num_blocks)
     leaf = name.rsplit(".", 1)[-1]
     if ".experts." in name:
         deviation = _fan_in_deviation(parameter) * (residual_scale if leaf == "w2" else 1.0)

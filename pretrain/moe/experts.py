@@ -10,7 +10,7 @@ Shapes: T tokens, N rows, D trunk width, F expert width, L local experts.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,9 @@ class StackedExperts(nn.Module):
         self.w2 = nn.Parameter(torch.empty(num_experts, width, expert_width))
         self.w3 = nn.Parameter(torch.empty(num_experts, expert_width, width))
         self.backend = backend
+        # Kept apart: outside of `forward` a look at the shape of weights that ZeRO has partitioned gathers them,
+        # and ranks that look and ranks that do not would wait for each other.
+        self._sizes = num_experts, expert_width, width
 
     def forward(
         self,
@@ -60,7 +63,7 @@ class StackedExperts(nn.Module):
         if x is None:
             return absolute_sum(self.w1, self.w2, self.w3)
         assert rows_per_expert_L is not None
-        w1, w2, w3 = self.w1.to(x.dtype), self.w2.to(x.dtype), self.w3.to(x.dtype)
+        w1, w2, w3 = (weight.to(x.dtype) for weight in together(self.w1, self.w2, self.w3))
         if token_N is not None or self.looped(x, x.shape[0]):
             return loop_swiglu(x, rows_per_expert_L, w1, w2, w3, token_N, weights_N)
         return grouped_swiglu(x, rows_per_expert_L, w1, w2, w3)
@@ -74,9 +77,31 @@ class StackedExperts(nn.Module):
             return self.backend == "loop" or rows == 0
         if x.is_cuda:
             return False
-        num_experts, hidden, width = self.w1.shape
+        num_experts, hidden, width = self._sizes
         known = x.dtype in (torch.float32, torch.bfloat16) and width % 8 == 0 and hidden % 8 == 0
         return not known or rows >= MANY_ROWS * num_experts
+
+
+def together(*weights: Tensor) -> tuple[Tensor, ...]:
+    """The weights as they are; their gradients come one after the other, the last first, however rows are computed.
+
+    ZeRO stages 2 and 3 add up gradients over ranks in the order in which they come. A rank with no row, or on CPU
+    with few, computes in another way than its peers, and without this its w1 would be added to their w2.
+    """
+    # Each view is a step of the backward pass of its own, and the later made one is gone back through first.
+    return _Together.apply(*(weight.view_as(weight) for weight in weights))  # type: ignore[no-any-return]
+
+
+class _Together(torch.autograd.Function):
+    """Waits for the gradients of all its inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, *weights: Tensor) -> tuple[Tensor, ...]:
+        return tuple(weight.view_as(weight) for weight in weights)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return grads
 
 
 def absolute_sum(*weights: Tensor) -> Tensor:

@@ -85,7 +85,11 @@ class MoELayer(nn.Module):
         self.caption_gate = CaptionGate(width, config.num_experts) if config.gate == "caption" and fused else None
         self.bias = make_bias(config, self.balance)
         self.experts = StackedExperts(
-            width, config.expert_width, num_local_experts or config.num_experts, config.backend
+            width,
+            config.expert_width,
+            num_local_experts or config.num_experts,
+            # What DeepSpeed's layer has learned is judged by ours, which computes the same.
+            "auto" if config.backend == "deepspeed" else config.backend,
         )
         self.shared = SwiGLU(width, config.shared_experts * config.expert_width) if config.shared_experts else None
         self.dispatcher: Dispatcher = dispatcher or LocalDispatcher()
@@ -103,6 +107,12 @@ class MoELayer(nn.Module):
         Returns:
             Output `[tokens, width]` and the router's statistics.
         """
+        logits_TE, scored, routing = self.route(x_TD, tokens)
+        y_TD = self.dispatcher.run(x_TD, routing, self.experts, self.shared)
+        return y_TD, self._statistics(logits_TE, scored, routing, tokens)
+
+    def route(self, x_TD: Tensor, tokens: RouterTokens) -> tuple[Tensor, Scores, Routing]:
+        """What `forward` decides before it computes: router logits `[tokens, experts]`, scores, and the choice."""
         config, split = self.config, tokens.num_patch_tokens
         logits_TE = self.gate(x_TD)
         if self.caption_gate is not None and tokens.text_length:
@@ -113,8 +123,7 @@ class MoELayer(nn.Module):
         routing = choose(scored, config, tokens, bias_ME, block=self.block, noise=self.training)
         if config.capacity_factor and self.training:
             routing = limit(routing, scored.scores_TE, config, tokens, block=self.block)
-        y_TD = self.dispatcher.run(x_TD, routing, self.experts, self.shared)
-        return y_TD, self._statistics(logits_TE, scored, routing, tokens)
+        return logits_TE, scored, routing
 
     def _statistics(
         self, logits_TE: Tensor, scored: Scores, routing: Routing, tokens: RouterTokens

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pretrain.config.schema import MoEConfig
-from pretrain.moe.routing import Routing, Scores
+from pretrain.moe.routing import Routing, Scores, count_choices
 from pretrain.moe.tokens import MODALITIES, RouterTokens
 
 __all__ = ["GRADIENT_FIELDS", "MODALITIES", "RouterStats", "router_stats", "stack_stats"]
@@ -85,7 +85,6 @@ def router_stats(
     z_T = torch.logsumexp(logits_TE if config.pools == "shared" else scored.logits_TE, dim=-1).square()
     with torch.no_grad():
         top_T, first_T = probs_TE.max(dim=-1)
-        first_TE = torch.nn.functional.one_hot(first_T, num_experts)
         together = torch.zeros(0, 0, dtype=torch.int64, device=probs_TE.device)
         if tokens.together:
             together = _together(routing, len(probs_TE), num_experts)
@@ -102,7 +101,7 @@ def router_stats(
         router_l1=zero if router_l1 is None else router_l1,
         choices_ME=routing.choices_ME,
         kept_ME=routing.kept_ME,
-        first_ME=_by_modality(first_TE, split),
+        first_ME=count_choices(first_T, split, num_experts),
         top_sum_M=_by_modality(top_T, split),
         together_EE=together,
     )

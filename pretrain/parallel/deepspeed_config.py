@@ -110,6 +110,18 @@ def zero_stage(profile_json: Mapping[str, Any], path: Path) -> int:
     return stage
 
 
+def zero_stage_of(run: RunConfig) -> int | None:
+    """ZeRO stage of the profile that a run names, for `pretrain.config.validate`; None where it does not matter.
+
+    Raises:
+        ConfigError: There is no such profile, or it is none.
+    """
+    if run.moe.backend != "deepspeed" or run.parallel.engine == "plain":
+        return None
+    path = profile_path(run.parallel.deepspeed)
+    return zero_stage(load_profile(path), path)
+
+
 def resolve(
     run: RunConfig, profile_json: Mapping[str, Any], profile_path: Path, run_path: Path, batch_plan: BatchPlan
 ) -> dict[str, Any]:

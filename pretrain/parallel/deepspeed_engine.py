@@ -23,6 +23,7 @@ from pretrain.model.vision_language import ModelOutput, VisionLanguageModel
 from pretrain.optim.groups import build_adamw, is_expert, parameter_groups
 from pretrain.parallel.collectives import gather_rows
 from pretrain.parallel.deepspeed_moe import expert_group_name
+from pretrain.parallel.deepspeed_native_moe import our_name
 from pretrain.parallel.deepspeed_state import (
     load_optimizer_shard,
     load_partitioned_weights,
@@ -149,6 +150,8 @@ class DeepSpeedEngine:
         return norm
 
     def _file_name(self, name: str) -> str:
+        if ours := our_name(name, self.layout.first_expert(self.rank)):
+            return ours[0] if ours[1] is None else slice_name(ours[0], ours[1], 1)
         if not is_expert(name):
             return name
         return slice_name(name, self.layout.first_expert(self.rank), self.layout.experts_per_rank)

@@ -27,6 +27,8 @@ class Layout:
     """`fp32` or `bf16`."""
     num_experts: int
     """Routed experts of a layer."""
+    expert_layer: str = "ours"
+    """Whose MoE layer trains, `ours` or `deepspeed`: shards of the optimizer have another order in each."""
 
     def __post_init__(self) -> None:
         if self.world % self.expert_parallel:
@@ -60,4 +62,7 @@ class Layout:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object that `Layout(**object)` turns back."""
-        return asdict(self)
+        facts = asdict(self)
+        if self.expert_layer == "ours":
+            del facts["expert_layer"]  # which older checkpoints do not name
+        return facts

@@ -26,7 +26,7 @@ from pretrain.config.batch import BatchPlan, plan_batch
 from pretrain.config.schema import RunConfig
 from pretrain.config.validate import check
 from pretrain.model import build_model
-from pretrain.parallel.deepspeed_config import load_profile, profile_path, resolve, zero_stage
+from pretrain.parallel.deepspeed_config import load_profile, profile_path, resolve, zero_stage, zero_stage_of
 from pretrain.parallel.engine import TrainEngine
 from pretrain.parallel.environment import (
     RankEnvironment,
@@ -117,7 +117,7 @@ def build(run: RunConfig, out: Path) -> Parts:
     setup_logging(environment.rank)
     if environment.device.type == "cpu":
         keep_freed_memory()
-    check(run, environment.world, source="this run")
+    check(run, environment.world, source="this run", zero_stage=zero_stage_of(run))
     batch_plan = plan_batch(run.batch.pairs_per_step, run.batch.pairs_per_forward, environment.world)
     tokenizer = Tokenizer.load(run.data.tokenizer)
     _check_vocabulary(run, tokenizer)
@@ -149,17 +149,22 @@ def build_engine(run: RunConfig, environment: RankEnvironment, batch_plan: Batch
         zero_stage=zero_stage(profile, path),
         precision=run.precision.compute,
         num_experts=run.moe.num_experts,
+        expert_layer="deepspeed" if run.moe.backend == "deepspeed" else "ours",
     )
     start_process_group(environment, run.parallel.timeout_seconds)
     # Imported late: DeepSpeed takes seconds to import and wants the accelerator chosen first.
     from pretrain.parallel.deepspeed_engine import DeepSpeedEngine
     from pretrain.parallel.deepspeed_moe import expert_parallel_layers
+    from pretrain.parallel.deepspeed_native_moe import fill_as_ours, native_layers
 
+    native, first_expert = run.moe.backend == "deepspeed", layout.first_expert(environment.rank)
     model = build_model(
         run,
-        make_moe_layer=expert_parallel_layers(layout, environment.rank),
-        first_expert=layout.first_expert(environment.rank),
+        make_moe_layer=native_layers(layout) if native else expert_parallel_layers(layout, environment.rank),
+        first_expert=first_expert,
     )
+    if native:
+        fill_as_ours(model, run, first_expert)
     config = resolve(run, profile, path, Path(CONFIG_FILE), batch_plan)
     return DeepSpeedEngine(model, run.optim, layout, environment.device, config)
 

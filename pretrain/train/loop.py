@@ -12,6 +12,7 @@ from data_pipeline.loading.loader import Loader
 from data_pipeline.order.state import LoaderState
 from pretrain.checkpoint.reader import load_latest
 from pretrain.checkpoint.writer import save
+from pretrain.config.schema import RunConfig
 from pretrain.optim.schedule import learning_rate
 from pretrain.train.build import Parts
 from pretrain.train.metrics import BadSamples, RankReport, Window, source_metrics
@@ -66,7 +67,8 @@ def _train_on(
         batches, loader_state = next(steps)
         waited = time.perf_counter() - waiting_since
         rate = learning_rate(state.step, run.schedule, run.optim.lr)
-        result = train_step(engine, batches, run, step=state.step, learning_rate=rate)
+        seeing = sees_routing(run, state.step + 1)
+        result = train_step(engine, batches, run, step=state.step, learning_rate=rate, together=seeing)
         if ledger is not None:
             ledger.add(state.step + 1, state.loader.position, loader_state.position, batches)
         state = replace(
@@ -90,6 +92,8 @@ def _train_on(
                 reporter.step(state.step, metrics | source_metrics(loader.order, state.loader.position), tables)
             window.restart()
             bad.add(reports, read=state.loader.position)
+        if seeing and reporter is not None:
+            reporter.routing(state.step, result.choices_LME.numpy(), result.router.together_EE.numpy())
         if pictures is not None and pictures.is_due(state.step, last=last):
             pictures.show(reporter, state.step)
             window.skip_pause()
@@ -102,6 +106,13 @@ def _train_on(
             logger.info("asked to stop: saved step %d; start the same command again to go on", state.step)
             break
     return state
+
+
+def sees_routing(run: RunConfig, step: int) -> bool:
+    """Whether pictures of the routing are shown after this step; the same on every rank."""
+    every = run.log.routing_every_steps
+    due = every > 0 and (step % every == 0 or step == run.schedule.total_steps)
+    return due and bool(run.moe.blocks(run.model.num_blocks))
 
 
 def _resume(parts: Parts) -> TrainState:

@@ -20,6 +20,8 @@ from torch.utils.tensorboard import SummaryWriter
 from data_pipeline.common.logs import clock_text
 from data_pipeline.samples import SampleProblem
 from pretrain.config.schema import RunConfig
+from pretrain.evaluate.routing_figure import draw_grids
+from pretrain.evaluate.routing_grids import load_grids, together_grids
 from pretrain.moe.statistics import MODALITIES
 from pretrain.train.figure import draw_captions
 from pretrain.train.journal import Journal
@@ -91,6 +93,24 @@ class Reporter:
             self._events.add_image("captions", sheet, step, dataformats="HWC")
             # As text too: the drawing has letters for Latin alphabets only.
             self._events.add_text("captions", _caption_table(written, true), step)
+            self._events.flush()
+
+        self._try("tensorboard", write)
+
+    def routing(self, step: int, load_LME: Array, together_LEE: Array) -> None:
+        """Show the routing of one step as pictures: `moe/load` and, of several experts a token, `moe/together`.
+
+        Args:
+            step: Optimizer steps done.
+            load_LME: Token choices, `[MoE layers, modalities, experts]`.
+            together_LEE: Tokens that chose both experts, `[MoE layers, experts, experts]`.
+        """
+        def write() -> None:
+            sheets = {"moe/load": load_grids(load_LME, self._blocks, self._run.moe)}
+            if self._run.moe.experts_per_token > 1 and together_LEE.size:
+                sheets["moe/together"] = together_grids(together_LEE, self._blocks)
+            for name, grids in sheets.items():
+                self._events.add_image(name, np.asarray(draw_grids(grids)), step, dataformats="HWC")
             self._events.flush()
 
         self._try("tensorboard", write)

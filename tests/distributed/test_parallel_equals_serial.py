@@ -1,82 +1,93 @@
-"""DeepSpeed on one, two and four processes against plain torch in one process: losses, norm and every gradient."""
+"""DeepSpeed on one, two and four processes against plain torch in one process, by `pretrain.check`."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Any
-
 import pytest
 
-from tests.support.launch import run_ranks
-
-WORKER = Path(__file__).with_name("parity_worker.py")
-TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
-LATER = 1e-4
-"""Of the steps after the first: Adam makes steps of full size from gradients that are nothing but rounding."""
+from pretrain.check.cells import Cell
+from pretrain.check.compare import QUANTITIES
+from pretrain.check.job import Outcome
+from tests.support.parity_runs import ROUTING, outcomes, told
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 
-
-def cells(world: int) -> list[list[Any]]:
-    """[stage, expert parallel, precision, pairs per forward, recompute, bad rows, routing] of every cell."""
-    return [cell if len(cell) == 7 else [*cell, ""] for cell in _cells(world)]
+Cases = list[tuple[str, Cell]]
 
 
-def _cells(world: int) -> list[list[Any]]:
-    """The cells; those with six numbers route as usual."""
-    whole = 8 // world
-    found: list[list[Any]] = [
-        [stage, ep, precision, whole, False, []]
-        for stage in (0, 1, 2, 3)
-        for ep in (1, 2)
-        for precision in ("fp32", "bf16")
-        if ep <= world
+def cell(
+    zero: int | str, expert_parallel: int = 1, accumulation: int = 1, missing: str = "none", *, recompute: bool = False
+) -> Cell:
+    """A cell in float32."""
+    return Cell(zero=str(zero), expert_parallel=expert_parallel, accumulation=accumulation, recompute=recompute,
+                missing=missing)  # type: ignore[arg-type]
+
+
+def stages(expert_parallel: int) -> Cases:
+    """Every stage in both number formats."""
+    return [
+        ("plain", Cell(zero=str(stage), expert_parallel=expert_parallel, precision=precision, missing="none"))
+        for stage in range(4) for precision in ("fp32", "bf16")  # type: ignore[arg-type]
     ]
+
+
+def cases(world: int) -> Cases:
+    """Runs and cells of a world."""
     if world == 1:
         return [
-            *found, [1, 1, "fp32", 2, True, []], ["2_offload", 1, "fp32", 2, False, []],
-            [0, 1, "fp32", 2, True, [], "noisy"], [3, 1, "fp32", 4, False, [], "sampled"],
+            *stages(1), ("plain", cell(1, 1, 4, recompute=True)), ("plain", cell("2_offload", 1, 4)),
+            # A micro-batch without a pair.
+            ("plain", cell(0, 1, 4, "rank")), ("noisy", cell(0, 1, 4, recompute=True)), ("sampled", cell(3, 1, 2)),
+            ("deepspeed-one", cell(0)), ("deepspeed", cell(1, 1, 4, recompute=True)),
         ]
     if world == 4:
         # Two copies of the experts: each expert's gradient is summed inside a copy and averaged over the copies.
-        return [[0, 2, "fp32", 2, False, []], [1, 2, "fp32", 1, False, []], [3, 2, "fp32", 2, False, []],
-                [2, 4, "fp32", 2, False, [0, 1]], [1, 2, "bf16", 2, False, []],
-                [1, 2, "fp32", 2, False, [2], "noisy"], [2, 4, "fp32", 2, False, [], "sampled"],
-                [0, 1, "fp32", 1, False, [], "pools"]]
+        return [
+            ("plain", cell(0, 2)), ("plain", cell(1, 2, 2)), ("plain", cell(3, 2)), ("plain", cell(2, 4, 1, "rank")),
+            # Copies with rows and copies without any must add up their gradients in one order.
+            ("plain", cell(2, 2, 1, "rank")), ("plain", cell(3, 1, 1, "rank")),
+            ("plain", Cell(zero="1", expert_parallel=2, precision="bf16", missing="none")),
+            ("noisy", cell(1, 2, 1, "pairs")), ("sampled", cell(2, 4)), ("pools", cell(0, 1, 2)),
+        ]
     return [
-        *found,
-        [0, 2, "fp32", 2, False, []], [1, 2, "fp32", 2, True, []], [2, 1, "fp32", 2, False, []],
-        [3, 2, "fp32", 2, False, []], [3, 2, "fp32", 2, True, []], ["2_offload", 2, "fp32", 2, False, []],
-        [1, 2, "fp32", 4, False, [1, 6]], [2, 2, "fp32", 2, False, [0, 5]],
+        *stages(1), *stages(2),
+        ("plain", cell(0, 2, 2)), ("plain", cell(1, 2, 2, recompute=True)), ("plain", cell(2, 1, 2)),
+        ("plain", cell(3, 2, 2)), ("plain", cell(3, 2, 2, recompute=True)), ("plain", cell("2_offload", 2, 2)),
+        ("plain", cell(1, 2, 1, "pairs")), ("plain", cell(2, 2, 2, "pairs")),
         # One rank has no pair at all and must still enter every exchange.
-        [1, 2, "fp32", 4, False, [0, 1, 2, 3]], [3, 2, "fp32", 4, False, [4, 5, 6, 7]],
-        [0, 2, "fp32", 4, False, [], "noisy"], [3, 2, "fp32", 2, True, [0, 5], "noisy"],
-        [1, 2, "fp32", 2, False, [4, 5, 6, 7], "sampled"], [2, 1, "fp32", 4, False, [3], "sampled"],
-        [1, 2, "fp32", 4, False, [], "experts"], [2, 2, "fp32", 1, True, [], "pools"],
+        ("plain", cell(1, 2, 1, "rank")), ("plain", cell(3, 2, 1, "rank")), ("sampled", cell(1, 2, 2, "rank")),
+        ("plain", cell(2, 1, 1, "rank")), ("plain", cell(3, 1, 1, "rank")),
+        ("noisy", cell(0, 2)), ("noisy", cell(3, 2, 2, "pairs", recompute=True)), ("sampled", cell(2, 1, 1, "pairs")),
+        ("experts", cell(1, 2)), ("pools", cell(2, 2, 4, recompute=True)),
+        ("deepspeed", cell(0, 2, 1, "pairs")), ("deepspeed-three", cell(1, 2, 2, recompute=True)),
+        ("deepspeed", cell(2, 1, 1, "rank")),
+        ("deepspeed-one", Cell(zero="1", expert_parallel=2, precision="bf16", missing="none")),
     ]
 
 
 @pytest.fixture(scope="module", params=[1, 2, 4], ids=["one-process", "two-processes", "four-processes"])
-def measured(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
-    """Differences of all cells of a world; one launch, since starting ranks costs more than training them."""
+def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Outcome]:
+    """Outcomes of all cells of a world; one launch, since starting ranks costs more than training them."""
     world: int = request.param
-    done = run_ranks(
-        [str(WORKER), "--cells", json.dumps(cells(world))], processes=world, timeout_seconds=240
-    ).check()
-    rows = [json.loads(line.removeprefix("CELL ")) for line in done.output.splitlines() if line.startswith("CELL ")]
-    assert len(rows) == len(cells(world))
-    return rows
+    return outcomes(cases(world), world, tmp_path_factory.mktemp(f"world-{world}"))
 
 
-def test_every_cell_equals_one_process(measured: list[dict[str, Any]]) -> None:
-    misses = []
-    for row in measured:
-        limit = TOLERANCE[row["precision"]]
-        if max(row["loss"], row["grad_norm"], row["gradient"]) > limit or row["missing"] or row["later"] > LATER:
-            misses.append(row)
-        if row["precision"] == "fp32" and (row["choices"] or row["bias"] > 1e-6):
-            misses.append(row)
-        if not row["moved"] or (row["routing"] in ("noisy", "sampled", "pools")) != (row["dropped"] > 0):
-            misses.append(row)
-    assert not misses, "\n".join(map(json.dumps, misses))
+def test_every_cell_equals_one_process(found: list[Outcome]) -> None:
+    bad = [told(outcome) for outcome in found if outcome.status != "ok"]
+    assert not bad, "\n".join(bad)
+
+
+def test_every_quantity_was_compared_and_no_choice_differs(found: list[Outcome]) -> None:
+    for outcome in found:
+        assert set(outcome.worst) == set(QUANTITIES), told(outcome)
+        later_too = outcome.cell.precision == "fp32"
+        choices = [outcome.worst["choices"].value, outcome.worst["later-choices"].value if later_too else 0.0]
+        assert choices == [0.0, 0.0], told(outcome)
+
+
+def test_what_could_go_wrong_took_part(found: list[Outcome]) -> None:
+    """Clipping, dropped choices and biases, wherever a run has them."""
+    for outcome in found:
+        moe, balance = ROUTING[outcome.run]
+        assert outcome.facts["clipped_steps"] == 3, told(outcome)
+        assert (outcome.facts["dropped"] > 0) == ("capacity_factor" in moe), told(outcome)
+        assert outcome.facts["biases_moved"] == ("bias" in balance), told(outcome)

@@ -15,7 +15,7 @@ from data_pipeline.shards.manifest import load_index, load_manifest
 from data_pipeline.shards.writer import write_shards
 from pretrain.cli.main import build_parser, main
 
-COMMANDS = [[], ["train"], ["plan"], ["eval"], ["caption"], ["data"], ["data", "index"], ["tokenizer"],
+COMMANDS = [[], ["train"], ["plan"], ["eval"], ["caption"], ["routing"], ["data"], ["data", "index"], ["tokenizer"],
             ["tokenizer", "train"]]
 
 

@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from data_pipeline.samples import SampleProblem
 from pretrain.config.schema import ModelConfig, MoEConfig, RunConfig, ScheduleConfig
+from pretrain.evaluate.routing_figure import LESS, MORE, cell_side
 from pretrain.train.figure import COLUMNS, MARGIN, RIGHT, TILE, WRONG, draw_captions
 from pretrain.train.journal import read_rows
 from pretrain.train.reporter import Reporter, max_over_mean, progress_line
@@ -72,6 +74,37 @@ def test_tokens_per_expert_by_layer_and_modality(tmp_path: Path) -> None:
             assert (bars.bucket, bars.bucket_limit) == (load_E.tolist(), [1, 2, 3, 4])
             assert bars.num == load_E.sum()
             assert row[f"moe/max_over_mean_load/{name}"] == pytest.approx(load_E.max() / load_E.mean())
+
+
+def test_routing_is_shown_as_pictures(tmp_path: Path) -> None:
+    load_LME = np.ones((2, 2, 4)) * 10
+    load_LME[1, 0] = [40, 0, 0, 0]
+    together_LEE = np.full((2, 4, 4), 30) - np.diag([20] * 4)
+    reporter = Reporter(tmp_path, RUN, 0)
+    reporter.routing(7, load_LME, together_LEE)
+    reporter.close()
+    found = events(tmp_path)
+    assert found.Tags()["images"] == ["moe/load", "moe/together"]
+    (shown,) = found.Images("moe/load")
+    assert shown.step == 7
+    pixels = np.asarray(Image.open(io.BytesIO(shown.encoded_image_string)))
+    cell = (cell_side(4, 2) - 1) ** 2
+    assert 0.5 * cell < (pixels == np.array(MORE)).all(axis=2).sum() <= cell  # one busy expert
+    assert 1.5 * cell < (pixels == np.array(LESS)).all(axis=2).sum() <= 3 * cell  # three idle ones
+    even = np.asarray(Image.open(io.BytesIO(found.Images("moe/together")[0].encoded_image_string)))
+    assert not (even == np.array(MORE)).all(axis=2).any() and not (even == np.array(LESS)).all(axis=2).any()
+
+
+@pytest.mark.parametrize(("experts_per_token", "together_LEE"), [
+    (1, np.zeros((2, 4, 4), dtype=np.int64)), (2, np.zeros((2, 0, 0), dtype=np.int64)),
+], ids=["one expert a token", "not counted"])
+def test_without_pairs_of_experts_there_is_only_the_load(
+    tmp_path: Path, experts_per_token: int, together_LEE: Any
+) -> None:
+    reporter = Reporter(tmp_path, replace(RUN, moe=replace(RUN.moe, experts_per_token=experts_per_token)), 0)
+    reporter.routing(1, np.zeros((2, 2, 4)), together_LEE)
+    reporter.close()
+    assert events(tmp_path).Tags()["images"] == ["moe/load"]
 
 
 def test_a_resumed_run_has_every_step_once(tmp_path: Path) -> None:

@@ -1,0 +1,92 @@
+"""The dense twin of a sparse run: the same trunk without experts, as much arithmetic for every pair.
+
+It answers what the experts are worth: two models that see the same pairs and compute as much for each.
+Arithmetic alone, as in `pretrain.model.count`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+from data_pipeline.common.config import parse_yaml, to_mapping
+from data_pipeline.common.errors import ConfigError
+from pretrain.config.schema import BalanceConfig, ModelConfig, MoEConfig, RunConfig
+from pretrain.model.count import count_flops
+
+TOLERANCE = 0.01
+"""Largest difference of the FLOPs of a pair, as a share."""
+
+USUAL_TEXT_TOKENS = 16
+"""Tokens of a usual caption; FLOPs depend on it."""
+
+_ALIGNED = 8
+"""Widths that are a multiple of this suit matrix units."""
+
+
+def dense_twin(run: RunConfig, *, text_tokens: float) -> RunConfig:
+    """The run with dense blocks only, of one width, chosen so that a pair costs as many FLOPs.
+
+    Everything else stays: data, batch, schedule, optimizer, seed. What only experts need is turned off.
+
+    Args:
+        run: A run with experts.
+        text_tokens: Average valid text tokens of a caption; the router's and the experts' share depend on it.
+
+    Raises:
+        ConfigError: The run has no experts, or no whole width comes within `TOLERANCE`.
+    """
+    if not run.moe.blocks(run.model.num_blocks):
+        raise ConfigError(f"{run.name} has no block with experts (moe.start {run.moe.start}, moe.stop "
+                          f"{run.moe.stop}): it is dense already and has no twin")
+    moe = replace(run.moe, stop=0, gate="token", backend="auto")
+    wanted = _flops(run.model, run.moe, text_tokens)
+    model = replace(run.model, ffn_width=_width(run.model, moe, wanted, text_tokens))
+    difference = _flops(model, moe, text_tokens) / wanted - 1
+    if abs(difference) > TOLERANCE:
+        raise ConfigError(f"a dense twin of {run.name} with model.ffn_width={model.ffn_width} has "
+                          f"{difference:+.1%} FLOPs of a pair, and no whole width comes nearer than "
+                          f"{TOLERANCE:.0%}; the experts (moe.expert_width {run.moe.expert_width}) are too small")
+    return replace(
+        run,
+        name=f"{run.name}-dense",
+        model=model,
+        moe=moe,
+        balance=BalanceConfig(balance_weight=0.0, router_z_weight=0.0),
+        parallel=replace(run.parallel, expert_parallel=1),
+    )
+
+
+def differing_settings(run: RunConfig, other: RunConfig) -> list[str]:
+    """Settings of the command line that turn one run into another, such as `model.ffn_width=352`."""
+    settings = []
+    for section, values in to_mapping(other).items():
+        before = to_mapping(run)[section]
+        if not isinstance(values, dict):
+            settings += [f"{section}={_as_yaml(values)}"] if values != before else []
+            continue
+        changed = {key: value for key, value in values.items() if value != before[key]}
+        settings += [f"{section}.{key}={_as_yaml(value)}" for key, value in changed.items()]
+    return settings
+
+
+def _as_yaml(value: Any) -> str:
+    """A value as a person writes it: text without quotes where it can go without."""
+    if isinstance(value, str) and parse_yaml(value, source="") == value:
+        return value
+    return json.dumps(value)
+
+
+def _flops(model: ModelConfig, moe: MoEConfig, text_tokens: float) -> float:
+    return count_flops(model, moe, text_tokens=text_tokens).forward
+
+
+def _width(model: ModelConfig, dense: MoEConfig, wanted: float, text_tokens: float) -> int:
+    """FLOPs are linear in the width: two points give the line. Aligned where that is near enough."""
+    at = {width: _flops(replace(model, ffn_width=width), dense, text_tokens) for width in (1, 2)}
+    exact = 1 + (wanted - at[1]) / (at[2] - at[1])
+    aligned = max(1, round(exact / _ALIGNED)) * _ALIGNED
+    off = abs(at[1] + (aligned - 1) * (at[2] - at[1]) - wanted) / wanted
+    # Half of what is allowed, so that a caption of another length does not bring it over.
+    return aligned if off <= TOLERANCE / 2 else max(1, round(exact))

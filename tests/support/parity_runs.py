@@ -1,0 +1,98 @@
+"""Runs whose parallel computation is compared with one process, and jobs of `pretrain.check` on them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.common.config import dump_yaml
+from pretrain.check.cells import Cell
+from pretrain.check.job import Case, Job, Outcome
+from pretrain.check.launch import WORKER, run_on_this_machine
+from pretrain.config.schema import (
+    BalanceConfig,
+    BatchConfig,
+    ByModality,
+    ModelConfig,
+    MoEConfig,
+    OptimConfig,
+    RunConfig,
+)
+from tests.support.launch import ROOT
+
+PAIRS = 8
+"""Of the global batch."""
+
+BOTH = ByModality(image=0.05, text=0.1)
+ROUTING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "plain": ({}, {}),
+    # Every auxiliary term, with noise, places given out by chance and biases that move fast.
+    "noisy": (
+        {"backend": "loop", "choice": "noisy", "noise": 2.0, "capacity_factor": 0.9, "capacity_priority": "random",
+         "capacity_group": 2},
+        {"importance_weight": 0.1, "load_weight": 0.1, "local_entropy_weight": BOTH, "global_entropy_weight": BOTH,
+         "global_entropy_experts": ByModality(image=4.0, text=4.0), "expert_l1_weight": 1e-3,
+         "router_l1_weight": 1e-2, "bias": "zscore", "bias_rate": 0.02, "bias_per_modality": True},
+    ),
+    "sampled": (
+        {"choice": "sampled", "score": "sigmoid", "capacity_factor": 1.0, "capacity_priority": "batch",
+         "capacity_group": 2, "gate": "caption"},
+        {"bias": "sign", "bias_rate": 0.02, "importance_weight": 0.1, "expert_l1_weight": 1e-3},
+    ),
+    "experts": ({"choice": "expert", "gate": "caption"}, {"router_l1_weight": 1e-2}),
+    # DeepSpeed's own layer against ours in one process.
+    "deepspeed": ({"backend": "deepspeed"}, {"importance_weight": 0.1, "local_entropy_weight": BOTH}),
+    "deepspeed-one": ({"backend": "deepspeed", "experts_per_token": 1, "shared_experts": 0}, {}),
+    "deepspeed-three": ({"backend": "deepspeed", "experts_per_token": 3}, {}),
+    "pools": (
+        {"backend": "loop", "pools": "modality", "experts_per_token": 1, "capacity_factor": 0.8, "capacity_group": 1},
+        {"bias": "sign", "bias_rate": 0.05, "global_entropy_weight": BOTH},
+    ),
+}
+"""Settings of moe and balance by name."""
+
+
+def run_config(routing: str) -> RunConfig:
+    """A small run of one of `ROUTING`."""
+    moe, balance = ROUTING[routing]
+    # Large balance weights, so that a wrong share would show; a norm far above the clip, so that clipping acts.
+    return RunConfig(
+        name=routing,
+        model=ModelConfig(width=32, num_blocks=3, num_heads=2, ffn_width=48, fusion_start=2, image_size=16,
+                          patch_size=8, stem="conv", vocab_size=50, text_length=12, embed_dim=16, pool_heads=2),
+        moe=MoEConfig(**({"num_experts": 4, "experts_per_token": 2, "expert_width": 16} | moe)),
+        balance=BalanceConfig(balance_weight=0.1, router_z_weight=0.1, **balance),
+        batch=BatchConfig(pairs_per_step=PAIRS, pairs_per_forward=PAIRS),
+        optim=OptimConfig(clip_norm=0.5, lr=1e-2),
+    )
+
+
+def outcomes(
+    cases: Sequence[tuple[str, Cell]],
+    world: int,
+    folder: Path,
+    *,
+    worker: Sequence[str] = WORKER,
+    variables: Mapping[str, str] | None = None,
+    seconds: float = 120.0,
+) -> list[Outcome]:
+    """What `pretrain.check` finds for cells of `ROUTING`'s runs in a world, in order."""
+    runs = {}
+    for name in dict(cases):
+        path = folder / f"{name}.yaml"
+        path.write_text(dump_yaml(run_config(name)), encoding="utf-8")
+        runs[name] = str(path)
+    job = Job(runs=runs, cases=tuple(Case(*case) for case in cases), pairs=PAIRS, folder=str(folder),
+              seconds=seconds, float64=False)
+    answers: list[dict[str, Any]] = []
+    run_on_this_machine(job, world, answers.append, worker=worker,
+                        variables={"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | dict(variables or {}))
+    assert [answer.get("case") for answer in answers] == list(range(len(cases))), json.dumps(answers)[-3000:]
+    return [Outcome.from_json(answer["outcome"]) for answer in answers]
+
+
+def told(outcome: Outcome) -> str:
+    """An outcome in a line, for messages of tests."""
+    return json.dumps(outcome.to_json())

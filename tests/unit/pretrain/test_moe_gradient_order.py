@@ -1,0 +1,41 @@
+"""Gradients of experts come in one order, however their rows are computed: ZeRO adds them up as they come."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pretrain.moe.experts import StackedExperts, together
+
+
+def _order(backend: str, rows: int) -> list[str]:
+    """Names of the weights in the order in which their gradients are there."""
+    experts = StackedExperts(16, 8, 4, backend)  # type: ignore[arg-type]
+    order: list[str] = []
+    for name, weight in experts.named_parameters():
+        torch.nn.init.normal_(weight)
+        weight.register_post_accumulate_grad_hook(lambda _weight, name=name: order.append(name))
+    x = torch.randn(rows, 16, requires_grad=True)
+    experts(x, torch.tensor([rows, 0, 0, 0])).square().sum().backward()
+    return order
+
+
+@pytest.mark.parametrize(("backend", "rows"), [("loop", 5), ("grouped", 5), ("auto", 5), ("auto", 1000), ("auto", 0)])
+def test_every_way_to_compute_gives_gradients_in_one_order(backend: str, rows: int) -> None:
+    assert _order(backend, rows) == ["w3", "w2", "w1"]
+
+
+def test_weights_that_go_together_keep_values_and_gradients() -> None:
+    weights = [torch.randn(3, requires_grad=True) for _ in range(3)]
+    out = together(*weights)
+    assert all(torch.equal(a, b) for a, b in zip(out, weights, strict=True))
+    (out[0] + 2 * out[2]).sum().backward()
+    assert [weight.grad.tolist() for weight in weights if weight.grad is not None] == [[1.0] * 3, [0.0] * 3, [2.0] * 3]
+
+
+def test_choosing_how_to_compute_does_not_look_at_the_weights() -> None:
+    """Under ZeRO-3 a look gathers them, which every rank would have to do."""
+    experts = StackedExperts(16, 8, 4)
+    x = torch.randn(3, 16)
+    del experts.w1, experts.w2, experts.w3
+    assert [experts.looped(x, rows) for rows in (0, 3, 1000)] == [True, False, True]

@@ -1,0 +1,198 @@
+"""Numbers about experts, from counts whose answers are known; grids and the table that show them."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from pretrain.config.schema import MoEConfig
+from pretrain.evaluate.routing_figure import FAIR, LESS, MORE, NOTHING, SHEET, cell_side, draw_grids, shade
+from pretrain.evaluate.routing_grids import (
+    Grid,
+    expected_together,
+    load_grids,
+    over_fair_share,
+    together_grids,
+    together_lift,
+)
+from pretrain.evaluate.routing_report import (
+    effective_number,
+    modality_lean,
+    pairs_together,
+    routing_report,
+    top_words,
+    word_bits,
+)
+from pretrain.evaluate.routing_tally import Tally
+from pretrain.evaluate.routing_text import printable, routing_table, serves
+
+
+def drawn_pairs(weights: list[float], tokens: int, together: float = 0.0) -> np.ndarray:
+    """Tokens that draw two different experts; a share of them always takes experts 0 and 1."""
+    random = np.random.default_rng(0)
+    counts, share = np.zeros((len(weights), len(weights)), dtype=np.int64), np.array(weights) / sum(weights)
+    for _ in range(tokens):
+        pair = (0, 1) if random.random() < together else random.choice(len(weights), 2, replace=False, p=share)
+        counts[pair[0], pair[1]] += 1
+        counts[pair[1], pair[0]] += 1
+    return counts
+
+
+def test_experts_that_are_drawn_independently_have_a_lift_of_one() -> None:
+    lift_EE = together_lift(drawn_pairs([3, 1, 1, 1, 2, 1], 8000))
+    off = ~np.eye(6, dtype=bool)
+    assert np.isnan(np.diag(lift_EE)).all()
+    assert np.abs(lift_EE[off] - 1).max() < 0.15
+
+
+def test_expected_pairs_keep_how_often_each_expert_is_chosen() -> None:
+    counts_EE = drawn_pairs([5, 1, 1, 2], 2000, together=0.2)
+    expected_EE = expected_together(counts_EE + np.diag([7, 7, 7, 7]))
+    np.testing.assert_allclose(expected_EE.sum(axis=1), counts_EE.sum(axis=1), rtol=1e-6)
+    np.testing.assert_allclose(expected_EE, expected_EE.T)
+    assert (np.diag(expected_EE) == 0).all()
+    # A product a_i a_j beside the diagonal: ratios of rows do not depend on the column.
+    assert expected_EE[0, 2] * expected_EE[1, 3] == pytest.approx(expected_EE[0, 3] * expected_EE[1, 2])
+
+
+def test_no_tokens_and_no_pairs_expect_nothing() -> None:
+    assert not expected_together(np.zeros((4, 4), dtype=np.int64)).any()
+    assert np.isnan(together_lift(np.diag([5, 3, 0]))).all()
+    assert pairs_together(np.diag([5, 3, 0])) == []
+
+
+def test_the_pair_that_keeps_together_is_named_first_and_chance_is_not() -> None:
+    found = pairs_together(drawn_pairs([1] * 6, 4000, together=0.15))
+    assert found[0]["experts"] == [0, 1]
+    assert found[0]["lift"] > 1.5 and found[0]["tokens"] > found[0]["expected"]
+    assert pairs_together(drawn_pairs([1] * 6, 4000)) == []
+
+
+def test_a_lean_compares_shares_and_not_counts() -> None:
+    assert modality_lean(0.25, 0.25) == 0
+    assert modality_lean(0.5, 0.0) == -1
+    assert modality_lean(0.0, 0.1) == 1
+    assert modality_lean(0.1, 0.3) == pytest.approx(0.5)
+    assert modality_lean(0.0, 0.0) is None
+
+
+def test_word_bits_are_the_divergence_and_chance_is_taken_off() -> None:
+    base_W = np.array([5000, 5000, 5000, 5000])
+    only_one = word_bits(np.array([4000, 0, 0, 0]), base_W)
+    assert only_one == pytest.approx(2.0, abs=0.01)  # one of four words
+    assert word_bits(np.array([1000, 1000, 1000, 1000]), base_W) == 0
+    assert word_bits(np.zeros(4, dtype=np.int64), base_W) is None
+    random = np.random.default_rng(1)
+    by_chance = [word_bits(random.multinomial(400, np.ones(200) / 200), np.full(200, 1000)) for _ in range(20)]
+    assert np.mean([value for value in by_chance if value is not None]) < 0.1  # 0.36 without
+
+
+def test_words_are_ranked_by_what_they_tell() -> None:
+    base_W = np.array([100, 100, 10, 790])
+    counts_W = np.array([50, 5, 10, 35])
+    found = top_words(counts_W, base_W, ["cat", "dog", "rare", "the"], 5)
+    assert [word["word"] for word in found] == ["cat", "rare"]
+    assert found[0] == {"word": "cat", "count": 50, "lift": 5.0}
+    assert found[1]["lift"] == 10.0
+    assert top_words(np.array([2, 0, 0, 0]), base_W, ["cat", "dog", "rare", "the"], 5) == []
+
+
+def test_the_number_of_experts_in_use() -> None:
+    assert effective_number(np.array([7, 7, 7, 7])) == pytest.approx(4)
+    assert effective_number(np.array([9, 0, 0])) == pytest.approx(1)
+
+
+def specialists() -> Tally:
+    """Two layers of four experts, two a token: experts 0 and 1 take the 40 patches, 2 and 3 the 20 text tokens;
+    in layer 1 all take all alike."""
+    tally = Tally(2, 4)
+    tally.pairs, tally.tokens_M = 4, np.array([40, 20])
+    tally.visits_LME[0] = [[40, 40, 0, 0], [0, 0, 20, 20]]
+    tally.visits_LME[1] = [[20, 20, 20, 20], [10, 10, 10, 10]]
+    tally.weight_LME[:] = 0.5 * tally.visits_LME
+    tally.entropy_LME[:] = 1.2 * tally.visits_LME
+    tally.entropy_LM[:] = 1.2 * tally.tokens_M
+    tally.words_W = np.array([10, 10])
+    tally.words_LEW = np.array([[[0, 0], [0, 0], [10, 10], [10, 10]], [[10, 0], [10, 0], [0, 10], [0, 10]]])
+    return tally
+
+
+def test_a_report_of_specialists_and_of_generalists() -> None:
+    report = routing_report(specialists(), ["sky", "sea"], MoEConfig(num_experts=4), (1, 3))
+    first, second = report["layers"]
+    assert (first["block"], second["block"]) == (1, 3)
+    assert [expert["lean"] for expert in first["experts"]] == [-1, -1, 1, 1]
+    assert [expert["specialisation"] for expert in second["experts"]] == [0, 0, 0, 0]
+    assert first["experts"][0]["share"] == {"image": 1.0, "text": 0.0}
+    assert first["experts"][2]["weight"] == pytest.approx(0.5)
+    assert first["experts"][2]["entropy"] == pytest.approx(1.2)
+    assert first["load"]["image"] == {"max_over_mean": 2.0, "min_over_mean": 0.0, "used": pytest.approx(2),
+                                      "entropy": pytest.approx(1.2)}
+    assert second["load"]["text"]["max_over_mean"] == 1.0
+    assert [[word["word"] for word in expert["words"]] for expert in second["experts"]] == [["sky"], ["sky"], ["sea"],
+                                                                                            ["sea"]]
+    assert first["experts"][0]["words"] == [] and first["experts"][0]["word_bits"] is None
+
+
+def test_pools_are_judged_by_their_own_fair_share() -> None:
+    moe = MoEConfig(num_experts=4, pools="modality")
+    load = routing_report(specialists(), ["sky", "sea"], moe, (1, 3))["layers"][0]["load"]
+    assert load["image"]["max_over_mean"] == load["image"]["min_over_mean"] == 1.0
+    image, text = load_grids(specialists().visits_LME, (1, 3), moe)
+    assert np.isnan(image.ratio_RC[:, 2:]).all() and (image.ratio_RC[0, :2] == 1).all()
+    assert np.isnan(text.ratio_RC[:, :2]).all() and (text.ratio_RC[0, 2:] == 1).all()
+
+
+def test_the_table_says_whom_each_expert_serves() -> None:
+    lines = routing_table(routing_report(specialists(), ["sky", "sea"], MoEConfig(num_experts=4), (1, 3))).splitlines()
+    assert lines[0] == "layer 01"
+    assert "image  busiest 2.00 x fair, idlest 0.00; like 2.0 even experts; entropy 1.20 nats" in lines[1]
+    row = next(line for line in lines if line.split()[:1] == ["2"])
+    assert row.split() == ["2", "0.0%", "100.0%", "text", "1.00", "0.50", "1.20", "0.00"]
+    assert any(line.endswith("sea x2.0") for line in lines)
+    assert "fair: 50.0%" in lines[-2]
+
+
+def test_words_cannot_steer_a_terminal() -> None:
+    assert printable("a\x1b[2Jb\u202e") == "a\N{REPLACEMENT CHARACTER}[2Jb\N{REPLACEMENT CHARACTER}"
+    assert (serves(None), serves(0.01), serves(-0.5), serves(1.0)) == ("nobody", "both", "image 0.50", "text 1.00")
+
+
+def test_fair_shares_of_nothing_are_unknown() -> None:
+    assert np.isnan(over_fair_share(np.zeros((2, 3), dtype=np.int64), slice(0, 3))).all()
+
+
+def test_colours_tell_less_from_more() -> None:
+    assert (shade(1.0), shade(4.0), shade(0.25), shade(0.0), shade(math.inf)) == (FAIR, MORE, LESS, LESS, MORE)
+    assert shade(math.nan) == NOTHING
+    assert shade(2.0) not in (FAIR, MORE) and shade(2.0)[0] > shade(2.0)[2]
+
+
+@pytest.mark.parametrize("experts", [1, 8, 64, 256])
+def test_a_figure_shows_every_cell_at_any_size(experts: int) -> None:
+    ratio_RC = np.full((3, experts), np.nan)
+    ratio_RC[1, experts - 1] = 100.0
+    grid = Grid("load", ratio_RC, ("a", "b", "c"), tuple(map(str, range(experts))))
+    pixels = np.asarray(draw_grids([grid, grid]))
+    side = cell_side(experts, 2)
+    assert pixels.shape[1] <= max(SHEET, side * experts) + 200
+    inside = (side - 1) ** 2
+    red = (pixels == np.array(MORE)).all(axis=2).sum()
+    assert 2 * inside * 0.5 <= red <= 2 * inside
+
+
+def test_many_grids_stay_one_picture() -> None:
+    grids = [Grid(f"layer {n}", np.ones((32, 32)), ("a",) * 32, ("b",) * 32) for n in range(11)]
+    picture = draw_grids(grids)
+    assert picture.width <= SHEET + 100 and picture.height <= SHEET
+
+
+def test_a_grid_for_each_layer_says_which_experts_go_together() -> None:
+    counts_EE = drawn_pairs([1] * 6, 1000, together=0.3)
+    first, second = together_grids(np.stack([counts_EE, np.zeros_like(counts_EE)]), (2, 5), ", text tokens")
+    assert first.title == "layer 02, text tokens: chosen together, over chance"
+    assert first.ratio_RC[0, 1] > 1.2
+    assert np.nanmax(first.ratio_RC[0, 2:]) < 1 < np.nanmin(first.ratio_RC[2, 3:])
+    assert np.isnan(second.ratio_RC).all()

@@ -1,0 +1,1 @@
+"""How fast the MoE layer is: `python -m tools.bench_moe --help`."""

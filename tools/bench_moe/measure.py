@@ -1,0 +1,133 @@
+"""One shape: arms are built, compared with the plain layer, and then timed in turns."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+
+from tools.bench_moe.agreement import LIMITS, differences, plain_layer
+from tools.bench_moe.arms import Arm, Missing, Weights, dense, draw_tokens, draw_weights, ours
+from tools.bench_moe.deepspeed_layers import auto_ep, native
+from tools.bench_moe.limits import Limits, geometric_mean, peak_tensor_bytes, stopwatch_of
+from tools.bench_moe.shapes import GROUPED_PEERS, Bounds, Shape
+from tools.bench_moe.torchtitan_layer import torchtitan
+from tools.benchmark import Quartiles, figure, interleave, note, ratio
+from tools.figures import Figure, skipped
+
+OURS, DEEPSPEED, AUTO_EP, TORCHTITAN = "ours", "DeepSpeed's layer", "AutoEP's layer", "torchtitan's layer"
+DENSE = "dense, equal active FLOPs"
+Build = Callable[[Shape, Weights], Arm]
+PEERS: Mapping[str, Build] = {DEEPSPEED: native, AUTO_EP: auto_ep, TORCHTITAN: torchtitan}
+
+
+@dataclass
+class Measured:
+    """What one shape gave."""
+
+    shape: Shape
+    missing: dict[str, str] = field(default_factory=dict)
+    """Arms that could not be built, or gave something else, and why."""
+    off: dict[str, dict[str, float]] = field(default_factory=dict)
+    """How far each arm is off, by tensor."""
+    wrong: list[str] = field(default_factory=list)
+    """Arms that are further off than allowed; they are not timed."""
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    """Of each round, by arm."""
+    peak_bytes: dict[str, int] = field(default_factory=dict)
+
+
+def measure_shape(
+    shape: Shape, device: torch.device, dtype: torch.dtype, *, repeats: int, peers: Mapping[str, Build] = PEERS
+) -> Measured:
+    """Build, compare, time and weigh every arm."""
+    found = Measured(shape)
+    weights = draw_weights(shape, device, dtype)
+    x_TD, grad_TD = draw_tokens(shape, weights)
+    truth = plain_layer(x_TD, grad_TD, weights, shape.k)
+    arms: dict[str, Arm] = {}
+    for name, build in {OURS: ours, **peers}.items():
+        try:
+            arm = build(shape, weights)
+            found.off[name] = differences(arm, x_TD, grad_TD, truth)
+        except Missing as reason:
+            found.missing[name] = str(reason)
+            continue
+        except Exception as error:  # noqa: BLE001 - whatever another's layer runs into here, the rest is measured
+            if name == OURS:
+                raise
+            found.missing[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            continue
+        worst = max(found.off[name], key=found.off[name].__getitem__)
+        if found.off[name][worst] > LIMITS[dtype]:
+            found.wrong.append(name)
+            found.missing[name] = (f"another answer: {worst} is off by {found.off[name][worst]:.1e}, "
+                                   f"more than {LIMITS[dtype]:.0e}")
+            continue
+        arms[name] = arm
+    del truth
+    arms[DENSE] = dense(shape, device, dtype)
+    note(f"{shape.name}: {', '.join(arms)} in turns" + "".join(f"; no {n} ({why})" for n, why in found.missing.items()))
+    work = {name: partial(arm.run, x_TD, grad_TD) for name, arm in arms.items()}
+    found.seconds = interleave(work, repeats=repeats, stopwatch=stopwatch_of(device))
+    for name, arm in arms.items():
+        for other in arms.values():  # what is held before an arm runs is nobody's gradients
+            other.module.zero_grad(set_to_none=True)
+        x_TD.grad = None
+        found.peak_bytes[name] = peak_tensor_bytes(partial(arm.run, x_TD, grad_TD), device)
+    del arms, work
+    gc.collect()
+    return found
+
+
+def figures(found: Measured, limits: Limits, dtype: torch.dtype, *, on_gpu: bool) -> list[Figure]:
+    """The lines of one shape."""
+    shape, seconds = found.shape, found.seconds
+    least, which = limits.least_seconds(shape, dtype)
+    lines = []
+    for name, times in seconds.items():
+        share = Quartiles.of([least / time for time in times])
+        text = f"holds {figure(found.peak_bytes[name] / 2**20)} MiB more at most"
+        if name != DENSE:
+            text += f"; {share.median:.0%} of the {which} limit"
+        lines.append(Figure(name=f"{shape.name}: {name}", value=_milliseconds(times), unit="ms", note=text))
+    lines += [skipped(f"{shape.name}: {name}", why) for name, why in found.missing.items()]
+    if OURS not in seconds:
+        return lines
+    for name, bounds in ((DEEPSPEED, shape.faster), *((n, GROUPED_PEERS if on_gpu else Bounds()) for n in
+                                                      (AUTO_EP, TORCHTITAN))):
+        if name in seconds:
+            lines.append(Figure(
+                name=f"{shape.name}: speed against {name}", value=ratio(seconds[name], seconds[OURS]), unit="x",
+                floor=bounds.floor, goal=bounds.goal,
+            ))  # fmt: skip
+    lines.append(Figure(
+        name=f"{shape.name}: time against {DENSE}", value=ratio(seconds[OURS], seconds[DENSE]), unit="x",
+        floor=shape.overhead.floor, goal=shape.overhead.goal, less_is_better=True,
+    ))  # fmt: skip
+    lines.append(Figure(name=f"{shape.name}: least possible time / time", unit="x", note=f"{which} bound",
+                        value=Quartiles.of([least / time for time in seconds[OURS]])))
+    return lines
+
+
+def mean_figures(all_found: list[Measured], faster: Bounds, overhead: Bounds) -> list[Figure]:
+    """Geometric means over the shapes, round by round."""
+    lines = []
+    for name, top, bottom, bounds, less in (
+        (f"speed against {DEEPSPEED}", DEEPSPEED, OURS, faster, False),
+        (f"time against {DENSE}", OURS, DENSE, overhead, True),
+    ):
+        if not all({top, bottom} <= found.seconds.keys() for found in all_found):
+            continue
+        pairs = [zip(found.seconds[top], found.seconds[bottom], strict=True) for found in all_found]
+        rounds = [geometric_mean([a / b for a, b in both]) for both in zip(*pairs, strict=True)]
+        lines.append(Figure(name=f"all shapes: {name}", value=Quartiles.of(rounds), unit="x", floor=bounds.floor,
+                            goal=bounds.goal, less_is_better=less, note="geometric mean"))
+    return lines
+
+
+def _milliseconds(times: list[float]) -> Quartiles:
+    return Quartiles.of([1e3 * time for time in times])

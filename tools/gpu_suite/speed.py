@@ -1,0 +1,35 @@
+"""The layer's speed against its peers, as `tools.bench_moe` measures it."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from tools.bench_moe.limits import measure_limits
+from tools.bench_moe.measure import OURS, figures, measure_shape
+from tools.bench_moe.shapes import GPU_SHAPES, QUICK_SHAPES
+from tools.benchmark import MIN_REPEATS
+from tools.figures import skipped
+from tools.gpu_suite.options import Options
+from tools.gpu_suite.results import Check, Report
+
+
+def layer_speed(options: Options, report: Report) -> None:
+    """Shape by shape, while there is time for one more like the last."""
+    dtype = torch.bfloat16
+    limits = measure_limits(options.device, dtype, quick=not options.on_gpu)
+    last = 0.0
+    for shape in GPU_SHAPES if options.on_gpu else QUICK_SHAPES[:1]:
+        if options.left() < last:
+            report.add(skipped(f"{shape.name}: {shape.words()}", "no time left; python -m tools.bench_moe measures it"))
+            continue
+        began = time.monotonic()
+        found = measure_shape(shape, options.device, dtype, repeats=MIN_REPEATS if options.on_gpu else 2)
+        last = time.monotonic() - began
+        for name, off in found.off.items():
+            if name == OURS:
+                worst = max(off, key=off.__getitem__)
+                report.add(Check(name=f"{shape.name}: right answers", passed=OURS not in found.wrong,
+                                 measured=f"{off[worst]:.1e}", asked="at most 2e-02", note=f"most: {worst}"))
+        report.add(*figures(found, limits, dtype, on_gpu=options.on_gpu))
