@@ -76,8 +76,11 @@ def routing_command(
     report = head | routing_report(counted.tally, counted.words, run.moe, blocks)
     pictures = read_pictures(trained, manifest, report)
     title = f"Routing of {run_dir} at step {trained.step:,} on {label}"
-    print(f"{title}: {counted.tally.pairs:,} pairs\n\n{routing_table(report)}")
-    _write(out or run_dir / "routing", report, all_grids(counted.tally, run), pictures, run.model.patch_size, title)
+    target = out or run_dir / "routing"
+    # Before the table: whoever reads it through `head` ends the program there.
+    _write(target, report, all_grids(counted.tally, run), pictures, run.model.patch_size, title)
+    print(f"{title}: {counted.tally.pairs:,} pairs\n\n{routing_table(report)}\n\n"
+          f"wrote {target}/routing.html, routing.png and routing.json")
     return report
 
 
@@ -153,4 +156,3 @@ def _write(
     draw_grids(grids).save(out / "routing.png")
     page = routing_page(report, grids, pictures, patch_size=patch_size, title=title)
     (out / "routing.html").write_text(page, encoding="utf-8")
-    print(f"\nwrote {out}/routing.html, routing.png and routing.json")

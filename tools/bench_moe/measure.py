@@ -56,7 +56,7 @@ def measure_shape(
         except Missing as reason:
             found.missing[name] = str(reason)
             continue
-        except Exception as error:  # noqa: BLE001 - whatever another's layer runs into here, the rest is measured
+        except Exception as error:  # whatever another's layer runs into here, the rest is measured
             if name == OURS:
                 raise
             found.missing[name] = f"{type(error).__name__}: {error}".splitlines()[0]
