@@ -17,10 +17,10 @@ from typing import NoReturn
 from data_pipeline.commands import tokenizer
 from data_pipeline.common.errors import LostRankError, VlmError
 from data_pipeline.common.logs import note_in_files, setup_logging
-from pretrain.cli import caption, data, eval, plan, train
+from pretrain.cli import caption, data, eval, plan, settings, train
 from pretrain.cli.common import started_as
 
-_COMMANDS = (train, plan, eval, caption, data, tokenizer)
+_COMMANDS = (train, plan, settings, eval, caption, data, tokenizer)
 
 _RANK_ZERO_FIRST_SECONDS, _CAUSE_FIRST_SECONDS = 2.0, 5.0
 """How long an error waits for one that says more. Ranks usually fail alike, and the launcher ends the

@@ -14,7 +14,7 @@ from pretrain.checkpoint.reader import load_latest
 from pretrain.checkpoint.writer import save
 from pretrain.optim.schedule import learning_rate
 from pretrain.train.build import Parts
-from pretrain.train.metrics import BadSamples, RankReport, Window, source_metrics
+from pretrain.train.metrics import BadSamples, RankReport, Window, nothing_left, source_metrics
 from pretrain.train.pictures import PictureBook
 from pretrain.train.random_state import get_random_state, set_random_state
 from pretrain.train.reporter import Reporter
@@ -69,6 +69,8 @@ def _train_on(
         result = train_step(
             engine, batches, run.loss, pairs_per_forward=run.batch.pairs_per_forward, learning_rate=rate
         )
+        if not result.pairs:
+            raise nothing_left(state.step + 1, batches)  # unsaved: the run goes on from its last checkpoint
         if ledger is not None:
             ledger.add(state.step + 1, state.loader.position, loader_state.position, batches)
         state = replace(

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
+from data_pipeline.common.harmless import harmless
 from data_pipeline.common.logs import clock_text
 from data_pipeline.samples import SampleProblem
 from pretrain.config.schema import RunConfig
@@ -113,7 +114,8 @@ class Reporter:
         if problems:
             counts = ", ".join(f"{reason} {count}" for reason, count in sorted(self.bad_counts.items()))
             logger.warning("left out %d bad sample%s (all so far: %s), named in bad_samples.jsonl; the first: "
-                           "%s, sample %s: %s: %s", len(problems), "s" * (len(problems) > 1), counts, *problems[0][:4])
+                           "%s, sample %s: %s: %s", len(problems), "s" * (len(problems) > 1), harmless(counts),
+                           *(harmless(str(field)) for field in problems[0][:4]))
 
     def close(self) -> None:
         """Finish all files."""
@@ -191,6 +193,9 @@ def progress_line(step: int, metrics: Mapping[str, float], run: RunConfig) -> st
         parts.append(f"{metrics['perf/samples_per_second']:,.0f} samples/s")
     if "perf/tokens_per_second" in metrics:
         parts.append(f"{metrics['perf/tokens_per_second']:,.0f} tokens/s")
+    filtered = sum(share for name, share in metrics.items() if name.startswith("data/filtered/"))
+    if filtered:
+        parts.append(f"filtered {filtered:.0%}")
     seconds = metrics.get("perf/seconds_per_step", 0.0)
     if seconds > 0:
         if "data/wait_seconds" in metrics:
