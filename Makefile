@@ -1,9 +1,10 @@
-# Three commands. Each makes `.venv` in the checkout when it is missing or when the list of
+# Commands. Each makes `.venv` in the checkout when it is missing or when the list of
 # packages has changed, and starts at once when it is there.
 #
 #   make quickstart   real pictures, two processes, a trained model, its scores and captions
 #   make test         every test but those marked `long`
 #   make lint         ruff, mypy and import-linter
+#   make env          only the environment, in .venv
 #   make stores       an Azure server for the tests marked `az`, which are skipped without it
 #
 # PYTHON=python3.12 chooses the interpreter for a new `.venv`.

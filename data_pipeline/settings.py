@@ -7,8 +7,9 @@ a program that only wants batches makes one by hand.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from data_pipeline.common.addresses import refuse_user, without_secrets
 from data_pipeline.common.errors import ConfigError
 
 
@@ -38,7 +39,9 @@ class SourceConfig:
     """A drop-list (`vlmoe data dedup`, `vlmoe data check`): samples that are never read."""
 
     def __post_init__(self) -> None:
-        who = f"data.train source {self.name or self.shards!r}"
+        who = f"data.train source {self.name or without_secrets(self.shards)!r}"
+        refuse_user(self.shards, "data.train")
+        refuse_user(self.drop, f"{who}: drop")
         _require(bool(self.shards), "a source of data.train has an empty `shards`; name a manifest or a folder")
         _require(self.weight is None or self.weight >= 0, f"{who}: weight is {self.weight}, below 0")
         _require(self.weight is None or not self.weight_schedule,
@@ -51,6 +54,10 @@ class SourceConfig:
                  f"{who}: weight_schedule has a weight below 0")
         _require(self.repeats == 1 or (self.weight is None and not self.weight_schedule),
                  f"{who} has both repeats and a weight; a weight alone decides how often it comes")
+
+    def without_secrets(self) -> SourceConfig:
+        """As it may be written down: addresses without the signatures of presigned queries."""
+        return replace(self, shards=without_secrets(self.shards), drop=without_secrets(self.drop))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +139,7 @@ class DataConfig:
     """What is read, and how a sample is made of it."""
 
     train: tuple[SourceConfig | str, ...] = ()
-    """The sources: addresses, or sections with `shards` and a weight. See `SourceConfig`."""
+    """The sources: addresses, or sections with `shards` and a weight (`vlmoe settings data.train` shows all)."""
     tokenizer: str = ""
     """SentencePiece model file."""
     caption_keys: tuple[str, ...] = ("txt",)
@@ -192,6 +199,12 @@ class DataConfig:
     def sources(self) -> tuple[SourceConfig, ...]:
         """`train` with every address as a section."""
         return as_sources(self.train)
+
+    def without_secrets(self) -> DataConfig:
+        """As it may be written down: addresses without the signatures of presigned queries."""
+        return replace(self, train=tuple(
+            without_secrets(entry) if isinstance(entry, str) else entry.without_secrets() for entry in self.train
+        ))  # fmt: skip
 
 
 def as_sources(given: Sequence[SourceConfig | str]) -> tuple[SourceConfig, ...]:

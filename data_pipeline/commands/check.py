@@ -5,7 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 
-from data_pipeline.commands.options import add_caption_keys, add_datasets, add_parts, add_workers, workers_of
+from data_pipeline.commands.options import (
+    add_caption_keys,
+    add_datasets,
+    add_parts,
+    add_workers,
+    report_unread,
+    workers_of,
+)
 from data_pipeline.common.commands import Subparsers, add_command
 
 _EXAMPLES = """\
@@ -15,7 +22,7 @@ _EXAMPLES = """\
 
 Compares the length and SHA-256 of every shard, its index, and the CRC-32 of every sample; --decode also reads
 every picture and caption. The exit status is 1 if anything is wrong. With the drop-list as a source's `drop`,
-training never reads what is bad."""
+training never reads what is bad. Shards that cannot be had are named, and do not enter the drop-list."""
 
 
 def add(subparsers: Subparsers) -> None:
@@ -38,10 +45,11 @@ def add(subparsers: Subparsers) -> None:
 def handle(args: argparse.Namespace) -> int:
     """Check, and print a table."""
     from data_pipeline.common import storage
+    from data_pipeline.common.harmless import harmless
+    from data_pipeline.common.processes import WHOLE, parse_part
     from data_pipeline.preparing.check import check, where_of
     from data_pipeline.preparing.drop_lists import write_drop_lists
-    from data_pipeline.preparing.processes import WHOLE, parse_part
-    from data_pipeline.preparing.tables import harmless, shortened, table
+    from data_pipeline.preparing.tables import shortened, table
     from data_pipeline.preparing.visit import need_work_for, open_datasets
 
     part = parse_part(args.part)
@@ -54,7 +62,7 @@ def handle(args: argparse.Namespace) -> int:
     seen = f"{done.samples:,} samples of {done.shards:,} shards"
     if part != WHOLE:
         print(f"part {args.part}: {seen}, {len(done.findings):,} findings; the same line without --part reports all")
-        return 0
+        return report_unread(done.unread)
     if done.findings:
         print(f"{seen}:\n" + table(["wrong", "samples", "shards"], done.reasons()))
         named = [found for found in done.findings if found.detail]  # not each sample of a missing shard
@@ -72,4 +80,5 @@ def handle(args: argparse.Namespace) -> int:
         about = {"made by": "vlmoe data check" + (" --decode" if args.decode else "")}
         bad = [done.bad(number) for number in range(len(manifests))]
         print("\n".join(write_drop_lists(args.drop_list, manifests, bad, about)))
+    report_unread(done.unread)
     return 1 if done.findings else 0

@@ -6,7 +6,14 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
-from data_pipeline.commands.options import add_caption_keys, add_datasets, add_parts, add_workers, workers_of
+from data_pipeline.commands.options import (
+    add_caption_keys,
+    add_datasets,
+    add_parts,
+    add_workers,
+    report_unread,
+    workers_of,
+)
 from data_pipeline.common.commands import Subparsers, add_command
 
 if TYPE_CHECKING:
@@ -24,7 +31,7 @@ _EXAMPLES = """\
 --by exact: the same file; near: that, or perceptual hashes of 64 bits that differ in --distance bits at most;
 caption: the same caption whatever its capitals and blanks; pair: near, and the same caption. The first sample of
 each group is kept. Samples of --against are kept always, and what is like them is dropped. Give the drop-list to
-training as a source's `drop`."""
+training as a source's `drop`. The exit status is 1 if a shard could not be had."""
 
 
 def add(subparsers: Subparsers) -> None:
@@ -50,13 +57,13 @@ def add(subparsers: Subparsers) -> None:
     dedup.set_defaults(handle=handle)
 
 
-def handle(args: argparse.Namespace) -> None:
+def handle(args: argparse.Namespace) -> int:
     """Compare, and say what comes more than once."""
     from data_pipeline.common import storage
+    from data_pipeline.common.processes import WHOLE, parse_part
     from data_pipeline.preparing.dedup import KINDS, drops, find_groups
     from data_pipeline.preparing.drop_lists import write_drop_lists
     from data_pipeline.preparing.hashing import READABLE, hash_samples
-    from data_pipeline.preparing.processes import WHOLE, parse_part
     from data_pipeline.preparing.tables import table
     from data_pipeline.preparing.visit import need_work_for, open_datasets
 
@@ -67,7 +74,7 @@ def handle(args: argparse.Namespace) -> None:
     hashes = hash_samples(manifests, caption_keys=keys, workers=workers_of(args), part=part, work=args.work)
     if part != WHOLE:
         print(f"part {args.part}: {len(hashes):,} samples hashed; the same line without --part compares all")
-        return
+        return report_unread(hashes.unread)
     found = {kind: find_groups(hashes, kind, distance=args.distance, against=len(against)) for kind in KINDS}
     rows = [(kind, *_counts(found[kind])) for kind in KINDS]
     unreadable = int((~hashes.has(READABLE)).sum())
@@ -85,6 +92,7 @@ def handle(args: argparse.Namespace) -> None:
         title = f"{len(chosen.members()):,} groups of samples that are alike by {args.by}"
         storage.write_bytes(args.html, _page(title, hashes, chosen, manifests, keys, args.groups))
         print(storage.redact(args.html))
+    return report_unread(hashes.unread)
 
 
 def _counts(groups: Groups) -> tuple[int, int, int]:

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_pipeline.commands.options import add_caption_keys, add_datasets, add_parts, add_workers, workers_of
+from data_pipeline.commands.options import (
+    add_caption_keys,
+    add_datasets,
+    add_parts,
+    add_workers,
+    report_unread,
+    workers_of,
+)
 from data_pipeline.common.commands import Subparsers, add_command
 from data_pipeline.common.errors import ConfigError
 
@@ -19,7 +27,8 @@ _EXAMPLES = """\
   vlmoe data filter shards/ --config run.yaml --drop-list drop.json       the filters of a run
 
 Training applies the same filters (data.filters) to every sample that it reads. With the drop-list as a
-source's `drop` it does not even read those that would be left out. Damaged samples are left out as well."""
+source's `drop` it does not even read those that would be left out. Damaged samples are left out as well. The exit
+status is 1 if a shard could not be had."""
 
 
 def add(subparsers: Subparsers) -> None:
@@ -45,13 +54,14 @@ def add(subparsers: Subparsers) -> None:
     filters.set_defaults(handle=handle)
 
 
-def handle(args: argparse.Namespace) -> None:
+def handle(args: argparse.Namespace) -> int:
     """Filter, and print a table."""
     from data_pipeline.common.config import to_mapping
+    from data_pipeline.common.harmless import harmless
+    from data_pipeline.common.processes import WHOLE, parse_part
     from data_pipeline.preparing.drop_lists import write_drop_lists
     from data_pipeline.preparing.filtering import filter_samples
-    from data_pipeline.preparing.processes import WHOLE, parse_part
-    from data_pipeline.preparing.tables import harmless, shortened, table
+    from data_pipeline.preparing.tables import shortened, table
     from data_pipeline.preparing.visit import need_work_for, open_datasets
 
     part = parse_part(args.part)
@@ -63,7 +73,7 @@ def handle(args: argparse.Namespace) -> None:
     )
     if part != WHOLE:
         print(f"part {args.part}: {done.samples:,} samples; the same line without --part puts all together")
-        return
+        return report_unread(done.unread)
     rows = [(reason, count, f"{count / max(1, done.samples):.2%}") for reason, count in done.reasons.most_common()]
     total = done.reasons.total()
     rows.append(("kept", done.samples - total, f"{1 - total / max(1, done.samples):.2%}"))
@@ -73,6 +83,7 @@ def handle(args: argparse.Namespace) -> None:
     if args.drop_list:
         about: dict[str, Any] = {"made by": "vlmoe data filter", "filters": to_mapping(filters)}
         print("\n".join(write_drop_lists(args.drop_list, manifests, done.dropped, about)))
+    return report_unread(done.unread)
 
 
 def _filters(args: argparse.Namespace) -> tuple[FilterConfig, list[str]]:
@@ -83,7 +94,8 @@ def _filters(args: argparse.Namespace) -> tuple[FilterConfig, list[str]]:
 
     base, keys = FilterConfig(), None
     if args.config:
-        base, keys = filters_in(load_yaml(Path(args.config)), args.config)
+        # A preset that the file extends is the trainer's, and has no filters: it is read as an empty file.
+        base, keys = filters_in(load_yaml(Path(args.config), lambda name: Path(os.devnull)), args.config)
     names = ("min_side", "max_aspect", "min_caption_chars", "max_caption_chars", "require")
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
     filters = from_mapping(FilterConfig, to_mapping(base) | given)

@@ -43,8 +43,8 @@ def add(subparsers: Subparsers) -> None:
 
 def handle_index(args: argparse.Namespace) -> None:
     """Index the shards and say what was found."""
+    from data_pipeline.common.processes import WHOLE, parse_part
     from data_pipeline.common.storage import join, redact
-    from data_pipeline.preparing.processes import WHOLE, parse_part
     from data_pipeline.shards.indexing import index_shards
     from data_pipeline.shards.manifest import MANIFEST_NAME
 

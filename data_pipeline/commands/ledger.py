@@ -10,6 +10,7 @@ from data_pipeline.common.commands import Subparsers, add_command
 _EXAMPLES = """\
   vlmoe data ledger runs/b16
   vlmoe data ledger runs/b16/ledger
+  vlmoe data ledger runs/b16 --data b16.yaml        the run's own file, where its addresses have signed queries
 
 Keep a ledger with data.ledger=true. The exit status is 1 if a sample was lost, came twice, or came elsewhere
 than the order of training has it, over all ranks and restarts."""
@@ -23,21 +24,32 @@ def add(subparsers: Subparsers) -> None:
                     "from the manifests.",
     )
     ledger.add_argument("folder", metavar="RUN_DIR", type=Path, help="a run folder, or the `ledger` folder in it")
+    ledger.add_argument("--data", metavar="FILE", default="",
+                        help="YAML with the run's data.train: a ledger keeps addresses without signed queries")
     ledger.set_defaults(handle=handle)
 
 
 def handle(args: argparse.Namespace) -> int:
     """Check, and print a table."""
-    from data_pipeline.common.errors import DataError
+    from data_pipeline.common.config import from_mapping
+    from data_pipeline.common.errors import ConfigError, DataError
+    from data_pipeline.common.yaml_file import load_yaml
     from data_pipeline.loading.ledger_check import check_ledger
     from data_pipeline.loading.ledger_facts import FACTS_FILE, LedgerFacts
     from data_pipeline.loading.schedules import shard_starts
     from data_pipeline.loading.sources import data_fingerprint, make_order, open_sources
+    from data_pipeline.settings import DataConfig
 
     folder = args.folder if (args.folder / FACTS_FILE).exists() else args.folder / "ledger"
     if not (folder / FACTS_FILE).exists():
         raise DataError(f"there is no ledger in {args.folder}: train with data.ledger=true to keep one")
     facts = LedgerFacts.read(folder)
+    if args.data:
+        section = load_yaml(args.data).get("data")
+        if not isinstance(section, dict) or "train" not in section:
+            raise ConfigError(f"{args.data} has no data.train")
+        settings = from_mapping(DataConfig, {"train": section["train"]}, source=args.data)
+        facts = facts.with_addresses(settings.sources)
     found = {config.shards: url for config, url in zip(facts.sources, facts.manifests, strict=True)}
     sources = open_sources(facts.sources, at=found)
     if data_fingerprint(sources, facts.shuffle_window) != facts.data:

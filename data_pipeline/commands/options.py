@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from data_pipeline.common.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from data_pipeline.preparing.visit import Unread
+
+_NAMED_SHARDS = 20
 
 
 def add_datasets(parser: argparse.ArgumentParser) -> None:
@@ -40,10 +48,30 @@ def workers_of(args: argparse.Namespace) -> int:
     Raises:
         ConfigError: Fewer than none.
     """
-    from data_pipeline.preparing.processes import default_workers
+    from data_pipeline.common.processes import usable_cpus
 
     if args.workers is None:
-        return default_workers()
+        return usable_cpus()
     if args.workers < 0:
         raise ConfigError(f"--workers {args.workers}: must be 0 or more")
     return int(args.workers)
+
+
+def report_unread(unread: Sequence[Unread]) -> int:
+    """Name the shards that could not be had.
+
+    Returns:
+        The exit status: 1 if there are any.
+    """
+    from data_pipeline.common.harmless import harmless
+    from data_pipeline.common.storage import redact
+
+    for row in unread[:_NAMED_SHARDS]:
+        where = f"{redact(row.task.manifest.base)}: {row.task.entry.name}"
+        print(f"  not looked at: {harmless(where)}: {row.reason}: {harmless(row.detail)}")
+    if len(unread) > _NAMED_SHARDS:
+        print(f"  and {len(unread) - _NAMED_SHARDS:,} more")
+    if unread:
+        print(f"{len(unread):,} shards could not be had, so no sample of them is counted or dropped; mend what is "
+              f"named above and call the same line again (with --work, it asks for these alone)")
+    return 1 if unread else 0

@@ -7,7 +7,14 @@ import json
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from data_pipeline.commands.options import add_caption_keys, add_datasets, add_parts, add_workers, workers_of
+from data_pipeline.commands.options import (
+    add_caption_keys,
+    add_datasets,
+    add_parts,
+    add_workers,
+    report_unread,
+    workers_of,
+)
 from data_pipeline.common.commands import Subparsers, add_command
 
 if TYPE_CHECKING:
@@ -43,10 +50,10 @@ def add(subparsers: Subparsers) -> None:
     stats.set_defaults(handle=handle)
 
 
-def handle(args: argparse.Namespace) -> None:
+def handle(args: argparse.Namespace) -> int:
     """Measure, and print tables."""
     from data_pipeline.common import storage
-    from data_pipeline.preparing.processes import WHOLE, parse_part
+    from data_pipeline.common.processes import WHOLE, parse_part
     from data_pipeline.preparing.stats import measure
     from data_pipeline.preparing.tables import table
     from data_pipeline.preparing.visit import need_work_for, open_datasets
@@ -60,7 +67,7 @@ def handle(args: argparse.Namespace) -> None:
     )  # fmt: skip
     if part != WHOLE:
         print(f"part {args.part}: {stats.looked_at:,} samples; the same line without --part puts all together")
-        return
+        return report_unread(stats.unread)
     total = sum(manifest.total_samples for manifest in manifests)
     looked = _looked_at(stats, total, args.seed)
     tables = [(title, head, rows) for title, head, rows in _tables(stats, manifests, keys) if rows]
@@ -72,6 +79,7 @@ def handle(args: argparse.Namespace) -> None:
     if args.html:
         storage.write_bytes(args.html, _page(stats, manifests, keys, tables, looked, args.seed))
         print(f"\n{storage.redact(args.html)}")
+    return report_unread(stats.unread)
 
 
 def _looked_at(stats: Stats, total: int, seed: int) -> str:

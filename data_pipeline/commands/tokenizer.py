@@ -84,8 +84,8 @@ def handle_train(args: argparse.Namespace) -> None:
 
 def handle_encode(args: argparse.Namespace) -> None:
     """Show pieces and ids."""
+    from data_pipeline.common.harmless import harmless
     from data_pipeline.content.tokenizer import Tokenizer
-    from data_pipeline.preparing.tables import harmless
     from data_pipeline.preparing.vocabulary import byte_ids, encode_all
 
     tokenizer = Tokenizer.load(args.model)
@@ -109,8 +109,9 @@ def handle_encode(args: argparse.Namespace) -> None:
 
 def handle_inspect(args: argparse.Namespace) -> None:
     """Describe a vocabulary."""
+    from data_pipeline.common.harmless import harmless
     from data_pipeline.content.tokenizer import Tokenizer
-    from data_pipeline.preparing.tables import harmless, table
+    from data_pipeline.preparing.tables import table
     from data_pipeline.preparing.vocabulary import NUM_BYTES, NUM_MARKS, encode_all, longest_pieces
 
     tokenizer = Tokenizer.load(args.model)

@@ -45,6 +45,7 @@ def add(subparsers: Subparsers) -> None:
     write.add_argument("--max-left-out", metavar="SHARE", type=float, default=0.01,
                        help="largest share of the source that may become no sample (default: 0.01)")
     write.add_argument("--decode", action="store_true", help="decode every picture, and leave out damaged ones")
+    write.add_argument("--overwrite", action="store_true", help="replace a dataset of another source in the folder")
     write.add_argument("--prefix", metavar="NAME", default="shard", help="how shards' names begin (default: shard)")
     columns = write.add_argument_group("columns (csv, parquet)")
     columns.add_argument("--image-column", metavar="NAME", default="", help="the picture: a path, or in parquet bytes")
@@ -67,14 +68,14 @@ def add(subparsers: Subparsers) -> None:
 
 def handle(args: argparse.Namespace) -> None:
     """Write, and say what was written."""
+    from data_pipeline.common.processes import parse_part
     from data_pipeline.common.storage import join, redact
-    from data_pipeline.preparing.processes import parse_part
     from data_pipeline.preparing.tables import bytes_text, table
     from data_pipeline.preparing.write import LEFT_OUT_NAME, WritePlan, write_dataset
 
     plan = WritePlan(
         source=_importer(args), out=args.out, prefix=args.prefix, samples_per_shard=args.samples_per_shard,
-        max_left_out=args.max_left_out, check=args.decode,
+        max_left_out=args.max_left_out, check=args.decode, overwrite=args.overwrite,
     )  # fmt: skip
     part = parse_part(args.part)
     done = write_dataset(plan, workers=workers_of(args), part=part)

@@ -179,7 +179,7 @@ class _Reader:
         for kind in sorted(kinds, key=lambda kind: type(value) is not kind):
             trial: list[str] = []
             made = _Reader(self.root, trial).value(kind, value, path)
-            if not isinstance(made, _Bad):
+            if not trial:  # a section may be made though it was given settings that it does not know
                 return made
             attempts.append(trial)
         sections = [kind for kind in kinds if isinstance(kind, type) and dataclasses.is_dataclass(kind)]

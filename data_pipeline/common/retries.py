@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from data_pipeline.common.errors import StorageError
+from data_pipeline.common.open_files import is_out_of_files
 from data_pipeline.common.store_errors import (
     ASKING_ERRORS,
     Kind,
@@ -37,6 +38,7 @@ MISSING_TRIES = 4
 NO_RANGES_TRIES = CHANGED_TRIES = 3
 CREDENTIAL_TRIES, CREDENTIAL_SECONDS = 3, 5.0
 SHORTEST_REQUEST_SECONDS = 0.25
+_LEAST_SECONDS = 0.01
 _TOLD_SECONDS = 10.0
 
 Result = TypeVar("Result")
@@ -51,7 +53,7 @@ class Patience:
     ) -> None:
         """From now on; `cancel` is set by another thread when the result is no longer wanted."""
         # At most a third for one request, so that there is always a second try.
-        self.request_seconds = min(request_seconds, total_seconds / 3)
+        self.request_seconds = _halved(request_seconds, total_seconds / 3)
         self.total_seconds, self.cancel = total_seconds, cancel
         self._end = time.monotonic() + total_seconds
 
@@ -72,12 +74,9 @@ class Patience:
     def next_request_seconds(self) -> float:
         """Longest wait for a request that begins now.
 
-        One of few lengths (halves of `request_seconds`), because each needs a client of its own.
+        One of few lengths (halves of what was given), because each needs a client of its own.
         """
-        seconds, left = self.request_seconds, max(self.left, SHORTEST_REQUEST_SECONDS)
-        while seconds > left:
-            seconds /= 2
-        return seconds
+        return _halved(self.request_seconds, max(self.left, SHORTEST_REQUEST_SECONDS))
 
 
 class Tries:
@@ -125,6 +124,8 @@ class Tries:
         return _jitter.uniform(0.0, min(MAX_WAIT_SECONDS, math.ldexp(first, min(self._failed - 1, 10))))
 
     def _is_final(self, error: Exception, kind: Kind) -> bool:
+        if is_out_of_files(error):
+            return True  # the caller has some to close
         if kind is Kind.MISSING:
             return self._in_a_row >= MISSING_TRIES or isinstance(error, ValueError)
         if kind is Kind.CHANGED:
@@ -138,6 +139,13 @@ class Tries:
             # A cloud's own service for credentials is asked by every process at once, and may not answer each.
             return self._in_a_row >= CREDENTIAL_TRIES or time.monotonic() - self._started > CREDENTIAL_SECONDS
         return kind is Kind.REFUSED or (wrong and self._in_a_row >= MISSING_TRIES)
+
+
+def _halved(seconds: float, most: float) -> float:
+    """`seconds`, halved until they are at most `most`: what is left of a time differs with each call."""
+    while seconds > max(most, _LEAST_SECONDS):
+        seconds /= 2
+    return seconds
 
 
 def ask(verb: str, url: str, patience: Patience, request: Callable[[float], Result]) -> Result:

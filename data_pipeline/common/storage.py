@@ -106,12 +106,19 @@ def size(url: str) -> int:
     return found.size
 
 
-def read_bytes(url: str, *, timeout_seconds: float = TIMEOUT_SECONDS, sha256: str = "") -> bytes:
+def read_bytes(
+    url: str,
+    *,
+    timeout_seconds: float = TIMEOUT_SECONDS,
+    request_seconds: float = object_store.REQUEST_SECONDS,
+    sha256: str = "",
+) -> bytes:
     """A whole small file or object.
 
     Args:
         url: What to read.
         timeout_seconds: Longest time for all tries together.
+        request_seconds: Longest time for one request to a store.
         sha256: What it must be, if that is known. An object of a store is read again a few times until it is; a
             local file is not looked at.
 
@@ -121,7 +128,7 @@ def read_bytes(url: str, *, timeout_seconds: float = TIMEOUT_SECONDS, sha256: st
     if is_local(url):
         with _explained("read", url):
             return local_path(url).read_bytes()
-    return object_store.read_all(url, timeout_seconds, sha256=sha256)
+    return object_store.read_all(url, timeout_seconds, sha256=sha256, request_seconds=request_seconds)
 
 
 def write_bytes(url: str, data: bytes, *, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
@@ -143,6 +150,7 @@ def fetch_to_file(
     *,
     expected_bytes: int | None = None,
     timeout_seconds: float = TIMEOUT_SECONDS,
+    request_seconds: float = object_store.REQUEST_SECONDS,
 ) -> None:
     """Copy a file or object to a local file, which appears only when it is whole.
 
@@ -151,6 +159,7 @@ def fetch_to_file(
         path: Where to; its folder is made.
         expected_bytes: Its length if known; another length is an error.
         timeout_seconds: Longest time without progress, all tries together.
+        request_seconds: Longest time for one request to a store.
 
     Raises:
         StorageError: Missing, refused, too slow, of another length, or changed while it was copied.
@@ -163,7 +172,9 @@ def fetch_to_file(
                 shutil.copyfileobj(source, target, 1 << 20)
             _check_length(url, os.fstat(fd).st_size, found)
         else:
-            object_store.fetch(url, fd, expected_bytes=expected_bytes, timeout_seconds=timeout_seconds)
+            object_store.fetch(
+                url, fd, expected_bytes=expected_bytes, timeout_seconds=timeout_seconds, request_seconds=request_seconds
+            )
 
 
 def upload_file(

@@ -7,7 +7,7 @@
   account; `STORAGE_EMULATOR_HOST` for a server that asks for none.
 - az: `AZURE_STORAGE_ACCOUNT_NAME` with `AZURE_STORAGE_ACCOUNT_KEY` or `AZURE_STORAGE_SAS_TOKEN`, or
   `AZURE_STORAGE_CONNECTION_STRING`; `AZURE_STORAGE_ENDPOINT` for another server.
-- http(s): user and password in the address.
+- http(s): user and password in the address, or the host's in `~/.netrc` or the file that `NETRC` names.
 
 What is read here never enters a message or a log.
 """
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import base64
 import configparser
+import netrc
 import os
 import urllib.parse
 from collections.abc import Mapping
@@ -78,13 +79,32 @@ def az_settings(env: Mapping[str, str] = os.environ) -> dict[str, str]:
     return found
 
 
-def http_settings(authority: str) -> tuple[str, dict[str, str]]:
-    """Host and port of `user:password@host:port`, and the headers that say who we are."""
+def http_settings(authority: str, env: Mapping[str, str] = os.environ) -> tuple[str, dict[str, str]]:
+    """Host and port of `user:password@host:port`, and the headers that say who we are.
+
+    Raises:
+        StorageError: The netrc file is none.
+    """
     who, at, host = authority.rpartition("@")
-    if not at:
+    who = urllib.parse.unquote(who) if at else _from_netrc(host, env)
+    if not who:
         return host, {}
-    who = urllib.parse.unquote(who)
     return host, {"Authorization": "Basic " + base64.b64encode(who.encode()).decode()}
+
+
+def _from_netrc(host: str, env: Mapping[str, str]) -> str:
+    """`user:password` for a host; empty where the file, if there is one, does not name it."""
+    path = Path(env.get("NETRC") or f"{env.get('HOME', '~')}/.netrc").expanduser()
+    try:
+        hosts = netrc.netrc(str(path)).hosts
+    except (OSError, UnicodeDecodeError):
+        return ""
+    except netrc.NetrcParseError:
+        # Its text quotes the line, which may be a password.
+        raise StorageError(f"{path} is not in the form of a netrc file", kind=Kind.REFUSED) from None
+    # Only for a host that is named: `default` would send a password to every server that shards come from.
+    found = hosts.get(urllib.parse.urlsplit(f"//{host}").hostname or "")
+    return f"{found[0]}:{found[2] or ''}" if found and host != "default" else ""
 
 
 def _profile(env: Mapping[str, str]) -> dict[str, str]:

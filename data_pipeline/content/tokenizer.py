@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -156,6 +157,12 @@ def train_tokenizer(
             minloglevel=2,
         )
     except RuntimeError as error:
+        most = re.search(r"Please set it to a value <= (\d+)", str(error))
+        if most:
+            raise TokenizerError(
+                f"these captions have too little text for {vocab_size} pieces (4 marks and 256 bytes included): they "
+                f"allow {most[1]} at most; give --vocab-size {most[1]}, and model.vocab_size={most[1]} to the run"
+            ) from None
         raise TokenizerError(
             f"SentencePiece cannot make {vocab_size} pieces (4 marks and 256 bytes included) of these "
             f"captions; choose another vocab_size or give more text. It says: {_last_line(error)}"

@@ -6,7 +6,7 @@ the trainer from the start, so that pictures are decoded where the trainer will 
 when the trainer holds no tensor of the batch any more, the worker fills it again. Fresh pages would cost
 more than anything but decoding (7 ms for 64 pictures of 224 pixels).
 
-    memory   [ pictures, most x 3 x s x s bytes | to 8 | int64: lengths | hashes | numbers | slots | ids | positions | lent ]
+    memory   [ pictures, most x 3 x s x s bytes | to 8 | int64: lengths, hashes, numbers, slots, ids, positions, lent ]
 """
 
 from __future__ import annotations
@@ -156,8 +156,8 @@ class _Loan:
             self._lent[0] = 0
 
 
-_MOST_KEPT = 32
-"""Pieces of memory that a worker keeps; the trainer holds a few batches, and `prefetch` wait."""
+MOST_KEPT_BYTES = 256 << 20
+"""Memory that a worker keeps; what it needs beyond, because the trainer holds many batches, goes back after use."""
 _kept: list[Tensor] = []
 """Those of this worker."""
 
@@ -174,7 +174,7 @@ def _memory(count: int) -> tuple[Tensor, bool]:
     # What torch's own collate function does in a worker.
     storage = torch.UntypedStorage._new_shared(count)
     made = torch.empty(0, dtype=torch.uint8).set_(storage)
-    if len(_kept) == _MOST_KEPT:
+    if sum(len(kept) for kept in _kept) + count > MOST_KEPT_BYTES:
         return made, False
     made[-8:].view(torch.int64)[0] = 1
     _kept.append(made)

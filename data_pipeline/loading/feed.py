@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data_pipeline.common import errors
-from data_pipeline.common.errors import DataError, VlmError
+from data_pipeline.common.errors import DataError, StorageError, VlmError
 from data_pipeline.content.recipe import Recipe
 from data_pipeline.content.tokenizer import Tokenizer
 from data_pipeline.loading.collate import BatchRows, PackedBatch
@@ -28,10 +28,12 @@ from data_pipeline.loading.schedules import Schedule, shard_starts
 from data_pipeline.reading.fetch_ahead import FetchAhead
 from data_pipeline.reading.reader import Reader
 from data_pipeline.reading.store import ShardStore
-from data_pipeline.samples import Batch, SampleProblem
+from data_pipeline.samples import Batch, RawSample, SampleProblem, SampleRef
 from data_pipeline.settings import DataConfig
 from data_pipeline.shards.manifest import Manifest
 
+ASK_AGAIN_SECONDS = 5.0
+"""Pause before a store that gave nothing of a whole batch is asked again."""
 POLL_SECONDS = 5
 """How often a waiting trainer looks whether its workers still live."""
 
@@ -95,7 +97,7 @@ class BatchMaker(Dataset[PackedBatch | Failure]):
             len(refs), image_size=recipe.image_size, text_length=recipe.text_length, pad_id=tokenizer.pad_id
         )
         problems: list[SampleProblem] = []
-        raws = reader.read_many([(ref.shard, ref.sample) for ref in refs])
+        raws = self._read(reader, refs, start)
         for slot, (ref, raw) in enumerate(zip(refs, raws, strict=True)):
             number_of_sample = int(self._starts[ref.shard]) + ref.sample
             if isinstance(raw, SampleProblem):
@@ -108,6 +110,31 @@ class BatchMaker(Dataset[PackedBatch | Failure]):
                     raise
                 problems.append(SampleProblem(raw.shard, raw.key, error.slug, str(error), number_of_sample))
         return rows.packed(problems, time.perf_counter() - start)
+
+    def _read(self, reader: Reader, refs: list[SampleRef], start: float) -> list[RawSample | SampleProblem]:
+        """The samples of a batch; waits for a store of which nothing at all can be had.
+
+        One shard that cannot be had costs its samples. When a whole batch cannot, the network or the credentials
+        are at fault, and going on would use up the data: the store is asked again until the batch is due.
+
+        Raises:
+            StorageError: It never answered.
+        """
+        settings, places = self._reading.settings, [(ref.shard, ref.sample) for ref in refs]
+        found = reader.read_many(places)
+        while found and all(isinstance(raw, SampleProblem) and raw.reason == "unreachable" for raw in found):
+            spent = time.perf_counter() - start
+            if spent + ASK_AGAIN_SECONDS + settings.shard_seconds > settings.timeout_seconds:
+                problem = found[0]
+                assert isinstance(problem, SampleProblem)
+                raise StorageError(
+                    f"not one sample of a whole batch could be had in {spent:.0f} s: {problem.detail}. Look at the "
+                    f"network and the credentials; the same command goes on from the last checkpoint"
+                )
+            time.sleep(ASK_AGAIN_SECONDS)
+            reader.forget_troubles()
+            found = reader.read_many(places)
+        return found
 
     def close(self) -> None:
         """End what was started in this process: a thread that fetches, and open files."""
@@ -124,7 +151,9 @@ class BatchMaker(Dataset[PackedBatch | Failure]):
             self._store = ShardStore(known.manifests, known.settings, max_open=known.max_open)
             self._reader = Reader(self._store)
             if known.settings.fetch_ahead:
-                self._ahead = FetchAhead(self._store, self._schedule.shards_from(number))
+                self._ahead = FetchAhead(self._store, self._schedule.shards_from, number)
+        if self._ahead is not None:
+            self._ahead.reached(number)
         return self._reader
 
 
@@ -201,6 +230,8 @@ class BatchStream:
                         f"with the shards does not answer, or is too slow"
                     ) from None
             except (EOFError, ConnectionError, FileNotFoundError) as error:
+                if str(error).startswith("Caught "):
+                    raise  # of code in a worker, with its traceback
                 # A worker that dies while its batch is on the way leaves a broken connection.
                 raise self._worker_died(f"its connection broke: {type(error).__name__}") from None
 

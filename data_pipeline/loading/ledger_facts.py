@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from data_pipeline.common import storage
+from data_pipeline.common.addresses import has_query, without_secrets
 from data_pipeline.common.config import from_mapping, to_mapping
 from data_pipeline.common.errors import ConfigError, DataError
 from data_pipeline.loading.sources import Source
@@ -27,7 +28,7 @@ class LedgerFacts:
     data: str
     """`data_fingerprint` of the sources."""
     manifests: tuple[str, ...]
-    """Where each source's manifest was."""
+    """Where each source's manifest was, without user, password and query."""
     sources: tuple[SourceConfig, ...]
     skip: Ranges = ()
     """Positions that are never delivered."""
@@ -38,7 +39,32 @@ class LedgerFacts:
         return LedgerFacts(
             seed=state.seed, shuffle_window=shuffle_window, data=state.data, skip=state.skip,
             manifests=tuple(_absolute(source.address or source.config.shards) for source in sources),
-            sources=tuple(replace(source.config, drop=_absolute(source.config.drop)) for source in sources),
+            sources=tuple(
+                replace(source.config.without_secrets(), drop=_absolute(source.config.drop)) for source in sources
+            ),
+        )  # fmt: skip
+
+    def with_addresses(self, given: Sequence[SourceConfig]) -> LedgerFacts:
+        """The same facts with the sources' addresses as settings have them: the ledger's own lack queries.
+
+        Sources that were counted keep the manifest in the run's folder.
+
+        Raises:
+            ConfigError: The settings have other sources.
+        """
+        if [source.without_secrets().shards for source in given] != [source.shards for source in self.sources]:
+            raise ConfigError(
+                f"these settings have other sources than the ledger: {_named(given)} instead of {_named(self.sources)}"
+            )
+        pairs = list(zip(self.sources, given, strict=True))
+        at = [new.shards if url == _absolute(old.shards) else url
+              for url, (old, new) in zip(self.manifests, pairs, strict=True)]
+        return replace(
+            self, manifests=tuple(at),
+            sources=tuple(
+                replace(old, shards=new.shards, drop=new.drop if has_query(new.drop) else old.drop)
+                for old, new in pairs
+            ),
         )  # fmt: skip
 
     def write(self, folder: Path) -> None:
@@ -65,6 +91,12 @@ class LedgerFacts:
             raise DataError(f"{path} does not describe a ledger: {error}") from error
 
 
+def _named(sources: Sequence[SourceConfig]) -> str:
+    return ", ".join(without_secrets(source.shards) for source in sources) or "none"
+
+
 def _absolute(address: str) -> str:
-    """An address that means the same from any folder."""
-    return str(storage.local_path(address).absolute()) if address and storage.is_local(address) else address
+    """An address that means the same from any folder, and may be written down."""
+    if address and storage.is_local(address):
+        return str(storage.local_path(address).absolute())
+    return without_secrets(address)

@@ -143,6 +143,7 @@ class Loader:
             self._state = replace(self._state, position=self._schedule.step_end(self._steps_done))
             self._steps_done += 1
             yield batches, self._state
+            del batches  # else it would be held while the next are waited for
 
     def close(self) -> None:
         """End the worker processes."""

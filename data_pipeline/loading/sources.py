@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from data_pipeline.common import storage
+from data_pipeline.common.addresses import without_secrets
 from data_pipeline.order.drop import Dropped, apply_drop_list, dropped_fingerprint, read_drop_list
 from data_pipeline.order.order import Order, OrderSource, weights_of
 from data_pipeline.order.shares import Shares
@@ -49,7 +50,7 @@ class Source:
 
 def plain_source(manifest: Manifest) -> Source:
     """A manifest as a source of its own, without a weight."""
-    return Source(manifest=manifest, config=SourceConfig(shards=manifest.url))
+    return Source(manifest=manifest, config=SourceConfig(shards=without_secrets(manifest.url)))
 
 
 def open_sources(

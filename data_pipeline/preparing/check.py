@@ -17,11 +17,20 @@ from typing import NamedTuple
 
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError
+from data_pipeline.common.processes import WHOLE, Part
 from data_pipeline.content.images import decode
 from data_pipeline.content.recipe import picture_of
 from data_pipeline.preparing.captions import all_captions
-from data_pipeline.preparing.processes import WHOLE, Part
-from data_pipeline.preparing.visit import MAX_SAMPLE_BYTES, OpenShard, ShardTask, Visits, opened, tasks_of
+from data_pipeline.preparing.visit import (
+    MAX_SAMPLE_BYTES,
+    OpenShard,
+    ShardTask,
+    Unread,
+    UnreadError,
+    Visits,
+    opened,
+    tasks_of,
+)
 from data_pipeline.samples import RawSample
 from data_pipeline.shards.manifest import Manifest
 
@@ -51,6 +60,8 @@ class Checked(NamedTuple):
     samples: int
     shards: int
     findings: list[Finding]
+    unread: list[Unread]
+    """Shards that could not be had; their samples are findings, too."""
 
     def reasons(self) -> list[tuple[str, int, int]]:
         """Reason, samples and whole shards, most frequent first."""
@@ -60,10 +71,11 @@ class Checked(NamedTuple):
         return [(reason, samples[reason], shards[reason]) for reason in order]
 
     def bad(self, dataset: int) -> dict[int, set[int]]:
-        """Numbers of bad samples by number of their shard, of one dataset."""
+        """Numbers of samples that are proven bad, by number of their shard, of one dataset."""
+        unread = {(row.task.dataset, row.task.shard) for row in self.unread}
         bad: dict[int, set[int]] = {}
         for found in self.findings:
-            if found.dataset == dataset and found.sample >= 0:
+            if found.dataset == dataset and found.sample >= 0 and (dataset, found.shard) not in unread:
                 bad.setdefault(found.shard, set()).add(found.sample)
         return bad
 
@@ -88,13 +100,28 @@ def check(
         work: Where results are kept; empty checks all anew.
     """
     checker = _Checker(contents, tuple(caption_keys))
-    visits = Visits(label="checking", workers=workers, work=work, settings=repr(("check", 1, checker)))
-    findings, samples, shards = [], 0, 0
+    visits = Visits(label="checking", workers=workers, work=work, settings=repr(("check", 2, checker)))
+    findings, unread, samples, shards = list[Finding](), list[Unread](), 0, 0
     for task, result in visits.each(tasks_of(manifests, part), checker):
         samples, shards = samples + task.num_samples, shards + 1
-        for number, key, reason, detail in json.loads(result):
+        if isinstance(result, Unread):
+            unread.append(result)
+            rows: list[_Row] = list(_all_of(task, result.reason, result.detail))
+        else:
+            rows = json.loads(result)
+        for number, key, reason, detail in rows:
             findings.append(Finding(task.dataset, task.shard, number, task.entry.name, key, reason, detail))
-    return Checked(samples, shards, findings)
+    return Checked(samples, shards, findings, unread)
+
+
+_Row = tuple[int, str, str, str]
+"""Number, key, reason, detail."""
+
+
+def _all_of(task: ShardTask, reason: str, detail: str) -> Iterator[_Row]:
+    """A shard of which nothing can be read, and each of its samples."""
+    yield -1, "", reason, detail
+    yield from ((number, f"#{number}", reason, "") for number in range(task.entry.samples))
 
 
 @dataclass(frozen=True)
@@ -107,16 +134,16 @@ class _Checker:
     def __call__(self, task: ShardTask) -> bytes:
         return json.dumps(list(self._rows(task))).encode()
 
-    def _rows(self, task: ShardTask) -> Iterator[tuple[int, str, str, str]]:
+    def _rows(self, task: ShardTask) -> Iterator[_Row]:
         try:
             with opened(task) as shard:
                 yield from self._shard(shard)
+        except UnreadError:
+            raise
         except DataError as error:
-            # Nothing of it can be read, so all of its samples are bad.
-            yield -1, "", error.slug, str(error)
-            yield from ((number, f"#{number}", error.slug, "") for number in range(task.entry.samples))
+            yield from _all_of(task, error.slug, str(error))
 
-    def _shard(self, shard: OpenShard) -> Iterator[tuple[int, str, str, str]]:
+    def _shard(self, shard: OpenShard) -> Iterator[_Row]:
         entry, index, sha256, position = shard.task.entry, shard.index, hashlib.sha256(), 0
         for number in range(len(index)):
             offset, extent = int(index.offsets[number]), int(index.extents[number])

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from data_pipeline.common.errors import DataError
+from data_pipeline.common.harmless import harmless
 from data_pipeline.content.captions import check_key
 from data_pipeline.preparing.captions import all_captions
-from data_pipeline.preparing.tables import harmless
-from data_pipeline.preparing.visit import ShardTask, Visits, draw, opened
+from data_pipeline.preparing.visit import ShardTask, Unread, Visits, draw, opened
 from data_pipeline.shards.manifest import Manifest
 
 logger = logging.getLogger(__name__)
@@ -43,6 +43,8 @@ def captions_of(
     problems, total = 0, 0
     tasks = draw(manifests, samples, seed)
     for task, result in Visits(label="reading captions", workers=workers).each(tasks, _Captions(tuple(keys))):
+        if isinstance(result, Unread):
+            raise DataError(f"shard {task.entry.name} cannot be had ({result.reason}): {result.detail}")
         found = json.loads(result)
         total += task.num_samples
         for key, slug, detail in found["bad"]:

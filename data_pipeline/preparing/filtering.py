@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from data_pipeline.common.config import from_mapping
 from data_pipeline.common.errors import ConfigError, DataError
+from data_pipeline.common.processes import WHOLE, Part
 from data_pipeline.content.captions import Texts, choose
 from data_pipeline.content.filters import (
     Condition,
@@ -23,8 +24,7 @@ from data_pipeline.content.filters import (
 from data_pipeline.content.headers import read_header
 from data_pipeline.content.images import check_pixels
 from data_pipeline.content.recipe import picture_of
-from data_pipeline.preparing.processes import WHOLE, Part
-from data_pipeline.preparing.visit import ShardTask, Visits, opened, tasks_of
+from data_pipeline.preparing.visit import ShardTask, Unread, UnreadError, Visits, opened, tasks_of
 from data_pipeline.samples import RawSample
 from data_pipeline.settings import FilterConfig, LimitConfig
 from data_pipeline.shards.manifest import Manifest
@@ -40,6 +40,8 @@ class Filtered(NamedTuple):
     """For each reason the first sample and why."""
     dropped: list[dict[int, list[int]]]
     """For each dataset, numbers of the samples by number of their shard."""
+    unread: list[Unread]
+    """Shards that could not be had; nothing of them is counted."""
 
 
 def filter_samples(
@@ -68,10 +70,13 @@ def filter_samples(
     """
     compile_conditions(filters.require)  # so that a bad one is found now
     judge = _Judge(filters, tuple(caption_keys), limits or LimitConfig())
-    visits = Visits(label="filtering", workers=workers, work=work, settings=repr(("filter", 1, judge)))
-    done = Filtered(0, Counter(), {}, [{} for _ in manifests])
+    visits = Visits(label="filtering", workers=workers, work=work, settings=repr(("filter", 2, judge)))
+    done = Filtered(0, Counter(), {}, [{} for _ in manifests], [])
     samples = 0
     for task, result in visits.each(tasks_of(manifests, part), judge):
+        if isinstance(result, Unread):
+            done.unread.append(result)
+            continue
         samples += task.num_samples
         for number, reason, detail in json.loads(result):
             done.reasons[reason] += 1
@@ -120,6 +125,8 @@ class _Judge:
                         self._check(raw)
                     except DataError as error:
                         yield number, error.slug, str(error)
+        except UnreadError:
+            raise
         except DataError as error:
             yield from ((number, error.slug, str(error)) for number in range(task.entry.samples))
 

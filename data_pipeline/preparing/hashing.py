@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_pipeline.common.errors import DataError
+from data_pipeline.common.processes import WHOLE, Part
 from data_pipeline.content.captions import caption_hash
 from data_pipeline.content.recipe import picture_of
 from data_pipeline.preparing.captions import first_caption
 from data_pipeline.preparing.phash import perceptual_hash
-from data_pipeline.preparing.processes import WHOLE, Part
-from data_pipeline.preparing.visit import ShardTask, Visits, opened, tasks_of
+from data_pipeline.preparing.visit import ShardTask, Unread, UnreadError, Visits, opened, tasks_of
 from data_pipeline.samples import RawSample
 from data_pipeline.shards.manifest import Manifest
 
@@ -38,6 +38,8 @@ class Hashes:
     """uint64 `[n]`, of the caption without regard to capitals and blanks."""
     flags: np.ndarray
     """uint64 `[n]`."""
+    unread: Sequence[Unread] = ()
+    """Shards that could not be had, of which there are no rows."""
 
     def __len__(self) -> int:
         return len(self.flags)
@@ -66,9 +68,12 @@ def hash_samples(
         work: Where results are kept.
     """
     hasher = _Hasher(tuple(caption_keys))
-    visits = Visits(label="hashing", workers=workers, work=work, settings=repr(("hashes", 1, hasher)))
-    rows = [np.empty((0, 7), np.uint64)]
+    visits = Visits(label="hashing", workers=workers, work=work, settings=repr(("hashes", 2, hasher)))
+    rows, unread = [np.empty((0, 7), np.uint64)], list[Unread]()
     for task, result in visits.each(tasks_of(manifests, part), hasher):
+        if isinstance(result, Unread):
+            unread.append(result)
+            continue
         table = np.frombuffer(result, "<u8").reshape(-1, 4)
         if len(table) != task.num_samples:
             raise DataError(f"a result of {task.entry.name} in {work} is damaged; remove it, or take another --work")
@@ -79,7 +84,7 @@ def hash_samples(
     columns = np.concatenate(rows).T
     dataset, shard, sample = (column.astype(np.int64) for column in columns[:3])
     return Hashes(dataset=dataset, shard=shard, sample=sample, contents=columns[3].copy(), looks=columns[4].copy(),
-                  caption=columns[5].copy(), flags=columns[6].copy())
+                  caption=columns[5].copy(), flags=columns[6].copy(), unread=unread)
 
 
 @dataclass(frozen=True)
@@ -95,8 +100,10 @@ class _Hasher:
                 for row, (_, raw) in enumerate(shard.samples()):
                     if isinstance(raw, RawSample):
                         table[row] = self._row(raw)
+        except UnreadError:
+            raise
         except DataError:
-            pass  # a missing shard: none of its samples can be compared
+            pass  # a damaged index: none of its samples can be compared
         return table.tobytes()
 
     def _row(self, raw: RawSample) -> tuple[int, int, int, int]:

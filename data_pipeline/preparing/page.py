@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data_pipeline.preparing.tables import harmless, shortened
+from data_pipeline.common.harmless import harmless
+from data_pipeline.preparing.tables import shortened
 
 _STYLE = """
 body { font: 14px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 75em; padding: 0 1em; color: #222; }

@@ -8,13 +8,14 @@ from collections.abc import Mapping, Sequence
 from PIL import Image, ImageDraw, ImageFont
 
 from data_pipeline.common.errors import DataError
+from data_pipeline.common.harmless import harmless
 from data_pipeline.content.captions import find
 from data_pipeline.content.images import read_header
 from data_pipeline.content.recipe import picture_of
 from data_pipeline.preparing.captions import first_caption
 from data_pipeline.preparing.page import card
 from data_pipeline.preparing.pictures import data_uri, format_of, thumbnail
-from data_pipeline.preparing.tables import bytes_text, harmless, shortened
+from data_pipeline.preparing.tables import bytes_text, shortened
 from data_pipeline.preparing.visit import ShardTask, opened, pick
 from data_pipeline.samples import RawSample
 from data_pipeline.shards.manifest import Manifest

@@ -16,15 +16,15 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.common.errors import DataError
+from data_pipeline.common.processes import WHOLE, Part
 from data_pipeline.content.captions import clean_hash
 from data_pipeline.content.headers import read_header
 from data_pipeline.content.recipe import picture_of
 from data_pipeline.content.tokenizer import Tokenizer
 from data_pipeline.preparing.captions import all_captions
 from data_pipeline.preparing.pictures import format_of
-from data_pipeline.preparing.processes import WHOLE, Part
 from data_pipeline.preparing.scripts import script_of
-from data_pipeline.preparing.visit import ShardTask, Visits, draw, opened
+from data_pipeline.preparing.visit import ShardTask, Unread, UnreadError, Visits, draw, opened
 from data_pipeline.samples import RawSample
 from data_pipeline.shards.manifest import Manifest
 
@@ -54,6 +54,8 @@ class Stats:
     """Hashes of the first caption of each sample that has one."""
     bad: Counter[str] = field(default_factory=Counter)
     """Samples that cannot be read, by reason."""
+    unread: list[Unread] = field(default_factory=list)
+    """Shards that could not be had; nothing of them is counted."""
 
     def quantities(self, keys: Sequence[str]) -> dict[str, np.ndarray]:
         """Everything that is a number, by the name that people see."""
@@ -117,10 +119,13 @@ def measure(
     """
     fingerprint = Tokenizer.load(tokenizer).fingerprint if tokenizer else ""
     meter = _Meter(tuple(caption_keys), tokenizer)
-    settings = repr(("stats", 1, meter.caption_keys, fingerprint))
+    settings = repr(("stats", 2, meter.caption_keys, fingerprint))
     visits = Visits(label="measuring", workers=workers, work=work, settings=settings)
     stats = Stats()
     for _, result in visits.each(draw(manifests, samples, seed)[part[0] :: part[1]], meter):
+        if isinstance(result, Unread):
+            stats.unread.append(result)
+            continue
         found = json.loads(result)
         stats.bad.update(found.pop("bad"))
         stats.looked_at += found.pop("looked_at")
@@ -153,6 +158,8 @@ class _Meter:
             with opened(task) as shard:
                 for _, raw in shard.samples():
                     self._add(raw, stats, tokenizer)
+        except UnreadError:
+            raise
         except DataError as error:
             stats.bad[error.slug] += task.num_samples - stats.looked_at
             stats.looked_at = task.num_samples

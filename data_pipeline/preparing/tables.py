@@ -1,8 +1,7 @@
-"""Text for a terminal: tables, amounts with units, and text of others made harmless."""
+"""Text for a terminal: tables, amounts with units, texts that are not too long."""
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Sequence
 
 
@@ -28,24 +27,6 @@ def bytes_text(count: float) -> str:
             break
         count /= 1024
     return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-
-
-def harmless(text: str, *, lines: bool = False) -> str:
-    r"""Text of others with every control or formatting character spelt out (`\x1b`).
-
-    Such characters could move the cursor, retitle the window or turn the direction of writing.
-
-    Args:
-        text: Anything.
-        lines: Keep line ends.
-    """
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(
-        char if (lines and char == "\n") or unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
-        else char.encode("unicode_escape").decode()
-        for char in text
-    )
 
 
 def shortened(text: str, limit: int) -> str:

@@ -4,6 +4,9 @@ A visit makes one small result file a shard (`bytes`, of whatever kind the visit
 folder the results are kept there, so that work can be divided over the tasks of a job array and goes on
 where it was stopped: a shard whose result is there is not read again. The last call, without a part,
 finds most results made and puts them together.
+
+A shard that cannot be had now is not a damaged one: it has no result, nothing of it is kept, and the next call
+asks for it again.
 """
 
 from __future__ import annotations
@@ -25,9 +28,9 @@ import numpy as np
 from data_pipeline.common import object_store, storage
 from data_pipeline.common.errors import ConfigError, DataError, StorageError
 from data_pipeline.common.logs import Progress
+from data_pipeline.common.processes import WHOLE, Part, in_processes
 from data_pipeline.common.seeds import rng
 from data_pipeline.common.store_errors import Kind
-from data_pipeline.preparing.processes import WHOLE, Part, in_processes
 from data_pipeline.samples import RawSample
 from data_pipeline.shards.manifest import Manifest, ShardEntry, load_index, load_manifest
 from data_pipeline.shards.shard_index import ShardIndex
@@ -62,8 +65,24 @@ class ShardTask(NamedTuple):
         return self.entry.samples if self.samples is None else len(self.samples)
 
 
+class UnreadError(DataError):
+    """A shard or its index cannot be had: the store or the file server is away, refuses, or does not have it.
+
+    That may be otherwise tomorrow, so nothing that lasts may follow from it.
+    """
+
+
+class Unread(NamedTuple):
+    """Instead of a result: why there is none."""
+
+    task: ShardTask
+    reason: str
+    """`unreachable`, `missing-shard` or `bad-index`."""
+    detail: str
+
+
 Visitor = Callable[[ShardTask], bytes]
-"""Makes the result of one shard; must be something that can be sent to a process."""
+"""Makes the result of one shard, or lets `UnreadError` pass; must be something that can be sent to a process."""
 
 
 def open_datasets(addresses: Sequence[str]) -> list[Manifest]:
@@ -112,14 +131,14 @@ class Visits:
     settings: str = ""
     """Everything on which a result depends beside the shard; results of other settings are not used."""
 
-    def each(self, tasks: Sequence[ShardTask], visitor: Visitor) -> Iterator[tuple[ShardTask, bytes]]:
-        """Every task with its result, in order."""
+    def each(self, tasks: Sequence[ShardTask], visitor: Visitor) -> Iterator[tuple[ShardTask, bytes | Unread]]:
+        """Every task with its result, in order; shards that cannot be had do not end the visit."""
         kept = _Kept(visitor, self.work, hashlib.sha256(self.settings.encode()).hexdigest()[:16])
         with Progress(self.label, sum(task.num_samples for task in tasks), "samples") as progress:
             workers = min(self.workers, len(tasks)) if len(tasks) > 1 else 0
-            for task, result in zip(tasks, in_processes(kept, tasks, workers), strict=True):
-                progress.update(task.num_samples)
-                yield task, result
+            for number, result in in_processes(kept, tasks, workers):
+                progress.update(tasks[number].num_samples)
+                yield tasks[number], result
 
 
 @dataclass(frozen=True)
@@ -130,17 +149,24 @@ class _Kept:
     work: str
     settings: str
 
-    def __call__(self, task: ShardTask) -> bytes:
+    def __call__(self, task: ShardTask) -> bytes | Unread:
         if not self.work:
-            return self.visitor(task)
+            return self._visited(task)
         # By contents, not by name: a shard that is written anew is visited anew.
         which = hashlib.sha256(repr((task.entry.sha256, task.entry.name, task.samples)).encode()).hexdigest()[:32]
         url = storage.join(self.work, f"{self.settings}/{which}")
         if storage.exists(url):
             return storage.read_bytes(url)
-        result = self.visitor(task)
-        storage.write_bytes(url, result)
+        result = self._visited(task)
+        if not isinstance(result, Unread):
+            storage.write_bytes(url, result)
         return result
+
+    def _visited(self, task: ShardTask) -> bytes | Unread:
+        try:
+            return self.visitor(task)
+        except UnreadError as error:
+            return Unread(task, error.slug, str(error))
 
 
 class OpenShard:
@@ -151,10 +177,14 @@ class OpenShard:
         self.size = size
         """Bytes of the shard as it is."""
         self.pread = pread
-        """`pread(count, offset)`: bytes of the shard; fewer where it ends too soon or the disk fails."""
+        """`pread(count, offset)`: bytes of the shard; fewer where it ends too soon."""
 
     def samples(self) -> Iterator[tuple[int, RawSample | DataError]]:
-        """Number and contents of every sample to look at, or what is wrong with it (as for `read`)."""
+        """Number and contents of every sample to look at, or what is wrong with it (as for `read`).
+
+        Raises:
+            UnreadError: The shard cannot be had any more.
+        """
         numbers = range(len(self.index)) if self.task.samples is None else self.task.samples
         if self.task.samples is None or storage.is_local(self.task.manifest.base):
             for number in numbers:
@@ -168,6 +198,7 @@ class OpenShard:
 
         Raises:
             DataError: With slug `oversize`, `truncated` or `crc-mismatch`.
+            UnreadError: The shard cannot be had any more.
         """
         offset, count = int(self.index.offsets[number]), int(self.index.extents[number])
         if count > MAX_SAMPLE_BYTES:
@@ -183,6 +214,8 @@ class OpenShard:
     def _read_or_error(self, number: int) -> RawSample | DataError:
         try:
             return self.read(number)
+        except UnreadError:
+            raise
         except DataError as error:
             return error
 
@@ -195,11 +228,14 @@ def opened(task: ShardTask) -> Iterator[OpenShard]:
     are asked for.
 
     Raises:
-        DataError: Its index is missing or damaged (slug `bad-index`), the shard is missing
-            (`missing-shard`) or cannot be had (`unreachable`).
+        UnreadError: The index cannot be had (slug `bad-index`), the shard is missing (`missing-shard`) or cannot
+            be had (`unreachable`).
+        DataError: The index is damaged (slug `bad-index`).
     """
     try:
         index = load_index(task.manifest, task.entry)
+    except StorageError as error:
+        raise UnreadError(str(error), slug="bad-index") from error
     except DataError as error:
         raise DataError(str(error), slug=error.slug or "bad-index") from error
     url = task.manifest.shard_url(task.entry)
@@ -223,7 +259,7 @@ def _opened_file(task: ShardTask, index: ShardIndex, path: Path) -> Iterator[Ope
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         slug = "missing-shard" if isinstance(error, FileNotFoundError) else "unreachable"
-        raise DataError(f"cannot open shard {path}: {error.strerror}", slug=slug) from error
+        raise UnreadError(f"cannot open shard {path}: {error.strerror}", slug=slug) from error
     try:
         yield OpenShard(task, index, os.fstat(fd).st_size, partial(_pread, fd))
     finally:
@@ -237,7 +273,7 @@ def _named_trouble() -> Iterator[None]:
         yield
     except StorageError as error:
         slug = "missing-shard" if error.kind == Kind.MISSING else "unreachable"
-        raise DataError(str(error), slug=slug) from error
+        raise UnreadError(str(error), slug=slug) from error
 
 
 def _pread(fd: int, count: int, offset: int) -> bytes:
@@ -245,8 +281,8 @@ def _pread(fd: int, count: int, offset: int) -> bytes:
     while count > 0:
         try:
             piece = os.pread(fd, count, offset)
-        except OSError:
-            break
+        except OSError as error:
+            raise UnreadError(f"cannot read {count} bytes at {offset}: {error.strerror}", slug="unreachable") from error
         if not piece:
             break
         pieces.append(piece)
@@ -256,7 +292,12 @@ def _pread(fd: int, count: int, offset: int) -> bytes:
 
 def _read_range(url: str, size: int, count: int, offset: int) -> bytes:
     with _named_trouble():
-        return object_store.read_range(url, offset, offset + count, timeout_seconds=_SECONDS, size=size)
+        try:
+            return object_store.read_range(url, offset, offset + count, timeout_seconds=_SECONDS, size=size)
+        except StorageError as error:
+            if error.kind == Kind.CHANGED:  # it has another length than its manifest says
+                raise DataError(str(error), slug="truncated") from error
+            raise
 
 
 def pick(manifests: Sequence[Manifest], chosen: Mapping[tuple[int, int], Sequence[int]]) -> list[ShardTask]:

@@ -2,9 +2,9 @@
 
 The source is read twice: to count (so that all shards get the same number of samples, give or take one),
 and to hand out the records of each shard. A shard's records, and nothing else, decide its bytes. What was
-written is noted in `OUT/.parts/`, with a fingerprint of the records: a later call skips those shards. So
-the tasks of a job array may write a share each, and a call without a share ends the work: it writes the
-manifest, and `left-out.jsonl` with all that became no sample.
+written is noted in `OUT/.parts/`, with a fingerprint of the records: a later call skips those shards, unless
+a picture that could not be had is there now. So the tasks of a job array may write a share each, and a call
+without a share ends the work: it writes the manifest, and `left-out.jsonl` with all that became no sample.
 """
 
 from __future__ import annotations
@@ -21,18 +21,24 @@ from typing import Any, NamedTuple
 from data_pipeline.common import storage
 from data_pipeline.common.errors import ConfigError, DataError
 from data_pipeline.common.logs import Progress
+from data_pipeline.common.processes import WHOLE, Part, in_processes
 from data_pipeline.preparing.importers.fill import Sample, samples_of
 from data_pipeline.preparing.importers.records import Importer, Keys, LeftOut, Record
-from data_pipeline.preparing.processes import WHOLE, Part, in_processes
-from data_pipeline.shards.manifest import Manifest, ShardEntry, write_manifest
+from data_pipeline.shards.manifest import MANIFEST_NAME, Manifest, ShardEntry, write_manifest
 from data_pipeline.shards.writer import put_shard
 
 logger = logging.getLogger(__name__)
 
 PARTS_FOLDER = ".parts"
 LEFT_OUT_NAME = "left-out.jsonl"
+_MAY_COME_BACK = ("missing-picture", "unreadable")
+"""Pictures left out for these reasons are asked for again: a store or a file server may have been away."""
 _FORMAT = 1
 """Raise it when the same records would become other bytes."""
+
+
+WRITTEN_FROM = "written_from"
+"""Names the source in the manifest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +55,8 @@ class WritePlan:
     """Largest share of the source that may become no sample."""
     check: bool = False
     """Decode every picture."""
+    overwrite: bool = False
+    """Replace a dataset of another source that is in the folder."""
 
     def __post_init__(self) -> None:
         if self.samples_per_shard < 1:
@@ -95,6 +103,7 @@ def write_dataset(
     total, refused = _count(plan.source)
     if not total:
         raise DataError(f"the source has no pair to write{_examples(refused)}")
+    _check_folder(plan)
     allowed = int(plan.max_left_out * (total + len(refused)))
     left_out = list(refused) if part[0] == 0 else []
     _check_share(left_out, allowed, total + len(refused), plan)
@@ -104,7 +113,7 @@ def write_dataset(
     mine = jobs[part[0] :: part[1]]
     workers = min(workers, len(mine)) if len(mine) > 1 else 0
     with Progress("writing", sum(mine), "samples") as progress:
-        for result in in_processes(partial(_write, plan), _shards(plan, jobs, part), workers):
+        for _, result in in_processes(partial(_write, plan), _shards(plan, jobs, part), workers):
             if result.entry and result.entry.samples:
                 entries.append(result.entry)
             left_out += result.left_out
@@ -115,7 +124,8 @@ def write_dataset(
     if part == WHOLE:
         if not entries:
             raise DataError(f"no sample was left to write{_examples(left_out)}")
-        manifest = write_manifest(plan.out, entries, _about(about, left_out))
+        said = _about(about, left_out) | {WRITTEN_FROM: _name_of(plan.source)}
+        manifest = write_manifest(plan.out, entries, said)
         _write_report(plan.out, left_out)
         _warn_of_others(plan, {entry.name for entry in entries})
     return Written(manifest, sum(e.samples for e in entries), sum(e.bytes for e in entries), len(entries), reused,
@@ -155,13 +165,24 @@ def _write(plan: WritePlan, shard: ShardPlan) -> _Result:
     """Write one shard, unless it is there."""
     fingerprint = _fingerprint(plan, shard)
     note = storage.join(plan.out, f"{PARTS_FOLDER}/{shard.name}.json")
-    if found := _noted(note, fingerprint, plan.out):
+    if (found := _noted(note, fingerprint, plan.out)) and _is_still_left_out(plan, shard, found.left_out):
         return found
     left_out: list[LeftOut] = []
     entry = put_shard(_kept(samples_of(shard.records, plan.source, check=plan.check), left_out), plan.out, shard.name)
     content = {"fingerprint": fingerprint, "entry": asdict(entry), "left_out": left_out}
     storage.write_bytes(note, json.dumps(content, ensure_ascii=False).encode("utf-8", "surrogatepass"))
     return _Result(entry, left_out, False)
+
+
+def _is_still_left_out(plan: WritePlan, shard: ShardPlan, left_out: list[LeftOut]) -> bool:
+    """Whether none of the pictures that could not be had is there now."""
+    before = {(row.origin, row.reason) for row in left_out if row.reason in _MAY_COME_BACK}
+    origins = {origin for origin, _ in before}
+    asked = [record for record in shard.records if record.origin in origins]
+    for row in samples_of(asked, plan.source, check=plan.check):
+        if not isinstance(row, LeftOut) or (row.origin, row.reason) not in before:
+            return False
+    return True
 
 
 def _kept(samples: Iterator[Sample | LeftOut], left_out: list[LeftOut]) -> Iterator[Sample]:
@@ -221,6 +242,27 @@ def _examples(left_out: list[LeftOut]) -> str:
     counts = Counter(row.reason for row in left_out)
     named = "; ".join(f"{row.origin}: {row.reason}: {row.detail}" for row in left_out[:3])
     return f" ({', '.join(f'{reason} {count:,}' for reason, count in counts.most_common())}). The first: {named}"
+
+
+def _check_folder(plan: WritePlan) -> None:
+    """Refuse a folder that holds the shards of something else: their names would be taken."""
+    url = storage.join(plan.out, MANIFEST_NAME)
+    if plan.overwrite or not storage.exists(url):
+        return
+    try:
+        there = dict(json.loads(storage.read_bytes(url)))
+    except (ValueError, TypeError, RecursionError):
+        there = {}
+    if there.get("shards") and there.get(WRITTEN_FROM) != _name_of(plan.source):
+        raise DataError(
+            f"{storage.redact(plan.out)} holds a dataset that was made of something else ({len(there['shards'])} "
+            f"shards, {there.get('total_samples')} samples); choose another --out, or replace it with --overwrite"
+        )
+
+
+def _name_of(source: Importer) -> str:
+    """A name for what is written and how it is read, whatever its rows are today."""
+    return hashlib.sha256(repr(source).encode()).hexdigest()[:16]
 
 
 def _about(about: Mapping[str, Any] | None, left_out: list[LeftOut]) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from pathlib import Path
 from threading import Event
 
 from data_pipeline.common import object_store
+from data_pipeline.common.open_files import is_out_of_files
 from data_pipeline.shards.manifest import ShardEntry
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ SPARE_SHARE = 0.01
 TOUCH_SECONDS = 60.0
 
 _GIB = 1 << 30
+_NO_PROMISES = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 _OTHER, _PART = ".other", ".part"
 
 
@@ -65,10 +67,12 @@ class ShardCache:
         """
         self.folder = Path(folder)
         self._shards, self._limit = self.folder / "shards", int(limit_gib * _GIB)
+        self._told = False
 
     def path(self, entry: ShardEntry) -> Path:
         """Where the copy of a shard is, or would be; another shard never has the same place."""
-        return self._shards / f"{entry.sha256[:32]}-{entry.name.rpartition('/')[2][-100:]}"
+        name = os.fsencode(entry.name.rpartition("/")[2])[-100:]  # file systems count bytes
+        return self._shards / f"{entry.sha256[:32]}-{name.decode(errors='ignore')}"
 
     def open(self, entry: ShardEntry) -> int | None:
         """A file descriptor of a shard's copy, which stays in the cache as long as it is open; None without one.
@@ -81,14 +85,16 @@ class ShardCache:
             try:
                 fd = os.open(place, os.O_RDONLY | os.O_CLOEXEC)
             except OSError as error:
-                if error.errno in (errno.EMFILE, errno.ENFILE):
+                if is_out_of_files(error):
                     raise
                 continue
             if place == path and os.fstat(fd).st_size != entry.bytes:
                 os.close(fd)  # a power failure; it will be made again
-                place.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    place.unlink(missing_ok=True)
                 continue
-            _try_lock(fd, fcntl.LOCK_SH)  # if it is being removed this moment, it is still whole for us
+            with contextlib.suppress(OSError):  # without locks it can be read all the same
+                _try_lock(fd, fcntl.LOCK_SH)  # if it is being removed this moment, it is still whole for us
             touch(fd)
             return fd
         return None
@@ -126,6 +132,7 @@ class ShardCache:
 
         Raises:
             StorageError: The shard cannot be had.
+            OSError: There are too many open files.
         """
         if self.has(entry):
             return Made.HERE
@@ -140,8 +147,11 @@ class ShardCache:
                     return part
                 return self._fill(part, entry, url, timeout_seconds, request_seconds, cancel)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                logger.warning("no shard can be copied into %s: %s", self._shards, error.strerror)
+            if is_out_of_files(error):
+                raise
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) and not self._told:
+                self._told = True
+                logger.warning("no shard can be copied into %s: %s; samples come without copies", self._shards, error)
             return Made.FULL
 
     def _reserve(self, entry: ShardEntry, keep: Collection[Path]) -> int | Made:
@@ -159,12 +169,15 @@ class ShardCache:
                     part.unlink(missing_ok=True)
                     os.close(fd)
                     return Made.HERE
+                if not _is_at(fd, part):  # given up by somebody since it was opened: no others see this file
+                    os.close(fd)
+                    return Made.BUSY
                 os.ftruncate(fd, 0)  # somebody who was killed may have left something
                 if not self._make_room(entry.bytes, {*keep, path}):
                     part.unlink()
                     os.close(fd)
                     return Made.FULL
-                os.ftruncate(fd, entry.bytes)  # the others count it as taken from now on
+                _allocate(fd, entry.bytes)  # the others count it as taken from now on
             except OSError:
                 part.unlink(missing_ok=True)
                 os.close(fd)
@@ -187,9 +200,12 @@ class ShardCache:
                     "%s: %d bytes with SHA-256 %s, but its manifest expects %d and %s; samples are checked one by one",
                     object_store.redact(url), found.size, found.sha256[:16], entry.bytes, entry.sha256[:16],
                 )  # fmt: skip
+            if not _is_at(fd, part):
+                return Made.BUSY  # somebody removed it, and there may be another one's by now
             os.rename(part, path if found.size == entry.bytes else f"{path}{_OTHER}")
         except BaseException:
-            part.unlink(missing_ok=True)
+            if _is_at(fd, part):
+                part.unlink(missing_ok=True)
             raise
         finally:
             os.close(fd)
@@ -273,9 +289,35 @@ def touch(fd: int) -> None:
 
 
 def _try_lock(fd: int, kind: int) -> bool:
-    """Lock an open file; False when somebody else has it locked, or the file system knows no locks."""
+    """Lock an open file; False when somebody else has it locked.
+
+    Raises:
+        OSError: The file system knows no locks.
+    """
     try:
         fcntl.flock(fd, kind | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         return False
     return True
+
+
+def _is_at(fd: int, path: Path) -> bool:
+    """Whether a path still leads to an open file."""
+    try:
+        return os.path.samestat(os.fstat(fd), path.stat())
+    except OSError:
+        return False
+
+
+def _allocate(fd: int, size: int) -> None:
+    """Make a file so long, with room for it on the disk where the file system can promise that.
+
+    Raises:
+        OSError: The disk is full.
+    """
+    try:
+        os.posix_fallocate(fd, 0, size)
+    except OSError as error:
+        if error.errno not in _NO_PROMISES:
+            raise
+        os.ftruncate(fd, size)

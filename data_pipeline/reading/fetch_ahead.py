@@ -12,11 +12,11 @@ import logging
 import random
 import threading
 import time
-from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from itertools import islice
 
 from data_pipeline.common.errors import DataError, StorageError
+from data_pipeline.common.open_files import is_out_of_files
 from data_pipeline.common.store_errors import Kind
 from data_pipeline.reading.cache import Made
 from data_pipeline.reading.store import ShardStore
@@ -27,32 +27,39 @@ SHORTEST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.1, 2.0
 """Between two looks when there is nothing to do; the waits grow."""
 AGAIN_SECONDS = 30.0
 """After which a shard is tried again that could not be copied."""
-_PASSED = 8
-"""Windows before the current one that are remembered, because batches overlap."""
 
 
 class FetchAhead:
     """A running thread; ends with `close`, or with the process."""
 
-    def __init__(self, store: ShardStore, windows: Iterator[list[int]]) -> None:
+    def __init__(
+        self, store: ShardStore, windows_from: Callable[[int], Iterator[list[int]]], number: int = 0
+    ) -> None:
         """Start copying, if there is anything to copy and a place for it.
 
         Args:
             store: Its shards, and its cache.
-            windows: Lists of shards that are needed together, in the order of need; may be endless.
+            windows_from: Gives, for the number of a batch, lists of shards that are needed together, in the order
+                of need from that batch on; may be endless.
+            number: The first batch.
         """
-        self._store, self._coming = store, windows
-        self._windows: deque[list[int]] = deque()
-        """The current one, and those of which something may be copied."""
-        self._passed: deque[list[int]] = deque(maxlen=_PASSED)
+        self._store, self._windows_from = store, windows_from
+        self._number, self._planned = number, -1
+        """The batch that was begun last, and the one for which `_wanted` is."""
+        self._wanted: list[int] = []
+        """Shards that may be copied, in the order of need, each once."""
         self._here: set[int] = set()
         self._later: dict[int, float] = {}
-        self._read: set[int] = set()
-        self._lock, self._stop = threading.Lock(), threading.Event()
+        self.looks = 0
+        """How often it was looked for something to copy."""
+        self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="fetch-ahead", daemon=True)
         if store.cache is not None and any(store.is_remote(number) for number in range(len(store))):
-            store.on_read = self._note_read
             self._thread.start()
+
+    def reached(self, number: int) -> None:
+        """A batch is begun. What its number does not say is never guessed: small data comes again and again."""
+        self._number = number
 
     def close(self, timeout_seconds: float = 30.0) -> None:
         """End the thread; it stops after the requests that are under way."""
@@ -60,27 +67,26 @@ class FetchAhead:
         if self._thread.is_alive():
             self._thread.join(timeout_seconds)
 
-    def _note_read(self, shards: Collection[int]) -> None:
-        with self._lock:
-            self._read.update(shards)
-
     def _run(self) -> None:
         wait = SHORTEST_WAIT_SECONDS
         self._stop.wait(random.SystemRandom().uniform(0, SHORTEST_WAIT_SECONDS))  # not all at once
         while not self._stop.is_set():
             try:
                 moved = self._one_round()
-            except OSError as error:  # of the cache's disk
-                logger.warning("shards are not copied ahead for now: %s", error)
+            except (OSError, DataError) as error:  # of the cache's disk
+                if is_out_of_files(error):
+                    self._store.short_of_files = True
+                else:
+                    logger.warning("shards are not copied ahead for now: %s", error)
                 moved = False
+            self.looks += 1
             wait = SHORTEST_WAIT_SECONDS if moved else min(2 * wait, LONGEST_WAIT_SECONDS)
             if not moved:
                 self._stop.wait(wait)
 
     def _one_round(self) -> bool:
         """Copy the first shard that can be copied; whether there was one."""
-        self._advance()
-        wanted = self._wanted()
+        wanted = self.plan()
         for number in wanted:
             if number in self._here or self._later.get(number, 0.0) > time.monotonic():
                 continue
@@ -98,49 +104,33 @@ class FetchAhead:
         if not store.is_remote(number):
             return Made.HERE
         try:
-            if store.troubles.of(store.entry(number)) is not None:
+            if store.trouble(number) is not None:
                 raise StorageError("it is known to be missing")
             store.load_index(number, store.settings.shard_seconds)
             return store.copy(number, keep=keep, cancel=self._stop)
         except DataError as error:
+            if is_out_of_files(error):
+                raise
             self._later[number] = time.monotonic() + AGAIN_SECONDS
             if isinstance(error, StorageError) and error.kind in (Kind.MISSING, Kind.REFUSED):
-                store.troubles.add(store.entry(number), error)
+                store.note_trouble(number, error)
             elif not self._stop.is_set():
                 logger.debug("shard %s is not copied ahead: %s", store.name(number), error)
             return None
 
-    def _wanted(self) -> list[int]:
-        """Shards that may be copied, in the order of need, each once."""
-        if not self._windows:
-            self._windows.extend(islice(self._coming, 1))
-        wanted = dict.fromkeys(self._windows[0]) if self._windows else {}
-        allowed, place = len(wanted) + self._store.settings.fetch_ahead, 1
-        while len(wanted) < allowed:
-            if place == len(self._windows):
-                window = next(self._coming, None)
-                # A small dataset comes again and again, and there is nothing new in it.
-                if window is None or place > len(self._store) + 1:
-                    if window is not None:
-                        self._windows.append(window)
-                    break
-                self._windows.append(window)
-            wanted.update(dict.fromkeys(islice(self._windows[place], allowed - len(wanted))))
-            place += 1
-        return list(wanted)
-
-    def _advance(self) -> None:
-        """Drop the windows that are over, by what has been read."""
-        with self._lock:
-            read, self._read = self._read, set()
-        if not self._windows:
-            return
-        read -= {*self._windows[0], *(number for window in self._passed for number in window)}
-        reached = 0
-        for number in read:
-            reached = max(reached, next((place for place, window in enumerate(self._windows) if number in window), 0))
-        for _ in range(reached):
-            self._passed.append(self._windows.popleft())
-        if reached:
-            needed = {number for window in self._windows for number in window}
-            self._here &= needed  # what is needed no more may be removed, and be needed again later
+    def plan(self) -> list[int]:
+        """Shards that may be copied: all of the current batch's window, and `data.fetch_ahead` of those after it."""
+        if (reached := self._number) == self._planned:
+            return self._wanted
+        coming = self._windows_from(reached)
+        wanted = dict.fromkeys(next(coming, []))
+        allowed = len(wanted) + self._store.settings.fetch_ahead
+        # A small dataset comes again and again, and there is nothing new in it.
+        for window in islice(coming, len(self._store) + 1):
+            new = [shard for shard in window if shard not in wanted]
+            wanted.update(dict.fromkeys(new[: allowed - len(wanted)]))
+            if len(wanted) >= allowed:
+                break
+        self._planned, self._wanted = reached, list(wanted)
+        self._here.intersection_update(wanted)  # what is needed no more may be removed, and be needed again later
+        return self._wanted

@@ -13,7 +13,7 @@ from data_pipeline.shards.shard_index import ShardIndex
 class OpenShard:
     """A shard whose index is at hand, and its file if it has one here."""
 
-    __slots__ = ("damaged_copy", "entry", "fd", "index", "is_copy", "name", "rows", "url")
+    __slots__ = ("__weakref__", "damaged_copy", "entry", "fd", "index", "is_copy", "name", "rows", "url")
 
     def __init__(self, entry: ShardEntry, url: str, index: ShardIndex, fd: int, *, is_copy: bool) -> None:
         self.entry, self.name, self.url, self.index = entry, entry.name, url, index
@@ -23,12 +23,19 @@ class OpenShard:
         """Whether the file is (or would be) a copy of a remote shard."""
         self.damaged_copy = False
         """Whether a sample of the copy was not what it should be."""
-        columns = index.columns
-        # Views of memory give Python's numbers several times faster than arrays do.
-        self.rows = tuple(columns[name].data for name in (
-            "offsets", "extents", "crc32", "key_ends", "key_text", "member_ends", "member_extension", "member_start",
-            "member_size",
-        ))  # fmt: skip
+        self.rows = _rows(index)
+
+    def close(self) -> None:
+        """Close the file."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def into_memory(self) -> None:
+        """Close the file, and hold the index without one (a mapped file counts as open)."""
+        self.close()
+        self.index = ShardIndex.from_bytes(self.index.to_bytes(), self.name)
+        self.rows = _rows(self.index)
 
     def read(self, i: int) -> bytes:
         """The bytes of sample `i` from the file; fewer where it ends before.
@@ -66,3 +73,12 @@ def damaged(shard: OpenShard, i: int, data: bytes) -> SampleProblem:
 def problem(shard: OpenShard, i: int, reason: str, detail: str) -> SampleProblem:
     """Sample `i` as one that cannot be used."""
     return SampleProblem(shard.name, shard.index.key(i), reason, detail)
+
+
+def _rows(index: ShardIndex) -> tuple[memoryview, ...]:
+    """Columns of an index: views of memory give Python's numbers several times faster than arrays do."""
+    columns = index.columns
+    return tuple(columns[name].data for name in (
+        "offsets", "extents", "crc32", "key_ends", "key_text", "member_ends", "member_extension", "member_start",
+        "member_size",
+    ))  # fmt: skip

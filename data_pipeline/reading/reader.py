@@ -40,6 +40,10 @@ class Reader:
         except DataError:
             return self._store.name(shard), f"{NO_KEY}{index}"
 
+    def forget_troubles(self) -> None:
+        """Ask stores again that did not answer or refused, instead of believing for a while that they still do."""
+        self._store.forget_troubles()
+
     def read(self, shard: int, index: int) -> RawSample:
         """The files of one sample.
 
@@ -67,8 +71,6 @@ class Reader:
         places: dict[int, list[int]] = {}
         for place, (shard, _) in enumerate(refs):
             places.setdefault(shard, []).append(place)
-        if self._store.on_read is not None:
-            self._store.on_read(places.keys())
         found: list[Found | None] = [None] * len(refs)
         far: dict[int, OpenShard | None] = {}
         for shard, its_places in places.items():
@@ -126,9 +128,8 @@ class Reader:
         end: float,
     ) -> None:
         """From stores."""
-        opened = self._remote.open(far, end)
         wanted: list[Wanted] = []
-        for number, shard in opened.items():
+        for number, shard in self._remote.open(far, end):
             missing = [place for place in places[number] if found[place] is None]
             if isinstance(shard, DataError):
                 self._all_bad(number, missing, refs, shard, found)

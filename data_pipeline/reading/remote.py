@@ -16,6 +16,7 @@ from zlib import crc32
 
 from data_pipeline.common import object_store
 from data_pipeline.common.errors import DataError, StorageError
+from data_pipeline.common.open_files import is_out_of_files
 from data_pipeline.common.store_errors import Kind
 from data_pipeline.reading.open_shard import OpenShard, cut_up, damaged
 from data_pipeline.reading.store import ShardStore
@@ -55,29 +56,34 @@ class RemoteReader:
         self._store, self._pool = store, _Pool()
         self._budget = _Budget(BYTES_IN_FLIGHT)
 
-    def open(self, shards: Mapping[int, OpenShard | None], end: float) -> dict[int, OpenShard | DataError]:
+    def open(
+        self, shards: Mapping[int, OpenShard | None], end: float
+    ) -> Iterator[tuple[int, OpenShard | DataError]]:
         """Shards with their indices, or why they cannot be had; those that are open already stay as they are.
 
         Args:
             shards: By number; None is opened.
             end: When to give up, on `time.monotonic()`.
+
+        Returns:
+            Number and shard, one after the other: files of earlier ones may be closed for those of later ones.
         """
-        opened: dict[int, OpenShard | DataError] = {}
         loading: dict[Future[ShardIndex], int] = {}
         for number, shard in shards.items():
             if trouble := self._trouble(number):
-                opened[number] = trouble
+                yield number, trouble
             elif shard is not None:
-                opened[number] = shard
+                yield number, shard
             else:
                 loading[self._pool.submit(self._load_index, number, end)] = number
         for future in as_completed(loading):
             number = loading[future]
+            opened: OpenShard | DataError
             try:
-                opened[number] = self._store.open(number, future.result())
+                opened = self._store.open(number, self._index(future, number, end))
             except DataError as error:
-                opened[number] = error
-        return opened
+                opened = error
+            yield number, opened
 
     def read(self, wanted: Sequence[Wanted], end: float) -> Iterator[tuple[Wanted, Result]]:
         """Each sample and its result, in any order.
@@ -89,7 +95,7 @@ class RemoteReader:
         whole: dict[int, list[Wanted]] = {}
         jobs = {self._pool.submit(self._read_run, run, end): run for run in _runs(wanted)}
         for job in as_completed(jobs):
-            for one, result in job.result():
+            for one, result in self._results(job, jobs[job], end):
                 if isinstance(result, StorageError) and result.kind == Kind.NO_RANGES:
                     whole.setdefault(one.number, []).append(one)
                 else:
@@ -97,12 +103,33 @@ class RemoteReader:
         for number, its in whole.items():
             yield from self._read_whole(number, its, end)
 
+    def _index(self, future: Future[ShardIndex], number: int, end: float) -> ShardIndex:
+        """What a thread has loaded, or could not for too many open files: only this thread may close some."""
+        try:
+            return future.result()
+        except DataError as error:
+            if not is_out_of_files(error):
+                raise
+        return self._store.with_files(lambda: self._load_index(number, end))
+
+    def _results(
+        self, job: Future[list[tuple[Wanted, Result]]], run: list[Wanted], end: float
+    ) -> list[tuple[Wanted, Result]]:
+        """As `_index`, of samples."""
+        try:
+            return job.result()
+        except DataError as error:
+            if not is_out_of_files(error):
+                raise
+        return self._store.with_files(lambda: self._read_run(run, end))
+
     def _load_index(self, number: int, end: float) -> ShardIndex:
         start = time.monotonic()
         try:
             return self._store.load_index(number, end - start)
         except StorageError as error:
-            self._note(number, error, start)
+            if not is_out_of_files(error):
+                self._note(number, error, start)
             raise
 
     def _read_run(self, run: list[Wanted], end: float) -> list[tuple[Wanted, Result]]:
@@ -118,6 +145,8 @@ class RemoteReader:
                 data = self._range(shard, first, last, end)
             pieces = [data[(at := offsets[one.sample] - first) : at + extents[one.sample]] for one in run]
         except StorageError as error:
+            if is_out_of_files(error):
+                raise
             if len(run) > 1 and error.kind == Kind.CHANGED:  # the shard is cut off somewhere in here
                 return [pair for one in run for pair in self._read_run([one], end)]
             self._note(number, error, start)
@@ -137,7 +166,9 @@ class RemoteReader:
             try:
                 with self._budget.taken(count):
                     data = self._range(shard, offset, offset + count, end)
-            except StorageError:
+            except StorageError as error:
+                if is_out_of_files(error):
+                    raise
                 break
         return damaged(shard, i, data)
 
@@ -147,16 +178,23 @@ class RemoteReader:
         try:
             self._store.copy_now(number, end, {one.number for one in its})
             shard = self._store.open(number)
-        except StorageError as error:
-            self._note(number, error, start)
+        except DataError as error:
+            if isinstance(error, StorageError):
+                self._note(number, error, start)
             for one in its:
-                yield one, StorageError(str(error), slug=error.slug or reason_of(error), kind=error.kind)
+                yield one, DataError(str(error), slug=error.slug or "unreachable")
             return
         for one in its:
-            data = shard.read(one.sample) if shard.fd >= 0 else b""
-            yield one, self._from_copy(shard, one.sample, data)
+            yield one, self._from_copy(shard, one.sample)
 
-    def _from_copy(self, shard: OpenShard, i: int, data: bytes) -> Result:
+    def _from_copy(self, shard: OpenShard, i: int) -> Result:
+        if shard.fd < 0:
+            return DataError(f"the copy of shard {shard.name} was removed before it was read", slug="unreachable")
+        try:
+            data = shard.read(i)
+        except OSError as error:
+            return DataError(f"cannot read the copy of shard {shard.name}: {error.strerror}; check the disk of "
+                             f"data.cache_dir", slug="unreachable")
         return cut_up(shard, i, data) if crc32(data) == shard.rows[2][i] else damaged(shard, i, data)
 
     def _range(self, shard: OpenShard, first: int, last: int, end: float) -> bytes:
@@ -168,7 +206,7 @@ class RemoteReader:
     def _trouble(self, number: int) -> DataError | None:
         """What is known against a shard, unless there is a copy of it."""
         entry, cache = self._store.entry(number), self._store.cache
-        known = self._store.troubles.of(entry)
+        known = self._store.trouble(number)
         if known is None or (cache is not None and cache.has(entry)):
             return None
         return StorageError(known.detail, slug=known.reason)
@@ -177,7 +215,7 @@ class RemoteReader:
         """Remember a trouble, if it was more than coming last in a batch that took too long."""
         waited = time.monotonic() - start
         if error.kind in (Kind.MISSING, Kind.REFUSED) or waited > self._store.settings.shard_seconds / 2:
-            self._store.troubles.add(self._store.entry(number), error, error.slug or reason_of(error))
+            self._store.note_trouble(number, error, error.slug or reason_of(error))
 
 
 def _runs(wanted: Sequence[Wanted]) -> Iterator[list[Wanted]]:

@@ -7,7 +7,6 @@ concerned are counted.
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import time
@@ -15,17 +14,22 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from threading import Event
+from typing import TypeVar
+from weakref import WeakSet
 
 from data_pipeline.common import storage
 from data_pipeline.common.errors import ConfigError, DataError, StorageError
+from data_pipeline.common.open_files import is_out_of_files, raise_limit
 from data_pipeline.reading.cache import Made, ShardCache, touch
 from data_pipeline.reading.open_shard import OpenShard
-from data_pipeline.reading.troubles import Troubles, reason_of
+from data_pipeline.reading.troubles import Trouble, Troubles, reason_of
 from data_pipeline.settings import DataConfig
 from data_pipeline.shards.manifest import Manifest, ShardEntry, load_index
 from data_pipeline.shards.shard_index import ShardIndex
 
 logger = logging.getLogger(__name__)
+
+Answer = TypeVar("Answer")
 
 INDEX_TRIES = 3
 """How often an index of a store is fetched that is not the one of the manifest."""
@@ -83,7 +87,7 @@ class ShardStore:
         Args:
             manifests: Their shards, one after the other, are numbers 0, 1, ...
             settings: The cache, and how long to wait for a store.
-            max_open: Shards held open.
+            max_open: Shards held open, with up to two descriptors each; fewer where there are not so many.
 
         Raises:
             ConfigError: A manifest is remote, copies are wanted, and there is no `cache_dir`.
@@ -92,8 +96,11 @@ class ShardStore:
         self._shards = [(manifest, entry) for manifest in manifests for entry in manifest.shards]
         self._max_open = max(1, max_open)
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
-        self.on_read: Callable[[Collection[int]], None] | None = None
-        """Told which shards are read from, now and then."""
+        self._held: WeakSet[OpenShard] = WeakSet()
+        """All that were opened and that somebody still has."""
+        self.short_of_files = False
+        """Set by other threads that could open no file: the one that reads closes some."""
+        raise_limit()
         for manifest in manifests:
             if not self.settings.cache_dir and self.settings.cache_gib and not storage.is_local(manifest.base):
                 raise ConfigError(
@@ -101,7 +108,7 @@ class ShardStore:
                     f"copies of its shards, or set data.cache_gib=0 to keep none"
                 )
         self.cache = ShardCache(self.settings.cache_dir, self.settings.cache_gib) if self.settings.cache_dir else None
-        self.troubles = Troubles(Path(self.settings.cache_dir, "bad") if self.settings.cache_dir else None)
+        self._troubles = Troubles(Path(self.settings.cache_dir, "bad") if self.settings.cache_dir else None)
 
     def __len__(self) -> int:
         return len(self._shards)
@@ -119,18 +126,33 @@ class ShardStore:
         manifest = self._shards[number][0]
         return not (storage.is_local(manifest.base) and storage.is_local(manifest.url))
 
+    def trouble(self, number: int) -> Trouble | None:
+        """What is known against a shard now."""
+        return self._troubles.of(*self._shards[number])
+
+    def note_trouble(self, number: int, error: StorageError, reason: str = "") -> None:
+        """Remember why a shard could not be had; `reason` is the word for it if not `reason_of(error)`."""
+        self._troubles.add(*self._shards[number], error, reason)
+
+    def forget_troubles(self) -> None:
+        """Ask the stores again that did not answer or refused, instead of believing for a while that they still do."""
+        self._troubles.forget()
+
     def at_hand(self, number: int) -> OpenShard | None:
         """A shard that needs no store to be opened; None for others.
 
         Raises:
             DataError: It is missing or its index is bad, with a slug.
         """
+        if self.short_of_files:
+            self.short_of_files = False
+            self.free_files()
         shard = self._open.get(number)
         if shard is not None:
             self._open.move_to_end(number)
-            if shard.fd < 0 and self.cache is not None and (fd := self.cache.open(shard.entry)) is not None:
-                shard.fd = fd
-            elif shard.is_copy and shard.fd >= 0:
+            if shard.fd < 0:
+                shard.fd = self.with_files(lambda: self._open_file(number))
+            elif shard.is_copy:
                 touch(shard.fd)
             return shard
         return None if self.is_remote(number) else self.open(number)
@@ -143,27 +165,45 @@ class ShardStore:
         """
         shard = self.at_hand(number) if number in self._open else None
         if shard is None:
-            while True:
-                try:
-                    shard = self._open_new(number, index)
-                    break
-                except DataError as error:
-                    # Others of this process may have taken the files that it may open: do with fewer.
-                    if not isinstance(error.__cause__, OSError) or error.__cause__.errno != errno.EMFILE:
-                        raise
-                    if not self._open:
-                        raise
-                    self._max_open = max(1, len(self._open) // 2)
-                    self._close_oldest(self._max_open)
+            shard = self.with_files(lambda: self._open_new(number, index))
             self._open[number] = shard
+            self._held.add(shard)
             self._close_oldest(self._max_open)
         return shard
 
+    def with_files(self, work: Callable[[], Answer]) -> Answer:
+        """Do what opens files; as long as there are too many, close some and do it again.
+
+        Raises:
+            ConfigError: There are too many though none is held here.
+        """
+        while True:
+            try:
+                return work()
+            except (OSError, DataError) as error:
+                if not is_out_of_files(error):
+                    raise
+                if not self.free_files():
+                    raise ConfigError(
+                        "this process may not open enough files to read a single shard; raise `ulimit -n`, or look "
+                        "for what else holds files open"
+                    ) from error
+
+    def free_files(self) -> bool:
+        """Close the shards unused longest and hold half as many from now on; whether anything was closed."""
+        few = len(self._open) // 2
+        self._max_open = max(1, few)
+        idle = [shard for shard in self._held if shard not in self._open.values()]  # in use by who reads
+        idle += [self._open.popitem(last=False)[1] for _ in range(len(self._open) - few)]
+        for shard in idle:
+            shard.into_memory()
+            self._held.discard(shard)
+        return bool(idle)
+
     def forget(self, number: int) -> None:
         """Close a shard, so that it is opened anew."""
-        shard = self._open.pop(number, None)
-        if shard is not None and shard.fd >= 0:
-            os.close(shard.fd)
+        if (shard := self._open.pop(number, None)) is not None:
+            shard.close()
 
     def drop_copy(self, number: int) -> None:
         """Remove the copy of a shard, of which the store has a better one."""
@@ -179,16 +219,21 @@ class ShardStore:
     def load_index(self, number: int, timeout_seconds: float) -> ShardIndex:
         """The index of a shard; one from a store is tried again while it is not the manifest's.
 
+        Any thread may call it.
+
         Raises:
-            DataError: It cannot be had, with a slug.
+            DataError: It cannot be had, with a slug; or there are too many open files (`is_out_of_files`).
         """
         manifest, entry = self._shards[number]
         for attempt in range(INDEX_TRIES):
             try:
                 return load_index(
-                    manifest, entry, cache_dir=self.settings.cache_dir, timeout_seconds=max(0.1, timeout_seconds)
-                )
+                    manifest, entry, cache_dir=self.settings.cache_dir, timeout_seconds=max(0.1, timeout_seconds),
+                    request_seconds=self.settings.request_seconds,
+                )  # fmt: skip
             except StorageError as error:
+                if is_out_of_files(error):
+                    raise
                 if error.slug or not error.kind:
                     raise DataError(str(error), slug=error.slug or "bad-index") from error.__cause__
                 slug = "bad-index" if reason_of(error) in ("missing-shard", "truncated") else reason_of(error)
@@ -211,6 +256,7 @@ class ShardStore:
 
         Raises:
             StorageError: It cannot be had.
+            OSError: There are too many open files.
         """
         manifest, entry = self._shards[number]
         if storage.is_local(manifest.base):
@@ -235,7 +281,7 @@ class ShardStore:
             StorageError: It cannot be had, or there is no room.
         """
         while (left := end - time.monotonic()) > 0:
-            made = self.copy(number, timeout_seconds=left)
+            made = self.with_files(lambda left=left: self.copy(number, timeout_seconds=left))  # type: ignore[misc]
             if made is Made.HERE:
                 return
             if made is Made.FULL:
@@ -260,22 +306,21 @@ class ShardStore:
             if index is None:
                 index = self.load_index(number, self.settings.shard_seconds)
             if remote:
-                found = self.cache.open(entry) if self.cache is not None else None
-                fd = -1 if found is None else found
-        except BaseException as error:
+                fd = self._open_file(number)
+        except BaseException:
             if not remote:
                 os.close(fd)
-            if isinstance(error, OSError):
-                raise DataError(f"cannot open the copy of shard {entry.name}: {error.strerror}",
-                                slug="unreachable") from error
             raise
         return OpenShard(entry, url, index, fd, is_copy=remote)
 
+    def _open_file(self, number: int) -> int:
+        """A descriptor of a shard's copy; -1 without one."""
+        fd = self.cache.open(self.entry(number)) if self.cache is not None else None
+        return -1 if fd is None else fd
+
     def _close_oldest(self, keep: int) -> None:
         while len(self._open) > keep:
-            _, shard = self._open.popitem(last=False)
-            if shard.fd >= 0:
-                os.close(shard.fd)
+            self._open.popitem(last=False)[1].close()
 
 
 def _open_local(path: Path, entry: ShardEntry) -> int:
@@ -284,5 +329,4 @@ def _open_local(path: Path, entry: ShardEntry) -> int:
     except FileNotFoundError:
         raise DataError(f"shard {path} is missing; {_REMEDY}", slug="missing-shard") from None
     except OSError as error:
-        hint = "; lower data.shuffle_window or raise `ulimit -n`" if error.errno == errno.EMFILE else ""
-        raise DataError(f"cannot open shard {path}: {error.strerror}{hint}", slug="unreachable") from error
+        raise DataError(f"cannot open shard {path}: {error.strerror}", slug="unreachable") from error

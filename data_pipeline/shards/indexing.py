@@ -15,9 +15,9 @@ from typing import Any
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError, StorageError
 from data_pipeline.common.logs import Progress
+from data_pipeline.common.processes import WHOLE, Part, in_processes
 from data_pipeline.shards.index_one import Indexed, IndexJob, index_one
 from data_pipeline.shards.manifest import MANIFEST_NAME, RESERVED, Manifest, load_manifest, write_manifest
-from data_pipeline.shards.parallel import WHOLE, Part, as_done
 from data_pipeline.shards.patterns import expand
 from data_pipeline.shards.places import common_folder, is_same_folder, name_under
 from data_pipeline.shards.shard_entry import ShardEntry
@@ -134,7 +134,7 @@ def _index_all(jobs: Sequence[IndexJob], workers: int) -> list[ShardEntry]:
     done: list[Indexed | None] = [None] * len(jobs)
     failed = 0
     with Progress("indexing", len(jobs), "shards") as progress:
-        for number, result in as_done(index_one, jobs, workers):
+        for number, result in in_processes(index_one, jobs, workers if workers > 1 else 0, ordered=False):
             done[number] = result
             failed += result.entry is None
             if failed == _HOPELESS and not any(found and found.entry for found in done):

@@ -14,8 +14,10 @@ A manifest and its indices may lie elsewhere than the shards (a bucket that cann
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,6 +26,8 @@ from typing import Any
 
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError, StorageError
+from data_pipeline.common.object_store import REQUEST_SECONDS
+from data_pipeline.common.open_files import is_out_of_files
 from data_pipeline.common.store_errors import Kind
 from data_pipeline.shards.places import base_folder
 from data_pipeline.shards.shard_entry import ShardEntry, entry_of
@@ -34,10 +38,14 @@ __all__ = [
     "parse_manifest", "withdraw_manifest", "write_manifest",
 ]  # fmt: skip
 
+logger = logging.getLogger(__name__)
+
 MANIFEST_NAME = "manifest.json"
 VERSION = 2
 _UNFINISHED = {"version": VERSION, "unfinished": True}
 RESERVED = ("version", "base", "shards", "total_samples")
+_told_of: set[Path] = set()
+"""Folders of which it has been said that they cannot be used."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +145,12 @@ def parse_manifest(data: bytes, folder: str, where: str) -> Manifest:
 
 
 def load_index(
-    manifest: Manifest, shard: ShardEntry, *, cache_dir: str = "", timeout_seconds: float = 60.0
+    manifest: Manifest,
+    shard: ShardEntry,
+    *,
+    cache_dir: str = "",
+    timeout_seconds: float = 60.0,
+    request_seconds: float = REQUEST_SECONDS,
 ) -> ShardIndex:
     """Open and check the index of one shard.
 
@@ -145,8 +158,9 @@ def load_index(
         manifest: The shard's manifest.
         shard: One of its shards.
         cache_dir: Local folder where the index of a manifest in a store is kept, once for all processes
-            of a machine; empty keeps it in memory.
-        timeout_seconds: Longest wait for one request to a store.
+            of a machine; empty keeps it in memory, as does a folder that cannot be used.
+        timeout_seconds: Longest wait for a store, all tries together.
+        request_seconds: Longest time for one request to it.
 
     Raises:
         DataError: It is missing, is not the one the manifest was written with, or does not fit (slug
@@ -158,11 +172,9 @@ def load_index(
     if storage.is_local(url):
         index = ShardIndex.open(storage.local_path(url), where, sha256=shard.index_sha256)
     elif cache_dir:
-        index = _open_cached(url, where, shard, Path(cache_dir) / "index", timeout_seconds)
+        index = _open_cached(url, where, shard, Path(cache_dir) / "index", timeout_seconds, request_seconds)
     else:
-        data = storage.read_bytes(url, timeout_seconds=timeout_seconds)
-        check_index_hash(data, shard.index_sha256, where)
-        index = ShardIndex.from_bytes(data, where)
+        index = _read_index(url, where, shard, timeout_seconds, request_seconds)
     if (len(index), index.shard_bytes, index.sha256) != (shard.samples, shard.bytes, shard.sha256):
         raise DataError(
             f"{where} describes {len(index)} samples in a shard of {index.shard_bytes} bytes with SHA-256 "
@@ -239,18 +251,51 @@ def _twice(names: Sequence[str]) -> str | None:
     return next((name for name in names if name in seen or seen.add(name)), None)  # type: ignore[func-returns-value]
 
 
-def _open_cached(url: str, where: str, shard: ShardEntry, folder: Path, timeout_seconds: float) -> ShardIndex:
+def _read_index(
+    url: str, where: str, shard: ShardEntry, timeout_seconds: float, request_seconds: float
+) -> ShardIndex:
+    """An index in memory."""
+    data = storage.read_bytes(url, timeout_seconds=timeout_seconds, request_seconds=request_seconds)
+    check_index_hash(data, shard.index_sha256, where)
+    return ShardIndex.from_bytes(data, where)
+
+
+def _open_cached(
+    url: str, where: str, shard: ShardEntry, folder: Path, timeout_seconds: float, request_seconds: float
+) -> ShardIndex:
+    """The local copy of an index, made if there is none; in memory where the folder cannot be used."""
+    try:
+        return _open_copy(url, where, shard, folder, timeout_seconds, request_seconds)
+    except (StorageError, OSError) as error:
+        # Trouble of a store has a kind, and it is not mended by reading the same into memory.
+        if getattr(error, "kind", "") or is_out_of_files(error):
+            raise
+        index = _read_index(url, where, shard, timeout_seconds, request_seconds)
+        if folder not in _told_of:
+            _told_of.add(folder)
+            logger.warning("%s cannot be used, so each process reads the indices of shards into memory: %s; look at "
+                           "data.cache_dir", folder, error)
+        return index
+
+
+def _open_copy(
+    url: str, where: str, shard: ShardEntry, folder: Path, timeout_seconds: float, request_seconds: float
+) -> ShardIndex:
     """The local copy of an index, made if there is none; its name says its contents, so copies never age."""
     path = folder / f"{shard.index_sha256}{INDEX_SUFFIX}"
     if path.exists():
         try:
             return ShardIndex.open(path, where, sha256=shard.index_sha256)
-        except DataError:
+        except DataError as error:
+            if is_out_of_files(error):
+                raise
             path.unlink(missing_ok=True)  # a damaged disk: fetch it again
     # Two processes may both fetch it: it is small, and the second rename changes nothing.
-    storage.fetch_to_file(url, path, timeout_seconds=timeout_seconds)
+    storage.fetch_to_file(url, path, timeout_seconds=timeout_seconds, request_seconds=request_seconds)
     try:
         return ShardIndex.open(path, where, sha256=shard.index_sha256)
-    except DataError:
-        path.unlink(missing_ok=True)
+    except DataError as error:
+        if not is_out_of_files(error):
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
         raise

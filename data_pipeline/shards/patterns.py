@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from data_pipeline.common import storage
+from data_pipeline.common.addresses import WHERE_KEYS_GO, has_user
 from data_pipeline.common.errors import DataError
 
 _MAX_LISTS = 8
@@ -78,6 +79,9 @@ def _is_complete(line: str) -> bool:
 
 def _shards_at(url: str) -> list[str]:
     """One address as a list: the shards of a folder, the matches of a wildcard, or itself."""
+    if has_user(url):
+        raise DataError(f"{storage.redact(url)} was given with a user or password, which cannot stand in a manifest; "
+                        f"leave them out, and {WHERE_KEYS_GO}")
     if url.startswith("http") and "?" in url:
         raise DataError(
             f"{storage.redact(url)}?...: an address with a query cannot stand in a manifest, which would hand on "

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import takewhile
 
 from data_pipeline.common import storage
+from data_pipeline.common.addresses import has_query, has_user
 from data_pipeline.common.errors import DataError
 
 
@@ -70,12 +71,16 @@ def base_folder(base: object, folder: str) -> str:
         folder: The manifest's.
 
     Raises:
-        DataError: It is none, or a manifest of a store names a place that is not in a store.
+        DataError: It is none, holds a user, password or query, or a manifest of a store names a place that is
+            not in a store.
     """
     if not isinstance(base, str) or "\0" in base:
         raise DataError(f"its base is {base!r}, but should be the shards' folder")
     if not base or base == ".":
         return folder
+    if has_user(base) or has_query(base):
+        raise DataError(f"its base {storage.redact(base)} has a user, password or query, which must not stand in a "
+                        f"manifest; make it again with `vlmoe data index`, with the address without")
     if not storage.is_local(base):
         return base.rstrip("/")
     if storage.is_local(folder):

@@ -56,7 +56,7 @@ def scan(
     """
     stream = _Stream(pieces, total_bytes, where)
     samples = _Samples(stream, where, strict=not salvage)
-    position, damage = 0, list[str]()
+    position, damage, was_cut = 0, list[str](), False
     while position < total_bytes or not damage:
         try:
             for member in walk(stream.read, total_bytes, where, start=position):
@@ -71,11 +71,14 @@ def scan(
             damage.append(str(error).removeprefix(where).lstrip(": "))
             samples.interrupt()
             if error.slug == "truncated":
+                was_cut = True
                 break
             position = find_header(stream.read, max(position + BLOCK, stream.first), total_bytes)
     rows, left_out = samples.finish()
     if left_out:
         damage = [*damage[:_TOLD], f"left out the samples {_first_of(list(map(repr, left_out)), ', ')}"]
+    if was_cut:
+        damage.append("what came after that is not in the file, and nobody can say how much it was")
     return ShardIndex.build(
         rows, shard_bytes=total_bytes, sha256=stream.sha256(), damage=_first_of(damage, "; "), **notes
     )

@@ -18,8 +18,8 @@ from typing import IO, Any, NamedTuple, Protocol
 
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError, StorageError
+from data_pipeline.common.processes import WHOLE, Part, in_processes
 from data_pipeline.shards.manifest import Manifest, ShardEntry, entry_of, withdraw_manifest, write_manifest
-from data_pipeline.shards.parallel import WHOLE, Part, as_done
 from data_pipeline.shards.pieces import PIECE_BYTES
 from data_pipeline.shards.scan import scan
 from data_pipeline.shards.shard_index import ShardIndex, index_name
@@ -91,7 +91,8 @@ def write_shards(
         for number, chunk in enumerate(_chunks(samples, samples_per_shard, bytes_per_shard))
         if number % part[1] == part[0]
     )
-    entries = sorted((entry for _, entry in as_done(_write_one, jobs, workers)), key=lambda entry: entry.name)
+    done = in_processes(_write_one, jobs, workers if workers > 1 else 0, ordered=False)
+    entries = sorted((entry for _, entry in done), key=lambda entry: entry.name)
     if part != WHOLE:
         return Manifest(url=base, shards=tuple(entries))
     if not entries:

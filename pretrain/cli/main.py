@@ -17,10 +17,10 @@ from typing import NoReturn
 from data_pipeline.commands import tokenizer
 from data_pipeline.common.errors import LostRankError, VlmError
 from data_pipeline.common.logs import note_in_files, setup_logging
-from pretrain.cli import caption, check_parallel, data, eval, plan, routing, train
+from pretrain.cli import caption, check_parallel, data, eval, plan, routing, settings, train
 from pretrain.cli.common import started_as
 
-_COMMANDS = (train, plan, check_parallel, eval, caption, routing, data, tokenizer)
+_COMMANDS = (train, plan, settings, check_parallel, eval, caption, routing, data, tokenizer)
 
 _RANK_ZERO_FIRST_SECONDS, _CAUSE_FIRST_SECONDS = 2.0, 5.0
 """How long an error waits for one that says more. Ranks usually fail alike, and the launcher ends the

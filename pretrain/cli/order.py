@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from data_pipeline.common.commands import Subparsers, add_command
+from data_pipeline.common.harmless import harmless
 from pretrain.cli.common import add_run
 
 _EXAMPLES = """\
@@ -62,7 +63,8 @@ def handle(args: argparse.Namespace) -> None:
         return
     facts = _order(args, run, sources, steps)
     if args.json:
-        print(json.dumps({"run": str(path), "world": args.world, "steps": list(facts)}, ensure_ascii=False))
+        # In ASCII: keys are texts of others, which could steer a terminal.
+        print(json.dumps({"run": str(path), "world": args.world, "steps": list(facts)}))
         return
     for step in facts:
         print(_render(step))
@@ -157,22 +159,27 @@ def _quality(run: Any, sources: Sequence[Any], *, as_json: bool) -> str:
         batch = max(1, round(pairs * share))
         mine, perfect = shuffle_quality(sizes, run.seed, window, batch)
         found[source.name] = {"shuffled": asdict(mine), "perfect": asdict(perfect)}
-        tables.append(f"{source.name}: {sum(sizes):,} samples in {len(sizes):,} shards, shuffle_window {window}, "
-                      f"{batch:,} of them in a batch\n{quality_table(mine, perfect)}")
+        tables.append(f"{harmless(source.name)}: {sum(sizes):,} samples in {len(sizes):,} shards, "
+                      f"shuffle_window {window}, {batch:,} of them in a batch\n{quality_table(mine, perfect)}")
     return json.dumps(found) if as_json else "\n\n".join(tables)
 
 
 def _render(step: dict[str, Any]) -> str:
     """One step for a person."""
     rows = [sample for micro in step["micro_batches"] for sample in micro["samples"]]
-    widths = {name: max(len(name), *(len(str(row[name])) for row in rows)) for name in _FIELDS}
+    widths = {name: max(len(name), *(len(_cell(row[name])) for row in rows)) for name in _FIELDS}
     lines = [f"step {step['step']:,}"]
     for micro in step["micro_batches"]:
         lines.append(f"  rank {micro['rank']}, micro-batch {micro['micro_batch']}")
         lines.append("    " + "  ".join(f"{name:<{widths[name]}}" for name in _FIELDS).rstrip())
-        lines += ["    " + "  ".join(f"{row[name]!s:<{widths[name]}}" for name in _FIELDS).rstrip()
+        lines += ["    " + "  ".join(f"{_cell(row[name]):<{widths[name]}}" for name in _FIELDS).rstrip()
                   for row in micro["samples"]]
     return "\n".join(lines)
+
+
+def _cell(value: object) -> str:
+    """Keys and names of shards are texts of others."""
+    return harmless(str(value))
 
 
 def _pair(args: argparse.Namespace, text: str, option: str) -> tuple[int, int]:

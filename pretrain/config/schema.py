@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from data_pipeline.common.addresses import refuse_user
 from data_pipeline.common.errors import ConfigError
 from data_pipeline.settings import DataConfig
 
@@ -364,6 +365,9 @@ class EvalSet:
     """Its manifest, or the folder that holds it."""
     labels: str = ""
     """A file with one caption a line to rank against; empty means the set's own captions."""
+
+    def __post_init__(self) -> None:
+        refuse_user(self.shards, f"eval.sets {self.name!r}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Iterator
 
+from data_pipeline.common.addresses import without_secrets
 from data_pipeline.common.config import join_problems
 from data_pipeline.common.errors import ConfigError
 from data_pipeline.settings import AugmentConfig
@@ -179,7 +180,8 @@ def _data(run: RunConfig) -> Iterator[str]:
     data = run.data
     trained = [_address(source.shards) for source in data.sources]
     for shards in sorted({shards for shards in trained if trained.count(shards) > 1}):
-        yield f"data.train names {shards} {trained.count(shards)} times; its pairs would come as often in every epoch"
+        yield (f"data.train names {without_secrets(shards)} {trained.count(shards)} times; its pairs would come "
+               f"as often in every epoch")
     if not data.caption_keys:
         yield "data.caption_keys is empty; name where captions are, such as txt"
     for key in data.caption_keys:
@@ -220,7 +222,7 @@ def _eval(run: RunConfig) -> Iterator[str]:
         if not held_out.shards:
             yield f"eval.sets {held_out.name!r} has no shards; name a manifest or the folder that holds one"
         elif _address(held_out.shards) in [_address(source.shards) for source in run.data.sources]:
-            yield (f"eval.sets {held_out.name!r} is {held_out.shards}, which data.train names too; "
+            yield (f"eval.sets {held_out.name!r} is {without_secrets(held_out.shards)}, which data.train names too; "
                    f"what is trained on is not held out")
 
 

@@ -5,6 +5,7 @@ Pure functions of counts. Shapes: L MoE layers, M modalities (0 image, 1 text), 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,8 +16,8 @@ from pretrain.moe.tokens import MODALITIES
 
 Array = np.ndarray[Any, Any]
 
-ROUNDS = 500
-"""Of the fitting in `expected_together`; each takes microseconds."""
+HALVINGS = 60
+"""Of the interval in which `expected_together` looks for its one unknown; as many as float64 can tell apart."""
 
 
 class Grid(NamedTuple):
@@ -55,20 +56,30 @@ def over_fair_share(load_LE: Array, pool: slice) -> Array:
     return ratio_LE
 
 
-def together_grids(together_LEE: Array, blocks: Sequence[int], what: str = "") -> list[Grid]:
+def together_grids(
+    together_LEE: Array, blocks: Sequence[int], pools: Sequence[slice], what: str = ""
+) -> list[Grid]:
     """How often two experts are chosen together, over what chance would give; a grid for each layer."""
     return [
-        Grid(f"{row}{what}: chosen together, over chance", together_lift(together_EE), _experts(len(together_EE)),
-             _experts(len(together_EE)))
+        Grid(f"{row}{what}: chosen together, over chance", together_lift(together_EE, pools),
+             _experts(len(together_EE)), _experts(len(together_EE)))
         for row, together_EE in zip(_layers(blocks), together_LEE, strict=True)
     ]
 
 
-def together_lift(together_EE: Array) -> Array:
-    """Counts over `expected_together`, float64; nan on the diagonal and where less than one token is expected."""
-    expected_EE = expected_together(together_EE)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(expected_EE >= 1, together_EE / expected_EE, np.nan)
+def together_lift(together_EE: Array, pools: Sequence[slice]) -> Array:
+    """Counts over `expected_together` of each pool by itself, float64 `[experts, experts]`.
+
+    nan on the diagonal, for experts of different pools (no token can choose both) and where less than one token is
+    expected.
+    """
+    lift_EE = np.full(together_EE.shape, np.nan)
+    for pool in pools:
+        counts_EE = together_EE[pool, pool]
+        expected_EE = expected_together(counts_EE)
+        known_EE = expected_EE >= 1
+        lift_EE[pool, pool][known_EE] = counts_EE[known_EE] / expected_EE[known_EE]
+    return lift_EE
 
 
 def expected_together(together_EE: Array) -> Array:
@@ -76,7 +87,11 @@ def expected_together(together_EE: Array) -> Array:
 
     A token never chooses the same expert twice, so the plain product of shares would call every pair rare. These
     numbers keep how often each expert is chosen with any other one, have nothing on the diagonal, and are
-    otherwise a product a_i a_j (quasi-independence; fitted by iterative scaling).
+    otherwise a product a_i a_j (quasi-independence).
+
+    With S the sum of all a that means a_i (S - a_i) = w_i, so a_i is the smaller root of a quadratic, and for the
+    expert with the largest w perhaps the larger one: S is the only unknown. Iterative scaling would need thousands
+    of rounds where nearly every token chooses the same expert.
 
     Args:
         together_EE: Tokens by pair of experts, symmetric; the diagonal is not read.
@@ -84,14 +99,36 @@ def expected_together(together_EE: Array) -> Array:
     Returns:
         float64 `[experts, experts]`.
     """
-    counts_EE = together_EE.astype(np.float64) * (1 - np.eye(len(together_EE)))
-    wanted_E = counts_EE.sum(axis=1)
-    a_E = np.sqrt(wanted_E / max(1e-12, np.sqrt(wanted_E.sum())))
-    for _ in range(ROUNDS):
-        others_E = np.maximum(a_E.sum() - a_E, 1e-12)
-        # The root halves the step in logarithms; the whole step would swing for ever between two states.
-        a_E = np.sqrt(a_E * wanted_E / others_E)
-    return np.outer(a_E, a_E) * (1 - np.eye(len(a_E)))
+    apart_EE = 1 - np.eye(len(together_EE))
+    wanted_E = (together_EE * apart_EE).sum(axis=1)
+    if not wanted_E.any():
+        return np.zeros_like(apart_EE)
+    busiest = int(wanted_E.argmax())
+    least = 2 * math.sqrt(wanted_E[busiest])  # below, the busiest expert has no root
+    larger = _smaller_roots(wanted_E, least).sum() < least
+
+    def roots(total: float) -> Array:
+        a_E = _smaller_roots(wanted_E, total)
+        if larger:
+            a_E[busiest] = total - a_E[busiest]
+        return a_E
+
+    # Without bound where one expert is in every pair: then all others have 0 with one another.
+    low, high = least, least * 1e6
+    for _ in range(HALVINGS):
+        middle = math.sqrt(low * high)
+        # The smaller roots shrink as S grows, the larger one grows faster than S.
+        if (roots(middle).sum() < middle) == larger:
+            low = middle
+        else:
+            high = middle
+    a_E = roots(high)
+    return np.outer(a_E, a_E) * apart_EE
+
+
+def _smaller_roots(wanted_E: Array, total: float) -> Array:
+    """a in a (total - a) = wanted, the smaller one; written so that nothing cancels."""
+    return 2 * wanted_E / (total + np.sqrt(np.maximum(total**2 - 4 * wanted_E, 0.0)))
 
 
 def _layers(blocks: Sequence[int]) -> tuple[str, ...]:

@@ -58,7 +58,8 @@ def routing_page(
 <style>{_STYLE}{''.join(_picture_style(sample, picture) for sample, picture in shown.items())}</style></head>
 <body><h1>{escape(title)}</h1>
 <p>{report["pairs"]:,} pairs: {tokens["image"]:,} patches and {tokens["text"]:,} text tokens, each of which visits
-{report["experts_per_token"]} of {report["num_experts"]} experts in every layer. Blue is less than fair, white fair, red
+{report["experts_per_token"]} of {report["num_experts"]} experts in every layer\
+{" (patches only in the mean: experts choose them)" if report["choice"] == "expert" else ""}. Blue is less than fair, white fair, red
 more; grey has no value.</p>
 <section class="grids">{drawn}</section>{layers}
 <footer>{_LEGEND}</footer></body></html>
@@ -102,7 +103,7 @@ def _layer(layer: Report, pictures: Mapping[int, PagePicture], patch_size: int) 
     rows = "".join(_expert(expert, pictures, patch_size) for expert in layer["experts"])
     together = f"<details><summary>chosen together most, over chance</summary><ul>{pairs}</ul></details>"
     return (f"<section><h2>Layer {layer['block']:02d}</h2><p>{escape(loads)}</p>{together if pairs else ''}"
-            f"<table><thead><tr><th>expert</th><th>image</th><th>text</th><th>serves</th><th>weight</th>"
+            f"<table><thead><tr><th>expert</th><th>image</th><th>text</th><th class='serves'>serves</th><th>weight</th>"
             f"<th>entropy</th><th>bits</th><th class='words'>words</th><th class='patches'>patches</th></tr></thead>"
             f"<tbody>{rows}</tbody></table></section>")
 
@@ -116,7 +117,7 @@ def _expert(expert: Report, pictures: Mapping[int, PagePicture], patch_size: int
                       for value in (expert["weight"], expert["entropy"], expert["word_bits"]))
     share = expert["share"]
     return (f"<tr><th>{expert['expert']:d}</th><td>{share['image']:.1%}</td><td>{share['text']:.1%}</td>"
-            f"<td>{_leaning(expert['lean'])}</td>{numbers}<td class='words'>{words}</td>"
+            f"<td class='serves'>{_leaning(expert['lean'])}</td>{numbers}<td class='words'>{words}</td>"
             f"<td class='patches'>{patches}</td></tr>")
 
 
@@ -140,9 +141,10 @@ def _patch(patch: Report, picture: PagePicture, patch_size: int) -> str:
             f'<span class="whole p{patch["sample"]:d}"><i style="{frame}"></i></span></span>')
 
 
-_STYLE = f"""body{{font:14px/1.4 system-ui,sans-serif;margin:24px;color:#222;max-width:1500px}}
+_STYLE = f"""body{{font:14px/1.4 system-ui,sans-serif;margin:24px;color:#222;background:#fff;max-width:1500px}}
 table{{border-collapse:collapse;width:100%}}td,th{{padding:4px 8px;border-bottom:1px solid #ddd;text-align:right;
-vertical-align:middle}}td{{white-space:nowrap}}.words,.patches{{text-align:left;white-space:normal}}.w{{white-space:nowrap;margin-right:8px}}small{{color:#777}}
+vertical-align:middle}}td{{white-space:nowrap}}.serves{{text-align:left}}.words,.patches{{text-align:left;white-space:normal}}
+.w{{white-space:nowrap;margin-right:8px}}small{{color:#777}}
 .grids{{display:flex;flex-wrap:wrap;gap:16px}}figure{{margin:0}}figcaption{{font-weight:600}}
 svg text{{font-size:10px}}svg .l,svg .v{{text-anchor:middle}}svg .r{{text-anchor:end}}
 svg .l,svg .r{{fill:#555}}.patch{{display:inline-flex;align-items:center;gap:2px;margin:2px 10px 2px 0}}

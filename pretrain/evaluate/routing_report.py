@@ -7,7 +7,6 @@ Shapes: L MoE layers, M modalities (0 image, 1 text), E experts, W words.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +24,8 @@ FEWEST = 3
 """Tokens of a word that an expert must have seen before it is named: one or two are chance."""
 LEAST_LIFT = 1.2
 """Words that are hardly more frequent than in all text say nothing of an expert."""
+DRAWS = 4
+"""Of as many tokens as an expert saw, to know what chance gives."""
 PAIRS_SHOWN, SURPRISING = 5, 3.0
 """Pairs named of a layer and modality, and how many deviations they must be beyond chance."""
 
@@ -49,6 +50,7 @@ def routing_report(
         "tokens": dict(zip(MODALITIES, tally.tokens_M.tolist(), strict=True)),
         "num_experts": moe.num_experts,
         "experts_per_token": moe.experts_per_token,
+        "choice": moe.choice,
         "layers": [
             {
                 "block": block,
@@ -65,9 +67,10 @@ def routing_report(
 
 
 def _load(tally: Tally, layer: int, moe: MoEConfig) -> Report:
-    """By modality: busiest and idlest expert over a fair share, how many experts an even load would have, entropy.
+    """By modality: a fair share, the busiest and idlest expert over it, how many experts an even load would have, entropy.
 
-    The experts are those that serve the modality; the entropy (nats) is the mean of a token's own scores.
+    A fair share of the modality's tokens is the mean over the experts that serve it; the entropy (nats) is the mean
+    of a token's own scores.
     """
     found = {}
     for column, modality in enumerate(MODALITIES):
@@ -75,6 +78,7 @@ def _load(tally: Tally, layer: int, moe: MoEConfig) -> Report:
         ratio_E = over_fair_share(tally.visits_LME[layer, column][None], pool)[0, pool]
         known = tokens > 0
         found[modality] = {
+            "fair": float(tally.visits_LME[layer, column, pool].mean()) / tokens if known else None,
             "max_over_mean": float(ratio_E.max()) if known else None,
             "min_over_mean": float(ratio_E.min()) if known else None,
             "used": effective_number(tally.visits_LME[layer, column]) if known else None,
@@ -125,18 +129,25 @@ def modality_lean(image: float, text: float) -> float | None:
 
 
 def word_bits(counts_W: Array, base_W: Array) -> float | None:
-    """Kullback-Leibler divergence of an expert's words from all words, bits; None without words.
+    """Kullback-Leibler divergence of an expert's words from all words beyond chance, bits; None without words.
 
-    From few tokens it would come out too large by about (words - 1) / (2 tokens ln 2), which is taken off (Miller
-    1955); so an expert that takes words at random has about 0.
+    Few tokens always look special. What as many tokens have that are drawn at random from all text, the mean of
+    `DRAWS`, is taken off; so an expert that takes words at random has about 0. (Miller's formula of 1955, words / (2
+    tokens ln 2), wants many more tokens than words, and of a rare expert would leave nothing.)
     """
     total = int(counts_W.sum())
     if not total:
         return None
+    random = np.random.default_rng(0).multivariate_hypergeometric(base_W, total, size=DRAWS, method="marginals")
+    by_chance = float(np.mean([_divergence(drawn_W, base_W) for drawn_W in random]))
+    return max(0.0, _divergence(counts_W, base_W) - by_chance)
+
+
+def _divergence(counts_W: Array, base_W: Array) -> float:
+    """Kullback-Leibler divergence of counts from those of all, bits."""
     seen_W = counts_W > 0
-    p, q = counts_W[seen_W] / total, base_W[seen_W] / base_W.sum()
-    divergence = float((p * np.log2(p / q)).sum())
-    return max(0.0, divergence - (int((base_W > 0).sum()) - 1) / (2 * total * math.log(2)))
+    p, q = counts_W[seen_W] / counts_W.sum(), base_W[seen_W] / base_W.sum()
+    return float((p * np.log2(p / q)).sum())
 
 
 def top_words(counts_W: Array, base_W: Array, words: Sequence[str], top: int) -> list[Report]:

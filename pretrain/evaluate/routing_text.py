@@ -14,10 +14,11 @@ _HEAD = f"{'expert':>6}  {'image':>7}  {'text':>7}  {'serves':<10}  {'weight':>6
 
 def routing_table(report: Report) -> str:
     """Each layer with its experts, then what the columns mean."""
-    fair = report["experts_per_token"] / max(1, report["num_experts"])
+    fair = ", ".join(f"{modality} {load['fair']:.1%}" for modality, load in report["layers"][0]["load"].items()
+                     if load["fair"] is not None)
     parts = ["\n".join(_layer_lines(layer)) for layer in report["layers"]]
     legend = (
-        f"image, text: share of the modality's tokens that visit the expert (fair: {fair:.1%})   "
+        f"image, text: share of the modality's tokens that visit the expert (fair: {fair})   "
         f"serves: which of these is larger, from 0 (alike) to 1 (only that one)\n"
         f"weight, entropy (nats): means over its visits   "
         f"bits: how far its words are from those of all text   words: times their share of all text"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from data_pipeline.common import errors, storage
+from data_pipeline.common.addresses import without_secrets
 from data_pipeline.common.config import dump_yaml
 from data_pipeline.common.errors import ConfigError, DataError, StorageError, TokenizerError, VlmError
 from data_pipeline.common.logs import log_to_file, setup_logging
@@ -21,6 +22,7 @@ from data_pipeline.loading.loader import Loader
 from data_pipeline.loading.sources import Source, data_fingerprint
 from data_pipeline.order.state import LoaderState
 from data_pipeline.reading.store import check_present
+from data_pipeline.settings import DataConfig
 from pretrain.checkpoint.retention import list_checkpoints
 from pretrain.config.batch import BatchPlan, plan_batch
 from pretrain.config.schema import RunConfig
@@ -60,12 +62,17 @@ class Parts:
     tokenizer: Tokenizer
     sources: tuple[Source, ...]
 
+    @property
+    def data(self) -> DataConfig:
+        """How data are read; copies of remote shards go below the run folder if nothing else is said."""
+        return replace(self.run.data, cache_dir=self.run.data.cache_dir or str(self.out / "cache"))
+
     def open_loader(self, state: LoaderState) -> Loader:
         """The training data from `state` on."""
         return Loader(
             sources=self.sources,
             tokenizer_path=self.run.data.tokenizer,
-            data=replace(self.run.data, cache_dir=self.run.data.cache_dir or str(self.out / "cache")),
+            data=self.data,
             image_size=self.run.model.image_size,
             text_length=self.run.model.text_length,
             seed=self.run.seed,
@@ -98,9 +105,15 @@ class Parts:
 
         Called when the run is sure to train: a refused start must leave there what fits the checkpoints.
         """
+        # Run folders are copied and shown to others; signed queries open what they are for to anybody.
+        sets = tuple(replace(held_out, shards=without_secrets(held_out.shards)) for held_out in self.run.eval.sets)
+        shown = replace(
+            self.run, data=self.run.data.without_secrets(), eval=replace(self.run.eval, sets=sets)
+        )
+
         def write() -> None:
             storage.write_bytes(str(self.out / TOKENIZER_FILE), self.tokenizer.model_bytes)
-            storage.write_bytes(str(self.out / CONFIG_FILE), dump_yaml(self.run).encode())
+            storage.write_bytes(str(self.out / CONFIG_FILE), dump_yaml(shown).encode())
             _write_deepspeed(self.run, self.out, self.batch_plan)
 
         self.on_first_rank(write)
@@ -194,6 +207,11 @@ def check_same_everywhere(engine: TrainEngine, data: str, tokenizer: str) -> Non
 def _tell(run: RunConfig, world: int, sources: Sequence[Source]) -> None:
     """What is trained on, one line a source."""
     logger.info("%s: %d ranks, %d pairs in %d sources", run.name, world, sum(s.samples for s in sources), len(sources))
+    for source in sources:
+        damaged = [shard for shard in source.manifest.shards if shard.damage]
+        if damaged:
+            logger.warning("%s: %d shards were damaged when they were indexed, and lack samples; %s: %s", source.name,
+                           len(damaged), damaged[0].name, damaged[0].damage)
     for source in sources if len(sources) > 1 else ():
         config, manifest = source.config, source.manifest
         weight = f"weight {config.weight:g}" if config.weight is not None else f"repeats {config.repeats}"

@@ -17,6 +17,7 @@ from pathlib import Path
 from data_pipeline.common import storage
 from data_pipeline.common.errors import StorageError
 from data_pipeline.common.logs import clock_text
+from data_pipeline.common.processes import usable_cpus
 from data_pipeline.loading.sources import Source, open_sources
 from data_pipeline.shards.indexing import count_shards
 from data_pipeline.shards.manifest import MANIFEST_NAME
@@ -66,9 +67,10 @@ def count_data(run: RunConfig, out: Path, engine: TrainEngine) -> tuple[Source, 
 
 def _must_be_counted(address: str, run: RunConfig) -> bool:
     """Whether an address means shards that have no manifest."""
-    if address.endswith(".json"):
+    plain = address.partition("?")[0] if address.startswith(("http://", "https://")) else address
+    if plain.endswith(".json"):
         return False
-    if address.startswith("@") or address.endswith(".tar") or re.search(r"[{*?\[]", address):
+    if address.startswith("@") or plain.endswith(".tar") or re.search(r"[{*?\[]", plain):
         return True
     seconds = min(60.0, run.data.timeout_seconds)
     if storage.exists(storage.join(address, MANIFEST_NAME), timeout_seconds=seconds):
@@ -82,7 +84,7 @@ def _must_be_counted(address: str, run: RunConfig) -> bool:
 def _count_together(run: RunConfig, shards: str, folder: Path, engine: TrainEngine) -> None:
     """Every rank counts its share, rank 0 brings them together. Collective."""
     where = str(folder)
-    cores = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
+    cores = max(1, usable_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
     if engine.world > 1:
         # Files say who is ready, not a collective: those give up after parallel.timeout_seconds, and this
         # may take hours. A rank that fails ends, and its launcher ends the others.

@@ -15,7 +15,7 @@ from pretrain.checkpoint.writer import save
 from pretrain.config.schema import RunConfig
 from pretrain.optim.schedule import learning_rate
 from pretrain.train.build import Parts
-from pretrain.train.metrics import BadSamples, RankReport, Window, source_metrics
+from pretrain.train.metrics import BadSamples, RankReport, Window, nothing_left, source_metrics
 from pretrain.train.pictures import PictureBook
 from pretrain.train.random_state import get_random_state, set_random_state
 from pretrain.train.reporter import Reporter
@@ -69,6 +69,8 @@ def _train_on(
         rate = learning_rate(state.step, run.schedule, run.optim.lr)
         seeing = sees_routing(run, state.step + 1)
         result = train_step(engine, batches, run, step=state.step, learning_rate=rate, together=seeing)
+        if not result.pairs:
+            raise nothing_left(state.step + 1, batches)  # unsaved: the run goes on from its last checkpoint
         if ledger is not None:
             ledger.add(state.step + 1, state.loader.position, loader_state.position, batches)
         state = replace(

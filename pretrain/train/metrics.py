@@ -9,7 +9,8 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +18,9 @@ import numpy as np
 import torch
 
 from data_pipeline.common.errors import DataError
+from data_pipeline.common.harmless import harmless
 from data_pipeline.order.order import Order
-from data_pipeline.samples import SampleProblem
+from data_pipeline.samples import Batch, SampleProblem
 from pretrain.config.schema import RunConfig
 from pretrain.model.count import count_flops
 from pretrain.moe.statistics import MODALITIES
@@ -186,14 +188,22 @@ def source_metrics(order: Order, position: int) -> dict[str, float]:
 
 
 class BadSamples:
-    """Counts the bad samples of all ranks and stops the run when they are too many; the same on every rank."""
+    """Counts the bad samples of all ranks and stops the run when they are too many; the same on every rank.
+
+    Two verdicts: the share since the start, and, because a long run would take days to notice, whether most of
+    what was read lately was bad.
+    """
 
     AT_LEAST = 100
     """Bad samples before their share is judged: a few are no verdict."""
+    LATELY = 10_000
+    """Samples that are "lately", at least; windows of the log are counted whole."""
 
     def __init__(self, max_share: float, *, read: int) -> None:
         self._max_share, self._read_before = max_share, read
-        self._bad, self._first = 0, ""
+        self._read, self._bad, self._first = read, 0, ""
+        self._lately: deque[tuple[int, int, str]] = deque()
+        """Samples read, bad ones among them and the first of these, of the last windows."""
 
     def add(self, reports: list[RankReport], *, read: int) -> None:
         """Count the problems of a window.
@@ -204,19 +214,39 @@ class BadSamples:
 
         Raises:
             DataError: More than the allowed share of what was read since the start, and at least 100 samples,
-                were bad.
+                were bad; or more than half (or the allowed share, if that is larger) of what was read lately.
         """
         problems = [problem for report in reports for problem in report.problems]
-        if problems and not self._first:
-            self._first = "{0.shard}, sample {0.key!r}: {0.reason}: {0.detail}".format(problems[0])
+        first = "{0.shard}, sample {0.key!r}: {0.reason}: {0.detail}".format(problems[0]) if problems else ""
+        first = harmless(first)  # keys come from anybody's files
+        self._first = self._first or first
         self._bad += len(problems)
-        read -= self._read_before
-        if self._bad >= self.AT_LEAST and self._bad > self._max_share * read:
+        self._lately.append((read - self._read, len(problems), first))
+        self._read = read
+        while sum(window[0] for window in list(self._lately)[1:]) >= self.LATELY:
+            self._lately.popleft()
+        self._judge(self._bad, read - self._read_before, self._max_share, self._first, "samples")
+        read_lately, bad_lately = sum(window[0] for window in self._lately), sum(window[1] for window in self._lately)
+        first_lately = next((window[2] for window in self._lately if window[2]), "")
+        self._judge(bad_lately, read_lately, max(0.5, self._max_share), first_lately, "samples read lately")
+
+    def _judge(self, bad: int, read: int, share: float, first: str, what: str) -> None:
+        if bad >= self.AT_LEAST and bad > share * read:
             raise DataError(
-                f"{self._bad} of {read} samples were bad, more than data.max_bad_share ({self._max_share:g}); "
-                f"the first: {self._first}. All are named in bad_samples.jsonl of the run folder. Mend the "
+                f"{bad} of {read} {what} were bad, more than {share:g} (data.max_bad_share is {self._max_share:g}); "
+                f"the first: {first}. All are named in bad_samples.jsonl of the run folder. Mend the "
                 f"shards, or allow more with data.max_bad_share"
             )
+
+
+def nothing_left(step: int, batches: Sequence[Batch]) -> DataError:
+    """The error of a step for which no rank had a single sample."""
+    reasons = Counter(problem.reason for batch in batches for problem in batch.problems)
+    counts = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common(3))
+    return DataError(
+        f"not one sample of the global batch of step {step} can be used (on this rank: {counts or 'nothing read'}); "
+        f"look at data.filters and at bad_samples.jsonl of the run folder"
+    )
 
 
 def _memory_gib(device: torch.device) -> float:

@@ -49,7 +49,7 @@ class PictureBook:
         batches = read_all(
             source,
             tokenizer=parts.tokenizer,
-            data=run.data,
+            data=parts.data,
             image_size=run.model.image_size,
             text_length=run.model.text_length,
             pairs_per_forward=run.log.num_pictures,

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
+from data_pipeline.common.harmless import harmless
 from data_pipeline.common.logs import clock_text
 from data_pipeline.samples import SampleProblem
 from pretrain.config.schema import RunConfig
@@ -108,7 +109,7 @@ class Reporter:
         def write() -> None:
             sheets = {"moe/load": load_grids(load_LME, self._blocks, self._run.moe)}
             if self._run.moe.experts_per_token > 1 and together_LEE.size:
-                sheets["moe/together"] = together_grids(together_LEE, self._blocks)
+                sheets["moe/together"] = together_grids(together_LEE, self._blocks, self._run.moe.pool_slices())
             for name, grids in sheets.items():
                 self._events.add_image(name, np.asarray(draw_grids(grids)), step, dataformats="HWC")
             self._events.flush()
@@ -133,7 +134,8 @@ class Reporter:
         if problems:
             counts = ", ".join(f"{reason} {count}" for reason, count in sorted(self.bad_counts.items()))
             logger.warning("left out %d bad sample%s (all so far: %s), named in bad_samples.jsonl; the first: "
-                           "%s, sample %s: %s: %s", len(problems), "s" * (len(problems) > 1), counts, *problems[0][:4])
+                           "%s, sample %s: %s: %s", len(problems), "s" * (len(problems) > 1), harmless(counts),
+                           *(harmless(str(field)) for field in problems[0][:4]))
 
     def close(self) -> None:
         """Finish all files."""
@@ -211,6 +213,9 @@ def progress_line(step: int, metrics: Mapping[str, float], run: RunConfig) -> st
         parts.append(f"{metrics['perf/samples_per_second']:,.0f} samples/s")
     if "perf/tokens_per_second" in metrics:
         parts.append(f"{metrics['perf/tokens_per_second']:,.0f} tokens/s")
+    filtered = sum(share for name, share in metrics.items() if name.startswith("data/filtered/"))
+    if filtered:
+        parts.append(f"filtered {filtered:.0%}")
     seconds = metrics.get("perf/seconds_per_step", 0.0)
     if seconds > 0:
         if "data/wait_seconds" in metrics:

@@ -12,6 +12,7 @@ E experts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -68,7 +69,7 @@ def train_step(
     learning_rate: float,
     together: bool = False,
 ) -> StepResult:
-    """Train on the micro-batches of one step of this rank.
+    """Train on the micro-batches of one step of this rank; without a pair on any rank nothing is updated.
 
     Args:
         engine: The rank's engine.
@@ -82,17 +83,20 @@ def train_step(
     terms, auxiliary, sums, scale = work.backward() if len(batches) == 1 else work.accumulate()
     shares = engine.total(torch.stack([term.detach().double() for term in terms]))
     # One copy to the host for all numbers of the step.
-    numbers = torch.cat([shares, *(value.view(1) for value in auxiliary.values.values()), scale.double().view(1)])
-    found = dict(zip((*MainTerms._fields, *auxiliary.values, "scale"), numbers.tolist(), strict=True))
-    logit_scale = found.pop("scale")
+    singles = (*auxiliary.values.values(), scale.double(), sums.pairs)
+    numbers = torch.cat([shares, *(value.view(1) for value in singles)]).tolist()
+    found = dict(zip((*MainTerms._fields, *auxiliary.values, "scale", "pairs"), numbers, strict=True))
+    logit_scale, pairs = found.pop("scale"), int(found.pop("pairs"))
     weights = {"contrastive": run.loss.contrastive_weight, "caption": run.loss.caption_weight} | auxiliary.weights
-    grad_norm = engine.step(learning_rate)
-    engine.model.move_biases(sums.router.choices_ME, bias_rate(run.balance, step, run.schedule.total_steps))
+    grad_norm = math.nan
+    if pairs:  # known on every rank alike; without one, weight decay and old moments would still move the weights
+        grad_norm = engine.step(learning_rate)
+        engine.model.move_biases(sums.router.choices_ME, bias_rate(run.balance, step, run.schedule.total_steps))
     return StepResult(
         losses=with_weights(found, weights),
         grad_norm=grad_norm,
         logit_scale=logit_scale,
-        pairs=int(sums.pairs),
+        pairs=pairs,
         tokens_M=sums.tokens_M.cpu(),
         router=RouterStats(*(field.cpu() for field in sums.router)),
         biases=engine.model.biases().cpu(),

@@ -9,6 +9,7 @@ import contextlib
 import random
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,10 @@ def _spoiled(
         yield url or proxy.endpoint, proxy
 
 
+def _from(windows: list[list[int]], number: int) -> Iterator[list[int]]:
+    return iter(windows[number:])
+
+
 def _read_all(url: str, cache: Path, count: int, *, cache_gib: float, rounds: int = 1) -> tuple[int, int, float]:
     """Read every sample in random order, in batches; how many came, how many were bad, and the longest wait."""
     settings = DataConfig(
@@ -62,8 +67,10 @@ def _read_all(url: str, cache: Path, count: int, *, cache_gib: float, rounds: in
     reader, shards, longest, came, bad = Reader(store), list(range(len(store))), 0.0, 0, 0
     for _ in range(rounds):
         order.shuffle(shards)
-        ahead = FetchAhead(store, iter([shards[start : start + 3] for start in range(0, len(shards), 3)]))
+        windows = [shards[start : start + 3] for start in range(0, len(shards), 3)]
+        ahead = FetchAhead(store, partial(_from, windows))
         for start in range(0, len(shards), 3):
+            ahead.reached(start // 3)
             refs = [(shard, i) for shard in shards[start : start + 3] for i in range(store.entry(shard).samples)]
             order.shuffle(refs)
             while refs:

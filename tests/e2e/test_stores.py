@@ -80,10 +80,11 @@ def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
             case _:
                 folder = tmp_path_factory.mktemp("www")
                 web = stack.enter_context(http_server.http_server(folder, password="me:hush"))
+                netrc = tmp_path_factory.mktemp("home") / "netrc"
+                netrc.write_text("machine 127.0.0.1 login me password hush\n")
                 yield Place(
-                    kind="http", env={}, wrong={}, listable=False,
-                    url=lambda path: web.url(path).replace("://", "://me:hush@"),
-                    wrong_url=lambda url: url.replace("hush", "not-the-key"),
+                    kind="http", env={"NETRC": str(netrc)}, wrong={}, listable=False, url=web.url,
+                    wrong_url=lambda url: url.replace("://", "://me:not-the-key@"),
                 )  # fmt: skip
 
 
@@ -172,7 +173,7 @@ def test_samples_come_by_ranges_and_then_from_copies(place: Place, manifest: Man
             assert isinstance(found, RawSample), found
             assert (found.key, found.members["png"]) == (want["__key__"], want["png"])
         if not list(tmp_path.glob("cache/shards/*.tar")):
-            ahead = FetchAhead(store, iter([[2, 0], [1]]))
+            ahead = FetchAhead(store, lambda number: iter([[2, 0], [1]][number:]))
             until(lambda: len(list(tmp_path.glob("cache/shards/*.tar"))) == 3)
             ahead.close()
     assert all(shard is not None and shard.fd >= 0 for shard in map(store.at_hand, range(3)))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -47,3 +49,23 @@ def web_shards(folder: Path, count: int = 21, *, ranges: bool = True) -> Iterato
     make_shards(folder / "data", count=count)
     with http_server(folder / "data", ranges=ranges) as web:
         yield WebShards(web=web, manifest=load_manifest(web.url()), cache=folder / "cache")
+
+
+@contextmanager
+def served_elsewhere(folder: Path) -> Iterator[str]:
+    """The address of a folder behind a server in a process of its own, with open files of its own."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_serve, args=(folder, there))
+    process.start()
+    try:
+        yield here.recv()
+    finally:
+        here.send(None)
+        process.join()
+
+
+def _serve(folder: Path, pipe: Connection) -> None:
+    with http_server(folder) as web:
+        pipe.send(web.url())
+        pipe.recv()

@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tools.bench_moe.shapes import CPU_MEAN, CPU_SHAPES, GPU_SHAPES, LOADS, QUICK_SHAPES
 from tools.benchmark import MIN_REPEATS, machine, note, one_thread, table, write_json
 
 if TYPE_CHECKING:
@@ -43,7 +44,6 @@ def main(arguments: list[str] | None = None) -> int:
 
     from tools.bench_moe.limits import measure_limits
     from tools.bench_moe.measure import OURS, figures, mean_figures, measure_shape
-    from tools.bench_moe.shapes import CPU_MEAN, CPU_SHAPES, GPU_SHAPES, QUICK_SHAPES
 
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     on_gpu = device.type == "cuda"
@@ -64,19 +64,22 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = [shape for shape in shapes if not options.only or shape.name in options.only]
     found: list[Measured] = []
     lines: list[Figure] = []
-    for shape in chosen:
-        found.append(measure_shape(shape, device, dtype, repeats=repeats))
-        lines += figures(found[-1], limits, dtype, on_gpu=on_gpu)
-    if shapes is CPU_SHAPES and len(found) == len(shapes):
-        lines += mean_figures(found, *CPU_MEAN)
+    for load in options.load:
+        of_load = [measure_shape(shape._replace(load=load), device, dtype, repeats=repeats) for shape in chosen]
+        for measured in of_load:
+            lines += figures(measured, limits, dtype, on_gpu=on_gpu)
+        if shapes is CPU_SHAPES and chosen == list(shapes):
+            lines += mean_figures(of_load, *CPU_MEAN)
+        found += of_load
     from tools.figures import HEAD
 
     print("\n".join(f"{shape.name}: {shape.words()}" for shape in chosen))
+    print("\n".join(f"{load}: {LOADS[load]}" for load in options.load))
     print("\n" + table([line.row() for line in lines], HEAD))
     write_json(options.out, {
         "machine": about, "dtype": str(dtype), "repeats": repeats, "quick": options.quick,
         "limits": limits._asdict(), "shapes": [shape._asdict() for shape in chosen],
-        "measured": [asdict(each) | {"shape": each.shape.name} for each in found],
+        "measured": [asdict(each) | {"shape": each.shape.name, "load": each.shape.load} for each in found],
         "figures": [line.to_json() for line in lines],
     })  # fmt: skip
     note(f"\nalso in {options.out}")
@@ -97,6 +100,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--only", action="append", default=[], metavar="SHAPE", help="a shape; may be given again")
+    parser.add_argument("--load", nargs="+", choices=tuple(LOADS), default=list(LOADS),
+                        help="how tokens are spread over the experts (default: each way)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="default: bf16 on GPU, fp32 on CPU")
     parser.add_argument("--quick", action="store_true", help="tiny layers, two rounds")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pretrain.config.schema import BalanceConfig, MoEConfig
 from pretrain.moe.layer import MoELayer, SwiGLU
 from pretrain.moe.tokens import RouterTokens
-from tools.bench_moe.shapes import Shape
+from tools.bench_moe.shapes import UNEVEN, Shape
 
 
 class Missing(Exception):
@@ -77,12 +77,17 @@ CLEAR = 12.0
 def draw_tokens(shape: Shape, weights: Weights) -> tuple[Tensor, Tensor]:
     """Tokens `[tokens, width]` and the gradient of their answers.
 
-    Each token leans towards k experts drawn evenly, so clearly that every arm chooses the same ones however it
-    rounds. Even chances favour layers that pad all experts to the fullest one.
+    Each token leans towards k experts drawn by the chances of the shape's load, so clearly that every arm chooses the
+    same ones however it rounds. Even chances favour layers that pad all experts to the fullest one.
     """
     device, dtype = weights.router.device, weights.router.dtype
     generator = torch.Generator(device).manual_seed(2)
-    lots_TE = torch.rand(shape.tokens, shape.experts, generator=generator, device=device)
+    uniform_TE = torch.rand(shape.tokens, shape.experts, generator=generator, device=device)
+    chances_E = torch.ones(shape.experts, device=device)
+    if shape.load == UNEVEN:
+        chances_E = torch.arange(shape.experts, 0, -1, device=device) - 0.5
+    # The largest k of log chance + Gumbel noise are k draws without replacement (Kool et al. 2019, arXiv:1903.06059).
+    lots_TE = chances_E.log() - uniform_TE.clamp_min(1e-20).log().neg().log()
     chosen_TE = torch.zeros_like(lots_TE).scatter_(1, lots_TE.topk(shape.k, dim=1).indices, CLEAR)
     router = weights.router.float()
     towards_ED = router / router.square().sum(dim=1, keepdim=True)

@@ -70,7 +70,8 @@ def measure_shape(
         arms[name] = arm
     del truth
     arms[DENSE] = dense(shape, device, dtype)
-    note(f"{shape.name}: {', '.join(arms)} in turns" + "".join(f"; no {n} ({why})" for n, why in found.missing.items()))
+    without = "".join(f"; no {name} ({why})" for name, why in found.missing.items())
+    note(f"{shape.label}: {', '.join(arms)} in turns{without}")
     work = {name: partial(arm.run, x_TD, grad_TD) for name, arm in arms.items()}
     found.seconds = interleave(work, repeats=repeats, stopwatch=stopwatch_of(device))
     for name, arm in arms.items():
@@ -93,28 +94,29 @@ def figures(found: Measured, limits: Limits, dtype: torch.dtype, *, on_gpu: bool
         text = f"holds {figure(found.peak_bytes[name] / 2**20)} MiB more at most"
         if name != DENSE:
             text += f"; {share.median:.0%} of the {which} limit"
-        lines.append(Figure(name=f"{shape.name}: {name}", value=_milliseconds(times), unit="ms", note=text))
-    lines += [skipped(f"{shape.name}: {name}", why) for name, why in found.missing.items()]
+        lines.append(Figure(name=f"{shape.label}: {name}", value=_milliseconds(times), unit="ms", note=text))
+    lines += [skipped(f"{shape.label}: {name}", why) for name, why in found.missing.items()]
     if OURS not in seconds:
         return lines
     for name, bounds in ((DEEPSPEED, shape.faster), *((n, GROUPED_PEERS if on_gpu else Bounds()) for n in
                                                       (AUTO_EP, TORCHTITAN))):
         if name in seconds:
             lines.append(Figure(
-                name=f"{shape.name}: speed against {name}", value=ratio(seconds[name], seconds[OURS]), unit="x",
+                name=f"{shape.label}: speed against {name}", value=ratio(seconds[name], seconds[OURS]), unit="x",
                 floor=bounds.floor, goal=bounds.goal,
             ))  # fmt: skip
     lines.append(Figure(
-        name=f"{shape.name}: time against {DENSE}", value=ratio(seconds[OURS], seconds[DENSE]), unit="x",
+        name=f"{shape.label}: time against {DENSE}", value=ratio(seconds[OURS], seconds[DENSE]), unit="x",
         floor=shape.overhead.floor, goal=shape.overhead.goal, less_is_better=True,
     ))  # fmt: skip
-    lines.append(Figure(name=f"{shape.name}: least possible time / time", unit="x", note=f"{which} bound",
+    lines.append(Figure(name=f"{shape.label}: least possible time / time", unit="x", note=f"{which} bound",
                         value=Quartiles.of([least / time for time in seconds[OURS]])))
     return lines
 
 
 def mean_figures(all_found: list[Measured], faster: Bounds, overhead: Bounds) -> list[Figure]:
     """Geometric means over the shapes, round by round."""
+    load = all_found[0].shape.load
     lines = []
     for name, top, bottom, bounds, less in (
         (f"speed against {DEEPSPEED}", DEEPSPEED, OURS, faster, False),
@@ -124,8 +126,8 @@ def mean_figures(all_found: list[Measured], faster: Bounds, overhead: Bounds) ->
             continue
         pairs = [zip(found.seconds[top], found.seconds[bottom], strict=True) for found in all_found]
         rounds = [geometric_mean([a / b for a, b in both]) for both in zip(*pairs, strict=True)]
-        lines.append(Figure(name=f"all shapes: {name}", value=Quartiles.of(rounds), unit="x", floor=bounds.floor,
-                            goal=bounds.goal, less_is_better=less, note="geometric mean"))
+        lines.append(Figure(name=f"all shapes, {load}: {name}", value=Quartiles.of(rounds), unit="x",
+                            floor=bounds.floor, goal=bounds.goal, less_is_better=less, note="geometric mean"))
     return lines
 
 

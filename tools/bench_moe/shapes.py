@@ -12,6 +12,15 @@ class Bounds(NamedTuple):
     goal: float | None = None
 
 
+EVEN, UNEVEN = "even", "uneven"
+LOADS = {
+    EVEN: "every expert is as likely as any other, so the busiest has 1.1 to 1.3 times the mean",
+    UNEVEN: "chances fall evenly from the first expert to the last, as routers have it in training: the busiest has "
+            "about twice the mean, the idlest a few percent of it",
+}  # fmt: skip
+"""How tokens are spread over the experts."""
+
+
 class Shape(NamedTuple):
     """One MoE layer and its tokens."""
 
@@ -27,6 +36,13 @@ class Shape(NamedTuple):
     """Speed against DeepSpeed's own layer."""
     overhead: Bounds = Bounds()
     """Time against a dense network of equal active FLOPs."""
+    load: str = EVEN
+    """How tokens are spread over the experts, one of `LOADS`."""
+
+    @property
+    def label(self) -> str:
+        """Name and load."""
+        return f"{self.name}, {self.load}"
 
     def words(self) -> str:
         """For tables."""

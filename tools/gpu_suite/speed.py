@@ -8,7 +8,7 @@ import torch
 
 from tools.bench_moe.limits import measure_limits
 from tools.bench_moe.measure import OURS, figures, measure_shape
-from tools.bench_moe.shapes import GPU_SHAPES, QUICK_SHAPES
+from tools.bench_moe.shapes import GPU_SHAPES, LOADS, QUICK_SHAPES
 from tools.benchmark import MIN_REPEATS
 from tools.figures import skipped
 from tools.gpu_suite.options import Options
@@ -20,9 +20,11 @@ def layer_speed(options: Options, report: Report) -> None:
     dtype = torch.bfloat16
     limits = measure_limits(options.device, dtype, quick=not options.on_gpu)
     last = 0.0
-    for shape in GPU_SHAPES if options.on_gpu else QUICK_SHAPES[:1]:
+    shapes = GPU_SHAPES if options.on_gpu else QUICK_SHAPES[:1]
+    for shape in [shape._replace(load=load) for load in LOADS for shape in shapes]:
         if options.left() < last:
-            report.add(skipped(f"{shape.name}: {shape.words()}", "no time left; python -m tools.bench_moe measures it"))
+            why = "no time left; python -m tools.bench_moe measures it"
+            report.add(skipped(f"{shape.label}: {shape.words()}", why))
             continue
         began = time.monotonic()
         found = measure_shape(shape, options.device, dtype, repeats=MIN_REPEATS if options.on_gpu else 2)
@@ -30,6 +32,6 @@ def layer_speed(options: Options, report: Report) -> None:
         for name, off in found.off.items():
             if name == OURS:
                 worst = max(off, key=off.__getitem__)
-                report.add(Check(name=f"{shape.name}: right answers", passed=OURS not in found.wrong,
+                report.add(Check(name=f"{shape.label}: right answers", passed=OURS not in found.wrong,
                                  measured=f"{off[worst]:.1e}", asked="at most 2e-02", note=f"most: {worst}"))
         report.add(*figures(found, limits, dtype, on_gpu=options.on_gpu))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import fcntl
 import logging
 import os
@@ -13,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -275,9 +278,10 @@ store = ShardStore([load_manifest(url)], settings, max_open=2)
 reader, order = Reader(store), random.Random(int(seed))
 shards = list(range(5))
 order.shuffle(shards)
-ahead = FetchAhead(store, iter([[shards[number % 5]] for number in range(10000)]))
+ahead = FetchAhead(store, lambda first: iter([[shards[number % 5]] for number in range(first, 10000)]))
 here = 0
 for number in range(int(batches)):
+    ahead.reached(number // 4)
     refs = [(shards[number // 4 % 5], order.randrange(7)), (shards[(number // 4 + 1) % 5], order.randrange(7))]
     for (shard, i), one in zip(refs, reader.read_many(refs)):
         assert isinstance(one, RawSample), one
@@ -335,3 +339,96 @@ def _always_free(calls: list[int]) -> Callable[[], AbstractContextManager[bool]]
         yield True
 
     return slot
+
+
+def test_a_file_that_was_given_up_while_it_was_waited_for_is_not_filled(
+    shards: WebShards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who made it removed it between our opening and our locking it: others would not see ours."""
+    cache, entry = _cache(shards, 10), shards.manifest.shards[0]
+    _make(shards, cache, 1)
+    part, real, others = cache._part(entry), cache_module._try_lock, [1]
+
+    def given_up(fd: int, kind: int) -> bool:
+        if others and part.exists() and os.path.samestat(os.fstat(fd), part.stat()):
+            others.clear()
+            part.unlink()
+        return real(fd, kind)
+
+    monkeypatch.setattr(cache_module, "_try_lock", given_up)
+    asked = shards.asked()
+    assert _make(shards, cache, 0) is Made.BUSY and not others
+    assert shards.asked() == asked, "it was copied for nothing"
+    assert _make(shards, cache, 0) is Made.HERE
+    assert cache.path(entry).read_bytes() == (shards.web.folder / entry.name).read_bytes()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_file_that_was_taken_away_gets_no_name(
+    shards: WebShards, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    cache, entry = _cache(shards, 10), shards.manifest.shards[0]
+    part, real = cache._part(entry), object_store.fetch
+
+    def taken_away(*given: Any, **more: Any) -> object_store.Fetched:
+        found = real(*given, **more)
+        part.unlink()
+        part.write_bytes(b"another's")
+        if fails:
+            raise StorageError("the store is away", kind="unreachable")
+        return found
+
+    monkeypatch.setattr(object_store, "fetch", taken_away)
+    if fails:
+        with pytest.raises(StorageError):
+            _make(shards, cache, 0)
+    else:
+        assert _make(shards, cache, 0) is Made.BUSY
+    assert not cache.has(entry) and part.read_bytes() == b"another's"
+
+
+@pytest.mark.parametrize("error", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_told_of_once_and_keeps_no_copies(
+    shards: WebShards, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: int
+) -> None:
+    cache = _cache(shards, 10)
+    _make(shards, cache, 0)
+
+    def no_locks(*_: object) -> None:
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    assert [_make(shards, cache, number) for number in (1, 2)] == [Made.FULL] * 2
+    assert [os.strerror(error) in record.getMessage() for record in caplog.records] == [True]
+    fd = cache.open(shards.manifest.shards[0])
+    assert fd is not None, "what was copied before can be read"
+    os.close(fd)
+
+
+def test_a_long_name_of_other_letters_is_a_name_of_a_file(shards: WebShards) -> None:
+    entry = dataclasses.replace(shards.manifest.shards[0], name="\u56fe" * 80 + ".tar")
+    url = shards.manifest.shard_url(shards.manifest.shards[0])
+    assert _cache(shards, 10).make(entry, url, timeout_seconds=5, request_seconds=1) is Made.HERE
+
+
+def test_room_is_reserved_on_the_disk(shards: WebShards, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a disk that others fill meanwhile would fail in the middle of a copy."""
+    cache, entry = _cache(shards, 10), shards.manifest.shards[0]
+    _make(shards, cache, 1)
+    fd = cache._reserve(entry, ())
+    assert isinstance(fd, int)
+    assert os.fstat(fd).st_size == entry.bytes and os.fstat(fd).st_blocks * 512 >= entry.bytes
+    os.close(fd)
+
+    def fails_with(error: int) -> None:
+        def fails(*_: object) -> None:
+            raise OSError(error, os.strerror(error))
+
+        monkeypatch.setattr(os, "posix_fallocate", fails)
+
+    asked = shards.asked()
+    fails_with(errno.ENOSPC)
+    assert _make(shards, cache, 0) is Made.FULL
+    assert shards.asked() == asked and not cache._part(entry).exists()
+    fails_with(errno.EOPNOTSUPP)
+    assert _make(shards, cache, 0) is Made.HERE

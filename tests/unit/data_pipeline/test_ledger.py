@@ -23,11 +23,12 @@ from data_pipeline.loading.ledger_check import LedgerReport, check_ledger
 from data_pipeline.loading.ledger_facts import LedgerFacts
 from data_pipeline.loading.loader import Loader
 from data_pipeline.loading.schedules import TrainSchedule, shard_starts
-from data_pipeline.loading.sources import Source, data_fingerprint, make_order
+from data_pipeline.loading.sources import Source, data_fingerprint, make_order, open_sources
 from data_pipeline.order.state import LoaderState
 from data_pipeline.samples import Batch, SampleProblem
 from data_pipeline.settings import FilterConfig, SourceConfig
 from data_pipeline.shards.manifest import Manifest
+from tests.support.http_server import http_server
 from tests.support.small_shards import caption, make_shards, make_tokenizer, settings
 
 SEED, WINDOW, STEP, FORWARD = 4, 2, 16, 2
@@ -110,7 +111,7 @@ def training(manifests: list[Manifest], tmp_path: Path) -> Training:
 
 
 def check_by_command(folder: Path) -> int:
-    return command.handle(argparse.Namespace(folder=folder))
+    return command.handle(argparse.Namespace(folder=folder, data=""))
 
 
 def test_an_unbroken_run_is_proved(training: Training, capsys: pytest.CaptureFixture[str]) -> None:
@@ -369,3 +370,16 @@ def test_what_a_loader_delivers_is_proved(manifests: list[Manifest], tmp_path: P
     assert (report.bad, report.filtered) == (ids.count(7), sum(ids.count(number) for number in left_out))
     assert report.bad > 0
     assert report.filtered > 0
+
+
+def test_signed_addresses_come_from_the_run_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_shards(tmp_path / "data", count=19)
+    with http_server(tmp_path / "data", query="sig=SECRET") as web:
+        signed = f"{web.url('manifest.json')}?sig=SECRET"
+        training = Training(open_sources([SourceConfig(shards=signed)]), tmp_path / "ledger")
+        training.go(1)
+        with pytest.raises(StorageError, match="manifest"):
+            check_by_command(tmp_path)
+        (tmp_path / "run.yaml").write_text(f"data: {{train: ['{signed}']}}\n")
+        assert command.handle(argparse.Namespace(folder=tmp_path, data=str(tmp_path / "run.yaml"))) == 0
+    assert "every step got exactly" in capsys.readouterr().out

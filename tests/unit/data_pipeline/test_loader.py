@@ -23,7 +23,7 @@ import pytest
 import torch
 from webdataset import TarWriter
 
-from data_pipeline.common.errors import ConfigError, DataError
+from data_pipeline.common.errors import ConfigError, DataError, StorageError
 from data_pipeline.content.captions import caption_hash
 from data_pipeline.content.images import decode
 from data_pipeline.content.tokenizer import Tokenizer
@@ -35,7 +35,7 @@ from data_pipeline.loading.sources import Source, data_fingerprint, open_sources
 from data_pipeline.order.drop import make_drop_list, write_drop_list
 from data_pipeline.order.plan import Plan
 from data_pipeline.order.state import LoaderState
-from data_pipeline.samples import Batch
+from data_pipeline.samples import Batch, RawSample, SampleProblem
 from data_pipeline.settings import DataConfig, FilterConfig, SourceConfig
 from data_pipeline.shards.indexing import index_shards
 from data_pipeline.shards.manifest import Manifest, load_index, load_manifest
@@ -371,7 +371,9 @@ def test_a_worker_keeps_few_pieces_of_memory(monkeypatch: pytest.MonkeyPatch) ->
         assert all(kept[-8:].view(torch.int64)[0] for kept in collate._kept)
         del view
     assert len(places) == len(collate._kept) == 1
-    lent = [BatchRows(2, image_size=4, text_length=8, pad_id=0).packed([]) for _ in range(collate._MOST_KEPT + 5)]
+    size = len(collate._kept[0])
+    monkeypatch.setattr(collate, "MOST_KEPT_BYTES", 10 * size + 1)
+    lent = [BatchRows(2, image_size=4, text_length=8, pad_id=0).packed([]) for _ in range(15)]
     assert len({packed.memory.data_ptr() for packed in lent}) == len(lent)
     assert [packed.is_lent for packed in lent].count(False) == 5
 
@@ -617,3 +619,32 @@ def test_captions_are_drawn_by_weight_and_place(tmp_path: Path, tokenizer_path: 
     for batch in batches:
         assert batch.caption_hashes.tolist() == [caption_hash(caption(int(key))) for key in batch.keys]
     assert load_manifest(tmp_path).total_samples == COUNT
+
+
+def test_a_store_of_which_nothing_comes_is_waited_for(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An outage must neither use up the data nor end the run at once."""
+    expected = take(setup.open(), 3)[0]
+    monkeypatch.setattr(feed, "ASK_AGAIN_SECONDS", 0.01)
+    real, asked, forgotten = feed.Reader.read_many, [0], [0]
+
+    def read_many(reader: feed.Reader, places: list[tuple[int, int]]) -> list[RawSample | SampleProblem]:
+        asked[0] += 1
+        if 2 <= asked[0] <= 4:
+            return [SampleProblem("shard", "key", "unreachable", "no route") for _ in places]
+        return real(reader, places)
+
+    monkeypatch.setattr(feed.Reader, "read_many", read_many)
+    monkeypatch.setattr(feed.Reader, "forget_troubles", lambda reader: forgotten.__setitem__(0, forgotten[0] + 1))
+    assert all_same(take(setup.open(), 3)[0], expected)
+    assert forgotten == [3]
+
+
+def test_a_store_that_stays_away_ends_the_run(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feed, "ASK_AGAIN_SECONDS", 0.05)
+    monkeypatch.setattr(feed.Reader, "forget_troubles", lambda reader: None)
+    monkeypatch.setattr(
+        feed.Reader, "read_many",
+        lambda reader, places: [SampleProblem("shard", "key", "unreachable", "the store refused") for _ in places],
+    )
+    with pytest.raises(StorageError, match=r"not one sample of a whole batch .*: the store refused. Look"):
+        take(setup.open(data=settings(shard_seconds=0.2, timeout_seconds=0.6)), 1)

@@ -13,9 +13,10 @@ from data_pipeline.loading.sources import open_sources
 from data_pipeline.order.drop import make_drop_list, write_drop_list
 from data_pipeline.order.state import LoaderState
 from data_pipeline.shards.manifest import load_manifest
+from data_pipeline.shards.writer import write_shards
 from pretrain.cli.main import main
 from pretrain.config.presets import load_run, run_path
-from tests.support.small_shards import make_shards, make_tokenizer
+from tests.support.small_shards import make_shards, make_tokenizer, picture
 
 RUN = """\
 data:
@@ -123,3 +124,17 @@ def test_impossible_arguments_are_refused(
 def test_an_impossible_split_is_an_error(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "order", str(run_file), "--world", "3"]) == 2
     assert "pairs_per_step is 16" in capsys.readouterr().err
+
+
+def test_keys_cannot_steer_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    key = "\x1b]0;title\x07\x9b2J\u202e"
+    samples = [{"__key__": f"{key}{number}", "png": picture(number), "txt": "x"} for number in range(16)]
+    for name in ("first", "second"):
+        write_shards(samples, tmp_path / name, samples_per_shard=8)
+    write_drop_list(tmp_path / "drop.json", make_drop_list(load_manifest(tmp_path / "second"), {}))
+    path = tmp_path / "run.yaml"
+    path.write_text(RUN.format(folder=tmp_path, tokenizer=make_tokenizer(tmp_path)))
+    said = order(capsys, str(path))
+    assert not set("\x1b\x07\x9b\u202e") & set(said) and r"\x1b]0;title\x07\x9b2J\u202e1" in said
+    found = order(capsys, str(path), "--json")
+    assert found.isascii() and json.loads(found)["steps"][0]["micro_batches"][0]["samples"][0]["key"].startswith(key)

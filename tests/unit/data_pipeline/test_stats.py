@@ -7,11 +7,12 @@ import cv2
 import numpy as np
 import pytest
 
+from data_pipeline.common.harmless import harmless
 from data_pipeline.content.tokenizer import Tokenizer
 from data_pipeline.preparing.page import bars, histogram
 from data_pipeline.preparing.scripts import script_of
 from data_pipeline.preparing.stats import measure
-from data_pipeline.preparing.tables import bytes_text, harmless, shortened, table
+from data_pipeline.preparing.tables import bytes_text, shortened, table
 from data_pipeline.preparing.visit import draw
 from data_pipeline.shards.writer import write_shards
 from tests.support.data_commands import data
@@ -84,11 +85,12 @@ def test_of_large_sets_some_are_drawn_and_that_is_said(tmp_path: Path, capsys: p
     assert "looked at 15 of 40 samples, drawn with --seed 0" in capsys.readouterr().out
 
 
-def test_missing_shards_are_counted(tmp_path: Path) -> None:
+def test_missing_shards_are_named_and_not_counted(tmp_path: Path) -> None:
     manifest = make_shards(tmp_path, count=14)
     Path(manifest.shard_url(manifest.shards[1])).unlink()
     stats = measure([manifest], samples=0)
-    assert stats.looked_at == 14 and stats.bad == {"missing-shard": 7} and len(stats.widths) == 7
+    assert stats.looked_at == 7 and not stats.bad and len(stats.widths) == 7
+    assert [(row.task.shard, row.reason) for row in stats.unread] == [(1, "missing-shard")]
     assert measure([manifest], samples=0, workers=2).to_json(["txt"]) == stats.to_json(["txt"])
 
 

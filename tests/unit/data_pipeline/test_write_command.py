@@ -97,7 +97,7 @@ def test_what_becomes_no_sample_is_listed(tmp_path: Path, capsys: pytest.Capture
     assert not (out / "manifest.json").exists()
     data(*line, "--max-left-out", 0.3)
     # Without decoding, half a picture still looks like one.
-    assert load_manifest(out).about == {"left_out": {"missing-picture": 1, "no-caption": 1, "no-picture": 2}}
+    assert load_manifest(out).about["left_out"] == {"missing-picture": 1, "no-caption": 1, "no-picture": 2}
     data(*line, "--max-left-out", 0.3, "--decode")
     assert "bad-image" in capsys.readouterr().out
     left = [json.loads(line) for line in (out / "left-out.jsonl").read_text().splitlines()]
@@ -151,3 +151,21 @@ def test_options_that_make_no_sense_are_refused(tmp_path: Path) -> None:
             data("write", "csv", table, "--out", tmp_path / "out", *more)
     with pytest.raises(ConfigError, match="coco needs --images"):
         data("write", "coco", table, "--out", tmp_path / "out")
+
+
+def test_another_dataset_is_not_written_over(tmp_path: Path) -> None:
+    for name, count in (("first", 3), ("second", 4)):
+        folder = tmp_path / name
+        folder.mkdir()
+        for number in range(count):
+            (folder / f"{number}.png").write_bytes(picture(number))
+            (folder / f"{number}.txt").write_text(f"caption {number}")
+    out = tmp_path / "out"
+    data("write", "folder", tmp_path / "first", "--out", out, "--workers", 0)
+    data("write", "folder", tmp_path / "first", "--out", out, "--workers", 0)  # the same again is welcome
+    before = (out / "manifest.json").read_bytes()
+    with pytest.raises(DataError, match=r"holds a dataset that was made of something else \(1 shards, 3 samples\)"):
+        data("write", "folder", tmp_path / "second", "--out", out, "--workers", 0)
+    assert (out / "manifest.json").read_bytes() == before
+    data("write", "folder", tmp_path / "second", "--out", out, "--workers", 0, "--overwrite")
+    assert load_manifest(out).total_samples == 4

@@ -223,3 +223,21 @@ def test_max_over_mean_of_loads() -> None:
     assert max_over_mean(np.array([4, 0, 0, 0])) == 4.0
     assert max_over_mean(np.array([3, 3])) == 1.0
     assert max_over_mean(np.array([0, 0])) == 0.0
+
+
+def test_a_row_survives_whatever_its_key_holds(tmp_path: Path) -> None:
+    keys = ["a\u2028b", "c\u0085d", "e\x0cf", "g\u2029"]
+    reporter = Reporter(tmp_path, RUN, 0)
+    reporter.bad_samples([problem(key) for key in keys], 1)
+    reporter.close()
+    assert [row["key"] for row in read_rows(tmp_path / "bad_samples.jsonl")] == keys
+    Reporter(tmp_path, RUN, 5).close()  # a resumed run keeps them all
+    assert [row["key"] for row in read_rows(tmp_path / "bad_samples.jsonl")] == keys
+
+
+def test_a_key_cannot_steer_the_terminal(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    reporter = Reporter(tmp_path, RUN, 0)
+    reporter.bad_samples([problem("\x1b]0;title\x07\x9b2J\u202e")], 1)
+    reporter.close()
+    assert not set("\x1b\x07\x9b\u202e") & set(caplog.text)
+    assert r"\x1b]0;title\x07\x9b2J\u202e" in caplog.text

@@ -96,3 +96,9 @@ def test_only_training_needs_shards_and_a_tokenizer() -> None:
     check(run, 2, training=False)
     assert [problem.split(" ")[0] for problem in training_problems(run)] == ["data.train", "data.tokenizer"]
     assert training_problems(load_run("tiny", ["data.train=[a]", "data.tokenizer=t"])) == []
+
+
+@pytest.mark.parametrize("entry", ["{shards: t, wieght: 3}", "{shards: t, dropp: d}"])
+def test_a_source_of_a_mixture_knows_its_settings(entry: str) -> None:
+    with pytest.raises(ConfigError, match=r"data\.train\[0\]\.\w+: no such setting; did you mean '(weight|drop)'"):
+        load_run("tiny", [f"data.train=[{entry}]"])

@@ -29,7 +29,7 @@ from tools.bench_moe.measure import (
     mean_figures,
     measure_shape,
 )
-from tools.bench_moe.shapes import CPU_SHAPES, GPU_SHAPES, QUICK_SHAPES, Bounds, Shape
+from tools.bench_moe.shapes import CPU_SHAPES, EVEN, GPU_SHAPES, LOADS, QUICK_SHAPES, UNEVEN, Bounds, Shape
 from tools.bench_moe.torchtitan_layer import torchtitan
 
 CPU, SHAPE = torch.device("cpu"), QUICK_SHAPES[1]
@@ -53,12 +53,12 @@ def test_the_report_has_every_arm_of_every_shape(report: tuple[str, dict[str, An
     assert found["quick"] and found["repeats"] == 2 and found["machine"]["threads"] == 1
     assert found["limits"]["flops_per_second"] > 0 and found["limits"]["bytes_per_second"] > 0
     lines = {line["name"]: line for line in found["figures"]}
-    for shape in QUICK_SHAPES:
+    for label in (f"{shape.name}, {load}" for shape in QUICK_SHAPES for load in LOADS):
         for arm in (OURS, DEEPSPEED, AUTO_EP, DENSE):
-            assert lines[f"{shape.name}: {arm}"]["value"]["median"] > 0
-        assert lines[f"{shape.name}: speed against {DEEPSPEED}"]["unit"] == "x"
-        assert lines[f"{shape.name}: time against {DENSE}"]["less_is_better"]
-        left_out = lines[f"{shape.name}: {TORCHTITAN}"]
+            assert lines[f"{label}: {arm}"]["value"]["median"] > 0
+        assert lines[f"{label}: speed against {DEEPSPEED}"]["unit"] == "x"
+        assert lines[f"{label}: time against {DENSE}"]["less_is_better"]
+        left_out = lines[f"{label}: {TORCHTITAN}"]
         assert left_out["value"] is None and "bfloat16" in left_out["note"]
     for measured in found["measured"]:
         assert not measured["wrong"]
@@ -68,6 +68,9 @@ def test_the_report_has_every_arm_of_every_shape(report: tuple[str, dict[str, An
                                               "gradient of w1", "gradient of w2", "gradient of w3"}
     rows = [line for line in printed.splitlines() if line.startswith("| ")]
     assert len(rows) == len(found["figures"]) + 2
+    assert [(m["shape"], m["load"]) for m in found["measured"]] == [
+        (shape.name, load) for load in LOADS for shape in QUICK_SHAPES
+    ]
 
 
 def test_an_unknown_shape_is_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,7 +82,7 @@ def test_an_unknown_shape_is_refused_by_name(capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.parametrize("build", [ours, native, auto_ep])
-@pytest.mark.parametrize("shape", QUICK_SHAPES)
+@pytest.mark.parametrize("shape", [QUICK_SHAPES[0], QUICK_SHAPES[1]._replace(load=UNEVEN)])
 def test_every_arm_gives_the_plain_layers_answers(build: Any, shape: Shape) -> None:
     weights = draw_weights(shape, CPU, torch.float32)
     x_TD, grad_TD = draw_tokens(shape, weights)
@@ -88,15 +91,17 @@ def test_every_arm_gives_the_plain_layers_answers(build: Any, shape: Shape) -> N
     assert len(found) == 6 and max(found.values()) < 1e-5
 
 
-def test_rounding_never_decides_who_is_chosen() -> None:
-    for shape in CPU_SHAPES[:1]:
+@pytest.mark.parametrize(("load_name", "least", "most"), [(EVEN, 1.0, 1.3), (UNEVEN, 1.6, 2.2)])
+def test_rounding_never_decides_who_is_chosen(load_name: str, least: float, most: float) -> None:
+    for shape in (CPU_SHAPES[0]._replace(load=load_name), CPU_SHAPES[2]._replace(load=load_name)):
         weights = draw_weights(shape, CPU, torch.float32)
         x_TD, _ = draw_tokens(shape, weights)
         logits, _ = torch.nn.functional.linear(x_TD, weights.router).sort(dim=1, descending=True)
         assert float((logits[:, shape.k - 1] - logits[:, shape.k]).detach().min()) > 0.1
         chosen = torch.nn.functional.linear(x_TD, weights.router).topk(shape.k, dim=1).indices.flatten()
         load = torch.bincount(chosen, minlength=shape.experts).double()
-        assert float(load.max() / load.mean()) < 1.3
+        assert least < float(load.max() / load.mean()) < most
+        assert (float(load[-1] / load.mean()) < 0.3) == (load_name == UNEVEN)
 
 
 @pytest.mark.parametrize("which", ["w2", "router"])
@@ -116,7 +121,7 @@ def test_an_arm_with_other_weights_is_named_and_left_out(which: str) -> None:
     assert "another answer" in found.missing["spoiled"] and found.missing["gone"] == "not on this planet"
     assert found.missing["crashing"].startswith("RuntimeError: ")
     lines = {line.name: line for line in figures(found, Limits(1e9, 1e9), torch.float32, on_gpu=False)}
-    assert lines[f"{SHAPE.name}: gone"].verdict() == "not measured"
+    assert lines[f"{SHAPE.label}: gone"].verdict() == "not measured"
 
 
 def test_differences_are_relative_and_nothing_hides_in_no_number() -> None:
@@ -158,10 +163,10 @@ def test_ratios_have_the_right_way_round() -> None:
     seconds = {OURS: [1.0, 2.0], DEEPSPEED: [1.4, 2.8], DENSE: [0.8, 1.6]}
     found = Measured(shape, seconds=seconds, peak_bytes=dict.fromkeys(seconds, 1 << 20))
     lines = {line.name: line for line in figures(found, Limits(12.0, 1e9), torch.float32, on_gpu=False)}
-    faster, slower = lines[f"told: speed against {DEEPSPEED}"], lines[f"told: time against {DENSE}"]
+    faster, slower = lines[f"told, even: speed against {DEEPSPEED}"], lines[f"told, even: time against {DENSE}"]
     assert faster.value is not None and faster.value.median == pytest.approx(1.4) and faster.verdict() == "floor"
     assert slower.value is not None and slower.value.median == pytest.approx(1.25) and slower.verdict() == "floor"
-    share = lines["told: least possible time / time"].value
+    share = lines["told, even: least possible time / time"].value
     assert share is not None and share.high <= 2.0 and share.median == pytest.approx(2.0 * (1 + 0.5) / 2)
     both = mean_figures([found, Measured(shape, seconds=seconds | {DEEPSPEED: [5.6, 11.2]})], Bounds(1, 2), Bounds())
     assert both[0].value is not None and both[0].value.median == pytest.approx(2.8) and both[0].verdict() == "goal"

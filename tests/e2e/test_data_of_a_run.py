@@ -57,7 +57,7 @@ def test_a_mixture_that_is_killed_goes_on_with_nothing_lost(sets: tuple[Shapes, 
     first, second = sets
     mixture = f"[{{shards: {first.folder}, weight: 3, name: many}}, {{shards: {second.folder}, weight: 1, name: few}}]"
     words = [*first.overrides, f"data.train={mixture}", "data.ledger=true", "schedule.total_steps=400",
-             "checkpoint.every_steps=5", "data.filters.max_caption_chars=18"]
+             "checkpoint.every_steps=5", "data.filters.max_caption_chars=21"]
     out = tmp_path / "run"
     arguments = [sys.executable, "-m", "pretrain", "train", "tiny", "--out", str(out), *SMALL, *ONE_PROCESS, *words]
     with (tmp_path / "log").open("wb") as log:
@@ -123,3 +123,11 @@ def test_ranks_count_together(sets: tuple[Shapes, Shapes], tmp_path: Path) -> No
     manifest: dict[str, Any] = json.loads(next((out / "counted").glob("*/manifest.json")).read_text())
     assert manifest["total_samples"] == 32
     assert ledger(out).returncode == 0
+
+
+def test_a_filter_that_leaves_nothing_ends_the_run(sets: tuple[Shapes, Shapes], tmp_path: Path) -> None:
+    arguments = ["-m", "pretrain", "train", "tiny", "--out", str(tmp_path / "run"), *SMALL, *ONE_PROCESS,
+                 *sets[0].overrides, "data.filters.min_side=1000", "schedule.total_steps=3"]
+    result = run_ranks(arguments, processes=1, timeout_seconds=120)
+    assert result.returncodes == (2,), result.output
+    assert "not one sample of the global batch of step 1" in result.output and "filter:min-side" in result.output

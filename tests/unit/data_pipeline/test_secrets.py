@@ -1,0 +1,134 @@
+"""Passwords and signed queries in addresses: they work, and are written nowhere."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from data_pipeline.common import object_store, store_credentials
+from data_pipeline.common.addresses import has_user, without_secrets
+from data_pipeline.common.config import from_mapping, to_mapping
+from data_pipeline.common.errors import ConfigError, DataError, StorageError
+from data_pipeline.common.yaml_file import load_yaml
+from data_pipeline.loading.ledger_facts import LedgerFacts
+from data_pipeline.loading.sources import open_sources
+from data_pipeline.order.state import LoaderState
+from data_pipeline.settings import DataConfig, SourceConfig
+from data_pipeline.shards.indexing import index_shards
+from data_pipeline.shards.manifest import load_manifest, write_manifest
+from pretrain.config.presets import load_run
+from pretrain.config.schema import EvalSet
+from pretrain.train import build
+from tests.support.http_server import http_server
+from tests.support.small_shards import make_shards
+
+SIGNED = "https://host/data/manifest.json?X-Amz-Signature=SECRET"
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [(SIGNED, "https://host/data/manifest.json"), ("https://me:SECRET@host/a@b", "https://host/a@b"),
+     ("s3://me:SECRET@bucket/x-??.tar", "s3://bucket/x-??.tar"), ("@http://me:SECRET@h/list?a=SECRET", "@http://h/list"),
+     ("{http://me:SECRET@h/a,http://you:SECRET@h/b}", "{http://h/a,http://h/b}"), ("s3://b/a@b?.tar", "s3://b/a@b?.tar"),
+     ("/data/a@b/c?.tar", "/data/a@b/c?.tar")],
+)  # fmt: skip
+def test_addresses_as_they_may_be_written_down(address: str, shown: str) -> None:
+    assert without_secrets(address) == shown
+    assert has_user(address) == ("SECRET@" in address)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"weight": -1.0}, {"repeats": 0}, {"weight": 1.0, "weight_schedule": ((0, 1.0),)}, {"repeats": 2, "weight": 1.0}],
+)
+def test_messages_about_a_source_do_not_quote_its_query(given: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"https://host/data/manifest\.json") as error:
+        SourceConfig(shards=SIGNED, **given)
+    assert "SECRET" not in str(error.value)
+
+
+def test_settings_with_a_password_are_refused_and_say_where_it_goes() -> None:
+    address = "https://me:SECRET@host/data"
+    for make in (lambda: SourceConfig(shards=address), lambda: SourceConfig(shards="d", drop=address),
+                 lambda: DataConfig(train=(address,)), lambda: EvalSet(name="e", shards=address)):  # fmt: skip
+        with pytest.raises(ConfigError, match=r"https://host/data .*netrc.*AWS_SECRET_ACCESS_KEY") as error:
+            make()
+        assert "SECRET@" not in str(error.value) and "me:" not in str(error.value)
+
+
+def test_no_manifest_holds_a_password(tmp_path: Path) -> None:
+    make_shards(tmp_path / "data", count=14)
+    with http_server(tmp_path / "data", password="me:SECRET") as web:
+        address = web.url("shard-000000.tar").replace("://", "://me:SECRET@")
+        (tmp_path / "list").write_text(f"{address}\n")
+        for pattern in (address, f"@{tmp_path / 'list'}"):
+            with pytest.raises(DataError, match=r"cannot stand in a manifest.*netrc") as error:
+                index_shards([pattern], str(tmp_path / "out"))
+            assert "SECRET@" not in str(error.value)
+    entries = load_manifest(tmp_path / "data").shards
+    for base in ("https://me:SECRET@host/data", "https://host/data?sig=SECRET"):
+        with pytest.raises(DataError, match="must not stand in a manifest") as error:
+            write_manifest(tmp_path / "other", entries, base=base)
+        assert "SECRET" not in str(error.value).replace("AWS_SECRET", "")
+    assert not (tmp_path / "other" / "manifest.json").exists() and not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_a_password_from_netrc_opens_what_asks_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_shards(tmp_path / "data", count=14)
+    netrc = tmp_path / "netrc"
+    monkeypatch.setenv("NETRC", str(netrc))
+    with http_server(tmp_path / "data", password="me:SECRET") as web:
+        netrc.write_text("default login you password other\n")
+        object_store.forget_clients()
+        with pytest.raises(StorageError):
+            load_manifest(web.url())
+        netrc.write_text("machine 127.0.0.1 login me password SECRET\n")
+        object_store.forget_clients()
+        manifest = index_shards([web.url(f"shard-00000{number}.tar") for number in range(2)], str(tmp_path / "out"))
+        assert manifest.total_samples == 14 and manifest.base == web.url()
+    netrc.write_text("machine 127.0.0.1 SECRET\n")
+    with pytest.raises(StorageError, match="is not in the form of a netrc file") as error:
+        store_credentials.http_settings("127.0.0.1:80")
+    assert "SECRET" not in str(error.value)
+
+
+def test_a_run_folder_holds_no_signature(tmp_path: Path) -> None:
+    run = load_run("tiny", [f"data.train=['{SIGNED}']", f"eval.sets=[{{name: e, shards: '{SIGNED}'}}]"])
+    run = replace(run, data=replace(run.data, train=(*run.data.train, SourceConfig(shards=SIGNED, drop=SIGNED))))
+    parts = SimpleNamespace(
+        run=run, out=tmp_path, tokenizer=SimpleNamespace(model_bytes=b""), batch_plan=None,
+        on_first_rank=lambda work: work(),
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "_write_deepspeed", lambda *args: None)
+        build.Parts.keep_settings(cast(build.Parts, parts))
+    text = (tmp_path / "config.yaml").read_text()
+    assert "SECRET" not in text and text.count("https://host/data/manifest.json") == 4
+
+
+def test_a_ledger_keeps_no_signature_and_takes_it_from_the_run_file(tmp_path: Path) -> None:
+    make_shards(tmp_path / "data", count=14)
+    with http_server(tmp_path / "data", query="sig=SECRET") as web:
+        # Signed for the manifest alone, as a presigned address is.
+        signed, plain = f"{web.url('manifest.json')}?sig=SECRET", str(tmp_path / "data")
+        given = (SourceConfig(shards=signed), SourceConfig(shards=plain))
+        sources = open_sources(given)
+        LedgerFacts.of(sources, 4, LoaderState()).write(tmp_path)
+        text = (tmp_path / "ledger.json").read_text()
+        assert "SECRET" not in text
+        facts = LedgerFacts.read(tmp_path)
+        assert facts.sources[1] == given[1] and facts.manifests[1] == str(tmp_path / "data")
+        with pytest.raises(StorageError):
+            open_sources(facts.sources)
+        (tmp_path / "run.yaml").write_text(json.dumps({"data": {"train": [to_mapping(entry) for entry in given]}}))
+        section = load_yaml(tmp_path / "run.yaml")["data"]
+        whole = facts.with_addresses(from_mapping(DataConfig, {"train": section["train"]}).sources)
+        assert whole.sources == given and whole.manifests == (given[0].shards, str(tmp_path / "data"))
+        with pytest.raises(ConfigError, match=r"other sources than the ledger: http://127\.") as error:
+            facts.with_addresses(given[:1])
+        assert "SECRET" not in str(error.value)
