@@ -7,10 +7,6 @@ process would inherit threads (object stores, CUDA) that do not live in it.
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -25,6 +21,7 @@ from data_pipeline.content.recipe import Recipe
 from data_pipeline.content.tokenizer import Tokenizer
 from data_pipeline.loading.collate import BatchRows, PackedBatch
 from data_pipeline.loading.schedules import Schedule, shard_starts
+from data_pipeline.loading.worker_process import fork_server, prepare_worker
 from data_pipeline.reading.fetch_ahead import FetchAhead
 from data_pipeline.reading.reader import Reader
 from data_pipeline.reading.store import ShardStore
@@ -173,11 +170,10 @@ class BatchStream:
         more: dict[str, Any] = {}
         if workers:
             # The server imports torch and this package once; its children then start in no time.
-            context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload([__name__])
+            context = fork_server(preload=__name__)
             more = {
                 "multiprocessing_context": context,
-                "worker_init_fn": _prepare_worker,
+                "worker_init_fn": prepare_worker,
                 "prefetch_factor": max(1, prefetch),
                 "timeout": POLL_SECONDS,
             }
@@ -253,37 +249,3 @@ class _Numbers(Sampler[int]):
 
 def _as_it_is(batch: Any) -> Any:
     return batch
-
-
-def _prepare_worker(worker: int) -> None:
-    """One thread a worker, deaf to the signals meant for the trainer, and no life without it."""
-    # A scheduler signals every process of a job; the trainer still needs batches while it saves.
-    for name in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(name, signal.SIG_IGN)
-    # Blocked before there are other threads, which inherit that: `_end_when_the_trainer_asks` takes it.
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-    # A child of the fork server does not notice the end of the trainer by its parent's number.
-    for watch in (_end_with_the_trainer, _end_when_the_trainer_asks):
-        threading.Thread(target=watch, daemon=True).start()
-    torch.set_num_threads(1)
-    import cv2
-
-    cv2.setNumThreads(0)
-
-
-def _end_with_the_trainer() -> None:
-    trainer = multiprocessing.parent_process()
-    if trainer is not None:
-        trainer.join()
-        os._exit(1)
-
-
-def _end_when_the_trainer_asks() -> None:
-    """End by the trainer's SIGTERM, also in the middle of a read that never returns; others' are ignored.
-
-    Python waits for its children before it exits: a worker that cannot be ended would keep it for ever.
-    """
-    trainer = multiprocessing.parent_process()
-    while trainer is not None:
-        if signal.sigwaitinfo([signal.SIGTERM]).si_pid == trainer.pid:
-            os._exit(0)

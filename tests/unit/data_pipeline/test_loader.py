@@ -514,13 +514,21 @@ def test_workers_end_with_the_loader(setup: Setup) -> None:
 
 
 TRAINER = """
-import multiprocessing, sys
+import multiprocessing, signal, subprocess, sys
+from multiprocessing.context import ForkServerProcess
 from data_pipeline.loading.loader import Loader
 from data_pipeline.shards.manifest import load_manifest
 from data_pipeline.order.state import LoaderState
 from tests.support.small_shards import settings
 
+class SignalledAtBirth(ForkServerProcess):
+    def start(self):
+        super().start()
+        for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            subprocess.run(["kill", f"-{name.value}", str(self.pid)])  # workers listen to the trainer itself
+
 if __name__ == "__main__":
+    multiprocessing.get_context("forkserver").Process = SignalledAtBirth
     loader = Loader(
         manifests=[load_manifest(sys.argv[1])], tokenizer_path=sys.argv[2], data=settings(workers=2), image_size=8,
         text_length=16, seed=0, rank=0, world=1, pairs_per_step=8, pairs_per_forward=8, state=LoaderState(),
