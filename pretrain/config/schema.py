@@ -117,8 +117,8 @@ class MoEConfig:
     """Places of an expert as a multiple of its fair share while training; 0 means that no choice is ever dropped.
     Judging never drops any."""
     capacity_priority: Literal["position", "random", "batch"] = "position"
-    """Who comes first where places are short: earlier pairs, a random order, or the surest tokens (V-MoE's batch
-    prioritised routing). First choices of all tokens come before second ones."""
+    """Who comes first where places are short: earlier pairs, and of a pair its patches; a random order; or the surest
+    tokens (V-MoE's batch prioritised routing). First choices of all tokens come before second ones."""
     capacity_group: int = 8
     """Consecutive pairs of the global batch that share the places; must divide `batch.pairs_per_forward`."""
     pools: Literal["shared", "modality"] = "shared"

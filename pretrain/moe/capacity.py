@@ -33,10 +33,7 @@ def limit(routing: Routing, scores_TE: Tensor, config: MoEConfig, tokens: Router
     """
     assert tokens.group_T is not None and routing.k
     k, num_experts = routing.k, config.num_experts
-    priority = _priority(scores_TE, config, tokens, block)
-    order_T = torch.arange(len(scores_TE), device=scores_TE.device)
-    if priority is not None:
-        order_T = priority.argsort(stable=True)
+    order_T = _priority(scores_TE, config, tokens, block).argsort(stable=True)
     ranks = torch.arange(k, device=order_T.device).unsqueeze(1)
     order_N = (order_T.unsqueeze(0) * k + ranks).flatten()  # first choices of all tokens, then second ones
     cell_N = tokens.group_T.repeat_interleave(k) * num_experts + routing.expert_ids_N
@@ -69,10 +66,11 @@ def _places(tokens_G: Tensor, config: MoEConfig, experts: int) -> Tensor:
     return torch.ceil(fair_G - 1e-9).to(torch.int64).unsqueeze(1).expand(-1, experts)
 
 
-def _priority(scores_TE: Tensor, config: MoEConfig, tokens: RouterTokens, block: int) -> Tensor | None:
-    """A number for each token, smallest first; None for the order of the tokens as they stand."""
+def _priority(scores_TE: Tensor, config: MoEConfig, tokens: RouterTokens, block: int) -> Tensor:
+    """A number for each token, smallest first."""
     if config.capacity_priority == "position":
-        return None
+        # Not the flat list's order, in which all patches of a group would come before its first word.
+        return tokens.pair_T()
     if config.capacity_priority == "batch":
         # Batch prioritised routing: the surest tokens first (Riquelme et al. 2021, arXiv:2106.05974).
         return -scores_TE.detach().amax(dim=-1)

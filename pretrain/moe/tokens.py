@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 MODALITIES = ("image", "text")
@@ -41,3 +42,9 @@ class RouterTokens(NamedTuple):
     def num_patch_tokens(self) -> int:
         """Tokens of the flat list that are patches; the text follows them."""
         return self.num_pairs * self.num_patches
+
+    def pair_T(self) -> Tensor:
+        """The pair of every token, int64."""
+        pair_B = torch.arange(self.num_pairs, device=self.text_positions.device)
+        text = torch.div(self.text_positions, max(1, self.text_length), rounding_mode="floor")
+        return torch.cat([pair_B.repeat_interleave(self.num_patches), text])

@@ -169,7 +169,7 @@ def _limited(
 
     def priority(i: int) -> float:
         if config.capacity_priority == "position":
-            return 0.0
+            return listed[i].pair  # and in a pair as they are listed, the patches first
         if config.capacity_priority == "batch":
             return -float(scores[i].detach().max())
         bits = number(listed[i].identity, draw, layer.block, 2, 0)

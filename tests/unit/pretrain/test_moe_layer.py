@@ -168,7 +168,9 @@ def test_capacity_is_respected_and_priority_is_right(priority: str) -> None:
                     lost = surety[wants[:, k] & ~kept[:, k]]
                     assert (lost <= surety[wants[:, k] & kept[:, k]].min()).all()
                 if priority == "position":
-                    found = kept[:, k][wants[:, k]].int()
+                    wanting = wants[:, k].nonzero().flatten().tolist()
+                    in_order = sorted(wanting, key=lambda i: (listed[i].pair, listed[i].modality, listed[i].position))
+                    found = kept[in_order, k].int()
                     assert torch.equal(found, found.sort(descending=True).values)
 
 
