@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
-from pretrain.check.cells import Cell
+from pretrain.check.cells import PRECISIONS, STAGES, Cell, Precision
 from pretrain.check.compare import QUANTITIES
 from pretrain.check.job import Outcome
 from tests.support.parity_runs import ROUTING, outcomes, told
 
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
 Cases = list[tuple[str, Cell]]
 
@@ -22,19 +24,21 @@ def cell(
                 missing=missing)  # type: ignore[arg-type]
 
 
-def stages(expert_parallel: int) -> Cases:
-    """Every stage in both number formats."""
+def grid(*expert_parallel: int, precisions: Sequence[Precision] = PRECISIONS) -> Cases:
+    """Every stage, with and without accumulation and recomputation, in both number formats."""
     return [
-        ("plain", Cell(zero=str(stage), expert_parallel=expert_parallel, precision=precision, missing="none"))
-        for stage in range(4) for precision in ("fp32", "bf16")  # type: ignore[arg-type]
-    ]
+        ("plain", Cell(expert_parallel=size, zero=zero, accumulation=accumulation, recompute=recompute,
+                       precision=precision, missing="none"))
+        for size in expert_parallel for zero in STAGES for accumulation in (1, 4) for recompute in (False, True)
+        for precision in precisions
+    ]  # fmt: skip
 
 
 def cases(world: int) -> Cases:
     """Runs and cells of a world."""
     if world == 1:
         return [
-            *stages(1), ("plain", cell(1, 1, 4, recompute=True)), ("plain", cell("2_offload", 1, 4)),
+            *grid(1), ("plain", cell("2_offload", 1, 4)),
             # A micro-batch without a pair.
             ("plain", cell(0, 1, 4, "rank")), ("noisy", cell(0, 1, 4, recompute=True)), ("sampled", cell(3, 1, 2)),
             ("deepspeed-one", cell(0)), ("deepspeed", cell(1, 1, 4, recompute=True)),
@@ -42,6 +46,7 @@ def cases(world: int) -> Cases:
     if world == 4:
         # Two copies of the experts: each expert's gradient is summed inside a copy and averaged over the copies.
         return [
+            *grid(4, precisions=("fp32",)),
             ("plain", cell(0, 2)), ("plain", cell(1, 2, 2)), ("plain", cell(3, 2)), ("plain", cell(2, 4, 1, "rank")),
             # Copies with rows and copies without any must add up their gradients in one order.
             ("plain", cell(2, 2, 1, "rank")), ("plain", cell(3, 1, 1, "rank")),
@@ -49,9 +54,7 @@ def cases(world: int) -> Cases:
             ("noisy", cell(1, 2, 1, "pairs")), ("sampled", cell(2, 4)), ("pools", cell(0, 1, 2)),
         ]
     return [
-        *stages(1), *stages(2),
-        ("plain", cell(0, 2, 2)), ("plain", cell(1, 2, 2, recompute=True)), ("plain", cell(2, 1, 2)),
-        ("plain", cell(3, 2, 2)), ("plain", cell(3, 2, 2, recompute=True)), ("plain", cell("2_offload", 2, 2)),
+        *grid(1, 2), ("plain", cell("2_offload", 2, 2)),
         ("plain", cell(1, 2, 1, "pairs")), ("plain", cell(2, 2, 2, "pairs")),
         # One rank has no pair at all and must still enter every exchange.
         ("plain", cell(1, 2, 1, "rank")), ("plain", cell(3, 2, 1, "rank")), ("sampled", cell(1, 2, 2, "rank")),

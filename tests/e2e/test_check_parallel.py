@@ -46,3 +46,21 @@ def test_it_uses_the_ranks_of_torchrun(tmp_path: Path) -> None:
     found = json.loads(out.read_text(encoding="utf-8"))
     assert found["complete"] and [cell["status"] for cell in found["cells"]] == ["ok", "ok"]
     assert {cell["world"] for cell in found["cells"]} == {2}
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("presets", ["[tiny]", "[s16, limoe]", "[s16, ours]"])
+def test_every_cell_of_one_two_and_four_ranks(presets: str, tmp_path: Path) -> None:
+    run, out = tmp_path / "run.yaml", tmp_path / "parity.json"
+    run.write_text(f"extends: {presets}\nname: mine\n", encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, *COMMAND, str(run), "--small", "--world", "1,2,4", "--out", str(out),
+         "precision.compute=fp32"],
+        env=clean_environment(), cwd=ROOT, capture_output=True, text=True, timeout=2900, check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    cells = json.loads(out.read_text(encoding="utf-8"))["cells"]
+    # Of each size of expert parallelism: 4 stages x 2 formats x 2 x 2, and 4 stages with no pair and a rank's missing.
+    assert [sum(c["world"] == world and c["status"] == "ok" for c in cells) for world in (1, 2, 4)] == [40, 80, 120]
+    assert all(c["reason"] for c in cells if c["status"] != "ok")

@@ -23,7 +23,7 @@ from pretrain.config.schema import (
 from tests.support.launch import ROOT
 
 PAIRS = 8
-"""Of the global batch."""
+"""Of the global batch, at least; every micro-batch of every rank gets one."""
 
 BOTH = ByModality(image=0.05, text=0.1)
 ROUTING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -79,12 +79,12 @@ def outcomes(
     seconds: float = 120.0,
 ) -> list[Outcome]:
     """What `pretrain.check` finds for cells of `ROUTING`'s runs in a world, in order."""
-    runs = {}
+    runs, pairs = {}, max(PAIRS, world * max(cell.accumulation for _, cell in cases))
     for name in dict(cases):
         path = folder / f"{name}.yaml"
         path.write_text(dump_yaml(run_config(name)), encoding="utf-8")
         runs[name] = str(path)
-    job = Job(runs=runs, cases=tuple(Case(*case) for case in cases), pairs=PAIRS, folder=str(folder),
+    job = Job(runs=runs, cases=tuple(Case(*case) for case in cases), pairs=pairs, folder=str(folder),
               seconds=seconds, float64=False)
     answers: list[dict[str, Any]] = []
     run_on_this_machine(job, world, answers.append, worker=worker,

@@ -56,12 +56,13 @@ def page(word: str = EVIL, picture: PagePicture | None = None, title: str = EVIL
     tally.pairs, tally.tokens_M = 2, np.array([8, 20])
     tally.visits_LME[0] = [[8, 2], [12, 8]]
     tally.words_W, tally.words_LEW = np.array([10, 10]), np.array([[[10, 2], [0, 8]]], dtype=np.int32)
-    tally.patch_sample_LEX[0], tally.patch_place_LEX[0] = [[7], [9]], [[5], [0]]
+    tally.patch_sample_LEX[0], tally.patch_place_LEX[0] = [[7], [9]], [[6], [0]]
     tally.patch_weight_LEX[0] = [[0.75], [0.5]]
     moe = MoEConfig(num_experts=2)
     report = routing_report(tally, [word, "b"], moe, (1,))
     pictures = {7: picture or PagePicture(image(), EVIL, EVIL)}
-    text = routing_page(report, load_grids(tally.visits_LME, (1,), moe), pictures, patch_size=8, title=title)
+    grids = [grid._replace(title=title) for grid in load_grids(tally.visits_LME, (1,), moe)]
+    text = routing_page(report, grids, pictures, patch_size=8, title=title)
     reader = Reader()
     reader.feed(text)
     reader.close()
@@ -74,7 +75,7 @@ def test_nothing_from_captions_becomes_markup() -> None:
     assert not [tag for tag, _ in reader.tags if tag in ("script", "iframe", "object", "link")]
     assert EVIL not in text and "<script" not in text.lower()
     assert text.count("</style>") == 1
-    assert reader.text.count(EVIL) == 3  # the title twice, and the word
+    assert reader.text.count(EVIL) == 5  # the title twice, and above two grids, and the word
     titles = [attributes.get("title") for tag, attributes in reader.tags if tag == "span"]
     assert f"{EVIL} ({EVIL}); weight 0.75" in titles
     assert not [name for _, attributes in reader.tags for name in attributes if name.startswith("on")]
@@ -94,14 +95,26 @@ def test_the_patch_is_the_one_that_the_expert_saw_with_its_picture_beside() -> N
     text, reader = page("fox", picture)
     source = next(attributes["src"] for tag, attributes in reader.tags if tag == "img")
     shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(str(source).partition(",")[2]))))
-    # Patch 5 of 4 x 4: second row, second column.
-    assert np.array_equal(shown, picture.image[:, 8:16, 8:16].transpose(1, 2, 0))
+    # Patch 6 of 4 x 4: second row, third column.
+    assert np.array_equal(shown, picture.image[:, 8:16, 16:24].transpose(1, 2, 0))
     whole = re.findall(r"\.p7\{background-image:url\(data:image/png;base64,([^)]*)\)\}", text)
     assert len(whole) == 1
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(base64.b64decode(whole[0])))),
                           picture.image.transpose(1, 2, 0))
     assert any(attributes.get("class") == "whole p7" for _, attributes in reader.tags)
     assert len([1 for tag, _ in reader.tags if tag == "img"]) == 1  # that of sample 9 could not be read
+
+
+def test_bars_and_frames_lie_where_they_belong() -> None:
+    _, reader = page("fox")
+    bars, frames = [], []
+    for (_, parent), (tag, attributes) in zip(reader.tags, reader.tags[1:], strict=False):
+        if tag == "i":
+            (bars if parent.get("class") == "bar" else frames).append(attributes["style"])
+    # Shares 1.0 and 0.6, then 0.25 and 0.4: a lean of -0.25 to the left, of 0.23 to the right.
+    assert bars == ["left:38%", "left:61%"]
+    # Patch 6 of 4 x 4: second row, third column, of a picture drawn 72 pixels wide.
+    assert frames == ["left:36.0px;top:18.0px;width:18.0px;height:18.0px"]
 
 
 def test_large_pictures_are_shrunk() -> None:
@@ -133,5 +146,8 @@ def test_a_drawing_has_every_cell_and_is_well_formed() -> None:
     assert len(cells) == 6
     assert drawing.get("aria-label") == EVIL
     assert cells[0].findtext("title") == "<a>, 0: 0.00" and cells[2].find("title") is None
+    assert [text.text for text in drawing.findall("text[@class='r']")] == ["<a>", "b&"]
+    narrow = ElementTree.fromstring(svg_grid(Grid("", np.ones((64, 64)), ("<",) * 64, ("<",) * 64)))
+    assert [len(narrow.findall(f"text[@class='{name}']")) for name in "rl"] == [64, 32]  # 13 pixels each
     heavy = ElementTree.fromstring(svg_grid(Grid("", np.ones((2, TOLD)), ("a", "b"), ("0",) * TOLD)))
     assert len(heavy.findall("rect")) == 2 * TOLD and heavy.find("rect/title") is None

@@ -6,9 +6,24 @@ import math
 
 import numpy as np
 import pytest
+from PIL import ImageFont
 
 from pretrain.config.schema import MoEConfig
-from pretrain.evaluate.routing_figure import FAIR, LESS, MORE, NOTHING, SHEET, cell_side, draw_grids, shade
+from pretrain.evaluate.routing_figure import (
+    FAIR,
+    FONT_SIZE,
+    HEAD,
+    LABEL,
+    LESS,
+    MARGIN,
+    MORE,
+    NARROWEST,
+    NOTHING,
+    SHEET,
+    cell_side,
+    draw_grids,
+    shade,
+)
 from pretrain.evaluate.routing_grids import (
     Grid,
     expected_together,
@@ -28,6 +43,8 @@ from pretrain.evaluate.routing_report import (
 from pretrain.evaluate.routing_tally import Tally
 from pretrain.evaluate.routing_text import printable, routing_table, serves
 
+ALL = (slice(None),)
+
 
 def drawn_pairs(weights: list[float], tokens: int, together: float = 0.0) -> np.ndarray:
     """Tokens that draw two different experts; a share of them always takes experts 0 and 1."""
@@ -41,7 +58,7 @@ def drawn_pairs(weights: list[float], tokens: int, together: float = 0.0) -> np.
 
 
 def test_experts_that_are_drawn_independently_have_a_lift_of_one() -> None:
-    lift_EE = together_lift(drawn_pairs([3, 1, 1, 1, 2, 1], 8000))
+    lift_EE = together_lift(drawn_pairs([3, 1, 1, 1, 2, 1], 8000), ALL)
     off = ~np.eye(6, dtype=bool)
     assert np.isnan(np.diag(lift_EE)).all()
     assert np.abs(lift_EE[off] - 1).max() < 0.15
@@ -59,8 +76,37 @@ def test_expected_pairs_keep_how_often_each_expert_is_chosen() -> None:
 
 def test_no_tokens_and_no_pairs_expect_nothing() -> None:
     assert not expected_together(np.zeros((4, 4), dtype=np.int64)).any()
-    assert np.isnan(together_lift(np.diag([5, 3, 0]))).all()
+    assert np.isnan(together_lift(np.diag([5, 3, 0]), ALL)).all()
     assert pairs_together(np.diag([5, 3, 0])) == []
+    assert expected_together(np.array([[9]])).tolist() == [[0]]
+
+
+@pytest.mark.parametrize("others", [[1598, 277, 825], [2700], [5, 0, 1]])
+def test_an_expert_that_every_token_chooses_leaves_the_others_no_chance_to_meet(others: list[int]) -> None:
+    counts_EE = np.zeros((len(others) + 1, len(others) + 1), dtype=np.int64)
+    counts_EE[0, 1:] = counts_EE[1:, 0] = others
+    np.testing.assert_allclose(expected_together(counts_EE), counts_EE, atol=1e-3)
+    lift_EE = together_lift(counts_EE, ALL)
+    assert np.isnan(lift_EE[1:, 1:]).all() and np.nanmax(np.abs(lift_EE - 1)) < 1e-3
+
+
+@pytest.mark.parametrize("share", [0.5, 0.9, 0.999])
+def test_expected_pairs_are_exact_however_uneven_the_experts_are(share: float) -> None:
+    counts_EE = drawn_pairs([share, *[(1 - share) / 5] * 5], 3000)
+    expected_EE = expected_together(counts_EE)
+    np.testing.assert_allclose(expected_EE.sum(axis=1), counts_EE.sum(axis=1), rtol=1e-6)
+    assert expected_EE[0, 2] * expected_EE[1, 3] == pytest.approx(expected_EE[0, 3] * expected_EE[1, 2])
+
+
+def test_experts_of_different_pools_have_no_value_and_do_not_count() -> None:
+    image_EE, text_EE = drawn_pairs([3, 1, 1], 4000), drawn_pairs([1, 1, 2], 1000)
+    both_EE = np.block([[image_EE, np.zeros_like(image_EE)], [np.zeros_like(text_EE), text_EE]])
+    lift_EE = together_lift(both_EE, (slice(0, 3), slice(3, 6)))
+    assert np.isnan(lift_EE[:3, 3:]).all() and np.isnan(lift_EE[3:, :3]).all()
+    np.testing.assert_array_equal(lift_EE[:3, :3], together_lift(image_EE, ALL))
+    np.testing.assert_array_equal(lift_EE[3:, 3:], together_lift(text_EE, ALL))
+    (grid,) = together_grids(both_EE[None], (1,), MoEConfig(num_experts=6, pools="modality"))
+    np.testing.assert_array_equal(grid.ratio_RC, lift_EE)
 
 
 def test_the_pair_that_keeps_together_is_named_first_and_chance_is_not() -> None:
@@ -89,6 +135,19 @@ def test_word_bits_are_the_divergence_and_chance_is_taken_off() -> None:
     assert np.mean([value for value in by_chance if value is not None]) < 0.1  # 0.36 without
 
 
+@pytest.mark.parametrize("tokens", [10, 60])
+def test_few_tokens_among_many_words_are_neither_special_nor_nothing(tokens: int) -> None:
+    base_W = np.full(900, 60)
+    only_one = np.zeros(900, dtype=np.int64)
+    only_one[5] = tokens
+    bits = word_bits(only_one, base_W)
+    assert bits is not None and 2 < bits < np.log2(900)
+    random = np.random.default_rng(1)
+    drawn = [word_bits(random.multivariate_hypergeometric(base_W, tokens), base_W) for _ in range(20)]
+    assert np.mean([value for value in drawn if value is not None]) < 0.05  # 6.5 or 3.9 without
+    assert word_bits(base_W, base_W) == 0
+
+
 def test_words_are_ranked_by_what_they_tell() -> None:
     base_W = np.array([100, 100, 10, 790])
     counts_W = np.array([50, 5, 10, 35])
@@ -96,6 +155,8 @@ def test_words_are_ranked_by_what_they_tell() -> None:
     assert [word["word"] for word in found] == ["cat", "rare"]
     assert found[0] == {"word": "cat", "count": 50, "lift": 5.0}
     assert found[1]["lift"] == 10.0
+    hardly = top_words(np.array([110, 90]), np.array([1000, 1000]), ["so", "so-so"], 5)
+    assert hardly == []  # 1.1 times as often
     assert top_words(np.array([2, 0, 0, 0]), base_W, ["cat", "dog", "rare", "the"], 5) == []
 
 
@@ -113,7 +174,7 @@ def specialists() -> Tally:
     tally.visits_LME[1] = [[20, 20, 20, 20], [10, 10, 10, 10]]
     tally.weight_LME[:] = 0.5 * tally.visits_LME
     tally.entropy_LME[:] = 1.2 * tally.visits_LME
-    tally.entropy_LM[:] = 1.2 * tally.tokens_M
+    tally.entropy_LM[:] = [1.2, 0.7] * tally.tokens_M
     tally.words_W = np.array([10, 10])
     tally.words_LEW = np.array([[[0, 0], [0, 0], [10, 10], [10, 10]], [[10, 0], [10, 0], [0, 10], [0, 10]]])
     return tally
@@ -128,9 +189,10 @@ def test_a_report_of_specialists_and_of_generalists() -> None:
     assert first["experts"][0]["share"] == {"image": 1.0, "text": 0.0}
     assert first["experts"][2]["weight"] == pytest.approx(0.5)
     assert first["experts"][2]["entropy"] == pytest.approx(1.2)
-    assert first["load"]["image"] == {"max_over_mean": 2.0, "min_over_mean": 0.0, "used": pytest.approx(2),
+    assert first["load"]["image"] == {"fair": 0.5, "max_over_mean": 2.0, "min_over_mean": 0.0, "used": pytest.approx(2),
                                       "entropy": pytest.approx(1.2)}
     assert second["load"]["text"]["max_over_mean"] == 1.0
+    assert second["load"]["text"]["entropy"] == pytest.approx(0.7)
     assert [[word["word"] for word in expert["words"]] for expert in second["experts"]] == [["sky"], ["sky"], ["sea"],
                                                                                             ["sea"]]
     assert first["experts"][0]["words"] == [] and first["experts"][0]["word_bits"] is None
@@ -138,7 +200,10 @@ def test_a_report_of_specialists_and_of_generalists() -> None:
 
 def test_pools_are_judged_by_their_own_fair_share() -> None:
     moe = MoEConfig(num_experts=4, pools="modality")
-    load = routing_report(specialists(), ["sky", "sea"], moe, (1, 3))["layers"][0]["load"]
+    report = routing_report(specialists(), ["sky", "sea"], moe, (1, 3))
+    load = report["layers"][0]["load"]
+    assert load["image"]["fair"] == load["text"]["fair"] == 1.0
+    assert "fair: image 100.0%, text 100.0%" in routing_table(report)
     assert load["image"]["max_over_mean"] == load["image"]["min_over_mean"] == 1.0
     image, text = load_grids(specialists().visits_LME, (1, 3), moe)
     assert np.isnan(image.ratio_RC[:, 2:]).all() and (image.ratio_RC[0, :2] == 1).all()
@@ -152,12 +217,13 @@ def test_the_table_says_whom_each_expert_serves() -> None:
     row = next(line for line in lines if line.split()[:1] == ["2"])
     assert row.split() == ["2", "0.0%", "100.0%", "text", "1.00", "0.50", "1.20", "0.00"]
     assert any(line.endswith("sea x2.0") for line in lines)
-    assert "fair: 50.0%" in lines[-2]
+    assert "fair: image 50.0%, text 50.0%" in lines[-2]
 
 
 def test_words_cannot_steer_a_terminal() -> None:
     assert printable("a\x1b[2Jb\u202e") == "a\N{REPLACEMENT CHARACTER}[2Jb\N{REPLACEMENT CHARACTER}"
-    assert (serves(None), serves(0.01), serves(-0.5), serves(1.0)) == ("nobody", "both", "image 0.50", "text 1.00")
+    assert (serves(None), serves(0.01), serves(-0.06), serves(-0.5), serves(1.0)) == (
+        "nobody", "both", "image 0.06", "image 0.50", "text 1.00")
 
 
 def test_fair_shares_of_nothing_are_unknown() -> None:
@@ -189,9 +255,28 @@ def test_many_grids_stay_one_picture() -> None:
     assert picture.width <= SHEET + 100 and picture.height <= SHEET
 
 
+def test_two_grids_of_loads_are_not_small_because_many_others_are() -> None:
+    loads, together = np.full((2, 32), 100.0), np.ones((32, 32))
+    grids = [Grid("load", loads, ("a", "b"), ("0",) * 32)] * 2 + [Grid("", together, ("0",) * 32, ("0",) * 32)] * 12
+    red = (np.asarray(draw_grids(grids)) == np.array(MORE)).all(axis=2).sum()
+    assert red == 2 * loads.size * (cell_side(32, 2) - 1) ** 2
+    assert cell_side(32, 2) > 2 * cell_side(32, 12)
+
+
+def test_the_last_label_is_not_cut_off() -> None:
+    columns = 253  # so narrow that every fourth has a label, the last one too
+    grid = Grid("", np.ones((2, columns)), ("a", "b"), tuple(map(str, range(columns))))
+    pixels = np.asarray(draw_grids([grid]).convert("L"))
+    inked = np.flatnonzero((pixels[: MARGIN + HEAD] < 200).any(axis=0))
+    middle = MARGIN + LABEL + (columns - 0.5) * NARROWEST
+    label = ImageFont.load_default(FONT_SIZE - 1).getlength("252")
+    assert inked.max() == pytest.approx(middle + label / 2, abs=2)
+
+
 def test_a_grid_for_each_layer_says_which_experts_go_together() -> None:
     counts_EE = drawn_pairs([1] * 6, 1000, together=0.3)
-    first, second = together_grids(np.stack([counts_EE, np.zeros_like(counts_EE)]), (2, 5), ", text tokens")
+    first, second = together_grids(np.stack([counts_EE, np.zeros_like(counts_EE)]), (2, 5), MoEConfig(num_experts=6),
+                                   ", text tokens")
     assert first.title == "layer 02, text tokens: chosen together, over chance"
     assert first.ratio_RC[0, 1] > 1.2
     assert np.nanmax(first.ratio_RC[0, 2:]) < 1 < np.nanmin(first.ratio_RC[2, 3:])
