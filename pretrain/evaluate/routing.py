@@ -132,8 +132,7 @@ def all_grids(tally: Tally, run: RunConfig) -> list[Grid]:
     grids = load_grids(tally.visits_LME, blocks, run.moe)
     if run.moe.experts_per_token > 1:
         for column, modality in enumerate(("image", "text")):
-            grids += together_grids(tally.together_LMEE[:, column], blocks, run.moe.pool_slices(),
-                                    f", {modality} tokens")
+            grids += together_grids(tally.together_LMEE[:, column], blocks, run.moe, f", {modality} tokens")
     return grids
 
 

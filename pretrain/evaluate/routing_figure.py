@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
@@ -48,8 +49,8 @@ def ratio_text(ratio: float) -> str:
 
 def draw_grids(grids: Sequence[Grid]) -> Image.Image:
     """All grids on one white sheet, side by side as long as they fit, then below one another."""
-    side = cell_side(max(len(grid.columns) for grid in grids), len(grids))
-    tiles = [_draw(grid, side) for grid in grids]
+    alike = Counter(grid.ratio_RC.shape for grid in grids)
+    tiles = [_draw(grid, cell_side(len(grid.columns), alike[grid.ratio_RC.shape])) for grid in grids]
     places, right, bottom, x, y, row_height = [], 0, 0, MARGIN, MARGIN, 0
     for tile in tiles:
         if x > MARGIN and x + tile.width > SHEET:
@@ -65,14 +66,15 @@ def draw_grids(grids: Sequence[Grid]) -> Image.Image:
 
 
 def cell_side(columns: int, grids: int) -> int:
-    """Pixels of a cell, so that about as many grids stand in a row as there are rows of them."""
+    """Pixels of a cell, so that of so many grids alike about as many stand in a row as there are rows of them."""
     room = SHEET // min(MOST_IN_A_ROW, math.isqrt(max(1, grids) - 1) + 1) - LABEL - 2 * MARGIN
     return max(NARROWEST, min(WIDEST, room // max(1, columns)))
 
 
 def _draw(grid: Grid, side: int) -> Image.Image:
     font, small = ImageFont.load_default(FONT_SIZE), ImageFont.load_default(FONT_SIZE - 1)
-    width = max(LABEL + side * len(grid.columns), int(font.getlength(grid.title)) + 4)
+    # Half of the last column's label may stand out.
+    width = max(LABEL + side * len(grid.columns) + MARGIN, int(font.getlength(grid.title)) + 4)
     tile = Image.new("RGB", (width, HEAD + side * len(grid.rows)), "white")
     pen = ImageDraw.Draw(tile)
     pen.text((0, 0), grid.title, fill="black", font=font)

@@ -56,12 +56,10 @@ def over_fair_share(load_LE: Array, pool: slice) -> Array:
     return ratio_LE
 
 
-def together_grids(
-    together_LEE: Array, blocks: Sequence[int], pools: Sequence[slice], what: str = ""
-) -> list[Grid]:
+def together_grids(together_LEE: Array, blocks: Sequence[int], moe: MoEConfig, what: str = "") -> list[Grid]:
     """How often two experts are chosen together, over what chance would give; a grid for each layer."""
     return [
-        Grid(f"{row}{what}: chosen together, over chance", together_lift(together_EE, pools),
+        Grid(f"{row}{what}: chosen together, over chance", together_lift(together_EE, moe.pool_slices()),
              _experts(len(together_EE)), _experts(len(together_EE)))
         for row, together_EE in zip(_layers(blocks), together_LEE, strict=True)
     ]

@@ -59,8 +59,8 @@ def routing_page(
 <body><h1>{escape(title)}</h1>
 <p>{report["pairs"]:,} pairs: {tokens["image"]:,} patches and {tokens["text"]:,} text tokens, each of which visits
 {report["experts_per_token"]} of {report["num_experts"]} experts in every layer\
-{" (patches only in the mean: experts choose them)" if report["choice"] == "expert" else ""}. Blue is less than fair, white fair, red
-more; grey has no value.</p>
+{" (patches in the mean: experts choose them)" if report["choice"] == "expert" else ""}.
+Blue is less than fair, white fair, red more; grey has no value.</p>
 <section class="grids">{drawn}</section>{layers}
 <footer>{_LEGEND}</footer></body></html>
 """
@@ -149,7 +149,8 @@ vertical-align:middle}}td{{white-space:nowrap}}.serves{{text-align:left}}.words,
 svg text{{font-size:10px}}svg .l,svg .v{{text-anchor:middle}}svg .r{{text-anchor:end}}
 svg .l,svg .r{{fill:#555}}.patch{{display:inline-flex;align-items:center;gap:2px;margin:2px 10px 2px 0}}
 .patch img{{image-rendering:pixelated}}.whole{{position:relative;display:inline-block;width:{THUMB}px;height:{THUMB}px;
-background-size:100% 100%}}.whole i{{position:absolute;box-sizing:border-box;outline:2px solid #e6007e}}
+background-size:100% 100%;outline:1px solid #ddd}}
+.whole i{{position:absolute;box-sizing:border-box;outline:2px solid #e6007e}}
 .bar{{display:inline-block;position:relative;width:60px;height:8px;background:linear-gradient(90deg,#4a7ab5,#ddd,#c8553d);
 margin-right:6px}}.bar i{{position:absolute;top:-3px;width:3px;height:14px;background:#222}}
 footer{{margin-top:24px;color:#555}}"""

@@ -67,7 +67,7 @@ def routing_report(
 
 
 def _load(tally: Tally, layer: int, moe: MoEConfig) -> Report:
-    """By modality: a fair share, the busiest and idlest expert over it, how many experts an even load would have, entropy.
+    """By modality: a fair share, busiest and idlest expert over it, how many experts an even load would have, entropy.
 
     A fair share of the modality's tokens is the mean over the experts that serve it; the entropy (nats) is the mean
     of a token's own scores.

@@ -18,15 +18,15 @@ def svg_grid(grid: Grid) -> str:
     """One grid; its title is left to the page."""
     rows, columns = len(grid.rows), len(grid.columns)
     side = max(SMALLEST, min(CELL, (WIDEST - LABEL) // max(1, columns)))
-    width, height = LABEL + side * columns, HEAD + side * rows
-    step = max(1, -(-14 // side))
+    width, height = LABEL + side * columns + LABEL // 8, HEAD + side * rows  # half of the last label may stand out
+    step, row_step = max(1, -(-14 // side)), max(1, -(-10 // side))
     parts = [f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" '
              f'aria-label="{escape(grid.title)}">']
     for column, label in enumerate(grid.columns[::step]):
         parts.append(f'<text class="l" x="{LABEL + (column * step + 0.5) * side:g}" y="{HEAD - 6}">'
                      f'{escape(label)}</text>')
     for row, label in enumerate(grid.rows):
-        if row % step == 0:
+        if row % row_step == 0:
             parts.append(f'<text class="r" x="{LABEL - 6}" y="{HEAD + (row + 0.5) * side + 4:g}">'
                          f'{escape(label)}</text>')
         parts += [_cell(grid, row, column, side, told=rows * columns <= TOLD) for column in range(columns)]

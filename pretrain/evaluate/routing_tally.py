@@ -161,13 +161,12 @@ class Tally:
         weights = np.concatenate([self.patch_weight_LEX[layer], best_BE.t().numpy()], axis=1)
         samples = np.concatenate([self.patch_sample_LEX[layer], np.tile(sample_B, (experts, 1))], axis=1)
         places = np.concatenate([self.patch_place_LEX[layer], place_BE.t().numpy()], axis=1)
-        # Stable: of equal ones the first seen stays.
+        # Stable: of equal ones the first seen stays, so a patch of weight 0 does not take an empty place.
         order = np.argsort(-weights, axis=1, kind="stable")[:, : self.patch_weight_LEX.shape[2]]
         for field, values in (
             (self.patch_weight_LEX, weights), (self.patch_sample_LEX, samples), (self.patch_place_LEX, places),
         ):
             field[layer] = np.take_along_axis(values, order, axis=1)
-        self.patch_sample_LEX[layer][self.patch_weight_LEX[layer] == 0] = -1
 
     def _make_room(self, words: int) -> None:
         """Space for so many words; at least doubled, so that it is seldom made."""

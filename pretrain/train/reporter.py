@@ -109,7 +109,7 @@ class Reporter:
         def write() -> None:
             sheets = {"moe/load": load_grids(load_LME, self._blocks, self._run.moe)}
             if self._run.moe.experts_per_token > 1 and together_LEE.size:
-                sheets["moe/together"] = together_grids(together_LEE, self._blocks, self._run.moe.pool_slices())
+                sheets["moe/together"] = together_grids(together_LEE, self._blocks, self._run.moe)
             for name, grids in sheets.items():
                 self._events.add_image(name, np.asarray(draw_grids(grids)), step, dataformats="HWC")
             self._events.flush()

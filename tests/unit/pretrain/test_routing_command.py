@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -17,12 +18,13 @@ from data_pipeline.shards.writer import write_shards
 from pretrain.checkpoint import save
 from pretrain.cli.main import main
 from pretrain.config.schema import MoEConfig, RunConfig
-from pretrain.evaluate.routing import find_set, routing_command
-from pretrain.evaluate.routing_page import crop
+from pretrain.evaluate.routing import all_grids, find_set, routing_command
+from pretrain.evaluate.routing_page import PagePicture, crop
+from pretrain.evaluate.routing_tally import Tally
 from pretrain.model import build_model
 from pretrain.parallel.layout import Layout
 from pretrain.parallel.plain_engine import PlainEngine
-from tests.support.shards import CAPTIONS, Shapes, picture
+from tests.support.shards import CAPTIONS, COLOURS, Shapes, picture
 
 SMALL = [
     "model={width: 32, num_blocks: 3, num_heads: 2, pool_heads: 2, ffn_width: 32, fusion_start: 1, patch_size: 16, "
@@ -78,11 +80,25 @@ def test_a_batch_changes_nothing_and_the_same_samples_are_chosen(tmp_path: Path,
     assert routing_command(tmp_path / "run", samples=20)["layers"][1] == one["layers"][1]
 
 
+def test_a_grid_of_pairs_is_that_of_its_layer_and_modality() -> None:
+    run = RunConfig(moe=MoEConfig(num_experts=3))
+    blocks = run.moe.blocks(run.model.num_blocks)
+    tally = Tally(len(blocks), 3)
+    tally.together_LMEE[0, 0, 0, 1] = tally.together_LMEE[0, 0, 1, 0] = 50
+    tally.together_LMEE[1, 1, 1, 2] = tally.together_LMEE[1, 1, 2, 1] = 50
+    known = {grid.title: np.argwhere(grid.ratio_RC > 0).tolist() for grid in all_grids(tally, run)}
+    known = {title.partition(":")[0]: cells for title, cells in known.items() if cells}
+    assert known == {f"layer {blocks[0]:02d}, image tokens": [[0, 1], [1, 0]],
+                     f"layer {blocks[1]:02d}, text tokens": [[1, 2], [2, 1]]}
+    alone = replace(run, moe=replace(run.moe, experts_per_token=1))
+    assert len(all_grids(tally, alone)) == 2  # loads only: no token chooses two
+
+
 def test_patches_lead_back_to_their_pictures(tmp_path: Path, shapes: Shapes, monkeypatch: pytest.MonkeyPatch) -> None:
     run_folder(tmp_path / "run", shapes)
-    seen = {}
+    seen: dict[int, PagePicture] = {}
 
-    def keep(report: object, grids: object, pictures: dict[int, object], **facts: object) -> str:
+    def keep(report: object, grids: object, pictures: dict[int, PagePicture], **facts: object) -> str:
         seen.update(pictures)
         return ""
 
@@ -92,8 +108,9 @@ def test_patches_lead_back_to_their_pictures(tmp_path: Path, shapes: Shapes, mon
     assert set(seen) == wanted and wanted
     for number, shown in seen.items():
         assert (shown.key, shown.caption) == (shapes.keys[number], shapes.captions[number])
-        # Captions say the colour: somewhere in the picture are pixels of it.
-        assert crop(shown.image, 4, 16).shape == (16, 16, 3)
+        # Captions say the colour: a patch of the picture has pixels of it.
+        colour = COLOURS[shown.caption.split()[2]]
+        assert any((crop(shown.image, patch, 16) == colour).all(axis=2).sum() > 20 for patch in range(9))
 
 
 def test_training_shards_and_others_can_be_looked_at(tmp_path: Path, shapes: Shapes) -> None:

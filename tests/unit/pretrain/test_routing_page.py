@@ -107,7 +107,8 @@ def test_the_patch_is_the_one_that_the_expert_saw_with_its_picture_beside() -> N
 
 def test_bars_and_frames_lie_where_they_belong() -> None:
     _, reader = page("fox")
-    bars, frames = [], []
+    bars: list[str | None] = []
+    frames: list[str | None] = []
     for (_, parent), (tag, attributes) in zip(reader.tags, reader.tags[1:], strict=False):
         if tag == "i":
             (bars if parent.get("class") == "bar" else frames).append(attributes["style"])
