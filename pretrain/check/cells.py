@@ -4,7 +4,7 @@ A cell is one way to spread a step: expert parallelism, ZeRO stage, micro-batche
 and which pairs of the global batch are missing. Cells are asked for by axes:
 
     all                                  every value of every axis (see `every_cell`)
-    own                                  what the run file says, with and without accumulation
+    own                                  what the run file says, with and without accumulation, and its routers alone
     ep=1,2 zero=1,3 accum=4              the product of these values; axes that are not named keep one value each
 
 and several such texts give the union of their cells.
@@ -26,8 +26,10 @@ from pretrain.parallel.deepspeed_config import load_profile, profile_path, zero_
 STAGES = ("0", "1", "2", "3")
 Precision = Literal["fp32", "bf16"]
 Missing = Literal["none", "pairs", "rank"]
+Terms = Literal["all", "routers"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
 MISSING: tuple[Missing, ...] = ("none", "pairs", "rank")
+TERMS: tuple[Terms, ...] = ("all", "routers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +48,9 @@ class Cell:
     precision: Precision = "fp32"
     missing: Missing = "pairs"
     """Pairs that were bad: none, a few here and there, or all those of one rank."""
+    terms: Terms = "all"
+    """Train on the run's whole loss, or on the routers' terms alone: their gradients are often so small beside the
+    others' that a wrong one would hide in the rounding of bfloat16."""
 
     @property
     def profile(self) -> str:
@@ -59,6 +64,7 @@ class Cell:
                  self.precision]
         words += ["redo"] if self.recompute else []
         words += {"none": [], "pairs": ["gaps"], "rank": ["empty"]}[self.missing]
+        words += ["routers"] if self.terms == "routers" else []
         return " ".join(words)
 
     def to_json(self) -> dict[str, Any]:
@@ -68,7 +74,7 @@ class Cell:
 
 AXES: Mapping[str, str] = {
     "ep": "expert_parallel", "zero": "zero", "accum": "accumulation", "recompute": "recompute",
-    "precision": "precision", "missing": "missing",
+    "precision": "precision", "missing": "missing", "terms": "terms",
 }
 """Words of the command line for the fields of a cell."""
 
@@ -90,7 +96,8 @@ def parse_cells(texts: Sequence[str], run: RunConfig, world: int) -> list[Cell]:
         if words == ["all"]:
             cells = every_cell(run, world)
         elif words == ["own"]:
-            cells = [replace(own_cell(run), accumulation=count) for count in (1, 4)]
+            own = own_cell(run)
+            cells = [own, replace(own, accumulation=4), replace(own, terms="routers")]
         elif words and all("=" in word for word in words):
             cells = _product(words, run)
         else:
@@ -111,7 +118,8 @@ def own_zero(run: RunConfig) -> str:
 
 
 def every_cell(run: RunConfig, world: int) -> list[Cell]:
-    """All values of all axes with a few missing pairs; in float32 also with none and with those of a whole rank.
+    """All values of all axes with a few missing pairs; in float32 also with none and with those of a whole rank, and
+    in bfloat16 also by the routers' terms alone.
 
     Expert parallelism takes the powers of two up to 8 and the run's own. A stage for which the run has a profile
     of its own is checked with that profile.
@@ -126,7 +134,9 @@ def every_cell(run: RunConfig, world: int) -> list[Cell]:
     # The only rank of a world cannot be without a pair, but one of its micro-batches can.
     others = [Cell(expert_parallel=size, zero=zero, missing=missing, accumulation=4 if world == 1 else 1)
               for size in sizes for zero in profiles for missing in MISSING if missing != "pairs"]
-    return grid + others
+    routers = [Cell(expert_parallel=size, zero=zero, precision="bf16", terms="routers")
+               for size in sizes for zero in profiles]
+    return grid + others + routers
 
 
 def _profiles(run: RunConfig) -> list[str]:
@@ -158,8 +168,10 @@ def pairs_for(cells: Iterable[Cell], run: RunConfig, world: int) -> int:
 
 def cell_run(run: RunConfig, cell: Cell, world: int, pairs: int) -> RunConfig:
     """The run as this cell spreads it; `pairs` must be a multiple of world x accumulation."""
+    loss = run.loss if cell.terms == "all" else replace(run.loss, contrastive_weight=0.0, caption_weight=0.0)
     return replace(
         run,
+        loss=loss,
         model=replace(run.model, recompute=cell.recompute),
         batch=BatchConfig(pairs_per_step=pairs, pairs_per_forward=pairs // (world * cell.accumulation)),
         precision=PrecisionConfig(compute=cell.precision),
@@ -227,7 +239,8 @@ def _value(axis: str, text: str, run: RunConfig) -> Any:
     allowed: dict[str, Mapping[str, Any]] = {
         "recompute": {"off": False, "on": True},
         "precision": {"fp32": "fp32", "bf16": "bf16"},
-        "missing": {"none": "none", "pairs": "pairs", "rank": "rank"},
+        "missing": {name: name for name in MISSING},
+        "terms": {name: name for name in TERMS},
     }
     if text not in allowed[axis]:
         raise ConfigError(f"--cells: {axis}={text!r}; possible: {', '.join(allowed[axis])}")
@@ -235,4 +248,5 @@ def _value(axis: str, text: str, run: RunConfig) -> Any:
 
 
 def _example() -> str:
-    return "'ep=1,2 zero=0,1,2,3 accum=1,4 recompute=off,on precision=fp32,bf16 missing=none,pairs,rank'"
+    return ("'ep=1,2 zero=0,1,2,3 accum=1,4 recompute=off,on precision=fp32,bf16 missing=none,pairs,rank "
+            "terms=all,routers'")

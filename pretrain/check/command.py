@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -14,6 +15,7 @@ from typing import Any
 from data_pipeline.common import storage
 from data_pipeline.common.config import dump_yaml, join_problems
 from data_pipeline.common.errors import ConfigError
+from data_pipeline.common.logs import Progress
 from pretrain.check import report
 from pretrain.check.cells import check_run, pairs_for, parse_cells, why_not
 from pretrain.check.compare import Worst
@@ -22,6 +24,9 @@ from pretrain.check.launch import run_on_this_machine
 from pretrain.check.small import shrink
 from pretrain.config.presets import load_run
 from pretrain.config.schema import RunConfig
+from pretrain.parallel.environment import refuse_tasks_without_ranks
+
+logger = logging.getLogger(__name__)
 
 Say = Callable[[str], None]
 
@@ -37,6 +42,8 @@ class Found:
     outcomes: list[Outcome] = field(default_factory=list)
     floors: dict[str, Worst] = field(default_factory=dict)
     troubles: list[str] = field(default_factory=list)
+    progress: Progress | None = None
+    """Of the cells of a world; only where something is shown."""
 
     def add(self, outcome: Outcome) -> None:
         """Show one outcome and keep it."""
@@ -45,10 +52,18 @@ class Found:
             self.say(line)
         self.write(complete=False)
 
+    def begin(self, world: int, cells: int) -> None:
+        """The cells of a world are about to run; starting ranks takes a while, so something is said before."""
+        if self.say is _print:
+            logger.info("%d cells of %d ranks to compare; the ranks are starting", cells, world)
+            self.progress = Progress(f"{world} ranks", cells, "cells")
+
     def hear(self, answer: dict[str, Any]) -> None:
         """What ranks tell."""
         if "outcome" in answer:
             self.add(Outcome.from_json(answer["outcome"]))
+            if self.progress is not None:
+                self.progress.update()
         elif "floor" in answer:
             self.floors[answer["floor"]] = read_worst(answer["worst"])
         elif "no_floor" in answer:
@@ -96,25 +111,32 @@ def check_parallel(
     Raises:
         VlmError: The run cannot be checked at all.
     """
+    refuse_tasks_without_ranks()
     run = load_run(run_file, overrides)
     run = shrink(run) if small else run
     started = "RANK" in os.environ
+    worlds = [int(os.environ.get("WORLD_SIZE", "1"))] if started else worlds
+    for world in worlds:
+        parse_cells(cells, run, world)  # all that is wrong with the question is said before a table begins
     speaks = os.environ.get("RANK", "0") == "0"
     about = {"run": run_file, "settings": list(overrides), "small": small}
     found = Found(about=about, out=out if speaks else None, say=_print if speaks else _say_nothing,
-                  width=shutil.get_terminal_size((report.LEAST_WIDTH, 40)).columns)
+                  width=shutil.get_terminal_size((report.WHOLE_WIDTH, 40)).columns)
     for line in report.head(found.width):
         found.say(line)
     with tempfile.TemporaryDirectory(prefix="vlmoe-check-") as folder:
-        for world in [int(os.environ.get("WORLD_SIZE", "1"))] if started else worlds:
+        for world in worlds:
             place = Path(folder) / str(world)
             place.mkdir()
             job = _job(run, world, cells, pairs, seconds, place, found)
             if job.cases:
+                found.begin(world, len(job.cases))
                 (_in_these_ranks if started else run_on_this_machine)(job, world, found.hear)
     found.write(complete=True)
-    for line in report.foot(found.outcomes, found.floors):
+    for line in report.foot(found.outcomes, found.floors, found.width):
         found.say(line)
+    if all(outcome.status == "unsupported" for outcome in found.outcomes):
+        raise ConfigError("no cell that was asked for can run, for the reasons above; choose others with --cells")
     return found.is_good
 
 
@@ -140,7 +162,7 @@ def _job(
 
 
 def _in_these_ranks(job: Job, world: int, tell: Callable[[dict[str, Any]], None]) -> None:
-    """The job in the ranks that torchrun or SLURM started. Collective."""
+    """The job in the ranks that torchrun started. Collective."""
     from pretrain.check.worker import work
     from pretrain.parallel.environment import rank_environment
 

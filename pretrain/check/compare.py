@@ -15,18 +15,25 @@ import torch
 from torch import Tensor
 
 QUANTITIES = (
-    "start", "loss", "term", "norm", "gradient", "statistics", "counts", "choices", "biases", "parameters",
+    "start", "loss", "term", "norm", "gradient", "statistics", "counts", "choices", "biases", "parameters", "update",
     "later", "later-choices", "later-biases", "later-parameters",
 )
 """What is judged. `start` are the weights before the first step, `loss` is the total, `term` every term before and
 after its weight and the contrastive scale, `norm` the gradient's before clipping, `statistics` the routers' sums,
 `counts` pairs and tokens, `choices` those that another expert got, `biases` those of the choice, `parameters` the
-weights; `later...` the same of the steps after the first, `later` alone for numbers."""
+weights and `update` the same beside the way they have come;
+`later...` the same of the steps after the first, `later` alone for numbers."""
 
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
 LATER = 1e-4
 """Of float32, and of weights after the first step. Bfloat16 is judged on the first step: its rounding moves weights
 whose gradient is nearly 0 by a full step of Adam, and with them tokens to other experts."""
+UPDATE = 0.5
+"""Of weights in bfloat16 after the first step, beside the way from where they began: for the same reason they cannot be
+judged by their own size. A step that was not made, or was twice as long, is 1 off; 6 % of elements that went the
+other way are 0.5."""
+FEW_ELEMENTS = 256
+"""Of smaller weights a handful that went the other way would be too large a share."""
 BIAS = 1e-6
 """Absolute; biases follow from counts alone, so they are equal where choices are."""
 TIES = {"fp32": 1e-4, "bf16": 5e-3}
@@ -65,6 +72,13 @@ class Verdict(NamedTuple):
     misses: tuple[Miss, ...]
     ties: int
     """Choices of the first step that fell to another expert, few enough to be near ties."""
+    later_ties: int = 0
+    """The same of later steps."""
+
+    @property
+    def is_rough(self) -> bool:
+        """Whether ties kept things from being judged strictly."""
+        return bool(self.ties or self.later_ties)
 
 
 class Comparison:
@@ -92,9 +106,22 @@ class Comparison:
         if key not in self.worst or value > self.worst[key].value:
             where = leaf if step in ("start", "0") else f"{leaf} (step {int(step) + 1})"
             self.worst[key] = Difference(value, where)
+        if step == "0" and quantity == "parameters" and math.isfinite(value):
+            self._add_update(name, leaf, found)
         if step == "0" and quantity in self.each:
             by_name = self.each[quantity]
             by_name[_plain(leaf)] = max(value, by_name.get(_plain(leaf), 0.0))
+
+
+    def _add_update(self, name: str, leaf: str, found: Tensor) -> None:
+        """How far a weight is off beside the way that it has come in the first step."""
+        end, start = _expected(name, self._whole), _expected(f"start/parameters/{leaf}", self._whole)
+        if end is None or start is None or end.numel() < FEW_ELEMENTS:
+            return
+        way = float((end.double() - start.double()).norm())
+        value = float((found.double() - end.double()).norm()) / max(way, 1e-6 * float(end.double().norm()), 1e-30)
+        if "update" not in self.worst or value > self.worst["update"].value:
+            self.worst["update"] = Difference(value, leaf)
 
 
 def compared(mine: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> Comparison:
@@ -116,13 +143,35 @@ def merge(ranks: Iterable[Mapping[str, Iterable[Any]]]) -> Worst:
 
 
 def missing_names(seen: Iterable[str], truth: Mapping[str, Tensor]) -> Worst:
-    """Things of the reference that no rank has, as infinite differences."""
-    left = set(_by_plain_name(truth)) - {_plain(name) for name in seen}
+    """Things of the reference that no rank has, as infinite differences; of split experts each one counts."""
+    spans: dict[str, list[tuple[int, int]]] = {}
+    for name in set(seen):
+        plain, _, span = name.partition("@")
+        spans.setdefault(plain, []).append(_first_and_last(span) if span else (0, WHOLE))
     worst: Worst = {}
-    for name in sorted(left):
+    for name, tensor in sorted(_by_plain_name(truth).items()):
         step, quantity, leaf = name.split("/", 2)
-        worst[_key(step, quantity)] = Difference(math.inf, f"no {leaf}")
+        found = spans.get(name, [])
+        gap = _gap(found, tensor.shape[0] if tensor.dim() else 1)
+        if not found:
+            worst[_key(step, quantity)] = Difference(math.inf, f"no {leaf}")
+        elif gap is not None:
+            worst[_key(step, quantity)] = Difference(math.inf, f"no {leaf} of expert {gap}")
     return worst
+
+
+WHOLE = 1 << 62
+"""End of the span of a tensor that is not split."""
+
+
+def _gap(spans: Iterable[tuple[int, int]], count: int) -> int | None:
+    """The first of 0..count-1 that lies in none of the spans."""
+    reached = 0
+    for first, last in sorted(spans):
+        if first > reached:
+            break
+        reached = max(reached, last)
+    return reached if reached < count else None
 
 
 def judge(
@@ -138,22 +187,23 @@ def judge(
     """
     changed = worst["choices"].value
     ties = 0 < changed <= TIES[precision] * choices
-    later_ties = ties or 0 < worst["later-choices"].value <= TIES[precision] * choices
+    later = worst["later-choices"].value
+    later_ties = 0 < later <= TIES[precision] * choices
     first = TOLERANCE["bf16"] if ties else TOLERANCE[precision]
     if precision == "bf16" and other_rounding:
         first *= 2
     limits = dict.fromkeys(("loss", "term", "norm", "gradient", "statistics"), first)
-    limits["parameters"] = max(first, LATER)
+    limits |= {"parameters": LATER} if precision == "fp32" and not ties else {"update": UPDATE}
     limits |= {"start": 0.0, "counts": 0.0, "choices": TIES[precision] * choices}
     if not changed:
         limits["biases"] = BIAS
     # Once a token has gone to another expert, two runs are two runs.
-    if not later_ties and precision == "fp32":
+    if not (ties or later_ties) and precision == "fp32":
         limits |= dict.fromkeys(("later", "later-parameters"), LATER)
         limits |= {"later-choices": 0.0, "later-biases": BIAS}
     misses = [Miss(quantity, worst[quantity].value, worst[quantity].name, limit)
               for quantity, limit in limits.items() if quantity in worst and not worst[quantity].value <= limit]
-    return Verdict(tuple(misses), int(changed) if ties else 0)
+    return Verdict(tuple(misses), int(changed) if ties else 0, int(later) if later_ties else 0)
 
 
 def relative(a: Tensor, b: Tensor, smallest: float = 1e-30) -> float:
@@ -171,7 +221,7 @@ def _distance(quantity: str, found: Tensor, expected: Tensor, norm: float) -> fl
         value = float((found - expected).abs().max()) if found.numel() else 0.0
     elif quantity == "gradient":
         return relative(found, expected, SMALLEST_GRADIENT * norm)
-    elif quantity in ("parameters", "statistics"):
+    elif quantity in ("parameters", "statistics", "norm"):
         return relative(found, expected, 1e-12)
     else:
         value = float((found - expected).abs()) / max(float(expected.abs()), SMALLEST_TERM)
@@ -184,8 +234,13 @@ def _expected(name: str, whole: Mapping[str, Tensor]) -> Tensor | None:
     _, _, span = name.partition("@")
     if expected is None or not span:
         return expected
-    first, last = map(int, span.split(":"))
+    first, last = _first_and_last(span)
     return expected[first:last]
+
+
+def _first_and_last(span: str) -> tuple[int, int]:
+    first, last = map(int, span.split(":"))
+    return first, last
 
 
 def _by_plain_name(truth: Mapping[str, Tensor]) -> dict[str, Tensor]:

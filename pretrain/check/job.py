@@ -87,6 +87,7 @@ class Outcome:
             "worst": {quantity: {"value": plain_number(d.value), "name": d.name} for quantity, d in self.worst.items()},
             "misses": [m._asdict() | {"value": plain_number(m.value)} for m in verdict.misses] if verdict else [],
             "ties": verdict.ties if verdict else 0,
+            "later_ties": verdict.later_ties if verdict else 0,
             "each": {quantity: {name: plain_number(value) for name, value in found.items()}
                      for quantity, found in self.each.items()},
         }
@@ -96,7 +97,7 @@ class Outcome:
         """What `to_json` gave."""
         plain = dict(values)
         misses = tuple(Miss(m["quantity"], float(m["value"]), m["name"], m["limit"]) for m in plain.pop("misses"))
-        verdict = Verdict(misses, plain.pop("ties"))
+        verdict = Verdict(misses, plain.pop("ties"), plain.pop("later_ties"))
         worst = {quantity: Difference(float(d["value"]), d["name"]) for quantity, d in plain.pop("worst").items()}
         plain["each"] = {q: {name: float(far) for name, far in found.items()} for q, found in plain["each"].items()}
         return Outcome(**plain | {"cell": Cell(**plain["cell"]), "worst": worst, "verdict": verdict if worst else None})

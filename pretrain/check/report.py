@@ -13,13 +13,15 @@ from pretrain.check.compare import (
     SMALLEST_TERM,
     TIES,
     TOLERANCE,
+    UPDATE,
     Difference,
     Worst,
 )
 from pretrain.check.job import Outcome
 
-LEAST_WIDTH = 142
-"""Columns that the table has at least; names are cut to fit, and whole where a row is a miss and in the JSON."""
+WHOLE_WIDTH = 142
+"""Letters that the table with all its columns takes at least; names are cut to fit, and whole under a miss and in the
+JSON. A narrower terminal gets fewer columns."""
 MOST_OTHERS = 4
 """Further terms or weights that are named under a miss."""
 _CELL, _NUMBER = 34, 5
@@ -27,6 +29,9 @@ _CELL, _NUMBER = 34, 5
 
 def head(width: int) -> list[str]:
     """The names of the columns, and a line under them."""
+    if width < WHOLE_WIDTH:
+        line = " ".join(["cell".ljust(_CELL), " loss", " term", " norm", "gradient", "weights", "verdict"])
+        return [line, "-" * len(line)]
     term, gradient = _name_widths(width)
     words = ["cell".ljust(_CELL), " loss", " term", "which".ljust(term), " norm", "gradient", "of".ljust(gradient),
              "later", "weights", "biases", "choices", "  sec", "verdict"]
@@ -39,12 +44,15 @@ def row(outcome: Outcome, width: int) -> str:
     label = _cut(outcome.cell.label(outcome.world), _CELL).ljust(_CELL)
     if outcome.verdict is None:
         return f"{label} {outcome.status.upper() if outcome.is_bad else outcome.status}: {outcome.reason}"
-    term, gradient = _name_widths(width)
     found = outcome.worst
 
     def number(quantity: str, room: int = _NUMBER) -> str:
         return _short(found.get(quantity, Difference(0.0)).value).rjust(room)
 
+    if width < WHOLE_WIDTH:
+        return " ".join([label, number("loss"), number("term"), number("norm"), number("gradient", 8),
+                         number("parameters", 7), _verdict(outcome)])
+    term, gradient = _name_widths(width)
     return " ".join([
         label, number("loss"), number("term"), _name(found, "term", term), number("norm"),
         number("gradient", 8), _name(found, "gradient", gradient), number("later"), number("parameters", 7),
@@ -68,7 +76,7 @@ def details(outcome: Outcome) -> list[str]:
     return lines
 
 
-def foot(outcomes: Sequence[Outcome], floors: Mapping[str, Worst]) -> list[str]:
+def foot(outcomes: Sequence[Outcome], floors: Mapping[str, Worst], width: int = WHOLE_WIDTH) -> list[str]:
     """How it was judged, and what came of it."""
     by_status = {status: sum(outcome.status == status for outcome in outcomes)
                  for status in ("ok", "miss", "error", "hang", "not-run", "unsupported")}
@@ -76,11 +84,12 @@ def foot(outcomes: Sequence[Outcome], floors: Mapping[str, Worst]) -> list[str]:
         f"Differences are relative to one process of plain torch in the cell's own precision, on the same weights "
         f"and batch; biases are absolute, choices a count. Weights must begin as equals. Allowed in the first step: "
         f"{TOLERANCE['fp32']:g} in fp32 and {TOLERANCE['bf16']:g} in bf16, biases {BIAS:g} where choices agree, "
-        f"weights after it (`weights`) {LATER:g} and {TOLERANCE['bf16']:g}. Later steps are judged in fp32 and where "
-        f"choices agree: {LATER:g}. Of all choices a share of {TIES['fp32']:g} in fp32 and {TIES['bf16']:g} in bf16 "
-        f"may fall to another expert, as near ties do; an fp32 cell with ties is judged as a bf16 one. Terms below "
-        f"{SMALLEST_TERM:g} count as that large, and so do gradients below {SMALLEST_GRADIENT:g} of the whole norm.",
-        LEAST_WIDTH,
+        f"weights after it (`weights`) {LATER:g}, in bf16 {UPDATE:g} of the way that they have come. Later steps are "
+        f"judged in fp32 and where choices agree: {LATER:g}. Of all choices a share of {TIES['fp32']:g} in fp32 and "
+        f"{TIES['bf16']:g} in bf16 may fall to another expert, as near ties do; an fp32 cell with ties is tried on "
+        f"other weights and pairs, and at last judged as a bf16 one. Terms below {SMALLEST_TERM:g} count as that "
+        f"large, and so do gradients below {SMALLEST_GRADIENT:g} of the whole norm.",
+        min(width, WHOLE_WIDTH),
     )]
     for name, worst in floors.items():
         far = ", ".join(f"{quantity} {_short(d.value)}" for quantity, d in worst.items()
@@ -113,12 +122,13 @@ def _verdict(outcome: Outcome) -> str:
     assert outcome.verdict is not None
     if outcome.verdict.misses:
         return "MISS: " + ", ".join(miss.quantity for miss in outcome.verdict.misses)
-    return f"ok, {outcome.verdict.ties} ties" if outcome.verdict.ties else "ok"
+    ties = outcome.verdict.ties or outcome.verdict.later_ties
+    return f"ok, {ties} {'ties' if outcome.verdict.ties else 'later ties'}" if ties else "ok"
 
 
 def _name_widths(width: int) -> tuple[int, int]:
     """Room for the names of a term and of a weight."""
-    spare = max(width, LEAST_WIDTH) - LEAST_WIDTH
+    spare = width - WHOLE_WIDTH
     return 13 + spare // 3, 22 + spare // 3
 
 

@@ -15,12 +15,14 @@ _EXAMPLES = """\
   vlmoe check-parallel b16 --world 2 --cells own model.num_blocks=4
   torchrun --nproc-per-node 8 -m pretrain check-parallel run.yaml --cells own --out parity.json
 
-Started by itself it starts its own ranks on this machine's CPU; under torchrun or SLURM it uses the ranks (and
-GPUs) that are there. The run file's model, losses, balancing and optimizer are taken as they are; pairs are made
-up, some of them missing, so no data is needed.
+Started by itself it starts its own ranks on this machine's CPU; under torchrun it uses the ranks (and GPUs) that
+are there, and a cell that fails or hangs ends the check. On SLURM: sbatch slurm/check_parallel.sbatch. The run
+file's model, losses, balancing and optimizer are taken as they are; pairs are made up, some of them missing, so no
+data is needed.
 
 Cells: `all` (the default), `own` (the run file's layout), or axes: ep, zero (0, 1, 2, 3, 2_offload, own, or a
-profile), accum, recompute (off, on), precision (fp32, bf16), missing (none, pairs, rank). Several --cells add up.
+profile), accum, recompute (off, on), precision (fp32, bf16), missing (none, pairs, rank), terms (all, routers: the
+routers' losses alone). Several --cells add up.
 
 Exit status: 0 when every cell agrees with one process, 1 when one does not (or failed, or hung), 2 when the run
 cannot be checked. Cells that cannot run are listed with the reason."""

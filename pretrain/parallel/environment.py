@@ -32,8 +32,10 @@ def rank_environment() -> RankEnvironment:
     """Read what torchrun set; a process started alone is rank 0 of 1.
 
     Raises:
-        LayoutError: Some of the variables are missing or are not numbers, or the GPU does not exist.
+        LayoutError: Some of the variables are missing or are not numbers, the GPU does not exist, or SLURM started
+            this as one of several tasks without torchrun.
     """
+    refuse_tasks_without_ranks()
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     present = [name for name in names if name in os.environ]
     if present and len(present) < len(names):
@@ -52,6 +54,20 @@ def rank_environment() -> RankEnvironment:
         )
     torch.cuda.set_device(local_rank)
     return RankEnvironment(rank, world, local_rank, torch.device("cuda", local_rank))
+
+
+def refuse_tasks_without_ranks() -> None:
+    """Stop where `srun -n 16` started a program that would take each of its tasks for a world of its own.
+
+    Raises:
+        LayoutError: This is one of several tasks of a SLURM step, and no launcher says which rank it is.
+    """
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if "RANK" not in os.environ and tasks not in ("", "1"):
+        raise LayoutError(
+            f"srun started {tasks} tasks, but nothing says which rank each one is (RANK is not set), so each would "
+            f"run alone; start one torchrun on every node, as the scripts in slurm/ do"
+        )
 
 
 def start_process_group(environment: RankEnvironment, timeout_seconds: float) -> None:

@@ -256,6 +256,17 @@ def last_micro_batch_alone() -> list[Patch]:
     return [mock.patch.object(deepspeed_engine.DeepSpeedEngine, "backward", forgetful)]
 
 
+def experts_of_the_last_rank_untold() -> list[Patch]:
+    """No gradient of the last rank's experts can be had, as when they got none."""
+    gradients = deepspeed_engine.DeepSpeedEngine.gradients
+
+    def others(self: Any) -> Any:
+        found = gradients(self)
+        return {name: g for name, g in found.items() if not (self.rank == self.world - 1 and ".experts." in name)}
+
+    return [mock.patch.object(deepspeed_engine.DeepSpeedEngine, "gradients", others)]
+
+
 def negative_sign_of_score() -> list[Patch]:
     """One rank judges by other scores: a rank whose code or weights are stale."""
     scores = gate_scores
@@ -296,7 +307,8 @@ FAULTS: dict[str, Callable[[], list[Patch]]] = {
         mean_of_norms, untagged_expert_weight, expert_weight_averaged, mean_of_means, local_negatives,
         equal_captions_of_other_ranks, biases_by_local_load, rows_return_in_wrong_order, router_in_bfloat16,
         noise_by_rank, missing_pairs_shift_groups, rate_does_not_arrive, last_micro_batch_alone,
-        negative_sign_of_score, drifted_rank, gradients_of_the_last_rank, hang, failure,
+        negative_sign_of_score, experts_of_the_last_rank_untold, drifted_rank, gradients_of_the_last_rank,
+        hang, failure,
     )
 }
 
@@ -312,20 +324,19 @@ def planted(name: str) -> Iterator[None]:
 
 def main() -> None:
     """The worker, its cells trained with faults."""
-    faults = iter(json.loads(os.environ["FAULTS"]))
-    trace_cell, ranks_outcomes = worker.trace_cell, worker.Ranks.outcomes
+    faults, current = json.loads(os.environ["FAULTS"]), [0]
+    trace_cell, compare = worker.trace_cell, worker.Ranks._compare
 
     def trace_with_fault(*args: Any) -> Any:
-        with planted(next(faults)):
+        with planted(faults[current[0]]):
             return trace_cell(*args)
 
-    def outcomes(self: Any) -> Any:
-        for _ in range(self.job.first):  # ranks that were started anew
-            next(faults)
-        return ranks_outcomes(self)
+    def compare_with_number(self: Any, number: int, case: Any) -> Any:
+        current[0] = number
+        return compare(self, number, case)
 
     worker.trace_cell = trace_with_fault
-    worker.Ranks.outcomes = outcomes
+    worker.Ranks._compare = compare_with_number  # type: ignore[method-assign]
     worker.main()
 
 

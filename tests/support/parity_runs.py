@@ -15,6 +15,7 @@ from pretrain.config.schema import (
     BalanceConfig,
     BatchConfig,
     ByModality,
+    LossConfig,
     ModelConfig,
     MoEConfig,
     OptimConfig,
@@ -28,6 +29,8 @@ PAIRS = 8
 BOTH = ByModality(image=0.05, text=0.1)
 ROUTING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "plain": ({}, {}),
+    # The usual weights, small beside the other losses.
+    "usual": ({}, {"balance_weight": 1e-3, "router_z_weight": 1e-3}),
     # Every auxiliary term, with noise, places given out by chance and biases that move fast.
     "noisy": (
         {"backend": "loop", "choice": "noisy", "noise": 2.0, "capacity_factor": 0.9, "capacity_priority": "random",
@@ -63,7 +66,9 @@ def run_config(routing: str) -> RunConfig:
         model=ModelConfig(width=32, num_blocks=3, num_heads=2, ffn_width=48, fusion_start=2, image_size=16,
                           patch_size=8, stem="conv", vocab_size=50, text_length=12, embed_dim=16, pool_heads=2),
         moe=MoEConfig(**({"num_experts": 4, "experts_per_token": 2, "expert_width": 16} | moe)),
-        balance=BalanceConfig(balance_weight=0.1, router_z_weight=0.1, **balance),
+        balance=BalanceConfig(**({"balance_weight": 0.1, "router_z_weight": 0.1} | balance)),
+        # None of them 1, so that one that is forgotten or applied twice would show.
+        loss=LossConfig(contrastive_weight=0.7, caption_weight=1.3),
         batch=BatchConfig(pairs_per_step=PAIRS, pairs_per_forward=PAIRS),
         optim=OptimConfig(clip_norm=0.5, lr=1e-2),
     )

@@ -31,7 +31,7 @@ TINY = load_run("tiny")
 
 def test_all_is_the_whole_product_and_has_every_way_to_miss_pairs() -> None:
     cells = parse_cells(["all"], TINY, 2)
-    assert len(cells) == len(set(cells)) == 2 * 4 * 2 * 2 * 2 + 2 * 4 * 2
+    assert len(cells) == len(set(cells)) == 2 * 4 * 2 * 2 * 2 + 2 * 4 * 2 + 2 * 4
     for field, values in {
         "expert_parallel": {1, 2}, "zero": {"0", "1", "2", "3"}, "accumulation": {1, 4}, "recompute": {False, True},
         "precision": {"fp32", "bf16"}, "missing": {"none", "pairs", "rank"},

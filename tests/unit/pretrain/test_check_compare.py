@@ -12,10 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from data_pipeline.common.errors import LayoutError
 from pretrain.check import command, report
 from pretrain.check.cells import Cell
 from pretrain.check.compare import (
     Difference,
+    Verdict,
     all_choices,
     compared,
     judge,
@@ -26,12 +28,13 @@ from pretrain.check.compare import (
 from pretrain.check.job import Case, Job, Outcome, plain_worst, read_worst
 from pretrain.check.launch import run_on_this_machine
 from pretrain.cli.main import main
+from pretrain.parallel.environment import rank_environment
 
 
 def trace() -> dict[str, Tensor]:
     """A trace of a model with four experts, as a process that holds all of them has it."""
     generator = torch.Generator().manual_seed(0)
-    found: dict[str, Tensor] = {"start/parameters/w": torch.ones(3), "0/parameters/w": torch.ones(3) * 2}
+    found: dict[str, Tensor] = {"start/parameters/w": torch.ones(300), "0/parameters/w": torch.ones(300) * 2}
     for step in (0, 1, 2):
         found |= {
             f"{step}/loss/total": torch.tensor(2.0), f"{step}/term/balance": torch.tensor(1.0),
@@ -40,7 +43,7 @@ def trace() -> dict[str, Tensor]:
             f"{step}/choices/chosen": torch.tensor([[[10.0, 20.0, 30.0, 40.0]]]).expand(1, 2, 4).clone(),
             f"{step}/statistics/z": torch.tensor([1.0, 2.0]),
         }
-    found["2/parameters/w"] = torch.ones(3) * 3
+    found["2/parameters/w"] = torch.ones(300) * 3
     found["0/gradient/a.experts.w1@0:4"] = torch.randn(4, 3, generator=generator)
     found["0/gradient/gate"] = torch.randn(5, generator=generator)
     return found
@@ -127,6 +130,37 @@ def test_a_gradient_that_no_rank_has_or_that_should_not_be_is_a_miss() -> None:
     assert misses(trace() | {"0/gradient/new": torch.ones(1)}) == {"gradient": "new"}
 
 
+def test_experts_that_no_rank_tells_of_are_a_miss() -> None:
+    def with_slices(*spans: tuple[int, int]) -> dict[str, Tensor]:
+        mine = trace()
+        whole = mine.pop("0/gradient/a.experts.w1@0:4")
+        return mine | {f"0/gradient/a.experts.w1@{a}:{b}": whole[a:b] for a, b in spans}
+
+    assert misses(with_slices((0, 2), (2, 4))) == {} == misses(with_slices((1, 4), (0, 2)))
+    assert misses(with_slices((0, 2))) == {"gradient": "no a.experts.w1 of expert 2"}
+    assert misses(with_slices((0, 1), (2, 4))) == {"gradient": "no a.experts.w1 of expert 1"}
+    assert misses(with_slices((2, 4))) == {"gradient": "no a.experts.w1 of expert 0"}
+
+
+def test_weights_in_bfloat16_are_judged_by_the_way_that_they_have_come() -> None:
+    """They went from 1 to 2: a step that was not made is wrong, one that is a third off may be Adam's."""
+    def gone(to: float) -> dict[str, Tensor]:
+        return changed("0/parameters/w", lambda w: torch.full_like(w, to))
+
+    assert misses(gone(1.67), "bf16") == {}
+    assert misses(gone(1.0), "bf16") == {"update": "w"} == misses(gone(3.0), "bf16")
+    assert misses(gone(1.999)) == {"parameters": "w"}
+
+
+def test_later_near_ties_are_told() -> None:
+    def moved(choices: float) -> Verdict:
+        mine = changed("1/choices/chosen", lambda t: t + torch.tensor([choices, -choices, 0, 0]))
+        return judge(compared(mine, trace()).worst, "fp32", 1e5)
+
+    assert moved(1.0) == Verdict((), 0, 2) and moved(1.0).is_rough and not moved(0.0).is_rough
+    assert [miss.quantity for miss in moved(9.0).misses] == ["later-choices"]
+
+
 def test_bfloat16_is_judged_on_the_first_step_and_less_strictly() -> None:
     assert misses(changed("0/gradient/gate", lambda t: t * 1.01), "bf16") == {}
     assert misses(changed("0/gradient/gate", lambda t: t * 1.03), "bf16") == {"gradient": "gate"}
@@ -187,6 +221,16 @@ def test_the_table_shows_worst_values_names_and_verdicts_in_straight_columns() -
     assert "rounding alone" in "\n".join(report.foot([bad], {"run": {"gradient": Difference(3e-5, "gate")}}))
 
 
+def test_a_narrow_terminal_gets_a_narrow_table() -> None:
+    bad = outcome("miss", changed("0/gradient/gate", lambda t: t * 2))
+    head, line = report.head(80)
+    rows = [report.row(one, 80) for one in (outcome(), bad)]
+    assert max(map(len, [head, line, rows[0]])) <= 80
+    assert [row[head.index("verdict"):] for row in rows] == ["ok", "MISS: gradient"]
+    assert rows[1][: head.index(" weights")].endswith(" 1")
+    assert max(map(len, report.foot([bad], {}, 80))) <= 80
+
+
 def test_other_weights_that_are_off_are_named_under_the_first() -> None:
     mine = changed("0/gradient/gate", lambda t: t * 3) | {
         "0/gradient/a.experts.w1@0:4": trace()["0/gradient/a.experts.w1@0:4"] * 2
@@ -221,7 +265,7 @@ def _answering(*outcomes: Outcome) -> Callable[..., None]:
     ((outcome(), outcome("hang", reason="late")), 1),
     ((outcome(), outcome("error", reason="broken")), 1),
     ((outcome(), outcome("not-run", reason="three before it")), 1),
-    ((outcome("unsupported", reason="no"),), 1),
+    ((outcome("unsupported", reason="no"),), 2),
 ])  # fmt: skip
 def test_the_exit_status_and_the_json_say_what_was_found(
     outcomes: tuple[Outcome, ...],
@@ -244,8 +288,9 @@ def test_cells_that_cannot_run_are_listed_and_start_no_rank(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(command, "run_on_this_machine", None)
-    assert main(["check-parallel", "tiny", "--small", "--world", "2", "--cells", "ep=3,5"]) == 1
-    shown = capsys.readouterr().out
+    assert main(["check-parallel", "tiny", "--small", "--world", "2", "--cells", "ep=3,5"]) == 2
+    shown, told = capsys.readouterr()
+    assert "no cell that was asked for can run" in told
     assert shown.count("unsupported: parallel.expert_parallel is") == 2 and "Nothing was compared" in shown
 
 
@@ -257,7 +302,22 @@ def test_a_run_that_cannot_be_checked_is_refused(
     words: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["check-parallel", "tiny", "--small", *words]) == 2
-    assert said in capsys.readouterr().err
+    shown, told = capsys.readouterr()
+    assert said in told and (not shown or "zeros" not in said)  # a wrong question gets no head of a table
+
+
+def test_tasks_of_srun_without_torchrun_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "16")
+    monkeypatch.setattr(command, "run_on_this_machine", None)
+    assert main(["check-parallel", "tiny", "--small"]) == 2
+    assert "srun started 16 tasks, but nothing says which rank" in capsys.readouterr().err
+    with pytest.raises(LayoutError, match="start one torchrun on every node"):
+        rank_environment()
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    assert rank_environment().world == 1
 
 
 @pytest.mark.parametrize("words", [["--world", "0"], ["--world", "2,x"], ["--timeout", "0"], ["--pairs", "-4"]])
