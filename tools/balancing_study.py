@@ -44,6 +44,14 @@ EXPERTS: tuple[tuple[str, tuple[str, ...], int, float], ...] = (
 )
 """Columns about experts: heading, place in a result's `routing`, decimals, factor."""
 
+EXAMPLES = """\
+examples:
+  python -m tools.balancing_study                                    every method once, on the quickstart's pictures
+  python -m tools.balancing_study --methods none balance sign --steps 200
+  python -m tools.balancing_study --seeds 0 1 2 --write-docs         the table of docs/balancing.md
+  python -m tools.balancing_study --run run.yaml --steps 0 moe.num_experts=16
+"""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the study; returns the exit status."""
@@ -70,9 +78,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    methods = "\n".join(f"  {method.name:<22} {method.words}" for method in METHODS)
     parser = argparse.ArgumentParser(prog="python -m tools.balancing_study", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     epilog="methods:\n" + "\n".join(f"  {m.name:<22} {m.words}" for m in METHODS))
+                                     epilog=f"{EXAMPLES}\nmethods:\n{methods}")
     parser.add_argument("--run", default="quickstart", help="a run file or a preset with experts (default: quickstart)")
     parser.add_argument("--out", type=Path, default=Path("runs/balancing"),
                         help="folder of all runs (default: runs/balancing)")

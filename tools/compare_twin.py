@@ -20,11 +20,19 @@ from data_pipeline.common.logs import setup_logging
 from pretrain.config.schema import RunConfig
 from pretrain.config.validate import check
 from pretrain.evaluate.report import write_json
-from pretrain.model.twin import USUAL_TEXT_TOKENS, dense_twin
+from pretrain.model.twin import USUAL_TEXT_TOKENS, caption_tokens, dense_twin
 from tools.study.tables import markdown, paired, pick, spread
 from tools.study.trials import Result, Trial, load_trial, run_trials
 
 SPARSE, DENSE = "sparse", "dense"
+
+EXAMPLES = """\
+examples:
+  python -m tools.compare_twin                              three pairs of runs on the quickstart's pictures
+  python -m tools.compare_twin --seeds 0 --steps 200        one short pair
+  python -m tools.compare_twin --out runs/twin moe.num_experts=16 optim.lr=1e-3
+  python -m tools.compare_twin --run run.yaml --text-tokens 24
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,29 +57,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tools.compare_twin", description=__doc__,
+    parser = argparse.ArgumentParser(prog="python -m tools.compare_twin", description=__doc__, epilog=EXAMPLES,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", default="quickstart", help="a run file or a preset with experts (default: quickstart)")
     parser.add_argument("--out", type=Path, default=Path("runs/twin"), help="folder of all runs (default: runs/twin)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2],
                         help="one pair of runs each (default: 0 1 2)")
     parser.add_argument("--steps", type=int, default=0, help="optimizer steps of each run (default: the run's own)")
-    parser.add_argument("--text-tokens", type=float, default=USUAL_TEXT_TOKENS,
-                        help=f"average tokens of a caption, for equal FLOPs (default: {USUAL_TEXT_TOKENS})")
+    parser.add_argument("--text-tokens", type=float, default=None,
+                        help=f"average tokens of a caption, for equal FLOPs (default: {USUAL_TEXT_TOKENS}, at most "
+                             f"model.text_length)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of both, such as optim.lr=1e-3")
     return parser.parse_args(arguments)
 
 
 def make_trials(
-    run: str, overrides: Sequence[str], *, seeds: Sequence[int], steps: int, text_tokens: float
+    run: str, overrides: Sequence[str], *, seeds: Sequence[int], steps: int, text_tokens: float | None
 ) -> list[Trial]:
     """Both models with every seed; seed by seed, so that a study that is stopped has whole pairs.
 
     Raises:
-        ConfigError: The run is impossible, or has no twin.
+        ConfigError: The run or the number of text tokens is impossible, or there is no twin.
     """
     sparse = load_trial(run, overrides, steps=steps)
-    tokens = min(text_tokens, sparse.model.text_length)
+    tokens = caption_tokens(text_tokens, sparse.model.text_length)
     trials = []
     for seed in seeds:
         for name, one in ((SPARSE, sparse), (DENSE, dense_twin(sparse, text_tokens=tokens))):

@@ -15,7 +15,7 @@ from pretrain.config.presets import load_run, run_path
 from pretrain.config.schema import RunConfig
 from pretrain.config.validate import check
 from pretrain.model.count import count_flops, count_parameters
-from pretrain.model.twin import USUAL_TEXT_TOKENS, dense_twin, differing_settings
+from pretrain.model.twin import USUAL_TEXT_TOKENS, caption_tokens, dense_twin, differing_settings
 from pretrain.parallel.deepspeed_config import profile_path, resolve_for, zero_stage_of
 
 _EXAMPLES = """\
@@ -49,7 +49,7 @@ def handle(args: argparse.Namespace) -> None:
         args.parser.error(f"--world is {args.world}, but must be at least 1")
     path = run_path(args.run)
     run = load_run(path, args.overrides)
-    text_tokens = min(USUAL_TEXT_TOKENS, run.model.text_length) if args.text_tokens is None else args.text_tokens
+    text_tokens = caption_tokens(args.text_tokens, run.model.text_length)
     check(run, args.world, source=str(path), training=False, zero_stage=zero_stage_of(run))
     facts = plan(run, path, world=args.world, text_tokens=text_tokens)
     if args.twin:

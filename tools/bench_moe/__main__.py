@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     import torch
 
     from tools.bench_moe.limits import measure_limits
-    from tools.bench_moe.measure import OURS, figures, mean_figures, measure_shape
+    from tools.bench_moe.measure import OURS, figures, mean_figures, measure
 
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     on_gpu = device.type == "cuda"
@@ -51,6 +51,10 @@ def main(arguments: list[str] | None = None) -> int:
     shapes = QUICK_SHAPES if options.quick else GPU_SHAPES if on_gpu else CPU_SHAPES
     if unknown := [name for name in options.only if name not in [shape.name for shape in shapes]]:
         print(f"error: --only {unknown[0]}: no such shape; there are {', '.join(s.name for s in shapes)}",
+              file=sys.stderr)
+        return 2
+    if options.repeats is not None and options.repeats < 1:
+        print(f"error: --repeats is {options.repeats}, but must be at least 1; leave it out for the usual number",
               file=sys.stderr)
         return 2
     if not on_gpu:
@@ -65,11 +69,12 @@ def main(arguments: list[str] | None = None) -> int:
     found: list[Measured] = []
     lines: list[Figure] = []
     for load in options.load:
-        of_load = [measure_shape(shape._replace(load=load), device, dtype, repeats=repeats) for shape in chosen]
+        of_load = [measured for shape in chosen
+                   for measured in measure(shape._replace(load=load), device, dtype, repeats=repeats)]
         for measured in of_load:
             lines += figures(measured, limits, dtype, on_gpu=on_gpu)
         if shapes is CPU_SHAPES and chosen == list(shapes):
-            lines += mean_figures(of_load, *CPU_MEAN)
+            lines += mean_figures([each for each in of_load if not each.shape.whole_tokens], *CPU_MEAN)
         found += of_load
     from tools.figures import HEAD
 
@@ -79,7 +84,8 @@ def main(arguments: list[str] | None = None) -> int:
     write_json(options.out, {
         "machine": about, "dtype": str(dtype), "repeats": repeats, "quick": options.quick,
         "limits": limits._asdict(), "shapes": [shape._asdict() for shape in chosen],
-        "measured": [asdict(each) | {"shape": each.shape.name, "load": each.shape.load} for each in found],
+        "measured": [asdict(each) | {"shape": each.shape.name, "load": each.shape.load, "tokens": each.shape.tokens}
+                     for each in found],
         "figures": [line.to_json() for line in lines],
     })  # fmt: skip
     note(f"\nalso in {options.out}")
@@ -105,7 +111,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="default: bf16 on GPU, fp32 on CPU")
     parser.add_argument("--quick", action="store_true", help="tiny layers, two rounds")
-    parser.add_argument("--repeats", type=int, default=0, help=f"rounds of each comparison (default {MIN_REPEATS})")
+    parser.add_argument("--repeats", type=int, help=f"rounds of each comparison (default {MIN_REPEATS})")
     parser.add_argument("--out", type=Path, default=Path("data/bench/moe.json"), help="the report (%(default)s)")
     parser.add_argument("--peers", type=Path, action="append", default=[], metavar="FOLDER",
                         help="a folder of packages (pip install --target) in which to look for torchtitan")

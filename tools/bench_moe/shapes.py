@@ -38,11 +38,17 @@ class Shape(NamedTuple):
     """Time against a dense network of equal active FLOPs."""
     load: str = EVEN
     """How tokens are spread over the experts, one of `LOADS`."""
+    whole_tokens: int = 0
+    """Tokens of the whole shape, where these are fewer of them; 0 for the whole shape itself."""
 
     @property
     def label(self) -> str:
-        """Name and load."""
-        return f"{self.name}, {self.load}"
+        """Name and load; and the number of tokens where it is not that of the whole shape."""
+        return f"{self.name}, {self.load}" + (f", {self.tokens:,} tokens" if self.whole_tokens else "")
+
+    def with_fewer(self, tokens: int) -> Shape:
+        """The same layer with fewer tokens, asked as much."""
+        return self._replace(tokens=tokens, whole_tokens=self.whole_tokens or self.tokens)
 
     def words(self) -> str:
         """For tables."""
@@ -71,6 +77,8 @@ CPU_SHAPES = (
     Shape("fine", 2048, 384, 512, 32, 4, *EVERY_CPU),
     Shape("many", 4096, 256, 512, 64, 2, *EVERY_CPU),
 )
+LEAST_TOKENS = 2048
+"""A layer that runs out of memory is not tried with fewer tokens than these."""
 CPU_MEAN = Bounds(1.3, 1.5), Bounds(None, 1.15)
 """Of the geometric mean over the CPU's shapes: speed, overhead."""
 GPU_SHAPES = (

@@ -26,6 +26,13 @@ WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "caption gate": ({"gate": "caption"}, {}),
 }
 """Settings of moe and balance by name."""
+OTHER_WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "experts choose patches": ({"choice": "expert"}, {}),
+    "sampled": ({"choice": "sampled"}, {}),
+    "capacity by sureness": ({"capacity_factor": 1.1, "capacity_priority": "batch"}, {}),
+    "sums of absolute weights": ({}, {"expert_l1_weight": 1e-4, "router_l1_weight": 1e-4}),
+}
+"""More, in which only waits of the host are looked for: in most of them near ties are usual, which rounding decides."""
 
 
 class Built(NamedTuple):
@@ -42,7 +49,8 @@ class Built(NamedTuple):
         self.layer.zero_grad(set_to_none=True)
         y_TD, stats = self.layer(self.x_TD, self.tokens)
         # The statistics' gradient too: auxiliary losses are functions of these sums.
-        extra = (stats.z_sum_M.sum() + stats.prob_sum_ME.square().sum() + stats.load_sum_ME.sum()) * 1e-4
+        sums = (stats.z_sum_M, stats.prob_sum_ME.square(), stats.load_sum_ME, stats.expert_l1, stats.router_l1)
+        extra = torch.stack([each.sum() for each in sums]).sum() * 1e-4
         torch.autograd.backward([y_TD, extra], [self.grad_TD, None])
         gradients = {name: parameter.grad for name, parameter in self.layer.named_parameters()}
         found = {"answers": y_TD.detach(), "gradient of the tokens": self.x_TD.grad, **gradients}
@@ -51,7 +59,7 @@ class Built(NamedTuple):
 
 def build(way: str, shape: Shape, device: torch.device, dtype: torch.dtype) -> Built:
     """A layer and its tokens; the same numbers on every device, rounded to the type."""
-    moe, balance = WAYS[way]
+    moe, balance = (WAYS | OTHER_WAYS)[way]
     given = {"num_experts": shape.experts, "experts_per_token": shape.k, "expert_width": shape.hidden,
              "shared_experts": 0}
     config = MoEConfig(**given | moe)
@@ -62,7 +70,8 @@ def build(way: str, shape: Shape, device: torch.device, dtype: torch.dtype) -> B
         for parameter in layer.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5 / parameter.shape[-1] ** 0.5)
         layer.gate.weight.copy_(weights.router)
-    x_TD, grad_TD = draw_tokens(shape, weights)
+    # Towards as many experts as are chosen: of several that a token leans to equally, rounding would choose.
+    x_TD, grad_TD = draw_tokens(shape._replace(k=config.experts_per_token), weights)
     layer = layer.to(device, dtype)
     x_TD = x_TD.detach().to(device, dtype).requires_grad_()
     return Built(layer, x_TD, grad_TD.to(device, dtype), tokens_of(shape, device))

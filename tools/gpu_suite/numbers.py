@@ -20,6 +20,7 @@ from tools.gpu_suite.options import Options
 from tools.gpu_suite.results import Check, Report, at_most
 
 CPU = torch.device("cpu")
+GPU_SHAPE, SMALL_SHAPE = Shape("checked", 1024, 256, 128, 16, 3), Shape("checked", 128, 32, 16, 8, 2)
 FP32, BF16 = 1e-5, 2e-2
 STEP_LIMITS = {"device": (1e-4, 1e-3), "bf16": (2e-2, 5e-2)}
 """Of losses and of the gradient norm: this device against the CPU, bfloat16 against float32. A step's router is not
@@ -28,7 +29,7 @@ as sure as the layers' above: rounding to bfloat16 sends some tokens to other ex
 
 def layer_numbers(options: Options, report: Report) -> None:
     """Every way of routing: answers, gradients of tokens and weights."""
-    shape = Shape("checked", *((1024, 256, 128, 16, 3) if options.on_gpu else (128, 32, 16, 8, 2)))
+    shape = GPU_SHAPE if options.on_gpu else SMALL_SHAPE
     for way in WAYS:
         on_cpu = build(way, shape, CPU, torch.float32).run()
         if options.on_gpu:

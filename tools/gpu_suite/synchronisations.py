@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tools.bench_moe.shapes import Shape
-from tools.gpu_suite.layers import WAYS, build
+from tools.gpu_suite.layers import OTHER_WAYS, WAYS, build
 from tools.gpu_suite.options import Options
 from tools.gpu_suite.results import Check, Report
 
@@ -42,10 +42,14 @@ def _has_mask(args: Sequence[Any]) -> bool:
 def synchronisations(options: Options, report: Report) -> None:
     """Forward and backward of the layer with its grouped product, in every way of routing."""
     shape = Shape("checked", *((4096, 512, 256, 16, 3) if options.on_gpu else (128, 32, 16, 8, 2)))
-    for way in WAYS:
-        built = build(way, shape, options.device, torch.bfloat16)
-        built.layer.experts.backend = "grouped"
-        built.run()  # what is set up once may wait
+    for way in WAYS | OTHER_WAYS:
+        try:
+            built = build(way, shape, options.device, torch.bfloat16)
+            built.layer.experts.backend = "grouped"
+            built.run()  # what is set up once may wait
+        except RuntimeError as error:  # what one cannot compute at all does not hide the others
+            report.add(Check(name=f"{way}: runs", passed=False, note=str(error).splitlines()[0]))
+            continue
         report.add(_on_gpu(way, built.run) if options.on_gpu else _on_cpu(way, built.run))
 
 

@@ -50,7 +50,7 @@ METHODS = (
     Method(name="zscore", words="loss-free bias by how far an expert is off", balance=_bias("zscore", False)),
     Method(name="zscore-by-modality", words="the same by modality", balance=_bias("zscore", True)),
     *(Method(name=f"preset-{name}", words=f"routing and balancing of the preset {name}", preset=name)
-      for name in ("switch", "vmoe", "limoe", "deepseek", "ours")),
+      for name in ("switch", "vmoe", "limoe", "vl_moe", "deepseek", "ours")),
 )
 
 

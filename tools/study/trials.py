@@ -62,9 +62,13 @@ def run_trials(
         Results by name, in the order of the trials.
 
     Raises:
-        ConfigError: A folder holds another run than the trial's.
+        ConfigError: A folder holds another run than the trial's, or two trials are the same.
         subprocess.CalledProcessError: A training process failed.
     """
+    folders = [trial.folder for trial in trials]
+    if repeated := next((folder for folder in folders if folders.count(folder) > 1), ""):
+        raise ConfigError(f"{repeated} would be counted {folders.count(repeated)} times, as if it had been trained "
+                          f"as often; give every seed and every method once")
     found: dict[str, list[Result]] = {}
     for number, trial in enumerate(trials, start=1):
         folder = out / trial.folder

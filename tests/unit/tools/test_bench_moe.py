@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from pretrain.moe.layer import MoELayer
 from tests.support.launch import ROOT, clean_environment
 from tools import benchmark
 from tools.bench_moe import __main__ as command
+from tools.bench_moe import limits
 from tools.bench_moe.agreement import differences, off, plain_layer
 from tools.bench_moe.arms import Arm, Missing, Weights, dense, draw_tokens, draw_weights, ours
 from tools.bench_moe.deepspeed_layers import auto_ep, native
@@ -27,6 +32,7 @@ from tools.bench_moe.measure import (
     Measured,
     figures,
     mean_figures,
+    measure,
     measure_shape,
 )
 from tools.bench_moe.shapes import CPU_SHAPES, EVEN, GPU_SHAPES, LOADS, QUICK_SHAPES, UNEVEN, Bounds, Shape
@@ -76,6 +82,12 @@ def test_the_report_has_every_arm_of_every_shape(report: tuple[str, dict[str, An
 def test_an_unknown_shape_is_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["--quick", "--device", "cpu", "--only", "mnay"]) == 2
     assert "mnay" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("repeats", ["-1", "0"])
+def test_no_rounds_are_refused(repeats: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--quick", "--device", "cpu", "--repeats", repeats]) == 2
+    assert f"error: --repeats is {repeats}, but must be at least 1" in capsys.readouterr().err
 
 
 # --- wrong answers are not timed -------------------------------------------------------------------------------
@@ -140,6 +152,100 @@ def test_torchtitan_is_left_out_with_the_reason(monkeypatch: pytest.MonkeyPatch)
         torchtitan(SHAPE, draw_weights(SHAPE, CPU, torch.bfloat16))
 
 
+# --- layers that need too much memory --------------------------------------------------------------------------
+
+LARGE = Shape("large", 8192, 16, 8, 4, 2, Bounds(1.2, 1.4), Bounds(1.3, 1.1))
+
+
+class Hungry:
+    """Our layer, out of memory with more tokens than `most`: when it is built, or in its n-th run."""
+
+    def __init__(self, most: int, fails_at: int) -> None:
+        self.most, self.fails_at = most, fails_at
+        self.tried: list[int] = []
+        self.held: list[weakref.ref[torch.Tensor]] = []
+
+    def __call__(self, shape: Shape, weights: Weights) -> Arm:
+        self.tried.append(shape.tokens)
+        arm = ours(shape, weights)
+        if shape.tokens <= self.most:
+            return arm
+        self.held += [weakref.ref(parameter) for parameter in arm.module.parameters()]
+        runs = 0
+
+        def forward(x_TD: torch.Tensor) -> torch.Tensor:
+            nonlocal runs
+            runs += 1
+            masks = x_TD * 2
+            self.held.append(weakref.ref(masks))
+            cycle: list[Any] = [masks]
+            cycle.append(cycle)
+            if runs == self.fails_at:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 90.00 GiB.\nMore words.")
+            return arm.forward(x_TD)
+
+        if not self.fails_at:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return Arm(arm.module, forward, arm.gradients)
+
+
+def measure_hungry(hungry: Hungry, monkeypatch: pytest.MonkeyPatch) -> list[Measured]:
+    """Measure beside a modest peer; each time the cache is emptied, nothing may be left of who wanted too much."""
+    left: list[int] = []
+
+    def count_what_is_left() -> None:
+        left.append(sum(ref() is not None for ref in hungry.held))
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", count_what_is_left)
+    gc.collect()
+    gc.disable()  # what is collected, the benchmark collects itself
+    try:
+        peers: dict[str, Callable[[Shape, Weights], Arm]] = {DEEPSPEED: hungry, AUTO_EP: ours}
+        found = measure(LARGE, CPU, torch.float32, repeats=2, peers=peers)
+    finally:
+        gc.enable()
+    assert left == [0] * sum(tokens > hungry.most for tokens in hungry.tried)
+    return found
+
+
+@pytest.mark.parametrize("fails_at", [0, 1, 2])
+def test_who_runs_out_of_memory_is_measured_with_fewer_tokens(fails_at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    hungry = Hungry(3000, fails_at)
+    whole, smaller = measure_hungry(hungry, monkeypatch)
+    assert hungry.tried == [8192, 4096, 2048]
+    assert set(whole.seconds) == {OURS, AUTO_EP, DENSE} and set(smaller.seconds) == {OURS, DEEPSPEED, DENSE}
+    assert whole.missing == {DEEPSPEED: "out of memory; with 2,048 tokens: measured"}
+    assert (whole.shape, smaller.shape.tokens, smaller.missing) == (LARGE, 2048, {})
+    lines = {line.name: line for each in (whole, smaller)
+             for line in figures(each, Limits(1e9, 1e9), torch.float32, on_gpu=False)}
+    speed = lines[f"large, even, 2,048 tokens: speed against {DEEPSPEED}"]
+    time = lines[f"large, even, 2,048 tokens: time against {DENSE}"]
+    assert (speed.floor, speed.goal, time.floor, time.goal) == (1.2, 1.4, 1.3, 1.1)
+    assert speed.note == time.note == "not 8,192 tokens: a layer runs out of memory"
+    assert f"large, even: speed against {DEEPSPEED}" not in lines and lines[f"large, even: {OURS}"].value is not None
+    assert lines[f"large, even: {DEEPSPEED}"].verdict() == "not measured"
+
+
+def test_who_always_runs_out_of_memory_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hungry = Hungry(0, 1)
+    (whole,) = measure_hungry(hungry, monkeypatch)
+    assert hungry.tried == [8192, 4096, 2048]
+    assert whole.missing == {DEEPSPEED: "out of memory; with 2,048 tokens: out of memory"}
+    assert capsys.readouterr().err.count("tokens: not measured") == 2  # there would be nothing to compare with
+    assert set(whole.seconds) == {OURS, AUTO_EP, DENSE}
+
+
+def test_our_layer_must_not_run_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(*given: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(MoELayer, "forward", gone)
+    with pytest.raises(torch.OutOfMemoryError):
+        measure(SHAPE, CPU, torch.float32, repeats=2, peers={})
+
+
 # --- arithmetic ------------------------------------------------------------------------------------------------
 
 
@@ -156,6 +262,12 @@ def test_the_least_time_is_that_of_the_nearer_limit() -> None:
     seconds, which = Limits(shape.flops, shape.bytes(4) / 2).least_seconds(shape, torch.float32)
     assert (seconds, which) == (2.0, "memory")
     assert Limits(shape.flops / 3, 1e30).least_seconds(shape, torch.float32) == (3.0, "compute")
+
+
+def test_a_product_has_two_operations_a_step_and_a_copy_reads_and_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "stopwatch_of", lambda device: lambda work: (work(), 0.5)[1])
+    found = limits.measure_limits(CPU, torch.float32, quick=True, repeats=2)
+    assert found == (2 * 64**3 / 0.5, 2 * 65536 / 0.5)
 
 
 def test_ratios_have_the_right_way_round() -> None:

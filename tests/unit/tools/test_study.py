@@ -18,6 +18,7 @@ from pretrain.config.validate import problems
 from pretrain.train.loop import sees_routing
 from pretrain.train.run import train_command
 from tests.support.shards import Shapes, make_shapes
+from tools import balancing_study, compare_twin
 from tools.balancing_study import columns, main, make_trials, report
 from tools.compare_twin import comparison
 from tools.compare_twin import make_trials as twin_trials
@@ -78,6 +79,18 @@ def test_more_seeds_cost_only_the_new_ones_and_other_settings_are_refused(tmp_pa
         study(tmp_path, [Trial("a", other)], Counting())
 
 
+def test_what_would_be_counted_twice_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    work = Counting()
+    with pytest.raises(ConfigError, match=r"a-seed3 would be counted 2 times.*give every seed and every method once"):
+        study(tmp_path, [Trial(name, replace(RUN, seed=seed)) for seed in (3, 4, 3) for name in ("a", "b")], work)
+    assert work.trained == []
+    ready = ["data.train=[x]", "data.tokenizer=x"]
+    assert compare_twin.main(["--seeds", "0", "0", "--out", str(tmp_path), *ready]) == 2
+    assert "sparse-seed0 would be counted 2 times" in capsys.readouterr().err
+    assert main(["--methods", "sign", "sign", "--out", str(tmp_path), *ready]) == 2
+    assert "sign-seed0 would be counted 2 times" in capsys.readouterr().err
+
+
 def row(**values: float) -> dict[str, Any]:
     """A row of metrics.jsonl of a run with two sparse layers of four experts."""
     found: dict[str, Any] = {"loss/contrastive": 1.0, "loss/caption": 2.0, "loss/weighted/contrastive": 1.0,
@@ -106,6 +119,23 @@ def test_loads_of_experts_by_hand() -> None:
     assert found["text"]["max_over_mean"] == pytest.approx((1 + 4) / 2)
     assert found["image"]["used"] == pytest.approx((np.exp(1.5 * np.log(2)) + 4) / 2)
     assert (found["text"]["entropy"], found["text"]["mean_entropy"], found["text"]["dropped"]) == (1.5, 1.2, 0.0)
+
+
+def test_an_expert_is_dead_below_a_hundredth_of_a_fair_share() -> None:
+    def dead(load: int) -> int:
+        loads = {f"moe/tokens_per_expert/layer_{layer:02d}/{modality}": [1000, 1000, 2000 - load, load]
+                 for layer in (1, 2) for modality in ("image", "text")}
+        found = numbers.routing([row() | loads], RUN)
+        assert found is not None
+        return int(found["dead"])
+
+    assert [dead(load) for load in (9, 11, 150)] == [2, 0, 0]  # a fair share is 1000
+
+
+def test_text_tokens_are_what_patches_leave() -> None:
+    rows = [{"perf/tokens_per_second": tokens, "perf/samples_per_second": 10.0} for tokens in (480.0, 500.0)]
+    assert RUN.model.num_patches == 36
+    assert numbers._text_tokens(rows, RUN) == pytest.approx(49 - 36)
 
 
 def test_pools_are_judged_by_themselves() -> None:
@@ -148,12 +178,15 @@ def test_every_method_keeps_the_topology_and_differs() -> None:
         assert trial.run.batch.pairs_per_forward == trial.run.batch.pairs_per_step == 128
     ways = {(trial.run.moe, trial.run.balance) for trial in trials}
     assert len(ways) == len(METHODS)
+    assert [trial.run.seed for trial in trials] == [0] * len(METHODS) + [1] * len(METHODS)
     none = trials[0].run.balance
     assert none == BalanceConfig(balance_weight=0.0, router_z_weight=0.0)
     limoe = next(trial.run for trial in trials if trial.name == "preset-limoe")
     alone = load_run("limoe")
     assert limoe.balance == alone.balance
     assert (limoe.moe.choice, limoe.moe.capacity_factor, limoe.moe.experts_per_token) == ("noisy", 1.25, 2)
+    vl_moe = next(trial.run for trial in trials if trial.name == "preset-vl_moe")
+    assert (vl_moe.moe.pools, vl_moe.moe.renormalise, vl_moe.moe.experts_per_token) == ("modality", False, 2)
 
 
 def test_unknown_methods_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -165,6 +198,47 @@ def test_a_persons_settings_win() -> None:
     run = load_trial("quickstart", ["batch.pairs_per_forward=32", "parallel.engine=deepspeed"], steps=0)
     assert (run.batch.pairs_per_forward, run.parallel.engine) == (32, "deepspeed")
     assert run.schedule.total_steps == load_run("quickstart").schedule.total_steps
+
+
+def test_a_trial_warms_up_for_a_tenth_and_draws_nothing() -> None:
+    for steps, warmup in ((50, 5), (600, 60), (2400, 100)):
+        run = load_trial("quickstart", [], steps=steps)
+        assert (run.schedule.total_steps, run.schedule.warmup_steps) == (steps, warmup)
+        assert (run.log.routing_every_steps, run.log.pictures_every_steps) == (0, 0)
+
+
+def result(seed: int, loss: float) -> dict[str, Any]:
+    """What `judge` gives, for tables."""
+    return {"seed": seed, "pairs": 10, "steps": 2, "seconds": 1.0, "kilo_parameters": 1.0, "eval": {},
+            "kilo_active_parameters": 1.0, "mega_flops_per_pair": 1.0, "routing": None,
+            "loss": {"main": loss, "contrastive": loss, "caption": 0.0}}
+
+
+def test_a_difference_is_that_of_the_experts_from_the_dense_model() -> None:
+    sparse, dense = [result(0, 1.0), result(1, 2.0)], [result(0, 1.5), result(1, 2.7)]
+    lines = comparison(sparse, dense).splitlines()
+    assert [cell.strip() for cell in lines[0].split("|")[2:-1]] == ["sparse", "dense twin", "sparse - dense"]
+    cells = [cell.strip() for cell in lines[2].split("|")[2:-1]]
+    assert cells == ["1.5000 ± 0.7071", "2.1000 ± 0.8485", "-0.6000 ± 0.1414"]
+
+
+def test_both_models_have_every_seed_and_captions_that_can_be(capsys: pytest.CaptureFixture[str]) -> None:
+    ready = ["data.train=[x]", "data.tokenizer=x", "model.text_length=12", "moe.gate=caption", "moe.num_experts=64"]
+    trials = twin_trials("quickstart", ready, seeds=[4, 5], steps=50, text_tokens=1000.0)
+    assert [trial.folder for trial in trials] == ["sparse-seed4", "dense-seed4", "sparse-seed5", "dense-seed5"]
+    assert trials == twin_trials("quickstart", ready, seeds=[4, 5], steps=50, text_tokens=12.0)
+    assert trials == twin_trials("quickstart", ready, seeds=[4, 5], steps=50, text_tokens=None)
+    assert trials != twin_trials("quickstart", ready, seeds=[4, 5], steps=50, text_tokens=1.0)
+    assert compare_twin.main(["--text-tokens", "-4", *ready]) == 2
+    assert "--text-tokens is -4, but must be a finite number" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [balancing_study, compare_twin])
+def test_help_has_examples(command: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        command.main(["--help"])
+    name = command.__name__
+    assert ended.value.code == 0 and f"examples:\n  python -m {name} " in capsys.readouterr().out
 
 
 def test_pictures_of_the_routing_are_due() -> None:
