@@ -64,7 +64,7 @@ def _balance(balance: BalanceConfig, moe: MoEConfig, small: MoEConfig) -> Balanc
     """Numbers of experts that are asked for shrink with the pools that hold them."""
     def fewer(wanted: float, modality: int) -> float:
         old, new = (len(range(of.num_experts)[of.pool(modality)]) for of in (moe, small))
-        return wanted * new / old
+        return max(1.0, wanted * new / old) if wanted else 0.0
 
     wanted = balance.global_entropy_experts
     return replace(balance, global_entropy_experts=ByModality(image=fewer(wanted.image, 0), text=fewer(wanted.text, 1)))

@@ -44,7 +44,7 @@ def handle(args: argparse.Namespace) -> None:
     for option, least in (("samples", 1), ("patches", 0)):
         if getattr(args, option) < least:
             args.parser.error(f"--{option} is {getattr(args, option)}, but must be at least {least}")
-    from pretrain.evaluate.routing import routing_command
+    from pretrain.evaluate.routing.command import routing_command
 
     routing_command(args.run_dir, name=args.set, shards=args.shards, samples=args.samples, patches=args.patches,
                     out=args.out)

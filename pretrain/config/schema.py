@@ -238,19 +238,22 @@ class BalanceConfig:
     importance_weight: float = 0.0
     """Squared coefficient of variation of the experts' summed gate scores (V-MoE)."""
     load_weight: float = 0.0
-    """The same of the probability of being chosen when the noise is drawn anew; needs `moe.choice: noisy`."""
+    """The same of the probability of being chosen when the noise is drawn anew; needs `moe.choice: noisy`, and no
+    bias."""
     local_entropy_weight: ByModality = field(default_factory=ByModality)
     """Mean entropy of a token's gate scores (LIMoE): with a weight above 0 the router becomes surer."""
     global_entropy_weight: ByModality = field(default_factory=ByModality)
     """How far the entropy of a modality's mean gate scores falls short of log S (LIMoE)."""
     global_entropy_experts: ByModality = field(default_factory=ByModality)
-    """S: experts that a modality should use at least, about; 0 means half of all for patches, a quarter for text."""
+    """S: experts that a modality should use at least, about, 1 or more; 0 means half of all for patches, a quarter
+    for text."""
     expert_l1_weight: float = 0.0
     """Sum of the absolute weights of the routed experts of all layers (a Laplace prior of scale 1 / weight)."""
     router_l1_weight: float = 0.0
     """The same of the routers."""
     bias: Literal["none", "sign", "zscore"] = "none"
-    """Biases of the choice that follow the load: not at all, by a fixed step, or by how far an expert is off."""
+    """Biases of the choice that follow the load: not at all, by a fixed step, or by how far an expert is off. With
+    `moe.choice: expert` they steer the text: patches are spread evenly by the choice itself."""
     bias_rate: float = 1e-3
     """How far a bias moves in one step."""
     bias_per_modality: bool = False

@@ -97,6 +97,9 @@ def _parallel(run: RunConfig, world: int) -> Iterator[str]:
 def _experts(run: RunConfig) -> Iterator[str]:
     if run.moe.start < 0:
         yield f"moe.start is {run.moe.start}, below 0"
+    if run.moe.stop < -1:
+        yield (f"moe.stop is {run.moe.stop}, but blocks are not counted from the end; name the block before which "
+               f"experts end, or set moe.stop=-1 for all to the last")
     if run.moe.expert_width < 1:
         yield f"moe.expert_width is {run.moe.expert_width}, below 1"
     if run.model.ffn_width < 1:
@@ -125,12 +128,22 @@ def _balance(run: RunConfig) -> Iterator[str]:
     wanted_of = {"image": balance.global_entropy_experts.image, "text": balance.global_entropy_experts.text}
     for index, (name, wanted) in enumerate(wanted_of.items()):
         pool = run.moe.pool(index)
+        if 0 < wanted < 1:
+            yield (f"balance.global_entropy_experts.{name} is {wanted:g}, and fewer than 1 expert cannot be asked for: "
+                   f"the term would always be 0; set it to 1 or more, or to 0 for the usual number")
         if wanted > pool.stop - pool.start:
             yield (f"balance.global_entropy_experts.{name} is {wanted:g}, more than the {pool.stop - pool.start} "
                    f"experts that serve it")
     if balance.load_weight and run.moe.choice != "noisy":
         yield (f"balance.load_weight is {balance.load_weight}, but without noise on the logits nothing could be "
                f"drawn anew; set moe.choice=noisy, or balance.load_weight=0")
+    if balance.load_weight and balance.bias != "none":
+        yield (f"balance.load_weight is {balance.load_weight}, but the chance to be chosen that it evens out knows "
+               f"nothing of balance.bias ({balance.bias}), which decides the choice with the scores; set "
+               f"balance.bias=none, or balance.load_weight=0")
+    if balance.bias_per_modality and balance.bias == "none":
+        yield ("balance.bias_per_modality is true, but balance.bias is none, so that there is no bias; set "
+               "balance.bias=sign or zscore, or balance.bias_per_modality=false")
     if balance.bias_rate <= 0:
         yield f"balance.bias_rate is {balance.bias_rate}, but must be above 0 (balance.bias=none turns biases off)"
     if not 0 <= balance.bias_freeze_share <= 1:
@@ -233,13 +246,15 @@ def _address(shards: str) -> str:
 
 
 def _precision(run: RunConfig) -> Iterator[str]:
-    if run.precision.compute != "bf16" or run.moe.backend in ("loop", "deepspeed"):
+    if run.moe.backend in ("loop", "deepspeed"):
         return
-    # torch's grouped matrix product wants rows that start on 16 bytes: 8 numbers of bfloat16.
+    # torch's grouped matrix product wants rows that start on 16 bytes. `auto` is it on a GPU, and where a run will
+    # be trained is not known here.
+    numbers = {"bf16": 8, "fp32": 4}[run.precision.compute]
     for name, width in (("model.width", run.model.width), ("moe.expert_width", run.moe.expert_width)):
-        if width % 8:
-            yield (f"{name} is {width}: with precision.compute=bf16 it must be a multiple of 8, "
-                   f"or set moe.backend=loop")
+        if width % numbers:
+            yield (f"{name} is {width}: with precision.compute={run.precision.compute} it must be a multiple of "
+                   f"{numbers}, or set moe.backend=loop")
 
 
 def _divisors(number: int) -> str:

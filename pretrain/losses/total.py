@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from pretrain.config.schema import LossConfig
@@ -33,9 +34,15 @@ class MainTerms(NamedTuple):
     contrastive: Tensor
     caption: Tensor
 
-    def weighted_sum(self, weights: LossConfig) -> Tensor:
+    def weighted_sum(self, loss: LossConfig) -> Tensor:
         """The share of the weighted terms."""
-        return weights.contrastive_weight * self.contrastive + weights.caption_weight * self.caption
+        weights = main_weights(loss)
+        return torch.stack([weights[name] * term for name, term in self._asdict().items()]).sum()
+
+
+def main_weights(loss: LossConfig) -> dict[str, float]:
+    """The weight of each of `MainTerms`, by its name: for gradients and for what is told."""
+    return {"contrastive": loss.contrastive_weight, "caption": loss.caption_weight}
 
 
 def main_terms(*, contrastive: Tensor, caption_loss_sum: Tensor, sums: GlobalSums) -> MainTerms:

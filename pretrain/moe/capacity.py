@@ -21,19 +21,20 @@ from pretrain.moe.routing import Routing, count_choices, count_ids
 from pretrain.moe.tokens import RouterTokens
 
 
-def limit(routing: Routing, scores_TE: Tensor, config: MoEConfig, tokens: RouterTokens, *, block: int) -> Routing:
+def limit(routing: Routing, gates_TE: Tensor, config: MoEConfig, tokens: RouterTokens, *, block: int) -> Routing:
     """The routing in which every expert takes no more than its places.
 
     Args:
         routing: K choices of every token.
-        scores_TE: Gate scores; their largest orders the tokens when `capacity_priority` is `batch`.
+        gates_TE: Gate scores that chose and weigh, with their noise; a token's largest orders the tokens when
+            `capacity_priority` is `batch`.
         config: `capacity_factor`, `capacity_priority`, `pools`.
         tokens: Knows the group of every token.
         block: The layer's block, a part of what a random order is drawn from.
     """
     assert tokens.group_T is not None and routing.k
     k, num_experts = routing.k, config.num_experts
-    order_T = _priority(scores_TE, config, tokens, block).argsort(stable=True)
+    order_T = _priority(gates_TE, config, tokens, block).argsort(stable=True)
     ranks = torch.arange(k, device=order_T.device).unsqueeze(1)
     order_N = (order_T.unsqueeze(0) * k + ranks).flatten()  # first choices of all tokens, then second ones
     cell_N = tokens.group_T.repeat_interleave(k) * num_experts + routing.expert_ids_N
@@ -61,19 +62,21 @@ def capacity(config: MoEConfig, tokens: RouterTokens) -> Tensor:
 
 def _places(tokens_G: Tensor, config: MoEConfig, experts: int) -> Tensor:
     """Places of `experts` experts that share these tokens, `[groups, experts]`."""
-    # In float64, and a hair less: 1.25 x 8 must not become 11 places by a rounding upwards.
+    # In float64, and a hair less: 1.1 x 50 must be 55 places, but 1.1 is a little more in binary and the product
+    # 55.00000000000001. In float32 even 1.2 x 25 would become 31.
     fair_G = config.capacity_factor * config.experts_per_token * tokens_G.double() / experts
     return torch.ceil(fair_G - 1e-9).to(torch.int64).unsqueeze(1).expand(-1, experts)
 
 
-def _priority(scores_TE: Tensor, config: MoEConfig, tokens: RouterTokens, block: int) -> Tensor:
+def _priority(gates_TE: Tensor, config: MoEConfig, tokens: RouterTokens, block: int) -> Tensor:
     """A number for each token, smallest first."""
     if config.capacity_priority == "position":
         # Not the flat list's order, in which all patches of a group would come before its first word.
         return tokens.pair_T()
     if config.capacity_priority == "batch":
-        # Batch prioritised routing: the surest tokens first (Riquelme et al. 2021, arXiv:2106.05974).
-        return -scores_TE.detach().amax(dim=-1)
+        # Batch prioritised routing: the surest tokens first, by the gates that weigh them
+        # (Riquelme et al. 2021, arXiv:2106.05974).
+        return -gates_TE.detach().amax(dim=-1)
     assert tokens.identity_T is not None
     return hash_numbers(tokens.identity_T, draw=tokens.draw, block=block, purpose=PRIORITY).squeeze(1)
 

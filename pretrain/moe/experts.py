@@ -2,8 +2,8 @@
 
 Two ways to compute the same thing: `loop` (one expert after the other, written out in
 `pretrain.moe.expert_loop`; on CPU the faster one, or as fast with less memory, while experts have many rows) and
-`grouped` (one grouped matrix product for all; what a GPU wants, because the host need not know how many rows each
-expert has, and a CPU with few rows an expert, where the loop's own steps would count).
+`grouped` (one grouped matrix product for all; what a GPU wants, because in bfloat16 on Hopper the host need not know
+how many rows each expert has, and a CPU with few rows an expert, where the loop's own steps would count).
 
 Shapes: T tokens, N rows, D trunk width, F expert width, L local experts.
 """
@@ -110,7 +110,11 @@ def absolute_sum(*weights: Tensor) -> Tensor:
 
 
 def grouped_swiglu(rows_ND: Tensor, rows_per_expert_L: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
-    """All experts in three grouped matrix products, without asking the host for the sizes.
+    """All experts in three grouped matrix products.
+
+    In bfloat16 on GPUs of compute capability 9.0 and 10.0 (H100, H200, B200) the sizes stay on the device. For all
+    else, such as float32 on any GPU and bfloat16 on an A100, torch copies the offsets to the host and multiplies
+    expert by expert (`_grouped_mm_fallback` in ATen's `GroupedMMUtils.h`), so the host waits in every product.
 
     Rows past the last offset, nobody's, are uninitialised memory, in the result and in the gradient: mask both
     (`pretrain.moe.dispatch.keep_first`).

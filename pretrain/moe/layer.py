@@ -122,7 +122,7 @@ class MoELayer(nn.Module):
         bias_ME = None if self.bias is None else self.bias.value
         routing = choose(scored, config, tokens, bias_ME, block=self.block, noise=self.training)
         if config.capacity_factor and self.training:
-            routing = limit(routing, scored.scores_TE, config, tokens, block=self.block)
+            routing = limit(routing, scored.gates_TE, config, tokens, block=self.block)
         return logits_TE, scored, routing
 
     def _statistics(

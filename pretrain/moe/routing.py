@@ -47,6 +47,8 @@ class Scores(NamedTuple):
     """Router logits times temperature; -inf for experts of the other modality's pool."""
     scores_TE: Tensor
     """Gate scores in [0, 1] without noise."""
+    gates_TE: Tensor
+    """Gate scores that choose and weigh: those of the noisy logits where there is noise, else `scores_TE` itself."""
     noisy_logits_TE: Tensor | None = None
     """Logits with this step's noise (`noisy` while training)."""
 
@@ -69,10 +71,11 @@ def score_tokens(logits_TE: Tensor, config: MoEConfig, tokens: RouterTokens, *, 
     logits_TE = keep_to_pools(logits_TE * config.temperature, config, tokens.num_patch_tokens)
     scores_TE = gate_scores(logits_TE, config.score)
     if not (noise and config.choice == "noisy"):
-        return Scores(logits_TE, scores_TE)
+        return Scores(logits_TE, scores_TE, scores_TE)
     assert tokens.identity_T is not None
     noise_TE = normal(tokens.identity_T, draw=tokens.draw, block=block, size=config.num_experts)
-    return Scores(logits_TE, scores_TE, logits_TE + noise_TE * config.noise_deviation)
+    noisy_TE = logits_TE + noise_TE * config.noise_deviation
+    return Scores(logits_TE, scores_TE, gate_scores(noisy_TE, config.score), noisy_TE)
 
 
 def keep_to_pools(logits_TE: Tensor, config: MoEConfig, num_patch_tokens: int) -> Tensor:
@@ -97,17 +100,15 @@ def choose(
     """
     if config.choice == "expert" and tokens.num_patch_tokens:
         return _experts_choose_patches(scored, config, tokens, bias_ME)
-    weight_TE = scored.scores_TE
-    if scored.noisy_logits_TE is not None:
-        weight_TE = gate_scores(scored.noisy_logits_TE, config.score)
-    key_TE = weight_TE.detach()
+    key_TE = scored.gates_TE.detach()
     if noise and config.choice == "sampled":
         assert tokens.identity_T is not None
         # The k largest of log p + Gumbel are k draws without replacement from p (Vieira 2014; Kool et al. 2019,
         # arXiv:1903.06059).
         drawn_TE = gumbel(tokens.identity_T, draw=tokens.draw, block=block, size=config.num_experts)
         key_TE = _log_scores(scored.logits_TE.detach(), config.score) + drawn_TE
-    weights_TK, ids_TK = _best(weight_TE, _biased(key_TE, scored, bias_ME, tokens.num_patch_tokens), config)
+    key_TE = own_pool(_biased(key_TE, bias_ME, tokens.num_patch_tokens), scored, config)
+    weights_TK, ids_TK = _best(scored.gates_TE, key_TE, config)
     choices_ME = count_choices(ids_TK.flatten(), tokens.num_patch_tokens * ids_TK.shape[1], config.num_experts)
     return Routing(weights_TK.flatten(), ids_TK.flatten(), choices_ME, choices_ME, ids_TK.shape[1])
 
@@ -117,13 +118,23 @@ def _log_scores(logits_TE: Tensor, score: str) -> Tensor:
     return logs(logits_TE, dim=-1) if logs else torch.nn.functional.logsigmoid(logits_TE)
 
 
-def _biased(key_TE: Tensor, scored: Scores, bias_ME: Tensor | None, num_patch_tokens: int) -> Tensor:
-    """The key of the choice with the bias of each token's modality; never an expert of another pool."""
+def _biased(key_TE: Tensor, bias_ME: Tensor | None, num_patch_tokens: int) -> Tensor:
+    """The key of the choice with the bias of each token's modality."""
     if bias_ME is None:
         return key_TE
     first, last = bias_ME[0], bias_ME[-1]
-    biased = torch.cat([key_TE[:num_patch_tokens] + first, key_TE[num_patch_tokens:] + last])
-    return biased.masked_fill(scored.logits_TE == float("-inf"), float("-inf"))
+    return torch.cat([key_TE[:num_patch_tokens] + first, key_TE[num_patch_tokens:] + last])
+
+
+def own_pool(key_TE: Tensor, scored: Scores, config: MoEConfig) -> Tensor:
+    """The key with -inf for experts of the other modality's pool.
+
+    Their score of 0 is not enough: a sure router's scores underflow to 0 in the token's own pool as well, and a bias
+    may lift any of them.
+    """
+    if config.pools == "shared":
+        return key_TE
+    return key_TE.masked_fill(scored.logits_TE == float("-inf"), float("-inf"))
 
 
 def _best(weight_TE: Tensor, key_TE: Tensor, config: MoEConfig) -> tuple[Tensor, Tensor]:
@@ -176,9 +187,10 @@ def _experts_choose_patches(
     device = places_BEC.device
     pairs = torch.arange(tokens.num_pairs, device=device).view(-1, 1, 1) * tokens.num_patches
     experts = torch.arange(pool.start, pool.stop, device=device).view(1, -1, 1).expand_as(places_BEC)
-    text = Scores(scored.logits_TE[split:], scored.scores_TE[split:])
+    text = Scores(scored.logits_TE[split:], scored.scores_TE[split:], scored.gates_TE[split:])
     text_bias = None if bias_ME is None else bias_ME[-1:]
-    weights_TK, ids_TK = _best(text.scores_TE, _biased(text.scores_TE.detach(), text, text_bias, 0), config)
+    key_TE = own_pool(_biased(text.gates_TE.detach(), text_bias, 0), text, config)
+    weights_TK, ids_TK = _best(text.gates_TE, key_TE, config)
     text_tokens = torch.arange(split, split + len(ids_TK), device=device).repeat_interleave(ids_TK.shape[1])
     ids_N = torch.cat([experts.flatten(), ids_TK.flatten()])
     choices_ME = count_choices(ids_N, places_BEC.numel(), config.num_experts)

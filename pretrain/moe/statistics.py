@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pretrain.config.schema import MoEConfig
-from pretrain.moe.routing import Routing, Scores, count_choices
+from pretrain.moe.routing import Routing, Scores, count_choices, keep_to_pools, own_pool
 from pretrain.moe.tokens import MODALITIES, RouterTokens
 
 __all__ = ["GRADIENT_FIELDS", "MODALITIES", "RouterStats", "router_stats", "stack_stats"]
@@ -30,7 +30,7 @@ class RouterStats(NamedTuple):
     load_sum_ME: Tensor
     """Probability of being chosen when the noise is drawn anew. With gradient; zeros where not asked for."""
     z_sum_M: Tensor
-    """logsumexp(logits)^2. With gradient."""
+    """logsumexp^2 of the logits before temperature, with pools over the token's own. With gradient."""
     entropy_sum_M: Tensor
     """Entropy (nats) of each token's normalised scores. With gradient."""
     expert_l1: Tensor
@@ -82,9 +82,9 @@ def router_stats(
         probs_TE = probs_TE / probs_TE.sum(dim=-1, keepdim=True).clamp(min=1e-20)
     # The clamp keeps the gradient finite where a probability is 0.
     entropy_T = -(probs_TE * probs_TE.clamp(min=1e-20).log()).sum(dim=-1)
-    z_T = torch.logsumexp(logits_TE if config.pools == "shared" else scored.logits_TE, dim=-1).square()
+    z_T = torch.logsumexp(keep_to_pools(logits_TE, config, split), dim=-1).square()
     with torch.no_grad():
-        top_T, first_T = probs_TE.max(dim=-1)
+        top_T, first_T = own_pool(probs_TE, scored, config).max(dim=-1)
         together = torch.zeros(0, 0, dtype=torch.int64, device=probs_TE.device)
         if tokens.together:
             together = _together(routing, len(probs_TE), num_experts)

@@ -137,13 +137,17 @@ class Window:
         return pairs * count_flops(model, self._run.moe, text_tokens=max(0.0, text_tokens)).training
 
     def _moe_metrics(self, choices_LME: np.ndarray[Any, Any], last: StepResult) -> dict[str, float]:
-        """Balance of each layer: busiest and idlest expert against a fair share, and what the router is like."""
+        """Balance of each layer: busiest and idlest expert against a fair share, and what the router is like.
+
+        A fair share is that of the expert's pool: with pools by modality the others cannot get its tokens.
+        """
         metrics = routing_metrics(last, self._run)
         for row, block in enumerate(self._run.moe.blocks(self._run.model.num_blocks)):
             load_E = choices_LME[row].sum(axis=0)
-            fair = max(1.0, float(load_E.mean()))
-            metrics[f"moe/max_over_mean_load/layer_{block:02d}"] = float(load_E.max()) / fair
-            metrics[f"moe/min_over_mean_load/layer_{block:02d}"] = float(load_E.min()) / fair
+            pools = [load_E[pool] / max(1.0, float(load_E[pool].mean())) for pool in self._run.moe.pool_slices()]
+            ratio_E = np.concatenate(pools)
+            metrics[f"moe/max_over_mean_load/layer_{block:02d}"] = float(ratio_E.max())
+            metrics[f"moe/min_over_mean_load/layer_{block:02d}"] = float(ratio_E.min())
         return metrics
 
 

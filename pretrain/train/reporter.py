@@ -21,8 +21,8 @@ from data_pipeline.common.harmless import harmless
 from data_pipeline.common.logs import clock_text
 from data_pipeline.samples import SampleProblem
 from pretrain.config.schema import RunConfig
-from pretrain.evaluate.routing_figure import draw_grids
-from pretrain.evaluate.routing_grids import load_grids, together_grids
+from pretrain.evaluate.routing.figure import draw_grids
+from pretrain.evaluate.routing.grids import load_grids, together_grids
 from pretrain.moe.statistics import MODALITIES
 from pretrain.train.figure import draw_captions
 from pretrain.train.journal import Journal
@@ -73,8 +73,8 @@ class Reporter:
         load_LME = tables.get(TOKENS_PER_EXPERT)
         numbers = dict(metrics) | {f"data/bad/{reason}": float(n) for reason, n in self.bad_counts.items()}
         loads = {} if load_LME is None else self._loads(load_LME)
-        numbers |= {name.replace(TOKENS_PER_EXPERT, "moe/max_over_mean_load"): max_over_mean(load_E)
-                    for name, load_E in loads.items()}
+        if load_LME is not None:
+            numbers |= self._busiest(load_LME)
         rows = {name: load_E.tolist() for name, load_E in loads.items()}
         self._try("metrics.jsonl", lambda: self._metrics.write({"step": step} | numbers | rows))
         self._try("tensorboard", lambda: self._write_events(step, numbers, loads))
@@ -142,6 +142,15 @@ class Reporter:
         self._try("tensorboard", self._events.close)
         self._try("metrics.jsonl", self._metrics.close)
         self._try("bad_samples.jsonl", self._bad.close)
+
+    def _busiest(self, load_LME: Array) -> dict[str, float]:
+        """Load of the busiest expert by layer and modality, against a fair share of those that serve the modality."""
+        return {
+            f"moe/max_over_mean_load/layer_{block:02d}/{modality}":
+                max_over_mean(load_LME[row, column, self._run.moe.pool(column)])
+            for row, block in enumerate(self._blocks)
+            for column, modality in enumerate(MODALITIES)
+        }
 
     def _loads(self, load_LME: Array) -> dict[str, Array]:
         """Token choices of each expert by layer and modality, by name."""

@@ -23,7 +23,7 @@ from torch import Tensor
 from data_pipeline.samples import Batch
 from pretrain.config.schema import LossConfig, RunConfig
 from pretrain.losses.contrastive import info_nce_share
-from pretrain.losses.total import GlobalSums, MainTerms, main_terms, with_weights
+from pretrain.losses.total import GlobalSums, MainTerms, main_terms, main_weights, with_weights
 from pretrain.model.vision_language import ModelOutput
 from pretrain.moe.auxiliary import Linearised, linearise
 from pretrain.moe.bias import bias_rate
@@ -82,25 +82,32 @@ def train_step(
     work = _Step(engine, batches, run, step_draw(run.seed, step), together)
     terms, auxiliary, sums, scale = work.backward() if len(batches) == 1 else work.accumulate()
     shares = engine.total(torch.stack([term.detach().double() for term in terms]))
-    # One copy to the host for all numbers of the step.
-    singles = (*auxiliary.values.values(), scale.double(), sums.pairs)
-    numbers = torch.cat([shares, *(value.view(1) for value in singles)]).tolist()
-    found = dict(zip((*MainTerms._fields, *auxiliary.values, "scale", "pairs"), numbers, strict=True))
-    logit_scale, pairs = found.pop("scale"), int(found.pop("pairs"))
-    weights = {"contrastive": run.loss.contrastive_weight, "caption": run.loss.caption_weight} | auxiliary.weights
+    # Before the numbers are known on the host: a global batch without a pair has no choices, which move no bias.
+    engine.model.move_biases(sums.router.choices_ME, bias_rate(run.balance, step, run.schedule.total_steps))
+    losses = torch.cat([shares, *(value.view(1) for value in auxiliary.values.values())])
+    biases = engine.model.biases().to(engine.device)
+    told = on_host([losses, scale, sums.pairs, sums.tokens_M, biases, *sums.router])
+    losses, scale, pairs, tokens_M, biases, *router = told
+    found = dict(zip((*MainTerms._fields, *auxiliary.values), losses.tolist(), strict=True))
     grad_norm = math.nan
-    if pairs:  # known on every rank alike; without one, weight decay and old moments would still move the weights
+    if int(pairs):  # known on every rank alike; without one, weight decay and old moments would still move the weights
         grad_norm = engine.step(learning_rate)
-        engine.model.move_biases(sums.router.choices_ME, bias_rate(run.balance, step, run.schedule.total_steps))
     return StepResult(
-        losses=with_weights(found, weights),
+        losses=with_weights(found, main_weights(run.loss) | auxiliary.weights),
         grad_norm=grad_norm,
-        logit_scale=logit_scale,
-        pairs=pairs,
-        tokens_M=sums.tokens_M.cpu(),
-        router=RouterStats(*(field.cpu() for field in sums.router)),
-        biases=engine.model.biases().cpu(),
+        logit_scale=float(scale),
+        pairs=int(pairs),
+        tokens_M=tokens_M,
+        router=RouterStats(*router),
+        biases=biases.float(),
     )
+
+
+def on_host(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors of one device as float64 on CPU, in one copy: each copy lets the host wait for the device."""
+    packed = torch.cat([tensor.detach().double().flatten() for tensor in tensors]).cpu()
+    pieces = packed.split([tensor.numel() for tensor in tensors])
+    return [piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)]
 
 
 Passed = tuple[MainTerms, Linearised, GlobalSums, Tensor]
@@ -137,11 +144,13 @@ class _Step(NamedTuple):
         auxiliary = self._auxiliary(sums)
         leaves = [_leaf(output) for output in first]
         contrastive = self._contrastive(leaves, sums)
-        (engine.world * loss.contrastive_weight * contrastive).backward()
-        caption = torch.zeros_like(contrastive.detach())
+        none = torch.zeros_like(contrastive.detach())
+        # The weight is applied here alone: what the embeddings are pulled by has it already.
+        (engine.world * MainTerms(contrastive, none).weighted_sum(loss)).backward()
+        caption = none.clone()
         for number, (batch, leaf) in enumerate(zip(self.batches, leaves, strict=True)):
             output = self._forward(batch)
-            terms = main_terms(contrastive=caption.new_zeros(()), caption_loss_sum=output.caption_loss_sum, sums=sums)
+            terms = main_terms(contrastive=none, caption_loss_sum=output.caption_loss_sum, sums=sums)
             # The surrogate has the gradient of the global contrastive loss with respect to these embeddings.
             surrogate = _pull(output.image_embedding, leaf.image_embedding)
             surrogate = surrogate + _pull(output.text_embedding, leaf.text_embedding)

@@ -56,7 +56,7 @@ def run_config(shapes: dict[str, Any], stage: str, precision: str, expert_parall
         f"precision.compute={precision}",
         # Whatever routing remembers or draws must go on too: biases, and numbers that belong to the step.
         "moe.choice=noisy", "moe.capacity_factor=1", "moe.capacity_priority=random", "moe.capacity_group=2",
-        "balance.load_weight=0.01", "balance.bias=zscore", "balance.bias_rate=0.01", "balance.bias_per_modality=true",
+        "balance.bias=zscore", "balance.bias_rate=0.01", "balance.bias_per_modality=true",
     ]
     return from_mapping(RunConfig, apply_overrides({}, overrides))
 

@@ -31,18 +31,19 @@ ROUTING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "plain": ({}, {}),
     # The usual weights, small beside the other losses.
     "usual": ({}, {"balance_weight": 1e-3, "router_z_weight": 1e-3}),
-    # Every auxiliary term, with noise, places given out by chance and biases that move fast.
+    # Every auxiliary term, with noise and places given out by chance.
     "noisy": (
         {"backend": "loop", "choice": "noisy", "noise": 2.0, "capacity_factor": 0.9, "capacity_priority": "random",
          "capacity_group": 2},
         {"importance_weight": 0.1, "load_weight": 0.1, "local_entropy_weight": BOTH, "global_entropy_weight": BOTH,
          "global_entropy_experts": ByModality(image=4.0, text=4.0), "expert_l1_weight": 1e-3,
-         "router_l1_weight": 1e-2, "bias": "zscore", "bias_rate": 0.02, "bias_per_modality": True},
+         "router_l1_weight": 1e-2},
     ),
     "sampled": (
         {"choice": "sampled", "score": "sigmoid", "capacity_factor": 1.0, "capacity_priority": "batch",
          "capacity_group": 2, "gate": "caption"},
-        {"bias": "sign", "bias_rate": 0.02, "importance_weight": 0.1, "expert_l1_weight": 1e-3},
+        {"bias": "zscore", "bias_rate": 0.02, "bias_per_modality": True, "importance_weight": 0.1,
+         "expert_l1_weight": 1e-3},
     ),
     "experts": ({"choice": "expert", "gate": "caption"}, {"router_l1_weight": 1e-2}),
     # DeepSpeed's own layer against ours in one process.

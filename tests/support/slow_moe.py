@@ -100,6 +100,8 @@ class Chosen(NamedTuple):
 
     scores: list[Tensor]
     """Of every token, without noise."""
+    gates: list[Tensor]
+    """Of every token, those that weigh: with the noise of noisy choices."""
     noisy: list[Tensor]
     """Logits with noise."""
     choices: list[list[tuple[int, Tensor]]]
@@ -118,7 +120,7 @@ def slow_choices(layer: MoELayer, logits: list[Tensor], listed: list[Token], dra
         values = torch.softmax(row[mine], 0) if config.score == "softmax" else torch.sigmoid(row[mine])
         return torch.zeros_like(row).index_copy(0, torch.tensor(mine), values)
 
-    scores, noisy_logits, choices = [], [], []
+    scores, gates, noisy_logits, choices = [], [], [], []
     for row, token, mine in zip(logits, listed, allowed, strict=True):
         row = row * config.temperature
         scores.append(score(row, mine))
@@ -127,6 +129,7 @@ def slow_choices(layer: MoELayer, logits: list[Tensor], listed: list[Token], dra
                               for v in u], dtype=row.dtype)
         noisy_logits.append(row + noise * config.noise / config.num_experts)
         weight = score(noisy_logits[-1], mine) if training and config.choice == "noisy" else scores[-1]
+        gates.append(weight)
         key = weight.detach().clone()
         if training and config.choice == "sampled":
             key = key.log() - torch.tensor([math.log(-math.log(v)) for v in u], dtype=row.dtype)
@@ -141,8 +144,8 @@ def slow_choices(layer: MoELayer, logits: list[Tensor], listed: list[Token], dra
         _experts_choose(layer, scores, listed, choices)
     kept = [[True] * len(mine) for mine in choices]
     if config.capacity_factor and training:
-        kept = _limited(layer, scores, listed, choices, draw)
-    return Chosen(scores, noisy_logits, choices, kept)
+        kept = _limited(layer, gates, listed, choices, draw)
+    return Chosen(scores, gates, noisy_logits, choices, kept)
 
 
 def _experts_choose(
@@ -162,16 +165,16 @@ def _experts_choose(
 
 
 def _limited(
-    layer: MoELayer, scores: list[Tensor], listed: list[Token], choices: list[list[tuple[int, Tensor]]], draw: int
+    layer: MoELayer, gates: list[Tensor], listed: list[Token], choices: list[list[tuple[int, Tensor]]], draw: int
 ) -> list[list[bool]]:
-    """Fill the places one choice after the other."""
+    """Fill the places one choice after the other; the surest token is the one with the largest gate (V-MoE)."""
     config = layer.config
 
     def priority(i: int) -> float:
         if config.capacity_priority == "position":
             return listed[i].pair  # and in a pair as they are listed, the patches first
         if config.capacity_priority == "batch":
-            return -float(scores[i].detach().max())
+            return -float(gates[i].detach().max())
         bits = number(listed[i].identity, draw, layer.block, 2, 0)
         return bits - (1 << 64) if bits >> 63 else bits
 
@@ -223,8 +226,7 @@ def slow_statistics(layer: MoELayer, logits: list[Tensor], chosen: Chosen, liste
         mine = range(experts)[config.pool(m)]
         probs = score / score.sum()
         found["prob_sum_ME"][m] = found["prob_sum_ME"][m] + probs
-        raw = logits[i] if config.pools == "shared" else logits[i][list(mine)] * config.temperature
-        found["z_sum_M"][m] = found["z_sum_M"][m] + torch.logsumexp(raw, 0) ** 2
+        found["z_sum_M"][m] = found["z_sum_M"][m] + torch.logsumexp(logits[i][list(mine)], 0) ** 2
         found["entropy_sum_M"][m] = found["entropy_sum_M"][m] - sum(probs[e] * probs[e].log() for e in mine)
         if layer.balance.load_weight:
             best = sorted((chosen.noisy[i][e] for e in mine), key=lambda v: -float(v.detach()))

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from pretrain.config.schema import RunConfig
-from pretrain.evaluate.routing_report import effective_number
+from pretrain.evaluate.routing.report import effective_number
 from pretrain.model.count import count_flops, count_parameters
 
 MODALITIES = ("image", "text")
@@ -78,8 +78,12 @@ def routing(rows: Sequence[Row], run: RunConfig) -> dict[str, Any] | None:
     if not blocks:
         return None
     load_LME = expert_loads(rows, blocks)
-    found: dict[str, Any] = {"max_over_mean": _mean_max(load_LME.sum(axis=1)), "experts": load_LME[:, 0].size}
-    found["dead"] = int(sum(_dead(load_LME[:, :, pool].sum(axis=1)) for pool in run.moe.pool_slices()))
+    pools = [load_LME[:, :, pool].sum(axis=1) for pool in run.moe.pool_slices()]
+    found: dict[str, Any] = {
+        "max_over_mean": float(np.max([_busiest(load_LE) for load_LE in pools], axis=0).mean()),
+        "experts": load_LME[:, 0].size,
+        "dead": int(sum(map(_dead, pools))),
+    }
     for column, modality in enumerate(MODALITIES):
         load_LE = load_LME[:, column, run.moe.pool(column)]
         layers = [f"layer_{block:02d}/{modality}" for block in blocks]
@@ -108,7 +112,14 @@ def mean_of(rows: Sequence[Row], name: str, missing: float | None = None) -> flo
 
 
 def _mean_max(load_LE: np.ndarray[Any, Any]) -> float:
-    return float((load_LE.max(axis=1) / np.maximum(load_LE.mean(axis=1), 1e-12)).mean())
+    """The busiest expert over a fair share, mean over layers."""
+    return float(_busiest(load_LE).mean())
+
+
+def _busiest(load_LE: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The busiest expert of each layer over a fair share, `[L]`."""
+    ratio_L: np.ndarray[Any, Any] = load_LE.max(axis=1) / np.maximum(load_LE.mean(axis=1), 1e-12)
+    return ratio_L
 
 
 def _dead(load_LE: np.ndarray[Any, Any]) -> int:

@@ -427,6 +427,26 @@ def test_bad_samples_are_left_out_and_named(tmp_path: Path, tokenizer_path: str,
         assert batch.ids.tolist() == [int(key) for key in batch.keys]
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_slots_are_the_rows_that_were_asked_for(tmp_path: Path, tokenizer_path: str, workers: int) -> None:
+    """A bad sample leaves a gap, and those after it keep their rows: routing makes its groups of them."""
+    made = list(samples(12))
+    for number in (1, 4, 11):  # a middle one, the first and the last of a batch of four
+        made[number]["png"] = b"no picture"
+    setup = Setup(write_shards(made, tmp_path, samples_per_shard=12), tokenizer_path)
+    in_order = list(setup.evaluate(workers=workers))
+    assert [batch.slots.tolist() for batch in in_order] == [[0, 2, 3], [1, 2, 3], [0, 1, 2]]
+    assert [batch.ids.tolist() for batch in in_order] == [[0, 2, 3], [5, 6, 7], [8, 9, 10]]
+    steps, _ = take(setup.open(data=settings(workers=workers)), 6)
+    asked = [f"{ref.sample:05d}" for ref in Plan([12], 9, settings().shuffle_window).samples(0, 6 * STEP)]
+    gaps = 0
+    for number, batch in enumerate(itertools.chain(*steps)):
+        mine = asked[number * FORWARD : (number + 1) * FORWARD]
+        assert batch.slots.tolist() == [row for row, key in enumerate(mine) if key in batch.keys]
+        gaps += batch.slots.tolist() == [1]
+    assert gaps  # here only the second of two is left
+
+
 def test_a_batch_of_bad_samples_only_is_empty(tmp_path: Path, tokenizer_path: str) -> None:
     manifest = write_shards([{"__key__": str(n), "txt": "x"} for n in range(4)], tmp_path)
     (batch,) = Setup(manifest, tokenizer_path).evaluate()

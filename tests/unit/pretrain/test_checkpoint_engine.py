@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -80,10 +81,30 @@ def test_biases_are_kept_with_the_weights(tmp_path: Path) -> None:
         assert bias.any() and torch.equal(weights[name], bias)
         assert torch.equal(dict(second.model.named_buffers())[name], bias)
     assert weights.keys() == second.model.state_dict().keys()
-    without = new_engine(0)
-    with pytest.raises(CheckpointError, match=r"no 'blocks\.1\.ffn\.bias\.value'"):
-        save(without, root=tmp_path / "other", step=0, state_json={}, rank_state={})
-        load_latest(second, tmp_path / "other")
+
+
+def with_biases(**settings: Any) -> PlainEngine:
+    layout = Layout(world=1, expert_parallel=1, zero_stage=-1, precision="fp32", num_experts=4)
+    run = replace(RUN, balance=BalanceConfig(**settings))
+    return PlainEngine(build_model(run), run.optim, layout, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("written", "read", "told"), [
+    ({"bias": "none"}, {"bias": "sign"}, "no 'blocks.1.ffn.bias.value'"),
+    ({"bias": "sign"}, {"bias": "none"}, "2 layers with learned biases of the choice, such as 'blocks.1.ffn.bias"),
+    ({"bias": "sign"}, {"bias": "sign", "bias_per_modality": True}, "'blocks.1.ffn.bias.value' as [1, 4]"),
+    ({"bias": "zscore", "bias_per_modality": True}, {"bias": "zscore"}, "'blocks.1.ffn.bias.value' as [2, 4]"),
+])
+def test_biases_are_neither_invented_nor_dropped(
+    written: dict[str, Any], read: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    save(with_biases(**written), root=tmp_path, step=0, state_json={}, rank_state={})
+    load_latest(with_biases(**written), tmp_path)
+    with pytest.raises(CheckpointError) as caught:
+        load_latest(with_biases(**read), tmp_path)
+    text = str(caught.value)
+    assert told in text and "balance.bias and balance.bias_per_modality" in text and "config.yaml" in text
+    assert "2 layers" in text or "Set the model, moe and balance sections" in text
 
 
 def test_all_of_the_optimizers_state_goes_to_the_device_of_its_parameter() -> None:

@@ -68,8 +68,7 @@ def slow_terms(logits_LTE: Tensor, tokens: RouterTokens, config: MoEConfig, stat
             term = balance(list(range(total)), pools[0], choices.sum(0))
         else:
             term = sum(balance(list(members[m]), pools[m], choices[m]) for m in (0, 1)) / 2
-        raw = [logits_LTE[layer, t] if config.pools == "shared" else a[t, pools[0 if t < split else 1]]
-               for t in range(total)]
+        raw = [logits_LTE[layer, t, pools[0 if t < split else 1]] for t in range(total)]
         one = {
             "balance": term,
             "router_z": sum(torch.logsumexp(row, 0) ** 2 for row in raw) / total,
@@ -88,7 +87,7 @@ def slow_terms(logits_LTE: Tensor, tokens: RouterTokens, config: MoEConfig, stat
 
 @pytest.mark.parametrize("settings", [
     {}, {"score": "sigmoid", "temperature": 1.5}, {"pools": "modality", "image_experts": 5, "experts_per_token": 3},
-    {"pools": "modality", "score": "sigmoid", "image_experts": 5},
+    {"pools": "modality", "score": "sigmoid", "image_experts": 5, "temperature": 1.5},
 ], ids=["softmax", "sigmoid", "pools", "pools-sigmoid"])
 @pytest.mark.parametrize("split", [[6], [3, 3], [1, 0, 4, 1]], ids=str)
 def test_shares_of_any_split_have_the_gradient_of_the_whole(settings: dict[str, Any], split: list[int]) -> None:
@@ -177,6 +176,22 @@ def test_a_dense_trunk_and_an_empty_batch_have_terms_of_zero() -> None:
     found = linearise(double(empty), torch.zeros(2, dtype=torch.float64), config, EVERYTHING)
     assert all(math.isfinite(float(value)) for value in found.values.values())
     assert all(bool(torch.isfinite(c).all()) for c in found.coefficients.values())
+
+
+def test_a_modality_without_tokens_is_not_short_of_experts() -> None:
+    """Its mean distribution would be all zeros, whose entropy is 0: log S short, whatever the router does."""
+    config = MoEConfig(num_experts=EXPERTS)
+    alone = BalanceConfig(balance_weight=0.0, router_z_weight=0.0,
+                          global_entropy_weight=ByModality(image=1.3, text=0.6))
+    for missing, (lengths, patches) in enumerate((([5, 4], 0), ([0, 0, 0], 3))):
+        tokens, listed = make_tokens(lengths, patches)
+        logits = 3 * torch.randn(LAYERS, len(listed), EXPERTS)
+        tokens_M = torch.tensor([9.0, 9.0])
+        tokens_M[missing] = 0.0
+        found = linearise(double(statistics(logits, tokens, config)), tokens_M, config, alone)
+        values = [float(found.values[f"global_entropy_{name}"]) for name in ("image", "text")]
+        assert values[missing] == 0.0
+        assert not found.coefficients["prob_sum_ME"][:, missing].any()
 
 
 def test_terms_without_weight_are_left_out_but_balance_and_z() -> None:

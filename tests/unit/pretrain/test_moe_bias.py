@@ -56,6 +56,31 @@ def test_a_cast_of_the_model_leaves_the_bias_alone() -> None:
     assert MoELayer(8, MoEConfig(num_experts=4)).bias is None
 
 
+@pytest.mark.parametrize("pools", ["shared", "modality"])
+@pytest.mark.parametrize("rule", ["sign", "zscore"])
+def test_where_experts_choose_patches_one_bias_is_that_of_the_text(rule: str, pools: str) -> None:
+    """Every expert takes as many patches as the others, so that only the text's load is off its mean."""
+    from tests.support.slow_moe import make_tokens
+
+    config = MoEConfig(num_experts=6, experts_per_token=2, choice="expert", pools=pools)  # type: ignore[arg-type]
+    tokens, listed = make_tokens([5, 8, 3], 7)
+    x_TD, text_choices, biases = torch.randn(len(listed), 8), [], []
+    for per_modality in (False, True):
+        torch.manual_seed(0)
+        layer = MoELayer(8, config, BalanceConfig(bias=rule, bias_per_modality=per_modality))  # type: ignore[arg-type]
+        for parameter in layer.parameters():
+            torch.nn.init.normal_(parameter)
+        assert layer.bias is not None
+        for _ in range(4):
+            stats = layer(x_TD, tokens)[1]
+            layer.move_bias(stats.choices_ME, 0.1)
+        text_choices.append(stats.choices_ME[1])
+        biases.append(layer.bias.value)
+    torch.testing.assert_close(biases[0][0], biases[1][1])
+    assert torch.equal(*text_choices)
+    assert biases[1][1].any() and not biases[1][0].any()
+
+
 def test_biases_even_out_a_lopsided_router() -> None:
     """A fixed router that would send nearly everything to one expert; only the biases may change that."""
     from tests.support.slow_moe import make_tokens

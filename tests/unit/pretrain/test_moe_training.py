@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
+from data_pipeline.order.state import LoaderState
 from data_pipeline.samples import Batch
 from pretrain.config.presets import load_run
 from pretrain.config.schema import RunConfig
@@ -14,7 +16,9 @@ from pretrain.model import VisionLanguageModel, build_model
 from pretrain.model.vision_language import valid_positions
 from pretrain.parallel.layout import Layout
 from pretrain.parallel.plain_engine import PlainEngine, model_inputs
-from pretrain.train.metrics import routing_metrics
+from pretrain.train.metrics import Window, routing_metrics
+from pretrain.train.reporter import Reporter
+from pretrain.train.state import TrainState
 from pretrain.train.step import StepResult, train_step
 
 PAIRS, STEPS, PATCHES = 32, 100, 16
@@ -121,6 +125,29 @@ def test_biases_are_told(tmp_path: Path) -> None:
     assert routing_metrics(result, run)["moe/bias_range/layer_02/text"] == pytest.approx(expected, rel=1e-4)
     resting = train_step(engine, [pairs(0)], run, step=STEPS - 1, learning_rate=0.0)
     assert torch.equal(resting.biases, result.biases)
+
+
+def test_the_busiest_expert_is_measured_within_its_pool(tmp_path: Path) -> None:
+    """Patches outnumber words, but an expert for patches that gets a fair share of them is not busy."""
+    run = small_run(tmp_path, "[tiny, vl_moe]", "moe.image_experts=2")
+    window, device = Window(run, 1, torch.device("cpu")), torch.device("cpu")
+    engine = PlainEngine(build_model(run), run.optim, Layout(world=1, expert_parallel=1, zero_stage=-1,
+                                                             precision="fp32", num_experts=8), device)
+    result = train_step(engine, [pairs(0)], run, step=0, learning_rate=0.0)
+    # Experts 0 and 1 serve patches, the six others words.
+    load_E = torch.tensor([[300, 100, 0, 0, 0, 0, 0, 0], [0, 0, 20, 10, 10, 10, 10, 0]]).double()
+    router = result.router._replace(choices_ME=load_E.expand(2, 2, 8))
+    window.add(result._replace(router=router), 0.0, [])
+    metrics, tables = window.summary(TrainState(loader=LoaderState()), [window.rank_report()], 1e-3)
+    assert metrics["moe/max_over_mean_load/layer_01"] == pytest.approx(2.0)
+    assert metrics["moe/min_over_mean_load/layer_01"] == 0.0
+    reporter = Reporter(tmp_path, run, 0)
+    reporter.step(1, metrics, tables)
+    reporter.close()
+    row = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert row["moe/max_over_mean_load/layer_01"] == pytest.approx(2.0)
+    assert row["moe/max_over_mean_load/layer_02/image"] == pytest.approx(1.5)
+    assert row["moe/max_over_mean_load/layer_02/text"] == pytest.approx(2.0)
 
 
 def test_dropped_choices_are_told(tmp_path: Path) -> None:

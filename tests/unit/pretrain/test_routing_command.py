@@ -18,9 +18,9 @@ from data_pipeline.shards.writer import write_shards
 from pretrain.checkpoint import save
 from pretrain.cli.main import main
 from pretrain.config.schema import MoEConfig, RunConfig
-from pretrain.evaluate.routing import all_grids, find_set, routing_command
-from pretrain.evaluate.routing_page import PagePicture, crop
-from pretrain.evaluate.routing_tally import Tally
+from pretrain.evaluate.routing.command import all_grids, find_set, routing_command
+from pretrain.evaluate.routing.page import PagePicture, crop
+from pretrain.evaluate.routing.tally import Tally
 from pretrain.model import build_model
 from pretrain.parallel.layout import Layout
 from pretrain.parallel.plain_engine import PlainEngine
@@ -102,7 +102,7 @@ def test_patches_lead_back_to_their_pictures(tmp_path: Path, shapes: Shapes, mon
         seen.update(pictures)
         return ""
 
-    monkeypatch.setattr("pretrain.evaluate.routing.routing_page", keep)
+    monkeypatch.setattr("pretrain.evaluate.routing.command.routing_page", keep)
     report = routing_command(tmp_path / "run", samples=64)
     wanted = {p["sample"] for layer in report["layers"] for e in layer["experts"] for p in e["patches"]}
     assert set(seen) == wanted and wanted

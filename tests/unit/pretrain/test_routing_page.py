@@ -14,11 +14,11 @@ import pytest
 from PIL import Image
 
 from pretrain.config.schema import MoEConfig
-from pretrain.evaluate.routing_grids import Grid, load_grids
-from pretrain.evaluate.routing_page import PagePicture, crop, routing_page
-from pretrain.evaluate.routing_report import routing_report
-from pretrain.evaluate.routing_svg import TOLD, svg_grid
-from pretrain.evaluate.routing_tally import Tally
+from pretrain.evaluate.routing.grids import Grid, load_grids
+from pretrain.evaluate.routing.page import PagePicture, crop, routing_page
+from pretrain.evaluate.routing.report import routing_report
+from pretrain.evaluate.routing.svg import TOLD, svg_grid
+from pretrain.evaluate.routing.tally import Tally
 
 EVIL = "<script>alert('x')</script>\"&'</style>"
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import ImageFont
 
 from pretrain.config.schema import MoEConfig
-from pretrain.evaluate.routing_figure import (
+from pretrain.evaluate.routing.figure import (
     FAIR,
     FONT_SIZE,
     HEAD,
@@ -24,7 +24,7 @@ from pretrain.evaluate.routing_figure import (
     draw_grids,
     shade,
 )
-from pretrain.evaluate.routing_grids import (
+from pretrain.evaluate.routing.grids import (
     Grid,
     expected_together,
     load_grids,
@@ -32,7 +32,7 @@ from pretrain.evaluate.routing_grids import (
     together_grids,
     together_lift,
 )
-from pretrain.evaluate.routing_report import (
+from pretrain.evaluate.routing.report import (
     effective_number,
     modality_lean,
     pairs_together,
@@ -40,8 +40,8 @@ from pretrain.evaluate.routing_report import (
     top_words,
     word_bits,
 )
-from pretrain.evaluate.routing_tally import Tally
-from pretrain.evaluate.routing_text import printable, routing_table, serves
+from pretrain.evaluate.routing.tally import Tally
+from pretrain.evaluate.routing.text import printable, routing_table, serves
 
 ALL = (slice(None),)
 

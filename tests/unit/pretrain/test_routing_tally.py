@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from pretrain.config.schema import ModelConfig, MoEConfig
-from pretrain.evaluate.routing_tally import Routed, Tally, watch
-from pretrain.evaluate.routing_words import WordBook, words_of
+from pretrain.evaluate.routing.tally import Routed, Tally, watch
+from pretrain.evaluate.routing.words import WordBook, words_of
 from pretrain.model import VisionLanguageModel
 from pretrain.model.vision_language import RoutingFacts, valid_positions
 

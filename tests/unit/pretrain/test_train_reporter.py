@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from data_pipeline.samples import SampleProblem
 from pretrain.config.schema import ModelConfig, MoEConfig, RunConfig, ScheduleConfig
-from pretrain.evaluate.routing_figure import LESS, MORE, cell_side
+from pretrain.evaluate.routing.figure import LESS, MORE, cell_side
 from pretrain.train.figure import COLUMNS, MARGIN, RIGHT, TILE, WRONG, draw_captions
 from pretrain.train.journal import read_rows
 from pretrain.train.reporter import Reporter, max_over_mean, progress_line

@@ -20,7 +20,8 @@ from pretrain.model.twin import TOLERANCE, caption_tokens, dense_twin, differing
 SETTINGS = [
     ("tiny", []), ("quickstart", []), ("s16", []), ("b16", []), ("l16", []), ("h14", []),
     ("tiny", ["moe.gate=caption"]), ("tiny", ["moe.every=2", "moe.experts_per_token=5"]),
-    ("tiny", ["moe.choice=noisy", "balance.load_weight=0.005", "moe.capacity_factor=1.25", "balance.bias=sign"]),
+    ("tiny", ["moe.choice=noisy", "balance.load_weight=0.005", "moe.capacity_factor=1.25"]),
+    ("tiny", ["balance.bias=sign"]),
     ("b16", ["parallel.expert_parallel=8"]), ("tiny", ["moe.expert_width=4", "moe.shared_experts=0"]),
 ]
 

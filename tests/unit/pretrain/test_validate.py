@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
+import torch
 
 from data_pipeline.common.errors import ConfigError
 from pretrain.config.presets import load_run
 from pretrain.config.validate import check, problems, training_problems
+from pretrain.moe.experts import grouped_swiglu
 
 
 def test_a_good_run_has_no_problem() -> None:
@@ -31,6 +35,12 @@ def test_a_good_run_has_no_problem() -> None:
     (["balance.balance_weight=-1"], 1, "balance.balance_weight is -1.0, below 0"),
     (["balance.local_entropy_weight.text=-2"], 1, "balance.local_entropy_weight.text is -2.0, below 0"),
     (["balance.load_weight=1"], 1, "set moe.choice=noisy, or balance.load_weight=0"),
+    (["balance={load_weight: 0.1, bias: sign}", "moe.choice=noisy"], 1, "knows nothing of balance.bias (sign), which "
+     "decides the choice with the scores; set balance.bias=none, or balance.load_weight=0"),
+    (["balance.bias_per_modality=true"], 1, "balance.bias is none, so that there is no bias; set balance.bias=sign or "
+     "zscore, or balance.bias_per_modality=false"),
+    (["balance.global_entropy_experts.text=0.5"], 1, "balance.global_entropy_experts.text is 0.5, and fewer than 1"),
+    (["moe.stop=-2"], 1, "moe.stop is -2, but blocks are not counted from the end"),
     (["balance.global_entropy_experts.image=9"], 1, "more than the 8 experts that serve it"),
     (["balance.global_entropy_experts.text=5", "moe.pools=modality"], 1, "more than the 4 experts"),
     (["balance.bias_rate=0"], 1, "balance.bias=none turns biases off"),
@@ -51,6 +61,8 @@ def test_a_good_run_has_no_problem() -> None:
     (["eval.sets=[{name: a, shards: 's3://b/t/'}]", "data.train=['s3://b/t']"], 1, "is not held out"),
     (["data.train=[t, u, t/]"], 1, "data.train names t 2 times"),
     (["precision.compute=bf16", "moe.expert_width=60"], 1, "multiple of 8, or set moe.backend=loop"),
+    (["moe.expert_width=62"], 1, "with precision.compute=fp32 it must be a multiple of 4, or set moe.backend=loop"),
+    (["moe={expert_width: 62, backend: grouped}"], 1, "must be a multiple of 4, or set moe.backend=loop"),
     (["data.prefetch=0"], 1, "data.prefetch is 0, but must be at least 1"),
 ])
 def test_each_contradiction_is_one_problem(overrides: list[str], world: int, part: str) -> None:
@@ -77,9 +89,23 @@ def test_a_section_refuses_what_cannot_be(overrides: list[str], part: str) -> No
     assert part in str(caught.value)
 
 
-def test_the_backend_without_alignment_takes_any_width() -> None:
-    run = load_run("tiny", ["precision.compute=bf16", "moe={expert_width: 60, backend: loop}"])
+@pytest.mark.parametrize(("compute", "width", "backend"), [
+    ("bf16", 60, "loop"), ("fp32", 61, "loop"), ("fp32", 60, "auto"), ("fp32", 60, "grouped"), ("bf16", 56, "grouped"),
+])
+def test_widths_that_fit_the_backend(compute: str, width: int, backend: str) -> None:
+    run = load_run("tiny", [f"precision.compute={compute}", f"moe={{expert_width: {width}, backend: {backend}}}"])
     assert problems(run, 1) == []
+
+
+@pytest.mark.parametrize(("dtype", "width", "fits"), [
+    (torch.float32, 62, False), (torch.float32, 60, True), (torch.bfloat16, 60, False), (torch.bfloat16, 56, True),
+])
+def test_the_refused_widths_are_those_that_the_grouped_product_refuses(
+    dtype: torch.dtype, width: int, fits: bool
+) -> None:
+    weights = [torch.randn(2, *shape, dtype=dtype) for shape in ((width, 16), (16, width), (width, 16))]
+    with contextlib.nullcontext() if fits else pytest.raises(RuntimeError, match="multiple of 16 bytes"):
+        grouped_swiglu(torch.randn(6, 16, dtype=dtype), torch.tensor([4, 2]), *weights)
 
 
 def test_all_problems_come_in_one_error() -> None:

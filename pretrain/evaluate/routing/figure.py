@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-from pretrain.evaluate.routing_grids import Grid
+from pretrain.evaluate.routing.grids import Grid
 
 LESS, FAIR, MORE, NOTHING = (33, 82, 153), (255, 255, 255), (178, 24, 43), (222, 222, 222)
 DOUBLINGS = 2.0

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from pretrain.config.schema import MoEConfig
-from pretrain.evaluate.routing_grids import expected_together, over_fair_share
-from pretrain.evaluate.routing_tally import Tally
+from pretrain.evaluate.routing.grids import expected_together, over_fair_share
+from pretrain.evaluate.routing.tally import Tally
 from pretrain.moe.tokens import MODALITIES
 
 Array = np.ndarray[Any, Any]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from html import escape
 
-from pretrain.evaluate.routing_figure import ink, ratio_text, shade
-from pretrain.evaluate.routing_grids import Grid
+from pretrain.evaluate.routing.figure import ink, ratio_text, shade
+from pretrain.evaluate.routing.grids import Grid
 
 CELL, SMALLEST, LABEL, HEAD, WIDEST = 30, 6, 62, 20, 900
 """Units of the drawing, as many pixels."""

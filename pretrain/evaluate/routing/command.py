@@ -17,13 +17,13 @@ from pretrain.config.schema import RunConfig
 from pretrain.evaluate.command import open_set
 from pretrain.evaluate.judge import choose_samples, judging
 from pretrain.evaluate.report import write_json
-from pretrain.evaluate.routing_figure import draw_grids
-from pretrain.evaluate.routing_grids import Grid, load_grids, together_grids
-from pretrain.evaluate.routing_page import PagePicture, routing_page
-from pretrain.evaluate.routing_report import Report, routing_report
-from pretrain.evaluate.routing_tally import Tally, watch
-from pretrain.evaluate.routing_text import routing_table
-from pretrain.evaluate.routing_words import WordBook
+from pretrain.evaluate.routing.figure import draw_grids
+from pretrain.evaluate.routing.grids import Grid, load_grids, together_grids
+from pretrain.evaluate.routing.page import PagePicture, routing_page
+from pretrain.evaluate.routing.report import Report, routing_report
+from pretrain.evaluate.routing.tally import Tally, watch
+from pretrain.evaluate.routing.text import routing_table
+from pretrain.evaluate.routing.words import WordBook
 from pretrain.evaluate.trained import Trained, load_trained
 
 logger = logging.getLogger(__name__)

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from pretrain.evaluate.routing_grids import Grid
-from pretrain.evaluate.routing_svg import svg_grid
-from pretrain.evaluate.routing_text import serves
+from pretrain.evaluate.routing.grids import Grid
+from pretrain.evaluate.routing.svg import svg_grid
+from pretrain.evaluate.routing.text import serves
 
 Report = dict[str, Any]
 Array = np.ndarray[Any, Any]
