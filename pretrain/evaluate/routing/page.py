@@ -143,7 +143,8 @@ def _patch(patch: Report, picture: PagePicture, patch_size: int) -> str:
 
 _STYLE = f"""body{{font:14px/1.4 system-ui,sans-serif;margin:24px;color:#222;background:#fff;max-width:1500px}}
 table{{border-collapse:collapse;width:100%}}td,th{{padding:4px 8px;border-bottom:1px solid #ddd;text-align:right;
-vertical-align:middle}}td{{white-space:nowrap}}.serves{{text-align:left}}.words,.patches{{text-align:left;white-space:normal}}
+vertical-align:middle}}td{{white-space:nowrap}}.serves{{text-align:left}}.words{{text-align:left;white-space:normal}}
+.patches{{text-align:left}}
 .w{{white-space:nowrap;margin-right:8px}}small{{color:#777}}
 .grids{{display:flex;flex-wrap:wrap;gap:16px}}figure{{margin:0}}figcaption{{font-weight:600}}
 svg text{{font-size:10px}}svg .l,svg .v{{text-anchor:middle}}svg .r{{text-anchor:end}}
