@@ -333,8 +333,8 @@ def test_a_run_folder_trained_with_another_tokenizer(trained: Place) -> None:
 
 
 @pytest.mark.parametrize(("setting", "parts"), [
-    ("model.width=64", ["the checkpoint has", "as [32", "this run's model needs [64", "Set the model and moe sections",
-                        "config.yaml of the run folder"]),
+    ("model.width=64", ["the checkpoint has", "as [32", "this run's model needs [64",
+                        "Set the model, moe and balance sections", "config.yaml of the run folder"]),
     ("model.num_blocks=3", ["the checkpoint has no 'blocks.2.", "config.yaml of the run folder"]),
     ("moe.num_experts=8", ["another layout: num_experts 4 (now 8)", "set moe.num_experts=4"]),
     ("seed=7", ["seed is 7", "saved with seed 0", "set seed back"]),
