@@ -10,12 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from data_pipeline.common.addresses import refuse_user, without_secrets
-from data_pipeline.common.errors import ConfigError
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
+from data_pipeline.common.errors import require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,18 +37,18 @@ class SourceConfig:
         who = f"data.train source {self.name or without_secrets(self.shards)!r}"
         refuse_user(self.shards, "data.train")
         refuse_user(self.drop, f"{who}: drop")
-        _require(bool(self.shards), "a source of data.train has an empty `shards`; name a manifest or a folder")
-        _require(self.weight is None or self.weight >= 0, f"{who}: weight is {self.weight}, below 0")
-        _require(self.weight is None or not self.weight_schedule,
-                 f"{who} has both weight and weight_schedule; give one")
-        _require(self.repeats >= 1, f"{who}: repeats is {self.repeats}, below 1")
+        require(bool(self.shards), "a source of data.train has an empty `shards`; name a manifest or a folder")
+        require(self.weight is None or self.weight >= 0, f"{who}: weight is {self.weight}, below 0")
+        require(self.weight is None or not self.weight_schedule,
+                f"{who} has both weight and weight_schedule; give one")
+        require(self.repeats >= 1, f"{who}: repeats is {self.repeats}, below 1")
         points = [pairs for pairs, _ in self.weight_schedule]
-        _require(points == sorted(set(points)) and min(points, default=0) >= 0,
-                 f"{who}: weight_schedule has its points at {points} pairs; they must rise from 0 or more")
-        _require(all(weight >= 0 for _, weight in self.weight_schedule),
-                 f"{who}: weight_schedule has a weight below 0")
-        _require(self.repeats == 1 or (self.weight is None and not self.weight_schedule),
-                 f"{who} has both repeats and a weight; a weight alone decides how often it comes")
+        require(points == sorted(set(points)) and min(points, default=0) >= 0,
+                f"{who}: weight_schedule has its points at {points} pairs; they must rise from 0 or more")
+        require(all(weight >= 0 for _, weight in self.weight_schedule),
+                f"{who}: weight_schedule has a weight below 0")
+        require(self.repeats == 1 or (self.weight is None and not self.weight_schedule),
+                f"{who} has both repeats and a weight; a weight alone decides how often it comes")
 
     def without_secrets(self) -> SourceConfig:
         """As it may be written down: addresses without the signatures of presigned queries."""
@@ -90,8 +85,8 @@ class AugmentConfig:
     def __post_init__(self) -> None:
         for name in ("brightness", "contrast", "saturation"):
             value = getattr(self, name)
-            _require(0 <= value <= 1, f"data.augment.{name} is {value}, but must lie in 0..1")
-        _require(0 <= self.hue <= 0.5, f"data.augment.hue is {self.hue}, but must lie in 0..0.5")
+            require(0 <= value <= 1, f"data.augment.{name} is {value}, but must lie in 0..1")
+        require(0 <= self.hue <= 0.5, f"data.augment.hue is {self.hue}, but must lie in 0..0.5")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,8 +111,8 @@ class FilterConfig:
 
     def __post_init__(self) -> None:
         for name in ("min_side", "max_aspect", "min_caption_chars", "max_caption_chars"):
-            _require(getattr(self, name) >= 0, f"data.filters.{name} is {getattr(self, name)}, below 0")
-        _require(not 0 < self.max_aspect < 1, f"data.filters.max_aspect is {self.max_aspect}, below 1")
+            require(getattr(self, name) >= 0, f"data.filters.{name} is {getattr(self, name)}, below 0")
+        require(not 0 < self.max_aspect < 1, f"data.filters.max_aspect is {self.max_aspect}, below 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,21 +174,21 @@ class DataConfig:
     """Keep a record of the samples that every step got in `ledger/` of the run folder (8 bytes a sample)."""
 
     def __post_init__(self) -> None:
-        _require(len(self.caption_keys) == len(self.caption_weights),
-                 f"data.caption_weights has {len(self.caption_weights)} numbers for "
-                 f"{len(self.caption_keys)} data.caption_keys; give one weight a key")
-        _require(self.workers >= 0, f"data.workers is {self.workers}, below 0")
-        _require(self.shuffle_window >= 1, f"data.shuffle_window is {self.shuffle_window}, below 1")
+        require(len(self.caption_keys) == len(self.caption_weights),
+                f"data.caption_weights has {len(self.caption_weights)} numbers for "
+                f"{len(self.caption_keys)} data.caption_keys; give one weight a key")
+        require(self.workers >= 0, f"data.workers is {self.workers}, below 0")
+        require(self.shuffle_window >= 1, f"data.shuffle_window is {self.shuffle_window}, below 1")
         for name in ("cache_gib", "fetch_ahead"):
-            _require(getattr(self, name) >= 0, f"data.{name} is {getattr(self, name)}, below 0")
+            require(getattr(self, name) >= 0, f"data.{name} is {getattr(self, name)}, below 0")
         for name in ("request_seconds", "shard_seconds", "timeout_seconds"):
-            _require(getattr(self, name) > 0, f"data.{name} is {getattr(self, name)}, but must be positive")
-        _require(self.shard_seconds < self.timeout_seconds,
-                 f"data.shard_seconds is {self.shard_seconds:g}, not below data.timeout_seconds "
-                 f"({self.timeout_seconds:g}): a batch would be given up before a shard is")
+            require(getattr(self, name) > 0, f"data.{name} is {getattr(self, name)}, but must be positive")
+        require(self.shard_seconds < self.timeout_seconds,
+                f"data.shard_seconds is {self.shard_seconds:g}, not below data.timeout_seconds "
+                f"({self.timeout_seconds:g}): a batch would be given up before a shard is")
         weighted = [bool(source.weight is not None or source.weight_schedule) for source in self.sources]
-        _require(all(weighted) or not any(weighted),
-                 "data.train: some sources have a weight and others none; give all of them one, or none")
+        require(all(weighted) or not any(weighted),
+                "data.train: some sources have a weight and others none; give all of them one, or none")
 
     @property
     def sources(self) -> tuple[SourceConfig, ...]:

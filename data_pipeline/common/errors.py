@@ -14,6 +14,16 @@ class ConfigError(VlmError):
     """A setting is unknown, impossible, or contradicts another."""
 
 
+def require(condition: bool, message: str) -> None:
+    """What a setting must fulfil.
+
+    Raises:
+        ConfigError: It does not; `message` says what was found and what is possible.
+    """
+    if not condition:
+        raise ConfigError(message)
+
+
 class DataError(VlmError):
     """A shard, manifest, picture or caption is missing or damaged."""
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from pretrain.config.schema import BalanceConfig, ByModality, ModelConfig, MoEConfig, RunConfig
+from pretrain.config.experts import BalanceConfig, ByModality, MoEConfig
+from pretrain.config.schema import ModelConfig, RunConfig
 
 BLOCKS, PATCH, SIDE, TEXT, VOCABULARY = 4, 8, 16, 16, 64
 

@@ -6,7 +6,8 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from pretrain.config.schema import BalanceConfig, ModelConfig, MoEConfig
+from pretrain.config.experts import BalanceConfig, MoEConfig
+from pretrain.config.schema import ModelConfig
 from pretrain.model.attention import Attention, TokenLayout
 from pretrain.model.layers import RMSNorm
 from pretrain.moe.layer import MoELayer, SwiGLU

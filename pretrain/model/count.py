@@ -17,7 +17,8 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import NamedTuple
 
-from pretrain.config.schema import ModelConfig, MoEConfig
+from pretrain.config.experts import MoEConfig
+from pretrain.config.schema import ModelConfig
 
 
 class ParameterCount(NamedTuple):

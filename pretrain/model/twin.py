@@ -14,7 +14,8 @@ from typing import Any
 
 from data_pipeline.common.config import parse_yaml, to_mapping
 from data_pipeline.common.errors import ConfigError
-from pretrain.config.schema import BalanceConfig, ModelConfig, MoEConfig, RunConfig
+from pretrain.config.experts import BalanceConfig, MoEConfig
+from pretrain.config.schema import ModelConfig, RunConfig
 from pretrain.model.count import count_flops
 
 logger = logging.getLogger(__name__)

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pretrain.config.schema import BalanceConfig, ModelConfig, MoEConfig
+from pretrain.config.experts import BalanceConfig, MoEConfig
+from pretrain.config.schema import ModelConfig
 from pretrain.model.attention import TokenLayout
 from pretrain.model.block import Block, MakeMoELayer
 from pretrain.model.heads import ImageHead, TextHead

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from pretrain.config.schema import BalanceConfig, MoEConfig
+from pretrain.config.experts import BalanceConfig, MoEConfig
 
 
 class SelectionBias(nn.Module):

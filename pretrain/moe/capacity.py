@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pretrain.config.schema import MoEConfig
+from pretrain.config.experts import MoEConfig
 from pretrain.moe.noise import PRIORITY, hash_numbers
 from pretrain.moe.routing import Routing, count_choices, count_ids
 from pretrain.moe.tokens import RouterTokens

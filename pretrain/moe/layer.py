@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain.config.schema import BalanceConfig, MoEConfig
+from pretrain.config.experts import BalanceConfig, MoEConfig
 from pretrain.moe.bias import make_bias, moved_bias
 from pretrain.moe.capacity import limit
 from pretrain.moe.caption_gate import CaptionGate

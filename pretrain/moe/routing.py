@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from pretrain.config.schema import MoEConfig
+from pretrain.config.experts import MoEConfig
 from pretrain.moe.noise import gumbel, normal
 from pretrain.moe.tokens import RouterTokens
 

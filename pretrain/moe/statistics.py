@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pretrain.config.schema import MoEConfig
+from pretrain.config.experts import MoEConfig
 from pretrain.moe.routing import Routing, Scores, count_choices, keep_to_pools, own_pool
 from pretrain.moe.tokens import MODALITIES, RouterTokens
 

@@ -27,7 +27,7 @@ from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.utils import groups
 from torch import nn
 
-from pretrain.config.schema import BalanceConfig, MoEConfig
+from pretrain.config.experts import BalanceConfig, MoEConfig
 from pretrain.model.block import MakeMoELayer
 from pretrain.moe.layer import MoELayer
 from pretrain.parallel.expert_dispatch import ExpertParallelDispatcher

@@ -19,7 +19,8 @@ from deepspeed.moe.layer import MoE
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
-from pretrain.config.schema import BalanceConfig, MoEConfig, RunConfig
+from pretrain.config.experts import BalanceConfig, MoEConfig
+from pretrain.config.schema import RunConfig
 from pretrain.model.block import MakeMoELayer
 from pretrain.model.init import fill_parameter
 from pretrain.moe.layer import MoELayer, SwiGLU

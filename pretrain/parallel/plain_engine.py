@@ -10,7 +10,8 @@ from torch import Tensor
 
 from data_pipeline.common.errors import CheckpointError, DataError
 from data_pipeline.samples import Batch
-from pretrain.config.schema import MoEConfig, OptimConfig
+from pretrain.config.experts import MoEConfig
+from pretrain.config.schema import OptimConfig
 from pretrain.model.vision_language import ModelOutput, RoutingFacts, VisionLanguageModel
 from pretrain.optim.groups import build_adamw, is_expert, parameter_groups
 from pretrain.parallel.engine import slice_name

@@ -15,12 +15,10 @@ import torch.distributed as dist
 
 from data_pipeline.samples import Batch
 from pretrain.config.batch import plan_batch
+from pretrain.config.experts import BalanceConfig, ByModality, MoEConfig
 from pretrain.config.schema import (
-    BalanceConfig,
     BatchConfig,
-    ByModality,
     ModelConfig,
-    MoEConfig,
     OptimConfig,
     ParallelConfig,
     PrecisionConfig,

@@ -11,16 +11,8 @@ from data_pipeline.common.config import dump_yaml
 from pretrain.check.cells import Cell
 from pretrain.check.job import Case, Job, Outcome
 from pretrain.check.launch import WORKER, run_on_this_machine
-from pretrain.config.schema import (
-    BalanceConfig,
-    BatchConfig,
-    ByModality,
-    LossConfig,
-    ModelConfig,
-    MoEConfig,
-    OptimConfig,
-    RunConfig,
-)
+from pretrain.config.experts import BalanceConfig, ByModality, MoEConfig
+from pretrain.config.schema import BatchConfig, LossConfig, ModelConfig, OptimConfig, RunConfig
 from tests.support.launch import ROOT
 
 PAIRS = 8

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pretrain.config.schema import BalanceConfig, MoEConfig
+from pretrain.config.experts import BalanceConfig, MoEConfig
 from pretrain.moe.layer import MoELayer, SwiGLU
 from pretrain.moe.tokens import RouterTokens
 from tools.bench_moe.shapes import UNEVEN, Shape

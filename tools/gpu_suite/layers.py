@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pretrain.config.schema import BalanceConfig, MoEConfig
+from pretrain.config.experts import BalanceConfig, MoEConfig
 from pretrain.moe.layer import MoELayer
 from pretrain.moe.noise import token_identity
 from pretrain.moe.tokens import RouterTokens

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from data_pipeline.common.config import from_mapping, merge, to_mapping
-from pretrain.config.schema import BalanceConfig, MoEConfig, RunConfig
+from pretrain.config.experts import BalanceConfig, MoEConfig
+from pretrain.config.schema import RunConfig
 
 OFF = {"balance_weight": 0.0, "router_z_weight": 0.0}
 """Balancing has no other default that is not off."""

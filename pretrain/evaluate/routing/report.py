@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from pretrain.config.schema import MoEConfig
+from pretrain.config.experts import MoEConfig
 from pretrain.evaluate.routing.grids import expected_together, over_fair_share
 from pretrain.evaluate.routing.tally import Tally
 from pretrain.moe.tokens import MODALITIES

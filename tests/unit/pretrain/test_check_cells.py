@@ -22,8 +22,9 @@ from pretrain.check.cells import (
     why_not,
 )
 from pretrain.check.small import shrink, small_count
+from pretrain.config.experts import MoEConfig
 from pretrain.config.presets import load_run
-from pretrain.config.schema import ModelConfig, MoEConfig, ParallelConfig, RunConfig
+from pretrain.config.schema import ModelConfig, ParallelConfig, RunConfig
 from pretrain.config.validate import problems
 
 TINY = load_run("tiny")

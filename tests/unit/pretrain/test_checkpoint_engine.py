@@ -11,7 +11,8 @@ import torch
 
 from data_pipeline.common.errors import CheckpointError
 from pretrain.checkpoint import load_latest, load_model_weights, save
-from pretrain.config.schema import BalanceConfig, ModelConfig, MoEConfig, OptimConfig, RunConfig
+from pretrain.config.experts import BalanceConfig, MoEConfig
+from pretrain.config.schema import ModelConfig, OptimConfig, RunConfig
 from pretrain.model import build_model
 from pretrain.model.vision_language import valid_positions
 from pretrain.parallel.deepspeed_state import load_optimizer_shard, optimizer_shard

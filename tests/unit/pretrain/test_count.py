@@ -7,8 +7,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from pretrain.config.experts import MoEConfig
 from pretrain.config.presets import load_run
-from pretrain.config.schema import ModelConfig, MoEConfig, RunConfig
+from pretrain.config.schema import ModelConfig, RunConfig
 from pretrain.model.count import count_flops, count_parameters
 from pretrain.model.vision_language import VisionLanguageModel, valid_positions
 

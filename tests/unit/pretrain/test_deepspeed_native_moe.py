@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from data_pipeline.common.errors import ConfigError
+from pretrain.config.experts import BalanceConfig, MoEConfig
 from pretrain.config.presets import load_run
-from pretrain.config.schema import BalanceConfig, MoEConfig
 from pretrain.config.validate import check, problems
 from pretrain.moe.layer import MoELayer
 from pretrain.moe.tokens import RouterTokens

@@ -8,7 +8,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from pretrain.config.schema import BalanceConfig, ModelConfig, MoEConfig, RunConfig
+from pretrain.config.experts import BalanceConfig, MoEConfig
+from pretrain.config.schema import ModelConfig, RunConfig
 from pretrain.evaluate.generation import write_captions
 from pretrain.model import VisionLanguageModel, build_model
 from pretrain.model.vision_language import valid_positions

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pretrain.config.schema import BalanceConfig, ByModality, MoEConfig
+from pretrain.config.experts import BalanceConfig, ByModality, MoEConfig
 from pretrain.moe.auxiliary import balance_loss, linearise, short_of_experts, wanted_experts
 from pretrain.moe.routing import choose, score_tokens
 from pretrain.moe.statistics import RouterStats, router_stats, stack_stats

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pretrain.config.schema import BalanceConfig, MoEConfig
+from pretrain.config.experts import BalanceConfig, MoEConfig
 from pretrain.moe.bias import bias_rate, moved_bias
 from pretrain.moe.layer import MoELayer
 

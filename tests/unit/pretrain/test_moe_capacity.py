@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pretrain.config.schema import MoEConfig
+from pretrain.config.experts import MoEConfig
 from pretrain.moe.capacity import capacity, limit
 from pretrain.moe.layer import MoELayer
 from pretrain.moe.routing import choose, score_tokens

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pretrain.config.schema import BalanceConfig, MoEConfig
+from pretrain.config.experts import BalanceConfig, MoEConfig
 from pretrain.moe.dispatch import LocalDispatcher
 from pretrain.moe.experts import StackedExperts, grouped_swiglu
 from pretrain.moe.layer import MoELayer

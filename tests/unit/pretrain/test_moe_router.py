@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from pretrain.config.schema import MoEConfig
+from pretrain.config.experts import MoEConfig
 from pretrain.moe.layer import MoELayer
 from tests.support.slow_moe import make_tokens, slow_logits
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from pretrain.config.schema import ModelConfig, MoEConfig, OptimConfig
+from pretrain.config.experts import MoEConfig
+from pretrain.config.schema import ModelConfig, OptimConfig
 from pretrain.model.vision_language import VisionLanguageModel
 from pretrain.optim.groups import parameter_groups
 from pretrain.parallel.deepspeed_engine import DeepSpeedEngine

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pretrain.config.schema import ModelConfig, MoEConfig, OptimConfig, RunConfig
+from pretrain.config.experts import MoEConfig
+from pretrain.config.schema import ModelConfig, OptimConfig, RunConfig
 from pretrain.model import build_model
 from pretrain.parallel.layout import Layout
 from pretrain.parallel.plain_engine import PlainEngine, clip_gradients

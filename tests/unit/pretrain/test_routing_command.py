@@ -17,7 +17,8 @@ from data_pipeline.content.tokenizer import Tokenizer
 from data_pipeline.shards.writer import write_shards
 from pretrain.checkpoint import save
 from pretrain.cli.main import main
-from pretrain.config.schema import MoEConfig, RunConfig
+from pretrain.config.experts import MoEConfig
+from pretrain.config.schema import RunConfig
 from pretrain.evaluate.routing.command import all_grids, find_set, routing_command
 from pretrain.evaluate.routing.page import PagePicture, crop
 from pretrain.evaluate.routing.tally import Tally

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pretrain.config.schema import MoEConfig
+from pretrain.config.experts import MoEConfig
 from pretrain.evaluate.routing.grids import Grid, load_grids
 from pretrain.evaluate.routing.page import PagePicture, crop, routing_page
 from pretrain.evaluate.routing.report import routing_report

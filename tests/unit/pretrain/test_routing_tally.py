@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pretrain.config.schema import ModelConfig, MoEConfig
+from pretrain.config.experts import MoEConfig
+from pretrain.config.schema import ModelConfig
 from pretrain.evaluate.routing.tally import Routed, Tally, watch
 from pretrain.evaluate.routing.words import WordBook, words_of
 from pretrain.model import VisionLanguageModel

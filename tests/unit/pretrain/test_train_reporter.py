@@ -17,7 +17,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data_pipeline.samples import SampleProblem
-from pretrain.config.schema import ModelConfig, MoEConfig, RunConfig, ScheduleConfig
+from pretrain.config.experts import MoEConfig
+from pretrain.config.schema import ModelConfig, RunConfig, ScheduleConfig
 from pretrain.evaluate.routing.figure import LESS, MORE, cell_side
 from pretrain.train.figure import COLUMNS, MARGIN, RIGHT, TILE, WRONG, draw_captions
 from pretrain.train.journal import read_rows

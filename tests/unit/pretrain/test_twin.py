@@ -10,8 +10,8 @@ import torch
 
 from data_pipeline.common.errors import ConfigError
 from pretrain.cli.main import main
+from pretrain.config.experts import BalanceConfig
 from pretrain.config.presets import load_run
-from pretrain.config.schema import BalanceConfig
 from pretrain.config.validate import problems
 from pretrain.model import VisionLanguageModel
 from pretrain.model.count import count_flops, count_parameters

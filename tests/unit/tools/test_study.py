@@ -12,8 +12,9 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data_pipeline.common.errors import ConfigError
+from pretrain.config.experts import BalanceConfig, MoEConfig
 from pretrain.config.presets import load_run
-from pretrain.config.schema import BalanceConfig, ModelConfig, MoEConfig, RunConfig
+from pretrain.config.schema import ModelConfig, RunConfig
 from pretrain.config.validate import problems
 from pretrain.train.loop import sees_routing
 from pretrain.train.run import train_command
