@@ -21,7 +21,7 @@ file's model, losses, balancing and optimizer are taken as they are; pairs are m
 data is needed.
 
 Cells: `all` (the default), `own` (the run file's layout), or axes: ep, zero (0, 1, 2, 3, 2_offload, own, or a
-profile), accum, recompute (off, on), precision (fp32, bf16), missing (none, pairs, rank), terms (all, routers: the
+profile), accum, recompute (off, on), precision (fp32, bf16), missing (none, pairs, rank), terms (all, aux: the
 routers' losses alone). Several --cells add up.
 
 Exit status: 0 when every cell agrees with one process, 1 when one does not (or failed, or hung), 2 when the run

@@ -60,7 +60,7 @@ def cases(world: int) -> Cases:
         ("plain", cell(1, 2, 1, "rank")), ("plain", cell(3, 2, 1, "rank")), ("sampled", cell(1, 2, 2, "rank")),
         ("plain", cell(2, 1, 1, "rank")), ("plain", cell(3, 1, 1, "rank")),
         ("noisy", cell(0, 2)), ("noisy", cell(3, 2, 2, "pairs", recompute=True)), ("sampled", cell(2, 1, 1, "pairs")),
-        *(("usual", Cell(expert_parallel=2, zero=zero, precision="bf16", terms="routers")) for zero in STAGES),
+        *(("usual", Cell(expert_parallel=2, zero=zero, precision="bf16", terms="aux")) for zero in STAGES),
         *((name, Cell(expert_parallel=size, zero="1", precision="bf16", missing="pairs"))
           for name in ("noisy", "sampled", "experts", "pools") for size in (1, 2)),
         ("experts", cell(1, 2)), ("pools", cell(2, 2, 4, recompute=True)),

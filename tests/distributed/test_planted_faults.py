@@ -42,7 +42,7 @@ PLANTED = (
             Cell(expert_parallel=2, zero="2", accumulation=2)),
     # As large as in the presets: beside the other gradients these are nothing in bfloat16.
     Planted("auxiliary_share_averaged", {"gradient": "", "norm": ""}, VALUES, "usual",
-            Cell(expert_parallel=2, zero="1", precision="bf16", terms="routers")),
+            Cell(expert_parallel=2, zero="1", precision="bf16", terms="aux")),
     Planted("experts_of_the_last_rank_untold", {"gradient": "of expert 2"}, ("start", *VALUES)),
     Planted("experts_of_the_last_rank_untold", {"gradient": "of expert 2"}, ("start", *VALUES),
             cell=Cell(expert_parallel=2, zero="0", precision="bf16")),

@@ -87,6 +87,7 @@ def test_cells_that_cannot_run_have_a_reason(cell: Cell, pairs: int, said: str) 
 
 def test_the_only_rank_can_have_an_empty_micro_batch_but_not_an_empty_step() -> None:
     assert "only rank" in why_not(TINY, Cell(missing="rank"), 1, 8)
+    assert not [why for cell in every_cell(TINY, 2) if (why := why_not(TINY, cell, 2, pairs_for([cell], TINY, 2)))]
     assert not why_not(TINY, Cell(missing="rank", accumulation=4), 1, 8)
 
 
