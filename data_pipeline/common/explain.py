@@ -48,16 +48,24 @@ def _lines(cls: type, depth: int) -> list[str]:
     for field in dataclasses.fields(cls):
         hint = hints[field.name]
         if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-            lines += ["", f"{indent}# {(inspect.getdoc(hint) or '').splitlines()[0]}", f"{indent}{field.name}:"]
-            lines += _lines(hint, depth + 1)
+            said = texts.get(field.name) or (inspect.getdoc(hint) or "").splitlines()[0]
+            heading = [f"{indent}# {line}" for line in textwrap.wrap(said, _WIDTH - len(indent))]
+            lines += ["", *heading, f"{indent}{field.name}:", *_lines(hint, depth + 1)]
             continue
-        comment = textwrap.wrap(texts.get(field.name, ""), _WIDTH - len(indent))
+        comment = textwrap.wrap(texts.get(field.name, "") + _possible(hint), _WIDTH - len(indent))
         lines += [f"{indent}# {line}" for line in comment]
         if _has_default(field):
             lines += [indent + line for line in _setting(field.name, _default(field))]
         else:
             lines.append(f"{indent}# {field.name}: must be given")
     return lines
+
+
+def _possible(hint: Any) -> str:
+    """The values that a setting may have, where there are only some."""
+    if typing.get_origin(hint) is not typing.Literal:
+        return ""
+    return f" One of {', '.join(map(str, typing.get_args(hint)))}."
 
 
 def _setting(name: str, value: Any) -> list[str]:

@@ -8,6 +8,7 @@ that file gets no more.
 from __future__ import annotations
 
 import logging
+import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -209,13 +210,23 @@ def max_over_mean(load_E: Array) -> float:
     return float(load_E.max() / load_E.mean()) if load_E.sum() > 0 else 0.0
 
 
+_LOAD = re.compile(r"moe/max_over_mean_load/layer_\d+")
+"""Of a layer, over both modalities."""
+
+
 def progress_line(step: int, metrics: Mapping[str, float], run: RunConfig) -> str:
-    """The console line of a step; leaves out what `metrics` does not have."""
+    """The console line of a step; leaves out what `metrics` does not have, and terms of the loss without weight.
+
+    The busiest expert is that of all layers, beside a fair share.
+    """
     parts = [f"step {step}/{run.schedule.total_steps}"]
     if "loss/total" in metrics:
-        terms = [name for name in TERMS if f"loss/{name}" in metrics]
+        terms = [name for name in TERMS if f"loss/{name}" in metrics and metrics.get(f"loss/weighted/{name}") != 0]
         inside = ", ".join(f"{name} {metrics[f'loss/{name}']:.3f}" for name in terms)
         parts.append(f"loss {metrics['loss/total']:.4f}" + (f" ({inside})" if inside else ""))
+    loads = [load for name, load in metrics.items() if _LOAD.fullmatch(name)]
+    if loads:
+        parts.append(f"busiest expert x{max(loads):.2f}")
     if "optim/lr" in metrics:
         parts.append(f"lr {metrics['optim/lr']:.2e}")
     if "perf/samples_per_second" in metrics:

@@ -53,6 +53,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: --only {unknown[0]}: no such shape; there are {', '.join(s.name for s in shapes)}",
               file=sys.stderr)
         return 2
+    if on_gpu and not torch.cuda.is_available():
+        print("error: --device cuda: torch sees no GPU here; use --device cpu", file=sys.stderr)
+        return 2
     if options.repeats is not None and options.repeats < 1:
         print(f"error: --repeats is {options.repeats}, but must be at least 1; leave it out for the usual number",
               file=sys.stderr)

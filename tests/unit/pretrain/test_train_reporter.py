@@ -217,6 +217,12 @@ def test_the_console_line_says_what_matters() -> None:
         "step 40/100  loss 4.2000 (contrastive 3.000, caption 0.600)  lr 3.00e-04  396 samples/s  "
         "21,000 tokens/s  data wait 5%  2m00s left"
     )
+    routers = {"loss/balance": 1.2, "loss/weighted/balance": 0.0, "loss/router_z": 2.0, "loss/weighted/router_z": 0.02,
+               "moe/max_over_mean_load/layer_01": 1.3, "moe/max_over_mean_load/layer_03": 1.5,
+               "moe/max_over_mean_load/layer_03/text": 9.0}
+    assert progress_line(40, {"loss/total": 4.2, "optim/lr": 3e-4} | routers, RUN) == (
+        "step 40/100  loss 4.2000 (router_z 2.000)  busiest expert x1.50  lr 3.00e-04"
+    )
     assert progress_line(100, {}, RUN) == "step 100/100"
 
 
