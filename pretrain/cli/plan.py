@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.common.commands import Subparsers, add_command
+from data_pipeline.common.config import to_mapping
 from pretrain.cli.common import add_run
 from pretrain.config.batch import plan_batch
 from pretrain.config.presets import load_run, run_path
@@ -33,7 +34,8 @@ def add(subparsers: Subparsers) -> None:
         examples=_EXAMPLES,
     )
     add_run(parser)
-    parser.add_argument("--world", metavar="N", type=int, default=1, help="number of ranks (default: 1)")
+    parser.add_argument("--world", metavar="N", type=int, default=None,
+                        help="number of ranks (default: as many as share the experts, usually 1)")
     parser.add_argument("--text-tokens", metavar="N", type=float, default=None,
                         help=f"average tokens of a caption, for the FLOPs (default: {USUAL_TEXT_TOKENS}, at most "
                              f"model.text_length)")
@@ -45,17 +47,18 @@ def add(subparsers: Subparsers) -> None:
 
 def handle(args: argparse.Namespace) -> None:
     """Read, check, count and print."""
-    if args.world < 1:
+    if args.world is not None and args.world < 1:
         args.parser.error(f"--world is {args.world}, but must be at least 1")
     path = run_path(args.run)
     run = load_run(path, args.overrides)
+    world = run.parallel.expert_parallel if args.world is None else args.world
     text_tokens = caption_tokens(args.text_tokens, run.model.text_length)
-    check(run, args.world, source=str(path), training=False, zero_stage=zero_stage_of(run))
-    facts = plan(run, path, world=args.world, text_tokens=text_tokens)
+    check(run, world, source=str(path), training=False, zero_stage=zero_stage_of(run))
+    facts = plan(run, path, world=world, text_tokens=text_tokens)
     if args.twin:
         twin = dense_twin(run, text_tokens=text_tokens)
-        check(twin, args.world, source=f"the dense twin of {path}", training=False)
-        both = {"sparse": facts, "twin": plan(twin, path, world=args.world, text_tokens=text_tokens),
+        check(twin, world, source=f"the dense twin of {path}", training=False)
+        both = {"sparse": facts, "twin": plan(twin, path, world=world, text_tokens=text_tokens),
                 "twin_settings": differing_settings(run, twin)}
         print(json.dumps(both, indent=2) if args.json else _render_twin(run, twin, both))
         return
@@ -103,6 +106,8 @@ def plan(run: RunConfig, path: Path, *, world: int, text_tokens: float) -> dict[
             "experts_per_rank": run.moe.num_experts // run.parallel.expert_parallel,
             "moe_blocks": list(run.moe.blocks(run.model.num_blocks)),
         },
+        "routing": to_mapping(run.moe) if run.moe.blocks(run.model.num_blocks) else None,
+        "balance": to_mapping(run.balance) if run.moe.blocks(run.model.num_blocks) else None,
         "deepspeed_profile": str(profile_path(run.parallel.deepspeed)) if uses_deepspeed else None,
         "deepspeed": resolve_for(run, path, batch) if uses_deepspeed else None,
     }
@@ -119,8 +124,7 @@ def _render(run: RunConfig, facts: dict[str, Any]) -> str:
         ("  trunk", f"{_short(params['trunk_total'])} total, {_short(params['trunk_active'])} active per token"),
         ("  rest", f"{_short(params['embeddings'])} embeddings, {_short(params['heads'])} heads"),
         ("blocks", f"{run.model.num_blocks}, {sparse} of them with experts"),
-        ("experts", f"{run.moe.num_experts} routed + {run.moe.shared_experts} shared a layer, "
-                    f"{run.moe.experts_per_token} routed per token"),
+        *(_routing_lines(run) if sparse else []),
         ("FLOPs", f"{_short(flops['training'])} per pair ({_short(flops['forward'])} forward), for "
                   f"{flops['patches']} patches and {flops['text_tokens']:g} text tokens"),
         ("batch", f"{batch['pairs_per_step']:,} pairs a step = {batch['pairs_per_forward']:,} a forward pass x "
@@ -136,6 +140,30 @@ def _render(run: RunConfig, facts: dict[str, Any]) -> str:
     ]
     text = "\n".join(f"{name:<12} {value}" for name, value in lines)
     return text + (f"\n{json.dumps(facts['deepspeed'], indent=2)}" if facts["deepspeed"] else "")
+
+
+def _routing_lines(run: RunConfig) -> list[tuple[str, str]]:
+    """Experts, how tokens come to them, and what keeps them in use: what is not at rest."""
+    moe, balance = run.moe, run.balance
+    places = f"capacity {moe.capacity_factor:g} by {moe.capacity_priority}" if moe.capacity_factor else "dropless"
+    weights = "renormalised" if moe.renormalise and moe.experts_per_token > 1 else "raw weights"
+    routing = [f"{moe.score} scores", f"choice {moe.choice}", weights, places]
+    routing += [f"{moe.image_pool} experts for patches"] if moe.pools == "modality" else []
+    routing += ["gate reads the caption"] if moe.gate == "caption" else []
+    terms = []
+    for name, weight in to_mapping(balance).items():
+        values = weight if isinstance(weight, dict) else {"": weight}
+        terms += [f"{' '.join(filter(None, (name.removesuffix('_weight'), modality)))} {value:g}"
+                  for modality, value in values.items() if name.endswith("_weight") and value]
+    if balance.bias != "none":
+        terms.append(f"{balance.bias} bias{' of each modality' if balance.bias_per_modality else ''}, "
+                     f"rate {balance.bias_rate:g}")
+    return [
+        ("experts", f"{moe.num_experts} routed + {moe.shared_experts} shared a layer, "
+                    f"{moe.experts_per_token} routed per token"),
+        ("routing", ", ".join(routing)),
+        ("balancing", ", ".join(terms) or "none"),
+    ]
 
 
 def _render_twin(run: RunConfig, twin: RunConfig, both: dict[str, Any]) -> str:

@@ -190,3 +190,18 @@ def test_the_corpus_names_a_damaged_sample_and_goes_on(shards: Path, caplog: pyt
     assert list(captions_of([manifest], ["txt"])) == [f"a red bird number {i}" for i in (0, 2, 3, 4, 5)]
     assert "left out k1 of" in caplog.text and "crc-mismatch" in caplog.text
     assert "1 of 6 samples were damaged" in caplog.text
+
+
+def test_a_plan_tells_how_tokens_are_routed_and_balanced(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "quickstart"]) == 0  # without --world as many ranks as share the experts
+    told = capsys.readouterr().out
+    assert "64 a forward pass x 2 ranks" in told
+    assert "routing      softmax scores, choice topk, renormalised, dropless\n" in told
+    assert "balancing    sign bias of each modality, rate 0.001\n" in told
+    assert main(["plan", "tiny", "moe={pools: modality, capacity_factor: 1.5, experts_per_token: 1}",
+                 "balance={local_entropy_weight: {text: 0.01}, balance_weight: 0}"]) == 0
+    told = capsys.readouterr().out
+    assert "raw weights, capacity 1.5 by position, 4 experts for patches\n" in told
+    assert "balancing    router_z 0.001, local_entropy text 0.01\n" in told
+    assert main(["plan", "tiny", "moe.stop=0"]) == 0
+    assert "experts" not in capsys.readouterr().out.split("layout")[0].replace("with experts", "")
