@@ -15,8 +15,8 @@ class Bounds(NamedTuple):
 EVEN, UNEVEN = "even", "uneven"
 LOADS = {
     EVEN: "every expert is as likely as any other, so the busiest has 1.1 to 1.3 times the mean",
-    UNEVEN: "chances fall evenly from the first expert to the last, as routers have it in training: the busiest has "
-            "about twice the mean, the idlest a few percent of it",
+    UNEVEN: "chances fall evenly from the first expert to the last: the busiest has about twice the mean, the idlest a "
+            "few percent of it (in docs/balancing.md a balance loss leaves 1.5, no balancing 3.1 times the mean)",
 }  # fmt: skip
 """How tokens are spread over the experts."""
 
