@@ -26,12 +26,14 @@ weights and `update` the same beside the way they have come;
 
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
 LATER = 1e-4
-"""Of float32, and of weights after the first step. Bfloat16 is judged on the first step: its rounding moves weights
-whose gradient is nearly 0 by a full step of Adam, and with them tokens to other experts."""
-UPDATE = 0.5
-"""Of weights in bfloat16 after the first step, beside the way from where they began: for the same reason they cannot be
-judged by their own size. A step that was not made, or was twice as long, is 1 off; 6 % of elements that went the
-other way are 0.5."""
+"""Of losses, terms and norms after the first step, in float32. Bfloat16 is judged on the first step: its rounding moves
+weights whose gradient is nearly 0 by a full step of Adam, and with them tokens to other experts."""
+WEIGHTS = 1e-3
+"""Of weights after the first step, in float32."""
+UPDATE = {"fp32": 2e-2, "bf16": 0.5}
+"""Of weights after the first step, beside the way from where they began: an element whose gradient is nothing but
+rounding goes a whole step of Adam anywhere, so weights cannot be judged by their own size alone. A step that was not
+made, or was twice as long, is 1 off; 6 % of elements that went the other way are 0.5."""
 FEW_ELEMENTS = 256
 """Of smaller weights a handful that went the other way would be too large a share."""
 BIAS = 1e-6
@@ -193,14 +195,14 @@ def judge(
     if precision == "bf16" and other_rounding:
         first *= 2
     limits = dict.fromkeys(("loss", "term", "norm", "gradient", "statistics"), first)
-    limits |= {"parameters": LATER} if precision == "fp32" and not ties else {"update": UPDATE}
+    strict = precision == "fp32" and not ties
+    limits |= {"parameters": WEIGHTS, "update": UPDATE["fp32"]} if strict else {"update": UPDATE["bf16"]}
     limits |= {"start": 0.0, "counts": 0.0, "choices": TIES[precision] * choices}
     if not changed:
         limits["biases"] = BIAS
     # Once a token has gone to another expert, two runs are two runs.
-    if not (ties or later_ties) and precision == "fp32":
-        limits |= dict.fromkeys(("later", "later-parameters"), LATER)
-        limits |= {"later-choices": 0.0, "later-biases": BIAS}
+    if strict and not later_ties:
+        limits |= {"later": LATER, "later-parameters": WEIGHTS, "later-choices": 0.0, "later-biases": BIAS}
     misses = [Miss(quantity, worst[quantity].value, worst[quantity].name, limit)
               for quantity, limit in limits.items() if quantity in worst and not worst[quantity].value <= limit]
     return Verdict(tuple(misses), int(changed) if ties else 0, int(later) if later_ties else 0)

@@ -14,6 +14,7 @@ from pretrain.check.compare import (
     TIES,
     TOLERANCE,
     UPDATE,
+    WEIGHTS,
     Difference,
     Worst,
 )
@@ -84,8 +85,8 @@ def foot(outcomes: Sequence[Outcome], floors: Mapping[str, Worst], width: int = 
         f"Differences are relative to one process of plain torch in the cell's own precision, on the same weights "
         f"and batch; biases are absolute, choices a count. Weights must begin as equals. Allowed in the first step: "
         f"{TOLERANCE['fp32']:g} in fp32 and {TOLERANCE['bf16']:g} in bf16, biases {BIAS:g} where choices agree, "
-        f"weights after it (`weights`) {LATER:g}, in bf16 {UPDATE:g} of the way that they have come. Later steps are "
-        f"judged in fp32 and where choices agree: {LATER:g}. Of all choices a share of {TIES['fp32']:g} in fp32 and "
+        f"weights after it (`weights`) {WEIGHTS:g} in fp32, and of the way that they have come {UPDATE['fp32']:g} in "
+        f"fp32 and {UPDATE['bf16']:g} in bf16. Later steps are judged in fp32 and where choices agree: {LATER:g}. Of all choices a share of {TIES['fp32']:g} in fp32 and "
         f"{TIES['bf16']:g} in bf16 may fall to another expert, as near ties do; an fp32 cell with ties is tried on "
         f"other weights and pairs, and at last judged as a bf16 one. Terms below {SMALLEST_TERM:g} count as that "
         f"large, and so do gradients below {SMALLEST_GRADIENT:g} of the whole norm.",
@@ -111,8 +112,8 @@ def as_json(
         "version": 1,
         **about,
         "complete": complete,
-        "tolerance": {"first": TOLERANCE, "later": LATER, "biases": BIAS, "ties": TIES,
-                      "smallest_term": SMALLEST_TERM, "smallest_gradient": SMALLEST_GRADIENT},
+        "tolerance": {"first": TOLERANCE, "later": LATER, "weights": WEIGHTS, "update": UPDATE, "biases": BIAS,
+                      "ties": TIES, "smallest_term": SMALLEST_TERM, "smallest_gradient": SMALLEST_GRADIENT},
         "float64": {name: {quantity: d._asdict() for quantity, d in worst.items()} for name, worst in floors.items()},
         "cells": [outcome.to_json() for outcome in outcomes],
     }

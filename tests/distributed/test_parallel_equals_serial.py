@@ -64,6 +64,8 @@ def cases(world: int) -> Cases:
         *((name, Cell(expert_parallel=size, zero="1", precision="bf16", missing="pairs"))
           for name in ("noisy", "sampled", "experts", "pools") for size in (1, 2)),
         ("experts", cell(1, 2)), ("pools", cell(2, 2, 4, recompute=True)),
+        # Elements of the router's gradient are nothing but rounding here, and Adam turns them around.
+        ("pools", cell(2, 2, 4, "pairs", recompute=True)),
         ("deepspeed", cell(0, 2, 1, "pairs")), ("deepspeed-three", cell(1, 2, 2, recompute=True)),
         ("deepspeed", cell(2, 1, 1, "rank")),
         ("deepspeed-one", Cell(zero="1", expert_parallel=2, precision="bf16", missing="none")),
