@@ -86,7 +86,8 @@ def foot(outcomes: Sequence[Outcome], floors: Mapping[str, Worst], width: int = 
         f"and batch; biases are absolute, choices a count. Weights must begin as equals. Allowed in the first step: "
         f"{TOLERANCE['fp32']:g} in fp32 and {TOLERANCE['bf16']:g} in bf16, biases {BIAS:g} where choices agree, "
         f"weights after it (`weights`) {WEIGHTS:g} in fp32, and of the way that they have come {UPDATE['fp32']:g} in "
-        f"fp32 and {UPDATE['bf16']:g} in bf16. Later steps are judged in fp32 and where choices agree: {LATER:g}. Of all choices a share of {TIES['fp32']:g} in fp32 and "
+        f"fp32 and {UPDATE['bf16']:g} in bf16. Later steps are judged in fp32 and "
+        f"where choices agree: {LATER:g}. Of all choices a share of {TIES['fp32']:g} in fp32 and "
         f"{TIES['bf16']:g} in bf16 may fall to another expert, as near ties do; an fp32 cell with ties is tried on "
         f"other weights and pairs, and at last judged as a bf16 one. Terms below {SMALLEST_TERM:g} count as that "
         f"large, and so do gradients below {SMALLEST_GRADIENT:g} of the whole norm.",
