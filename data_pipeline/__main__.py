@@ -13,7 +13,8 @@ from data_pipeline.common.logs import setup_logging
 def main() -> int:
     """Run one command; the exit status is 2 when something outside the program is wrong."""
     parser = argparse.ArgumentParser(
-        prog="python -m data_pipeline", allow_abbrev=False,
+        prog="python -m data_pipeline",
+        allow_abbrev=False,
         description="Make, check and look at WebDataset shards of image-text pairs.",
     )
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)

@@ -24,7 +24,8 @@ class RawSample(NamedTuple):
     shard: str
     key: str
     members: dict[str, bytes]
-    """Contents by extension in lower case, e.g. `{"jpg": ..., "txt": ...}`, in the shard's order."""
+    """Contents by extension in lower case, e.g. `{"jpg": ..., "txt": ...}`, in the shard's
+    order."""
 
 
 class SampleProblem(NamedTuple):
@@ -36,7 +37,8 @@ class SampleProblem(NamedTuple):
     """One word by which they are counted: `crc-mismatch`, `bad-image`, `no-caption` ..."""
     detail: str
     id: int = -1
-    """Number of the sample over all shards of all manifests, in order; -1 where that is not known."""
+    """Number of the sample over all shards of all manifests, in order; -1 where that is not
+    known."""
 
     @property
     def is_filtered(self) -> bool:
@@ -54,8 +56,8 @@ class Batch(NamedTuple):
     images: Tensor
     """uint8 `[B, 3, height, width]`."""
     text_ids: Tensor
-    """int64 `[B, S]`: start, caption, end, then padding. S is the longest of the batch, rounded up to
-    a multiple of 8 (at most the text length that was asked for)."""
+    """int64 `[B, S]`: start, caption, end, then padding. S is the longest of the batch, rounded up
+    to a multiple of 8 (at most the text length that was asked for)."""
     text_lengths: Tensor
     """int64 `[B]`: valid tokens of each caption, both marks included."""
     text_positions: Tensor
@@ -68,7 +70,8 @@ class Batch(NamedTuple):
     seconds: float
     """Time it took to make."""
     ids: Tensor = torch.empty(0, dtype=torch.int64)
-    """int64 `[B]`: number of each sample, counted over all shards of all manifests in order; none in a
-    batch that was not read from shards."""
+    """int64 `[B]`: number of each sample, counted over all shards of all manifests in order; none
+    in a batch that was not read from shards."""
     slots: Tensor = torch.empty(0, dtype=torch.int64)
-    """int64 `[B]`: row of each sample in the micro-batch as it was asked for, rising; bad samples leave gaps."""
+    """int64 `[B]`: row of each sample in the micro-batch as it was asked for, rising; bad samples
+    leave gaps."""

@@ -74,7 +74,7 @@ torchrun_on_all_nodes() { # LOG_FOLDER ARGUMENT...: becomes one torchrun per nod
     printf ' %q' "$@"
     printf '\n'
 
-    # Static rendezvous: global ranks follow the node order, so that neighbouring ranks (an expert-parallel group)
+    # Static rendezvous: global ranks follow the node order, so that neighboring ranks (an expert-parallel group)
     # share a node. Only the tasks know their node number, hence the shell in between; it is gone after `exec`, and
     # signals reach torchrun itself. `%` would be a pattern in --output. A step does not inherit --cpus-per-task.
     # shellcheck disable=SC2016

@@ -36,7 +36,8 @@ def s3_server() -> Iterator[S3Server]:
 
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Shapes:
-    """64 coloured shapes with captions in four shards, and a tokenizer; read-only, as all tests share it."""
+    """64 colored shapes with captions in four shards, and a tokenizer; read-only, as all tests
+    share it."""
     from tests.support.shards import make_shapes
 
     return make_shapes(tmp_path_factory.mktemp("shapes"))

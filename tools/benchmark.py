@@ -1,9 +1,11 @@
-"""Honest timing: contestants take turns, CPU seconds beside wall seconds, medians with their spread.
+"""Honest timing: contestants take turns, CPU seconds beside wall seconds, medians with their
+spread.
 
-A machine is never quiet: clocks change, other programs come and go. So A and B are not measured one after
-the other but in rounds, each of which runs every contestant once, in alternating order; figures are ratios
-within a round, and of many rounds the median and the quartiles are told. CPU seconds leave out the time in
-which another program had the core; they still feel its use of caches and memory.
+A machine is never quiet: clocks change, other programs come and go. So A and B are not measured one
+after the other but in rounds, each of which runs every contestant once, in alternating order;
+figures are ratios within a round, and of many rounds the median and the quartiles are told. CPU
+seconds leave out the time in which another program had the core; they still feel its use of caches
+and memory.
 """
 
 from __future__ import annotations
@@ -61,7 +63,8 @@ def interleave(
     clock: Clock | None = None,
     stopwatch: Callable[[Callable[[], object]], float] | None = None,
 ) -> dict[str, list[float]]:
-    """Run every contestant once a round, in an order that turns round each time (A B, B A, A B, ...).
+    """Run every contestant once a round, in an order that turns round each time (A B, B A, A B,
+    ...).
 
     Args:
         contestants: What to run, by name; each call must do the same work again.
@@ -94,8 +97,8 @@ def interleave(
 def cpu_seconds(work: Callable[[], object], clock: Clock) -> float:
     """What one run takes, up to the moment when nothing works on in the background.
 
-    Loaders prepare ahead, in threads or processes. From rest to rest, every sample that is taken costs the
-    preparation of one other, and nothing is left that the next contestant would pay for.
+    Loaders prepare ahead, in threads or processes. From rest to rest, every sample that is taken
+    costs the preparation of one other, and nothing is left that the next contestant would pay for.
     """
     before = _at_rest(clock)
     work()
@@ -103,7 +106,8 @@ def cpu_seconds(work: Callable[[], object], clock: Clock) -> float:
 
 
 def gpu_seconds(work: Callable[[], object]) -> float:
-    """What one run takes on the GPU, from an idle stream to an idle stream, waiting for the host included."""
+    """What one run takes on the GPU, from an idle stream to an idle stream, waiting for the host
+    included."""
     import torch
 
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -131,9 +135,11 @@ def ratio(slow: Sequence[float], fast: Sequence[float]) -> Quartiles:
 
 
 def family_cpu_seconds(pid: int | None = None) -> float:
-    """CPU seconds of a process and all that descend from it, those that ended and were waited for included.
+    """CPU seconds of a process and all that descend from it, those that ended and were waited for
+    included.
 
-    `resource.getrusage` knows children only once they have ended. Resolution: one clock tick (10 ms).
+    `resource.getrusage` knows children only once they have ended. Resolution: one clock tick (10
+    ms).
     """
     tick = os.sysconf("SC_CLK_TCK")
     return sum(sum(times) for times in _family(pid or os.getpid()).values()) / tick
@@ -188,7 +194,8 @@ def _memory(pid: int, field: str) -> int:
 
 
 def one_thread() -> None:
-    """One thread for all the libraries that would start more, so that CPU seconds are those of one core."""
+    """One thread for all the libraries that would start more, so that CPU seconds are those of one
+    core."""
     import cv2
     import torch
 
@@ -202,11 +209,15 @@ def machine(packages: Sequence[str] = ()) -> dict[str, Any]:
     info = Path("/proc/cpuinfo")
     if info.exists():
         lines = info.read_text().splitlines()
-        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+        cpu = next(
+            (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), ""
+        )
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "cpu": cpu or platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "kernel": platform.release(),
         "nice": os.nice(0),
@@ -238,7 +249,10 @@ def table(rows: Sequence[Sequence[str]], head: Sequence[str]) -> str:
     widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
     lines = [[*head], ["-" * width for width in widths], *map(list, rows)]
     return "\n".join(
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
+        "| "
+        + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        + " |"
+        for line in lines
     )
 
 

@@ -1,4 +1,5 @@
-"""Figures with their spread and bounds, or the reason why there is none: what every benchmark reports."""
+"""Figures with their spread and bounds, or the reason why there is none: what every benchmark
+reports."""
 
 from __future__ import annotations
 
@@ -36,7 +37,9 @@ class Figure:
 
     def row(self) -> list[str]:
         """Cells of the table under `HEAD`."""
-        bounds = [f"{figure(bound)}" if bound is not None else "" for bound in (self.floor, self.goal)]
+        bounds = [
+            f"{figure(bound)}" if bound is not None else "" for bound in (self.floor, self.goal)
+        ]
         value = "-" if self.value is None else f"{self.value}"
         return [self.name, value, self.unit, *bounds, self.verdict(), self.note]
 
@@ -44,9 +47,15 @@ class Figure:
         """For the report in a file."""
         value = None if self.value is None else self.value._asdict()
         return {
-            "name": self.name, "value": value, "unit": self.unit, "floor": self.floor, "goal": self.goal,
-            "less_is_better": self.less_is_better, "verdict": self.verdict(), "note": self.note,
-        }  # fmt: skip
+            "name": self.name,
+            "value": value,
+            "unit": self.unit,
+            "floor": self.floor,
+            "goal": self.goal,
+            "less_is_better": self.less_is_better,
+            "verdict": self.verdict(),
+            "note": self.note,
+        }
 
 
 HEAD = ["figure", "median (quartiles)", "unit", "floor", "goal", "reaches", "note"]

@@ -1,4 +1,5 @@
-"""The commands of the data pipeline: `vlmoe data ...`, or `python -m data_pipeline ...` without the trainer.
+"""The commands of the data pipeline: `vlmoe data ...`, or `python -m data_pipeline ...` without the
+trainer.
 
 Heavy imports happen inside the handlers, so that help answers at once.
 """

@@ -28,15 +28,24 @@ training never reads what is bad. Shards that cannot be had are named, and do no
 def add(subparsers: Subparsers) -> None:
     """Add the command."""
     check = add_command(
-        subparsers, "check", summary="compare every sample with the manifest, and decode it", examples=_EXAMPLES,
+        subparsers,
+        "check",
+        summary="compare every sample with the manifest, and decode it",
+        examples=_EXAMPLES,
         description="Look at every sample of datasets, and list what is damaged or missing.",
     )
     add_datasets(check)
-    check.add_argument("--decode", action="store_true", help="decode pictures and read captions too")
+    check.add_argument(
+        "--decode", action="store_true", help="decode pictures and read captions too"
+    )
     add_caption_keys(check)
-    check.add_argument("--first", metavar="N", type=int, default=10, help="bad samples to name (default: 10)")
+    check.add_argument(
+        "--first", metavar="N", type=int, default=10, help="bad samples to name (default: 10)"
+    )
     check.add_argument("--json", metavar="FILE", default="", help="write all findings as JSON")
-    check.add_argument("--drop-list", metavar="FILE", default="", help="write a drop-list of the bad samples")
+    check.add_argument(
+        "--drop-list", metavar="FILE", default="", help="write a drop-list of the bad samples"
+    )
     add_workers(check)
     add_parts(check)
     check.set_defaults(handle=handle)
@@ -56,22 +65,38 @@ def handle(args: argparse.Namespace) -> int:
     need_work_for(part, args.work)
     manifests = open_datasets(args.datasets)
     done = check(
-        manifests, contents=args.decode, caption_keys=args.caption_key or ["txt"], workers=workers_of(args), part=part,
+        manifests,
+        contents=args.decode,
+        caption_keys=args.caption_key or ["txt"],
+        workers=workers_of(args),
+        part=part,
         work=args.work,
-    )  # fmt: skip
+    )
     seen = f"{done.samples:,} samples of {done.shards:,} shards"
     if part != WHOLE:
-        print(f"part {args.part}: {seen}, {len(done.findings):,} findings; the same line without --part reports all")
+        print(
+            f"part {args.part}: {seen}, {len(done.findings):,} findings; the same line without --part reports all"
+        )
         return report_unread(done.unread)
     if done.findings:
         print(f"{seen}:\n" + table(["wrong", "samples", "shards"], done.reasons()))
-        named = [found for found in done.findings if found.detail]  # not each sample of a missing shard
+        named = [
+            found for found in done.findings if found.detail
+        ]  # not each sample of a missing shard
         for found in named[: args.first]:
-            print(f"  {harmless(where_of(found))}: {found.reason}: {shortened(harmless(found.detail), 200)}")
+            print(
+                f"  {harmless(where_of(found))}: {found.reason}: {shortened(harmless(found.detail), 200)}"
+            )
         if len(named) > args.first:
-            print(f"  and {len(named) - args.first:,} more" + ("" if args.json else "; --json FILE lists all"))
+            print(
+                f"  and {len(named) - args.first:,} more"
+                + ("" if args.json else "; --json FILE lists all")
+            )
     else:
-        print(f"{seen}: all as the manifest says" + (", pictures and captions readable" if args.decode else ""))
+        print(
+            f"{seen}: all as the manifest says"
+            + (", pictures and captions readable" if args.decode else "")
+        )
     if args.json:
         rows = [found._asdict() for found in done.findings]
         content = {"samples": done.samples, "shards": done.shards, "findings": rows}

@@ -37,21 +37,44 @@ training as a source's `drop`. The exit status is 1 if a shard could not be had.
 def add(subparsers: Subparsers) -> None:
     """Add the command."""
     dedup = add_command(
-        subparsers, "dedup", summary="find samples that come more than once, and drop them", examples=_EXAMPLES,
+        subparsers,
+        "dedup",
+        summary="find samples that come more than once, and drop them",
+        examples=_EXAMPLES,
         description="Compare the pictures and captions of all samples, within and across datasets.",
     )
     add_datasets(dedup)
-    dedup.add_argument("--against", metavar="DATASET", action="append", default=[],
-                       help="a dataset to compare with that loses nothing, such as held-out data; may be repeated")
-    dedup.add_argument("--by", choices=("exact", "near", "caption", "pair"), default="near",
-                       help="what makes two samples alike (default: near)")
-    dedup.add_argument("--distance", metavar="BITS", type=int, default=3,
-                       help="most bits in which nearly equal pictures differ, 0 to 15 (default: 3)")
+    dedup.add_argument(
+        "--against",
+        metavar="DATASET",
+        action="append",
+        default=[],
+        help="a dataset to compare with that loses nothing, such as held-out data; may be repeated",
+    )
+    dedup.add_argument(
+        "--by",
+        choices=("exact", "near", "caption", "pair"),
+        default="near",
+        help="what makes two samples alike (default: near)",
+    )
+    dedup.add_argument(
+        "--distance",
+        metavar="BITS",
+        type=int,
+        default=3,
+        help="most bits in which nearly equal pictures differ, 0 to 15 (default: 3)",
+    )
     add_caption_keys(dedup)
-    dedup.add_argument("--drop-list", metavar="FILE", default="", help="write a drop-list of all but the first")
+    dedup.add_argument(
+        "--drop-list", metavar="FILE", default="", help="write a drop-list of all but the first"
+    )
     dedup.add_argument("--json", metavar="FILE", default="", help="write the groups as JSON")
-    dedup.add_argument("--html", metavar="FILE", default="", help="write a page that shows the largest groups")
-    dedup.add_argument("--groups", metavar="N", type=int, default=50, help="groups on the page (default: 50)")
+    dedup.add_argument(
+        "--html", metavar="FILE", default="", help="write a page that shows the largest groups"
+    )
+    dedup.add_argument(
+        "--groups", metavar="N", type=int, default=50, help="groups on the page (default: 50)"
+    )
     add_workers(dedup)
     add_parts(dedup)
     dedup.set_defaults(handle=handle)
@@ -71,14 +94,24 @@ def handle(args: argparse.Namespace) -> int:
     need_work_for(part, args.work)
     against, given = open_datasets(args.against), open_datasets(args.datasets)
     manifests = [*against, *given]
-    hashes = hash_samples(manifests, caption_keys=keys, workers=workers_of(args), part=part, work=args.work)
+    hashes = hash_samples(
+        manifests, caption_keys=keys, workers=workers_of(args), part=part, work=args.work
+    )
     if part != WHOLE:
-        print(f"part {args.part}: {len(hashes):,} samples hashed; the same line without --part compares all")
+        print(
+            f"part {args.part}: {len(hashes):,} samples hashed; the same line without --part compares all"
+        )
         return report_unread(hashes.unread)
-    found = {kind: find_groups(hashes, kind, distance=args.distance, against=len(against)) for kind in KINDS}
+    found = {
+        kind: find_groups(hashes, kind, distance=args.distance, against=len(against))
+        for kind in KINDS
+    }
     rows = [(kind, *_counts(found[kind])) for kind in KINDS]
     unreadable = int((~hashes.has(READABLE)).sum())
-    print(f"{len(hashes):,} samples" + (f", {unreadable:,} of them unreadable and left alone" if unreadable else ""))
+    print(
+        f"{len(hashes):,} samples"
+        + (f", {unreadable:,} of them unreadable and left alone" if unreadable else "")
+    )
     print(table(["alike by", "groups", "largest", "to drop"], rows))
     chosen = found[args.by]
     about = {"made by": f"vlmoe data dedup --by {args.by} --distance {args.distance}"}
@@ -100,7 +133,9 @@ def _counts(groups: Groups) -> tuple[int, int, int]:
     return len(members), max(map(len, members), default=0), len(groups.dropped)
 
 
-def _groups(hashes: Hashes, groups: Groups, manifests: Sequence[Manifest]) -> list[list[dict[str, Any]]]:
+def _groups(
+    hashes: Hashes, groups: Groups, manifests: Sequence[Manifest]
+) -> list[list[dict[str, Any]]]:
     """All groups, the kept sample first."""
     from data_pipeline.common.storage import redact
     from data_pipeline.preparing.dedup import where
@@ -108,13 +143,22 @@ def _groups(hashes: Hashes, groups: Groups, manifests: Sequence[Manifest]) -> li
     def row(number: int) -> dict[str, Any]:
         place = where(hashes, number)
         manifest = manifests[place.dataset]
-        return {"dataset": redact(manifest.url), "shard": manifest.shards[place.shard].name, "sample": place.sample}
+        return {
+            "dataset": redact(manifest.url),
+            "shard": manifest.shards[place.shard].name,
+            "sample": place.sample,
+        }
 
     return [[row(number) for number in members] for members in groups.members()]
 
 
 def _page(
-    title: str, hashes: Hashes, groups: Groups, manifests: Sequence[Manifest], keys: Sequence[str], limit: int
+    title: str,
+    hashes: Hashes,
+    groups: Groups,
+    manifests: Sequence[Manifest],
+    keys: Sequence[str],
+    limit: int,
 ) -> bytes:
     """The largest groups, up to eight samples of each."""
     from data_pipeline.preparing.dedup import where
@@ -127,7 +171,11 @@ def _page(
     parts = [paragraph("The first of each group is kept.")]
     for members in shown:
         cards = [
-            sample_card(raws[place], keys, f"{manifests[place.dataset].shards[place.shard].name} #{place.sample}")
+            sample_card(
+                raws[place],
+                keys,
+                f"{manifests[place.dataset].shards[place.shard].name} #{place.sample}",
+            )
             for place in (places[number] for number in members[:8])
         ]
         more = paragraph(f"and {len(members) - 8:,} more") if len(members) > 8 else ""

@@ -34,19 +34,42 @@ status is 1 if a shard could not be had."""
 def add(subparsers: Subparsers) -> None:
     """Add the command."""
     filters = add_command(
-        subparsers, "filter", summary="find what filters leave out, and write a drop-list", examples=_EXAMPLES,
+        subparsers,
+        "filter",
+        summary="find what filters leave out, and write a drop-list",
+        examples=_EXAMPLES,
         description="Ask filters about every sample, from headers and texts, without decoding pictures.",
     )
     add_datasets(filters)
-    filters.add_argument("--min-side", metavar="PIXELS", type=int, default=None, help="shortest side of a picture")
-    filters.add_argument("--max-aspect", metavar="RATIO", type=float, default=None,
-                         help="largest ratio of the longer to the shorter side")
-    filters.add_argument("--min-caption-chars", metavar="N", type=int, default=None, help="shortest caption")
-    filters.add_argument("--max-caption-chars", metavar="N", type=int, default=None, help="longest caption")
-    filters.add_argument("--require", metavar="CONDITION", action="append", default=None,
-                         help="a condition on a field of the .json member; may be repeated")
-    filters.add_argument("--config", metavar="FILE", default="",
-                         help="YAML with filters: a run file or a section `filters:`; options above win over it")
+    filters.add_argument(
+        "--min-side", metavar="PIXELS", type=int, default=None, help="shortest side of a picture"
+    )
+    filters.add_argument(
+        "--max-aspect",
+        metavar="RATIO",
+        type=float,
+        default=None,
+        help="largest ratio of the longer to the shorter side",
+    )
+    filters.add_argument(
+        "--min-caption-chars", metavar="N", type=int, default=None, help="shortest caption"
+    )
+    filters.add_argument(
+        "--max-caption-chars", metavar="N", type=int, default=None, help="longest caption"
+    )
+    filters.add_argument(
+        "--require",
+        metavar="CONDITION",
+        action="append",
+        default=None,
+        help="a condition on a field of the .json member; may be repeated",
+    )
+    filters.add_argument(
+        "--config",
+        metavar="FILE",
+        default="",
+        help="YAML with filters: a run file or a section `filters:`; options above win over it",
+    )
     add_caption_keys(filters)
     filters.add_argument("--drop-list", metavar="FILE", default="", help="write a drop-list")
     add_workers(filters)
@@ -72,9 +95,14 @@ def handle(args: argparse.Namespace) -> int:
         manifests, filters, caption_keys=keys, workers=workers_of(args), part=part, work=args.work
     )
     if part != WHOLE:
-        print(f"part {args.part}: {done.samples:,} samples; the same line without --part puts all together")
+        print(
+            f"part {args.part}: {done.samples:,} samples; the same line without --part puts all together"
+        )
         return report_unread(done.unread)
-    rows = [(reason, count, f"{count / max(1, done.samples):.2%}") for reason, count in done.reasons.most_common()]
+    rows = [
+        (reason, count, f"{count / max(1, done.samples):.2%}")
+        for reason, count in done.reasons.most_common()
+    ]
     total = done.reasons.total()
     rows.append(("kept", done.samples - total, f"{1 - total / max(1, done.samples):.2%}"))
     print(table(["left out by", "samples", "share"], rows))
@@ -94,8 +122,11 @@ def _filters(args: argparse.Namespace) -> tuple[FilterConfig, list[str]]:
 
     base, keys = FilterConfig(), None
     if args.config:
-        # A preset that the file extends is the trainer's, and has no filters: it is read as an empty file.
-        base, keys = filters_in(load_yaml(Path(args.config), lambda name: Path(os.devnull)), args.config)
+        # A preset that the file extends is the trainer's, and has no filters: it is read as an
+        # empty file.
+        base, keys = filters_in(
+            load_yaml(Path(args.config), lambda name: Path(os.devnull)), args.config
+        )
     names = ("min_side", "max_aspect", "min_caption_chars", "max_caption_chars", "require")
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
     filters = from_mapping(FilterConfig, to_mapping(base) | given)

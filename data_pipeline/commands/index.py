@@ -25,17 +25,31 @@ shards. After the tasks of a job array, the same line without --part writes the 
 def add(subparsers: Subparsers) -> None:
     """Add the command."""
     index = add_command(
-        subparsers, "index", summary="write the manifest of WebDataset shards", examples=_INDEX_EXAMPLES,
+        subparsers,
+        "index",
+        summary="write the manifest of WebDataset shards",
+        examples=_INDEX_EXAMPLES,
         description="Read every shard once, strictly, and write what training needs to know about it. The "
-                    "shards themselves are not changed.",
+        "shards themselves are not changed.",
     )
-    index.add_argument("shards", metavar="SHARD", nargs="+",
-                       help="folders or tar files, local or in a store, with braces or wildcards; or @FILE, a list "
-                            "of them")
-    index.add_argument("--out", metavar="FOLDER", default="",
-                       help="folder of the manifest and the indices (default: the one that holds all the shards)")
-    index.add_argument("--salvage", action="store_true",
-                       help="keep what can be read of damaged shards; the manifest says what is lost")
+    index.add_argument(
+        "shards",
+        metavar="SHARD",
+        nargs="+",
+        help="folders or tar files, local or in a store, with braces or wildcards; or @FILE, a list "
+        "of them",
+    )
+    index.add_argument(
+        "--out",
+        metavar="FOLDER",
+        default="",
+        help="folder of the manifest and the indices (default: the one that holds all the shards)",
+    )
+    index.add_argument(
+        "--salvage",
+        action="store_true",
+        help="keep what can be read of damaged shards; the manifest says what is lost",
+    )
     add_workers(index)
     add_parts(index, work=False)
     index.set_defaults(handle=handle_index)
@@ -49,11 +63,15 @@ def handle_index(args: argparse.Namespace) -> None:
     from data_pipeline.shards.manifest import MANIFEST_NAME
 
     part = parse_part(args.part)
-    manifest = index_shards(args.shards, args.out, workers=workers_of(args), part=part, salvage=args.salvage)
+    manifest = index_shards(
+        args.shards, args.out, workers=workers_of(args), part=part, salvage=args.salvage
+    )
     counts = f"{len(manifest.shards):,} shards, {manifest.total_samples:,} samples"
     damaged = sum(bool(shard.damage) for shard in manifest.shards)
     lost = f"; {damaged:,} shards are damaged, see `damage` in the manifest" if damaged else ""
     if part == WHOLE:
         print(f"{redact(join(manifest.url, MANIFEST_NAME))}: {counts}{lost}")
     else:
-        print(f"part {part[0]} of {part[1]} is indexed: {counts}{lost}; when all parts are, call this without --part")
+        print(
+            f"part {part[0]} of {part[1]} is indexed: {counts}{lost}; when all parts are, call this without --part"
+        )

@@ -19,13 +19,22 @@ than the order of training has it, over all ranks and restarts."""
 def add(subparsers: Subparsers) -> None:
     """Add the command."""
     ledger = add_command(
-        subparsers, "ledger", summary="prove that a run got every sample exactly once", examples=_EXAMPLES,
+        subparsers,
+        "ledger",
+        summary="prove that a run got every sample exactly once",
+        examples=_EXAMPLES,
         description="Compare the samples that every step of a run recorded with the order of training, made again "
-                    "from the manifests.",
+        "from the manifests.",
     )
-    ledger.add_argument("folder", metavar="RUN_DIR", type=Path, help="a run folder, or the `ledger` folder in it")
-    ledger.add_argument("--data", metavar="FILE", default="",
-                        help="YAML with the run's data.train: a ledger keeps addresses without signed queries")
+    ledger.add_argument(
+        "folder", metavar="RUN_DIR", type=Path, help="a run folder, or the `ledger` folder in it"
+    )
+    ledger.add_argument(
+        "--data",
+        metavar="FILE",
+        default="",
+        help="YAML with the run's data.train: a ledger keeps addresses without signed queries",
+    )
     ledger.set_defaults(handle=handle)
 
 
@@ -42,7 +51,9 @@ def handle(args: argparse.Namespace) -> int:
 
     folder = args.folder if (args.folder / FACTS_FILE).exists() else args.folder / "ledger"
     if not (folder / FACTS_FILE).exists():
-        raise DataError(f"there is no ledger in {args.folder}: train with data.ledger=true to keep one")
+        raise DataError(
+            f"there is no ledger in {args.folder}: train with data.ledger=true to keep one"
+        )
     facts = LedgerFacts.read(folder)
     if args.data:
         section = load_yaml(args.data).get("data")
@@ -58,7 +69,9 @@ def handle(args: argparse.Namespace) -> int:
             f"another, and nothing can be compared"
         )
     order = make_order(sources, facts.seed, facts.shuffle_window)
-    report = check_ledger(folder, order, shard_starts([source.manifest for source in sources]), facts.skip)
+    report = check_ledger(
+        folder, order, shard_starts([source.manifest for source in sources]), facts.skip
+    )
     steps = f"{report.first_step:,} to {report.first_step + report.steps - 1:,}"
     if report.first_step > 1:
         steps += "; nothing is known of those before"

@@ -21,19 +21,33 @@ Of a store, only the samples that are shown are asked for. Control characters in
 def add(subparsers: Subparsers) -> None:
     """Add the command."""
     peek = add_command(
-        subparsers, "peek", summary="show samples, in the terminal or as a sheet of pictures", examples=_EXAMPLES,
+        subparsers,
+        "peek",
+        summary="show samples, in the terminal or as a sheet of pictures",
+        examples=_EXAMPLES,
         description="Show the files, picture and captions of some samples.",
     )
     add_datasets(peek)
-    peek.add_argument("--shard", metavar="NAME|N", default="", help="of this shard: its name, or its number from 0")
+    peek.add_argument(
+        "--shard",
+        metavar="NAME|N",
+        default="",
+        help="of this shard: its name, or its number from 0",
+    )
     which = peek.add_mutually_exclusive_group()
     which.add_argument("--key", metavar="KEY", default="", help="the sample of this key")
-    which.add_argument("--index", metavar="N", type=int, default=None, help="the sample of this number, from 0")
+    which.add_argument(
+        "--index", metavar="N", type=int, default=None, help="the sample of this number, from 0"
+    )
     which.add_argument("--random", metavar="N", type=int, default=0, help="so many drawn at random")
-    which.add_argument("--first", metavar="N", type=int, default=5, help="the first ones (default: 5)")
+    which.add_argument(
+        "--first", metavar="N", type=int, default=5, help="the first ones (default: 5)"
+    )
     peek.add_argument("--seed", metavar="N", type=int, default=0, help="of --random (default: 0)")
     add_caption_keys(peek)
-    peek.add_argument("--out", metavar="FILE", default="", help="write a sheet instead: .html or .png")
+    peek.add_argument(
+        "--out", metavar="FILE", default="", help="write a sheet instead: .html or .png"
+    )
     peek.set_defaults(handle=handle)
 
 
@@ -48,8 +62,14 @@ def handle(args: argparse.Namespace) -> None:
     if args.out and not args.out.endswith((".html", ".png")):
         raise ConfigError(f"--out {args.out}: a sheet ends in .html or .png")
     keys = args.caption_key or ["txt"]
-    choice = Choice(shard=args.shard, key=args.key, index=args.index, random=args.random, seed=args.seed,
-                    count=args.first)
+    choice = Choice(
+        shard=args.shard,
+        key=args.key,
+        index=args.index,
+        random=args.random,
+        seed=args.seed,
+        count=args.first,
+    )
     shown = [
         (f"{task.entry.name} #{number}", raw)
         for task, number, raw in read_samples(choose_samples(open_datasets(args.datasets), choice))
@@ -58,7 +78,10 @@ def handle(args: argparse.Namespace) -> None:
         print("\n\n".join(sample_text(raw, keys, where) for where, raw in shown))
         return
     if args.out.endswith(".html"):
-        data = page(f"{len(shown)} samples", [row_of([sample_card(raw, keys, where) for where, raw in shown])])
+        data = page(
+            f"{len(shown)} samples",
+            [row_of([sample_card(raw, keys, where) for where, raw in shown])],
+        )
     else:
         buffer = io.BytesIO()
         contact_sheet(shown, keys).save(buffer, "PNG")

@@ -35,16 +35,25 @@ Unicode (Latin, Han, Cyrillic ...): a first look at languages, which does not te
 def add(subparsers: Subparsers) -> None:
     """Add the command."""
     stats = add_command(
-        subparsers, "stats", summary="sizes, shapes, caption lengths, scripts and repeats", examples=_EXAMPLES,
+        subparsers,
+        "stats",
+        summary="sizes, shapes, caption lengths, scripts and repeats",
+        examples=_EXAMPLES,
         description="Measure pictures and captions.",
     )
     add_datasets(stats)
-    stats.add_argument("--samples", metavar="N", type=int, default=20_000, help="samples to draw (default: 20000)")
+    stats.add_argument(
+        "--samples", metavar="N", type=int, default=20_000, help="samples to draw (default: 20000)"
+    )
     stats.add_argument("--seed", metavar="N", type=int, default=0, help="of the draw (default: 0)")
     add_caption_keys(stats)
-    stats.add_argument("--tokenizer", metavar="FILE", default="", help="count the tokens of captions too")
+    stats.add_argument(
+        "--tokenizer", metavar="FILE", default="", help="count the tokens of captions too"
+    )
     stats.add_argument("--json", metavar="FILE", default="", help="write all figures as JSON")
-    stats.add_argument("--html", metavar="FILE", default="", help="write a page with histograms and pictures")
+    stats.add_argument(
+        "--html", metavar="FILE", default="", help="write a page with histograms and pictures"
+    )
     add_workers(stats)
     add_parts(stats)
     stats.set_defaults(handle=handle)
@@ -62,17 +71,32 @@ def handle(args: argparse.Namespace) -> int:
     need_work_for(part, args.work)
     manifests = open_datasets(args.datasets)
     stats = measure(
-        manifests, samples=args.samples, seed=args.seed, caption_keys=keys, tokenizer=args.tokenizer,
-        workers=workers_of(args), part=part, work=args.work,
-    )  # fmt: skip
+        manifests,
+        samples=args.samples,
+        seed=args.seed,
+        caption_keys=keys,
+        tokenizer=args.tokenizer,
+        workers=workers_of(args),
+        part=part,
+        work=args.work,
+    )
     if part != WHOLE:
-        print(f"part {args.part}: {stats.looked_at:,} samples; the same line without --part puts all together")
+        print(
+            f"part {args.part}: {stats.looked_at:,} samples; the same line without --part puts all together"
+        )
         return report_unread(stats.unread)
     total = sum(manifest.total_samples for manifest in manifests)
     looked = _looked_at(stats, total, args.seed)
     tables = [(title, head, rows) for title, head, rows in _tables(stats, manifests, keys) if rows]
-    print("\n\n".join([*(table(head, rows) for _, head, rows in tables[:1]), looked,
-                       *(table(head, rows) for _, head, rows in tables[1:])]))
+    print(
+        "\n\n".join(
+            [
+                *(table(head, rows) for _, head, rows in tables[:1]),
+                looked,
+                *(table(head, rows) for _, head, rows in tables[1:]),
+            ]
+        )
+    )
     if args.json:
         content = {"samples": total, "shards": sum(len(manifest.shards) for manifest in manifests)}
         storage.write_bytes(args.json, json.dumps(content | stats.to_json(keys), indent=1).encode())
@@ -85,8 +109,10 @@ def handle(args: argparse.Namespace) -> int:
 def _looked_at(stats: Stats, total: int, seed: int) -> str:
     if stats.looked_at == total:
         return f"looked at all {total:,} samples"
-    return (f"looked at {stats.looked_at:,} of {total:,} samples, drawn with --seed {seed}; repeats are those among "
-            f"the drawn ones (`vlmoe data dedup` looks at all)")
+    return (
+        f"looked at {stats.looked_at:,} of {total:,} samples, drawn with --seed {seed}; repeats are those among "
+        f"the drawn ones (`vlmoe data dedup` looks at all)"
+    )
 
 
 _Table = tuple[str, list[str], list[tuple[object, ...]]]
@@ -100,11 +126,19 @@ def _tables(stats: Stats, manifests: Sequence[Manifest], keys: Sequence[str]) ->
     figures = stats.to_json(keys)
     datasets: list[tuple[object, ...]] = []
     for manifest in manifests:
-        sizes, count = [entry.samples for entry in manifest.shards], sum(entry.bytes for entry in manifest.shards)
-        per_shard = f"{min(sizes):,}" if min(sizes) == max(sizes) else f"{min(sizes):,} to {max(sizes):,}"
-        datasets.append((redact(manifest.url), len(sizes), sum(sizes), per_shard, bytes_text(count)))
+        sizes, count = (
+            [entry.samples for entry in manifest.shards],
+            sum(entry.bytes for entry in manifest.shards),
+        )
+        per_shard = (
+            f"{min(sizes):,}" if min(sizes) == max(sizes) else f"{min(sizes):,} to {max(sizes):,}"
+        )
+        datasets.append(
+            (redact(manifest.url), len(sizes), sum(sizes), per_shard, bytes_text(count))
+        )
     quantities: list[tuple[object, ...]] = [
-        (name, *(_figure(value) for value in row.values())) for name, row in figures["quantities"].items()
+        (name, *(_figure(value) for value in row.values()))
+        for name, row in figures["quantities"].items()
     ]
     heads = list(next(iter(figures["quantities"].values()), {}))
     seen = max(1, stats.looked_at)
@@ -115,13 +149,20 @@ def _tables(stats: Stats, manifests: Sequence[Manifest], keys: Sequence[str]) ->
         ("Kinds of file", ["kind of file", "pictures", "share"], _shares(stats.formats)),
         ("Scripts", ["script", "captions", "share"], _shares(stats.scripts)),
         ("Repeats", ["repeats", "samples", "share"], list(repeats)),
-        ("Not readable", ["not readable", "samples", "share"], _shares(list(stats.bad.elements()), seen)),
+        (
+            "Not readable",
+            ["not readable", "samples", "share"],
+            _shares(list(stats.bad.elements()), seen),
+        ),
     ]
 
 
 def _shares(values: list[str], total: int = 0) -> list[tuple[object, ...]]:
     count = total or max(1, len(values))
-    return [(value, number, f"{number / count:.1%}") for value, number in Counter(values).most_common(12)]
+    return [
+        (value, number, f"{number / count:.1%}")
+        for value, number in Counter(values).most_common(12)
+    ]
 
 
 def _figure(value: float) -> str:
@@ -129,7 +170,12 @@ def _figure(value: float) -> str:
 
 
 def _page(
-    stats: Stats, manifests: Sequence[Manifest], keys: Sequence[str], tables: list[_Table], looked: str, seed: int
+    stats: Stats,
+    manifests: Sequence[Manifest],
+    keys: Sequence[str],
+    tables: list[_Table],
+    looked: str,
+    seed: int,
 ) -> bytes:
     """Histograms, the tables, and some samples."""
     from data_pipeline.preparing.page import heading, histogram, html_table, page, paragraph, row_of

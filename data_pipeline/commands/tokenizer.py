@@ -25,34 +25,51 @@ _INSPECT_EXAMPLES = """\
   vlmoe tokenizer inspect t.model
   vlmoe tokenizer inspect t.model --shards shards/ --caption-key txt
 
-With shards it says how many tokens captions take, and which model.text_length holds how many of them whole."""
+With shards it says how many tokens captions take, and which model.context_length holds how many of them whole."""
 
 
 def add(subparsers: Subparsers) -> None:
     """Add the group and its commands."""
     commands = add_group(subparsers, "tokenizer", summary="vocabularies: train, encode, inspect")
     train = add_command(
-        commands, "train", summary="learn a vocabulary from the captions of shards", examples=_TRAIN_EXAMPLES,
+        commands,
+        "train",
+        summary="learn a vocabulary from the captions of shards",
+        examples=_TRAIN_EXAMPLES,
         description="Train a SentencePiece model (unigram, with bytes for what it does not know) on the captions of "
-                    "the shards.",
+        "the shards.",
     )
-    train.add_argument("manifests", metavar="DATASET", nargs="+", help="folders with a manifest.json, or that file")
-    train.add_argument("--out", metavar="FILE", type=Path, required=True, help="model file to write")
-    train.add_argument("--vocab-size", metavar="N", type=int, default=32000, help="pieces (default: 32000)")
-    train.add_argument("--samples", metavar="N", type=int, default=0, help="samples to draw (default: 0, all)")
+    train.add_argument(
+        "manifests", metavar="DATASET", nargs="+", help="folders with a manifest.json, or that file"
+    )
+    train.add_argument(
+        "--out", metavar="FILE", type=Path, required=True, help="model file to write"
+    )
+    train.add_argument(
+        "--vocab-size", metavar="N", type=int, default=32000, help="pieces (default: 32000)"
+    )
+    train.add_argument(
+        "--samples", metavar="N", type=int, default=0, help="samples to draw (default: 0, all)"
+    )
     train.add_argument("--seed", metavar="N", type=int, default=0, help="of the draw (default: 0)")
     add_caption_keys(train)
     add_workers(train)
     train.set_defaults(handle=handle_train)
     encode = add_command(
-        commands, "encode", summary="show the pieces and ids of text", examples=_ENCODE_EXAMPLES,
+        commands,
+        "encode",
+        summary="show the pieces and ids of text",
+        examples=_ENCODE_EXAMPLES,
         description="Show what a vocabulary makes of given text, or of captions in shards.",
     )
     _add_model(encode, samples=10)
     encode.add_argument("text", metavar="TEXT", nargs="*", help="text to encode")
     encode.set_defaults(handle=handle_encode)
     inspect = add_command(
-        commands, "inspect", summary="a vocabulary, and the text length it needs", examples=_INSPECT_EXAMPLES,
+        commands,
+        "inspect",
+        summary="a vocabulary, and the text length it needs",
+        examples=_INSPECT_EXAMPLES,
         description="Show a vocabulary's size, ids and pieces, and how it fits captions.",
     )
     _add_model(inspect, samples=20_000)
@@ -61,10 +78,20 @@ def add(subparsers: Subparsers) -> None:
 
 def _add_model(parser: argparse.ArgumentParser, *, samples: int) -> None:
     parser.add_argument("model", metavar="MODEL", type=Path, help="tokenizer.model")
-    parser.add_argument("--shards", metavar="DATASET", action="append", default=[],
-                        help="captions of this dataset; may be repeated")
-    parser.add_argument("--samples", metavar="N", type=int, default=samples,
-                        help=f"samples to draw from the shards; 0 is all (default: {samples})")
+    parser.add_argument(
+        "--shards",
+        metavar="DATASET",
+        action="append",
+        default=[],
+        help="captions of this dataset; may be repeated",
+    )
+    parser.add_argument(
+        "--samples",
+        metavar="N",
+        type=int,
+        default=samples,
+        help=f"samples to draw from the shards; 0 is all (default: {samples})",
+    )
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the draw (default: 0)")
     add_caption_keys(parser)
     add_workers(parser)
@@ -76,8 +103,13 @@ def handle_train(args: argparse.Namespace) -> None:
     from data_pipeline.preparing.corpus import captions_of
     from data_pipeline.preparing.visit import open_datasets
 
-    captions = captions_of(open_datasets(args.manifests), args.caption_key or ["txt"], samples=args.samples,
-                           seed=args.seed, workers=workers_of(args))
+    captions = captions_of(
+        open_datasets(args.manifests),
+        args.caption_key or ["txt"],
+        samples=args.samples,
+        seed=args.seed,
+        workers=workers_of(args),
+    )
     tokenizer = train_tokenizer(captions, args.out, vocab_size=args.vocab_size)
     print(f"{args.out}: {tokenizer.vocab_size:,} pieces, fingerprint {tokenizer.fingerprint[:16]}")
 
@@ -96,12 +128,19 @@ def handle_encode(args: argparse.Namespace) -> None:
     for text in texts:
         ids = tokenizer.encode(text, 1 << 20)
         pieces = [harmless(tokenizer.piece(token)).replace("\u2581", "_") for token in ids]
-        widths = [max(len(piece), len(str(token))) for piece, token in zip(pieces, ids, strict=True)]
+        widths = [
+            max(len(piece), len(str(token))) for piece, token in zip(pieces, ids, strict=True)
+        ]
         spelt = sum(token in bytes_of for token in ids)
-        print(f"{harmless(text)}\n  {len(ids)} tokens" + (f", {spelt} of them bytes" if spelt else ""))
+        print(
+            f"{harmless(text)}\n  {len(ids)} tokens" + (f", {spelt} of them bytes" if spelt else "")
+        )
         for first, end in _lines(widths, 100):
             for row in (pieces[first:end], ids[first:end]):
-                cells = (str(cell).ljust(width) for cell, width in zip(row, widths[first:end], strict=True))
+                cells = (
+                    str(cell).ljust(width)
+                    for cell, width in zip(row, widths[first:end], strict=True)
+                )
                 print("  " + " ".join(cells).rstrip())
     if len(texts) > 1:
         print(_shares(encode_all(tokenizer, texts)))
@@ -115,10 +154,14 @@ def handle_inspect(args: argparse.Namespace) -> None:
     from data_pipeline.preparing.vocabulary import NUM_BYTES, NUM_MARKS, encode_all, longest_pieces
 
     tokenizer = Tokenizer.load(args.model)
-    print(f"vocabulary   {tokenizer.vocab_size:,} ids: {NUM_MARKS} marks, {NUM_BYTES} bytes, "
-          f"{tokenizer.vocab_size - NUM_MARKS - NUM_BYTES:,} pieces of text")
-    print(f"marks        pad {tokenizer.pad_id}, start {tokenizer.start_id}, end {tokenizer.end_id}, "
-          f"unknown {tokenizer.unk_id}")
+    print(
+        f"vocabulary   {tokenizer.vocab_size:,} ids: {NUM_MARKS} marks, {NUM_BYTES} bytes, "
+        f"{tokenizer.vocab_size - NUM_MARKS - NUM_BYTES:,} pieces of text"
+    )
+    print(
+        f"marks        pad {tokenizer.pad_id}, start {tokenizer.start_id}, end {tokenizer.end_id}, "
+        f"unknown {tokenizer.unk_id}"
+    )
     print(f"fingerprint  {tokenizer.fingerprint}")
     print("longest      " + " ".join(harmless(piece) for piece in longest_pieces(tokenizer, 12)))
     captions = _captions(args)
@@ -128,7 +171,7 @@ def handle_inspect(args: argparse.Namespace) -> None:
     print(_shares(found))
     print(f"used         {found.used:,} pieces of text occur in these captions\n")
     rows = [(f"{share:.1%}", longest, length) for share, longest, length in found.text_lengths()]
-    print(table(["captions kept whole", "tokens", "model.text_length"], rows))
+    print(table(["captions kept whole", "tokens", "model.context_length"], rows))
 
 
 def _shares(found: object) -> str:
@@ -150,8 +193,15 @@ def _captions(args: argparse.Namespace) -> list[str]:
 
     if not args.shards:
         return []
-    return list(captions_of(open_datasets(args.shards), args.caption_key or ["txt"], samples=args.samples,
-                            seed=args.seed, workers=workers_of(args)))
+    return list(
+        captions_of(
+            open_datasets(args.shards),
+            args.caption_key or ["txt"],
+            samples=args.samples,
+            seed=args.seed,
+            workers=workers_of(args),
+        )
+    )
 
 
 def _lines(widths: list[int], limit: int) -> list[tuple[int, int]]:

@@ -1,6 +1,7 @@
 """Secrets in addresses: a user and password, or the signature of a presigned query.
 
-What a run writes (manifests, its settings, ledgers) is copied and shown to others, so no address in it holds any.
+What a run writes (manifests, its settings, ledgers) is copied and shown to others, so no address in
+it holds any.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ def has_user(address: str) -> bool:
 
 
 def has_query(address: str) -> bool:
-    """Whether a web address has a query; in names of a store's objects a question mark is a wildcard."""
+    """Whether a web address has a query; in names of a store's objects a question mark is a
+    wildcard."""
     return _QUERY.search(address) is not None
 
 
@@ -42,5 +44,7 @@ def refuse_user(address: str, where: str) -> None:
         ConfigError: It does; the message has the address without.
     """
     if has_user(address):
-        raise ConfigError(f"{where}: {harmless(without_secrets(address))} was given with a user or password, which "
-                          f"would be written into files of the run; leave them out, and {WHERE_KEYS_GO}")
+        raise ConfigError(
+            f"{where}: {harmless(without_secrets(address))} was given with a user or password, which "
+            f"would be written into files of the run; leave them out, and {WHERE_KEYS_GO}"
+        )

@@ -29,7 +29,11 @@ def add_command(
         examples: Command lines, at the foot of its help.
     """
     parser: argparse.ArgumentParser = subparsers.add_parser(
-        name, help=summary, description=description, formatter_class=_HelpFormatter, allow_abbrev=False,
+        name,
+        help=summary,
+        description=description,
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
         epilog=f"examples:\n{examples}" if examples else None,
     )
     parser.set_defaults(parser=parser, takes_overrides=False)

@@ -20,7 +20,13 @@ from data_pipeline.common.errors import ConfigError
 from data_pipeline.common.yaml_file import apply_overrides, load_yaml, merge, parse_yaml, to_yaml
 
 __all__ = [
-    "apply_overrides", "dump_yaml", "from_mapping", "join_problems", "load_yaml", "merge", "parse_yaml",
+    "apply_overrides",
+    "dump_yaml",
+    "from_mapping",
+    "join_problems",
+    "load_yaml",
+    "merge",
+    "parse_yaml",
     "to_mapping",
 ]
 
@@ -51,7 +57,9 @@ def join_problems(problems: list[str], source: str = "") -> str:
     head = f"{source}: " if source else ""
     if len(problems) == 1:
         return head + problems[0]
-    return f"{head}{len(problems)} problems:\n" + "\n".join(f"  - {problem}" for problem in problems)
+    return f"{head}{len(problems)} problems:\n" + "\n".join(
+        f"  - {problem}" for problem in problems
+    )
 
 
 def to_mapping(config: Any) -> dict[str, Any]:
@@ -107,10 +115,14 @@ class _Reader:
             else:
                 self.bad(where, f"no such setting{self._suggest(str(key), list(fields), path)}")
         for name, field in fields.items():
-            no_default = (field.default is dataclasses.MISSING
-                          and field.default_factory is dataclasses.MISSING)
+            no_default = (
+                field.default is dataclasses.MISSING
+                and field.default_factory is dataclasses.MISSING
+            )
             if no_default and name not in mapping:
-                values[name] = self.bad(f"{path}.{name}" if path else name, "must be given, but is missing")
+                values[name] = self.bad(
+                    f"{path}.{name}" if path else name, "must be given, but is missing"
+                )
         if any(isinstance(value, _Bad) for value in values.values()):
             return _BAD
         try:
@@ -140,8 +152,11 @@ class _Reader:
         if hint in (type(None), None) and value is None:
             return None
         if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value) if math.isfinite(value) else self.bad(
-                path, f"expected a finite number, found {value!r}")
+            return (
+                float(value)
+                if math.isfinite(value)
+                else self.bad(path, f"expected a finite number, found {value!r}")
+            )
         if hint in (bool, str, int) and type(value) is hint:
             return value
         quotes = "; put it in quotes" if hint is str and isinstance(value, int | float) else ""
@@ -156,15 +171,21 @@ class _Reader:
 
     def _tuple(self, items: tuple[Any, ...], value: Any, path: str) -> Any:
         if not isinstance(value, list | tuple):
-            return self.bad(path, f"expected a list, found {_show(value)}; write it as [{_show(value)}]")
+            return self.bad(
+                path, f"expected a list, found {_show(value)}; write it as [{_show(value)}]"
+            )
         if len(items) == 2 and items[1] is Ellipsis:
             kinds = [items[0]] * len(value)
         elif len(items) == len(value):
             kinds = list(items)
         else:
-            return self.bad(path, f"expected a list of {len(items)}, found {len(value)} items: {value!r}")
-        made = tuple(self.value(kind, item, f"{path}[{i}]")
-                     for i, (kind, item) in enumerate(zip(kinds, value, strict=True)))
+            return self.bad(
+                path, f"expected a list of {len(items)}, found {len(value)} items: {value!r}"
+            )
+        made = tuple(
+            self.value(kind, item, f"{path}[{i}]")
+            for i, (kind, item) in enumerate(zip(kinds, value, strict=True))
+        )
         return _BAD if any(isinstance(item, _Bad) for item in made) else made
 
     def _dict(self, kind: Any, value: Any, path: str) -> Any:
@@ -179,13 +200,19 @@ class _Reader:
         for kind in sorted(kinds, key=lambda kind: type(value) is not kind):
             trial: list[str] = []
             made = _Reader(self.root, trial).value(kind, value, path)
-            if not trial:  # a section may be made though it was given settings that it does not know
+            if (
+                not trial
+            ):  # a section may be made though it was given settings that it does not know
                 return made
             attempts.append(trial)
-        sections = [kind for kind in kinds if isinstance(kind, type) and dataclasses.is_dataclass(kind)]
+        sections = [
+            kind for kind in kinds if isinstance(kind, type) and dataclasses.is_dataclass(kind)
+        ]
         if isinstance(value, Mapping) and len(sections) == 1:
             return self.section(sections[0], value, path)
-        return self.bad(path, f"expected {' or '.join(_describe(k) for k in kinds)}, found {_show(value)}")
+        return self.bad(
+            path, f"expected {' or '.join(_describe(k) for k in kinds)}, found {_show(value)}"
+        )
 
     def _suggest(self, key: str, names: list[str], path: str) -> str:
         """The section that has a setting of this very name, or the nearest one of this section."""
@@ -210,7 +237,13 @@ def _describe(hint: Any) -> str:
     """A type in words a person who writes YAML knows."""
     if typing.get_origin(hint) is Literal:
         return " or ".join(repr(item) for item in typing.get_args(hint))
-    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+    words = {
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        bool: "true or false",
+        type(None): "null",
+    }
     if hint in words:
         return words[hint]
     if dataclasses.is_dataclass(hint):

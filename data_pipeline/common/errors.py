@@ -32,8 +32,8 @@ class DataError(VlmError):
 
         Args:
             message: What was found, where, and what to do.
-            slug: The kind of damage in one word of lower case and dashes (`bad-image`), by which bad
-                samples are counted; empty where nothing is counted.
+            slug: The kind of damage in one word of lower case and dashes (`bad-image`), by which
+                bad samples are counted; empty where nothing is counted.
         """
         super().__init__(message)
         self.slug = slug
@@ -48,7 +48,8 @@ class StorageError(DataError):
         Args:
             message: As for `DataError`.
             slug: As for `DataError`.
-            kind: One of `store_errors.Kind` where a store is the cause, for programs; empty otherwise.
+            kind: One of `store_errors.Kind` where a store is the cause, for programs; empty
+                otherwise.
         """
         super().__init__(message, slug=slug)
         self.kind = kind

@@ -1,4 +1,5 @@
-"""Settings in words: a dataclass as YAML with every default, each under the text that the code has for it."""
+"""Settings in words: a dataclass as YAML with every default, each under the text that the code has
+for it."""
 
 from __future__ import annotations
 
@@ -36,8 +37,16 @@ def explain(cls: type, section: str = "") -> str:
             known = [key for key, hint in hints.items() if _section_in(hint)]
             near = difflib.get_close_matches(name, known, n=1)
             where = ".".join([*names, name])
-            raise ConfigError(f"{where}: no such section; " + (f"did you mean {near[0]!r}?" if near else
-                              f"there are {', '.join(known)}" if known else "there are none below it"))
+            raise ConfigError(
+                f"{where}: no such section; "
+                + (
+                    f"did you mean {near[0]!r}?"
+                    if near
+                    else f"there are {', '.join(known)}"
+                    if known
+                    else "there are none below it"
+                )
+            )
         found, names = inner, [*names, name]
     return "\n".join(_lines(found, 0)) + "\n"
 
@@ -81,8 +90,12 @@ def field_texts(cls: type) -> dict[str, str]:
     assert isinstance(body, ast.ClassDef)
     texts: dict[str, str] = {}
     for statement, after in zip(body.body, body.body[1:], strict=False):
-        if (isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)
-                and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)):
+        if (
+            isinstance(statement, ast.AnnAssign)
+            and isinstance(statement.target, ast.Name)
+            and isinstance(after, ast.Expr)
+            and isinstance(after.value, ast.Constant)
+        ):
             texts[statement.target.id] = " ".join(str(after.value.value).split())
     return texts
 
@@ -95,11 +108,16 @@ def _section_in(hint: Any) -> type | None:
 
 
 def _has_default(field: dataclasses.Field[Any]) -> bool:
-    return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+    return (
+        field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+    )
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
     factory = field.default_factory
     value = field.default if factory is dataclasses.MISSING else factory()
-    return to_mapping(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else (
-        list(value) if isinstance(value, tuple) else value)
+    return (
+        to_mapping(value)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type)
+        else (list(value) if isinstance(value, tuple) else value)
+    )

@@ -17,7 +17,9 @@ def harmless(text: str, *, lines: bool = False) -> str:
     if text.isascii() and text.isprintable():
         return text
     return "".join(
-        char if (lines and char == "\n") or unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
+        char
+        if (lines and char == "\n")
+        or unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
         else char.encode("unicode_escape").decode()
         for char in text
     )

@@ -131,7 +131,10 @@ class Progress:
         rate = (self.done - self._first) / seconds
         of = f"/{self.total}" if self.total else ""
         share = f" ({100 * self.done // self.total}%)" if self.total else ""
-        parts = [f"{self.label}: {self.done}{of} {self.unit}{share}", f"{rate:,.{0 if rate >= 10 else 1}f}/s"]
+        parts = [
+            f"{self.label}: {self.done}{of} {self.unit}{share}",
+            f"{rate:,.{0 if rate >= 10 else 1}f}/s",
+        ]
         if self.total and rate > 0 and self.done < self.total:
             parts.append(f"{clock_text((self.total - self.done) / rate)} left")
         else:

@@ -1,10 +1,11 @@
-"""Object stores through obstore: s3, gs, az and http(s), with the care that the library leaves to us.
+"""Object stores through obstore: s3, gs, az and http(s), with the care that the library leaves to
+us.
 
-Large objects come in parts of `PART_BYTES`, a few at a time, so memory stays bounded whatever their length. Every
-answer is checked for its length, and all parts of an object for one ETag: when it changes in between, the copy
-begins again. What can heal is tried again until `timeout_seconds` are over ; a part that does not
-come in time is asked for in halves, so that a slow line still gets through. Errors say what kind they are
-(`StorageError.kind`) and never hold secrets.
+Large objects come in parts of `PART_BYTES`, a few at a time, so memory stays bounded whatever their
+length. Every answer is checked for its length, and all parts of an object for one ETag: when it
+changes in between, the copy begins again. What can heal is tried again until `timeout_seconds` are
+over ; a part that does not come in time is asked for in halves, so that a slow line still gets
+through. Errors say what kind they are (`StorageError.kind`) and never hold secrets.
 
     store_answers.py      one request, and what is checked about its answer
     store_copy.py         parts of an object, several at a time
@@ -33,9 +34,21 @@ from data_pipeline.common.store_copy import PART_BYTES, Fetched
 from data_pipeline.common.store_errors import Kind, WrongAnswerError, redact
 
 __all__ = [
-    "PART_BYTES", "SCHEMES", "Fetched", "ObjectInfo", "fetch", "forget_clients", "head", "list_names", "list_tree",
-    "read_all", "read_range", "redact", "upload", "write",
-]  # fmt: skip
+    "PART_BYTES",
+    "SCHEMES",
+    "Fetched",
+    "ObjectInfo",
+    "fetch",
+    "forget_clients",
+    "head",
+    "list_names",
+    "list_tree",
+    "read_all",
+    "read_range",
+    "redact",
+    "upload",
+    "write",
+]
 
 REQUEST_SECONDS = 20.0
 """Longest wait for one request, where the caller names none."""
@@ -48,7 +61,11 @@ WHOLE_PUT_SECONDS = 600.0
 
 
 def head(
-    url: str, timeout_seconds: float, *, missing_ok: bool = False, request_seconds: float = REQUEST_SECONDS
+    url: str,
+    timeout_seconds: float,
+    *,
+    missing_ok: bool = False,
+    request_seconds: float = REQUEST_SECONDS,
 ) -> ObjectInfo | None:
     """Length and ETag of an object; None for a missing one where that is allowed.
 
@@ -74,11 +91,12 @@ def read_all(
 ) -> bytes:
     """A whole object that fits into memory.
 
-    Where nothing says what it must be (no `sha256`, no ETag that is its MD5), it is read until two readings
-    agree: a gateway's page with status 200, or a flipped bit, would look like the object.
+    Where nothing says what it must be (no `sha256`, no ETag that is its MD5), it is read until two
+    readings agree: a gateway's page with status 200, or a flipped bit, would look like the object.
 
     Raises:
-        StorageError: Missing, refused, not readable within `timeout_seconds`, or never the right one.
+        StorageError: Missing, refused, not readable within `timeout_seconds`, or never the right
+        one.
     """
     patience = Patience(timeout_seconds, request_seconds)
     tries, seen = Tries("read", url, patience), Counter[str]()
@@ -88,10 +106,15 @@ def read_all(
         seen[found] += 1
         if sha256 and found == sha256:
             return data
-        if not sha256 and (seen[found] > 1 or etag.strip('"') == hashlib.md5(data, usedforsecurity=False).hexdigest()):
+        if not sha256 and (
+            seen[found] > 1
+            or etag.strip('"') == hashlib.md5(data, usedforsecurity=False).hexdigest()
+        ):
             return data
         if sha256 or seen.total() > 2:
-            wrong = f"it has SHA-256 {found}, but {sha256 or 'another the time before'} was expected"
+            wrong = (
+                f"it has SHA-256 {found}, but {sha256 or 'another the time before'} was expected"
+            )
             tries.failed(WrongAnswerError(Kind.CHANGED, wrong))
 
 
@@ -114,8 +137,8 @@ def read_range(
         end: After the last.
         timeout_seconds: Longest time for all tries together.
         request_seconds: Longest time for one request.
-        etag: What it must have; another is an error of kind `changed`. Empty accepts any, but all pieces of
-            this range have the same.
+        etag: What it must have; another is an error of kind `changed`. Empty accepts any, but all
+            pieces of this range have the same.
         size: Length of the object that is expected; -1 accepts any.
         cancel: Set by another thread to give up.
 
@@ -141,14 +164,16 @@ def fetch(
     expected_bytes: int | None = None,
     cancel: Event | None = None,
 ) -> Fetched:
-    """Copy an object into an open, empty file; memory stays bounded. Its SHA-256 is taken in passing.
+    """Copy an object into an open, empty file; memory stays bounded. Its SHA-256 is taken in
+    passing.
 
     Args:
         url: The object.
         fd: Open for reading and writing.
         timeout_seconds: Longest time without progress, all tries together.
         request_seconds: Longest time for one request of `PART_BYTES`.
-        expected_bytes: Its length if known; another one, seen three times, is an error of kind `changed`.
+        expected_bytes: Its length if known; another one, seen three times, is an error of kind
+            `changed`.
         cancel: Set by another thread to give up.
 
     Raises:
@@ -169,7 +194,9 @@ def fetch(
     return store_copy.copy_object(url, patience, target, expected_bytes=expected_bytes)
 
 
-def write(url: str, data: bytes, timeout_seconds: float, *, request_seconds: float = REQUEST_SECONDS) -> None:
+def write(
+    url: str, data: bytes, timeout_seconds: float, *, request_seconds: float = REQUEST_SECONDS
+) -> None:
     """Put an object; stores make it visible only when it is whole. A large one goes up in parts.
 
     Raises:
@@ -239,6 +266,13 @@ def _put(url: str, content: bytes | Path, size: int, patience: Patience) -> None
     def request(seconds: float) -> None:
         # A web server takes only whole files, which may be long.
         store, name = client_of(url, WHOLE_PUT_SECONDS if url.startswith("http") else seconds)
-        obstore.put(store, name, content, use_multipart=in_parts, chunk_size=part, max_concurrency=UPLOAD_PARTS)
+        obstore.put(
+            store,
+            name,
+            content,
+            use_multipart=in_parts,
+            chunk_size=part,
+            max_concurrency=UPLOAD_PARTS,
+        )
 
     ask("write", url, patience, request)

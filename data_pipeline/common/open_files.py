@@ -1,4 +1,5 @@
-"""The limit of open files: a process may have as many as its hard limit allows, and what it is like to reach it."""
+"""The limit of open files: a process may have as many as its hard limit allows, and what it is like
+to reach it."""
 
 from __future__ import annotations
 
@@ -14,7 +15,9 @@ def raise_limit() -> None:
     """Allow this process as many open files as it may allow itself (`ulimit -Hn`)."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
-        with contextlib.suppress(OSError, ValueError):  # some systems name a limit that they do not grant
+        with contextlib.suppress(
+            OSError, ValueError
+        ):  # some systems name a limit that they do not grant
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 

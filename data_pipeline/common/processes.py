@@ -1,7 +1,8 @@
-"""The same work on many things, in several processes; how many there may be; and shares of work for job arrays.
+"""The same work on many things, in several processes; how many there may be; and shares of work for
+job arrays.
 
-Processes come from a fork server: a forked one could not use an object store any more. What is sent to them must
-be small, so jobs name shards instead of holding them. A script that starts them needs
+Processes come from a fork server: a forked one could not use an object store any more. What is sent
+to them must be small, so jobs name shards instead of holding them. A script that starts them needs
 `if __name__ == "__main__":`.
 """
 
@@ -25,7 +26,12 @@ Part = tuple[int, int]
 """Which share of the work: number (from 0) and how many shares."""
 WHOLE: Part = (0, 1)
 
-_ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OPENCV_FOR_THREADS_NUM")
+_ONE_THREAD = (
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "OPENCV_FOR_THREADS_NUM",
+)
 """What libraries ask when they are imported."""
 
 
@@ -51,21 +57,27 @@ def in_processes(
     context.set_forkserver_preload([_module_of(work)])  # imported once, not by every process
     stream = enumerate(jobs)
     waiting: dict[Future[Answer], int] = {}  # in the order of the jobs
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(dict(os.environ),)) as pool:
+    with ProcessPoolExecutor(
+        workers, mp_context=context, initializer=_start, initargs=(dict(os.environ),)
+    ) as pool:
         try:
             while True:
                 while len(waiting) < 2 * workers and (found := next(stream, None)) is not None:
                     waiting[pool.submit(work, found[1])] = found[0]
                 if not waiting:
                     return
-                done = [next(iter(waiting))] if ordered else wait(waiting, return_when=FIRST_COMPLETED).done
+                done = (
+                    [next(iter(waiting))]
+                    if ordered
+                    else wait(waiting, return_when=FIRST_COMPLETED).done
+                )
                 for future in done:
                     answer = future.result()
                     yield waiting.pop(future), answer
         except BrokenProcessPool as error:
             raise DataError(
                 "a worker process was killed, perhaps for want of memory (use fewer --workers, or a job with more), "
-                "or could not start because the script that asked for it has no `if __name__ == \"__main__\":`"
+                'or could not start because the script that asked for it has no `if __name__ == "__main__":`'
             ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
@@ -95,7 +107,8 @@ def parse_part(text: str) -> Part:
 
 def _start(environment: dict[str, str]) -> None:
     """Begin a process: the environment of now, one thread, and Ctrl-C is the parent's to answer."""
-    # The fork server may be older than what the environment says now, such as credentials of a store.
+    # The fork server may be older than what the environment says now, such as credentials of a
+    # store.
     os.environ.clear()
     os.environ.update(environment | dict.fromkeys(_ONE_THREAD, "1"))
     # Too late for what the fork server has imported already.

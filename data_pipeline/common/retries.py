@@ -1,7 +1,8 @@
-"""Trying again: which failures of a store may heal, how long to wait in between, and when to give up.
+"""Trying again: which failures of a store may heal, how long to wait in between, and when to give
+up.
 
-Waits grow exponentially with full jitter (anything from nothing to the limit), so that a thousand workers that
-failed together do not come back together.
+Waits grow exponentially with full jitter (anything from nothing to the limit), so that a thousand
+workers that failed together do not come back together.
 """
 
 from __future__ import annotations
@@ -31,10 +32,12 @@ logger = logging.getLogger(__name__)
 
 FIRST_WAIT_SECONDS = 0.1
 THROTTLED_WAIT_SECONDS = 0.5
-"""First wait after "slow down" (429, 503); the library does not show what the store proposes (`Retry-After`)."""
+"""First wait after "slow down" (429, 503); the library does not show what the store proposes
+(`Retry-After`)."""
 MAX_WAIT_SECONDS = 8.0
 MISSING_TRIES = 4
-"""Some stores show a new object late, and some gateways lie: a 404 is believed at the fourth time in a row."""
+"""Some stores show a new object late, and some gateways lie: a 404 is believed at the fourth time
+in a row."""
 NO_RANGES_TRIES = CHANGED_TRIES = 3
 CREDENTIAL_TRIES, CREDENTIAL_SECONDS = 3, 5.0
 SHORTEST_REQUEST_SECONDS = 0.25
@@ -46,10 +49,14 @@ _jitter = random.SystemRandom()  # never the run's own generators
 
 
 class Patience:
-    """How long to wait: for one request, and for all tries together since the beginning or the last progress."""
+    """How long to wait: for one request, and for all tries together since the beginning or the last
+    progress."""
 
     def __init__(
-        self, total_seconds: float, request_seconds: float = 20.0, cancel: threading.Event | None = None
+        self,
+        total_seconds: float,
+        request_seconds: float = 20.0,
+        cancel: threading.Event | None = None,
     ) -> None:
         """From now on; `cancel` is set by another thread when the result is no longer wanted."""
         # At most a third for one request, so that there is always a second try.
@@ -95,7 +102,8 @@ class Tries:
         """Wait until it is time to try again.
 
         Raises:
-            StorageError: It is not worth trying again, time is up, or the result is no longer wanted.
+            StorageError: It is not worth trying again, time is up, or the result is no longer
+            wanted.
         """
         kind = kind_of(error)
         self._failed += 1
@@ -108,7 +116,11 @@ class Tries:
         logger.debug("%s: %s, try %d; again in %.2f s", redact(self._url), kind, self._failed, wait)
         if not self._told and time.monotonic() - self._started > _TOLD_SECONDS:
             self._told = True
-            logger.warning("%s; trying for another %.0f s", explained(self._verb, self._url, error), self.patience.left)
+            logger.warning(
+                "%s; trying for another %.0f s",
+                explained(self._verb, self._url, error),
+                self.patience.left,
+            )
         if self.patience.cancel is None:
             time.sleep(wait)
         else:
@@ -121,7 +133,9 @@ class Tries:
         if kind is Kind.TOO_SLOW:
             return 0.0  # it has been waited for already
         first = THROTTLED_WAIT_SECONDS if self.status in (429, 503) else FIRST_WAIT_SECONDS
-        return _jitter.uniform(0.0, min(MAX_WAIT_SECONDS, math.ldexp(first, min(self._failed - 1, 10))))
+        return _jitter.uniform(
+            0.0, min(MAX_WAIT_SECONDS, math.ldexp(first, min(self._failed - 1, 10)))
+        )
 
     def _is_final(self, error: Exception, kind: Kind) -> bool:
         if is_out_of_files(error):
@@ -136,13 +150,18 @@ class Tries:
         # Other errors of the client's own (400, 405 ...) stay; 408 and 429 heal.
         wrong = 400 <= self.status < 500 and self.status not in (408, 416, 425, 429)
         if kind is Kind.REFUSED and lacks_credentials(error):
-            # A cloud's own service for credentials is asked by every process at once, and may not answer each.
-            return self._in_a_row >= CREDENTIAL_TRIES or time.monotonic() - self._started > CREDENTIAL_SECONDS
+            # A cloud's own service for credentials is asked by every process at once, and may not
+            # answer each.
+            return (
+                self._in_a_row >= CREDENTIAL_TRIES
+                or time.monotonic() - self._started > CREDENTIAL_SECONDS
+            )
         return kind is Kind.REFUSED or (wrong and self._in_a_row >= MISSING_TRIES)
 
 
 def _halved(seconds: float, most: float) -> float:
-    """`seconds`, halved until they are at most `most`: what is left of a time differs with each call."""
+    """`seconds`, halved until they are at most `most`: what is left of a time differs with each
+    call."""
     while seconds > max(most, _LEAST_SECONDS):
         seconds /= 2
     return seconds
@@ -161,5 +180,6 @@ def ask(verb: str, url: str, patience: Patience, request: Callable[[float], Resu
         except StorageError:
             raise
         except (*ASKING_ERRORS, WrongAnswerError) as error:
-            # `from None` in there: the library's own text may quote signed requests, so it must not be printed.
+            # `from None` in there: the library's own text may quote signed requests, so it must not
+            # be printed.
             tries.failed(error)

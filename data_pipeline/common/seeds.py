@@ -1,8 +1,8 @@
 """Seeds by name, so that nothing random depends on the order in which things are asked for.
 
 A generator shared by many callers gives each of them numbers that depend on who came first. Here
-every random decision names itself instead (`rng(run_seed, "augment", epoch, sample)`): the same name
-gives the same numbers on any rank, in any worker, before and after a restart.
+every random decision names itself instead (`rng(run_seed, "augment", epoch, sample)`): the same
+name gives the same numbers on any rank, in any worker, before and after a restart.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ def named_seed(*parts: int | str) -> int:
         elif isinstance(part, (int, np.integer)) and not isinstance(part, bool):
             tag, data = b"i", b"%d" % int(part)
         else:
-            raise TypeError(f"a part of a seed must be int or str, not {type(part).__name__}: {part!r}")
+            raise TypeError(
+                f"a part of a seed must be int or str, not {type(part).__name__}: {part!r}"
+            )
         digest.update(tag + b"%d:" % len(data) + data)
     return int.from_bytes(digest.digest(), "big") >> 1  # fits a signed 64-bit tensor
 

@@ -20,9 +20,21 @@ from data_pipeline.common.errors import StorageError
 from data_pipeline.common.object_store import redact
 
 __all__ = [
-    "exists", "fetch_to_file", "is_local", "join", "list_names", "list_tree", "local_path", "parent", "read_bytes",
-    "redact", "replacing", "size", "upload_file", "write_bytes",
-]  # fmt: skip
+    "exists",
+    "fetch_to_file",
+    "is_local",
+    "join",
+    "list_names",
+    "list_tree",
+    "local_path",
+    "parent",
+    "read_bytes",
+    "redact",
+    "replacing",
+    "size",
+    "upload_file",
+    "write_bytes",
+]
 
 TIMEOUT_SECONDS = 60.0
 """Longest wait for one small request, where the caller names none."""
@@ -62,7 +74,9 @@ def local_path(url: str) -> Path:
     if rest.startswith("//"):
         host, slash, path = rest.removeprefix("//").partition("/")
         if host not in ("", "localhost") or not slash:
-            raise StorageError(f"{url} names the machine {host!r}; write file:/path or file:///path")
+            raise StorageError(
+                f"{url} names the machine {host!r}; write file:/path or file:///path"
+            )
         rest = "/" + path
     return Path(rest)
 
@@ -82,7 +96,8 @@ def parent(url: str) -> str:
 
 
 def exists(url: str, *, timeout_seconds: float = TIMEOUT_SECONDS) -> bool:
-    """Whether there is a file or object at `url`; `timeout_seconds` is the longest wait for a store.
+    """Whether there is a file or object at `url`; `timeout_seconds` is the longest wait for a
+    store.
 
     Raises:
         StorageError: The store does not answer or refuses.
@@ -119,8 +134,8 @@ def read_bytes(
         url: What to read.
         timeout_seconds: Longest time for all tries together.
         request_seconds: Longest time for one request to a store.
-        sha256: What it must be, if that is known. An object of a store is read again a few times until it is; a
-            local file is not looked at.
+        sha256: What it must be, if that is known. An object of a store is read again a few times
+            until it is; a local file is not looked at.
 
     Raises:
         StorageError: It is missing, cannot be read in time, or is another.
@@ -128,11 +143,14 @@ def read_bytes(
     if is_local(url):
         with _explained("read", url):
             return local_path(url).read_bytes()
-    return object_store.read_all(url, timeout_seconds, sha256=sha256, request_seconds=request_seconds)
+    return object_store.read_all(
+        url, timeout_seconds, sha256=sha256, request_seconds=request_seconds
+    )
 
 
 def write_bytes(url: str, data: bytes, *, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
-    """Put `data` at `url`, replacing what was there; a reader sees the old or the new, never a part.
+    """Put `data` at `url`, replacing what was there; a reader sees the old or the new, never a
+    part.
 
     Raises:
         StorageError: The disk is full, or the store refuses.
@@ -173,7 +191,11 @@ def fetch_to_file(
             _check_length(url, os.fstat(fd).st_size, found)
         else:
             object_store.fetch(
-                url, fd, expected_bytes=expected_bytes, timeout_seconds=timeout_seconds, request_seconds=request_seconds
+                url,
+                fd,
+                expected_bytes=expected_bytes,
+                timeout_seconds=timeout_seconds,
+                request_seconds=request_seconds,
             )
 
 
@@ -202,7 +224,9 @@ def list_names(folder_url: str, *, timeout_seconds: float = TIMEOUT_SECONDS) -> 
     """
     if is_local(folder_url):
         with _explained("read", folder_url):
-            return sorted(entry.name for entry in os.scandir(local_path(folder_url)) if entry.is_file())
+            return sorted(
+                entry.name for entry in os.scandir(local_path(folder_url)) if entry.is_file()
+            )
     return object_store.list_names(folder_url, timeout_seconds)
 
 

@@ -25,7 +25,9 @@ def checked_info(url: str, size: int, etag: str | None) -> ObjectInfo:
         WrongAnswerError: It does not come from the store: they all give ETags.
     """
     if not etag and not url.startswith("http"):
-        raise WrongAnswerError(Kind.UNREACHABLE, "something between here and the store answers instead of it")
+        raise WrongAnswerError(
+            Kind.UNREACHABLE, "something between here and the store answers instead of it"
+        )
     return ObjectInfo(size, etag or "")
 
 
@@ -54,7 +56,9 @@ def one_answer(
     data = memoryview(answer.bytes())
     wanted = (info.size if end < 0 else min(end, info.size)) - start
     if len(data) != wanted:
-        raise WrongAnswerError(Kind.UNREACHABLE, f"it came with {len(data)} of {wanted} bytes at {start}")
+        raise WrongAnswerError(
+            Kind.UNREACHABLE, f"it came with {len(data)} of {wanted} bytes at {start}"
+        )
     return data, info
 
 
@@ -65,6 +69,8 @@ def check_same(expected: ObjectInfo, found: ObjectInfo) -> None:
         WrongAnswerError: They differ.
     """
     if expected.size >= 0 and found.size != expected.size:
-        raise WrongAnswerError(Kind.CHANGED, f"it has {found.size} bytes, but {expected.size} were expected")
+        raise WrongAnswerError(
+            Kind.CHANGED, f"it has {found.size} bytes, but {expected.size} were expected"
+        )
     if expected.etag and found.etag != expected.etag:
         raise WrongAnswerError(Kind.CHANGED, "it changed while it was read")

@@ -1,8 +1,8 @@
 """Clients of object stores: made on first use, kept per process, and never used by a forked child.
 
-A client's threads do not survive `fork`: a forked child that used one would wait for ever, so it is told so
-instead. Every client has explicit time-outs and tries nothing again by itself: `retries.py` does that, because
-only the caller knows how long a shard may take and what a right answer is.
+A client's threads do not survive `fork`: a forked child that used one would wait for ever, so it is
+told so instead. Every client has explicit time-outs and tries nothing again by itself: `retries.py`
+does that, because only the caller knows how long a shard may take and what a right answer is.
 """
 
 from __future__ import annotations
@@ -18,7 +18,12 @@ from typing import Any
 from obstore.store import AzureStore, GCSStore, HTTPStore, ObjectStore, S3Store
 
 from data_pipeline.common.errors import StorageError
-from data_pipeline.common.store_credentials import az_settings, gs_settings, http_settings, s3_settings
+from data_pipeline.common.store_credentials import (
+    az_settings,
+    gs_settings,
+    http_settings,
+    s3_settings,
+)
 from data_pipeline.common.store_errors import ASKING_ERRORS, explained, redact
 
 SCHEMES = ("s3", "gs", "az", "http", "https")
@@ -34,7 +39,9 @@ _clients_pid: int | None = None
 _lock = threading.Lock()
 
 
-def client_of(url: str, request_seconds: float, stall_seconds: float | None = None) -> tuple[ObjectStore, str]:
+def client_of(
+    url: str, request_seconds: float, stall_seconds: float | None = None
+) -> tuple[ObjectStore, str]:
     """The client for an address, and the object's name in it.
 
     Args:
@@ -43,15 +50,21 @@ def client_of(url: str, request_seconds: float, stall_seconds: float | None = No
         stall_seconds: Longest time without a byte; as long as the request if not given.
 
     Raises:
-        StorageError: This is a forked child of a process that had clients, or the settings make no client.
+        StorageError: This is a forked child of a process that had clients, or the settings make no
+        client.
     """
     _check_not_forked()
     scheme, host, name, query = split(url)
     # The library would end in a panic over what cannot stand in an address.
-    if not (_HOST if scheme.startswith("http") else _BUCKET).fullmatch(host) or not _QUERY.fullmatch(query):
-        raise StorageError(f"{redact(url)} cannot be an address: look at the name of the bucket or host")
+    if not (_HOST if scheme.startswith("http") else _BUCKET).fullmatch(
+        host
+    ) or not _QUERY.fullmatch(query):
+        raise StorageError(
+            f"{redact(url)} cannot be an address: look at the name of the bucket or host"
+        )
     times = (request_seconds, stall_seconds or request_seconds)
-    # Read each time: keys may be renewed while a run goes on. Much of it the library reads by itself.
+    # Read each time: keys may be renewed while a run goes on. Much of it the library reads by
+    # itself.
     settings, environment = _settings(scheme), _environment(scheme)
     known = (scheme, host, query, times, tuple(sorted(settings.items())), environment)
     with _lock:
@@ -78,8 +91,8 @@ def forget_clients() -> None:
 def split(url: str) -> tuple[str, str, str, str]:
     """Scheme, host (or bucket), name and query of an address.
 
-    Names in web addresses are percent-encoded; the client does that again, so they are decoded here. The names
-    of objects in stores are taken as they are, also with a question mark.
+    Names in web addresses are percent-encoded; the client does that again, so they are decoded
+    here. The names of objects in stores are taken as they are, also with a question mark.
     """
     scheme, _, rest = url.partition("://")
     host, _, name = rest.partition("/")

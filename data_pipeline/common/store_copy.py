@@ -69,7 +69,9 @@ def copy_range(
         StorageError: See `object_store.read_range`.
     """
     if not _gives_ranges(url):
-        raise explained("read", url, WrongAnswerError(Kind.NO_RANGES, "the server gives only whole files"))
+        raise explained(
+            "read", url, WrongAnswerError(Kind.NO_RANGES, "the server gives only whole files")
+        )
     tries, pieces, known, slow = Tries("read", url, patience), [part], expected, 0
     while pieces:
         start, end = pieces.pop()
@@ -123,7 +125,9 @@ def _note_ranges(url: str, error: StorageError) -> None:
         _whole_only[split(url)[1]] = time.monotonic() + WHOLE_ONLY_SECONDS
 
 
-def _copy_in_parts(url: str, patience: Patience, target: Target, expected_bytes: int | None) -> Fetched:
+def _copy_in_parts(
+    url: str, patience: Patience, target: Target, expected_bytes: int | None
+) -> Fetched:
     info, data = _first_part(url, patience, expected_bytes)
     target.resize(info.size)
     target.sink(0, data)
@@ -135,7 +139,9 @@ def _copy_in_parts(url: str, patience: Patience, target: Target, expected_bytes:
     return Fetched(info.size, info.etag, digest.hexdigest())
 
 
-def _first_part(url: str, patience: Patience, expected_bytes: int | None) -> tuple[ObjectInfo, memoryview]:
+def _first_part(
+    url: str, patience: Patience, expected_bytes: int | None
+) -> tuple[ObjectInfo, memoryview]:
     """What the object is, and its first bytes: one request less than asking for its head before."""
     tries, count, empty = Tries("read", url, patience), PART_BYTES, False
     expected = ObjectInfo(-1 if expected_bytes is None else expected_bytes, "")
@@ -189,7 +195,9 @@ def _copy_rest(
     patience.moved()
 
 
-def _copy_stream(url: str, patience: Patience, target: Target, expected_bytes: int | None) -> Fetched:
+def _copy_stream(
+    url: str, patience: Patience, target: Target, expected_bytes: int | None
+) -> Fetched:
     """From a server that gives only whole files: in one answer, as it comes."""
     tries, furthest = Tries("read", url, patience), 0
     while True:
@@ -211,12 +219,16 @@ def _copy_stream(url: str, patience: Patience, target: Target, expected_bytes: i
             target.sink(position, data)
             digest.update(data)
             position += len(data)
-            if position - furthest >= SMALLEST_PART_BYTES:  # an answer that always breaks is no progress
+            if (
+                position - furthest >= SMALLEST_PART_BYTES
+            ):  # an answer that always breaks is no progress
                 furthest = position
                 patience.moved()
 
 
-def _chunks(url: str, expected_bytes: int | None, patience: Patience) -> Iterator[tuple[ObjectInfo, memoryview]]:
+def _chunks(
+    url: str, expected_bytes: int | None, patience: Patience
+) -> Iterator[tuple[ObjectInfo, memoryview]]:
     """Checked pieces of one answer, at least one."""
     patience.check_wanted(url)
     seconds = patience.next_request_seconds()
@@ -232,7 +244,9 @@ def _chunks(url: str, expected_bytes: int | None, patience: Patience) -> Iterato
         position += len(chunk)
         if time.monotonic() > mark:
             if position - at_mark < SMALLEST_PART_BYTES:
-                raise WrongAnswerError(Kind.TOO_SLOW, f"only {position - at_mark} bytes came in {seconds:g} s")
+                raise WrongAnswerError(
+                    Kind.TOO_SLOW, f"only {position - at_mark} bytes came in {seconds:g} s"
+                )
             mark, at_mark = time.monotonic() + seconds, position
     if position != info.size:
         raise WrongAnswerError(Kind.UNREACHABLE, f"it came with {position} of {info.size} bytes")
@@ -247,7 +261,8 @@ def _halves(start: int, end: int) -> list[tuple[int, int]]:
 
 
 class _Digest:
-    """SHA-256 of parts that come in any order: what is whole from the start on is read back and hashed."""
+    """SHA-256 of parts that come in any order: what is whole from the start on is read back and
+    hashed."""
 
     def __init__(self, read_back: Callable[[int, int], bytes] | None) -> None:
         self._read_back, self._hash = read_back, hashlib.sha256()

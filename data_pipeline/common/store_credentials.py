@@ -1,8 +1,9 @@
 """Who we are to a store: the settings of obstore's clients, from the places where people keep them.
 
 - s3: `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_SESSION_TOKEN`; else the profile `AWS_PROFILE` (or
-  `default`) of `~/.aws/credentials` and `~/.aws/config`; else web identity or the machine's role, which the
-  library asks for. `AWS_REGION`, and `AWS_ENDPOINT_URL_S3` or `AWS_ENDPOINT_URL` for other stores than Amazon's.
+  `default`) of `~/.aws/credentials` and `~/.aws/config`; else web identity or the machine's role,
+  which the library asks for. `AWS_REGION`, and `AWS_ENDPOINT_URL_S3` or `AWS_ENDPOINT_URL` for
+  other stores than Amazon's.
 - gs: `GOOGLE_APPLICATION_CREDENTIALS`, what `gcloud auth application-default login` left, or the machine's
   account; `STORAGE_EMULATOR_HOST` for a server that asks for none.
 - az: `AZURE_STORAGE_ACCOUNT_NAME` with `AZURE_STORAGE_ACCOUNT_KEY` or `AZURE_STORAGE_SAS_TOKEN`, or
@@ -46,10 +47,23 @@ def s3_settings(env: Mapping[str, str] = os.environ) -> dict[str, str]:
     """
     profile = _profile(env)
     if env.get("AWS_ACCESS_KEY_ID"):  # and the library reads the rest of these itself
-        for name in ("access_key_id", "secret_access_key", "session_token", "role_arn", "web_identity_token_file"):
+        for name in (
+            "access_key_id",
+            "secret_access_key",
+            "session_token",
+            "role_arn",
+            "web_identity_token_file",
+        ):
             profile.pop(name, None)
-    endpoint = env.get("AWS_ENDPOINT_URL_S3") or env.get("AWS_ENDPOINT_URL") or profile.get("endpoint")
-    region = env.get("AWS_REGION") or env.get("AWS_DEFAULT_REGION") or profile.get("region") or "us-east-1"
+    endpoint = (
+        env.get("AWS_ENDPOINT_URL_S3") or env.get("AWS_ENDPOINT_URL") or profile.get("endpoint")
+    )
+    region = (
+        env.get("AWS_REGION")
+        or env.get("AWS_DEFAULT_REGION")
+        or profile.get("region")
+        or "us-east-1"
+    )
     return profile | {"region": region} | ({"endpoint": endpoint} if endpoint else {})
 
 
@@ -64,12 +78,18 @@ def gs_settings(env: Mapping[str, str] = os.environ) -> dict[str, str]:
 
 def az_settings(env: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Settings of a client for az; the library finds the other usual credentials itself."""
-    parts = (part.partition("=") for part in env.get("AZURE_STORAGE_CONNECTION_STRING", "").split(";") if part)
+    parts = (
+        part.partition("=")
+        for part in env.get("AZURE_STORAGE_CONNECTION_STRING", "").split(";")
+        if part
+    )
     given = {name: value for name, _, value in parts}
     names = {
-        "AccountName": "account_name", "AccountKey": "account_key", "SharedAccessSignature": "sas_key",
+        "AccountName": "account_name",
+        "AccountKey": "account_key",
+        "SharedAccessSignature": "sas_key",
         "BlobEndpoint": "endpoint",
-    }  # fmt: skip
+    }
     found = {names[name]: value for name, value in given.items() if name in names}
     for name in ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"):
         if env.get(name):
@@ -79,7 +99,9 @@ def az_settings(env: Mapping[str, str] = os.environ) -> dict[str, str]:
     return found
 
 
-def http_settings(authority: str, env: Mapping[str, str] = os.environ) -> tuple[str, dict[str, str]]:
+def http_settings(
+    authority: str, env: Mapping[str, str] = os.environ
+) -> tuple[str, dict[str, str]]:
     """Host and port of `user:password@host:port`, and the headers that say who we are.
 
     Raises:
@@ -101,8 +123,11 @@ def _from_netrc(host: str, env: Mapping[str, str]) -> str:
         return ""
     except netrc.NetrcParseError:
         # Its text quotes the line, which may be a password.
-        raise StorageError(f"{path} is not in the form of a netrc file", kind=Kind.REFUSED) from None
-    # Only for a host that is named: `default` would send a password to every server that shards come from.
+        raise StorageError(
+            f"{path} is not in the form of a netrc file", kind=Kind.REFUSED
+        ) from None
+    # Only for a host that is named: `default` would send a password to every server that shards
+    # come from.
     found = hosts.get(urllib.parse.urlsplit(f"//{host}").hostname or "")
     return f"{found[0]}:{found[2] or ''}" if found and host != "default" else ""
 
@@ -133,7 +158,8 @@ def _profile(env: Mapping[str, str]) -> dict[str, str]:
 
 def _ini(path: str) -> dict[str, dict[str, str]]:
     """Sections of a file; none where it cannot be read, because not everybody has one."""
-    # No interpolation: a key may hold `%`. `default_section`: their `[default]` is a section like others.
+    # No interpolation: a key may hold `%`. `default_section`: their `[default]` is a section like
+    # others.
     parser = configparser.RawConfigParser(default_section="", strict=False, allow_no_value=True)
     try:
         parser.read_string(Path(path).expanduser().read_text(encoding="utf-8"))
@@ -141,5 +167,9 @@ def _ini(path: str) -> dict[str, dict[str, str]]:
         return {}
     except configparser.Error:
         # Its text quotes the line, which may be a key.
-        raise StorageError(f"{path} is not in the form of an AWS profile file", kind=Kind.REFUSED) from None
-    return {name: {key: value or "" for key, value in parser.items(name)} for name in parser.sections()}
+        raise StorageError(
+            f"{path} is not in the form of an AWS profile file", kind=Kind.REFUSED
+        ) from None
+    return {
+        name: {key: value or "" for key, value in parser.items(name)} for name in parser.sections()
+    }

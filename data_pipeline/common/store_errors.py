@@ -1,6 +1,8 @@
-"""What went wrong in a store: which kind of trouble, whether waiting can heal it, and how it is said.
+"""What went wrong in a store: which kind of trouble, whether waiting can heal it, and how it is
+said.
 
-The library's own text quotes requests, which can hold keys and signatures; it is looked at, never shown.
+The library's own text quotes requests, which can hold keys and signatures; it is looked at, never
+shown.
 """
 
 from __future__ import annotations
@@ -46,8 +48,18 @@ _CREDENTIALS = {
     "gs": "GOOGLE_APPLICATION_CREDENTIALS",
     "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY (or AZURE_STORAGE_SAS_TOKEN)",
 }
-_ENDPOINTS = {"s3": "AWS_ENDPOINT_URL", "gs": "STORAGE_EMULATOR_HOST", "az": "AZURE_STORAGE_ENDPOINT"}
-_ASKED_FOR_CREDENTIALS = ("169.254.169.254", "/latest/api/token", "metadata.google", "/metadata/identity", "redential")
+_ENDPOINTS = {
+    "s3": "AWS_ENDPOINT_URL",
+    "gs": "STORAGE_EMULATOR_HOST",
+    "az": "AZURE_STORAGE_ENDPOINT",
+}
+_ASKED_FOR_CREDENTIALS = (
+    "169.254.169.254",
+    "/latest/api/token",
+    "metadata.google",
+    "/metadata/identity",
+    "redential",
+)
 _REFUSALS = ("PermissionDeniedError", "UnauthenticatedError")
 _STATUS = re.compile(r"\b(?:status[^0-9]{1,12}|Server returned non-2xx status code: )([1-5]\d\d)\b")
 
@@ -63,7 +75,9 @@ def lacks_credentials(error: Exception) -> bool:
     text = str(error)
     if type(error).__name__ in _REFUSALS:
         return False
-    return any(part in text for part in _ASKED_FOR_CREDENTIALS) or "must be specified" in text.lower()
+    return (
+        any(part in text for part in _ASKED_FOR_CREDENTIALS) or "must be specified" in text.lower()
+    )
 
 
 def kind_of(error: Exception) -> Kind:
@@ -92,14 +106,14 @@ def explained(verb: str, url: str, error: Exception) -> StorageError:
 
 
 def redact(url: str) -> str:
-    """An address as it may be shown: without user, password and query (presigned URLs carry keys)."""
+    """An address as it may be shown: without user, password and query (presigned URLs carry
+    keys)."""
     scheme, separator, rest = url.partition("://")
     if not separator:
         return url
     rest = rest.partition("?")[0]
     host, slash, path = rest.partition("/")
     return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
-
 
 
 def _reason(url: str, error: Exception, kind: Kind) -> str:
@@ -116,15 +130,21 @@ def _reason(url: str, error: Exception, kind: Kind) -> str:
     if kind is Kind.REFUSED and type(error).__name__ in _REFUSALS:
         return f"the store refused access{status}; check the credentials and the bucket's rules"
     if kind is Kind.REFUSED:
-        # Without keys the library asks the cloud's own service for some, which other machines do not have.
-        return f"no credentials were found; set {_CREDENTIALS.get(scheme, 'them')} in the environment"
+        # Without keys the library asks the cloud's own service for some, which other machines do
+        # not have.
+        return (
+            f"no credentials were found; set {_CREDENTIALS.get(scheme, 'them')} in the environment"
+        )
     if kind is Kind.NO_RANGES:
         return "the server gives no ranges of a file, only whole ones"
     if kind is Kind.TOO_SLOW:
         return "the store did not answer in time; look at the network, or raise data.request_seconds and shard_seconds"
     if kind is Kind.CHANGED:
         return f"it is shorter than expected{status}"
-    if any(part in text for part in ("Connection refused", "ConnectionRefused", "dns error", "tcp connect")):
+    if any(
+        part in text
+        for part in ("Connection refused", "ConnectionRefused", "dns error", "tcp connect")
+    ):
         endpoint = f" ({_ENDPOINTS[scheme]})" if scheme in _ENDPOINTS else ""
         return f"the store cannot be reached; check the network and the endpoint{endpoint}"
     if isinstance(error, OSError) and error.strerror:

@@ -1,10 +1,10 @@
 """Reads YAML files into plain mappings, strictly.
 
-Three differences from PyYAML's safe loader, each because the usual behaviour bites somebody who
+Three differences from PyYAML's safe loader, each because the usual behavior bites somebody who
 writes settings: a key given twice is an error; `3e-4` is a number (YAML 1.1 reads it as text); and
 `yes`, `no`, `on`, `off`, dates and `1:30` stay text. A file may start from another one with
-`extends: OTHER`, a path relative to the file or a name that the caller's `resolve` knows; of a list,
-`extends: [FIRST, SECOND]`, each is laid over the ones before it.
+`extends: OTHER`, a path relative to the file or a name that the caller's `resolve` knows; of a
+list, `extends: [FIRST, SECOND]`, each is laid over the ones before it.
 """
 
 from __future__ import annotations
@@ -62,13 +62,17 @@ def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any
         key = loader.construct_object(key_node)
         if not isinstance(key, str):
             raise yaml.constructor.ConstructorError(
-                problem=f"{where}: the key {key!r} is not text; put it in quotes")
+                problem=f"{where}: the key {key!r} is not text; put it in quotes"
+            )
         if key in seen:
             raise yaml.constructor.ConstructorError(
-                problem=f"{where}: the key {key!r} is given twice; keep one of them")
+                problem=f"{where}: the key {key!r} is given twice; keep one of them"
+            )
         seen.add(key)
     loader.flatten_mapping(node)
-    return {loader.construct_object(k): loader.construct_object(v, deep=True) for k, v in node.value}
+    return {
+        loader.construct_object(k): loader.construct_object(v, deep=True) for k, v in node.value
+    }
 
 
 _Loader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
@@ -89,7 +93,9 @@ def parse_yaml(text: str, *, source: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ConfigError(f"{source}{where}: not usable YAML: {getattr(error, 'problem', error)}") from error
+        raise ConfigError(
+            f"{source}{where}: not usable YAML: {getattr(error, 'problem', error)}"
+        ) from error
 
 
 def to_yaml(mapping: dict[str, Any]) -> str:
@@ -130,7 +136,9 @@ def _load(path: Path, resolve: Resolve | None, chain: tuple[Path, ...]) -> dict[
     names = mapping.pop("extends", [])
     names = names if isinstance(names, list) else [names]
     if not all(isinstance(name, str) for name in names):
-        raise ConfigError(f"{path}: `extends` must be a path or a name, or a list of them, found {names!r}")
+        raise ConfigError(
+            f"{path}: `extends` must be a path or a name, or a list of them, found {names!r}"
+        )
     base: dict[str, Any] = {}
     for name in names:
         base = merge(base, _load(_base_path(path, name, resolve), resolve, (*chain, here)))
@@ -144,8 +152,10 @@ def _base_path(path: Path, name: str, resolve: Resolve | None) -> Path:
         return relative
     known = resolve(name) if resolve else None
     if known is None:
-        raise ConfigError(f"{path}: extends {name!r}, but there is no file {relative}"
-                          + (" and no preset of that name" if resolve else ""))
+        raise ConfigError(
+            f"{path}: extends {name!r}, but there is no file {relative}"
+            + (" and no preset of that name" if resolve else "")
+        )
     return known
 
 
@@ -179,13 +189,17 @@ def apply_overrides(mapping: dict[str, Any], overrides: Sequence[str]) -> dict[s
         key, equals, text = override.partition("=")
         parts = key.strip().split(".")
         if not equals or not all(parts):
-            raise ConfigError(f"{override!r} is no setting; write it as key=value, such as optim.lr=3e-4")
+            raise ConfigError(
+                f"{override!r} is no setting; write it as key=value, such as optim.lr=3e-4"
+            )
         value = parse_yaml(text, source=f"the value of {override!r}") if text.strip() else ""
         section = result
         for depth, part in enumerate(parts[:-1], start=1):
             section = section.setdefault(part, {})
             if not isinstance(section, dict):
-                raise ConfigError(f"{override!r}: {'.'.join(parts[:depth])} is {section!r}, not a section")
+                raise ConfigError(
+                    f"{override!r}: {'.'.join(parts[:depth])} is {section!r}, not a section"
+                )
         section[parts[-1]] = _merged(section.get(parts[-1]), value)
     return result
 

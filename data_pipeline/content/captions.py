@@ -30,17 +30,18 @@ _LIMITS = LimitConfig()
 
 
 def clean(text: str) -> str:
-    """The caption as it is stored, compared and tokenised.
+    """The caption as it is stored, compared and tokenized.
 
-    Unicode NFC, every run of white space one blank, none at the ends, no control, formatting or half
-    (surrogate) characters, and at most 30 accents on a letter. `clean(clean(x)) == clean(x)`.
+    Unicode NFC, every run of white space one blank, none at the ends, no control, formatting or
+    half (surrogate) characters, and at most 30 accents on a letter. `clean(clean(x)) == clean(x)`.
     """
     # All that is rubbish counts as unprintable, and so does all white space but the blank.
     if not text.isprintable():
         text = "".join(char for char in text if char.isspace() or not _is_rubbish(char))
     if not text.isascii():
-        # Normalised after removing: a removed character may have kept two that compose apart. Limited
-        # before, for the time it takes, and after, as some characters come apart into two accents.
+        # Normalized after removing: a removed character may have kept two that compose apart.
+        # Limited before, for the time it takes, and after, as some characters come apart into two
+        # accents.
         text = _limit_marks(unicodedata.normalize("NFC", _limit_marks(text)))
     return " ".join(text.split())
 
@@ -116,7 +117,9 @@ class Texts:
             if data is None:
                 return []
             texts = [self._decode(member, data)]
-        return [caption for text in texts if isinstance(text, str) and (caption := self._clean(text))]
+        return [
+            caption for text in texts if isinstance(text, str) and (caption := self._clean(text))
+        ]
 
     def _decode(self, member: str, data: bytes) -> str:
         # A character takes four bytes at most: beyond that there is no need to decode.
@@ -125,7 +128,9 @@ class Texts:
         try:
             return data.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise DataError(f"the .{member} member is not UTF-8: {error}", slug="bad-text") from error
+            raise DataError(
+                f"the .{member} member is not UTF-8: {error}", slug="bad-text"
+            ) from error
 
     def _clean(self, text: str) -> str:
         if len(text) > self._limits.caption_chars:
@@ -193,7 +198,10 @@ def choose(
         steps = list(itertools.accumulate(weight for _, weight in offers))
         place = draws[0] * steps[-1]
         # Without any weight left, the first key that has a caption.
-        captions = next((found for (found, _), step in zip(offers, steps, strict=True) if place < step), captions)
+        captions = next(
+            (found for (found, _), step in zip(offers, steps, strict=True) if place < step),
+            captions,
+        )
     return captions[int(draws[1] * len(captions))]
 
 

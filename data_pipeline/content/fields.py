@@ -1,8 +1,8 @@
 """The `.json` member of a sample: read once, and within limits.
 
-A few bytes can ask a parser for a great deal: brackets in brackets without end, a number of a million
-digits, or a member so long that its objects fill the memory. Length and depth are therefore looked at
-before anything is parsed, in one pass that costs less than the parsing.
+A few bytes can ask a parser for a great deal: brackets in brackets without end, a number of a
+million digits, or a member so long that its objects fill the memory. Length and depth are therefore
+looked at before anything is parsed, in one pass that costs less than the parsing.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ def parse_fields(data: bytes, max_depth: int) -> dict[str, object]:
         raise _bad_json(f"has {len(data):,} bytes, more than {MAX_JSON_BYTES:,}")
     # Nearly always there are too few brackets to look where they are.
     if data.count(b"[") + data.count(b"{") > max_depth and depth(data) > max_depth:
-        raise _bad_json(f"has more than {max_depth} brackets inside each other (data.limits.json_depth)")
+        raise _bad_json(
+            f"has more than {max_depth} brackets inside each other (data.limits.json_depth)"
+        )
     try:
         value = json.loads(data.decode("utf-8"))
     except UnicodeDecodeError as error:

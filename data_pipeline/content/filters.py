@@ -1,4 +1,5 @@
-"""Samples that are left out on purpose: by the picture's size, the caption's length, or JSON fields.
+"""Samples that are left out on purpose: by the picture's size, the caption's length, or JSON
+fields.
 
 A condition on a field is one line of text:
 
@@ -9,9 +10,9 @@ A condition on a field is one line of text:
     json:title exists
 
 A name, one of `== != < <= > >= in exists`, and a value as JSON writes it. Numbers compare with
-numbers, text with text, anything else is only equal or not; a sample without the field (or with null
-in it, unless that is what is asked for) never holds a condition. Conditions are read by hand: nothing
-in them is run.
+numbers, text with text, anything else is only equal or not; a sample without the field (or with
+null in it, unless that is what is asked for) never holds a condition. Conditions are read by hand:
+nothing in them is run.
 """
 
 from __future__ import annotations
@@ -27,9 +28,13 @@ from data_pipeline.content.fields import MISSING, look_up
 from data_pipeline.settings import FilterConfig
 
 _OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
-    "==": operator.eq, "!=": operator.ne,
-    "<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt,
-}  # fmt: skip
+    "==": operator.eq,
+    "!=": operator.ne,
+    "<=": operator.le,
+    ">=": operator.ge,
+    "<": operator.lt,
+    ">": operator.gt,
+}
 _ORDERING = frozenset(("<=", ">=", "<", ">"))
 _WORD = re.compile(r"[A-Za-z0-9_-]+")
 _SIGN = re.compile(r"==|!=|<=|>=|<|>|(?:in|exists)\b")
@@ -44,7 +49,8 @@ class Condition(NamedTuple):
     sign: str
     """`== != < <= > >= in exists`."""
     value: Any
-    """What the field is compared with: text, a number, true, false, null, or a list of these for `in`."""
+    """What the field is compared with: text, a number, true, false, null, or a list of these for
+    `in`."""
 
     @property
     def field(self) -> str:
@@ -102,7 +108,8 @@ def fits(caption: str, filters: FilterConfig) -> bool:
 
 
 def unfit_caption(caption: str, filters: FilterConfig) -> DataError:
-    """The reason why a caption does not fit (slug `filter:min-caption-chars`, `filter:max-caption-chars`)."""
+    """The reason why a caption does not fit (slug `filter:min-caption-chars`,
+    `filter:max-caption-chars`)."""
     which = "min" if len(caption) < filters.min_caption_chars else "max"
     limit = getattr(filters, f"{which}_caption_chars")
     return DataError(
@@ -152,7 +159,9 @@ class _Parser:
         value = None if sign[0] == "exists" else self._value(sign[0])
         self._skip_blanks()
         if self._at != len(self._text):
-            self._fail("the condition should end here; write each condition as one entry of the list")
+            self._fail(
+                "the condition should end here; write each condition as one entry of the list"
+            )
         return Condition(tuple(path), sign[0], value)
 
     def _name(self) -> str:
@@ -162,7 +171,9 @@ class _Parser:
             return name
         word = _WORD.match(self._text, self._at)
         if word is None:
-            self._fail("expected the name of a field: letters, digits, _ and -, or any text in double quotes")
+            self._fail(
+                "expected the name of a field: letters, digits, _ and -, or any text in double quotes"
+            )
         self._at = word.end()
         return word[0]
 
@@ -186,7 +197,9 @@ class _Parser:
         try:
             value, self._at = _DECODER.raw_decode(self._text, self._at)
         except (ValueError, RecursionError):
-            self._fail('expected a value as JSON writes it: "text" in double quotes, 0.5, true, false or null')
+            self._fail(
+                'expected a value as JSON writes it: "text" in double quotes, 0.5, true, false or null'
+            )
         return value
 
     def _skip_blanks(self) -> None:

@@ -1,7 +1,9 @@
-"""What a picture file is and how large, from its header alone: cheap, and before anything is decoded.
+"""What a picture file is and how large, from its header alone: cheap, and before anything is
+decoded.
 
-What a file is follows from its first bytes, never from its name. The size is the one that people see:
-a camera that was held sideways says so in EXIF, and width and height are exchanged here as well.
+What a file is follows from its first bytes, never from its name. The size is the one that people
+see: a camera that was held sideways says so in EXIF, and width and height are exchanged here as
+well.
 """
 
 from __future__ import annotations
@@ -29,15 +31,25 @@ _OTHER_EXIF = (b"Raw profile type", b"XML:com.adobe.xmp")
 """Texts of a PNG that may hold an orientation; Pillow knows how."""
 
 _SKIPPED = frozenset((0xFFDB, 0xFFC4, 0xFFDD, 0xFFFE, *range(0xFFE0, 0xFFF0)))
-"""JPEG segments before the frame that only have to be stepped over: tables, comments, applications'."""
+"""JPEG segments before the frame that only have to be stepped over: tables, comments,
+applications'."""
 _FRAMES = frozenset(range(0xFFC0, 0xFFD0)) - {0xFFC4, 0xFFC8, 0xFFCC}
 _PROGRESSIVE = frozenset((0xFFC2, 0xFFC6, 0xFFCA, 0xFFCE))
 _SCAN = b"\xff\xda"
 
 FAILURES = (
-    ValueError, OSError, SyntaxError, struct.error, EOFError, LookupError, TypeError, ArithmeticError,
-    AssertionError, MemoryError, Image.DecompressionBombError,
-)  # fmt: skip
+    ValueError,
+    OSError,
+    SyntaxError,
+    struct.error,
+    EOFError,
+    LookupError,
+    TypeError,
+    ArithmeticError,
+    AssertionError,
+    MemoryError,
+    Image.DecompressionBombError,
+)
 """Decoders fail in all these ways on damaged files; whichever it was, the picture is bad."""
 
 
@@ -114,18 +126,18 @@ def _jpeg(data: bytes) -> Header:
             else:
                 xmp_turns |= data.find(b"tiff:Orientation", position, position + length) >= 0
         position += 2 + length
-    height, width, colours = struct.unpack_from(">HHB", data, position + 5)
+    height, width, colors = struct.unpack_from(">HHB", data, position + 5)
     scans = data.count(_SCAN) if marker in _PROGRESSIVE else 1
     # Inks, and orientations in unusual places, are left to Pillow.
-    if colours not in (1, 3) or exifs > 1 or orientation < 0 or xmp_turns:
-        return _other(data)._replace(scans=scans, copies=2 if colours == 4 else 1)
+    if colors not in (1, 3) or exifs > 1 or orientation < 0 or xmp_turns:
+        return _other(data)._replace(scans=scans, copies=2 if colors == 4 else 1)
     return _turned("jpeg", width, height, orientation)._replace(scans=scans)
 
 
 def _odd_jpeg(data: bytes) -> Header:
     """One whose beginning is unusual: its real size is what the decoder takes it for."""
-    height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-    if colours in ("CMYK", "YCCK") or b"Exif\0\0" in data:
+    height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
+    if colors in ("CMYK", "YCCK") or b"Exif\0\0" in data:
         return _other(data)._replace(scans=data.count(_SCAN), copies=2)
     return Header("jpeg", width, height, scans=data.count(_SCAN))
 
@@ -161,8 +173,8 @@ def _png(data: bytes) -> Header:
     Checked here because OpenCV is too trusting: it fills up a file that was cut off with black, and
     believes a damaged length, for which it allocates gigabytes.
     """
-    width, height, depth, colour_type = struct.unpack(">IIBB", data[16:26])
-    plain, orientation = depth == 8 and colour_type in (2, 6), 1
+    width, height, depth, color_type = struct.unpack(">IIBB", data[16:26])
+    plain, orientation = depth == 8 and color_type in (2, 6), 1
     position, kind = len(_PNG), b""
     view = memoryview(data)  # spares copying a whole picture for its checksum
     while kind != b"IEND":
@@ -208,7 +220,8 @@ def _webp(data: bytes) -> Header:
             break
         position += 8 + length + length % 2
     if data[20] & 0b0000_0010:
-        # An animation: Pillow holds two of its pictures, and would do so only to say how large they are.
+        # An animation: Pillow holds two of its pictures, and would do so only to say how large they
+        # are.
         return _turned("pillow", width, height, orientation)._replace(copies=2)
     xmp_turns = data[20] & 0b0000_0100 and data.find(b"tiff:Orientation") >= 0
     if orientation < 0 or (orientation == 1 and xmp_turns):
@@ -239,7 +252,9 @@ def _other(data: bytes) -> Header:
             # A tile may be larger than the picture, and is decoded as a whole.
             tile = [int(image.tag_v2.get(tag, 1)) for tag in _TILE_TAGS]  # type: ignore[attr-defined]
             if tile[0] * tile[1] > 4 * max(width * height, 1 << 20):
-                raise Unreadable(f"it has {width} x {height} pixels, but tiles of {tile[0]} x {tile[1]}")
+                raise Unreadable(
+                    f"it has {width} x {height} pixels, but tiles of {tile[0]} x {tile[1]}"
+                )
             return Header("pillow", width, height)  # Pillow turns these itself
     return _turned("pillow", width, height, _pillow_orientation(data))
 

@@ -1,8 +1,8 @@
 """Bytes of a picture file to pixels: quickly for the usual files, correctly for the odd ones.
 
 The size is read from the header and checked before anything is decoded, so a small file cannot ask
-for all the memory. JPEG goes to simplejpeg, plain PNG and WebP to OpenCV; what those read wrongly or
-not at all (inks, palettes, 16 bits, animations, GIF, BMP, TIFF) goes to Pillow.
+for all the memory. JPEG goes to simplejpeg, plain PNG and WebP to OpenCV; what those read wrongly
+or not at all (inks, palettes, 16 bits, animations, GIF, BMP, TIFF) goes to Pillow.
 
 Where a JPEG has many more pixels than are wanted, it is decoded at one half, a quarter or an eighth
 of its size, which libjpeg does while it decodes, for less than decoding all of it.
@@ -18,18 +18,26 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from data_pipeline.content.headers import FAILURES, PILLOW_FORMATS, Header, Unreadable, bad_image, read_header
+from data_pipeline.content.headers import (
+    FAILURES,
+    PILLOW_FORMATS,
+    Header,
+    Unreadable,
+    bad_image,
+    read_header,
+)
 
 __all__ = ["MAX_PIXELS", "Header", "check_pixels", "decode", "decode_pixels", "read_header"]
 
 MAX_PIXELS = 64 * 2**20
 """Largest picture that is decoded unless told otherwise; 8192 x 8192, 200 MB as RGB."""
 _MOST_SCANS = 32
-"""A progressive JPEG of the largest size may have so many scans, a smaller one more in proportion; usual
-are 10. A few bytes are enough for a scan of the whole picture, so a file of thousands would take hours."""
+"""A progressive JPEG of the largest size may have so many scans, a smaller one more in proportion;
+usual are 10. A few bytes are enough for a scan of the whole picture, so a file of thousands would
+take hours."""
 _STRIP_PIXELS = 1 << 20
-"""Odd pictures are converted in strips of about so many pixels, so that large ones are in memory twice
-at most."""
+"""Odd pictures are converted in strips of about so many pixels, so that large ones are in memory
+twice at most."""
 
 
 def decode(
@@ -43,8 +51,8 @@ def decode(
         at_least: Height and width that are enough; see `decode_pixels`.
 
     Returns:
-        uint8 `[height, width, 3]`, RGB; or `[height, width, 4]`, RGBA with straight (not multiplied)
-        alpha, if any pixel is not opaque.
+        uint8 `[height, width, 3]`, RGB; or `[height, width, 4]`, RGBA with straight (not
+        multiplied) alpha, if any pixel is not opaque.
 
     Raises:
         DataError: Not a picture, cut off, damaged, or too large (slug `bad-image`).
@@ -79,8 +87,8 @@ def decode_pixels(
         data: The file.
         header: Of this file.
         at_least: Height and width that are enough; a JPEG that is at least 2, 4 or 8 times as large
-            comes reduced by that, each of its pixels the mean of a square of the file's. None asks for
-            all pixels.
+            comes reduced by that, each of its pixels the mean of a square of the file's. None asks
+            for all pixels.
 
     Returns:
         The pixels, as `decode` gives them, and by what they are reduced: 1, 2, 4 or 8. A picture of
@@ -114,8 +122,8 @@ def _reduction(header: Header, at_least: tuple[int, int]) -> int:
     height, width = at_least
     for reduced in (8, 4, 2):
         enough = header.height >= reduced * height and header.width >= reduced * width
-        # The last pixels of a row or column may be averages with what is no longer picture. Turned, they
-        # would come first, and all the others lie beside where they are expected.
+        # The last pixels of a row or column may be averages with what is no longer picture. Turned,
+        # they would come first, and all the others lie beside where they are expected.
         whole = header.height % reduced == 0 and header.width % reduced == 0
         if enough and (whole or header.orientation == 1):
             return reduced
@@ -132,7 +140,9 @@ def _decode_jpeg(data: bytes, header: Header, reduced: int) -> tuple[np.ndarray,
             height, width = -(-header.height // reduced), -(-header.width // reduced)
             if header.orientation >= 5:
                 height, width = width, height
-            pixels = simplejpeg.decode_jpeg(data, colorspace="RGB", min_height=height, min_width=width)
+            pixels = simplejpeg.decode_jpeg(
+                data, colorspace="RGB", min_height=height, min_width=width
+            )
     except ValueError:
         # Strict about any oddity; Pillow forgives all but lost data.
         return _decode_pillow(data), 1
@@ -140,7 +150,7 @@ def _decode_jpeg(data: bytes, header: Header, reduced: int) -> tuple[np.ndarray,
 
 
 def _decode_opencv(data: bytes) -> np.ndarray:
-    """8-bit colour, with or without alpha; OpenCV keeps blue first."""
+    """8-bit color, with or without alpha; OpenCV keeps blue first."""
     image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     if image is None or image.ndim != 3 or image.dtype != np.uint8:
         raise Unreadable("it is damaged")
@@ -159,23 +169,24 @@ def _decode_pillow(data: bytes) -> np.ndarray:
     image: Any
     with Image.open(io.BytesIO(data), formats=PILLOW_FORMATS) as image:
         image.load()
-        scale = _grey_scale(image)
+        scale = _gray_scale(image)
         mode = "RGBA" if image.has_transparency_data and scale is None else "RGB"
         pixels = np.empty((image.height, image.width, len(mode)), np.uint8)
         rows = max(1, _STRIP_PIXELS // image.width)
         for top in range(0, image.height, rows):
             strip = image.crop((0, top, image.width, min(image.height, top + rows)))
             if scale is not None:
-                grey = np.asarray(strip, np.float64) * scale
-                strip = Image.fromarray(grey.clip(0, 255).round().astype(np.uint8))
+                gray = np.asarray(strip, np.float64) * scale
+                strip = Image.fromarray(gray.clip(0, 255).round().astype(np.uint8))
             pixels[top : top + rows] = np.asarray(strip.convert(mode))
     if len(mode) == 4 and cv2.minMaxLoc(cv2.extractChannel(pixels, 3))[0] == 255:
         pixels = cv2.cvtColor(pixels, cv2.COLOR_RGBA2RGB)
     return pixels
 
 
-def _grey_scale(image: Any) -> float | None:
-    """What turns grey of more than 8 bits, which Pillow would clip, into 0..255; None for other pictures."""
+def _gray_scale(image: Any) -> float | None:
+    """What turns gray of more than 8 bits, which Pillow would clip, into 0..255; None for other
+    pictures."""
     if image.mode.startswith("I;16"):
         return 1 / 257
     if image.mode in ("I", "F"):

@@ -1,8 +1,10 @@
-"""From a sample's files to what a batch is made of: choose a caption, filter, decode, transform, tokenise.
+"""From a sample's files to what a batch is made of: choose a caption, filter, decode, transform,
+tokenize.
 
-Everything random comes from numbers that belong to the sample (seed, epoch, shard, key), so a sample
-looks the same on whichever rank or worker it is read, today and after a restart. What is cheap comes
-first: a sample that is left out by its caption, its fields or its picture's header is never decoded.
+Everything random comes from numbers that belong to the sample (seed, epoch, shard, key), so a
+sample looks the same on whichever rank or worker it is read, today and after a restart. What is
+cheap comes first: a sample that is left out by its caption, its fields or its picture's header is
+never decoded.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data_pipeline.common.errors import DataError
-from data_pipeline.content import colours
+from data_pipeline.content import colors
 from data_pipeline.content.captions import Texts, check_key, choose, clean_hash
 from data_pipeline.content.draws import draws
 from data_pipeline.content.filters import (
@@ -36,10 +38,24 @@ from data_pipeline.settings import AugmentConfig, FilterConfig, LimitConfig
 # Shapes: s the side of the model's pictures.
 
 IMAGE_EXTENSIONS = frozenset(
-    ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "jp2", "avif", "img", "image")
+    (
+        "jpg",
+        "jpeg",
+        "png",
+        "webp",
+        "bmp",
+        "gif",
+        "tif",
+        "tiff",
+        "ppm",
+        "jp2",
+        "avif",
+        "img",
+        "image",
+    )
 )
-"""Members that may hold the picture; what it really is shows in its content. Any other member that is
-neither text nor JSON is never looked at."""
+"""Members that may hold the picture; what it really is shows in its content. Any other member that
+is neither text nor JSON is never looked at."""
 
 _CAPTION_DRAWS = slice(12, 14)
 """Of a sample's numbers: the first twelve are the picture's."""
@@ -62,13 +78,14 @@ class Recipe:
 
     image_size: int
     """Side of the square picture, pixels."""
-    text_length: int
+    context_length: int
     """Most text positions, marks included."""
     caption_keys: tuple[str, ...]
     caption_weights: tuple[float, ...]
     seed: int = 0
     augment: AugmentConfig | None = None
-    """Changes to training pictures; None is evaluation: nothing is drawn, the first caption is used."""
+    """Changes to training pictures; None is evaluation: nothing is drawn, the first caption is
+    used."""
     filters: FilterConfig = field(default_factory=FilterConfig)
     """Samples that are left out."""
     limits: LimitConfig = field(default_factory=LimitConfig)
@@ -89,10 +106,12 @@ class Recipe:
             epoch: How often it came before.
             tokenizer: For the caption.
             out: uint8 `[3, s, s]`, contiguous, such as a picture's place in a batch: the picture is
-                written there, and is the item's `image_CHW`. After an error its contents are undefined.
+                written there, and is the item's `image_CHW`. After an error its contents are
+                undefined.
 
         Raises:
-            DataError: With a slug (`no-image`, `bad-image`, `no-caption`, `bad-json`, `filter:...`):
+            DataError: With a slug (`no-image`, `bad-image`, `no-caption`, `bad-json`,
+            `filter:...`):
                 this sample cannot be used, or is left out.
         """
         drawn = draws(b"sample", self.seed, epoch, raw.shard, raw.key) if self.augment else None
@@ -104,11 +123,15 @@ class Recipe:
         header = read_header(data)
         check_pixels(header, self.limits.pixels)
         check_size(header.width, header.height, self.filters)
-        image = self._view(data, header, out) if drawn is None else self._train(raw, epoch, data, header, drawn, out)
-        # Equal captions are not negatives of each other, and neither are two wordings of the same: the
-        # first one names the sample, whichever was drawn.
+        image = (
+            self._view(data, header, out)
+            if drawn is None
+            else self._train(raw, epoch, data, header, drawn, out)
+        )
+        # Equal captions are not negatives of each other, and neither are two wordings of the same:
+        # the first one names the sample, whichever was drawn.
         names = texts.find(self.caption_keys[0])
-        ids = tokenizer.encode_clean(caption, self.text_length)
+        ids = tokenizer.encode_clean(caption, self.context_length)
         return Item(image, ids, raw.key, caption, clean_hash(names[0] if names else caption))
 
     def _caption(self, raw: RawSample, texts: Texts, drawn: list[float] | None) -> str:
@@ -122,15 +145,24 @@ class Recipe:
         if unfit:
             raise unfit_caption(unfit, self.filters)
         raise DataError(
-            f"no caption under {', '.join(self.caption_keys)}; it has {', '.join(raw.members)}", slug="no-caption"
+            f"no caption under {', '.join(self.caption_keys)}; it has {', '.join(raw.members)}",
+            slug="no-caption",
         )
 
     def _view(self, data: bytes, header: Header, out: np.ndarray | None) -> np.ndarray:
         pixels, _ = decode_pixels(data, header)
-        return planes(render(pixels, central_view(header.width, header.height), self.image_size), out)
+        return planes(
+            render(pixels, central_view(header.width, header.height), self.image_size), out
+        )
 
     def _train(
-        self, raw: RawSample, epoch: int, data: bytes, header: Header, drawn: list[float], out: np.ndarray | None
+        self,
+        raw: RawSample,
+        epoch: int,
+        data: bytes,
+        header: Header,
+        drawn: list[float],
+        out: np.ndarray | None,
     ) -> np.ndarray:
         assert self.augment is not None
         view = train_view(header.width, header.height, self.augment, drawn)
@@ -142,7 +174,7 @@ class Recipe:
         square = render(pixels, view, self.image_size, background=background)
         if self._has_jitter:
             named = draws(b"colour", self.seed, epoch, raw.shard, raw.key)
-            square = colours.jitter(square, self.augment, named)
+            square = colors.jitter(square, self.augment, named)
         return planes(square, out)
 
     @cached_property
@@ -151,7 +183,7 @@ class Recipe:
 
     @cached_property
     def _has_jitter(self) -> bool:
-        return self.augment is not None and colours.is_on(self.augment)
+        return self.augment is not None and colors.is_on(self.augment)
 
 
 def picture_of(raw: RawSample) -> bytes:

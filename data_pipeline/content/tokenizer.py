@@ -1,8 +1,8 @@
 """Captions to numbers and back, with SentencePiece.
 
 A unigram model with byte fallback: text in any language goes in and comes out unchanged, because a
-character that the vocabulary lacks is spelt in its UTF-8 bytes. Ids 0..3 are padding, start, end and
-unknown; none of them is ever a piece of text. The model file's SHA-256 is its fingerprint.
+character that the vocabulary lacks is spelt in its UTF-8 bytes. Ids 0..3 are padding, start, end
+and unknown; none of them is ever a piece of text. The model file's SHA-256 is its fingerprint.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ class Tokenizer:
             raise TokenizerError(
                 f"{where} is not a SentencePiece model; train one with `vlmoe tokenizer train`"
             ) from error
-        found = tuple(getattr(self._pieces, name)() for name in ("pad_id", "bos_id", "eos_id", "unk_id"))
+        found = tuple(
+            getattr(self._pieces, name)() for name in ("pad_id", "bos_id", "eos_id", "unk_id")
+        )
         if found != (PAD_ID, START_ID, END_ID, UNK_ID):
             raise TokenizerError(
                 f"{where} has pad, start, end, unknown ids {found}, not (0, 1, 2, 3); train it with "
@@ -50,7 +52,9 @@ class Tokenizer:
             )
         self._block_ids = [self._pieces.piece_to_id(f"<0x{byte:02X}>") for byte in _BLOCK.encode()]
         if UNK_ID in self._block_ids:
-            raise TokenizerError(f"{where} was trained without byte fallback; some text would be lost")
+            raise TokenizerError(
+                f"{where} was trained without byte fallback; some text would be lost"
+            )
         self.vocab_size: int = self._pieces.get_piece_size()
         self.fingerprint: str = hashlib.sha256(model).hexdigest()
         self.model_bytes = model
@@ -129,7 +133,9 @@ def train_tokenizer(
         TokenizerError: There are no captions, or too few to fill `vocab_size`.
     """
     model = io.BytesIO()
-    lines = (" " + caption for text in captions if (caption := clean(text).replace(_BLOCK, " ").strip()))
+    lines = (
+        " " + caption for text in captions if (caption := clean(text).replace(_BLOCK, " ").strip())
+    )
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=_nonempty(lines),

@@ -2,7 +2,7 @@
 
 Shapes: h, w as stored; s the model's side. Everything geometric (crop, turn, shift, zoom, mirror,
 resize) is one affine map, so a picture is resampled once. Transparency is put on its background
-before that: resampling straight alpha would mix in the colour that see-through pixels happen to
+before that: resampling straight alpha would mix in the color that see-through pixels happen to
 hold, and leave dark rims.
 """
 
@@ -14,25 +14,30 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
-from data_pipeline.content.colours import jitter
+from data_pipeline.content.colors import jitter
 from data_pipeline.content.views import View, central_view, train_view
 from data_pipeline.settings import AugmentConfig
 
-COLOUR_DRAWS = 4
-"""Numbers that the colour jitter takes."""
+COLOR_DRAWS = 4
+"""Numbers that the color jitter takes."""
 WHITE = (255, 255, 255)
 _LINEAR_SHRINK = 1.6
 """A linear filter looks at two pixels a side; shrinking by more than this would skip some."""
 _NEARLY = 1.25
-"""Up to this shrink, interpolating comes as near to a bicubic filter as averaging does, at a fifth of the cost."""
+"""Up to this shrink, interpolating comes as near to a bicubic filter as averaging does, at a fifth
+of the cost."""
 _MIN_CONTRAST = 96.0
-"""Least distance (sum of three channels) of a random background from the picture's mean colour."""
+"""Least distance (sum of three channels) of a random background from the picture's mean color."""
 _ROWS = 64
 """Rows that are put on a background at a time, so that a large picture needs no large buffers."""
 
 
 def train_transform(
-    image: np.ndarray, size: int, augment: AugmentConfig, draws: Sequence[float], colours: Sequence[float] = ()
+    image: np.ndarray,
+    size: int,
+    augment: AugmentConfig,
+    draws: Sequence[float],
+    colors: Sequence[float] = (),
 ) -> np.ndarray:
     """Change a picture at random, as the settings allow.
 
@@ -42,7 +47,7 @@ def train_transform(
         augment: What may be changed, and how much.
         draws: The sample's own random numbers in `[0, 1)`, `GEOMETRY_DRAWS` of them. Each has one
             meaning, whatever the settings.
-        colours: `COLOUR_DRAWS` more for the colour jitter; none leaves colours as they are.
+        colors: `COLOR_DRAWS` more for the color jitter; none leaves colors as they are.
 
     Returns:
         uint8 `[3, s, s]`. Where a turned or shifted picture leaves a corner empty there is its
@@ -50,7 +55,7 @@ def train_transform(
     """
     view = train_view(image.shape[1], image.shape[0], augment, draws)
     square = render(image, view, size, background=train_background(image, augment, draws))
-    return planes(jitter(square, augment, colours) if colours else square)
+    return planes(jitter(square, augment, colors) if colors else square)
 
 
 def eval_transform(image: np.ndarray, size: int) -> np.ndarray:
@@ -69,7 +74,8 @@ def eval_transform(image: np.ndarray, size: int) -> np.ndarray:
 def train_background(
     image: np.ndarray, augment: AugmentConfig, draws: Sequence[float]
 ) -> tuple[int, int, int]:
-    """The colour that goes behind a picture: white, or for half of those with transparency a random one."""
+    """The color that goes behind a picture: white, or for half of those with transparency a random
+    one."""
     if image.shape[2] == 4 and augment.random_background and draws[0] < 0.5:
         return _random_background(image, draws[1:4])
     return WHITE
@@ -84,7 +90,7 @@ def render(
         image: uint8 RGB `[h, w, 3]` or RGBA `[h, w, 4]`.
         view: In this picture's pixels.
         size: The model's side s, pixels.
-        background: Colour behind a picture with transparency.
+        background: Color behind a picture with transparency.
 
     Returns:
         uint8 RGB `[s, s, 3]`; not always contiguous, and may share `image`'s memory.
@@ -108,21 +114,23 @@ def planes(square: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     if out is None:
         out = np.empty(shape, np.uint8)
     elif out.shape != shape or out.dtype != np.uint8 or not out.flags.c_contiguous:
-        raise ValueError(f"out is {out.dtype} {list(out.shape)}, not contiguous uint8 {list(shape)}")
+        raise ValueError(
+            f"out is {out.dtype} {list(out.shape)}, not contiguous uint8 {list(shape)}"
+        )
     # Three to eight times as quick as a transposed copy.
     cv2.split(square, [out[0], out[1], out[2]])
     return out
 
 
 def composite(image: np.ndarray, background: tuple[int, int, int]) -> np.ndarray:
-    """Put a picture on a colour: uint8 RGBA `[h, w, 4]` to RGB `[h, w, 3]`."""
+    """Put a picture on a color: uint8 RGBA `[h, w, 4]` to RGB `[h, w, 3]`."""
     mixed = np.empty((*image.shape[:2], 3), np.uint8)
-    colour = np.array(background, np.uint16)
+    color = np.array(background, np.uint16)
     for top in range(0, image.shape[0], _ROWS):
         rows = image[top : top + _ROWS]
         alpha = rows[..., 3:].astype(np.uint16)
         # At most 255 * 255 + 127 fits 16 bits; adding 127 rounds the division.
-        sums = rows[..., :3] * alpha + colour * (255 - alpha) + np.uint16(127)
+        sums = rows[..., :3] * alpha + color * (255 - alpha) + np.uint16(127)
         mixed[top : top + _ROWS] = sums // np.uint16(255)
     return mixed
 
@@ -138,43 +146,51 @@ def _render_affine(
     scale_x, scale_y = view.zoom * size / view.width, view.zoom * size / view.height
     a, b = mirrored * math.cos(view.turn) * scale_x, -mirrored * math.sin(view.turn) * scale_y
     c, d = math.sin(view.turn) * scale_x, math.cos(view.turn) * scale_y
-    centre = (size / 2 + view.shift[0] * size, size / 2 + view.shift[1] * size)
+    center = (size / 2 + view.shift[0] * size, size / 2 + view.shift[1] * size)
     shrink = 1 / min(scale_x, scale_y)
     if shrink > _LINEAR_SHRINK:
         image, view, factor_x, factor_y = _shrink(image, view, shrink)
         a, b, c, d = a / factor_x, b / factor_y, c / factor_x, d / factor_y
     middle_x, middle_y = view.left + view.width / 2, view.top + view.height / 2
-    # Pixel i covers [i, i + 1): its centre is i + 0.5, both where it comes from and where it goes.
+    # Pixel i covers [i, i + 1): its center is i + 0.5, both where it comes from and where it goes.
     map_23 = np.array(
         [
-            [a, b, centre[0] - 0.5 - a * (middle_x - 0.5) - b * (middle_y - 0.5)],
-            [c, d, centre[1] - 0.5 - c * (middle_x - 0.5) - d * (middle_y - 0.5)],
+            [a, b, center[0] - 0.5 - a * (middle_x - 0.5) - b * (middle_y - 0.5)],
+            [c, d, center[1] - 0.5 - c * (middle_x - 0.5) - d * (middle_y - 0.5)],
         ]
     )
     border = cv2.BORDER_CONSTANT if see_through else cv2.BORDER_REFLECT_101
     warped: np.ndarray = cv2.warpAffine(
-        image, map_23, (size, size), flags=cv2.INTER_LINEAR, borderMode=border, borderValue=background
+        image,
+        map_23,
+        (size, size),
+        flags=cv2.INTER_LINEAR,
+        borderMode=border,
+        borderValue=background,
     )
     return warped
 
 
 def _random_background(image: np.ndarray, draws: Sequence[float]) -> tuple[int, int, int]:
-    """A colour against which the picture can be seen: a black icon is never put on near-black."""
-    colour = [int(256 * draw) for draw in draws]
+    """A color against which the picture can be seen: a black icon is never put on near-black."""
+    color = [int(256 * draw) for draw in draws]
     mean = cv2.mean(image, mask=cv2.extractChannel(image, 3))[:3]
-    if sum(abs(c - m) for c, m in zip(colour, mean, strict=True)) < _MIN_CONTRAST:
-        colour = [(c + 128) % 256 for c in colour]
-    return colour[0], colour[1], colour[2]
+    if sum(abs(c - m) for c, m in zip(color, mean, strict=True)) < _MIN_CONTRAST:
+        color = [(c + 128) % 256 for c in color]
+    return color[0], color[1], color[2]
 
 
 def _resize(part: np.ndarray, size: int) -> np.ndarray:
-    """A picture made `size` x `size`: halved as often as it can be, then averaged or interpolated the rest.
+    """A picture made `size` x `size`: halved as often as it can be, then averaged or interpolated
+    the rest.
 
     Averaging by exactly two is many times as fast as by a fraction, and what is left is small.
     """
     while min(part.shape[:2]) >= 2 * size:
         rows, columns = part.shape[0] // 2, part.shape[1] // 2
-        part = cv2.resize(part[: 2 * rows, : 2 * columns], (columns, rows), interpolation=cv2.INTER_AREA)
+        part = cv2.resize(
+            part[: 2 * rows, : 2 * columns], (columns, rows), interpolation=cv2.INTER_AREA
+        )
     if part.shape[:2] == (size, size):
         return part
     averages = min(part.shape[:2]) >= size and max(part.shape[:2]) > _NEARLY * size

@@ -15,9 +15,9 @@ from data_pipeline.settings import AugmentConfig
 GEOMETRY_DRAWS = 12
 """Numbers that `train_view` and the choice of a background take."""
 _SPARE = 1.7
-"""A picture is decoded reduced only if so many pixels a side are left for each of the model's: the mean of
-squares and then of areas is close to the mean of areas (37 to 45 dB) only where the second step still
-shrinks well: by more than the filter for turned pictures can do alone."""
+"""A picture is decoded reduced only if so many pixels a side are left for each of the model's: the
+mean of squares and then of areas is close to the mean of areas (37 to 45 dB) only where the second
+step still shrinks well: by more than the filter for turned pictures can do alone."""
 
 
 class View(NamedTuple):
@@ -43,7 +43,9 @@ class View(NamedTuple):
 
     def scaled(self, x: float, y: float) -> View:
         """The same view of a picture whose width and height were multiplied by `x` and `y`."""
-        return self._replace(left=self.left * x, top=self.top * y, width=self.width * x, height=self.height * y)
+        return self._replace(
+            left=self.left * x, top=self.top * y, width=self.width * x, height=self.height * y
+        )
 
 
 def central_view(width: int, height: int) -> View:
@@ -57,18 +59,26 @@ def train_view(width: int, height: int, augment: AugmentConfig, draws: Sequence[
     left, top, box_width, box_height = _random_box(width, height, augment, draws[4:8])
     # One draw makes both shifts: its high and its low half.
     reach = augment.affine_translate
-    shift = (reach * (2 * draws[11] - 1), reach * (2 * (draws[11] * 4096 % 1) - 1)) if reach else (0.0, 0.0)
+    shift = (
+        (reach * (2 * draws[11] - 1), reach * (2 * (draws[11] * 4096 % 1) - 1))
+        if reach
+        else (0.0, 0.0)
+    )
     return View(
-        left, top, box_width, box_height,
+        left,
+        top,
+        box_width,
+        box_height,
         flip=augment.flip and draws[8] < 0.5,
         turn=math.radians(augment.affine_degrees * (2 * draws[9] - 1)),
         zoom=_between(augment.affine_scale, draws[10]),
         shift=shift,
-    )  # fmt: skip
+    )
 
 
 def least_pixels(view: View, width: int, height: int, size: int) -> tuple[int, int] | None:
-    """Height and width at which a picture may be decoded for this view, or None if only all will do.
+    """Height and width at which a picture may be decoded for this view, or None if only all will
+    do.
 
     Args:
         view: Of the whole picture.
@@ -84,8 +94,9 @@ def reduced_view(view: View, reduced: int, width: int, height: int) -> View:
     """A view of a picture that was decoded at `1 / reduced` of its size.
 
     The part that is cut out has its edges where whole pixels of the smaller picture begin: within
-    `reduced / 2` pixels of where they were (less than a third of one of the model's pixels), or a little
-    more at the right and the lower border, where the last pixels may be averages with what is no picture.
+    `reduced / 2` pixels of where they were (less than a third of one of the model's pixels), or a
+    little more at the right and the lower border, where the last pixels may be averages with what
+    is no picture.
 
     Args:
         view: In pixels of the whole picture.

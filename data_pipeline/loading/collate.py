@@ -1,10 +1,10 @@
 """Items to tensors: pictures side by side, captions padded to the longest of the batch.
 
-All numbers of a batch lie in one piece of memory, and every tensor is a view of it: a tensor that a worker
-hands to the trainer costs a round of messages, whatever its size. In a worker that memory is shared with
-the trainer from the start, so that pictures are decoded where the trainer will read them; and it is lent:
-when the trainer holds no tensor of the batch any more, the worker fills it again. Fresh pages would cost
-more than anything but decoding (7 ms for 64 pictures of 224 pixels).
+All numbers of a batch lie in one piece of memory, and every tensor is a view of it: a tensor that a
+worker hands to the trainer costs a round of messages, whatever its size. In a worker that memory is
+shared with the trainer from the start, so that pictures are decoded where the trainer will read
+them; and it is lent: when the trainer holds no tensor of the batch any more, the worker fills it
+again. Fresh pages would cost more than anything but decoding (7 ms for 64 pictures of 224 pixels).
 
     memory   [ pictures, most x 3 x s x s bytes | to 8 | int64: lengths, hashes, numbers, slots, ids, positions, lent ]
 """
@@ -74,22 +74,25 @@ class PackedBatch(NamedTuple):
 
 
 class BatchRows:
-    """A batch in the making: pictures are made at their place in it, one good item after the other."""
+    """A batch in the making: pictures are made at their place in it, one good item after the
+    other."""
 
-    def __init__(self, most: int, *, image_size: int, text_length: int, pad_id: int) -> None:
+    def __init__(self, most: int, *, image_size: int, context_length: int, pad_id: int) -> None:
         """Make room for a batch.
 
         Args:
             most: Items at most.
             image_size: Side of the square pictures, pixels.
-            text_length: Most text positions.
+            context_length: Most text positions.
             pad_id: Fills up shorter captions.
         """
         picture_bytes = most * 3 * image_size * image_size
         self._first_number = -(-picture_bytes // 8) * 8
-        self._memory, self._is_lent = _memory(self._first_number + 8 * most * (4 + 2 * text_length) + 8)
+        self._memory, self._is_lent = _memory(
+            self._first_number + 8 * most * (4 + 2 * context_length) + 8
+        )
         self._images = self._memory[:picture_bytes].view(most, 3, image_size, image_size).numpy()
-        self._size, self._text_length, self._pad_id = image_size, text_length, pad_id
+        self._size, self._text_length, self._pad_id = image_size, context_length, pad_id
         self._items: list[Item] = []
         self._numbers: list[int] = []
         self._slots: list[int] = []
@@ -137,14 +140,23 @@ class BatchRows:
         text_ids[positions_T] = tokens
         numbers[ends[4] : ends[5]] = positions_T
         return PackedBatch(
-            memory=self._memory, image_size=self._size, first_number=self._first_number, pairs=pairs, width=width,
-            tokens=len(tokens), keys=tuple(item.key for item in items), captions=tuple(item.caption for item in items),
-            problems=tuple(problems), seconds=seconds, is_lent=self._is_lent,
-        )  # fmt: skip
+            memory=self._memory,
+            image_size=self._size,
+            first_number=self._first_number,
+            pairs=pairs,
+            width=width,
+            tokens=len(tokens),
+            keys=tuple(item.key for item in items),
+            captions=tuple(item.caption for item in items),
+            problems=tuple(problems),
+            seconds=seconds,
+            is_lent=self._is_lent,
+        )
 
 
 class _Loan:
-    """A worker's memory while the trainer reads it: an array made of this holds it until nobody reads on."""
+    """A worker's memory while the trainer reads it: an array made of this holds it until nobody
+    reads on."""
 
     def __init__(self, memory: Tensor) -> None:
         self._lent = memory[-8:].view(torch.int64)
@@ -157,13 +169,15 @@ class _Loan:
 
 
 MOST_KEPT_BYTES = 256 << 20
-"""Memory that a worker keeps; what it needs beyond, because the trainer holds many batches, goes back after use."""
+"""Memory that a worker keeps; what it needs beyond, because the trainer holds many batches, goes
+back after use."""
 _kept: list[Tensor] = []
 """Those of this worker."""
 
 
 def _memory(count: int) -> tuple[Tensor, bool]:
-    """`count` bytes, in a worker such as the trainer can see without a copy; and whether they are lent."""
+    """`count` bytes, in a worker such as the trainer can see without a copy; and whether they are
+    lent."""
     if get_worker_info() is None:
         return torch.empty(count, dtype=torch.uint8), False
     for kept in _kept:

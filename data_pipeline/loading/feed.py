@@ -1,8 +1,8 @@
 """Batches by number, made here or in worker processes: the machinery under `loader.py`.
 
-A batch is a pure function of its number, so workers can make them in any order and torch's DataLoader
-hands them over in the right one. Workers come from a fork server: a forked copy of the training
-process would inherit threads (object stores, CUDA) that do not live in it.
+A batch is a pure function of its number, so workers can make them in any order and torch's
+DataLoader hands them over in the right one. Workers come from a fork server: a forked copy of the
+training process would inherit threads (object stores, CUDA) that do not live in it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ POLL_SECONDS = 5
 
 
 class Failure(NamedTuple):
-    """An error that a worker hands over as a value: a raised one would arrive as a traceback in text."""
+    """An error that a worker hands over as a value: a raised one would arrive as a traceback in
+    text."""
 
     kind: str
     message: str
@@ -84,14 +85,18 @@ class BatchMaker(Dataset[PackedBatch | Failure]):
         """One batch.
 
         Raises:
-            VlmError: Something is wrong with the run, such as its settings. Bad samples and shards are no
+            VlmError: Something is wrong with the run, such as its settings. Bad samples and shards
+            are no
                 error: the samples are named in the batch's `problems`.
         """
         start = time.perf_counter()
         reader, tokenizer, recipe = self._opened(number), self._reading.tokenizer, self._recipe
         refs = self._schedule.refs(number)
         rows = BatchRows(
-            len(refs), image_size=recipe.image_size, text_length=recipe.text_length, pad_id=tokenizer.pad_id
+            len(refs),
+            image_size=recipe.image_size,
+            context_length=recipe.context_length,
+            pad_id=tokenizer.pad_id,
         )
         problems: list[SampleProblem] = []
         raws = self._read(reader, refs, start)
@@ -105,21 +110,28 @@ class BatchMaker(Dataset[PackedBatch | Failure]):
             except DataError as error:
                 if not error.slug:
                     raise
-                problems.append(SampleProblem(raw.shard, raw.key, error.slug, str(error), number_of_sample))
+                problems.append(
+                    SampleProblem(raw.shard, raw.key, error.slug, str(error), number_of_sample)
+                )
         return rows.packed(problems, time.perf_counter() - start)
 
-    def _read(self, reader: Reader, refs: list[SampleRef], start: float) -> list[RawSample | SampleProblem]:
+    def _read(
+        self, reader: Reader, refs: list[SampleRef], start: float
+    ) -> list[RawSample | SampleProblem]:
         """The samples of a batch; waits for a store of which nothing at all can be had.
 
-        One shard that cannot be had costs its samples. When a whole batch cannot, the network or the credentials
-        are at fault, and going on would use up the data: the store is asked again until the batch is due.
+        One shard that cannot be had costs its samples. When a whole batch cannot, the network or
+        the credentials are at fault, and going on would use up the data: the store is asked again
+        until the batch is due.
 
         Raises:
             StorageError: It never answered.
         """
         settings, places = self._reading.settings, [(ref.shard, ref.sample) for ref in refs]
         found = reader.read_many(places)
-        while found and all(isinstance(raw, SampleProblem) and raw.reason == "unreachable" for raw in found):
+        while found and all(
+            isinstance(raw, SampleProblem) and raw.reason == "unreachable" for raw in found
+        ):
             spent = time.perf_counter() - start
             if spent + ASK_AGAIN_SECONDS + settings.shard_seconds > settings.timeout_seconds:
                 problem = found[0]
@@ -215,8 +227,9 @@ class BatchStream:
                 text = str(error)
                 if text.startswith("DataLoader worker (pid"):
                     raise self._worker_died(text) from None
-                # Asking again after a time-out is allowed: torch kept its place. Short waits instead of
-                # one long one, because only between them does torch notice that a worker has died.
+                # Asking again after a time-out is allowed: torch kept its place. Short waits
+                # instead of one long one, because only between them does torch notice that a worker
+                # has died.
                 if not text.startswith(f"DataLoader timed out after {POLL_SECONDS} seconds"):
                     raise
                 if time.monotonic() - start > self._timeout:

@@ -1,4 +1,5 @@
-"""Which samples every step got: a record that proves, after any number of restarts, that none was lost.
+"""Which samples every step got: a record that proves, after any number of restarts, that none was
+lost.
 
 A folder holds `ledger.json`, what the order was made of (`ledger_facts.py`), and one file a rank,
 `rank-00003.ledger`, that only grows:
@@ -14,9 +15,9 @@ A folder holds `ledger.json`, what the order was made of (`ledger_facts.py`), an
             8 x n    samples, micro-batch after micro-batch: the sample's number over all shards of all
                      sources, plus 2**62 if it was bad, plus 2**61 if a filter left it out
 
-A record is handed to the system in one piece before its step counts. What a crash leaves of a half-written
-one does not have its CRC and is taken back at the next start, as is all about steps after the checkpoint
-that training goes on from: those steps are done again.
+A record is handed to the system in one piece before its step counts. What a crash leaves of a
+half-written one does not have its CRC and is taken back at the next start, as is all about steps
+after the checkpoint that training goes on from: those steps are done again.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ class Record(NamedTuple):
     before: int
     """Position before the step; its samples lie in `before .. after - 1`, less what is skipped."""
     after: int
-    world: int
-    pairs_per_forward: int
+    world_size: int
+    micro_batch_size: int
     samples: np.ndarray
     """int64, in the order of the micro-batches; marked, see the module's text."""
 
@@ -64,9 +65,11 @@ class Record(NamedTuple):
 class Ledger:
     """One rank's record, open for more."""
 
-    def __init__(self, fd: int, path: Path, *, world: int, pairs_per_forward: int, last_step: int) -> None:
+    def __init__(
+        self, fd: int, path: Path, *, world_size: int, micro_batch_size: int, last_step: int
+    ) -> None:
         self._fd, self._path = fd, path
-        self._world, self._pairs = world, pairs_per_forward
+        self._world, self._pairs = world_size, micro_batch_size
         self._last = last_step
 
     @staticmethod
@@ -74,8 +77,8 @@ class Ledger:
         folder: str | os.PathLike[str],
         *,
         rank: int,
-        world: int,
-        pairs_per_forward: int,
+        world_size: int,
+        micro_batch_size: int,
         resumed_step: int,
         facts: LedgerFacts | None = None,
     ) -> Ledger:
@@ -86,8 +89,8 @@ class Ledger:
         Args:
             folder: Of the run's ledger; made if missing.
             rank: This rank.
-            world: Ranks.
-            pairs_per_forward: Pairs of a micro-batch.
+            world_size: Ranks.
+            micro_batch_size: Pairs of a micro-batch.
             resumed_step: Steps done in the checkpoint that training goes on from, 0 at the start.
             facts: What the order is made of; needed from rank 0.
 
@@ -100,15 +103,23 @@ class Ledger:
             base.mkdir(parents=True, exist_ok=True)
             if rank == 0:
                 for other, other_path in rank_files(base).items():
-                    if other >= world:
+                    if other >= world_size:
                         os.close(_open_trimmed(other_path, resumed_step))
             fd = _open_trimmed(path, resumed_step)
         except OSError as error:
-            raise StorageError(f"cannot write the ledger {path}: {error.strerror}; free space or mend "
-                               f"permissions there, or set data.ledger=false") from error
+            raise StorageError(
+                f"cannot write the ledger {path}: {error.strerror}; free space or mend "
+                f"permissions there, or set data.ledger=false"
+            ) from error
         if rank == 0 and facts is not None:
             facts.write(base)
-        return Ledger(fd, path, world=world, pairs_per_forward=pairs_per_forward, last_step=resumed_step)
+        return Ledger(
+            fd,
+            path,
+            world_size=world_size,
+            micro_batch_size=micro_batch_size,
+            last_step=resumed_step,
+        )
 
     def add(self, step: int, before: int, after: int, batches: Sequence[Batch]) -> None:
         """Record one step, before it counts.
@@ -130,21 +141,27 @@ class Ledger:
         try:
             written = os.write(self._fd, record)
         except OSError as error:
-            raise StorageError(f"cannot write the ledger {self._path}: {error.strerror}; free space there, or set "
-                               f"data.ledger=false") from error
+            raise StorageError(
+                f"cannot write the ledger {self._path}: {error.strerror}; free space there, or set "
+                f"data.ledger=false"
+            ) from error
         if written < len(record):
-            raise StorageError(f"the disk is full: {self._path} took {written} of {len(record)} bytes")
+            raise StorageError(
+                f"the disk is full: {self._path} took {written} of {len(record)} bytes"
+            )
         self._last = step
 
     def take_back(self, step: int, facts: LedgerFacts | None = None) -> None:
-        """Forget all steps after `step`, which training goes on from again; see `open` for `facts`."""
+        """Forget all steps after `step`, which training goes on from again; see `open` for
+        `facts`."""
         self.close()
         self._fd, self._last = _open_trimmed(self._path, step), step
         if facts is not None:
             facts.write(self._path.parent)
 
     def sync(self) -> None:
-        """Make all records survive a crash of the machine; call it before a checkpoint is written."""
+        """Make all records survive a crash of the machine; call it before a checkpoint is
+        written."""
         os.fsync(self._fd)
 
     def close(self) -> None:
@@ -199,17 +216,18 @@ def _next(read: Any) -> Record | None:
     if len(head) < _RECORD.size + _FIELDS.size:
         return None
     magic, crc = _RECORD.unpack_from(head)
-    step, before, after, world, pairs, count = _FIELDS.unpack_from(head, _RECORD.size)
+    step, before, after, world_size, pairs, count = _FIELDS.unpack_from(head, _RECORD.size)
     if magic != _STEP or count > 1 << 28:
         return None
     data = read(8 * count)
     if zlib.crc32(data, zlib.crc32(head[_RECORD.size :])) != crc or len(data) < 8 * count:
         return None
-    return Record(step, before, after, world, pairs, np.frombuffer(data, dtype="<i8"))
+    return Record(step, before, after, world_size, pairs, np.frombuffer(data, dtype="<i8"))
 
 
 def _open_trimmed(path: Path, last_step: int) -> int:
-    """A file ready for records after `last_step`; what it has of later steps, and half records, are gone."""
+    """A file ready for records after `last_step`; what it has of later steps, and half records, are
+    gone."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         with open(fd, "rb", closefd=False) as file:
@@ -231,6 +249,9 @@ def _open_trimmed(path: Path, last_step: int) -> int:
 
 
 def _marked(batch: Batch) -> np.ndarray:
-    """All samples of a micro-batch: the delivered ones in order, then the others with their marks."""
-    left_out = [problem.id | (FILTERED if problem.is_filtered else BAD) for problem in batch.problems]
+    """All samples of a micro-batch: the delivered ones in order, then the others with their
+    marks."""
+    left_out = [
+        problem.id | (FILTERED if problem.is_filtered else BAD) for problem in batch.problems
+    ]
     return np.concatenate([batch.ids.numpy(), np.array(left_out, dtype=np.int64)])

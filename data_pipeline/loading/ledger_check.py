@@ -1,8 +1,9 @@
-"""Compares a ledger with the order of training: every step must hold exactly the samples of its positions.
+"""Compares a ledger with the order of training: every step must hold exactly the samples of its
+positions.
 
-For each step the records of all ranks that took part are put together. Rank r's micro-batch m has the
-positions that `micro_batch_positions` gives it, and must hold the samples of those positions, delivered
-ones in their order. A step must begin where the one before ended.
+For each step the records of all ranks that took part are put together. Rank r's micro-batch m has
+the positions that `micro_batch_positions` gives it, and must hold the samples of those positions,
+delivered ones in their order. A step must begin where the one before ended.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class LedgerReport:
     surplus: int = 0
     """Samples recorded that the order does not have in that step: duplicates and strangers."""
     misplaced: int = 0
-    """Micro-batches with the right samples in the wrong order, or of another rank or micro-batch."""
+    """Micro-batches with the right samples in the wrong order, or of another rank or
+    micro-batch."""
     worlds: list[int] = field(default_factory=list)
     """Numbers of ranks, one after the other as they changed."""
     problems: list[str] = field(default_factory=list)
@@ -61,7 +63,9 @@ class LedgerReport:
             self.problems.append(problem)
 
 
-def check_ledger(folder: Path, order: Order, shard_starts: np.ndarray, skip: Ranges = ()) -> LedgerReport:
+def check_ledger(
+    folder: Path, order: Order, shard_starts: np.ndarray, skip: Ranges = ()
+) -> LedgerReport:
     """Compare every step of a ledger with the order.
 
     Args:
@@ -90,12 +94,18 @@ def _steps(files: dict[int, Path]) -> Iterator[tuple[int, dict[int, Record]]]:
     heads = {rank: next(reader, None) for rank, reader in readers.items()}
     while waiting := [record.step for record in heads.values() if record is not None]:
         step = min(waiting)
-        found = {rank: record for rank, record in heads.items() if record is not None and record.step == step}
+        found = {
+            rank: record
+            for rank, record in heads.items()
+            if record is not None and record.step == step
+        }
         for rank, record in found.items():
             heads[rank] = next(readers[rank], None)
             following = heads[rank]
             if following is not None and following.step <= record.step:
-                raise DataError(f"{files[rank]}: step {following.step} comes after step {record.step}")
+                raise DataError(
+                    f"{files[rank]}: step {following.step} comes after step {record.step}"
+                )
         yield step, found
 
 
@@ -108,25 +118,36 @@ def _check_step(
     skip: Ranges,
 ) -> None:
     first = next(iter(records.values()))
-    world, pairs, before, after = first.world, first.pairs_per_forward, first.before, first.after
+    world_size, pairs, before, after = (
+        first.world_size,
+        first.micro_batch_size,
+        first.before,
+        first.after,
+    )
     if not report.worlds:
         report.first_step, report.begin, report.end = step, before, before
     if step != report.first_step + report.steps:
         report.say(f"step {report.first_step + report.steps} is missing; step {step} comes next")
     if before != report.end:
-        report.say(f"step {step} begins at position {before}, but the one before ended at {report.end}")
+        report.say(
+            f"step {step} begins at position {before}, but the one before ended at {report.end}"
+        )
         if before > report.end:
             report.lost += before - report.end - _skipped(skip, report.end, before)
-    if any((r.before, r.after, r.world, r.pairs_per_forward) != (before, after, world, pairs)
-           for r in records.values()):
+    if any(
+        (r.before, r.after, r.world_size, r.micro_batch_size) != (before, after, world_size, pairs)
+        for r in records.values()
+    ):
         report.say(f"step {step}: its ranks do not agree on its positions or their number")
-    if missing := sorted(set(range(world)) - set(records)):
-        report.say(f"step {step}: nothing from rank(s) {_some(missing)} of {world}")
-    if strangers := sorted(set(records) - set(range(world))):
-        report.say(f"step {step}: rank(s) {_some(strangers)} took part, but there were only {world}")
+    if missing := sorted(set(range(world_size)) - set(records)):
+        report.say(f"step {step}: nothing from rank(s) {_some(missing)} of {world_size}")
+    if strangers := sorted(set(records) - set(range(world_size))):
+        report.say(
+            f"step {step}: rank(s) {_some(strangers)} took part, but there were only {world_size}"
+        )
     report.steps, report.end = step - report.first_step + 1, after
-    if not report.worlds or report.worlds[-1] != world:
-        report.worlds.append(world)
+    if not report.worlds or report.worlds[-1] != world_size:
+        report.worlds.append(world_size)
 
     expected = _expected(order, shard_starts, before, after, skip)
     found = np.concatenate([record.ids for record in records.values()])
@@ -139,17 +160,24 @@ def _check_step(
         lost, surplus = wanted - got, got - wanted
         report.lost += lost.total()
         report.surplus += surplus.total()
-        report.say(f"step {step}: {lost.total()} samples lost ({_some(sorted(lost))}), {surplus.total()} too many "
-                   f"({_some(sorted(surplus))})")
+        report.say(
+            f"step {step}: {lost.total()} samples lost ({_some(sorted(lost))}), {surplus.total()} too many "
+            f"({_some(sorted(surplus))})"
+        )
     elif not all(_in_place(record, rank, expected) for rank, record in records.items()):
         report.misplaced += 1
         report.say(f"step {step}: all samples are there, but not where the order has them")
 
 
-def _expected(order: Order, shard_starts: np.ndarray, before: int, after: int, skip: Ranges) -> np.ndarray:
+def _expected(
+    order: Order, shard_starts: np.ndarray, before: int, after: int, skip: Ranges
+) -> np.ndarray:
     """Numbers of the samples that the order has between two positions."""
-    refs = [ref for part in delivered(before, skip, 0, after - before - _skipped(skip, before, after))
-            for ref in order.samples(part.start, len(part))]
+    refs = [
+        ref
+        for part in delivered(before, skip, 0, after - before - _skipped(skip, before, after))
+        for ref in order.samples(part.start, len(part))
+    ]
     numbers: np.ndarray = shard_starts[[ref.shard for ref in refs]]
     return numbers + np.array([ref.sample for ref in refs], dtype=np.int64)
 
@@ -161,15 +189,18 @@ def _skipped(skip: Ranges, before: int, after: int) -> int:
 
 def _in_place(record: Record, rank: int, expected: np.ndarray) -> bool:
     """Whether each micro-batch of a rank holds the samples of its own places in the step."""
-    pairs, ids, good = record.pairs_per_forward, record.ids, record.samples < FILTERED
-    if len(ids) * record.world != len(expected) or len(ids) % max(1, pairs):
+    pairs, ids, good = record.micro_batch_size, record.ids, record.samples < FILTERED
+    if len(ids) * record.world_size != len(expected) or len(ids) % max(1, pairs):
         return False
     for micro in range(len(ids) // pairs):
-        places = micro_batch_positions(0, micro, rank, pairs_per_forward=pairs, world=record.world)
+        places = micro_batch_positions(
+            0, micro, rank, micro_batch_size=pairs, world_size=record.world_size
+        )
         wanted = expected[places.start : places.stop]
         mine = slice(micro * pairs, (micro + 1) * pairs)
         delivered_ids = ids[mine][good[mine]]
-        # Those left out stand at the end of their micro-batch; without them the order must be the same.
+        # Those left out stand at the end of their micro-batch; without them the order must be the
+        # same.
         left_out = Counter(ids[mine][~good[mine]].tolist())
         rest = []
         for number in wanted.tolist():
@@ -183,4 +214,8 @@ def _in_place(record: Record, rank: int, expected: np.ndarray) -> bool:
 
 
 def _some(numbers: Sequence[int]) -> str:
-    return ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "") if numbers else "none"
+    return (
+        ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
+        if numbers
+        else "none"
+    )

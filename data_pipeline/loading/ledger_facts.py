@@ -1,4 +1,5 @@
-"""What the order of a run was made of, beside its ledger: enough to make it again from the manifests."""
+"""What the order of a run was made of, beside its ledger: enough to make it again from the
+manifests."""
 
 from __future__ import annotations
 
@@ -37,40 +38,54 @@ class LedgerFacts:
     def of(sources: Sequence[Source], shuffle_window: int, state: LoaderState) -> LedgerFacts:
         """Of a run that goes on from `state`."""
         return LedgerFacts(
-            seed=state.seed, shuffle_window=shuffle_window, data=state.data, skip=state.skip,
-            manifests=tuple(_absolute(source.address or source.config.shards) for source in sources),
-            sources=tuple(
-                replace(source.config.without_secrets(), drop=_absolute(source.config.drop)) for source in sources
+            seed=state.seed,
+            shuffle_window=shuffle_window,
+            data=state.data,
+            skip=state.skip,
+            manifests=tuple(
+                _absolute(source.address or source.config.shards) for source in sources
             ),
-        )  # fmt: skip
+            sources=tuple(
+                replace(source.config.without_secrets(), drop=_absolute(source.config.drop))
+                for source in sources
+            ),
+        )
 
     def with_addresses(self, given: Sequence[SourceConfig]) -> LedgerFacts:
-        """The same facts with the sources' addresses as settings have them: the ledger's own lack queries.
+        """The same facts with the sources' addresses as settings have them: the ledger's own lack
+        queries.
 
         Sources that were counted keep the manifest in the run's folder.
 
         Raises:
             ConfigError: The settings have other sources.
         """
-        if [source.without_secrets().shards for source in given] != [source.shards for source in self.sources]:
+        if [source.without_secrets().shards for source in given] != [
+            source.shards for source in self.sources
+        ]:
             raise ConfigError(
                 f"these settings have other sources than the ledger: {_named(given)} instead of {_named(self.sources)}"
             )
         pairs = list(zip(self.sources, given, strict=True))
-        at = [new.shards if url == _absolute(old.shards) else url
-              for url, (old, new) in zip(self.manifests, pairs, strict=True)]
+        at = [
+            new.shards if url == _absolute(old.shards) else url
+            for url, (old, new) in zip(self.manifests, pairs, strict=True)
+        ]
         return replace(
-            self, manifests=tuple(at),
+            self,
+            manifests=tuple(at),
             sources=tuple(
                 replace(old, shards=new.shards, drop=new.drop if has_query(new.drop) else old.drop)
                 for old, new in pairs
             ),
-        )  # fmt: skip
+        )
 
     def write(self, folder: Path) -> None:
         """Into a ledger's folder."""
         content = asdict(self) | {"sources": [to_mapping(source) for source in self.sources]}
-        data = json.dumps({"version": LEDGER_VERSION} | content, indent=1, ensure_ascii=False).encode()
+        data = json.dumps(
+            {"version": LEDGER_VERSION} | content, indent=1, ensure_ascii=False
+        ).encode()
         storage.write_bytes(str(folder / FACTS_FILE), data + b"\n")
 
     @staticmethod

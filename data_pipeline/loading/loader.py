@@ -1,6 +1,6 @@
 """The door to the data: endless training steps from a state, and one pass for evaluation.
 
-    sources -> order (pure) -> this rank's positions -> read, check, decode, tokenise -> Batch
+    sources -> order (pure) -> this rank's positions -> read, check, decode, tokenize -> Batch
 
 `Loader.steps()` gives the micro-batches of one optimizer step and the state after it; a new loader
 made with that state goes on with the very next sample, on any number of ranks and workers.
@@ -42,12 +42,12 @@ class Loader:
         tokenizer_path: str,
         data: DataConfig,
         image_size: int,
-        text_length: int,
+        context_length: int,
         seed: int,
         rank: int,
-        world: int,
-        pairs_per_step: int,
-        pairs_per_forward: int,
+        world_size: int,
+        global_batch_size: int,
+        micro_batch_size: int,
         state: LoaderState,
     ) -> None:
         """Prepare; processes start with the first step.
@@ -58,21 +58,24 @@ class Loader:
             tokenizer_path: SentencePiece model file.
             data: How to read.
             image_size: Side of the square pictures, pixels.
-            text_length: Most text positions, marks included.
+            context_length: Most text positions, marks included.
             seed: Decides the order and every sample's augmentation.
             rank: This rank.
-            world: Ranks that share each global batch.
-            pairs_per_step: Pairs of a global batch.
-            pairs_per_forward: Pairs of one rank's micro-batch.
+            world_size: Ranks that share each global batch.
+            global_batch_size: Pairs of a global batch.
+            micro_batch_size: Pairs of one rank's micro-batch.
             state: Where to begin; `LoaderState()` is the start.
 
         Raises:
-            ConfigError: The batch does not split, the state is of another seed, or a source that is drawn
+            ConfigError: The batch does not split, the state is of another seed, or a source that is
+            drawn
                 from has no samples.
             DataError: The state was saved with other shards, weights, drop-lists or another window.
             TokenizerError: There is no tokenizer at `tokenizer_path`.
         """
-        self._micro_batches = micro_batches_per_step(pairs_per_step, pairs_per_forward, world)
+        self._micro_batches = micro_batches_per_step(
+            global_batch_size, micro_batch_size, world_size
+        )
         self.sources = tuple(sources) or tuple(plain_source(manifest) for manifest in manifests)
         if not self.sources or (sources and manifests):
             raise ConfigError("give a loader sources or manifests to train on: one of the two")
@@ -84,15 +87,15 @@ class Loader:
             order=make_order(self.sources, seed, data.shuffle_window),
             origin=state.position,
             skip=state.skip,
-            pairs_per_step=pairs_per_step,
-            pairs_per_forward=pairs_per_forward,
+            global_batch_size=global_batch_size,
+            micro_batch_size=micro_batch_size,
             micro_batches=self._micro_batches,
             rank=rank,
-            world=world,
+            world_size=world_size,
         )
         recipe = Recipe(
             image_size=image_size,
-            text_length=text_length,
+            context_length=context_length,
             caption_keys=tuple(data.caption_keys),
             caption_weights=tuple(data.caption_weights),
             seed=seed,
@@ -122,10 +125,12 @@ class Loader:
         return self._state
 
     def steps(self) -> Iterator[tuple[list[Batch], LoaderState]]:
-        """This rank's micro-batches of each step, and the state after it; goes on where it was left.
+        """This rank's micro-batches of each step, and the state after it; goes on where it was
+        left.
 
         Raises:
-            DataError: Nothing came in time, or a worker process ended. Bad samples and bad shards are no
+            DataError: Nothing came in time, or a worker process ended. Bad samples and bad shards
+            are no
                 error: every sample concerned is in its batch's `problems`.
         """
         if self._stream is None:
@@ -157,11 +162,11 @@ def read_all(
     tokenizer: Tokenizer,
     data: DataConfig,
     image_size: int,
-    text_length: int,
-    pairs_per_forward: int,
+    context_length: int,
+    micro_batch_size: int,
     indices: Sequence[int] | None = None,
     rank: int = 0,
-    world: int = 1,
+    world_size: int = 1,
     workers: int = 0,
 ) -> Iterator[Batch]:
     """Every sample once, in the manifest's order, without augmentation and with its first caption.
@@ -172,19 +177,23 @@ def read_all(
         data: Where captions are (the first key that has one counts), and how shards are read; its
             `augment`, `filters`, `shuffle_window`, `workers` and `prefetch` are for training only.
         image_size: Side of the square pictures, pixels.
-        text_length: Most text positions, marks included.
-        pairs_per_forward: Samples of a batch, bad ones included; the last may have fewer.
+        context_length: Most text positions, marks included.
+        micro_batch_size: Samples of a batch, bad ones included; the last may have fewer.
         indices: Only these samples (numbers in the manifest's order), in this order; None is all.
-        rank: Gives batches `rank, rank + world, ...` of them; the union over ranks is everything, and
-            some ranks may get one batch less.
-        world: Ranks that share the work.
+        rank: Gives batches `rank, rank + world, ...` of them; the union over ranks is everything,
+            and some ranks may get one batch less.
+        world_size: Ranks that share the work.
         workers: Processes that prepare batches; 0 prepares them here.
 
     Raises:
         ConfigError: `indices` holds numbers of no sample.
         DataError: Nothing came in time. Bad samples are no error, see `Loader.steps`.
     """
-    numbers = np.arange(manifest.total_samples) if indices is None else np.asarray(indices, dtype=np.int64)
+    numbers = (
+        np.arange(manifest.total_samples)
+        if indices is None
+        else np.asarray(indices, dtype=np.int64)
+    )
     if len(numbers) and not 0 <= numbers.min() <= numbers.max() < manifest.total_samples:
         raise ConfigError(
             f"samples {numbers.min()}..{numbers.max()} were asked for, but {storage.redact(manifest.url)} has "
@@ -192,16 +201,16 @@ def read_all(
         )
     recipe = Recipe(
         image_size=image_size,
-        text_length=text_length,
+        context_length=context_length,
         caption_keys=tuple(data.caption_keys),
         caption_weights=tuple(data.caption_weights),
         limits=data.limits,
     )
     reading = Reading(manifests=(manifest,), tokenizer=tokenizer, settings=data, max_open=16)
-    schedule = ListSchedule(manifest, numbers, pairs_per_forward)
+    schedule = ListSchedule(manifest, numbers, micro_batch_size)
     stream = BatchStream(
         BatchMaker(reading, recipe, schedule),
-        range(rank, -(-len(numbers) // pairs_per_forward), world),
+        range(rank, -(-len(numbers) // micro_batch_size), world_size),
         workers=workers,
         prefetch=2,
         timeout_seconds=data.timeout_seconds,

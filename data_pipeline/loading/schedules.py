@@ -1,6 +1,7 @@
 """Which samples batch number `n` holds: of training, and of one pass over everything.
 
-A schedule is made of plain facts and travels to worker processes; each worker asks it for its batches.
+A schedule is made of plain facts and travels to worker processes; each worker asks it for its
+batches.
 """
 
 from __future__ import annotations
@@ -25,38 +26,44 @@ class Schedule(Protocol):
         """A batch's samples, in order."""
 
     def shards_from(self, number: int) -> Iterator[list[int]]:
-        """Shards in the order in which they are needed from a batch on, those needed together in one list."""
+        """Shards in the order in which they are needed from a batch on, those needed together in
+        one list."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSchedule:
-    """Batch number n is micro-batch `n mod micro_batches` of step `n div micro_batches` after `origin`."""
+    """Batch number n is micro-batch `n mod micro_batches` of step `n div micro_batches` after
+    `origin`."""
 
     order: Order
     origin: int
     """Position of the first step."""
     skip: Ranges
     """Positions that are jumped."""
-    pairs_per_step: int
-    pairs_per_forward: int
+    global_batch_size: int
+    micro_batch_size: int
     micro_batches: int
     """Of one rank in one step."""
     rank: int
-    world: int
+    world_size: int
 
     def refs(self, number: int) -> list[SampleRef]:
         """This rank's samples of one micro-batch."""
-        return [ref for part in self.positions(number) for ref in self.order.samples(part.start, len(part))]
+        return [
+            ref
+            for part in self.positions(number)
+            for ref in self.order.samples(part.start, len(part))
+        ]
 
     def positions(self, number: int) -> list[range]:
         """This rank's positions of one micro-batch, as ranges."""
         step, micro = divmod(number, self.micro_batches)
         places = micro_batch_positions(
-            step * self.pairs_per_step,
+            step * self.global_batch_size,
             micro,
             self.rank,
-            pairs_per_forward=self.pairs_per_forward,
-            world=self.world,
+            micro_batch_size=self.micro_batch_size,
+            world_size=self.world_size,
         )
         return delivered(self.origin, self.skip, places.start, len(places))
 
@@ -66,14 +73,19 @@ class TrainSchedule:
 
     def step_end(self, step: int) -> int:
         """The position after step number `step`, 0 for the first after `origin`."""
-        return delivered(self.origin, self.skip, (step + 1) * self.pairs_per_step - 1, 1)[0].stop
+        return delivered(self.origin, self.skip, (step + 1) * self.global_batch_size - 1, 1)[0].stop
 
 
 class ListSchedule:
-    """Batch number n is the n-th piece of a list of samples, each given by its number over all shards."""
+    """Batch number n is the n-th piece of a list of samples, each given by its number over all
+    shards."""
 
-    def __init__(self, manifest: Manifest, numbers: np.ndarray, pairs_per_forward: int) -> None:
-        self._starts, self._numbers, self._pairs = shard_starts([manifest]), numbers, pairs_per_forward
+    def __init__(self, manifest: Manifest, numbers: np.ndarray, micro_batch_size: int) -> None:
+        self._starts, self._numbers, self._pairs = (
+            shard_starts([manifest]),
+            numbers,
+            micro_batch_size,
+        )
 
     def refs(self, number: int) -> list[SampleRef]:
         """Shard and place of each sample of one batch."""
@@ -98,5 +110,7 @@ class ListSchedule:
 
 def shard_starts(manifests: Sequence[Manifest]) -> np.ndarray:
     """int64: number of the first sample of each shard, counted over all manifests in order."""
-    sizes = np.array([shard.samples for manifest in manifests for shard in manifest.shards], dtype=np.int64)
+    sizes = np.array(
+        [shard.samples for manifest in manifests for shard in manifest.shards], dtype=np.int64
+    )
     return np.cumsum(sizes) - sizes

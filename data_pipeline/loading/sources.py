@@ -98,14 +98,23 @@ def data_fingerprint(sources: Sequence[Source | Manifest], shuffle_window: int) 
         shuffle_window: Shards whose samples are shuffled together.
     """
     given = [source if isinstance(source, Source) else plain_source(source) for source in sources]
-    shards = [[[shard.name, shard.samples, shard.sha256] for shard in source.manifest.shards] for source in given]
+    shards = [
+        [[shard.name, shard.samples, shard.sha256] for shard in source.manifest.shards]
+        for source in given
+    ]
     if len(given) == 1 and not given[0].dropped:
-        # Nothing but the shards and the window counts: neither a weight nor repeats change a source alone.
+        # Nothing but the shards and the window counts: neither a weight nor repeats change a source
+        # alone.
         facts: list[object] = [shuffle_window, shards[0]]
     else:
         # Shares, not weights: 1 to 1 and 2 to 2 are the same order.
         mixed = Shares([weights_of(_order_source(source)) for source in given]).described()
-        facts = [shuffle_window, mixed, [dropped_fingerprint(source.dropped) for source in given], shards]
+        facts = [
+            shuffle_window,
+            mixed,
+            [dropped_fingerprint(source.dropped) for source in given],
+            shards,
+        ]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
 

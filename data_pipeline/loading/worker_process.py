@@ -1,7 +1,7 @@
 """The processes that make batches: how they are born, what they do with signals, and when they end.
 
-A scheduler signals every process of a job; the trainer still needs batches while it saves, so workers listen to their
-trainer alone, from their first moment on.
+A scheduler signals every process of a job; the trainer still needs batches while it saves, so
+workers listen to their trainer alone, from their first moment on.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ SIGNALS_OF_THE_JOB = frozenset((signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, s
 
 
 def fork_server(*, preload: str) -> ForkServerContext:
-    """Where workers come from: a process that has imported `preload` once, with the job's signals blocked.
+    """Where workers come from: a process that has imported `preload` once, with the job's signals
+    blocked.
 
-    Its copies have them blocked from their birth. Without that, a job told to stop while it starts would lose the
-    workers that have not come to `prepare_worker` yet.
+    Its copies have them blocked from their birth. Without that, a job told to stop while it starts
+    would lose the workers that have not come to `prepare_worker` yet.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([preload])
@@ -40,7 +41,8 @@ def prepare_worker(worker: int) -> None:
     """One thread a worker, deaf to the signals meant for the trainer, and no life without it."""
     for name in SIGNALS_OF_THE_JOB - {signal.SIGTERM}:
         signal.signal(name, signal.SIG_IGN)
-    # Blocked before there are other threads, which inherit that: `_end_when_the_trainer_asks` takes it.
+    # Blocked before there are other threads, which inherit that: `_end_when_the_trainer_asks` takes
+    # it.
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     # A child of the fork server does not notice the end of the trainer by its parent's number.
     for watch in (_end_with_the_trainer, _end_when_the_trainer_asks):
@@ -59,9 +61,11 @@ def _end_with_the_trainer() -> None:
 
 
 def _end_when_the_trainer_asks() -> None:
-    """End by the trainer's SIGTERM, also in the middle of a read that never returns; others' are ignored.
+    """End by the trainer's SIGTERM, also in the middle of a read that never returns; others' are
+    ignored.
 
-    Python waits for its children before it exits: a worker that cannot be ended would keep it for ever.
+    Python waits for its children before it exits: a worker that cannot be ended would keep it for
+    ever.
     """
     trainer = multiprocessing.parent_process()
     while trainer is not None:

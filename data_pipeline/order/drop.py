@@ -4,8 +4,8 @@
      "shards": {"shard-000007.tar": {"sha256": "...", "samples": [3, 17]}, ...}}
 
 A shard is named as in its manifest, and its SHA-256 is kept: in a shard that was written anew the
-numbers would mean other samples. The order of training is planned over the samples that are left, so
-a dropped one costs nothing and every batch is as full as before.
+numbers would mean other samples. The order of training is planned over the samples that are left,
+so a dropped one costs nothing and every batch is as full as before.
 """
 
 from __future__ import annotations
@@ -69,7 +69,10 @@ def make_drop_list(
     """
     shards = {}
     for number in sorted(dropped):
-        entry, samples = manifest.shards[number], tuple(sorted({int(sample) for sample in dropped[number]}))
+        entry, samples = (
+            manifest.shards[number],
+            tuple(sorted({int(sample) for sample in dropped[number]})),
+        )
         if samples:
             shards[entry.name] = DroppedShard(sha256=entry.sha256, samples=samples)
     return DropList(shards=shards, about=dict(about or {}))
@@ -81,12 +84,15 @@ def write_drop_list(url: str | os.PathLike[str], drop: DropList) -> None:
     Raises:
         StorageError: The place cannot be written.
     """
+
     def text(value: object) -> str:
         return json.dumps(value, ensure_ascii=False)
 
     # One shard a line: people compare such files.
-    rows = (f'{text(name)}: {text({"sha256": row.sha256, "samples": list(row.samples)})}'
-            for name, row in drop.shards.items())
+    rows = (
+        f"{text(name)}: {text({'sha256': row.sha256, 'samples': list(row.samples)})}"
+        for name, row in drop.shards.items()
+    )
     head = f'{{"version": {DROP_VERSION},\n "about": {text(dict(drop.about))},\n "shards": {{\n  '
     content = head + ",\n  ".join(rows) + "\n }\n}\n"
     storage.write_bytes(os.fspath(url), content.encode())
@@ -102,7 +108,11 @@ def read_drop_list(url: str | os.PathLike[str], *, timeout_seconds: float = 60.0
     where = storage.redact(os.fspath(url))
     try:
         found = json.loads(data)
-        version, rows, about = found["version"], dict(found["shards"]), dict(found.get("about") or {})
+        version, rows, about = (
+            found["version"],
+            dict(found["shards"]),
+            dict(found.get("about") or {}),
+        )
         shards = {str(name): _shard(row) for name, row in rows.items()}
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(
@@ -110,15 +120,19 @@ def read_drop_list(url: str | os.PathLike[str], *, timeout_seconds: float = 60.0
             f'{{"version": {DROP_VERSION}, "shards": {{NAME: {{"sha256": ..., "samples": [...]}}}}}}'
         ) from None
     if version != DROP_VERSION:
-        raise DataError(f"{where} has version {version!r}, but this program reads version {DROP_VERSION}")
+        raise DataError(
+            f"{where} has version {version!r}, but this program reads version {DROP_VERSION}"
+        )
     return DropList(shards=shards, about=about)
 
 
-def apply_drop_list(drop: DropList, manifest: Manifest, where: str = "the drop-list") -> dict[int, np.ndarray]:
+def apply_drop_list(
+    drop: DropList, manifest: Manifest, where: str = "the drop-list"
+) -> dict[int, np.ndarray]:
     """What a drop-list drops from a manifest.
 
-    A list may name shards that the manifest lacks, as one list may serve parts of a dataset; that is
-    said in the log.
+    A list may name shards that the manifest lacks, as one list may serve parts of a dataset; that
+    is said in the log.
 
     Args:
         drop: The list.
@@ -129,7 +143,8 @@ def apply_drop_list(drop: DropList, manifest: Manifest, where: str = "the drop-l
         int64 numbers of samples, rising, by number of the shard.
 
     Raises:
-        DataError: A shard is another than the list was made for, or none of them is in the manifest.
+        DataError: A shard is another than the list was made for, or none of them is in the
+        manifest.
     """
     url = storage.redact(manifest.url)
     found: dict[int, np.ndarray] = {}
@@ -143,14 +158,18 @@ def apply_drop_list(drop: DropList, manifest: Manifest, where: str = "the drop-l
                 f"has {entry.sha256[:16]}...): its numbers would drop other samples; make the list again"
             )
         if row.samples and row.samples[-1] >= entry.samples:
-            raise DataError(f"{where} drops sample {row.samples[-1]} of {entry.name}, which has {entry.samples}")
+            raise DataError(
+                f"{where} drops sample {row.samples[-1]} of {entry.name}, which has {entry.samples}"
+            )
         if row.samples:
             found[number] = np.array(row.samples, dtype=np.int64)
     unknown = len(drop.shards) - len({entry.name for entry in manifest.shards} & set(drop.shards))
     if drop.shards and unknown == len(drop.shards):
         raise DataError(f"{where} names none of the shards of {url}: it was made for other data")
     if unknown:
-        logger.warning("%s: %d of its %d shards are not in %s", where, unknown, len(drop.shards), url)
+        logger.warning(
+            "%s: %d of its %d shards are not in %s", where, unknown, len(drop.shards), url
+        )
     return found
 
 
@@ -167,7 +186,9 @@ def dropped_fingerprint(dropped: Dropped) -> str:
 
 def _shard(row: Mapping[str, Any]) -> DroppedShard:
     samples = row["samples"]
-    if not isinstance(samples, list) or not all(type(sample) is int and sample >= 0 for sample in samples):
+    if not isinstance(samples, list) or not all(
+        type(sample) is int and sample >= 0 for sample in samples
+    ):
         raise ValueError("`samples` is not a list of numbers")
     if not isinstance(row["sha256"], str):
         raise ValueError("`sha256` is not text")

@@ -1,9 +1,9 @@
 """The order of training: every source in its own shuffled epochs, mixed into one stream.
 
-Position `p` means: `p` samples came before, from all sources. A source alone is its `Plan`; several are
-mixed by weight (`mixture.py`), and each goes through its own epochs at its own pace. Without weights a
-source's weight is its samples x `repeats`, so that after the sum of those over all sources every sample
-came exactly `repeats` times, and every batch holds the sources in proportion.
+Position `p` means: `p` samples came before, from all sources. A source alone is its `Plan`; several
+are mixed by weight (`mixture.py`), and each goes through its own epochs at its own pace. Without
+weights a source's weight is its samples x `repeats`, so that after the sum of those over all
+sources every sample came exactly `repeats` times, and every batch holds the sources in proportion.
 """
 
 from __future__ import annotations
@@ -82,10 +82,13 @@ class Order:
             drawn = self.shares.is_ever_drawn(number)
             if drawn and not source.samples:
                 raise ConfigError(_empty(source))
-            # Two sources with as many shards must not be shuffled alike; the first keeps the run's seed.
+            # Two sources with as many shards must not be shuffled alike; the first keeps the run's
+            # seed.
             own = named_seed(seed, "source", number) if number else seed
             self._plans.append(
-                Plan(source.sizes, own, shuffle_window, dropped=source.dropped, first_shard=shards) if drawn else None
+                Plan(source.sizes, own, shuffle_window, dropped=source.dropped, first_shard=shards)
+                if drawn
+                else None
             )
             shards += len(source.sizes)
 
@@ -94,7 +97,9 @@ class Order:
         if len(self._plans) == 1:
             return self._plan(0).samples(start, count)
         firsts, sources = self._mixture.stretch(start, count)
-        taken = np.bincount(sources, minlength=len(firsts)).tolist() if sources else [0] * len(firsts)
+        taken = (
+            np.bincount(sources, minlength=len(firsts)).tolist() if sources else [0] * len(firsts)
+        )
         drawn = [
             iter(self._plan(number).samples(first, share)) if share else iter(())
             for number, (first, share) in enumerate(zip(firsts, taken, strict=True))
@@ -106,7 +111,8 @@ class Order:
         return self._mixture.stretch(start, count).sources if len(self._plans) > 1 else [0] * count
 
     def consumed(self, position: int) -> list[Consumed]:
-        """How many samples of each source lie before a position, and how many of its epochs that is.
+        """How many samples of each source lie before a position, and how many of its epochs that
+        is.
 
         Positions that a state skips count as consumed.
         """
@@ -119,18 +125,24 @@ class Order:
     def shards_from(self, position: int) -> Iterator[list[int]]:
         """Shards in the order in which they are needed, without end.
 
-        Each list holds the shards that are in use together, one window of each source: first those at
-        `position`, then those after the first change of any source's window, and so on; what is new comes
-        first in a list.
+        Each list holds the shards that are in use together, one window of each source: first those
+        at `position`, then those after the first change of any source's window, and so on; what is
+        new comes first in a list.
         """
         before = self._mixture.before(position) if len(self._plans) > 1 else [position]
-        coming = [plan.windows_from(number) if plan else iter(())
-                  for plan, number in zip(self._plans, before, strict=True)]
+        coming = [
+            plan.windows_from(number) if plan else iter(())
+            for plan, number in zip(self._plans, before, strict=True)
+        ]
         queue: list[tuple[int, int, list[int]]] = []
 
         def put(source: int) -> None:
             window = next(coming[source], None)
-            needed = None if window is None else self._mixture.reached(source, max(window.first, before[source]))
+            needed = (
+                None
+                if window is None
+                else self._mixture.reached(source, max(window.first, before[source]))
+            )
             if window is not None and needed is not None:
                 heapq.heappush(queue, (needed, source, window.shards))
 
@@ -148,7 +160,9 @@ class Order:
         yield [shard for row in zip_longest(*in_use.values()) for shard in row if shard is not None]
         while queue:
             source = take()
-            others = [shard for other, shards in in_use.items() if other != source for shard in shards]
+            others = [
+                shard for other, shards in in_use.items() if other != source for shard in shards
+            ]
             yield in_use[source] + others
 
     def _plan(self, source: int) -> Plan:

@@ -2,8 +2,8 @@
 
 Epochs follow each other without end. In each, the shards are shuffled; then, window by window of
 `shuffle_window` shards, all their samples are shuffled together (so a reader needs only that many
-shards at hand). Number `k` is the sample that comes after `k` others of this source. Nothing here knows
-ranks or workers, so no number of them can change the order.
+shards at hand). Number `k` is the sample that comes after `k` others of this source. Nothing here
+knows ranks or workers, so no number of them can change the order.
 
     epoch 0: [ window 0: shards 7 2 | window 1: shards 0 5 | ... ]  epoch 1: ...
     numbers  0 1 2 3 ...
@@ -56,8 +56,8 @@ class _Window:
 class Plan:
     """Which sample of a source comes when; see the module's text.
 
-    Asking for `count` samples costs `O(count)` once the windows that they lie in are known; a window
-    costs one permutation of its samples.
+    Asking for `count` samples costs `O(count)` once the windows that they lie in are known; a
+    window costs one permutation of its samples.
     """
 
     def __init__(
@@ -82,9 +82,11 @@ class Plan:
             ConfigError: There are no samples, or no window.
         """
         self._sizes = np.asarray(shard_sizes, dtype=np.int64)
-        # The k-th sample that is kept is number k + (dropped ones before it), and those are the ones
-        # whose number, less the dropped ones before them, is at most k.
-        self._dropped = {shard: np.asarray(gone) for shard, gone in (dropped or {}).items() if len(gone)}
+        # The k-th sample that is kept is number k + (dropped ones before it), and those are the
+        # ones whose number, less the dropped ones before them, is at most k.
+        self._dropped = {
+            shard: np.asarray(gone) for shard, gone in (dropped or {}).items() if len(gone)
+        }
         self._gaps = {shard: gone - np.arange(len(gone)) for shard, gone in self._dropped.items()}
         self._kept = self._sizes.copy()
         for shard, gone in self._dropped.items():
@@ -97,7 +99,8 @@ class Plan:
             )
         self._full = np.flatnonzero(self._kept)
         self._seed, self._window, self._first_shard = seed, shuffle_window, first_shard
-        # A batch touches at most a few epochs and windows at once; the rest is made again when asked.
+        # A batch touches at most a few epochs and windows at once; the rest is made again when
+        # asked.
         self._epoch = lru_cache(maxsize=3)(self._make_epoch)
         self._order = lru_cache(maxsize=3)(self._make_window)
 
@@ -144,7 +147,10 @@ class Plan:
         if self._gaps:
             places = [self._real(shard, place) for shard, place in zip(shards, places, strict=True)]
         base = self._first_shard
-        return [SampleRef(epoch, base + shard, place) for shard, place in zip(shards, places, strict=True)]
+        return [
+            SampleRef(epoch, base + shard, place)
+            for shard, place in zip(shards, places, strict=True)
+        ]
 
     def _real(self, shard: int, place: int) -> int:
         """The number in its shard of the sample that is number `place` among the kept ones."""
@@ -176,7 +182,7 @@ def _remade(
 
 
 def micro_batch_positions(
-    step_position: int, micro: int, rank: int, *, pairs_per_forward: int, world: int
+    step_position: int, micro: int, rank: int, *, micro_batch_size: int, world_size: int
 ) -> range:
     """Positions of one rank's micro-batch.
 
@@ -187,26 +193,26 @@ def micro_batch_positions(
         step_position: First position of the step.
         micro: Number of the micro-batch in the step.
         rank: This rank.
-        pairs_per_forward: Pairs of one micro-batch.
-        world: Ranks.
+        micro_batch_size: Pairs of one micro-batch.
+        world_size: Ranks.
     """
-    first = step_position + (micro * world + rank) * pairs_per_forward
-    return range(first, first + pairs_per_forward)
+    first = step_position + (micro * world_size + rank) * micro_batch_size
+    return range(first, first + micro_batch_size)
 
 
-def micro_batches_per_step(pairs_per_step: int, pairs_per_forward: int, world: int) -> int:
+def micro_batches_per_step(global_batch_size: int, micro_batch_size: int, world_size: int) -> int:
     """Micro-batches of one rank in one step, exactly.
 
     Raises:
         ConfigError: The step is not a whole number of rounds over the ranks.
     """
-    round_pairs = pairs_per_forward * world
-    count, rest = divmod(pairs_per_step, round_pairs)
+    round_pairs = micro_batch_size * world_size
+    count, rest = divmod(global_batch_size, round_pairs)
     if rest or count < 1:
-        nearest = max(1, round(pairs_per_step / round_pairs)) * round_pairs
+        nearest = max(1, round(global_batch_size / round_pairs)) * round_pairs
         raise ConfigError(
-            f"batch.pairs_per_step is {pairs_per_step}, not a positive multiple of "
-            f"{pairs_per_forward} (batch.pairs_per_forward) x {world} ranks = {round_pairs}; "
+            f"batch.global_batch_size is {global_batch_size}, not a positive multiple of "
+            f"{micro_batch_size} (batch.micro_batch_size) x {world_size} ranks = {round_pairs}; "
             f"the nearest is {nearest}"
         )
     return count

@@ -1,11 +1,11 @@
 """The share of each source in the stream, and how much of it is due at any position: exact.
 
-A source has a weight, or weights at some positions (a schedule). At every position where any schedule
-has a point, the weights of all sources are turned into shares that sum to 1; between such points the
-shares go in straight lines, before the first and after the last they stay. What a source is due after
-`t` pairs is the integral of its share over `[0, t]`: a parabola between two points. All of it is kept in
-whole numbers (weights are taken as they are written: 0.1 is one tenth), so that nothing drifts or
-depends on the machine.
+A source has a weight, or weights at some positions (a schedule). At every position where any
+schedule has a point, the weights of all sources are turned into shares that sum to 1; between such
+points the shares go in straight lines, before the first and after the last they stay. What a source
+is due after `t` pairs is the integral of its share over `[0, t]`: a parabola between two points.
+All of it is kept in whole numbers (weights are taken as they are written: 0.1 is one tenth), so
+that nothing drifts or depends on the machine.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ _HALF = Fraction(1, 2)
 
 
 class _Term(NamedTuple):
-    """Of one source in one piece: `(base + (slope + bend * x) * x) // scale` is its due, rounded."""
+    """Of one source in one piece: `(base + (slope + bend * x) * x) // scale` is its due,
+    rounded."""
 
     base: int
     slope: int
@@ -68,18 +69,22 @@ class Shares:
         number = bisect_right(self._points, pairs) - 1
         if number == len(self._points) - 1:
             return self._shares[-1]
-        done = Fraction(pairs - self._points[number], self._points[number + 1] - self._points[number])
+        done = Fraction(
+            pairs - self._points[number], self._points[number + 1] - self._points[number]
+        )
         both = zip(self._shares[number], self._shares[number + 1], strict=True)
         return [low + done * (high - low) for low, high in both]
 
     def due(self, pairs: int) -> list[int]:
-        """What each source is due after so many pairs: the integral of its share, plus 1/2, floored."""
+        """What each source is due after so many pairs: the integral of its share, plus 1/2,
+        floored."""
         piece = self._pieces[bisect_right(self._points, pairs) - 1]
         x, scale = pairs - piece.start, piece.scale
         return [(base + (slope + bend * x) * x) // scale for base, slope, bend in piece.terms]
 
     def ever_due(self, source: int, number: int) -> int | None:
-        """The first position after which a source is due more than `number` samples; None is never."""
+        """The first position after which a source is due more than `number` samples; None is
+        never."""
         if Fraction(number) + _HALF > self._due[-1][source]:
             last = self._shares[-1][source]
             if not last:
@@ -102,8 +107,10 @@ class Shares:
 
     def described(self) -> list[list[object]]:
         """All of it as JSON values: each point with every source's share."""
-        return [[point, [str(share) for share in row]]
-                for point, row in zip(self._points, self._shares, strict=True)]
+        return [
+            [point, [str(share) for share in row]]
+            for point, row in zip(self._points, self._shares, strict=True)
+        ]
 
     def _piece(self, number: int) -> _Piece:
         start, due, shares = self._points[number], self._due[number], self._shares[number]
@@ -112,9 +119,14 @@ class Shares:
             length = self._points[number + 1] - start
             both = zip(shares, self._shares[number + 1], strict=True)
             bends = [(high - low) / (2 * length) for low, high in both]
-        exact = [(base + _HALF, slope, bend) for base, slope, bend in zip(due, shares, bends, strict=True)]
+        exact = [
+            (base + _HALF, slope, bend)
+            for base, slope, bend in zip(due, shares, bends, strict=True)
+        ]
         scale = math.lcm(*(value.denominator for row in exact for value in row))
-        return _Piece(start, scale, tuple(_Term(*(int(value * scale) for value in row)) for row in exact))
+        return _Piece(
+            start, scale, tuple(_Term(*(int(value * scale) for value in row)) for row in exact)
+        )
 
 
 def as_written(weight: float | Fraction) -> Fraction:
@@ -127,7 +139,9 @@ def _shares_at(pairs: int, weights: Sequence[Points]) -> list[Fraction]:
     total = sum(found)
     if not total:
         where = f" at {pairs} pairs" if any(len(schedule) > 1 for schedule in weights) else ""
-        raise ConfigError(f"data.train: the weights of all sources are 0{where}; give one of them a weight above 0")
+        raise ConfigError(
+            f"data.train: the weights of all sources are 0{where}; give one of them a weight above 0"
+        )
     return [weight / total for weight in found]
 
 
@@ -137,4 +151,6 @@ def _weight_at(pairs: int, schedule: Points) -> Fraction:
     if after in (0, len(schedule)):
         return as_written(schedule[max(0, after - 1)][1])
     (left, low), (right, high) = schedule[after - 1], schedule[after]
-    return as_written(low) + (as_written(high) - as_written(low)) * Fraction(pairs - left, right - left)
+    return as_written(low) + (as_written(high) - as_written(low)) * Fraction(
+        pairs - left, right - left
+    )

@@ -1,11 +1,11 @@
 """How close the shuffle of a source comes to a perfect one, measured on an epoch of its order.
 
-Shards are shuffled whole and samples only within a window of shards, so samples that lie side by side in
-a shard (often of one crawl, one class, one camera) come nearer to each other than in a perfect shuffle.
-How much nearer, and whether a batch notices, is measured by the same code on the plan and on a random
-permutation of the same samples:
+Shards are shuffled whole and samples only within a window of shards, so samples that lie side by
+side in a shard (often of one crawl, one class, one camera) come nearer to each other than in a
+perfect shuffle. How much nearer, and whether a batch notices, is measured by the same code on the
+plan and on a random permutation of the same samples:
 
-- **distance**: places between samples that are neighbours in storage, as a share of the epoch; 1/3 on
+- **distance**: places between samples that are neighbors in storage, as a share of the epoch; 1/3 on
   average in a perfect shuffle (and its 5 % and 50 % quantiles);
 - **unevenness**: how a shard's samples lie over the epoch: the Kolmogorov-Smirnov distance between their
   places and even ones, mean over shards; 0 is even, 1 all in one place;
@@ -14,8 +14,8 @@ permutation of the same samples:
 - **class counts**: if samples had been sorted by class before shards were made (the worst case), the
   variance of a class's count in a batch.
 
-The first two concern the epoch as a whole: a large set is measured on a small one with the same share of
-shards in a window. The others are measured on batches of the real plan.
+The first two concern the epoch as a whole: a large set is measured on a small one with the same
+share of shards in a window. The others are measured on batches of the real plan.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class ShuffleQuality:
 
 
 LABELS = {
-    "distance_mean": "distance of neighbours in storage, mean (share of the epoch)",
+    "distance_mean": "distance of neighbors in storage, mean (share of the epoch)",
     "distance_5_percent": "  of the nearest 5 %, at most",
     "distance_median": "  median",
     "unevenness": "unevenness of a shard over the epoch (0 to 1)",
@@ -87,7 +87,9 @@ def shuffle_quality(
         # Of so many samples hardly any is drawn twice.
         perfect_batches = draw.integers(0, total, size=batches.shape)
     perfect_epoch = draw.permutation(len(epoch))
-    return measure(epoch, small, batches, sizes), measure(perfect_epoch, small, perfect_batches, sizes)
+    return measure(epoch, small, batches, sizes), measure(
+        perfect_epoch, small, perfect_batches, sizes
+    )
 
 
 def measure(
@@ -96,7 +98,8 @@ def measure(
     """Measure one order.
 
     Args:
-        epoch: int64 `[samples]`, a permutation: which sample comes at each place; samples are numbered
+        epoch: int64 `[samples]`, a permutation: which sample comes at each place; samples are
+        numbered
             shard after shard.
         epoch_sizes: Samples of each of its shards.
         batches: int64 `[batches, batch]`: the samples of some batches.
@@ -106,8 +109,10 @@ def measure(
     place_of = np.empty(total, dtype=np.int64)
     place_of[epoch] = np.arange(total)
     shard_of = np.repeat(np.arange(len(epoch_sizes)), epoch_sizes)
-    neighbours = shard_of[:-1] == shard_of[1:]
-    distances = np.abs(np.diff(place_of))[neighbours] / total if neighbours.any() else np.array([1 / 3])
+    neighbors = shard_of[:-1] == shard_of[1:]
+    distances = (
+        np.abs(np.diff(place_of))[neighbors] / total if neighbors.any() else np.array([1 / 3])
+    )
     shards = np.searchsorted(np.cumsum(batch_sizes), batches, side="right")
     return ShuffleQuality(
         distance_mean=float(distances.mean()),
@@ -129,12 +134,15 @@ def quality_table(found: ShuffleQuality, perfect: ShuffleQuality) -> str:
 
 
 def _small(sizes: np.ndarray, window: int) -> tuple[np.ndarray, int]:
-    """A set of at most about `MOST_SAMPLES` samples with the same share of its shards in a window."""
+    """A set of at most about `MOST_SAMPLES` samples with the same share of its shards in a
+    window."""
     if sizes.sum() <= MOST_SAMPLES:
         return sizes, window
     count = min(len(sizes), _SMALL_SHARDS)
     chosen = sizes[np.linspace(0, len(sizes) - 1, count).astype(np.int64)]
-    shrunk = np.maximum(1, np.round(chosen * min(1.0, MOST_SAMPLES / chosen.sum())).astype(np.int64))
+    shrunk = np.maximum(
+        1, np.round(chosen * min(1.0, MOST_SAMPLES / chosen.sum())).astype(np.int64)
+    )
     return shrunk, max(1, round(window * count / len(sizes)))
 
 
@@ -152,7 +160,9 @@ def _numbers(plan: Plan, sizes: np.ndarray, first: int, count: int) -> np.ndarra
     """Samples of a plan, numbered shard after shard."""
     refs = plan.samples(first, count)
     starts = np.cumsum(sizes) - sizes
-    found: np.ndarray = starts[[ref.shard for ref in refs]] + np.array([ref.sample for ref in refs], dtype=np.int64)
+    found: np.ndarray = starts[[ref.shard for ref in refs]] + np.array(
+        [ref.sample for ref in refs], dtype=np.int64
+    )
     return found
 
 
@@ -162,7 +172,8 @@ def _effective(shards: np.ndarray) -> float:
 
 
 def _unevenness(place_of: np.ndarray, sizes: np.ndarray) -> float:
-    """Mean Kolmogorov-Smirnov distance of up to 256 shards' places from the uniform distribution."""
+    """Mean Kolmogorov-Smirnov distance of up to 256 shards' places from the uniform
+    distribution."""
     starts, total = np.cumsum(sizes) - sizes, len(place_of)
     found = []
     for shard in np.linspace(0, len(sizes) - 1, min(256, len(sizes))).astype(np.int64):
@@ -174,7 +185,8 @@ def _unevenness(place_of: np.ndarray, sizes: np.ndarray) -> float:
 
 
 def _class_variance(batches: np.ndarray, total: int) -> float:
-    """Mean squared distance of a class's count in a batch from what it should be, over batches and classes."""
+    """Mean squared distance of a class's count in a batch from what it should be, over batches and
+    classes."""
     number = min(_CLASSES, total)
     classes = batches * number // total
     flat = classes + np.arange(len(classes))[:, None] * number

@@ -1,8 +1,10 @@
-"""Where training is in its data, as a value; and how positions that must not be delivered are jumped.
+"""Where training is in its data, as a value; and how positions that must not be delivered are
+jumped.
 
-Positions count the samples of the order from the start of training. Those in `skip` do not exist for a
-step: it takes the next ones instead, so that it always has its full number. What comes after a state is
-therefore a function of (position, skip) alone, and ranges before the position change nothing.
+Positions count the samples of the order from the start of training. Those in `skip` do not exist
+for a step: it takes the next ones instead, so that it always has its full number. What comes after
+a state is therefore a function of (position, skip) alone, and ranges before the position change
+nothing.
 
     skip = ((8, 12),), 4 pairs a step, from position 4:   4 5 6 7 | 12 13 14 15 | 16 ...
     positions of the states after the steps:                     8             16
@@ -33,20 +35,25 @@ class LoaderState:
     seed: int = 0
     """Seed of the order and of every sample's augmentation."""
     data: str = ""
-    """Fingerprint of all that makes the order (`loader.data_fingerprint`); empty before the first step."""
+    """Fingerprint of all that makes the order (`loader.data_fingerprint`); empty before the first
+    step."""
     skip: Ranges = ()
     """Positions that are never delivered."""
 
     def skipping(self, first: int, end: int) -> LoaderState:
-        """The same state, but positions `first` to `end - 1` are never delivered; those before it were already."""
+        """The same state, but positions `first` to `end - 1` are never delivered; those before it
+        were already."""
         return replace(self, skip=joined((*self.skip, (max(first, self.position), end))))
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object."""
         return {
-            "version": self.version, "position": self.position, "seed": self.seed, "data": self.data,
+            "version": self.version,
+            "position": self.position,
+            "seed": self.seed,
+            "data": self.data,
             "skip": [list(pair) for pair in self.skip],
-        }  # fmt: skip
+        }
 
     @staticmethod
     def from_json(value: str | dict[str, Any]) -> LoaderState:
@@ -64,7 +71,9 @@ class LoaderState:
                 )
             if version == 1 and "skip" in found:
                 raise ValueError("version 1 has no `skip`")
-            state = LoaderState(**found | {"skip": tuple((first, end) for first, end in found.get("skip", ()))})
+            state = LoaderState(
+                **found | {"skip": tuple((first, end) for first, end in found.get("skip", ()))}
+            )
         except (TypeError, ValueError) as error:
             raise DataError(f"not a loader state: {error}") from error
         _check(state)
@@ -114,8 +123,14 @@ def delivered(position: int, skip: Ranges, start: int, count: int) -> list[range
 def _check(state: LoaderState) -> None:
     numbers = (state.position, state.seed, *(number for pair in state.skip for number in pair))
     if not all(type(number) is int for number in numbers) or not isinstance(state.data, str):
-        raise DataError("not a loader state: its position, seed and skip must be whole numbers, its data text")
-    if state.position < 0 or any(first < 0 for first, _ in state.skip) or joined(state.skip) != state.skip:
+        raise DataError(
+            "not a loader state: its position, seed and skip must be whole numbers, its data text"
+        )
+    if (
+        state.position < 0
+        or any(first < 0 for first, _ in state.skip)
+        or joined(state.skip) != state.skip
+    ):
         raise DataError(
             f"not a loader state: position {state.position} and skip {list(map(list, state.skip))} must not be "
             f"negative, and the ranges must rise and lie apart"

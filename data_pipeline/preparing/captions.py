@@ -12,12 +12,14 @@ def all_captions(raw: RawSample, keys: Sequence[str]) -> list[list[str]]:
     """The clean captions under each key.
 
     Raises:
-        DataError: A member is not UTF-8 or not JSON, or a caption is too long (see `content.captions`).
+        DataError: A member is not UTF-8 or not JSON, or a caption is too long (see
+        `content.captions`).
     """
     texts = Texts(raw.members)
     return [texts.find(key) for key in keys]
 
 
 def first_caption(raw: RawSample, keys: Sequence[str]) -> str | None:
-    """The first caption of the first key that has one; what evaluation uses. Errors as for `all_captions`."""
+    """The first caption of the first key that has one; what evaluation uses. Errors as for
+    `all_captions`."""
     return next((caption for found in all_captions(raw, keys) for caption in found), None)

@@ -1,8 +1,9 @@
 """Looks at every sample of a dataset: is it what the manifest says, and can it be used?
 
-One pass over each shard: its length and SHA-256 against the manifest, its index against the manifest, every
-sample's CRC-32 against the index; with `contents` also the picture and the captions. A shard can be
-bad where no sample is (its end mark was cut off), and the other way round never.
+One pass over each shard: its length and SHA-256 against the manifest, its index against the
+manifest, every sample's CRC-32 against the index; with `contents` also the picture and the
+captions. A shard can be bad where no sample is (its end mark was cut off), and the other way round
+never.
 """
 
 from __future__ import annotations
@@ -67,7 +68,9 @@ class Checked(NamedTuple):
         """Reason, samples and whole shards, most frequent first."""
         samples = Counter(found.reason for found in self.findings if found.sample >= 0)
         shards = Counter(found.reason for found in self.findings if found.sample < 0)
-        order = sorted({*samples, *shards}, key=lambda reason: (-samples[reason], -shards[reason], reason))
+        order = sorted(
+            {*samples, *shards}, key=lambda reason: (-samples[reason], -shards[reason], reason)
+        )
         return [(reason, samples[reason], shards[reason]) for reason in order]
 
     def bad(self, dataset: int) -> dict[int, set[int]]:
@@ -75,7 +78,11 @@ class Checked(NamedTuple):
         unread = {(row.task.dataset, row.task.shard) for row in self.unread}
         bad: dict[int, set[int]] = {}
         for found in self.findings:
-            if found.dataset == dataset and found.sample >= 0 and (dataset, found.shard) not in unread:
+            if (
+                found.dataset == dataset
+                and found.sample >= 0
+                and (dataset, found.shard) not in unread
+            ):
                 bad.setdefault(found.shard, set()).add(found.sample)
         return bad
 
@@ -100,7 +107,9 @@ def check(
         work: Where results are kept; empty checks all anew.
     """
     checker = _Checker(contents, tuple(caption_keys))
-    visits = Visits(label="checking", workers=workers, work=work, settings=repr(("check", 2, checker)))
+    visits = Visits(
+        label="checking", workers=workers, work=work, settings=repr(("check", 2, checker))
+    )
     findings, unread, samples, shards = list[Finding](), list[Unread](), 0, 0
     for task, result in visits.each(tasks_of(manifests, part), checker):
         samples, shards = samples + task.num_samples, shards + 1
@@ -110,7 +119,9 @@ def check(
         else:
             rows = json.loads(result)
         for number, key, reason, detail in rows:
-            findings.append(Finding(task.dataset, task.shard, number, task.entry.name, key, reason, detail))
+            findings.append(
+                Finding(task.dataset, task.shard, number, task.entry.name, key, reason, detail)
+            )
     return Checked(samples, shards, findings, unread)
 
 
@@ -162,9 +173,19 @@ class _Checker:
         for piece in _pieces(shard, position, shard.size):
             sha256.update(piece)
         if shard.size != entry.bytes:
-            yield -1, "", "length", f"it has {shard.size} bytes, but its manifest expects {entry.bytes}"
+            yield (
+                -1,
+                "",
+                "length",
+                f"it has {shard.size} bytes, but its manifest expects {entry.bytes}",
+            )
         elif sha256.hexdigest() != entry.sha256:
-            yield -1, "", "sha256", f"its SHA-256 is {sha256.hexdigest()}, but its manifest expects {entry.sha256}"
+            yield (
+                -1,
+                "",
+                "sha256",
+                f"its SHA-256 is {sha256.hexdigest()}, but its manifest expects {entry.sha256}",
+            )
 
     def _sample(
         self, shard: OpenShard, number: int, found: int, crc: int, extent: bytes
@@ -179,14 +200,19 @@ class _Checker:
             return "oversize", f"{expected_bytes} bytes, more than {MAX_SAMPLE_BYTES}"
         if not self.contents:
             return None
-        members = {m.extension: extent[m.start : m.start + m.size] for m in shard.index.members(number)}
+        members = {
+            m.extension: extent[m.start : m.start + m.size] for m in shard.index.members(number)
+        }
         return self._contents(RawSample(shard.task.entry.name, shard.index.key(number), members))
 
     def _contents(self, raw: RawSample) -> tuple[str, str] | None:
         try:
             decode(picture_of(raw))
             if not any(all_captions(raw, self.caption_keys)):
-                return "no-caption", f"none under {', '.join(self.caption_keys)}; it has {', '.join(raw.members)}"
+                return (
+                    "no-caption",
+                    f"none under {', '.join(self.caption_keys)}; it has {', '.join(raw.members)}",
+                )
         except DataError as error:
             return error.slug or "bad-text", str(error)
         return None

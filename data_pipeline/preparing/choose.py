@@ -42,8 +42,11 @@ def choose_samples(manifests: Sequence[Manifest], choice: Choice) -> list[ShardT
     if choice.index is not None:
         return _at(tasks, choice.index)
     if choice.random:
-        one = [replace(manifest, shards=(manifest.shards[task.shard],)) for task in tasks
-               for manifest in [manifests[task.dataset]]]
+        one = [
+            replace(manifest, shards=(manifest.shards[task.shard],))
+            for task in tasks
+            for manifest in [manifests[task.dataset]]
+        ]
         return draw(one, choice.random, choice.seed)
     return _first(tasks, choice.count)
 
@@ -52,10 +55,15 @@ def _shards(manifests: Sequence[Manifest], wanted: str) -> list[ShardTask]:
     tasks = tasks_of(manifests)
     if not wanted:
         return tasks
-    found = [task for number, task in enumerate(tasks)
-             if wanted in (task.entry.name, task.entry.name.rpartition("/")[2], str(number))]
+    found = [
+        task
+        for number, task in enumerate(tasks)
+        if wanted in (task.entry.name, task.entry.name.rpartition("/")[2], str(number))
+    ]
     if not found:
-        raise ConfigError(f"there is no shard {wanted!r}; there are {len(tasks)}, the first is {tasks[0].entry.name}")
+        raise ConfigError(
+            f"there is no shard {wanted!r}; there are {len(tasks)}, the first is {tasks[0].entry.name}"
+        )
     return found
 
 
@@ -73,7 +81,9 @@ def _at(tasks: Sequence[ShardTask], index: int) -> list[ShardTask]:
         if 0 <= left < task.entry.samples:
             return [task._replace(samples=(left,))]
         left -= task.entry.samples
-    raise ConfigError(f"--index {index}: there are {sum(task.entry.samples for task in tasks):,} samples")
+    raise ConfigError(
+        f"--index {index}: there are {sum(task.entry.samples for task in tasks):,} samples"
+    )
 
 
 def _first(tasks: Sequence[ShardTask], count: int) -> list[ShardTask]:

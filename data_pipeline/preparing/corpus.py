@@ -21,7 +21,12 @@ _NAMED_PROBLEMS = 10
 
 
 def captions_of(
-    manifests: Sequence[Manifest], keys: Sequence[str], *, samples: int = 0, seed: int = 0, workers: int = 0
+    manifests: Sequence[Manifest],
+    keys: Sequence[str],
+    *,
+    samples: int = 0,
+    seed: int = 0,
+    workers: int = 0,
 ) -> Iterator[str]:
     """Every caption of every sample, clean, in the order of the shards.
 
@@ -42,15 +47,25 @@ def captions_of(
         check_key(key)
     problems, total = 0, 0
     tasks = draw(manifests, samples, seed)
-    for task, result in Visits(label="reading captions", workers=workers).each(tasks, _Captions(tuple(keys))):
+    for task, result in Visits(label="reading captions", workers=workers).each(
+        tasks, _Captions(tuple(keys))
+    ):
         if isinstance(result, Unread):
-            raise DataError(f"shard {task.entry.name} cannot be had ({result.reason}): {result.detail}")
+            raise DataError(
+                f"shard {task.entry.name} cannot be had ({result.reason}): {result.detail}"
+            )
         found = json.loads(result)
         total += task.num_samples
         for key, slug, detail in found["bad"]:
             problems += 1
             if problems <= _NAMED_PROBLEMS:
-                logger.warning("left out %s of %s: %s: %s", harmless(key), task.entry.name, slug, harmless(detail))
+                logger.warning(
+                    "left out %s of %s: %s: %s",
+                    harmless(key),
+                    task.entry.name,
+                    slug,
+                    harmless(detail),
+                )
         yield from found["captions"]
     if problems:
         logger.warning("%d of %d samples were damaged and left out", problems, total)
@@ -70,7 +85,9 @@ class _Captions:
                 try:
                     if isinstance(raw, DataError):
                         raise raw
-                    captions += [caption for found in all_captions(raw, self.keys) for caption in found]
+                    captions += [
+                        caption for found in all_captions(raw, self.keys) for caption in found
+                    ]
                 except DataError as error:
                     bad.append((shard.index.key(number), error.slug, str(error)))
         return json.dumps({"captions": captions, "bad": bad}).encode()

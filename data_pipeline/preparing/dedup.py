@@ -1,7 +1,9 @@
-"""Finds samples that come more than once: the same file, nearly the same picture, or the same caption.
+"""Finds samples that come more than once: the same file, nearly the same picture, or the same
+caption.
 
-Of each group the first sample is kept, in the order of the datasets; whoever is dropped is like somebody who
-is kept. Samples of datasets to compare *against* (held-out sets) come first and are never dropped.
+Of each group the first sample is kept, in the order of the datasets; whoever is dropped is like
+somebody who is kept. Samples of datasets to compare *against* (held-out sets) come first and are
+never dropped.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from data_pipeline.preparing.near import MAX_DISTANCE, leaders, near_pairs
 
 Kind = Literal["exact", "near", "caption", "pair"]
 KINDS: tuple[Kind, ...] = ("exact", "near", "caption", "pair")
-"""The same picture file; that or one that looks nearly the same; the same caption; near *and* the same caption."""
+"""The same picture file; that or one that looks nearly the same; the same caption; near *and* the
+same caption."""
 
 
 class Where(NamedTuple):
@@ -47,7 +50,10 @@ class Groups:
         groups: dict[int, list[int]] = {}
         for row in self.dropped.tolist():
             groups.setdefault(int(self.leader[row]), []).append(row)
-        return sorted(([kept, *rows] for kept, rows in groups.items()), key=lambda group: (-len(group), group[0]))
+        return sorted(
+            ([kept, *rows] for kept, rows in groups.items()),
+            key=lambda group: (-len(group), group[0]),
+        )
 
 
 def find_groups(hashes: Hashes, kind: Kind, *, distance: int = 3, against: int = 0) -> Groups:

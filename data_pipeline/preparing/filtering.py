@@ -1,4 +1,5 @@
-"""Which samples training would leave out: the same filters, in the same order, without decoding a picture."""
+"""Which samples training would leave out: the same filters, in the same order, without decoding a
+picture."""
 
 from __future__ import annotations
 
@@ -70,7 +71,9 @@ def filter_samples(
     """
     compile_conditions(filters.require)  # so that a bad one is found now
     judge = _Judge(filters, tuple(caption_keys), limits or LimitConfig())
-    visits = Visits(label="filtering", workers=workers, work=work, settings=repr(("filter", 2, judge)))
+    visits = Visits(
+        label="filtering", workers=workers, work=work, settings=repr(("filter", 2, judge))
+    )
     done = Filtered(0, Counter(), {}, [{} for _ in manifests], [])
     samples = 0
     for task, result in visits.each(tasks_of(manifests, part), judge):
@@ -85,8 +88,11 @@ def filter_samples(
     return done._replace(samples=samples)
 
 
-def filters_in(mapping: Mapping[str, Any], source: str) -> tuple[FilterConfig, tuple[str, ...] | None]:
-    """The filters of a settings file: a run's (`data: {filters: ...}`), `filters: ...`, or only the settings.
+def filters_in(
+    mapping: Mapping[str, Any], source: str
+) -> tuple[FilterConfig, tuple[str, ...] | None]:
+    """The filters of a settings file: a run's (`data: {filters: ...}`), `filters: ...`, or only the
+    settings.
 
     Returns:
         The filters, and `data.caption_keys` if the file has them.
@@ -100,8 +106,12 @@ def filters_in(mapping: Mapping[str, Any], source: str) -> tuple[FilterConfig, t
     keys = section.get("caption_keys")
     found = section.get("filters", {} if "data" in mapping else section)
     if not isinstance(found, Mapping) or not found:
-        raise ConfigError(f"{source} has no filters; write them under `filters:`, such as `min_side: 64`")
-    return from_mapping(FilterConfig, found, source=source), tuple(map(str, keys)) if isinstance(keys, list) else None
+        raise ConfigError(
+            f"{source} has no filters; write them under `filters:`, such as `min_side: 64`"
+        )
+    return from_mapping(FilterConfig, found, source=source), tuple(map(str, keys)) if isinstance(
+        keys, list
+    ) else None
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,9 @@ def hash_samples(
         work: Where results are kept.
     """
     hasher = _Hasher(tuple(caption_keys))
-    visits = Visits(label="hashing", workers=workers, work=work, settings=repr(("hashes", 2, hasher)))
+    visits = Visits(
+        label="hashing", workers=workers, work=work, settings=repr(("hashes", 2, hasher))
+    )
     rows, unread = [np.empty((0, 7), np.uint64)], list[Unread]()
     for task, result in visits.each(tasks_of(manifests, part), hasher):
         if isinstance(result, Unread):
@@ -76,15 +78,25 @@ def hash_samples(
             continue
         table = np.frombuffer(result, "<u8").reshape(-1, 4)
         if len(table) != task.num_samples:
-            raise DataError(f"a result of {task.entry.name} in {work} is damaged; remove it, or take another --work")
+            raise DataError(
+                f"a result of {task.entry.name} in {work} is damaged; remove it, or take another --work"
+            )
         where = np.empty((len(table), 3), np.uint64)
         where[:] = (task.dataset, task.shard, 0)
         where[:, 2] = np.arange(len(table))
         rows.append(np.hstack([where, table]))
     columns = np.concatenate(rows).T
     dataset, shard, sample = (column.astype(np.int64) for column in columns[:3])
-    return Hashes(dataset=dataset, shard=shard, sample=sample, contents=columns[3].copy(), looks=columns[4].copy(),
-                  caption=columns[5].copy(), flags=columns[6].copy(), unread=unread)
+    return Hashes(
+        dataset=dataset,
+        shard=shard,
+        sample=sample,
+        contents=columns[3].copy(),
+        looks=columns[4].copy(),
+        caption=columns[5].copy(),
+        flags=columns[6].copy(),
+        unread=unread,
+    )
 
 
 @dataclass(frozen=True)
@@ -118,4 +130,9 @@ class _Hasher:
             caption = first_caption(raw, self.caption_keys)
         except DataError:
             caption = None
-        return contents, looks or 0, caption_hash(caption) if caption else 0, flags | (HAS_CAPTION if caption else 0)
+        return (
+            contents,
+            looks or 0,
+            caption_hash(caption) if caption else 0,
+            flags | (HAS_CAPTION if caption else 0),
+        )

@@ -1,7 +1,7 @@
 """Which 64-bit hashes differ in a few bits only, without comparing each with each.
 
-If two hashes differ in at most d bits and are cut into d + 1 bands, at least one band is equal in both. So
-hashes are sorted by each band in turn, and only those that share it are compared.
+If two hashes differ in at most d bits and are cut into d + 1 bands, at least one band is equal in
+both. So hashes are sorted by each band in turn, and only those that share it are compared.
 """
 
 from __future__ import annotations
@@ -66,10 +66,11 @@ def _within(hashes: np.ndarray, places: np.ndarray, distance: int) -> list[np.nd
 
 
 def leaders(count: int, pairs: np.ndarray, free: np.ndarray) -> np.ndarray:
-    """Who is kept, and for whom the others go: each in order is kept unless an earlier kept one is near.
+    """Who is kept, and for whom the others go: each in order is kept unless an earlier kept one is
+    near.
 
-    So everything dropped is near to something kept; chains of small differences do not join what is far
-    apart.
+    So everything dropped is near to something kept; chains of small differences do not join what is
+    far apart.
 
     Args:
         count: How many there are.

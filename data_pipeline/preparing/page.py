@@ -1,7 +1,7 @@
 """One self-contained HTML page to look at: tables, histograms as inline SVG, pictures as data URIs.
 
-No script and nothing from elsewhere: the page opens from a disk, by mail, behind a firewall. All text is
-escaped, as captions come from strangers; a policy in the head forbids scripts in any case.
+No script and nothing from elsewhere: the page opens from a disk, by mail, behind a firewall. All
+text is escaped, as captions come from strangers; a policy in the head forbids scripts in any case.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ def page(title: str, parts: Sequence[str]) -> bytes:
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escaped(title)}</title>'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}"><style>{_STYLE}</style></head>'
     )
-    return f"{head}<body><h1>{escaped(title)}</h1>\n{chr(10).join(parts)}\n</body></html>\n".encode()
+    return (
+        f"{head}<body><h1>{escaped(title)}</h1>\n{chr(10).join(parts)}\n</body></html>\n".encode()
+    )
 
 
 def escaped(text: str) -> str:
@@ -53,6 +55,7 @@ def paragraph(text: str) -> str:
 
 def html_table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A table; whole numbers get thousands separators."""
+
     def cells(row: Sequence[object], tag: str) -> str:
         texts = (f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row)
         return "<tr>" + "".join(f"<{tag}>{escaped(text)}</{tag}>" for text in texts) + "</tr>"
@@ -67,9 +70,13 @@ def row_of(parts: Sequence[str]) -> str:
 
 def card(picture_uri: str, key: str, text: str) -> str:
     """A picture with its key and caption; an empty address shows that there is none."""
-    image = f'<img src="{html.escape(picture_uri)}" alt="">' if picture_uri else "<em>no picture</em>"
-    return (f'<figure class="card">{image}<figcaption>{escaped(shortened(text, 300))}<br>'
-            f'<span class="key">{escaped(key)}</span></figcaption></figure>')
+    image = (
+        f'<img src="{html.escape(picture_uri)}" alt="">' if picture_uri else "<em>no picture</em>"
+    )
+    return (
+        f'<figure class="card">{image}<figcaption>{escaped(shortened(text, 300))}<br>'
+        f'<span class="key">{escaped(key)}</span></figcaption></figure>'
+    )
 
 
 def histogram(title: str, values: np.ndarray, unit: str = "", *, bins: int = 30) -> str:
@@ -82,15 +89,19 @@ def histogram(title: str, values: np.ndarray, unit: str = "", *, bins: int = 30)
     rects = "".join(
         f'<rect x="{number * step:.1f}" y="{base - 90 * count / top:.1f}" width="{max(1.0, step - 1):.1f}" '
         f'height="{90 * count / top:.1f}" fill="#4878a8"><title>{_number(edges[number])} to '
-        f'{_number(edges[number + 1])}: {int(count):,}</title></rect>'
+        f"{_number(edges[number + 1])}: {int(count):,}</title></rect>"
         for number, count in enumerate(counts)
-    )  # fmt: skip
+    )
     middle = float(np.median(values))
-    axis = (f'<text x="0" y="115">{_number(edges[0])}</text><text x="{width / 2}" y="115" text-anchor="middle">'
-            f'median {_number(middle)} {escaped(unit)}</text><text x="{width}" y="115" text-anchor="end">'
-            f'{_number(edges[-1])}</text>')
-    return (f'<figure><figcaption>{escaped(title)}</figcaption><svg width="{width}" height="{height}" '
-            f'viewBox="0 0 {width} {height}" role="img">{rects}{axis}</svg></figure>')
+    axis = (
+        f'<text x="0" y="115">{_number(edges[0])}</text><text x="{width / 2}" y="115" text-anchor="middle">'
+        f'median {_number(middle)} {escaped(unit)}</text><text x="{width}" y="115" text-anchor="end">'
+        f"{_number(edges[-1])}</text>"
+    )
+    return (
+        f'<figure><figcaption>{escaped(title)}</figcaption><svg width="{width}" height="{height}" '
+        f'viewBox="0 0 {width} {height}" role="img">{rects}{axis}</svg></figure>'
+    )
 
 
 def bars(values: np.ndarray, bins: int) -> tuple[np.ndarray, np.ndarray]:

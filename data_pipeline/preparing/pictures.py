@@ -1,4 +1,5 @@
-"""What can be said of a picture without looking at all of it: its kind, and small copies to show."""
+"""What can be said of a picture without looking at all of it: its kind, and small copies to
+show."""
 
 from __future__ import annotations
 
@@ -11,13 +12,18 @@ from data_pipeline.content.images import decode
 from data_pipeline.content.transforms import composite
 
 _BEGINNINGS = (
-    (b"\xff\xd8\xff", "jpg"), (b"\x89PNG\r\n\x1a\n", "png"), (b"GIF8", "gif"), (b"II*\0", "tif"), (b"MM\0*", "tif"),
+    (b"\xff\xd8\xff", "jpg"),
+    (b"\x89PNG\r\n\x1a\n", "png"),
+    (b"GIF8", "gif"),
+    (b"II*\0", "tif"),
+    (b"MM\0*", "tif"),
     (b"BM", "bmp"),
-)  # fmt: skip
+)
 
 
 def format_of(data: bytes) -> str:
-    """`jpg`, `png`, `webp`, `gif`, `tif` or `bmp` by the file's first bytes; empty for anything else."""
+    """`jpg`, `png`, `webp`, `gif`, `tif` or `bmp` by the file's first bytes; empty for anything
+    else."""
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "webp"
     return next((kind for beginning, kind in _BEGINNINGS if data.startswith(beginning)), "")
@@ -42,5 +48,7 @@ def thumbnail(data: bytes, side: int) -> np.ndarray:
 
 def data_uri(pixels: np.ndarray) -> str:
     """A picture as part of a page: `data:image/jpeg;base64,...`."""
-    coded = cv2.imencode(".jpg", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 82])[1]
+    coded = cv2.imencode(
+        ".jpg", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 82]
+    )[1]
     return "data:image/jpeg;base64," + base64.b64encode(coded.tobytes()).decode()

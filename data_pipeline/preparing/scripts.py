@@ -11,11 +11,20 @@ from functools import cache
 
 _FIRST_CHARACTERS = 1000
 _NAMES = {"CJK": "Han", "KANGXI": "Han"}
-_FORMS = ("FULLWIDTH", "HALFWIDTH", "MODIFIER", "SUBSCRIPT", "SUPERSCRIPT", "MATHEMATICAL", "DOUBLE-STRUCK")
+_FORMS = (
+    "FULLWIDTH",
+    "HALFWIDTH",
+    "MODIFIER",
+    "SUBSCRIPT",
+    "SUPERSCRIPT",
+    "MATHEMATICAL",
+    "DOUBLE-STRUCK",
+)
 
 
 def script_of(text: str) -> str:
-    """The script of most letters: `Latin`, `Han`, `Cyrillic`, ...; `Japanese` for kana with or without Han.
+    """The script of most letters: `Latin`, `Han`, `Cyrillic`, ...; `Japanese` for kana with or
+    without Han.
 
     `none` if there is no letter.
     """

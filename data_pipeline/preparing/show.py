@@ -44,7 +44,9 @@ def read_places(
     chosen: dict[tuple[int, int], list[int]] = {}
     for dataset, shard, number in places:
         chosen.setdefault((dataset, shard), []).append(number)
-    found = read_samples(pick(manifests, {where: sorted(set(numbers)) for where, numbers in chosen.items()}))
+    found = read_samples(
+        pick(manifests, {where: sorted(set(numbers)) for where, numbers in chosen.items()})
+    )
     return {(task.dataset, task.shard, number): raw for task, number, raw in found}
 
 
@@ -63,23 +65,39 @@ def sample_text(raw: RawSample | DataError, caption_keys: Sequence[str], where: 
     """A sample as lines of text."""
     if isinstance(raw, DataError):
         return f"{harmless(where)}\n  {raw.slug}: {harmless(str(raw))}"
-    members = ", ".join(f".{harmless(extension)} {bytes_text(len(data))}" for extension, data in raw.members.items())
-    lines = [f"{harmless(where)}  {harmless(raw.key)}", f"  files    {members}", f"  picture  {_picture_text(raw)}"]
+    members = ", ".join(
+        f".{harmless(extension)} {bytes_text(len(data))}" for extension, data in raw.members.items()
+    )
+    lines = [
+        f"{harmless(where)}  {harmless(raw.key)}",
+        f"  files    {members}",
+        f"  picture  {_picture_text(raw)}",
+    ]
     for key in caption_keys:
         try:
-            lines += [f"  {key:7}  {shortened(harmless(caption), _MAX_TEXT)}" for caption in find(raw.members, key)]
+            lines += [
+                f"  {key:7}  {shortened(harmless(caption), _MAX_TEXT)}"
+                for caption in find(raw.members, key)
+            ]
         except DataError as error:
             lines.append(f"  {key:7}  {error.slug}: {harmless(str(error))}")
     if "json" in raw.members:
-        lines += [f"  {'json' if not number else '':7}  {line}" for number, line in enumerate(_json_lines(raw))]
+        lines += [
+            f"  {'json' if not number else '':7}  {line}"
+            for number, line in enumerate(_json_lines(raw))
+        ]
     return "\n".join(lines)
 
 
-def contact_sheet(samples: Sequence[tuple[str, RawSample | DataError]], caption_keys: Sequence[str]) -> Image.Image:
+def contact_sheet(
+    samples: Sequence[tuple[str, RawSample | DataError]], caption_keys: Sequence[str]
+) -> Image.Image:
     """Pictures in rows with the beginnings of their captions; for other alphabets make a page."""
     columns = min(len(samples), max(1, round(len(samples) ** 0.5 * 1.3)))
     width, height = _SIDE + 10, _SIDE + 44
-    sheet = Image.new("RGB", (columns * width + 10, -(-len(samples) // columns) * height + 10), "white")
+    sheet = Image.new(
+        "RGB", (columns * width + 10, -(-len(samples) // columns) * height + 10), "white"
+    )
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
     for place, (where, raw) in enumerate(samples):
         x, y = 10 + place % columns * width, 10 + place // columns * height
@@ -97,7 +115,9 @@ def contact_sheet(samples: Sequence[tuple[str, RawSample | DataError]], caption_
     return sheet
 
 
-def _wrapped(text: str, draw: ImageDraw.ImageDraw, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> list[str]:
+def _wrapped(
+    text: str, draw: ImageDraw.ImageDraw, font: ImageFont.ImageFont | ImageFont.FreeTypeFont
+) -> list[str]:
     """At most three lines of a thumbnail's width."""
     lines = [""]
     for word in text[:200].split():
@@ -134,4 +154,3 @@ def _json_lines(raw: RawSample) -> list[str]:
     except (ValueError, RecursionError):
         text = data[:_MAX_TEXT].decode("utf-8", "backslashreplace")
     return harmless(shortened(text, _MAX_TEXT), lines=True).split("\n")
-

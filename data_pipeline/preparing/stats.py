@@ -1,7 +1,8 @@
-"""What datasets are made of: sizes, shapes and kinds of pictures, lengths and scripts of captions, repeats.
+"""What datasets are made of: sizes, shapes and kinds of pictures, lengths and scripts of captions,
+repeats.
 
-Numbers of samples and bytes come from the manifests and are exact. The rest is measured on samples drawn at
-random, unless all are asked for; repeats among a drawn few are far fewer than among all.
+Numbers of samples and bytes come from the manifests and are exact. The rest is measured on samples
+drawn at random, unless all are asked for; repeats among a drawn few are far fewer than among all.
 """
 
 from __future__ import annotations
@@ -83,7 +84,9 @@ class Stats:
         """All figures."""
         return {
             "looked_at": self.looked_at,
-            "quantities": {name: _figures(values) for name, values in self.quantities(keys).items()},
+            "quantities": {
+                name: _figures(values) for name, values in self.quantities(keys).items()
+            },
             "formats": dict(Counter(self.formats).most_common()),
             "scripts": dict(Counter(self.scripts).most_common()),
             "repeats": self.repeats(),
@@ -180,10 +183,14 @@ class _Meter:
         stats.heights.append(header.height)
         stats.formats.append(format_of(data))
         stats.picture_bytes.append(len(data))
-        stats.pictures.append(int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little"))
+        stats.pictures.append(
+            int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+        )
         stats.captions_per_key.append([len(found) for found in captions])
         texts = [caption for found in captions for caption in found]
         stats.chars += map(len, texts)
-        stats.tokens += [len(tokenizer.encode(text, _LONGEST)) if tokenizer else -1 for text in texts]
+        stats.tokens += [
+            len(tokenizer.encode(text, _LONGEST)) if tokenizer else -1 for text in texts
+        ]
         stats.scripts += map(script_of, texts)
         stats.captions += [clean_hash(text) for text in texts[:1]]

@@ -6,17 +6,23 @@ from collections.abc import Sequence
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[object]], *, left: int = 1) -> str:
-    """Rows in columns; the first `left` columns begin at the left, the others (numbers) end at the right.
+    """Rows in columns; the first `left` columns begin at the left, the others (numbers) end at the
+    right.
 
     Whole numbers get thousands separators.
     """
-    cells = [[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row] for row in (headings, *rows)]
+    cells = [
+        [f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row]
+        for row in (headings, *rows)
+    ]
     widths = [max(len(row[column]) for row in cells) for column in range(len(headings))]
     lines = [
-        "  ".join(text.ljust(width) if column < left else text.rjust(width)
-                  for column, (text, width) in enumerate(zip(row, widths, strict=True))).rstrip()
+        "  ".join(
+            text.ljust(width) if column < left else text.rjust(width)
+            for column, (text, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
         for row in cells
-    ]  # fmt: skip
+    ]
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 

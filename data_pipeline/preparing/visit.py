@@ -1,12 +1,12 @@
 """Going through datasets shard by shard, in several processes, with results that outlive a restart.
 
-A visit makes one small result file a shard (`bytes`, of whatever kind the visitor likes). With a work
-folder the results are kept there, so that work can be divided over the tasks of a job array and goes on
-where it was stopped: a shard whose result is there is not read again. The last call, without a part,
-finds most results made and puts them together.
+A visit makes one small result file a shard (`bytes`, of whatever kind the visitor likes). With a
+work folder the results are kept there, so that work can be divided over the tasks of a job array
+and goes on where it was stopped: a shard whose result is there is not read again. The last call,
+without a part, finds most results made and puts them together.
 
-A shard that cannot be had now is not a damaged one: it has no result, nothing of it is kept, and the next call
-asks for it again.
+A shard that cannot be had now is not a damaged one: it has no result, nothing of it is kept, and
+the next call asks for it again.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ class ShardTask(NamedTuple):
 
 
 class UnreadError(DataError):
-    """A shard or its index cannot be had: the store or the file server is away, refuses, or does not have it.
+    """A shard or its index cannot be had: the store or the file server is away, refuses, or does
+    not have it.
 
     That may be otherwise tomorrow, so nothing that lasts may follow from it.
     """
@@ -82,11 +83,13 @@ class Unread(NamedTuple):
 
 
 Visitor = Callable[[ShardTask], bytes]
-"""Makes the result of one shard, or lets `UnreadError` pass; must be something that can be sent to a process."""
+"""Makes the result of one shard, or lets `UnreadError` pass; must be something that can be sent to
+a process."""
 
 
 def open_datasets(addresses: Sequence[str]) -> list[Manifest]:
-    """The manifests of datasets: folders or `manifest.json` files, local or in a store, with braces.
+    """The manifests of datasets: folders or `manifest.json` files, local or in a store, with
+    braces.
 
     Raises:
         DataError: One has no manifest.
@@ -129,9 +132,12 @@ class Visits:
     work: str = ""
     """Folder for results, local or in a store; empty keeps none."""
     settings: str = ""
-    """Everything on which a result depends beside the shard; results of other settings are not used."""
+    """Everything on which a result depends beside the shard; results of other settings are not
+    used."""
 
-    def each(self, tasks: Sequence[ShardTask], visitor: Visitor) -> Iterator[tuple[ShardTask, bytes | Unread]]:
+    def each(
+        self, tasks: Sequence[ShardTask], visitor: Visitor
+    ) -> Iterator[tuple[ShardTask, bytes | Unread]]:
         """Every task with its result, in order; shards that cannot be had do not end the visit."""
         kept = _Kept(visitor, self.work, hashlib.sha256(self.settings.encode()).hexdigest()[:16])
         with Progress(self.label, sum(task.num_samples for task in tasks), "samples") as progress:
@@ -153,7 +159,9 @@ class _Kept:
         if not self.work:
             return self._visited(task)
         # By contents, not by name: a shard that is written anew is visited anew.
-        which = hashlib.sha256(repr((task.entry.sha256, task.entry.name, task.samples)).encode()).hexdigest()[:32]
+        which = hashlib.sha256(
+            repr((task.entry.sha256, task.entry.name, task.samples)).encode()
+        ).hexdigest()[:32]
         url = storage.join(self.work, f"{self.settings}/{which}")
         if storage.exists(url):
             return storage.read_bytes(url)
@@ -172,7 +180,9 @@ class _Kept:
 class OpenShard:
     """A shard that is being visited: its index, and its samples by number."""
 
-    def __init__(self, task: ShardTask, index: ShardIndex, size: int, pread: Callable[[int, int], bytes]) -> None:
+    def __init__(
+        self, task: ShardTask, index: ShardIndex, size: int, pread: Callable[[int, int], bytes]
+    ) -> None:
         self.task, self.index = task, index
         self.size = size
         """Bytes of the shard as it is."""
@@ -202,13 +212,19 @@ class OpenShard:
         """
         offset, count = int(self.index.offsets[number]), int(self.index.extents[number])
         if count > MAX_SAMPLE_BYTES:
-            raise DataError(f"the sample has {count} bytes, more than {MAX_SAMPLE_BYTES}", slug="oversize")
+            raise DataError(
+                f"the sample has {count} bytes, more than {MAX_SAMPLE_BYTES}", slug="oversize"
+            )
         extent = self.pread(count, offset)
         if len(extent) < count:
             raise DataError(f"{len(extent)} of {count} bytes at byte {offset}", slug="truncated")
         if zlib.crc32(extent) != int(self.index.crc32[number]):
-            raise DataError(f"the bytes at {offset} have another CRC-32 than the index", slug="crc-mismatch")
-        members = {m.extension: extent[m.start : m.start + m.size] for m in self.index.members(number)}
+            raise DataError(
+                f"the bytes at {offset} have another CRC-32 than the index", slug="crc-mismatch"
+            )
+        members = {
+            m.extension: extent[m.start : m.start + m.size] for m in self.index.members(number)
+        }
         return RawSample(self.task.entry.name, self.index.key(number), members)
 
     def _read_or_error(self, number: int) -> RawSample | DataError:
@@ -224,11 +240,12 @@ class OpenShard:
 def opened(task: ShardTask) -> Iterator[OpenShard]:
     """The shard of a task.
 
-    Of a store, a whole shard is copied and the copy is gone afterwards; of some samples only their bytes
-    are asked for.
+    Of a store, a whole shard is copied and the copy is gone afterwards; of some samples only their
+    bytes are asked for.
 
     Raises:
-        UnreadError: The index cannot be had (slug `bad-index`), the shard is missing (`missing-shard`) or cannot
+        UnreadError: The index cannot be had (slug `bad-index`), the shard is missing
+        (`missing-shard`) or cannot
             be had (`unreachable`).
         DataError: The index is damaged (slug `bad-index`).
     """
@@ -282,7 +299,9 @@ def _pread(fd: int, count: int, offset: int) -> bytes:
         try:
             piece = os.pread(fd, count, offset)
         except OSError as error:
-            raise UnreadError(f"cannot read {count} bytes at {offset}: {error.strerror}", slug="unreachable") from error
+            raise UnreadError(
+                f"cannot read {count} bytes at {offset}: {error.strerror}", slug="unreachable"
+            ) from error
         if not piece:
             break
         pieces.append(piece)
@@ -293,14 +312,18 @@ def _pread(fd: int, count: int, offset: int) -> bytes:
 def _read_range(url: str, size: int, count: int, offset: int) -> bytes:
     with _named_trouble():
         try:
-            return object_store.read_range(url, offset, offset + count, timeout_seconds=_SECONDS, size=size)
+            return object_store.read_range(
+                url, offset, offset + count, timeout_seconds=_SECONDS, size=size
+            )
         except StorageError as error:
             if error.kind == Kind.CHANGED:  # it has another length than its manifest says
                 raise DataError(str(error), slug="truncated") from error
             raise
 
 
-def pick(manifests: Sequence[Manifest], chosen: Mapping[tuple[int, int], Sequence[int]]) -> list[ShardTask]:
+def pick(
+    manifests: Sequence[Manifest], chosen: Mapping[tuple[int, int], Sequence[int]]
+) -> list[ShardTask]:
     """Tasks for some samples: their numbers by (dataset, shard)."""
     tasks = {(task.dataset, task.shard): task for task in tasks_of(manifests)}
     return [tasks[where]._replace(samples=tuple(sorted(chosen[where]))) for where in sorted(chosen)]
@@ -317,8 +340,9 @@ def draw(manifests: Sequence[Manifest], count: int, seed: int) -> list[ShardTask
     pieces = np.split(numbers, np.searchsorted(numbers, starts[1:-1]))
     return [
         task._replace(samples=tuple((piece - start).tolist()))
-        for task, piece, start in zip(tasks, pieces, starts, strict=False) if len(piece)
-    ]  # fmt: skip
+        for task, piece, start in zip(tasks, pieces, starts, strict=False)
+        if len(piece)
+    ]
 
 
 def need_work_for(part: Part, work: str, option: str = "--work") -> None:
@@ -328,4 +352,6 @@ def need_work_for(part: Part, work: str, option: str = "--work") -> None:
         ConfigError: They are not.
     """
     if part != WHOLE and not work:
-        raise ConfigError(f"--part needs {option} FOLDER, seen by all tasks, where the results are kept")
+        raise ConfigError(
+            f"--part needs {option} FOLDER, seen by all tasks, where the results are kept"
+        )

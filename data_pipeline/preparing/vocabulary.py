@@ -1,4 +1,5 @@
-"""What a tokenizer makes of captions: how many tokens they take, and how many bytes are spelt out."""
+"""What a tokenizer makes of captions: how many tokens they take, and how many bytes are spelt
+out."""
 
 from __future__ import annotations
 
@@ -33,14 +34,17 @@ class Encoded:
     """Different ids, without marks and bytes."""
 
     def text_lengths(self) -> list[tuple[float, int, int]]:
-        """For some shares of the captions: the longest of them, and the text length that holds it whole.
+        """For some shares of the captions: the longest of them, and the text length that holds it
+        whole.
 
         A text length is a multiple of 8, as batches are padded to such anyway.
         """
         ordered = np.sort(self.lengths)
         places = [min(len(ordered), int(np.ceil(share * len(ordered)))) - 1 for share in _COVERED]
-        return [(share, int(ordered[place]), -(-int(ordered[place]) // 8) * 8)
-                for share, place in zip(_COVERED, places, strict=True)]
+        return [
+            (share, int(ordered[place]), -(-int(ordered[place]) // 8) * 8)
+            for share, place in zip(_COVERED, places, strict=True)
+        ]
 
 
 def encode_all(tokenizer: Tokenizer, captions: Iterable[str]) -> Encoded:
@@ -58,9 +62,14 @@ def encode_all(tokenizer: Tokenizer, captions: Iterable[str]) -> Encoded:
     pieces = counts.copy()
     pieces[[START_ID, END_ID, UNK_ID, *bytes_of]] = 0
     return Encoded(
-        lengths=np.array(lengths, np.int64), words=words, characters=characters, tokens=int(counts.sum()),
-        byte_tokens=int(counts[bytes_of].sum()), unknown_tokens=int(counts[UNK_ID]), used=int((pieces > 0).sum()),
-    )  # fmt: skip
+        lengths=np.array(lengths, np.int64),
+        words=words,
+        characters=characters,
+        tokens=int(counts.sum()),
+        byte_tokens=int(counts[bytes_of].sum()),
+        unknown_tokens=int(counts[UNK_ID]),
+        used=int((pieces > 0).sum()),
+    )
 
 
 def byte_ids(tokenizer: Tokenizer) -> list[int]:
@@ -72,5 +81,10 @@ def byte_ids(tokenizer: Tokenizer) -> list[int]:
 def longest_pieces(tokenizer: Tokenizer, count: int) -> list[str]:
     """The longest pieces of text, longest first, with the blank at the head shown as `_`."""
     special = {0, 1, 2, 3, *byte_ids(tokenizer)}
-    pieces = (tokenizer.piece(token) for token in range(tokenizer.vocab_size) if token not in special)
-    return [piece.replace("\u2581", "_") for piece in sorted(pieces, key=lambda piece: (-len(piece), piece))[:count]]
+    pieces = (
+        tokenizer.piece(token) for token in range(tokenizer.vocab_size) if token not in special
+    )
+    return [
+        piece.replace("\u2581", "_")
+        for piece in sorted(pieces, key=lambda piece: (-len(piece), piece))[:count]
+    ]

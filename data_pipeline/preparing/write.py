@@ -1,10 +1,12 @@
-"""Writes shards from what an importer yields: balanced, reproducible, resumable, in several processes.
+"""Writes shards from what an importer yields: balanced, reproducible, resumable, in several
+processes.
 
-The source is read twice: to count (so that all shards get the same number of samples, give or take one),
-and to hand out the records of each shard. A shard's records, and nothing else, decide its bytes. What was
-written is noted in `OUT/.parts/`, with a fingerprint of the records: a later call skips those shards, unless
-a picture that could not be had is there now. So the tasks of a job array may write a share each, and a call
-without a share ends the work: it writes the manifest, and `left-out.jsonl` with all that became no sample.
+The source is read twice: to count (so that all shards get the same number of samples, give or take
+one), and to hand out the records of each shard. A shard's records, and nothing else, decide its
+bytes. What was written is noted in `OUT/.parts/`, with a fingerprint of the records: a later call
+skips those shards, unless a picture that could not be had is there now. So the tasks of a job array
+may write a share each, and a call without a share ends the work: it writes the manifest, and
+`left-out.jsonl` with all that became no sample.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ logger = logging.getLogger(__name__)
 PARTS_FOLDER = ".parts"
 LEFT_OUT_NAME = "left-out.jsonl"
 _MAY_COME_BACK = ("missing-picture", "unreadable")
-"""Pictures left out for these reasons are asked for again: a store or a file server may have been away."""
+"""Pictures left out for these reasons are asked for again: a store or a file server may have been
+away."""
 _FORMAT = 1
 """Raise it when the same records would become other bytes."""
 
@@ -128,8 +131,14 @@ def write_dataset(
         manifest = write_manifest(plan.out, entries, said)
         _write_report(plan.out, left_out)
         _warn_of_others(plan, {entry.name for entry in entries})
-    return Written(manifest, sum(e.samples for e in entries), sum(e.bytes for e in entries), len(entries), reused,
-                   left_out)
+    return Written(
+        manifest,
+        sum(e.samples for e in entries),
+        sum(e.bytes for e in entries),
+        len(entries),
+        reused,
+        left_out,
+    )
 
 
 def _count(source: Importer) -> tuple[int, list[LeftOut]]:
@@ -154,7 +163,9 @@ def _shard_sizes(total: int, wanted: int) -> Iterator[int]:
 def _shards(plan: WritePlan, sizes: list[int], part: Part) -> Iterator[ShardPlan]:
     """The shards of a share, with their records."""
     keys = Keys()
-    records = (row._replace(key=keys.make(row.key)) for row in plan.source() if isinstance(row, Record))
+    records = (
+        row._replace(key=keys.make(row.key)) for row in plan.source() if isinstance(row, Record)
+    )
     for number, size in enumerate(sizes):
         chosen = [record for _, record in zip(range(size), records, strict=False)]
         if number % part[1] == part[0]:
@@ -165,12 +176,20 @@ def _write(plan: WritePlan, shard: ShardPlan) -> _Result:
     """Write one shard, unless it is there."""
     fingerprint = _fingerprint(plan, shard)
     note = storage.join(plan.out, f"{PARTS_FOLDER}/{shard.name}.json")
-    if (found := _noted(note, fingerprint, plan.out)) and _is_still_left_out(plan, shard, found.left_out):
+    if (found := _noted(note, fingerprint, plan.out)) and _is_still_left_out(
+        plan, shard, found.left_out
+    ):
         return found
     left_out: list[LeftOut] = []
-    entry = put_shard(_kept(samples_of(shard.records, plan.source, check=plan.check), left_out), plan.out, shard.name)
+    entry = put_shard(
+        _kept(samples_of(shard.records, plan.source, check=plan.check), left_out),
+        plan.out,
+        shard.name,
+    )
     content = {"fingerprint": fingerprint, "entry": asdict(entry), "left_out": left_out}
-    storage.write_bytes(note, json.dumps(content, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+    storage.write_bytes(
+        note, json.dumps(content, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    )
     return _Result(entry, left_out, False)
 
 
@@ -194,7 +213,9 @@ def _kept(samples: Iterator[Sample | LeftOut], left_out: list[LeftOut]) -> Itera
 
 
 def _fingerprint(plan: WritePlan, shard: ShardPlan) -> str:
-    digest = hashlib.sha256(repr((_FORMAT, plan.check, plan.source)).encode("utf-8", "surrogatepass"))
+    digest = hashlib.sha256(
+        repr((_FORMAT, plan.check, plan.source)).encode("utf-8", "surrogatepass")
+    )
     for record in shard.records:
         digest.update(repr(record).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
@@ -214,7 +235,11 @@ def _noted(note: str, fingerprint: str, out: str) -> _Result | None:
             if not storage.exists(url) or (size is not None and storage.size(url) != size):
                 return None
         return _Result(entry, [LeftOut(*row) for row in found["left_out"]], True)
-    except (ValueError, KeyError, TypeError):  # a note of another version, or half of one: write again
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+    ):  # a note of another version, or half of one: write again
         return None
 
 
@@ -229,11 +254,19 @@ def _check_share(left_out: list[LeftOut], allowed: int, total: int, plan: WriteP
 def _warn_of_others(plan: WritePlan, written: set[str]) -> None:
     """Shards of an earlier, larger write would come back with the next `vlmoe data index`."""
     names = storage.list_names(plan.out)
-    others = [name for name in names if name.startswith(f"{plan.prefix}-") and name.endswith(".tar")
-              and name not in written]  # fmt: skip
+    others = [
+        name
+        for name in names
+        if name.startswith(f"{plan.prefix}-") and name.endswith(".tar") and name not in written
+    ]
     if others:
-        logger.warning("%s holds %d other shards, such as %s, which are not in its manifest; remove them if they are "
-                       "of an earlier write", storage.redact(plan.out), len(others), others[0])
+        logger.warning(
+            "%s holds %d other shards, such as %s, which are not in its manifest; remove them if they are "
+            "of an earlier write",
+            storage.redact(plan.out),
+            len(others),
+            others[0],
+        )
 
 
 def _examples(left_out: list[LeftOut]) -> str:

@@ -6,11 +6,12 @@
     FOLDER/slots/N                  locked by those who copy: so many copies at a time on a node
     FOLDER/bad/SHA                  a shard that could not be had, and why; believed for a while
 
-All locks are `flock`: the kernel frees those of a process that was killed. A copy gets its name when it is whole,
-so a half one is never taken for it; leftovers are removed when room is next made. Readers hold a shared lock on
-what they have open, so that copies in use are not removed; and if one is, its readers keep it until they close it.
-The copies unused longest go first (the time of modification is the time of last use). A full disk is taken as
-the limit. Nothing is forced to the disk: what a power failure leaves is noticed by the samples' checksums.
+All locks are `flock`: the kernel frees those of a process that was killed. A copy gets its name
+when it is whole, so a half one is never taken for it; leftovers are removed when room is next made.
+Readers hold a shared lock on what they have open, so that copies in use are not removed; and if one
+is, its readers keep it until they close it. The copies unused longest go first (the time of
+modification is the time of last use). A full disk is taken as the limit. Nothing is forced to the
+disk: what a power failure leaves is noticed by the samples' checksums.
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ class ShardCache:
         return self._shards / f"{entry.sha256[:32]}-{name.decode(errors='ignore')}"
 
     def open(self, entry: ShardEntry) -> int | None:
-        """A file descriptor of a shard's copy, which stays in the cache as long as it is open; None without one.
+        """A file descriptor of a shard's copy, which stays in the cache as long as it is open; None
+        without one.
 
         Raises:
             OSError: There are too many open files.
@@ -94,7 +96,9 @@ class ShardCache:
                     place.unlink(missing_ok=True)
                 continue
             with contextlib.suppress(OSError):  # without locks it can be read all the same
-                _try_lock(fd, fcntl.LOCK_SH)  # if it is being removed this moment, it is still whole for us
+                _try_lock(
+                    fd, fcntl.LOCK_SH
+                )  # if it is being removed this moment, it is still whole for us
             touch(fd)
             return fd
         return None
@@ -151,7 +155,11 @@ class ShardCache:
                 raise
             if error.errno not in (errno.ENOSPC, errno.EDQUOT) and not self._told:
                 self._told = True
-                logger.warning("no shard can be copied into %s: %s; samples come without copies", self._shards, error)
+                logger.warning(
+                    "no shard can be copied into %s: %s; samples come without copies",
+                    self._shards,
+                    error,
+                )
             return Made.FULL
 
     def _reserve(self, entry: ShardEntry, keep: Collection[Path]) -> int | Made:
@@ -169,7 +177,9 @@ class ShardCache:
                     part.unlink(missing_ok=True)
                     os.close(fd)
                     return Made.HERE
-                if not _is_at(fd, part):  # given up by somebody since it was opened: no others see this file
+                if not _is_at(
+                    fd, part
+                ):  # given up by somebody since it was opened: no others see this file
                     os.close(fd)
                     return Made.BUSY
                 os.ftruncate(fd, 0)  # somebody who was killed may have left something
@@ -185,21 +195,35 @@ class ShardCache:
             return fd
 
     def _fill(
-        self, fd: int, entry: ShardEntry, url: str, timeout_seconds: float, request_seconds: float, cancel: Event | None
+        self,
+        fd: int,
+        entry: ShardEntry,
+        url: str,
+        timeout_seconds: float,
+        request_seconds: float,
+        cancel: Event | None,
     ) -> Made:
         part, path = self._part(entry), self.path(entry)
         try:
             for _ in range(COPY_TRIES):
                 found = object_store.fetch(
-                    url, fd, timeout_seconds=timeout_seconds, request_seconds=request_seconds, cancel=cancel
+                    url,
+                    fd,
+                    timeout_seconds=timeout_seconds,
+                    request_seconds=request_seconds,
+                    cancel=cancel,
                 )
                 if right := (found.size, found.sha256) == (entry.bytes, entry.sha256):
                     break
             if not right:
                 logger.warning(
                     "%s: %d bytes with SHA-256 %s, but its manifest expects %d and %s; samples are checked one by one",
-                    object_store.redact(url), found.size, found.sha256[:16], entry.bytes, entry.sha256[:16],
-                )  # fmt: skip
+                    object_store.redact(url),
+                    found.size,
+                    found.sha256[:16],
+                    entry.bytes,
+                    entry.sha256[:16],
+                )
             if not _is_at(fd, part):
                 return Made.BUSY  # somebody removed it, and there may be another one's by now
             os.rename(part, path if found.size == entry.bytes else f"{path}{_OTHER}")
@@ -212,7 +236,8 @@ class ShardCache:
         return Made.HERE
 
     def _make_room(self, wanted: int, keep: Collection[Path]) -> bool:
-        """Remove leftovers and what was unused longest until `wanted` bytes fit; whether they do."""
+        """Remove leftovers and what was unused longest until `wanted` bytes fit; whether they
+        do."""
         copies, taken = [], 0
         for found in os.scandir(self._shards):
             with contextlib.suppress(FileNotFoundError):

@@ -1,9 +1,10 @@
 """Copies the shards that come next into the node's cache, in a thread of its own.
 
-Every process of a node has such a thread and knows the same order; whoever is free takes the next shard that
-nobody else copies, and no more than `cache.COPIES_AT_ONCE` are copied at a time on a node. All shards of the window
-that is read are wanted, and `data.fetch_ahead` beyond it. What is wanted is never removed to make room: when the
-cache is full of it, the thread waits, and samples come by ranged requests.
+Every process of a node has such a thread and knows the same order; whoever is free takes the next
+shard that nobody else copies, and no more than `cache.COPIES_AT_ONCE` are copied at a time on a
+node. All shards of the window that is read are wanted, and `data.fetch_ahead` beyond it. What is
+wanted is never removed to make room: when the cache is full of it, the thread waits, and samples
+come by ranged requests.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ class FetchAhead:
 
         Args:
             store: Its shards, and its cache.
-            windows_from: Gives, for the number of a batch, lists of shards that are needed together, in the order
-                of need from that batch on; may be endless.
+            windows_from: Gives, for the number of a batch, lists of shards that are needed
+                together, in the order of need from that batch on; may be endless.
             number: The first batch.
         """
         self._store, self._windows_from = store, windows_from
@@ -58,7 +59,8 @@ class FetchAhead:
             self._thread.start()
 
     def reached(self, number: int) -> None:
-        """A batch is begun. What its number does not say is never guessed: small data comes again and again."""
+        """A batch is begun. What its number does not say is never guessed: small data comes again
+        and again."""
         self._number = number
 
     def close(self, timeout_seconds: float = 30.0) -> None:
@@ -119,7 +121,8 @@ class FetchAhead:
             return None
 
     def plan(self) -> list[int]:
-        """Shards that may be copied: all of the current batch's window, and `data.fetch_ahead` of those after it."""
+        """Shards that may be copied: all of the current batch's window, and `data.fetch_ahead` of
+        those after it."""
         if (reached := self._number) == self._planned:
             return self._wanted
         coming = self._windows_from(reached)
@@ -132,5 +135,7 @@ class FetchAhead:
             if len(wanted) >= allowed:
                 break
         self._planned, self._wanted = reached, list(wanted)
-        self._here.intersection_update(wanted)  # what is needed no more may be removed, and be needed again later
+        self._here.intersection_update(
+            wanted
+        )  # what is needed no more may be removed, and be needed again later
         return self._wanted

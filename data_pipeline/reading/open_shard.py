@@ -13,9 +13,21 @@ from data_pipeline.shards.shard_index import ShardIndex
 class OpenShard:
     """A shard whose index is at hand, and its file if it has one here."""
 
-    __slots__ = ("__weakref__", "damaged_copy", "entry", "fd", "index", "is_copy", "name", "rows", "url")
+    __slots__ = (
+        "__weakref__",
+        "damaged_copy",
+        "entry",
+        "fd",
+        "index",
+        "is_copy",
+        "name",
+        "rows",
+        "url",
+    )
 
-    def __init__(self, entry: ShardEntry, url: str, index: ShardIndex, fd: int, *, is_copy: bool) -> None:
+    def __init__(
+        self, entry: ShardEntry, url: str, index: ShardIndex, fd: int, *, is_copy: bool
+    ) -> None:
         self.entry, self.name, self.url, self.index = entry, entry.name, url, index
         self.fd = fd
         """Open for `os.pread`; -1 while there is no file here."""
@@ -45,7 +57,9 @@ class OpenShard:
         """
         offset, count = self.rows[0][i], self.rows[1][i]
         data = os.pread(self.fd, count, offset)
-        while len(data) < count and (more := os.pread(self.fd, count - len(data), offset + len(data))):
+        while len(data) < count and (
+            more := os.pread(self.fd, count - len(data), offset + len(data))
+        ):
             data += more  # one call gives at most 2 GiB, and network file systems may give less
         return data
 
@@ -76,9 +90,20 @@ def problem(shard: OpenShard, i: int, reason: str, detail: str) -> SampleProblem
 
 
 def _rows(index: ShardIndex) -> tuple[memoryview, ...]:
-    """Columns of an index: views of memory give Python's numbers several times faster than arrays do."""
+    """Columns of an index: views of memory give Python's numbers several times faster than arrays
+    do."""
     columns = index.columns
-    return tuple(columns[name].data for name in (
-        "offsets", "extents", "crc32", "key_ends", "key_text", "member_ends", "member_extension", "member_start",
-        "member_size",
-    ))  # fmt: skip
+    return tuple(
+        columns[name].data
+        for name in (
+            "offsets",
+            "extents",
+            "crc32",
+            "key_ends",
+            "key_text",
+            "member_ends",
+            "member_extension",
+            "member_start",
+            "member_size",
+        )
+    )

@@ -1,9 +1,9 @@
 """Samples by number: a read of known length, its checksum, and the files in it.
 
-The index says where a sample lies and where its files are, so nothing is scanned and no header is parsed. Samples
-of shards on this machine are read one after the other; those of others by ranged requests, many at once, so that
-a batch never waits for whole shards. What cannot be had or does not have its checksum is a `SampleProblem` in the
-sample's place: the batch goes on without it.
+The index says where a sample lies and where its files are, so nothing is scanned and no header is
+parsed. Samples of shards on this machine are read one after the other; those of others by ranged
+requests, many at once, so that a batch never waits for whole shards. What cannot be had or does not
+have its checksum is a `SampleProblem` in the sample's place: the batch goes on without it.
 """
 
 from __future__ import annotations
@@ -28,20 +28,23 @@ class Reader:
     """Reads samples of a `ShardStore`; for one thread."""
 
     def __init__(self, store: ShardStore, *, max_sample_bytes: int = 0) -> None:
-        """Read from `store`; samples of more than `max_sample_bytes` (0: `data.limits.sample_bytes`) are bad."""
+        """Read from `store`; samples of more than `max_sample_bytes` (0:
+        `data.limits.sample_bytes`) are bad."""
         self._store = store
         self._max_bytes = max_sample_bytes or store.settings.limits.sample_bytes
         self._remote = RemoteReader(store)
 
     def name(self, shard: int, index: int) -> tuple[str, str]:
-        """Shard name and key of a sample, for reports; `#INDEX` if the shard's index cannot be read."""
+        """Shard name and key of a sample, for reports; `#INDEX` if the shard's index cannot be
+        read."""
         try:
             return self._store.name(shard), self._store.open(shard).index.key(index)
         except DataError:
             return self._store.name(shard), f"{NO_KEY}{index}"
 
     def forget_troubles(self) -> None:
-        """Ask stores again that did not answer or refused, instead of believing for a while that they still do."""
+        """Ask stores again that did not answer or refused, instead of believing for a while that
+        they still do."""
         self._store.forget_troubles()
 
     def read(self, shard: int, index: int) -> RawSample:
@@ -97,7 +100,8 @@ class Reader:
         refs: Sequence[tuple[int, int]],
         found: list[Found | None],
     ) -> None:
-        """From a file; a sample of a copy that is damaged stays None, as the store may have it whole."""
+        """From a file; a sample of a copy that is damaged stays None, as the store may have it
+        whole."""
         _, extents, checksums = shard.rows[:3]
         for place in places:
             i = refs[place][1]
@@ -107,7 +111,8 @@ class Reader:
             try:
                 data = shard.read(i)
             except OSError as error:
-                # A network file system may have lost the file: for the next batch it is opened anew.
+                # A network file system may have lost the file: for the next batch it is opened
+                # anew.
                 self._store.forget(number)
                 text = f"cannot read shard {shard.name}: {error.strerror}; check the disk or the network file system"
                 self._all_bad(number, places, refs, DataError(text, slug="unreachable"), found)
@@ -144,7 +149,9 @@ class Reader:
                     wanted.append(Wanted(place, shard, number, i))
         for one, result in self._remote.read(wanted, end):
             if isinstance(result, DataError):
-                found[one.place] = problem(one.shard, one.sample, result.slug or "unreachable", str(result))
+                found[one.place] = problem(
+                    one.shard, one.sample, result.slug or "unreachable", str(result)
+                )
                 continue
             found[one.place] = result
             if isinstance(result, RawSample) and one.shard.damaged_copy:
@@ -163,10 +170,17 @@ class Reader:
         for place in places:
             if found[place] is None:
                 key = f"{NO_KEY}{refs[place][1]}"
-                found[place] = SampleProblem(self._store.name(number), key, error.slug or "unreachable", str(error))
+                found[place] = SampleProblem(
+                    self._store.name(number), key, error.slug or "unreachable", str(error)
+                )
 
     def _oversize(self, shard: OpenShard, i: int) -> SampleProblem:
-        return problem(shard, i, "oversize", f"the sample has {shard.rows[1][i]} bytes, more than {self._max_bytes}")
+        return problem(
+            shard,
+            i,
+            "oversize",
+            f"the sample has {shard.rows[1][i]} bytes, more than {self._max_bytes}",
+        )
 
     def _done(self, found: Found | None, ref: tuple[int, int]) -> Found:
         assert found is not None, f"sample {ref} was forgotten"

@@ -1,7 +1,9 @@
-"""Samples of shards that are in a store: ranged requests, many at once, within one time for all of them.
+"""Samples of shards that are in a store: ranged requests, many at once, within one time for all of
+them.
 
-Neighbours come in one request. An answer with a wrong checksum is asked for again. A shard that cannot be had is
-noted (`troubles.py`), so that neither the rest of the batch nor other processes wait for it once more.
+Neighbors come in one request. An answer with a wrong checksum is asked for again. A shard that
+cannot be had is noted (`troubles.py`), so that neither the rest of the batch nor other processes
+wait for it once more.
 """
 
 from __future__ import annotations
@@ -59,14 +61,16 @@ class RemoteReader:
     def open(
         self, shards: Mapping[int, OpenShard | None], end: float
     ) -> Iterator[tuple[int, OpenShard | DataError]]:
-        """Shards with their indices, or why they cannot be had; those that are open already stay as they are.
+        """Shards with their indices, or why they cannot be had; those that are open already stay as
+        they are.
 
         Args:
             shards: By number; None is opened.
             end: When to give up, on `time.monotonic()`.
 
         Returns:
-            Number and shard, one after the other: files of earlier ones may be closed for those of later ones.
+            Number and shard, one after the other: files of earlier ones may be closed for those of
+            later ones.
         """
         loading: dict[Future[ShardIndex], int] = {}
         for number, shard in shards.items():
@@ -104,7 +108,8 @@ class RemoteReader:
             yield from self._read_whole(number, its, end)
 
     def _index(self, future: Future[ShardIndex], number: int, end: float) -> ShardIndex:
-        """What a thread has loaded, or could not for too many open files: only this thread may close some."""
+        """What a thread has loaded, or could not for too many open files: only this thread may
+        close some."""
         try:
             return future.result()
         except DataError as error:
@@ -143,16 +148,22 @@ class RemoteReader:
         try:
             with self._budget.taken(last - first):
                 data = self._range(shard, first, last, end)
-            pieces = [data[(at := offsets[one.sample] - first) : at + extents[one.sample]] for one in run]
+            pieces = [
+                data[(at := offsets[one.sample] - first) : at + extents[one.sample]] for one in run
+            ]
         except StorageError as error:
             if is_out_of_files(error):
                 raise
-            if len(run) > 1 and error.kind == Kind.CHANGED:  # the shard is cut off somewhere in here
+            if (
+                len(run) > 1 and error.kind == Kind.CHANGED
+            ):  # the shard is cut off somewhere in here
                 return [pair for one in run for pair in self._read_run([one], end)]
             self._note(number, error, start)
             failed = StorageError(str(error), slug=reason_of(error), kind=error.kind)
             return [(one, failed) for one in run]
-        return [(one, self._checked(one, piece, end)) for one, piece in zip(run, pieces, strict=True)]
+        return [
+            (one, self._checked(one, piece, end)) for one, piece in zip(run, pieces, strict=True)
+        ]
 
     def _checked(self, one: Wanted, data: bytes, end: float) -> Result:
         """The sample, asked for again while its checksum is wrong."""
@@ -172,7 +183,9 @@ class RemoteReader:
                 break
         return damaged(shard, i, data)
 
-    def _read_whole(self, number: int, its: Sequence[Wanted], end: float) -> Iterator[tuple[Wanted, Result]]:
+    def _read_whole(
+        self, number: int, its: Sequence[Wanted], end: float
+    ) -> Iterator[tuple[Wanted, Result]]:
         """From a server without ranges, by way of a copy of the shard."""
         start = time.monotonic()
         try:
@@ -189,19 +202,29 @@ class RemoteReader:
 
     def _from_copy(self, shard: OpenShard, i: int) -> Result:
         if shard.fd < 0:
-            return DataError(f"the copy of shard {shard.name} was removed before it was read", slug="unreachable")
+            return DataError(
+                f"the copy of shard {shard.name} was removed before it was read", slug="unreachable"
+            )
         try:
             data = shard.read(i)
         except OSError as error:
-            return DataError(f"cannot read the copy of shard {shard.name}: {error.strerror}; check the disk of "
-                             f"data.cache_dir", slug="unreachable")
-        return cut_up(shard, i, data) if crc32(data) == shard.rows[2][i] else damaged(shard, i, data)
+            return DataError(
+                f"cannot read the copy of shard {shard.name}: {error.strerror}; check the disk of "
+                f"data.cache_dir",
+                slug="unreachable",
+            )
+        return (
+            cut_up(shard, i, data) if crc32(data) == shard.rows[2][i] else damaged(shard, i, data)
+        )
 
     def _range(self, shard: OpenShard, first: int, last: int, end: float) -> bytes:
         return object_store.read_range(
-            shard.url, first, last, timeout_seconds=max(0.0, end - time.monotonic()),
+            shard.url,
+            first,
+            last,
+            timeout_seconds=max(0.0, end - time.monotonic()),
             request_seconds=self._store.settings.request_seconds,
-        )  # fmt: skip
+        )
 
     def _trouble(self, number: int) -> DataError | None:
         """What is known against a shard, unless there is a copy of it."""
@@ -214,7 +237,10 @@ class RemoteReader:
     def _note(self, number: int, error: StorageError, start: float) -> None:
         """Remember a trouble, if it was more than coming last in a batch that took too long."""
         waited = time.monotonic() - start
-        if error.kind in (Kind.MISSING, Kind.REFUSED) or waited > self._store.settings.shard_seconds / 2:
+        if (
+            error.kind in (Kind.MISSING, Kind.REFUSED)
+            or waited > self._store.settings.shard_seconds / 2
+        ):
             self._store.note_trouble(number, error, error.slug or reason_of(error))
 
 

@@ -1,8 +1,9 @@
-"""The shards of a run by number: the index of each, and its file where there is one on this machine.
+"""The shards of a run by number: the index of each, and its file where there is one on this
+machine.
 
-A local shard is read where it lies; a remote one from its copy in the cache, and from the store as long as there
-is no copy. Nothing that is wrong with a shard ends a run: it is a `DataError` with a slug by which the samples
-concerned are counted.
+A local shard is read where it lies; a remote one from its copy in the cache, and from the store as
+long as there is no copy. Nothing that is wrong with a shard ends a run: it is a `DataError` with a
+slug by which the samples concerned are counted.
 """
 
 from __future__ import annotations
@@ -34,42 +35,69 @@ Answer = TypeVar("Answer")
 INDEX_TRIES = 3
 """How often an index of a store is fetched that is not the one of the manifest."""
 _WAIT_SECONDS = 0.05
-_REMEDY = "copy it again, or make the manifest again with `vlmoe data index` if the change was meant"
+_REMEDY = (
+    "copy it again, or make the manifest again with `vlmoe data index` if the change was meant"
+)
 
 
-def check_present(manifests: Sequence[Manifest], max_bad_share: float = 0.01) -> None:
-    """Look for every local shard, so that a long run does not find after hours that many are missing.
+def check_present(manifests: Sequence[Manifest], max_corrupt_ratio: float = 0.01) -> None:
+    """Look for every local shard, so that a long run does not find after hours that many are
+    missing.
 
-    Shards of stores are not asked for. Shards of another length than their manifest says are only told.
+    Shards of stores are not asked for. Shards of another length than their manifest says are only
+    told.
 
     Args:
         manifests: All that a run reads.
-        max_bad_share: Share of the samples that may be in missing shards.
+        max_corrupt_ratio: Share of the samples that may be in missing shards.
 
     Raises:
         DataError: More of them are missing; names the first.
     """
-    shards = [(manifest, entry) for manifest in manifests for entry in manifest.shards
-              if storage.is_local(manifest.base)]
+    shards = [
+        (manifest, entry)
+        for manifest in manifests
+        for entry in manifest.shards
+        if storage.is_local(manifest.base)
+    ]
     missing: list[tuple[str, int]] = []
     for manifest, entry in shards:
         path = storage.local_path(manifest.shard_url(entry))
         try:
             found = path.stat().st_size
         except OSError as error:
-            what = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
-            missing.append((f"shard {path} {what}, but its manifest expects {entry.samples} samples in "
-                            f"{entry.bytes} bytes there", entry.samples))
+            what = (
+                "is missing"
+                if isinstance(error, FileNotFoundError)
+                else f"cannot be read ({error.strerror})"
+            )
+            missing.append(
+                (
+                    f"shard {path} {what}, but its manifest expects {entry.samples} samples in "
+                    f"{entry.bytes} bytes there",
+                    entry.samples,
+                )
+            )
             continue
         if found != entry.bytes:
-            logger.warning("shard %s has %d bytes, but its manifest expects %d; samples that are damaged or cut off "
-                           "are left out", path, found, entry.bytes)
-    lost, total = sum(samples for _, samples in missing), sum(manifest.total_samples for manifest in manifests)
+            logger.warning(
+                "shard %s has %d bytes, but its manifest expects %d; samples that are damaged or cut off "
+                "are left out",
+                path,
+                found,
+                entry.bytes,
+            )
+    lost, total = (
+        sum(samples for _, samples in missing),
+        sum(manifest.total_samples for manifest in manifests),
+    )
     if not missing:
         return
     counted = f"{len(missing)} of {len(shards)} shards are missing, with {lost} of {total} samples"
-    if lost > max_bad_share * total:
-        raise DataError(f"{missing[0][0]}; {_REMEDY} ({counted}, more than data.max_bad_share {max_bad_share:g})")
+    if lost > max_corrupt_ratio * total:
+        raise DataError(
+            f"{missing[0][0]}; {_REMEDY} ({counted}, more than data.max_corrupt_ratio {max_corrupt_ratio:g})"
+        )
     logger.warning("%s; %s: their samples are left out", missing[0][0], counted)
 
 
@@ -80,14 +108,19 @@ class ShardStore:
     """
 
     def __init__(
-        self, manifests: Sequence[Manifest], settings: DataConfig | None = None, *, max_open: int = 256
+        self,
+        manifests: Sequence[Manifest],
+        settings: DataConfig | None = None,
+        *,
+        max_open: int = 256,
     ) -> None:
         """Know the shards; nothing is opened yet.
 
         Args:
             manifests: Their shards, one after the other, are numbers 0, 1, ...
             settings: The cache, and how long to wait for a store.
-            max_open: Shards held open, with up to two descriptors each; fewer where there are not so many.
+            max_open: Shards held open, with up to two descriptors each; fewer where there are not
+                so many.
 
         Raises:
             ConfigError: A manifest is remote, copies are wanted, and there is no `cache_dir`.
@@ -102,13 +135,23 @@ class ShardStore:
         """Set by other threads that could open no file: the one that reads closes some."""
         raise_limit()
         for manifest in manifests:
-            if not self.settings.cache_dir and self.settings.cache_gib and not storage.is_local(manifest.base):
+            if (
+                not self.settings.cache_dir
+                and self.settings.cache_gib
+                and not storage.is_local(manifest.base)
+            ):
                 raise ConfigError(
                     f"data.cache_dir is empty, but {storage.redact(manifest.base)} is remote; name a local folder for "
                     f"copies of its shards, or set data.cache_gib=0 to keep none"
                 )
-        self.cache = ShardCache(self.settings.cache_dir, self.settings.cache_gib) if self.settings.cache_dir else None
-        self._troubles = Troubles(Path(self.settings.cache_dir, "bad") if self.settings.cache_dir else None)
+        self.cache = (
+            ShardCache(self.settings.cache_dir, self.settings.cache_gib)
+            if self.settings.cache_dir
+            else None
+        )
+        self._troubles = Troubles(
+            Path(self.settings.cache_dir, "bad") if self.settings.cache_dir else None
+        )
 
     def __len__(self) -> int:
         return len(self._shards)
@@ -131,11 +174,13 @@ class ShardStore:
         return self._troubles.of(*self._shards[number])
 
     def note_trouble(self, number: int, error: StorageError, reason: str = "") -> None:
-        """Remember why a shard could not be had; `reason` is the word for it if not `reason_of(error)`."""
+        """Remember why a shard could not be had; `reason` is the word for it if not
+        `reason_of(error)`."""
         self._troubles.add(*self._shards[number], error, reason)
 
     def forget_troubles(self) -> None:
-        """Ask the stores again that did not answer or refused, instead of believing for a while that they still do."""
+        """Ask the stores again that did not answer or refused, instead of believing for a while
+        that they still do."""
         self._troubles.forget()
 
     def at_hand(self, number: int) -> OpenShard | None:
@@ -190,10 +235,13 @@ class ShardStore:
                     ) from error
 
     def free_files(self) -> bool:
-        """Close the shards unused longest and hold half as many from now on; whether anything was closed."""
+        """Close the shards unused longest and hold half as many from now on; whether anything was
+        closed."""
         few = len(self._open) // 2
         self._max_open = max(1, few)
-        idle = [shard for shard in self._held if shard not in self._open.values()]  # in use by who reads
+        idle = [
+            shard for shard in self._held if shard not in self._open.values()
+        ]  # in use by who reads
         idle += [self._open.popitem(last=False)[1] for _ in range(len(self._open) - few)]
         for shard in idle:
             shard.into_memory()
@@ -222,21 +270,29 @@ class ShardStore:
         Any thread may call it.
 
         Raises:
-            DataError: It cannot be had, with a slug; or there are too many open files (`is_out_of_files`).
+            DataError: It cannot be had, with a slug; or there are too many open files
+            (`is_out_of_files`).
         """
         manifest, entry = self._shards[number]
         for attempt in range(INDEX_TRIES):
             try:
                 return load_index(
-                    manifest, entry, cache_dir=self.settings.cache_dir, timeout_seconds=max(0.1, timeout_seconds),
+                    manifest,
+                    entry,
+                    cache_dir=self.settings.cache_dir,
+                    timeout_seconds=max(0.1, timeout_seconds),
                     request_seconds=self.settings.request_seconds,
-                )  # fmt: skip
+                )
             except StorageError as error:
                 if is_out_of_files(error):
                     raise
                 if error.slug or not error.kind:
                     raise DataError(str(error), slug=error.slug or "bad-index") from error.__cause__
-                slug = "bad-index" if reason_of(error) in ("missing-shard", "truncated") else reason_of(error)
+                slug = (
+                    "bad-index"
+                    if reason_of(error) in ("missing-shard", "truncated")
+                    else reason_of(error)
+                )
                 raise StorageError(str(error), slug=slug, kind=error.kind) from None
             except DataError as error:
                 if storage.is_local(manifest.url) or attempt == INDEX_TRIES - 1:
@@ -244,7 +300,12 @@ class ShardStore:
         raise AssertionError("the last try returns or raises")
 
     def copy(
-        self, number: int, *, keep: Collection[int] = (), timeout_seconds: float = 0.0, cancel: Event | None = None
+        self,
+        number: int,
+        *,
+        keep: Collection[int] = (),
+        timeout_seconds: float = 0.0,
+        cancel: Event | None = None,
     ) -> Made:
         """Copy a remote shard into the cache.
 
@@ -264,10 +325,13 @@ class ShardStore:
         if self.cache is None:
             return Made.FULL
         return self.cache.make(
-            entry, manifest.shard_url(entry), keep={self.cache.path(self._shards[other][1]) for other in keep},
+            entry,
+            manifest.shard_url(entry),
+            keep={self.cache.path(self._shards[other][1]) for other in keep},
             timeout_seconds=timeout_seconds or self.settings.shard_seconds,
-            request_seconds=self.settings.request_seconds, cancel=cancel,
-        )  # fmt: skip
+            request_seconds=self.settings.request_seconds,
+            cancel=cancel,
+        )
 
     def copy_now(self, number: int, end: float, keep: Collection[int]) -> None:
         """Copy a shard that can only be had whole, closing others to make room if need be.
@@ -285,7 +349,9 @@ class ShardStore:
             if made is Made.HERE:
                 return
             if made is Made.FULL:
-                held = [other for other, shard in self._open.items() if shard.is_copy and shard.fd >= 0]
+                held = [
+                    other for other, shard in self._open.items() if shard.is_copy and shard.fd >= 0
+                ]
                 if not (others := [other for other in held if other not in keep]):
                     break
                 self.forget(others[0])
@@ -329,4 +395,6 @@ def _open_local(path: Path, entry: ShardEntry) -> int:
     except FileNotFoundError:
         raise DataError(f"shard {path} is missing; {_REMEDY}", slug="missing-shard") from None
     except OSError as error:
-        raise DataError(f"cannot open shard {path}: {error.strerror}", slug="unreachable") from error
+        raise DataError(
+            f"cannot open shard {path}: {error.strerror}", slug="unreachable"
+        ) from error

@@ -1,8 +1,9 @@
-"""Shards that could not be had: known to all processes of a node for a while, so that not each waits for itself.
+"""Shards that could not be had: known to all processes of a node for a while, so that not each
+waits for itself.
 
-A store that does not answer costs one process `data.shard_seconds`; the others take its word. After a while
-somebody tries again. A refusal is not passed on: another process may have the right credentials. Nor does a word
-count for the same shard in another place, which may be healthy.
+A store that does not answer costs one process `data.shard_seconds`; the others take its word. After
+a while somebody tries again. A refusal is not passed on: another process may have the right
+credentials. Nor does a word count for the same shard in another place, which may be healthy.
 """
 
 from __future__ import annotations
@@ -24,8 +25,11 @@ from data_pipeline.shards.manifest import Manifest, ShardEntry
 logger = logging.getLogger(__name__)
 
 BELIEVED_SECONDS: dict[str, float] = {
-    Kind.MISSING: 300.0, Kind.REFUSED: 60.0, Kind.UNREACHABLE: 30.0, Kind.TOO_SLOW: 30.0,
-}  # fmt: skip
+    Kind.MISSING: 300.0,
+    Kind.REFUSED: 60.0,
+    Kind.UNREACHABLE: 30.0,
+    Kind.TOO_SLOW: 30.0,
+}
 """How long a trouble is believed, by kind; others concern single samples."""
 _LONGEST_SECONDS = max(BELIEVED_SECONDS.values())
 
@@ -59,21 +63,29 @@ class Troubles:
             return None
         return known
 
-    def add(self, manifest: Manifest, entry: ShardEntry, error: StorageError, reason: str = "") -> Trouble:
-        """Remember why a shard could not be had, and the word for it if it is not `reason_of(error)`."""
+    def add(
+        self, manifest: Manifest, entry: ShardEntry, error: StorageError, reason: str = ""
+    ) -> Trouble:
+        """Remember why a shard could not be had, and the word for it if it is not
+        `reason_of(error)`."""
         seconds = BELIEVED_SECONDS.get(error.kind, 0.0)
         trouble = Trouble(reason or reason_of(error), str(error), time.time() + seconds)
         if seconds and self.of(manifest, entry) is None:
-            logger.warning("shard %s: %s; its samples count as bad for %.0f s", entry.name, error, seconds)
+            logger.warning(
+                "shard %s: %s; its samples count as bad for %.0f s", entry.name, error, seconds
+            )
             key = _key(manifest, entry)
             self._known[key] = trouble
             if self._folder is not None and error.kind != Kind.REFUSED:
-                with contextlib.suppress(StorageError):  # a full disk; then each finds out for itself
+                with contextlib.suppress(
+                    StorageError
+                ):  # a full disk; then each finds out for itself
                     storage.write_bytes(str(self._folder / key), json.dumps(trouble).encode())
         return trouble
 
     def forget(self) -> None:
-        """Believe no more that a store does not answer or refuses, neither by this process nor by others' word.
+        """Believe no more that a store does not answer or refuses, neither by this process nor by
+        others' word.
 
         What is missing stays missing: such a store has answered.
         """
@@ -95,8 +107,11 @@ class Troubles:
         path = self._folder / key
         try:
             reason, detail, until = json.loads(path.read_bytes())
-            # Whatever the file says, or a clock that was set since: not for longer than anything is believed.
-            told = Trouble(str(reason), str(detail), min(time.time() + _LONGEST_SECONDS, float(until)))
+            # Whatever the file says, or a clock that was set since: not for longer than anything is
+            # believed.
+            told = Trouble(
+                str(reason), str(detail), min(time.time() + _LONGEST_SECONDS, float(until))
+            )
             if _may_heal(told) and path.stat().st_mtime < self._forgotten:
                 return None
         except (OSError, ValueError, TypeError):
@@ -117,6 +132,7 @@ def _may_heal(trouble: Trouble) -> bool:
 
 
 def _key(manifest: Manifest, entry: ShardEntry) -> str:
-    """A file's name for one shard in one place: that of its index counts too, which may be what cannot be had."""
+    """A file's name for one shard in one place: that of its index counts too, which may be what
+    cannot be had."""
     place = (manifest.shard_url(entry), manifest.index_url(entry), entry.sha256)
     return hashlib.sha256("\n".join(place).encode()).hexdigest()

@@ -1,8 +1,8 @@
 """The file of a shard index: numbers in columns, text about them, in safetensors' format.
 
-Written and read here by hand: the same columns always give the same bytes (the library orders its metadata
-by chance), nothing is copied when a file is opened, and every number is checked. A file of unknown origin
-can be refused, but cannot do harm.
+Written and read here by hand: the same columns always give the same bytes (the library orders its
+metadata by chance), nothing is copied when a file is opened, and every number is checked. A file of
+unknown origin can be refused, but cannot do harm.
 """
 
 from __future__ import annotations
@@ -42,8 +42,10 @@ def encode(columns: Columns, metadata: Mapping[str, str]) -> bytes:
     for name, dtype in COLUMNS.items():
         piece = columns[name].astype(dtype, copy=False).tobytes()
         header[name] = {
-            "dtype": kinds[dtype], "shape": [len(columns[name])], "data_offsets": [position, position + len(piece)],
-        }  # fmt: skip
+            "dtype": kinds[dtype],
+            "shape": [len(columns[name])],
+            "data_offsets": [position, position + len(piece)],
+        }
         position += len(piece)
         pieces.append(piece)
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -62,19 +64,29 @@ def decode(data: bytes | memoryview | mmap.mmap) -> tuple[Columns, dict[str, str
         raise DataError(f"{len(data)} bytes, with a header of {header_bytes}")
     header = json.loads(bytes(data[8 : 8 + header_bytes]))
     metadata = header.pop("__metadata__") if isinstance(header, dict) else None
-    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+    if not isinstance(metadata, dict) or not all(
+        isinstance(text, str) for text in metadata.values()
+    ):
         raise DataError("its header is not a mapping with metadata")
     if set(header) != set(COLUMNS):
         raise DataError(f"it has the columns {sorted(header)}, but should have {sorted(COLUMNS)}")
     body, position = 8 + header_bytes, 0
     columns = {}
     for name in sorted(header, key=lambda name: tuple(header[name]["data_offsets"])):
-        kind, (count,), (start, end) = (header[name][part] for part in ("dtype", "shape", "data_offsets"))
+        kind, (count,), (start, end) = (
+            header[name][part] for part in ("dtype", "shape", "data_offsets")
+        )
         dtype = COLUMNS[name]
-        if _KINDS[kind] != dtype.str or not all(type(number) is int for number in (count, start, end)):
+        if _KINDS[kind] != dtype.str or not all(
+            type(number) is int for number in (count, start, end)
+        ):
             raise DataError(f"the column {name} is {kind} {count!r} at {start!r}..{end!r}")
         # One column after the other, without gaps: nothing overlaps and nothing hides in between.
-        if count < 0 or (start, end) != (position, position + count * dtype.itemsize) or end > len(data) - body:
+        if (
+            count < 0
+            or (start, end) != (position, position + count * dtype.itemsize)
+            or end > len(data) - body
+        ):
             raise DataError(f"the column {name} lies at {start}..{end} of {len(data) - body} bytes")
         columns[name] = np.frombuffer(data, dtype, count, body + start)
         position = end
@@ -93,7 +105,9 @@ def check_columns(columns: Columns, *, samples: int, shard_bytes: int, num_exten
         raise DataError(f"the shard has {shard_bytes} bytes")
     for name in ("offsets", "extents", "crc32", "key_ends", "member_ends"):
         if len(columns[name]) != samples:
-            raise DataError(f"the column {name} has {len(columns[name])} rows for {samples} samples")
+            raise DataError(
+                f"the column {name} has {len(columns[name])} rows for {samples} samples"
+            )
     offsets, extents = columns["offsets"], columns["extents"]
     # Each number first, then sums and differences of them: checked so, none can wrap around.
     in_shard = (offsets >= 0) & (offsets <= shard_bytes) & (extents > 0) & (extents <= shard_bytes)
@@ -102,10 +116,14 @@ def check_columns(columns: Columns, *, samples: int, shard_bytes: int, num_exten
     rows = {"key_ends": len(columns["key_text"]), "member_ends": len(columns["member_size"])}
     for name, total in rows.items():
         ends = columns[name]
-        in_range = ((ends >= 0) & (ends <= total)).all() and (int(ends[-1]) if len(ends) else 0) == total
+        in_range = ((ends >= 0) & (ends <= total)).all() and (
+            int(ends[-1]) if len(ends) else 0
+        ) == total
         if not in_range or (np.diff(ends, prepend=0) < 0).any():
             raise DataError(f"the column {name} does not divide {total} rows")
-    if {len(columns[name]) for name in ("member_extension", "member_start")} != {len(columns["member_size"])}:
+    if {len(columns[name]) for name in ("member_extension", "member_start")} != {
+        len(columns["member_size"])
+    }:
         raise DataError("the columns about members differ in length")
     starts, sizes = columns["member_start"], columns["member_size"]
     room = np.repeat(extents, np.diff(columns["member_ends"], prepend=0))

@@ -1,7 +1,9 @@
-"""The work on one shard while many are indexed, in whichever process: read it once, write its index.
+"""The work on one shard while many are indexed, in whichever process: read it once, write its
+index.
 
-An index that is there already is kept if its shard has not changed since: it has its length and, in a
-store, its ETag; a local shard must be older than its index, and some samples must have their checksum.
+An index that is there already is kept if its shard has not changed since: it has its length and, in
+a store, its ETag; a local shard must be older than its index, and some samples must have their
+checksum.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ class Indexed(NamedTuple):
 
 
 def index_one(job: IndexJob) -> Indexed:
-    """Index one shard, unless it has an index that fits; what is wrong with it is an answer, not an error.
+    """Index one shard, unless it has an index that fits; what is wrong with it is an answer, not an
+    error.
 
     Raises:
         StorageError: The index cannot be written.
@@ -51,7 +54,11 @@ def index_one(job: IndexJob) -> Indexed:
             if older is not None:
                 return Indexed(older, True, "")
             index = scan(
-                shard.pieces, shard.total_bytes, storage.redact(job.url), salvage=job.salvage, etag=shard.etag
+                shard.pieces,
+                shard.total_bytes,
+                storage.redact(job.url),
+                salvage=job.salvage,
+                etag=shard.etag,
             )
     except DataError as error:
         return Indexed(None, False, str(error))
@@ -74,11 +81,16 @@ def _older_row(job: IndexJob, total_bytes: int, etag: str) -> ShardEntry | None:
         return None
     if index.damage and not job.salvage:
         return None
-    return entry_of(index, job.name, data) if not local or _agrees(index, storage.local_path(job.url)) else None
+    return (
+        entry_of(index, job.name, data)
+        if not local or _agrees(index, storage.local_path(job.url))
+        else None
+    )
 
 
 def _is_newer(index_url: str, shard: Path) -> bool:
-    """Whether an index was written after its shard; one in a store has no time that could be compared."""
+    """Whether an index was written after its shard; one in a store has no time that could be
+    compared."""
     try:
         return storage.local_path(index_url).stat().st_mtime_ns >= shard.stat().st_mtime_ns
     except (OSError, StorageError):

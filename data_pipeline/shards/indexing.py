@@ -1,8 +1,8 @@
 """`vlmoe data index`: make the manifest of shards that somebody else wrote.
 
 Each shard is read from end to end once, by several processes; its index is written as soon as it is
-known, so a run that was ended goes on where it was. The manifest comes last. All that is damaged is named
-at the end, before any training.
+known, so a run that was ended goes on where it was. The manifest comes last. All that is damaged is
+named at the end, before any training.
 """
 
 from __future__ import annotations
@@ -17,7 +17,13 @@ from data_pipeline.common.errors import DataError, StorageError
 from data_pipeline.common.logs import Progress
 from data_pipeline.common.processes import WHOLE, Part, in_processes
 from data_pipeline.shards.index_one import Indexed, IndexJob, index_one
-from data_pipeline.shards.manifest import MANIFEST_NAME, RESERVED, Manifest, load_manifest, write_manifest
+from data_pipeline.shards.manifest import (
+    MANIFEST_NAME,
+    RESERVED,
+    Manifest,
+    load_manifest,
+    write_manifest,
+)
 from data_pipeline.shards.patterns import expand
 from data_pipeline.shards.places import common_folder, is_same_folder, name_under
 from data_pipeline.shards.shard_entry import ShardEntry
@@ -47,23 +53,25 @@ def index_shards(
 
     Args:
         shards: A folder, shards, braces, wildcards or list files; see `patterns.py`.
-        out: The folder of manifest and indices; empty is the folder that holds all the shards. If the
-            shards do not lie in it, the manifest names their folder (its `base`); so shards that nobody
-            may write beside can be indexed too.
-        workers: Processes; 0 and 1 do the work in this one. A script that asks for more needs
-            `if __name__ == "__main__":`.
-        part: `(i, n)` indexes only every n-th shard from the i-th on, and writes no manifest; when all parts
-            are done, a call without brings them together. For job arrays.
-        salvage: Keep what can be read of damaged shards; their rows in the manifest say what is lost.
+        out: The folder of manifest and indices; empty is the folder that holds all the shards. If
+            the shards do not lie in it, the manifest names their folder (its `base`); so shards
+            that nobody may write beside can be indexed too.
+        workers: Processes; 0 and 1 do the work in this one. A script that asks for more needs `if
+            __name__ == "__main__":`.
+        part: `(i, n)` indexes only every n-th shard from the i-th on, and writes no manifest; when
+            all parts are done, a call without brings them together. For job arrays.
+        salvage: Keep what can be read of damaged shards; their rows in the manifest say what is
+            lost.
         about: More to say in the manifest; None keeps what an older manifest of the folder says
-            (sources, licences).
+            (sources, licenses).
         timeout_seconds: Longest time for one request to a store, all tries together.
 
     Returns:
         The manifest; with a `part`, only of its shards, and not written.
 
     Raises:
-        DataError: There are no shards, some are damaged (all are named, the others are done by then),
+        DataError: There are no shards, some are damaged (all are named, the others are done by
+        then),
             or they do not lie in one place.
         StorageError: An index cannot be written.
     """
@@ -71,15 +79,23 @@ def index_shards(
     base = common_folder(urls, out)
     folder = (out or base).rstrip("/") or "/"
     if folder.startswith("http"):
-        raise DataError(f"nothing can be written to {storage.redact(folder)}; give another folder for the manifest "
-                        f"with --out")  # fmt: skip
+        raise DataError(
+            f"nothing can be written to {storage.redact(folder)}; give another folder for the manifest "
+            f"with --out"
+        )
     pairs = [(url, name_under(url, base)) for url in urls][part[0] :: part[1]]
     there = _names_in_store(folder)
     jobs = [
-        IndexJob(url, name, storage.join(folder, index_name(name)), there is None or index_name(name) in there, salvage,
-             timeout_seconds)
+        IndexJob(
+            url,
+            name,
+            storage.join(folder, index_name(name)),
+            there is None or index_name(name) in there,
+            salvage,
+            timeout_seconds,
+        )
         for url, name in pairs
-    ]  # fmt: skip
+    ]
     entries = _index_all(jobs, workers)
     if part != WHOLE:
         return Manifest(url=folder, base=base, shards=tuple(entries))
@@ -88,19 +104,25 @@ def index_shards(
 
 
 def count_shards(
-    shards: str | Sequence[str], folder: str, *, workers: int = 1, part: Part = WHOLE,
+    shards: str | Sequence[str],
+    folder: str,
+    *,
+    workers: int = 1,
+    part: Part = WHOLE,
     timeout_seconds: float = 300.0,
 ) -> Manifest:
-    """A manifest for shards that have none, in a local folder: what a run does that begins without one.
+    """A manifest for shards that have none, in a local folder: what a run does that begins without
+    one.
 
-    A folder that has the manifest of the same addresses keeps it, also when shards have been added or
-    changed since: a run that goes on must go on with the same data. Damaged shards do not end a run; what
-    can be read of them is used. With several ranks, each calls this with its `part` and waits for the
-    others; then one calls it without, and the others load the manifest of `folder`.
+    A folder that has the manifest of the same addresses keeps it, also when shards have been added
+    or changed since: a run that goes on must go on with the same data. Damaged shards do not end a
+    run; what can be read of them is used. With several ranks, each calls this with its `part` and
+    waits for the others; then one calls it without, and the others load the manifest of `folder`.
 
     Args:
         shards: As for `index_shards`.
-        folder: Where manifest and indices go, seen by all ranks; one of its own for each data source.
+        folder: Where manifest and indices go, seen by all ranks; one of its own for each data
+            source.
         workers: Processes of this rank.
         part: `(rank, world)`: this rank's share of the work.
         timeout_seconds: As for `index_shards`.
@@ -108,7 +130,11 @@ def count_shards(
     Raises:
         DataError: There are no shards, or they cannot be had.
     """
-    asked = [storage.redact(shards)] if isinstance(shards, str) else [storage.redact(shard) for shard in shards]
+    asked = (
+        [storage.redact(shards)]
+        if isinstance(shards, str)
+        else [storage.redact(shard) for shard in shards]
+    )
     if storage.exists(storage.join(folder, MANIFEST_NAME)):
         manifest = load_manifest(folder)
         if manifest.about.get("counted_from") == asked:
@@ -118,10 +144,16 @@ def count_shards(
         logger.warning(
             "%s has no manifest: its shards are read once from end to end before training begins. This takes time "
             "at every first start of a run, and damage done before today looks like data. `vlmoe data index` makes "
-            "a manifest once, when the shards are known to be whole", ", ".join(asked),
-        )  # fmt: skip
+            "a manifest once, when the shards are known to be whole",
+            ", ".join(asked),
+        )
     return index_shards(
-        shards, folder, workers=workers, part=part, salvage=True, about={"counted_from": asked},
+        shards,
+        folder,
+        workers=workers,
+        part=part,
+        salvage=True,
+        about={"counted_from": asked},
         timeout_seconds=timeout_seconds,
     )
 
@@ -134,7 +166,9 @@ def _index_all(jobs: Sequence[IndexJob], workers: int) -> list[ShardEntry]:
     done: list[Indexed | None] = [None] * len(jobs)
     failed = 0
     with Progress("indexing", len(jobs), "shards") as progress:
-        for number, result in in_processes(index_one, jobs, workers if workers > 1 else 0, ordered=False):
+        for number, result in in_processes(
+            index_one, jobs, workers if workers > 1 else 0, ordered=False
+        ):
             done[number] = result
             failed += result.entry is None
             if failed == _HOPELESS and not any(found and found.entry for found in done):
@@ -154,8 +188,12 @@ def _report(jobs: Sequence[IndexJob], done: Sequence[Indexed | None]) -> None:
         logger.info("%d of %d shards had an index that fits; it was kept", reused, len(jobs))
     for job, found in zip(jobs, done, strict=True):
         if found and found.entry and found.entry.damage:
-            logger.warning("%s: %d samples saved; lost: %s", storage.redact(job.url), found.entry.samples,
-                           found.entry.damage)  # fmt: skip
+            logger.warning(
+                "%s: %d samples saved; lost: %s",
+                storage.redact(job.url),
+                found.entry.samples,
+                found.entry.damage,
+            )
     problems = [found.problem for found in done if found and found.problem]
     if not problems:
         return
@@ -163,11 +201,13 @@ def _report(jobs: Sequence[IndexJob], done: Sequence[Indexed | None]) -> None:
         raise DataError(problems[0])
     rest = sum(found is None for found in done)
     raise DataError(
-        f"{len(problems)} of {len(jobs)} shards cannot be indexed" + (f" ({rest} were not tried)" if rest else "")
-        + ":\n  " + "\n  ".join(problems)
+        f"{len(problems)} of {len(jobs)} shards cannot be indexed"
+        + (f" ({rest} were not tried)" if rest else "")
+        + ":\n  "
+        + "\n  ".join(problems)
         + "\nThe others are done and are not read again. Mend these or leave them out; `vlmoe data index --salvage` "
         "keeps what can be read of damaged ones"
-    )  # fmt: skip
+    )
 
 
 def _names_in_store(folder: str) -> set[str] | None:
@@ -201,6 +241,10 @@ def _older_about(folder: str) -> dict[str, Any]:
     try:
         older = dict(json.loads(storage.read_bytes(url)))
     except (ValueError, TypeError, RecursionError) as error:
-        logger.warning("%s is no manifest (%s); what it said about the data is lost", storage.redact(url), error)
+        logger.warning(
+            "%s is no manifest (%s); what it said about the data is lost",
+            storage.redact(url),
+            error,
+        )
         return {}
     return {key: value for key, value in older.items() if key not in RESERVED}

@@ -3,13 +3,13 @@
     {"version": 2, "total_samples": 1024,
      "shards": [{"name": "shard-000000.tar", "samples": 512, "bytes": ..., "sha256": "...",
                  "index": "shard-000000.tar.index", "index_sha256": "..."}, ...],
-     ... and what the maker of the data wants to say about it (licences, sources) ...}
+     ... and what the maker of the data wants to say about it (licenses, sources) ...}
 
 The number of samples is known before anything is read, so the order of training can be planned; and
 a shard that is missing, short or different is noticed instead of read as if nothing were wrong.
 
-A manifest and its indices may lie elsewhere than the shards (a bucket that cannot be written to): then
-`"base"` names the folder of the shards.
+A manifest and its indices may lie elsewhere than the shards (a bucket that cannot be written to):
+then `"base"` names the folder of the shards.
 """
 
 from __future__ import annotations
@@ -34,9 +34,17 @@ from data_pipeline.shards.shard_entry import ShardEntry, entry_of
 from data_pipeline.shards.shard_index import INDEX_SUFFIX, ShardIndex, check_index_hash
 
 __all__ = [
-    "MANIFEST_NAME", "RESERVED", "Manifest", "ShardEntry", "entry_of", "load_index", "load_manifest",
-    "parse_manifest", "withdraw_manifest", "write_manifest",
-]  # fmt: skip
+    "MANIFEST_NAME",
+    "RESERVED",
+    "Manifest",
+    "ShardEntry",
+    "entry_of",
+    "load_index",
+    "load_manifest",
+    "parse_manifest",
+    "withdraw_manifest",
+    "write_manifest",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +66,7 @@ class Manifest:
     """The folder that the shards' names are relative to; empty is made the manifest's own."""
     shards: tuple[ShardEntry, ...]
     about: Mapping[str, Any] = field(default_factory=dict)
-    """Everything else that the file says: sources, licences."""
+    """Everything else that the file says: sources, licenses."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "base", self.base or self.url)
@@ -77,16 +85,20 @@ class Manifest:
         return storage.join(self.url, shard.index)
 
     def fingerprint(self) -> str:
-        """64 hexadecimal digits that stand for what the shards hold, and in which order; not for where."""
+        """64 hexadecimal digits that stand for what the shards hold, and in which order; not for
+        where."""
         rows = [[shard.name, shard.samples, shard.sha256] for shard in self.shards]
         return hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode()).hexdigest()
 
 
-def load_manifest(url_or_folder: str | os.PathLike[str], *, timeout_seconds: float = 60.0) -> Manifest:
+def load_manifest(
+    url_or_folder: str | os.PathLike[str], *, timeout_seconds: float = 60.0
+) -> Manifest:
     """Read the manifest of a folder of shards.
 
     Args:
-        url_or_folder: The folder, or the manifest file itself (its name ends in `.json`); local or in
+        url_or_folder: The folder, or the manifest file itself (its name ends in `.json`); local or
+        in
             a store.
         timeout_seconds: Longest wait for a store.
 
@@ -99,8 +111,12 @@ def load_manifest(url_or_folder: str | os.PathLike[str], *, timeout_seconds: flo
     try:
         data = storage.read_bytes(url, timeout_seconds=timeout_seconds)
     except StorageError as error:
-        missing = error.kind == Kind.MISSING or isinstance(error.__cause__ or error.__context__, FileNotFoundError)
-        index = f". If the shards are there, make it with `vlmoe data index {storage.redact(folder)}`"
+        missing = error.kind == Kind.MISSING or isinstance(
+            error.__cause__ or error.__context__, FileNotFoundError
+        )
+        index = (
+            f". If the shards are there, make it with `vlmoe data index {storage.redact(folder)}`"
+        )
         raise StorageError(f"no manifest of shards: {error}{index if missing else ''}") from error
     return parse_manifest(data, folder, storage.redact(url))
 
@@ -120,7 +136,9 @@ def parse_manifest(data: bytes, folder: str, where: str) -> Manifest:
     try:
         found = json.loads(data)
         if found == _UNFINISHED:
-            raise DataError("these shards are still being written, or that was broken off; call it again to end it")
+            raise DataError(
+                "these shards are still being written, or that was broken off; call it again to end it"
+            )
         version = found["version"]
         # Rows of another version would fail for reasons that help nobody.
         rows = found["shards"] if version == VERSION else []
@@ -129,9 +147,13 @@ def parse_manifest(data: bytes, folder: str, where: str) -> Manifest:
     except DataError as error:
         raise DataError(f"{where}: {error}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(f"{where} is not a manifest ({type(error).__name__}: {error}); {remedy}") from error
+        raise DataError(
+            f"{where} is not a manifest ({type(error).__name__}: {error}); {remedy}"
+        ) from error
     if version != VERSION:
-        raise DataError(f"{where} has version {version!r}, but this program reads version {VERSION}; {remedy}")
+        raise DataError(
+            f"{where} has version {version!r}, but this program reads version {VERSION}; {remedy}"
+        )
     if twice := _twice([entry.name for entry in entries]):
         raise DataError(f"{where} lists the shard {twice!r} twice; {remedy}")
     about = {key: value for key, value in found.items() if key not in RESERVED}
@@ -157,13 +179,14 @@ def load_index(
     Args:
         manifest: The shard's manifest.
         shard: One of its shards.
-        cache_dir: Local folder where the index of a manifest in a store is kept, once for all processes
-            of a machine; empty keeps it in memory, as does a folder that cannot be used.
+        cache_dir: Local folder where the index of a manifest in a store is kept, once for all
+            processes of a machine; empty keeps it in memory, as does a folder that cannot be used.
         timeout_seconds: Longest wait for a store, all tries together.
         request_seconds: Longest time for one request to it.
 
     Raises:
-        DataError: It is missing, is not the one the manifest was written with, or does not fit (slug
+        DataError: It is missing, is not the one the manifest was written with, or does not fit
+        (slug
             `bad-index`).
         StorageError: It cannot be read.
     """
@@ -172,7 +195,9 @@ def load_index(
     if storage.is_local(url):
         index = ShardIndex.open(storage.local_path(url), where, sha256=shard.index_sha256)
     elif cache_dir:
-        index = _open_cached(url, where, shard, Path(cache_dir) / "index", timeout_seconds, request_seconds)
+        index = _open_cached(
+            url, where, shard, Path(cache_dir) / "index", timeout_seconds, request_seconds
+        )
     else:
         index = _read_index(url, where, shard, timeout_seconds, request_seconds)
     if (len(index), index.shard_bytes, index.sha256) != (shard.samples, shard.bytes, shard.sha256):
@@ -235,14 +260,18 @@ def withdraw_manifest(folder: str | os.PathLike[str]) -> None:
         try:
             storage.local_path(url).unlink(missing_ok=True)
         except OSError as error:
-            raise StorageError(f"cannot replace {url}: {error.strerror}; check the folder's permissions") from error
+            raise StorageError(
+                f"cannot replace {url}: {error.strerror}; check the folder's permissions"
+            ) from error
     elif storage.exists(url):
         # Overwritten rather than removed: who may write to a bucket may not always delete.
         storage.write_bytes(url, json.dumps(_UNFINISHED).encode())
 
 
 def _row(entry: ShardEntry) -> dict[str, Any]:
-    return {key: value for key, value in asdict(entry).items() if value or key not in ("etag", "damage")}
+    return {
+        key: value for key, value in asdict(entry).items() if value or key not in ("etag", "damage")
+    }
 
 
 def _twice(names: Sequence[str]) -> str | None:
@@ -261,9 +290,15 @@ def _read_index(
 
 
 def _open_cached(
-    url: str, where: str, shard: ShardEntry, folder: Path, timeout_seconds: float, request_seconds: float
+    url: str,
+    where: str,
+    shard: ShardEntry,
+    folder: Path,
+    timeout_seconds: float,
+    request_seconds: float,
 ) -> ShardIndex:
-    """The local copy of an index, made if there is none; in memory where the folder cannot be used."""
+    """The local copy of an index, made if there is none; in memory where the folder cannot be
+    used."""
     try:
         return _open_copy(url, where, shard, folder, timeout_seconds, request_seconds)
     except (StorageError, OSError) as error:
@@ -273,15 +308,25 @@ def _open_cached(
         index = _read_index(url, where, shard, timeout_seconds, request_seconds)
         if folder not in _told_of:
             _told_of.add(folder)
-            logger.warning("%s cannot be used, so each process reads the indices of shards into memory: %s; look at "
-                           "data.cache_dir", folder, error)
+            logger.warning(
+                "%s cannot be used, so each process reads the indices of shards into memory: %s; look at "
+                "data.cache_dir",
+                folder,
+                error,
+            )
         return index
 
 
 def _open_copy(
-    url: str, where: str, shard: ShardEntry, folder: Path, timeout_seconds: float, request_seconds: float
+    url: str,
+    where: str,
+    shard: ShardEntry,
+    folder: Path,
+    timeout_seconds: float,
+    request_seconds: float,
 ) -> ShardIndex:
-    """The local copy of an index, made if there is none; its name says its contents, so copies never age."""
+    """The local copy of an index, made if there is none; its name says its contents, so copies
+    never age."""
     path = folder / f"{shard.index_sha256}{INDEX_SUFFIX}"
     if path.exists():
         try:
@@ -291,7 +336,9 @@ def _open_copy(
                 raise
             path.unlink(missing_ok=True)  # a damaged disk: fetch it again
     # Two processes may both fetch it: it is small, and the second rename changes nothing.
-    storage.fetch_to_file(url, path, timeout_seconds=timeout_seconds, request_seconds=request_seconds)
+    storage.fetch_to_file(
+        url, path, timeout_seconds=timeout_seconds, request_seconds=request_seconds
+    )
     try:
         return ShardIndex.open(path, where, sha256=shard.index_sha256)
     except DataError as error:

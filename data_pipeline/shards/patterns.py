@@ -1,9 +1,9 @@
 """Which shards are meant: folders, braces, wildcards and list files, as addresses.
 
-    data/train                         the .tar files of a folder (not of its folders: use data/**)
-    s3://bucket/pairs-{000..127}.tar   braces: exactly these, also where nothing can be listed
-    's3://bucket/*/part-??.tar'        wildcards, local or in a store that can be listed; ** crosses folders
-    @shards.txt                        a file with one of all these a line; # begins a comment
+data/train                         the .tar files of a folder (not of its folders: use data/**)
+s3://bucket/pairs-{000..127}.tar   braces: exactly these, also where nothing can be listed
+'s3://bucket/*/part-??.tar'        wildcards, local or in a store that can be listed; ** crosses folders
+@shards.txt                        a file with one of all these a line; # begins a comment
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def _braces(pattern: str) -> list[str]:
     try:
         return list(braceexpand(pattern))
     except ValueError as error:
-        raise DataError(f"{storage.redact(pattern)}: its braces do not close; write {{000..127}}") from error
+        raise DataError(
+            f"{storage.redact(pattern)}: its braces do not close; write {{000..127}}"
+        ) from error
 
 
 def _listed(url: str, depth: int) -> list[str]:
@@ -63,13 +65,18 @@ def _listed(url: str, depth: int) -> list[str]:
     try:
         text = storage.read_bytes(url).decode()
     except UnicodeDecodeError as error:
-        raise DataError(f"@{storage.redact(url)} is no list: it is not text; one address a line") from error
+        raise DataError(
+            f"@{storage.redact(url)} is no list: it is not text; one address a line"
+        ) from error
     lines = [line.partition(" #")[0].strip() for line in text.splitlines()]
     lines = [line for line in lines if line and not line.startswith("#")]
     if not lines:
         raise DataError(f"@{storage.redact(url)} lists no shards; write one address a line")
     if not storage.is_local(url):
-        lines = [line if _is_complete(line) else storage.join(storage.parent(url), line) for line in lines]
+        lines = [
+            line if _is_complete(line) else storage.join(storage.parent(url), line)
+            for line in lines
+        ]
     return [shard for line in lines for shard in _expand(line, depth + 1)]
 
 
@@ -80,8 +87,10 @@ def _is_complete(line: str) -> bool:
 def _shards_at(url: str) -> list[str]:
     """One address as a list: the shards of a folder, the matches of a wildcard, or itself."""
     if has_user(url):
-        raise DataError(f"{storage.redact(url)} was given with a user or password, which cannot stand in a manifest; "
-                        f"leave them out, and {WHERE_KEYS_GO}")
+        raise DataError(
+            f"{storage.redact(url)} was given with a user or password, which cannot stand in a manifest; "
+            f"leave them out, and {WHERE_KEYS_GO}"
+        )
     if url.startswith("http") and "?" in url:
         raise DataError(
             f"{storage.redact(url)}?...: an address with a query cannot stand in a manifest, which would hand on "
@@ -89,11 +98,15 @@ def _shards_at(url: str) -> list[str]:
         )
     has_magic = glob.has_magic(url) and not url.startswith("http")
     if not has_magic:
-        if url.endswith(".tar") and not (storage.is_local(url) and storage.local_path(url).is_dir()):
+        if url.endswith(".tar") and not (
+            storage.is_local(url) and storage.local_path(url).is_dir()
+        ):
             return [url]
         if storage.is_local(url) and storage.local_path(url).is_file():
             return [str(storage.local_path(url))]
-        return [storage.join(url, name) for name in storage.list_names(url) if name.endswith(".tar")]
+        return [
+            storage.join(url, name) for name in storage.list_names(url) if name.endswith(".tar")
+        ]
     if url.endswith("/**"):
         url += "/*.tar"
     if storage.is_local(url):

@@ -41,7 +41,9 @@ def opened(url: str, *, timeout_seconds: float) -> Iterator[Opened]:
         path = storage.local_path(url)
         try:
             with open(path, "rb", buffering=0) as file:
-                yield Opened(os.fstat(file.fileno()).st_size, "", iter(lambda: file.read(PIECE_BYTES), b""))
+                yield Opened(
+                    os.fstat(file.fileno()).st_size, "", iter(lambda: file.read(PIECE_BYTES), b"")
+                )
         except OSError as error:
             raise StorageError(f"cannot read {path}: {error.strerror}; check the path") from error
         return
@@ -62,10 +64,17 @@ def _fetched(
     starts = iter(range(0, info.size, PIECE_BYTES))
     while True:
         while len(waiting) < PIECES_IN_FLIGHT and (start := next(starts, None)) is not None:
-            waiting.append(pool.submit(
-                object_store.read_range, url, start, min(start + PIECE_BYTES, info.size),
-                timeout_seconds=timeout_seconds, etag=info.etag, size=info.size,
-            ))  # fmt: skip
+            waiting.append(
+                pool.submit(
+                    object_store.read_range,
+                    url,
+                    start,
+                    min(start + PIECE_BYTES, info.size),
+                    timeout_seconds=timeout_seconds,
+                    etag=info.etag,
+                    size=info.size,
+                )
+            )
         if not waiting:
             return
         yield waiting.popleft().result()

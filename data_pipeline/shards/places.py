@@ -1,4 +1,5 @@
-"""Where shards lie as seen from their manifest: the folder of all of them, and their names in it."""
+"""Where shards lie as seen from their manifest: the folder of all of them, and their names in
+it."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from data_pipeline.common.errors import DataError
 
 
 def common_folder(urls: Sequence[str], out: str) -> str:
-    """The folder that shards' names are relative to: `out` where it holds them all, else the innermost that does.
+    """The folder that shards' names are relative to: `out` where it holds them all, else the
+    innermost that does.
 
     Args:
         urls: The shards.
@@ -28,8 +30,10 @@ def common_folder(urls: Sequence[str], out: str) -> str:
         if out or len({os.path.isabs(folder) for folder in folders}) > 1:
             folders = [os.path.abspath(folder) for folder in folders]
         if out and not storage.is_local(out):
-            raise DataError(f"the shards are files of this machine, so their manifest cannot lie in "
-                            f"{storage.redact(out)}; copy them there first")  # fmt: skip
+            raise DataError(
+                f"the shards are files of this machine, so their manifest cannot lie in "
+                f"{storage.redact(out)}; copy them there first"
+            )
         return os.path.commonpath(folders) or "."
     if any(map(storage.is_local, urls)) or len({tuple(url.split("/")[:3]) for url in urls}) > 1:
         raise DataError(
@@ -59,7 +63,9 @@ def name_under(url: str, folder: str) -> str:
 def is_same_folder(base: str, folder: str) -> bool:
     """Whether two addresses name one folder."""
     if storage.is_local(base) and storage.is_local(folder):
-        return os.path.abspath(storage.local_path(base)) == os.path.abspath(storage.local_path(folder))
+        return os.path.abspath(storage.local_path(base)) == os.path.abspath(
+            storage.local_path(folder)
+        )
     return base == folder
 
 
@@ -71,7 +77,8 @@ def base_folder(base: object, folder: str) -> str:
         folder: The manifest's.
 
     Raises:
-        DataError: It is none, holds a user, password or query, or a manifest of a store names a place that is
+        DataError: It is none, holds a user, password or query, or a manifest of a store names a
+        place that is
             not in a store.
     """
     if not isinstance(base, str) or "\0" in base:
@@ -79,8 +86,10 @@ def base_folder(base: object, folder: str) -> str:
     if not base or base == ".":
         return folder
     if has_user(base) or has_query(base):
-        raise DataError(f"its base {storage.redact(base)} has a user, password or query, which must not stand in a "
-                        f"manifest; make it again with `vlmoe data index`, with the address without")
+        raise DataError(
+            f"its base {storage.redact(base)} has a user, password or query, which must not stand in a "
+            f"manifest; make it again with `vlmoe data index`, with the address without"
+        )
     if not storage.is_local(base):
         return base.rstrip("/")
     if storage.is_local(folder):
@@ -99,7 +108,8 @@ def _lies_under(url: str, folder: str) -> bool:
 
 
 def _joined(folder: str, relative: str) -> str:
-    """`folder/relative` in a store, where `..` means nothing to the server; it cannot leave the bucket."""
+    """`folder/relative` in a store, where `..` means nothing to the server; it cannot leave the
+    bucket."""
     scheme, _, path = folder.partition("://")
     bucket, *parts = path.split("/")
     for part in relative.split("/"):

@@ -1,7 +1,9 @@
-"""One pass over a shard, front to back, that learns all there is to know: its index and its SHA-256.
+"""One pass over a shard, front to back, that learns all there is to know: its index and its
+SHA-256.
 
 The shard comes as a stream of pieces, so it may lie in a store and be larger than memory. A damaged
-one is an error; with `salvage` the samples that can still be read are kept, and what cannot is said.
+one is an error; with `salvage` the samples that can still be read are kept, and what cannot is
+said.
 """
 
 from __future__ import annotations
@@ -76,11 +78,18 @@ def scan(
             position = find_header(stream.read, max(position + BLOCK, stream.first), total_bytes)
     rows, left_out = samples.finish()
     if left_out:
-        damage = [*damage[:_TOLD], f"left out the samples {_first_of(list(map(repr, left_out)), ', ')}"]
+        damage = [
+            *damage[:_TOLD],
+            f"left out the samples {_first_of(list(map(repr, left_out)), ', ')}",
+        ]
     if was_cut:
         damage.append("what came after that is not in the file, and nobody can say how much it was")
     return ShardIndex.build(
-        rows, shard_bytes=total_bytes, sha256=stream.sha256(), damage=_first_of(damage, "; "), **notes
+        rows,
+        shard_bytes=total_bytes,
+        sha256=stream.sha256(),
+        damage=_first_of(damage, "; "),
+        **notes,
     )
 
 
@@ -131,7 +140,9 @@ class _Stream:
 
     def _parts(self, start: int, end: int) -> Iterator[memoryview]:
         if not self._kept or start < self._kept[0][0]:
-            raise DataError(f"{self._where}: the headers before byte {end} are too long", slug="bad-tar")
+            raise DataError(
+                f"{self._where}: the headers before byte {end} are too long", slug="bad-tar"
+            )
         for base, piece in tuple(self._kept):
             if base < end and start < base + len(piece):
                 yield memoryview(piece)[max(0, start - base) : end - base]
@@ -153,7 +164,7 @@ class _Stream:
 
 
 class _Samples:
-    """Neighbouring members with the same key; members without an extension belong to none."""
+    """Neighboring members with the same key; members without an extension belong to none."""
 
     def __init__(self, stream: _Stream, where: str, *, strict: bool) -> None:
         self._stream, self._where, self._strict = stream, where, strict
@@ -181,7 +192,9 @@ class _Samples:
                 self._at_damage.add(len(self._rows))
                 self._interrupted = False
         elif any(known.extension == extension for known in self._members):
-            self._refuse_twice(f"sample {key!r} has two files with the same extension; write it again")
+            self._refuse_twice(
+                f"sample {key!r} has two files with the same extension; write it again"
+            )
         # From the sample's last file on: what lies between belongs to the bytes that are read.
         self._crc = self._stream.crc32(self._end, member.end, self._crc)
         self._end = member.end
@@ -214,7 +227,9 @@ class _Samples:
                 f"not next to each other; write the shard with its files sorted by name"
             )
         self._seen.add(key)
-        self._rows.append(SampleRow(key, self._offset, self._end - self._offset, self._crc, tuple(self._members)))
+        self._rows.append(
+            SampleRow(key, self._offset, self._end - self._offset, self._crc, tuple(self._members))
+        )
         self._key, self._members = "", []
 
     def _refuse_twice(self, problem: str) -> None:
@@ -223,7 +238,8 @@ class _Samples:
         self._twice.add(self._key)
 
     def _whole(self) -> tuple[list[SampleRow], list[str]]:
-        """Without samples of doubtful keys, and those next to damage that lack what the others have."""
+        """Without samples of doubtful keys, and those next to damage that lack what the others
+        have."""
         kinds = [frozenset(member.extension for member in row.members) for row in self._rows]
         whole = Counter(kind for number, kind in enumerate(kinds) if number not in self._at_damage)
         usual = whole.most_common(1)[0][0] if whole else max(kinds, key=len, default=frozenset())

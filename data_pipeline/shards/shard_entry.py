@@ -1,4 +1,5 @@
-"""One row of a manifest: what a shard is called, how much it holds, and how to know that it is the same."""
+"""One row of a manifest: what a shard is called, how much it holds, and how to know that it is the
+same."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ class ShardEntry:
     etag: str = ""
     """What the store called its contents when it was indexed; empty if unknown."""
     damage: str = ""
-    """What of it could not be read when it was indexed with `--salvage`; empty for a whole shard."""
+    """What of it could not be read when it was indexed with `--salvage`; empty for a whole
+    shard."""
 
     def __post_init__(self) -> None:
         for name in (self.name, self.index):
@@ -35,7 +37,11 @@ class ShardEntry:
             if not parts or ".." in parts or name.startswith("/") or "://" in name or "\0" in name:
                 raise DataError(f"the shard name {name!r} leads out of the manifest's folder")
         numbers = (self.samples, self.bytes)
-        if not all(type(number) is int for number in numbers) or self.samples < 0 or self.bytes <= 0:
+        if (
+            not all(type(number) is int for number in numbers)
+            or self.samples < 0
+            or self.bytes <= 0
+        ):
             raise DataError(f"shard {self.name!r} has {self.samples} samples in {self.bytes} bytes")
         for digest in (self.sha256, self.index_sha256):  # part of file names in the cache
             if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
@@ -54,6 +60,12 @@ def entry_of(index: ShardIndex, name: str, index_data: bytes) -> ShardEntry:
         index_data: Contents of its sidecar file.
     """
     return ShardEntry(
-        name=name, samples=len(index), bytes=index.shard_bytes, sha256=index.sha256, index=index_name(name),
-        index_sha256=hashlib.sha256(index_data).hexdigest(), etag=index.etag, damage=index.damage,
-    )  # fmt: skip
+        name=name,
+        samples=len(index),
+        bytes=index.shard_bytes,
+        sha256=index.sha256,
+        index=index_name(name),
+        index_sha256=hashlib.sha256(index_data).hexdigest(),
+        etag=index.etag,
+        damage=index.damage,
+    )

@@ -1,8 +1,8 @@
 """Where every sample of a shard lies, which files it has, and its checksum: `NAME.tar.index`.
 
-With it a sample is one read of known length: no tar header is parsed while training, and a sample that
-is not what it was is recognised. The file is in safetensors' format, one column a tensor, and is mapped
-into memory rather than read, so that all processes of a machine share one copy of it:
+With it a sample is one read of known length: no tar header is parsed while training, and a sample
+that is not what it was is recognized. The file is in safetensors' format, one column a tensor, and
+is mapped into memory rather than read, so that all processes of a machine share one copy of it:
 
     offsets, extents   int64 [samples]   first byte of the sample's first tar header, and bytes from there
                                          to the end of its last file's padding
@@ -12,8 +12,8 @@ into memory rather than read, so that all processes of a machine share one copy 
     member_extension, member_start, member_size   one row a file: which of `extensions`, where its content
                                          begins (from the sample's offset) and its bytes
     metadata           version, shard_bytes, sha256 (of the shard), samples, extensions (a JSON list);
-                       where known, etag (of the store), damage (what could not be read) and made_from
-                       (a hash of what the shard was written from)
+                       where known, etag (of the store), damage (what could not be read) and
+                       made_from (a hash of what the shard was written from)
 
 A file of unknown origin cannot do harm: everything in it is checked when it is opened.
 """
@@ -63,7 +63,8 @@ class SampleRow(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ShardIndex:
-    """One row a sample, in the shard's order; read-only. Made by `build`, `from_bytes` or `open`."""
+    """One row a sample, in the shard's order; read-only. Made by `build`, `from_bytes` or
+    `open`."""
 
     offsets: np.ndarray
     """int64 `[samples]`, bytes from the shard's start; rising."""
@@ -94,13 +95,19 @@ class ShardIndex:
         ends, start = self.columns["key_ends"], 0
         if i:
             start = int(ends[i - 1])
-        return self.columns["key_text"][start : int(ends[i])].tobytes().decode("utf-8", "backslashreplace")
+        return (
+            self.columns["key_text"][start : int(ends[i])]
+            .tobytes()
+            .decode("utf-8", "backslashreplace")
+        )
 
     @property
     def keys(self) -> list[str]:
         """All keys in order; for tools, as it decodes each."""
         text, starts = self.columns["key_text"].tobytes(), [0, *self.columns["key_ends"].tolist()]
-        return [text[start:end].decode("utf-8", "backslashreplace") for start, end in pairwise(starts)]
+        return [
+            text[start:end].decode("utf-8", "backslashreplace") for start, end in pairwise(starts)
+        ]
 
     def members(self, i: int) -> tuple[Member, ...]:
         """The files of sample `i`, in the shard's order."""
@@ -142,7 +149,8 @@ class ShardIndex:
             notes: Any of `etag`, `damage` and `made_from`.
 
         Raises:
-            DataError: They overlap, lie beyond the shard's end, or have a file outside of themselves.
+            DataError: They overlap, lie beyond the shard's end, or have a file outside of
+            themselves.
         """
         extensions = {member.extension: 0 for row in rows for member in row.members}
         numbers = {extension: number for number, extension in enumerate(extensions)}
@@ -161,9 +169,13 @@ class ShardIndex:
         }
         arrays = {name: np.asarray(columns[name], dtype) for name, dtype in COLUMNS.items()}
         metadata = {
-            "version": VERSION, "shard_bytes": str(shard_bytes), "sha256": sha256, "samples": str(len(rows)),
-            "extensions": json.dumps(list(numbers)), **notes,
-        }  # fmt: skip
+            "version": VERSION,
+            "shard_bytes": str(shard_bytes),
+            "sha256": sha256,
+            "samples": str(len(rows)),
+            "extensions": json.dumps(list(numbers)),
+            **notes,
+        }
         return _index_of(arrays, metadata)
 
     @staticmethod
@@ -192,7 +204,8 @@ class ShardIndex:
     def open(path: str | os.PathLike[str], where: str = "", *, sha256: str = "") -> ShardIndex:
         """Map a local sidecar file into memory and check it.
 
-        The file must be replaced, never changed in place, while it is open (`storage.write_bytes` does so).
+        The file must be replaced, never changed in place, while it is open (`storage.write_bytes`
+        does so).
 
         Args:
             path: The file.
@@ -211,7 +224,8 @@ class ShardIndex:
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise StorageError(
-                f"cannot read the shard index {shown}: {reason}; make it with `vlmoe data index`", slug="bad-index"
+                f"cannot read the shard index {shown}: {reason}; make it with `vlmoe data index`",
+                slug="bad-index",
             ) from error
         if sha256:
             check_index_hash(data, sha256, shown)
@@ -241,7 +255,9 @@ def index_name(shard: str) -> str:
 def _index_of(columns: Columns, metadata: Mapping[str, str]) -> ShardIndex:
     """The index of these columns, after checking that every number in them can be true."""
     if metadata["version"] != VERSION:
-        raise DataError(f"it has version {metadata['version']!r}, but this program reads {VERSION!r}")
+        raise DataError(
+            f"it has version {metadata['version']!r}, but this program reads {VERSION!r}"
+        )
     extensions, shard_bytes = json.loads(metadata["extensions"]), int(metadata["shard_bytes"])
     if not isinstance(extensions, list) or not all(isinstance(name, str) for name in extensions):
         raise DataError("its extensions are not a list of text")
@@ -252,7 +268,12 @@ def _index_of(columns: Columns, metadata: Mapping[str, str]) -> ShardIndex:
     for column in columns.values():
         column.flags.writeable = False
     return ShardIndex(
-        offsets=columns["offsets"], extents=columns["extents"], crc32=columns["crc32"], columns=columns,
-        shard_bytes=shard_bytes, sha256=metadata["sha256"], extensions=tuple(extensions),
+        offsets=columns["offsets"],
+        extents=columns["extents"],
+        crc32=columns["crc32"],
+        columns=columns,
+        shard_bytes=shard_bytes,
+        sha256=metadata["sha256"],
+        extensions=tuple(extensions),
         **{note: metadata.get(note, "") for note in _NOTES},
-    )  # fmt: skip
+    )

@@ -1,8 +1,8 @@
 """Tar headers read by hand: strict, because a damaged shard must never look like a short one.
 
 The usual readers stop without a word at the first header they cannot read; half a shard is then
-missing and nobody knows. Here every header's checksum is checked, every member must be complete, and
-an archive must end in its end mark (a block of zeros) with nothing but zeros after it.
+missing and nobody knows. Here every header's checksum is checked, every member must be complete,
+and an archive must end in its end mark (a block of zeros) with nothing but zeros after it.
 
 Formats: v7, ustar, GNU long names, and pax extended headers (path and size).
 """
@@ -73,9 +73,11 @@ def walk(read: Source, total_bytes: int, where: str, *, start: int = 0) -> Itera
 
 
 def find_header(read: Source, start: int, total_bytes: int) -> int:
-    """First byte at or after `start` where a whole, undamaged header of a member lies; or `total_bytes`.
+    """First byte at or after `start` where a whole, undamaged header of a member lies; or
+    `total_bytes`.
 
-    How a reader goes on after damage. Only headers with the mark of ustar, GNU or pax are recognised.
+    How a reader goes on after damage. Only headers with the mark of ustar, GNU or pax are
+    recognized.
     """
     for base in range(start, total_bytes, _SEARCH_BYTES):
         piece = read(base, _SEARCH_BYTES)
@@ -91,8 +93,8 @@ def find_header(read: Source, start: int, total_bytes: int) -> int:
 def split_name(name: str) -> tuple[str, str]:
     """Key and extension of a member, as WebDataset has them: `a/b.c.jpg` is `("a/b", "c.jpg")`.
 
-    The extension is in lower case. A name without one gives `("", "")` and belongs to no sample, and so
-    does WebDataset's own `__name__` of shards.
+    The extension is in lower case. A name without one gives `("", "")` and belongs to no sample,
+    and so does WebDataset's own `__name__` of shards.
     """
     folder, slash, base = name.rpartition("/")
     stem, dot, extension = base.partition(".")
@@ -109,7 +111,9 @@ def _is_meta(name: str) -> bool:
     return len(first) >= 4 and first.endswith("__")
 
 
-def _next_member(read: Source, header: bytes, start: int, total_bytes: int, where: str) -> TarMember:
+def _next_member(
+    read: Source, header: bytes, start: int, total_bytes: int, where: str
+) -> TarMember:
     """The member whose headers begin at `start`; its name is empty if it is a folder."""
     position, long_name, long_size = start, "", -1
     while True:
@@ -128,7 +132,8 @@ def _next_member(read: Source, header: bytes, start: int, total_bytes: int, wher
         if kind in b"Lxg":
             if size > _MAX_EXTRA_BYTES:
                 raise DataError(
-                    f"{where}: the extended header at byte {position} has {size} bytes", slug="bad-tar"
+                    f"{where}: the extended header at byte {position} has {size} bytes",
+                    slug="bad-tar",
                 )
             extra = read(data, size)
             if kind == b"L":
@@ -187,7 +192,9 @@ def _number(field: bytes, position: int, where: str) -> int:
         return int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
     digits = field.strip(b" \0") or b"0"
     if not digits.isdigit():  # int() would take signs and underscores too
-        raise DataError(f"{where}: at byte {position} there is no tar header, but other bytes", slug="bad-tar")
+        raise DataError(
+            f"{where}: at byte {position} there is no tar header, but other bytes", slug="bad-tar"
+        )
     try:
         return int(digits, 8)
     except ValueError:
@@ -204,7 +211,8 @@ def _header_name(header: bytes) -> str:
 
 
 def _text(field: bytes) -> str:
-    """A name up to its NUL; bytes that are not UTF-8 are written as `\\xff`, so that it can be shown."""
+    """A name up to its NUL; bytes that are not UTF-8 are written as `\\xff`, so that it can be
+    shown."""
     return field.partition(b"\0")[0].decode("utf-8", "backslashreplace")
 
 
@@ -219,12 +227,16 @@ def _pax_records(data: bytes, position: int, where: str) -> dict[str, str]:
         key, equals, value = text[blank + 1 : max(end - 1, blank + 1)].partition(b"=")
         # Beyond the blank, or the next record would begin before this one.
         if not equals or not start < blank < end <= len(text) or text[end - 1] != 0x0A:
-            raise DataError(f"{where}: the extended header at byte {position} is damaged", slug="bad-tar")
+            raise DataError(
+                f"{where}: the extended header at byte {position} is damaged", slug="bad-tar"
+            )
         records[key.decode("utf-8", "replace")] = value.decode("utf-8", "backslashreplace")
         start = end
     size = records.get("size", "0")
     if not size.isascii() or not size.isdigit() or len(size) > 18:
-        raise DataError(f"{where}: the extended header at byte {position} has a damaged size", slug="bad-tar")
+        raise DataError(
+            f"{where}: the extended header at byte {position} has a damaged size", slug="bad-tar"
+        )
     return records
 
 

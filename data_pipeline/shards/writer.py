@@ -1,8 +1,8 @@
 """Writes WebDataset shards with webdataset's own writer, then their indices and manifest.
 
-Equal samples give equal bytes: no times, no user names, and the number of processes does not matter.
-Every file is written aside and renamed (or put into the store whole), a shard's index after the shard and
-the manifest last, so a folder with a manifest is complete.
+Equal samples give equal bytes: no times, no user names, and the number of processes does not
+matter. Every file is written aside and renamed (or put into the store whole), a shard's index after
+the shard and the manifest last, so a folder with a manifest is complete.
 """
 
 from __future__ import annotations
@@ -19,7 +19,13 @@ from typing import IO, Any, NamedTuple, Protocol
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError, StorageError
 from data_pipeline.common.processes import WHOLE, Part, in_processes
-from data_pipeline.shards.manifest import Manifest, ShardEntry, entry_of, withdraw_manifest, write_manifest
+from data_pipeline.shards.manifest import (
+    Manifest,
+    ShardEntry,
+    entry_of,
+    withdraw_manifest,
+    write_manifest,
+)
 from data_pipeline.shards.pieces import PIECE_BYTES
 from data_pipeline.shards.scan import scan
 from data_pipeline.shards.shard_index import ShardIndex, index_name
@@ -31,10 +37,11 @@ _UPLOAD_SECONDS = 3600.0
 
 
 class LazySample(Protocol):
-    """A sample that is made where it is written, so that many processes can read the files of a data set.
+    """A sample that is made where it is written, so that many processes can read the files of a
+    data set.
 
-    Give a small dataclass, which can be sent to a process and whose `repr` says all that its contents
-    depend on. It may have an attribute `bytes`: about how many it will have.
+    Give a small dataclass, which can be sent to a process and whose `repr` says all that its
+    contents depend on. It may have an attribute `bytes`: about how many it will have.
     """
 
     def load(self) -> Mapping[str, object]:
@@ -63,17 +70,20 @@ def write_shards(
     """Write samples as `folder/prefix-000000.tar`, ... with indices and a manifest.
 
     Args:
-        samples: WebDataset samples: `__key__` (no dot after the last slash), and contents by
-            extension, e.g. `{"__key__": "a/7", "png": b"...", "txt": "...", "json": {...}}`; or
-            `LazySample`s that make them. Taken as they are needed.
+        samples: WebDataset
+        samples: `__key__` (no dot after the last slash), and contents by extension, e.g.
+            `{"__key__": "a/7", "png": b"...", "txt": "...", "json": {...}}`; or `LazySample`s that
+            make them. Taken as they are needed.
         folder: Local or in a store; its old manifest is withdrawn first.
         prefix: How the files' names begin.
         samples_per_shard: Samples of a shard; the last may have fewer.
-        bytes_per_shard: Most bytes of the contents of a shard with more than one sample; 0 is no limit.
+        bytes_per_shard: Most bytes of the contents of a shard with more than one sample; 0 is no
+            limit.
         workers: Processes; 1 does the work in this one.
         resume: Keep the shards that an earlier call with `resume` wrote from the same samples.
-        part: `(i, n)` writes only every n-th shard from the i-th on, with `resume`, and no manifest; when
-            all parts are done, a call with `resume` but no part brings them together. For job arrays.
+        part: `(i, n)` writes only every n-th shard from the i-th on, with `resume`, and no
+            manifest; when all parts are done, a call with `resume` but no part brings them
+            together. For job arrays.
         about: More to say in the manifest.
 
     Returns:
@@ -122,7 +132,10 @@ def put_shard(
     url = storage.join(folder, name)
     shown = storage.redact(url)
     if storage.is_local(url):
-        with storage.replacing(storage.local_path(url)) as fd, open(fd, "r+b", closefd=False) as file:
+        with (
+            storage.replacing(storage.local_path(url)) as fd,
+            open(fd, "r+b", closefd=False) as file,
+        ):
             index = _write_tar(samples, file, shown, made_from)
     else:
         with tempfile.NamedTemporaryFile(prefix="vlmoe-shard-") as file:
@@ -142,8 +155,11 @@ class _Job(NamedTuple):
     resume: bool
 
 
-def _chunks(samples: Iterable[Sample], most_samples: int, most_bytes: int) -> Iterator[tuple[Sample, ...]]:
-    """The samples of each shard; a function of the samples alone, so that any number of processes agree."""
+def _chunks(
+    samples: Iterable[Sample], most_samples: int, most_bytes: int
+) -> Iterator[tuple[Sample, ...]]:
+    """The samples of each shard; a function of the samples alone, so that any number of processes
+    agree."""
     chunk, chunk_bytes = list[Sample](), 0
     for sample in samples:
         count = _about_bytes(sample) if most_bytes else 0
@@ -159,7 +175,11 @@ def _chunks(samples: Iterable[Sample], most_samples: int, most_bytes: int) -> It
 def _about_bytes(sample: Sample) -> int:
     if not isinstance(sample, Mapping):
         return int(getattr(sample, "bytes", 0))
-    return sum(len(value) for value in sample.values() if isinstance(value, (bytes, bytearray, memoryview, str)))
+    return sum(
+        len(value)
+        for value in sample.values()
+        if isinstance(value, (bytes, bytearray, memoryview, str))
+    )
 
 
 def _write_one(job: _Job) -> ShardEntry:
@@ -192,18 +212,30 @@ def _written(job: _Job, made_from: str) -> ShardEntry | None:
 
 
 def _warn_of_others(folder: str, prefix: str, names: set[str]) -> None:
-    """Say which shards of an earlier, larger set are left, which other readers would take for part of this one."""
+    """Say which shards of an earlier, larger set are left, which other readers would take for part
+    of this one."""
     try:
         found = storage.list_names(folder)
     except StorageError:
         return
-    others = [name for name in found if re.fullmatch(re.escape(prefix) + r"-\d{6}\.tar", name) and name not in names]
+    others = [
+        name
+        for name in found
+        if re.fullmatch(re.escape(prefix) + r"-\d{6}\.tar", name) and name not in names
+    ]
     if others:
-        logger.warning("%s also holds %d older shards, from %s on, that are not part of what was written; remove them "
-                       "with their indices", storage.redact(folder), len(others), others[0])  # fmt: skip
+        logger.warning(
+            "%s also holds %d older shards, from %s on, that are not part of what was written; remove them "
+            "with their indices",
+            storage.redact(folder),
+            len(others),
+            others[0],
+        )
 
 
-def _write_tar(samples: Iterable[Sample], file: IO[bytes], where: str, made_from: str) -> ShardIndex:
+def _write_tar(
+    samples: Iterable[Sample], file: IO[bytes], where: str, made_from: str
+) -> ShardIndex:
     """Write the archive, and walk through what was written."""
     from webdataset import TarWriter  # slow to import, and only writers need it
 
@@ -223,9 +255,11 @@ def _write_tar(samples: Iterable[Sample], file: IO[bytes], where: str, made_from
     file.seek(0)
     index = scan(iter(lambda: file.read(PIECE_BYTES), b""), total_bytes, where, made_from=made_from)
     if index.keys != keys:
-        odd = next((key for key, found in zip(keys, index.keys, strict=False) if key != found), keys[-1])
+        odd = next(
+            (key for key, found in zip(keys, index.keys, strict=False) if key != found), keys[-1]
+        )
         raise DataError(
-            f"{where}: sample {odd!r} cannot be told from its neighbours, or has no files; give each sample a key of "
+            f"{where}: sample {odd!r} cannot be told from its neighbors, or has no files; give each sample a key of "
             f"its own and at least one file"
         )
     return index
@@ -241,7 +275,10 @@ def _loaded(sample: Sample, where: str) -> Mapping[str, object]:
 
 
 def _encoded(sample: Mapping[str, object]) -> dict[str, object]:
-    return {name: value if name.startswith("_") else _bytes(name, value) for name, value in sample.items()}
+    return {
+        name: value if name.startswith("_") else _bytes(name, value)
+        for name, value in sample.items()
+    }
 
 
 def _bytes(extension: str, value: object) -> bytes:
@@ -251,7 +288,9 @@ def _bytes(extension: str, value: object) -> bytes:
         return json.dumps(value, ensure_ascii=False).encode()
     if isinstance(value, str):
         return value.encode()
-    raise TypeError(f"its .{extension} is a {type(value).__name__}; give bytes, or text for .txt, or JSON for .json")
+    raise TypeError(
+        f"its .{extension} is a {type(value).__name__}; give bytes, or text for .txt, or JSON for .json"
+    )
 
 
 def _checked_key(sample: Mapping[str, object]) -> str:

@@ -1,7 +1,8 @@
-"""The synthetic global batch: made from the run's sizes, the same whoever asks, each pair on its own. Pure.
+"""The synthetic global batch: made from the run's sizes, the same whoever asks, each pair on its
+own. Pure.
 
-Captions have unequal lengths, and three pairs share one caption, so that what depends on counts or on equal
-captions would show. Any row can be missing, as bad samples are.
+Captions have unequal lengths, and three pairs share one caption, so that what depends on counts or
+on equal captions would show. Any row can be missing, as bad samples are.
 
 Shapes: B pairs, S text positions.
 """
@@ -41,19 +42,25 @@ class GlobalBatch(NamedTuple):
         lengths_B = torch.tensor([len(caption) for caption in captions], dtype=torch.int64)
         longest = max(map(len, captions), default=1)
         # Padded as the loader does: ranks and micro-batches have different amounts of padding.
-        width = min(self.model.text_length, -(-longest // TEXT_MULTIPLE) * TEXT_MULTIPLE)
+        width = min(self.model.context_length, -(-longest // TEXT_MULTIPLE) * TEXT_MULTIPLE)
         text_ids = torch.zeros(len(there), width, dtype=torch.int64)
         for place, caption in enumerate(captions):
             text_ids[place, : len(caption)] = caption
         side = self.model.image_size
         return Batch(
-            images=torch.stack([self._picture(row) for row in there]) if there else
-            torch.zeros(0, 3, side, side, dtype=torch.uint8),
+            images=torch.stack([self._picture(row) for row in there])
+            if there
+            else torch.zeros(0, 3, side, side, dtype=torch.uint8),
             text_ids=text_ids,
             text_lengths=lengths_B,
             text_positions=valid_positions(lengths_B, width),
-            caption_hashes=torch.tensor([100 + self._twin(row) for row in there], dtype=torch.int64),
-            keys=(), captions=(), problems=(), seconds=0.0,
+            caption_hashes=torch.tensor(
+                [100 + self._twin(row) for row in there], dtype=torch.int64
+            ),
+            keys=(),
+            captions=(),
+            problems=(),
+            seconds=0.0,
             ids=torch.tensor([self.step * self.pairs + row for row in there], dtype=torch.int64),
             slots=torch.tensor([row - first for row in there], dtype=torch.int64),
         )
@@ -64,7 +71,7 @@ class GlobalBatch(NamedTuple):
         return 0 if row in (5 * (self.pairs // 10), 5 * ((self.pairs - 1) // 5)) else row
 
     def _picture(self, row: int) -> Tensor:
-        """Coarse patches of colour with noise on them, uint8 `[3, side, side]`."""
+        """Coarse patches of color with noise on them, uint8 `[3, side, side]`."""
         side, generator = self.model.image_size, self._generator("picture", row)
         coarse = torch.rand(1, 3, 4, 4, generator=generator)
         picture = 200 * torch.nn.functional.interpolate(coarse, (side, side), mode="nearest")[0]
@@ -73,7 +80,7 @@ class GlobalBatch(NamedTuple):
     def _caption(self, row: int) -> Tensor:
         """Start, some words, end; int64."""
         generator = self._generator("caption", self._twin(row))
-        most = self.model.text_length - 2
+        most = self.model.context_length - 2
         words = int(torch.randint(min(1, most), most + 1, (1,), generator=generator))
         first_word = UNK_ID + 1
         ids = torch.randint(first_word, self.model.vocab_size, (words,), generator=generator)

@@ -52,11 +52,14 @@ class Found:
             self.say(line)
         self.write(complete=False)
 
-    def begin(self, world: int, cells: int) -> None:
-        """The cells of a world are about to run; starting ranks takes a while, so something is said before."""
+    def begin(self, world_size: int, cells: int) -> None:
+        """The cells of a world are about to run; starting ranks takes a while, so something is said
+        before."""
         if self.say is _print:
-            logger.info("%d cells of %d ranks to compare; the ranks are starting", cells, world)
-            self.progress = Progress(f"{world} ranks", cells, "cells")
+            logger.info(
+                "%d cells of %d ranks to compare; the ranks are starting", cells, world_size
+            )
+            self.progress = Progress(f"{world_size} ranks", cells, "cells")
 
     def hear(self, answer: dict[str, Any]) -> None:
         """What ranks tell."""
@@ -82,7 +85,9 @@ class Found:
     def is_good(self) -> bool:
         """Every cell that could run agrees, and there is one."""
         compared = any(outcome.status == "ok" for outcome in self.outcomes)
-        return compared and not self.troubles and not any(outcome.is_bad for outcome in self.outcomes)
+        return (
+            compared and not self.troubles and not any(outcome.is_bad for outcome in self.outcomes)
+        )
 
 
 def check_parallel(
@@ -101,7 +106,8 @@ def check_parallel(
     Args:
         run_file: A run file, or the name of a preset.
         overrides: Settings that win over it.
-        worlds: Numbers of ranks to start here, one after the other; of no effect on ranks that torchrun started.
+        worlds: Numbers of ranks to start here, one after the other; of no effect on ranks that
+            torchrun started.
         cells: See `pretrain.check.cells`.
         small: Scale the model down.
         pairs: Of the global batch; by default as few as the cells can split.
@@ -116,52 +122,80 @@ def check_parallel(
     run = shrink(run) if small else run
     started = "RANK" in os.environ
     worlds = [int(os.environ.get("WORLD_SIZE", "1"))] if started else worlds
-    for world in worlds:
-        parse_cells(cells, run, world)  # all that is wrong with the question is said before a table begins
+    for world_size in worlds:
+        parse_cells(
+            cells, run, world_size
+        )  # all that is wrong with the question is said before a table begins
     speaks = os.environ.get("RANK", "0") == "0"
     about = {"run": run_file, "settings": list(overrides), "small": small}
-    found = Found(about=about, out=out if speaks else None, say=_print if speaks else _say_nothing,
-                  width=shutil.get_terminal_size((report.WHOLE_WIDTH, 40)).columns)
+    found = Found(
+        about=about,
+        out=out if speaks else None,
+        say=_print if speaks else _say_nothing,
+        width=shutil.get_terminal_size((report.WHOLE_WIDTH, 40)).columns,
+    )
     for line in report.head(found.width):
         found.say(line)
     with tempfile.TemporaryDirectory(prefix="vlmoe-check-") as folder:
-        for world in worlds:
-            place = Path(folder) / str(world)
+        for world_size in worlds:
+            place = Path(folder) / str(world_size)
             place.mkdir()
-            job = _job(run, world, cells, pairs, seconds, place, found)
+            job = _job(run, world_size, cells, pairs, seconds, place, found)
             if job.cases:
-                found.begin(world, len(job.cases))
-                (_in_these_ranks if started else run_on_this_machine)(job, world, found.hear)
+                found.begin(world_size, len(job.cases))
+                (_in_these_ranks if started else run_on_this_machine)(job, world_size, found.hear)
     found.write(complete=True)
     for line in report.foot(found.outcomes, found.floors, found.width):
         found.say(line)
     if all(outcome.status == "unsupported" for outcome in found.outcomes):
-        raise ConfigError("no cell that was asked for can run, for the reasons above; choose others with --cells")
+        raise ConfigError(
+            "no cell that was asked for can run, for the reasons above; choose others with --cells"
+        )
     return found.is_good
 
 
 def _job(
-    run: RunConfig, world: int, texts: Sequence[str], pairs: int | None, seconds: float, folder: Path, found: Found
+    run: RunConfig,
+    world_size: int,
+    texts: Sequence[str],
+    pairs: int | None,
+    seconds: float,
+    folder: Path,
+    found: Found,
 ) -> Job:
     """The cells that can run in a world; the others are told at once."""
-    wanted = parse_cells(texts, run, world)
-    whole = pairs or pairs_for(wanted, run, world)
-    wrong = check_run(run, world, whole)
+    wanted = parse_cells(texts, run, world_size)
+    whole = pairs or pairs_for(wanted, run, world_size)
+    wrong = check_run(run, world_size, whole)
     if wrong:
         raise ConfigError(join_problems(wrong, "this run cannot be checked in any cell"))
     cases = []
     for cell in wanted:
-        reason = why_not(run, cell, world, whole)
+        reason = why_not(run, cell, world_size, whole)
         if reason:
-            found.add(Outcome(run=run.name, world=world, cell=cell, status="unsupported", reason=reason))
+            found.add(
+                Outcome(
+                    run=run.name,
+                    world_size=world_size,
+                    cell=cell,
+                    status="unsupported",
+                    reason=reason,
+                )
+            )
         else:
             cases.append(Case("run", cell))
     path = folder / "run.yaml"
     path.write_text(dump_yaml(run), encoding="utf-8")
-    return Job(runs={"run": str(path)}, cases=tuple(cases), pairs=whole, folder=str(folder), seconds=seconds)
+    return Job(
+        runs={"run": str(path)},
+        cases=tuple(cases),
+        pairs=whole,
+        folder=str(folder),
+        seconds=seconds,
+    )
 
 
-def _in_these_ranks(job: Job, world: int, tell: Callable[[dict[str, Any]], None]) -> None:
+def _in_these_ranks(job: Job, world_size: int, tell: Callable[[dict[str, Any]], None]) -> None:
     """The job in the ranks that torchrun started. Collective."""
     from pretrain.check.worker import work
     from pretrain.parallel.environment import rank_environment

@@ -1,8 +1,9 @@
 """How far a trace is from the reference's, and whether that is too far. Pure.
 
-Differences are judged by quantity. Those of the first step show what is wrong; those of later steps only tell
-that something was: Adam makes steps of full size from gradients that are nothing but rounding, so weights part
-ways where a gradient is nearly 0, and a choice between two nearly equal experts may fall the other way.
+Differences are judged by quantity. Those of the first step show what is wrong; those of later steps
+only tell that something was: Adam makes steps of full size from gradients that are nothing but
+rounding, so weights part ways where a gradient is nearly 0, and a choice between two nearly equal
+experts may fall the other way.
 """
 
 from __future__ import annotations
@@ -15,25 +16,40 @@ import torch
 from torch import Tensor
 
 QUANTITIES = (
-    "start", "loss", "term", "norm", "gradient", "statistics", "counts", "choices", "biases", "parameters", "update",
-    "later", "later-choices", "later-biases", "later-parameters",
+    "start",
+    "loss",
+    "term",
+    "norm",
+    "gradient",
+    "statistics",
+    "counts",
+    "choices",
+    "biases",
+    "parameters",
+    "update",
+    "later",
+    "later-choices",
+    "later-biases",
+    "later-parameters",
 )
-"""What is judged. `start` are the weights before the first step, `loss` is the total, `term` every term before and
-after its weight and the contrastive scale, `norm` the gradient's before clipping, `statistics` the routers' sums,
-`counts` pairs and tokens, `choices` those that another expert got, `biases` those of the choice, `parameters` the
-weights and `update` the same beside the way they have come;
-`later...` the same of the steps after the first, `later` alone for numbers."""
+"""What is judged. `start` are the weights before the first step, `loss` is the total, `term` every
+term before and after its weight and the contrastive scale, `norm` the gradient's before clipping,
+`statistics` the routers' sums, `counts` pairs and tokens, `choices` those that another expert got,
+`biases` those of the choice, `parameters` the weights and `update` the same beside the way they
+have come; `later...` the same of the steps after the first, `later` alone for numbers."""
 
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
 LATER = 1e-4
-"""Of losses, terms and norms after the first step, in float32. Bfloat16 is judged on the first step: its rounding moves
-weights whose gradient is nearly 0 by a full step of Adam, and with them tokens to other experts."""
+"""Of losses, terms and norms after the first step, in float32. Bfloat16 is judged on the first
+step: its rounding moves weights whose gradient is nearly 0 by a full step of Adam, and with them
+tokens to other experts."""
 WEIGHTS = 1e-3
 """Of weights after the first step, in float32."""
 UPDATE = {"fp32": 2e-2, "bf16": 0.5}
-"""Of weights after the first step, beside the way from where they began: an element whose gradient is nothing but
-rounding goes a whole step of Adam anywhere, so weights cannot be judged by their own size alone. A step that was not
-made, or was twice as long, is 1 off; 6 % of elements that went the other way are 0.5."""
+"""Of weights after the first step, beside the way from where they began: an element whose gradient
+is nothing but rounding goes a whole step of Adam anywhere, so weights cannot be judged by their own
+size alone. A step that was not made, or was twice as long, is 1 off; 6 % of elements that went the
+other way are 0.5."""
 FEW_ELEMENTS = 256
 """Of smaller weights a handful that went the other way would be too large a share."""
 BIAS = 1e-6
@@ -41,16 +57,19 @@ BIAS = 1e-6
 TIES = {"fp32": 1e-4, "bf16": 5e-3}
 """Share of the choices that may fall to another expert because two had nearly equal scores."""
 SMALLEST_TERM = 1e-2
-"""A term nearer to 0, such as a shortfall of entropy, is judged by the digits that it was made of."""
+"""A term nearer to 0, such as a shortfall of entropy, is judged by the digits that it was made
+of."""
 SMALLEST_GRADIENT = 1e-6
-"""A gradient that is a smaller share of the whole gradient's norm is judged as if it were this large."""
+"""A gradient that is a smaller share of the whole gradient's norm is judged as if it were this
+large."""
 
 
 class Difference(NamedTuple):
     """How far one thing is off."""
 
     value: float
-    """Relative; absolute for biases; a number for choices and counts; infinite for what is no number or missing."""
+    """Relative; absolute for biases; a number for choices and counts; infinite for what is no
+    number or missing."""
     name: str = ""
     """Of the term, weight or statistic."""
 
@@ -84,7 +103,8 @@ class Verdict(NamedTuple):
 
 
 class Comparison:
-    """One rank's trace against the reference's, one tensor after the other, so that none need be kept."""
+    """One rank's trace against the reference's, one tensor after the other, so that none need be
+    kept."""
 
     def __init__(self, truth: Mapping[str, Tensor]) -> None:
         self._whole = _by_plain_name(truth)
@@ -92,7 +112,8 @@ class Comparison:
         self.worst: Worst = {}
         """The largest difference of each quantity."""
         self.each: dict[str, dict[str, float]] = {"term": {}, "gradient": {}}
-        """How far every term and every gradient of the first step is off, by its name; of split experts the worst."""
+        """How far every term and every gradient of the first step is off, by its name; of split
+        experts the worst."""
         self.seen: list[str] = []
         """Names of what was compared."""
 
@@ -114,14 +135,18 @@ class Comparison:
             by_name = self.each[quantity]
             by_name[_plain(leaf)] = max(value, by_name.get(_plain(leaf), 0.0))
 
-
     def _add_update(self, name: str, leaf: str, found: Tensor) -> None:
         """How far a weight is off beside the way that it has come in the first step."""
-        end, start = _expected(name, self._whole), _expected(f"start/parameters/{leaf}", self._whole)
+        end, start = (
+            _expected(name, self._whole),
+            _expected(f"start/parameters/{leaf}", self._whole),
+        )
         if end is None or start is None or end.numel() < FEW_ELEMENTS:
             return
         way = float((end.double() - start.double()).norm())
-        value = float((found.double() - end.double()).norm()) / max(way, 1e-6 * float(end.double().norm()), 1e-30)
+        value = float((found.double() - end.double()).norm()) / max(
+            way, 1e-6 * float(end.double().norm()), 1e-30
+        )
         if "update" not in self.worst or value > self.worst["update"].value:
             self.worst["update"] = Difference(value, leaf)
 
@@ -145,7 +170,8 @@ def merge(ranks: Iterable[Mapping[str, Iterable[Any]]]) -> Worst:
 
 
 def missing_names(seen: Iterable[str], truth: Mapping[str, Tensor]) -> Worst:
-    """Things of the reference that no rank has, as infinite differences; of split experts each one counts."""
+    """Things of the reference that no rank has, as infinite differences; of split experts each one
+    counts."""
     spans: dict[str, list[tuple[int, int]]] = {}
     for name in set(seen):
         plain, _, span = name.partition("@")
@@ -185,7 +211,8 @@ def judge(
         worst: Of a cell, over all ranks.
         precision: `fp32` or `bf16`.
         choices: Choices of all tokens in the first step.
-        other_rounding: The cell's layers round at other places than the reference's, which counts in bfloat16.
+        other_rounding: The cell's layers round at other places than the reference's, which counts
+            in bfloat16.
     """
     changed = worst["choices"].value
     ties = 0 < changed <= TIES[precision] * choices
@@ -196,15 +223,25 @@ def judge(
         first *= 2
     limits = dict.fromkeys(("loss", "term", "norm", "gradient", "statistics"), first)
     strict = precision == "fp32" and not ties
-    limits |= {"parameters": WEIGHTS, "update": UPDATE["fp32"]} if strict else {"update": UPDATE["bf16"]}
+    limits |= (
+        {"parameters": WEIGHTS, "update": UPDATE["fp32"]} if strict else {"update": UPDATE["bf16"]}
+    )
     limits |= {"start": 0.0, "counts": 0.0, "choices": TIES[precision] * choices}
     if not changed:
         limits["biases"] = BIAS
     # Once a token has gone to another expert, two runs are two runs.
     if strict and not later_ties:
-        limits |= {"later": LATER, "later-parameters": WEIGHTS, "later-choices": 0.0, "later-biases": BIAS}
-    misses = [Miss(quantity, worst[quantity].value, worst[quantity].name, limit)
-              for quantity, limit in limits.items() if quantity in worst and not worst[quantity].value <= limit]
+        limits |= {
+            "later": LATER,
+            "later-parameters": WEIGHTS,
+            "later-choices": 0.0,
+            "later-biases": BIAS,
+        }
+    misses = [
+        Miss(quantity, worst[quantity].value, worst[quantity].name, limit)
+        for quantity, limit in limits.items()
+        if quantity in worst and not worst[quantity].value <= limit
+    ]
     return Verdict(tuple(misses), int(changed) if ties else 0, int(later) if later_ties else 0)
 
 
@@ -276,17 +313,27 @@ def merge_each(ranks: Iterable[Mapping[str, float]]) -> dict[str, float]:
 
 
 def facts(truth: Mapping[str, Tensor], clip_norm: float) -> dict[str, Any]:
-    """What the reference's three steps met, so that a comparison that compared nothing can be told."""
+    """What the reference's three steps met, so that a comparison that compared nothing can be
+    told."""
     steps = range(sum(name.endswith("/norm/norm") for name in truth))
-    dropped = sum(float((truth[f"{s}/choices/chosen"] - truth[f"{s}/choices/kept"]).sum()) for s in steps)
+    dropped = sum(
+        float((truth[f"{s}/choices/chosen"] - truth[f"{s}/choices/kept"]).sum()) for s in steps
+    )
     biases = truth["0/biases/biases"]
     clipped = [bool(clip_norm) and float(truth[f"{s}/norm/norm"]) > clip_norm for s in steps]
     moved = bool(biases.numel()) and bool(torch.stack([layer.any() for layer in biases]).all())
-    return {"pairs": int(truth["0/counts/pairs"]), "choices": int(all_choices(truth)), "dropped": int(dropped),
-            "biases_moved": moved, "clipped_steps": sum(clipped)}
+    return {
+        "pairs": int(truth["0/counts/pairs"]),
+        "choices": int(all_choices(truth)),
+        "dropped": int(dropped),
+        "biases_moved": moved,
+        "clipped_steps": sum(clipped),
+    }
 
 
-def float64_floor(truth: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> Iterator[tuple[str, Difference]]:
+def float64_floor(
+    truth: Mapping[str, Tensor], exact: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Difference]]:
     """How far the float32 reference itself is from float64 in the first step, by quantity."""
     for quantity, difference in compared(truth, exact).worst.items():
         if not quantity.startswith("later"):

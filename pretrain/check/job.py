@@ -59,10 +59,11 @@ class Outcome:
     """What became of one cell."""
 
     run: str
-    world: int
+    world_size: int
     cell: Cell
     status: str
-    """`ok`, `miss`, `unsupported`, `error` (a rank failed), `hang` (it took too long) or `not-run`."""
+    """`ok`, `miss`, `unsupported`, `error` (a rank failed), `hang` (it took too long) or
+    `not-run`."""
     reason: str = ""
     """Why it was not compared, in words."""
     worst: Worst = field(default_factory=dict)
@@ -82,25 +83,49 @@ class Outcome:
         """Plain values; infinite numbers as text, which JSON lacks."""
         verdict = self.verdict
         return {
-            "run": self.run, "world": self.world, "cell": self.cell.to_json(), "status": self.status,
-            "reason": self.reason, "seconds": round(self.seconds, 3), "facts": self.facts,
-            "worst": {quantity: {"value": plain_number(d.value), "name": d.name} for quantity, d in self.worst.items()},
-            "misses": [m._asdict() | {"value": plain_number(m.value)} for m in verdict.misses] if verdict else [],
+            "run": self.run,
+            "world_size": self.world_size,
+            "cell": self.cell.to_json(),
+            "status": self.status,
+            "reason": self.reason,
+            "seconds": round(self.seconds, 3),
+            "facts": self.facts,
+            "worst": {
+                quantity: {"value": plain_number(d.value), "name": d.name}
+                for quantity, d in self.worst.items()
+            },
+            "misses": [m._asdict() | {"value": plain_number(m.value)} for m in verdict.misses]
+            if verdict
+            else [],
             "ties": verdict.ties if verdict else 0,
             "later_ties": verdict.later_ties if verdict else 0,
-            "each": {quantity: {name: plain_number(value) for name, value in found.items()}
-                     for quantity, found in self.each.items()},
+            "each": {
+                quantity: {name: plain_number(value) for name, value in found.items()}
+                for quantity, found in self.each.items()
+            },
         }
 
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> Outcome:
         """What `to_json` gave."""
         plain = dict(values)
-        misses = tuple(Miss(m["quantity"], float(m["value"]), m["name"], m["limit"]) for m in plain.pop("misses"))
+        misses = tuple(
+            Miss(m["quantity"], float(m["value"]), m["name"], m["limit"])
+            for m in plain.pop("misses")
+        )
         verdict = Verdict(misses, plain.pop("ties"), plain.pop("later_ties"))
-        worst = {quantity: Difference(float(d["value"]), d["name"]) for quantity, d in plain.pop("worst").items()}
-        plain["each"] = {q: {name: float(far) for name, far in found.items()} for q, found in plain["each"].items()}
-        return Outcome(**plain | {"cell": Cell(**plain["cell"]), "worst": worst, "verdict": verdict if worst else None})
+        worst = {
+            quantity: Difference(float(d["value"]), d["name"])
+            for quantity, d in plain.pop("worst").items()
+        }
+        plain["each"] = {
+            q: {name: float(far) for name, far in found.items()}
+            for q, found in plain["each"].items()
+        }
+        return Outcome(
+            **plain
+            | {"cell": Cell(**plain["cell"]), "worst": worst, "verdict": verdict if worst else None}
+        )
 
 
 class Answers:

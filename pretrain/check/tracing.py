@@ -1,8 +1,8 @@
 """Three optimizer steps of an engine, written down as named tensors.
 
-A trace is a mapping from `STEP/QUANTITY/NAME` to a tensor: `start/parameters/...`, `0/term/balance`,
-`0/gradient/blocks.1.ffn.gate.weight`, `2/parameters/...`. Experts that are split over ranks appear as
-`NAME@first:last`, so a rank's trace holds its slice.
+A trace is a mapping from `STEP/QUANTITY/NAME` to a tensor: `start/parameters/...`,
+`0/term/balance`, `0/gradient/blocks.1.ffn.gate.weight`, `2/parameters/...`. Experts that are split
+over ranks appear as `NAME@first:last`, so a rank's trace holds its slice.
 """
 
 from __future__ import annotations
@@ -56,8 +56,13 @@ def trace(engine: TrainEngine, run: RunConfig, missing: Collection[int], write: 
     engine.step = write_gradients_and_step  # type: ignore[method-assign, assignment]
     _write_all(write, "start/parameters", _weights(engine))
     for step in range(STEPS):
-        result = train_step(engine, micro_batches(engine, run, step, missing), run, step=step,
-                            learning_rate=learning_rate(run, step))
+        result = train_step(
+            engine,
+            micro_batches(engine, run, step, missing),
+            run,
+            step=step,
+            learning_rate=learning_rate(run, step),
+        )
         _write_all(write, str(step), _facts(result))
         if step in KEPT:
             _write_all(write, f"{step}/parameters", _weights(engine))
@@ -69,7 +74,11 @@ def _write_all(write: Write, head: str, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _weights(engine: TrainEngine) -> Trace:
-    return engine.masters_by_file_name() if isinstance(engine, _RoundedEngine) else master_weights(engine)
+    return (
+        engine.masters_by_file_name()
+        if isinstance(engine, _RoundedEngine)
+        else master_weights(engine)
+    )
 
 
 def learning_rate(run: RunConfig, step: int) -> float:
@@ -77,12 +86,17 @@ def learning_rate(run: RunConfig, step: int) -> float:
     return run.optim.lr / (step + 2)
 
 
-def micro_batches(engine: TrainEngine, run: RunConfig, step: int, missing: Collection[int]) -> list[Batch]:
+def micro_batches(
+    engine: TrainEngine, run: RunConfig, step: int, missing: Collection[int]
+) -> list[Batch]:
     """This rank's micro-batches of a step, cut as the loader cuts the global batch."""
-    per_forward, pairs = run.batch.pairs_per_forward, run.batch.pairs_per_step
+    per_forward, pairs = run.batch.micro_batch_size, run.batch.global_batch_size
     whole = GlobalBatch(run.model, run.seed, step, pairs, missing)
-    per_round = per_forward * engine.world
-    return [whole.rows(first + engine.rank * per_forward, per_forward) for first in range(0, pairs, per_round)]
+    per_round = per_forward * engine.world_size
+    return [
+        whole.rows(first + engine.rank * per_forward, per_forward)
+        for first in range(0, pairs, per_round)
+    ]
 
 
 def reference(
@@ -96,18 +110,23 @@ def reference(
     """The trace of one process of plain torch with the whole batch in one forward pass.
 
     Args:
-        run: A cell's run; of its layout only batch size and number format matter. Activations are computed again
-            only where `model.recompute` says so.
+        run: A cell's run; of its layout only batch size and number format matter. Activations are
+            computed again only where `model.activation_checkpointing` says so.
         missing: Bad rows.
         device: Where to train.
-        rounded: The forward pass reads all weights rounded to bfloat16, as it does with DeepSpeed's ZeRO stages
-            1 to 3 in bfloat16.
+        rounded: The forward pass reads all weights rounded to bfloat16, as it does with DeepSpeed's
+            ZeRO stages 1 to 3 in bfloat16.
         float64: Weights, activations and gradients in float64.
     """
-    pairs = run.batch.pairs_per_step
-    run_alone = replace(run, batch=BatchConfig(pairs_per_step=pairs, pairs_per_forward=pairs))
-    layout = Layout(world=1, expert_parallel=1, zero_stage=-1, precision=run.precision.compute,
-                    num_experts=run.moe.num_experts)
+    pairs = run.batch.global_batch_size
+    run_alone = replace(run, batch=BatchConfig(global_batch_size=pairs, micro_batch_size=pairs))
+    layout = Layout(
+        world_size=1,
+        expert_parallel_size=1,
+        zero_stage=-1,
+        precision=run.precision.compute,
+        num_experts=run.moe.num_experts,
+    )
     model, found = build_model(run_alone), Trace()
     if not float64:
         kind = _RoundedEngine if rounded else PlainEngine
@@ -115,12 +134,18 @@ def reference(
         return found
     model.compute_dtype = torch.float64
     with _KeepFloat64():
-        trace(PlainEngine(model.double(), run.optim, layout, device), run_alone, missing, found.__setitem__)
+        trace(
+            PlainEngine(model.double(), run.optim, layout, device),
+            run_alone,
+            missing,
+            found.__setitem__,
+        )
     return found
 
 
 class _RoundedEngine(PlainEngine):
-    """Computes with weights rounded to bfloat16 and updates unrounded ones, which begin as rounded ones do."""
+    """Computes with weights rounded to bfloat16 and updates unrounded ones, which begin as rounded
+    ones do."""
 
     def __init__(
         self, model: VisionLanguageModel, optim: OptimConfig, layout: Layout, device: torch.device
@@ -140,10 +165,14 @@ class _RoundedEngine(PlainEngine):
     def masters_by_file_name(self) -> dict[str, Tensor]:
         """The unrounded weights, named as in files."""
         names = zip(self.model_tensors(), self.model.named_parameters(), strict=False)
-        return {file_name: self.masters[name].to("cpu", copy=True) for file_name, (name, _) in names}
+        return {
+            file_name: self.masters[name].to("cpu", copy=True) for file_name, (name, _) in names
+        }
 
     def _round(self) -> None:
-        self.masters = {name: weight.detach().clone() for name, weight in self.model.named_parameters()}
+        self.masters = {
+            name: weight.detach().clone() for name, weight in self.model.named_parameters()
+        }
         with torch.no_grad():
             for weight in self.model.parameters():
                 weight.copy_(weight.bfloat16())
@@ -151,14 +180,25 @@ class _RoundedEngine(PlainEngine):
 
 def _facts(result: StepResult) -> Trace:
     """What a step returned, by quantity and name; float64."""
-    numbers = {f"loss/{name}" if name == "total" else f"term/{name}": v for name, v in result.losses.items()}
-    numbers |= {"norm/norm": result.grad_norm, "term/logit_scale": result.logit_scale, "counts/pairs": result.pairs}
+    numbers = {
+        f"loss/{name}" if name == "total" else f"term/{name}": v
+        for name, v in result.losses.items()
+    }
+    numbers |= {
+        "norm/norm": result.grad_norm,
+        "term/logit_scale": result.logit_scale,
+        "counts/pairs": result.pairs,
+    }
     router = result.router
     tensors = {
         "counts/tokens": result.tokens_M,
-        "choices/chosen": router.choices_ME, "choices/kept": router.kept_ME, "choices/best": router.first_ME,
-        "statistics/probability": router.prob_sum_ME, "statistics/load": router.load_sum_ME,
-        "statistics/z": router.z_sum_M, "statistics/entropy": router.entropy_sum_M,
+        "choices/chosen": router.choices_ME,
+        "choices/kept": router.kept_ME,
+        "choices/best": router.first_ME,
+        "statistics/probability": router.prob_sum_ME,
+        "statistics/load": router.load_sum_ME,
+        "statistics/z": router.z_sum_M,
+        "statistics/entropy": router.entropy_sum_M,
         "statistics/top_probability": router.top_sum_M,
         "biases/biases": result.biases,
     }
@@ -171,7 +211,11 @@ class _KeepFloat64(TorchFunctionMode):
     """`x.float()` leaves float64 as it is: there it is meant as "at least float32"."""
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if func is Tensor.float and args[0].dtype == torch.float64:
             return args[0]

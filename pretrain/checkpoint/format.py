@@ -42,9 +42,16 @@ _PIECE_BYTES = 16 * 2**20
 
 # Names of the safetensors format, https://github.com/huggingface/safetensors#format
 _DTYPE_NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
-    torch.uint8: "U8", torch.bool: "BOOL",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
 }
 
 
@@ -55,12 +62,13 @@ class LayoutLike(Protocol):
 
 
 class CheckpointEngine(Protocol):
-    """What saving and loading need from a training engine (`pretrain.parallel.engine.TrainEngine`)."""
+    """What saving and loading need from a training engine
+    (`pretrain.parallel.engine.TrainEngine`)."""
 
     @property
     def rank(self) -> int: ...
     @property
-    def world(self) -> int: ...
+    def world_size(self) -> int: ...
     @property
     def layout(self) -> LayoutLike: ...
 
@@ -108,7 +116,9 @@ class Meta:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, with a hash over themselves so that a changed number is noticed."""
-        plain = asdict(self) | {"files": {name: record._asdict() for name, record in self.files.items()}}
+        plain = asdict(self) | {
+            "files": {name: record._asdict() for name, record in self.files.items()}
+        }
         return plain | {"sha256": _hash_of_json(plain)}
 
     @classmethod
@@ -120,7 +130,9 @@ class Meta:
             CheckpointError: It was written by a version that this one does not know.
         """
         if not isinstance(value, dict):
-            raise DamagedCheckpointError(f"{where} does not hold a JSON object; the checkpoint is damaged")
+            raise DamagedCheckpointError(
+                f"{where} does not hold a JSON object; the checkpoint is damaged"
+            )
         if value.get("version") != VERSION:
             raise CheckpointError(
                 f"{where} has format version {value.get('version')!r}, but this program reads version "
@@ -128,11 +140,15 @@ class Meta:
             )
         plain = {name: part for name, part in value.items() if name != "sha256"}
         if value.get("sha256") != _hash_of_json(plain):
-            raise DamagedCheckpointError(f"{where} was changed after it was written; its own hash differs")
+            raise DamagedCheckpointError(
+                f"{where} was changed after it was written; its own hash differs"
+            )
         files = {name: FileRecord(**record) for name, record in plain.pop("files").items()}
         strange = [name for name in files if not _FILE_NAME.fullmatch(name)]
         if strange:
-            raise DamagedCheckpointError(f"{where} lists {strange[0]!r}, which no checkpoint file is called")
+            raise DamagedCheckpointError(
+                f"{where} lists {strange[0]!r}, which no checkpoint file is called"
+            )
         return cls(files=files, **plain)
 
 
@@ -173,7 +189,7 @@ def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> FileRecord:
             digest.update(rest)
             total_bytes += len(rest)
             while rest:
-                rest = rest[os.write(descriptor, rest[:_PIECE_BYTES]):]
+                rest = rest[os.write(descriptor, rest[:_PIECE_BYTES]) :]
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
@@ -189,8 +205,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
     """Write a safetensors file piece by piece.
 
     The library's own writer wants either a whole second copy in memory (`save`) or hides the
-    system's error numbers and gives no hash (`save_file`); the format is a small JSON header and the
-    raw values one after the other, so it is written here and read by the library.
+    system's error numbers and gives no hash (`save_file`); the format is a small JSON header and
+    the raw values one after the other, so it is written here and read by the library.
     """
     # Wide types first keeps every tensor aligned to its own size, which the library does too.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
@@ -202,7 +218,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
             raise CheckpointError(f"{name} has type {tensor.dtype}, which checkpoints do not store")
         first, end = end, end + tensor.numel() * tensor.element_size()
         header[name] = {
-            "dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [first, end],
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [first, end],
         }
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)

@@ -30,8 +30,8 @@ from pretrain.checkpoint.weights import TensorFiles, weight_files
 logger = logging.getLogger(__name__)
 
 _HOW_TO_MATCH = {
-    "world": "start the run with {found} ranks",
-    "expert_parallel": "set parallel.expert_parallel={found}",
+    "world_size": "start the run with {found} ranks",
+    "expert_parallel_size": "set parallel.expert_parallel_size={found}",
     "zero_stage": "set parallel.deepspeed to a profile with ZeRO stage {found}",
     "precision": "set precision.compute={found}",
     "num_experts": "set moe.num_experts={found}",
@@ -132,7 +132,9 @@ def _check_layout(path: Path, meta: Meta, layout: dict[str, Any]) -> None:
     differing = [name for name in names if meta.layout.get(name) != layout.get(name)]
     if not differing:
         return
-    facts = ", ".join(f"{name} {meta.layout.get(name)} (now {layout.get(name)})" for name in differing)
+    facts = ", ".join(
+        f"{name} {meta.layout.get(name)} (now {layout.get(name)})" for name in differing
+    )
     how = " and ".join(_how_to_match(name, meta.layout.get(name)) for name in differing)
     raise CheckpointError(
         f"checkpoint {path} was written under another layout: {facts}. To go on from it, {how}; "
@@ -154,7 +156,9 @@ def _candidates(root: Path) -> list[Path]:
     others = [path for path in reversed(list_checkpoints(root)) if path.name != named]
     if named is not None and step_of(named) is None:
         where = root / LATEST
-        logger.error("%s holds %r, which is no checkpoint's name; taking the newest one", where, named)
+        logger.error(
+            "%s holds %r, which is no checkpoint's name; taking the newest one", where, named
+        )
         named = None
     return ([root / named] if named else []) + others
 

@@ -37,8 +37,9 @@ def read_latest(root: Path) -> str | None:
 def remove_old(root: Path, keep: int) -> list[Path]:
     """Remove all but the `keep` newest checkpoints up to the one that `latest` names.
 
-    Newer ones than that are left alone: they are from before a step back, and will be written again.
-    Only one rank may call this. Trouble is a warning: too many checkpoints are no reason to stop.
+    Newer ones than that are left alone: they are from before a step back, and will be written
+    again. Only one rank may call this. Trouble is a warning: too many checkpoints are no reason to
+    stop.
 
     Returns:
         The folders that were removed.
@@ -64,8 +65,8 @@ def remove_old(root: Path, keep: int) -> list[Path]:
 def clear_leftovers(root: Path) -> None:
     """Clear away what a killed run left: half-written, replaced and half-removed folders.
 
-    Only one rank may call this, while no other writes. A checkpoint that was set aside to be replaced
-    goes back to its place if its replacement never arrived.
+    Only one rank may call this, while no other writes. A checkpoint that was set aside to be
+    replaced goes back to its place if its replacement never arrived.
     """
     if not root.is_dir():
         return

@@ -13,7 +13,8 @@ from pretrain.checkpoint.verify import check_hashes, check_sizes, read_meta
 
 
 class TensorFiles(Mapping[str, Tensor]):
-    """The tensors of several safetensors files under one roof; a tensor is read when it is asked for."""
+    """The tensors of several safetensors files under one roof; a tensor is read when it is asked
+    for."""
 
     def __init__(self, paths: list[Path]) -> None:
         self._home: dict[str, Path] = {}
@@ -21,7 +22,9 @@ class TensorFiles(Mapping[str, Tensor]):
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
                     if name in self._home:
-                        raise DamagedCheckpointError(f"{name} is in both {self._home[name]} and {path}")
+                        raise DamagedCheckpointError(
+                            f"{name} is in both {self._home[name]} and {path}"
+                        )
                     self._home[name] = path
 
     def __getitem__(self, name: str) -> Tensor:
@@ -75,7 +78,9 @@ def weight_files(path: Path, meta: Meta) -> list[Path]:
     return [path / name for name in sorted(meta.files) if name.startswith(WEIGHTS_PREFIX)]
 
 
-def _join_experts(base: str, spans: list[tuple[int, int]], tensors: TensorFiles, meta: Meta) -> Tensor:
+def _join_experts(
+    base: str, spans: list[tuple[int, int]], tensors: TensorFiles, meta: Meta
+) -> Tensor:
     parts = [tensors[f"{base}@{first}:{last}"] for first, last in spans]
     expected = 0
     for (first, last), part in zip(spans, parts, strict=True):
@@ -87,7 +92,9 @@ def _join_experts(base: str, spans: list[tuple[int, int]], tensors: TensorFiles,
         expected = last
     experts = meta.layout.get("num_experts", expected)
     if expected != experts:
-        raise DamagedCheckpointError(f"experts of {base}: {experts} were trained, found slices {spans} only")
+        raise DamagedCheckpointError(
+            f"experts of {base}: {experts} were trained, found slices {spans} only"
+        )
     whole = parts[0].new_empty((expected, *parts[0].shape[1:]))
     for (first, last), part in zip(spans, parts, strict=True):
         whole[first:last] = part

@@ -1,4 +1,5 @@
-"""Saves a checkpoint so that a kill, a power cut or a full disk at any moment costs at most this one.
+"""Saves a checkpoint so that a kill, a power cut or a full disk at any moment costs at most this
+one.
 
     every rank   writes its files into .writing-step-N and forces them to the disk
     all ranks    tell each other sizes, hashes and errors
@@ -93,7 +94,9 @@ def save(
     if optimizer:
         keep_record(optimizer_file(engine.rank), lambda path: write_tensors(path, optimizer))
     keep_record(rank_file(engine.rank), lambda path: write_json(path, rank_state))
-    gathered = attempt.settle(writing, result={name: record._asdict() for name, record in files.items()})
+    gathered = attempt.settle(
+        writing, result={name: record._asdict() for name, record in files.items()}
+    )
 
     if engine.rank == 0:
         records = {name: FileRecord(**record) for part in gathered for name, record in part.items()}
@@ -129,7 +132,8 @@ class _Attempt:
             return None
 
     def settle(self, writing: Path, result: Any = None) -> list[Any]:
-        """Let all ranks compare notes: give their results in rank order, or raise on all of them."""
+        """Let all ranks compare notes: give their results in rank order, or raise on all of
+        them."""
         notes = self._engine.gather_json({"problem": self._problem, "result": result})
         problems = [note["problem"] for note in notes if note["problem"] is not None]
         if not problems:
@@ -138,7 +142,8 @@ class _Attempt:
         if self._engine.rank == 0:
             shutil.rmtree(writing, ignore_errors=True)
             previous = _previous(self._root)
-        # The second round says what rank 0 found, and that the folder is gone before anybody goes on.
+        # The second round says what rank 0 found, and that the folder is gone before anybody goes
+        # on.
         previous = self._engine.gather_json(previous)[0]
         more = f" (and {len(problems) - 1} more ranks failed)" if len(problems) > 1 else ""
         raise CheckpointError(
@@ -187,7 +192,9 @@ def _replace_latest(root: Path, name: str) -> None:
         sync_folder(root)
     except OSError as error:
         # Too late to undo: both names are in place, and a power cut now brings back the older one.
-        logger.warning("%s names %s, but the disk did not confirm it: %s", root / LATEST, name, error)
+        logger.warning(
+            "%s names %s, but the disk did not confirm it: %s", root / LATEST, name, error
+        )
 
 
 def _explain(error: Exception, root: Path) -> str:
@@ -209,4 +216,8 @@ def _previous(root: Path) -> str:
         path = find_latest(root)
     except CheckpointError as error:
         return f"There is no whole earlier checkpoint: {error}"
-    return f"The previous checkpoint {path} is untouched and good" if path else "There is no earlier one"
+    return (
+        f"The previous checkpoint {path} is untouched and good"
+        if path
+        else "There is no earlier one"
+    )

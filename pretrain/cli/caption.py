@@ -15,10 +15,15 @@ _EXAMPLES = """\
 def add(subparsers: Subparsers) -> None:
     """Add the command."""
     parser = add_command(
-        subparsers, "caption", summary="write captions for pictures", examples=_EXAMPLES,
+        subparsers,
+        "caption",
+        summary="write captions for pictures",
+        examples=_EXAMPLES,
         description="Write a caption for each picture with a trained model, word by word (greedily).",
     )
-    parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="folder of a run that has a checkpoint")
+    parser.add_argument(
+        "run_dir", metavar="RUN_DIR", type=Path, help="folder of a run that has a checkpoint"
+    )
     parser.add_argument("images", metavar="IMAGE", type=Path, nargs="+", help="picture files")
     parser.set_defaults(handle=handle)
 

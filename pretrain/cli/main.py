@@ -23,8 +23,9 @@ from pretrain.cli.common import started_as
 _COMMANDS = (train, plan, settings, check_parallel, eval, caption, routing, data, tokenizer)
 
 _RANK_ZERO_FIRST_SECONDS, _CAUSE_FIRST_SECONDS = 2.0, 5.0
-"""How long an error waits for one that says more. Ranks usually fail alike, and the launcher ends the
-others as soon as one has ended: so a person reads rank 0's error and not the same a hundred times."""
+"""How long an error waits for one that says more. Ranks usually fail alike, and the launcher ends
+the others as soon as one has ended: so a person reads rank 0's error and not the same a hundred
+times."""
 
 _DISK_ERRORS = {
     errno.ENOSPC: "free some space",
@@ -41,7 +42,8 @@ _DISK_ERRORS = {
 def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command."""
     parser = argparse.ArgumentParser(
-        prog="vlmoe", allow_abbrev=False,
+        prog="vlmoe",
+        allow_abbrev=False,
         description="Pretrain sparse mixture-of-experts vision-language models.",
         epilog="`vlmoe COMMAND --help` says more about a command, with examples.",
     )
@@ -59,8 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; None takes those of the process.
 
     Returns:
-        The exit status: 0, or 2 when something outside the program is wrong. Other errors are bugs and
-        are raised.
+        The exit status: 0, or 2 when something outside the program is wrong. Other errors are bugs
+        and are raised.
     """
     args = _parse(argv)
     rank = started_as()[0]
@@ -73,7 +75,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
             raise
-        _tell(f"{error.filename or 'a file'}: {error.strerror}; {_DISK_ERRORS[error.errno]}", rank, 0.0)
+        _tell(
+            f"{error.filename or 'a file'}: {error.strerror}; {_DISK_ERRORS[error.errno]}",
+            rank,
+            0.0,
+        )
         return 2
 
 

@@ -1,4 +1,5 @@
-"""`vlmoe data order`: which samples each rank and micro-batch of some steps gets, from arithmetic and indices."""
+"""`vlmoe data order`: which samples each rank and micro-batch of some steps gets, from arithmetic
+and indices."""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ from pretrain.cli.common import add_run
 
 _EXAMPLES = """\
   vlmoe data order quickstart --steps 1
-  vlmoe data order run.yaml --steps 500:502 --world 8
-  vlmoe data order run.yaml --steps 7 --world 2 --json batch.pairs_per_step=64
+  vlmoe data order run.yaml --steps 500:502 --world-size 8
+  vlmoe data order run.yaml --steps 7 --world-size 2 --json batch.global_batch_size=64
   vlmoe data order run.yaml --quality data.shuffle_window=64
 
 Steps count from 1, as in metrics.jsonl. --quality compares the shuffle with a perfect one; a larger
@@ -27,18 +28,33 @@ _FIELDS = ("position", "source", "epoch", "shard", "sample", "key")
 def add(subparsers: Subparsers) -> None:
     """Add the command."""
     parser = add_command(
-        subparsers, "order", summary="show which samples each rank gets in some steps, or how good the shuffle is",
+        subparsers,
+        "order",
+        summary="show which samples each rank gets in some steps, or how good the shuffle is",
         description="Show the order of training without training: it follows from the run file and the manifests.",
         examples=_EXAMPLES,
     )
     add_run(parser)
-    parser.add_argument("--steps", metavar="A:B", default="1", help="first and last step, or one (default: 1)")
-    parser.add_argument("--world", metavar="N", type=int, default=1, help="number of ranks (default: 1)")
-    parser.add_argument("--skip", metavar="A:B", action="append", default=[],
-                        help="positions A to B - 1 are jumped, as the loader's state in a checkpoint says; may be "
-                             "repeated")
-    parser.add_argument("--no-keys", action="store_true", help="do not read the shards' indices for the keys")
-    parser.add_argument("--quality", action="store_true", help="compare the shuffle with a perfect one instead")
+    parser.add_argument(
+        "--steps", metavar="A:B", default="1", help="first and last step, or one (default: 1)"
+    )
+    parser.add_argument(
+        "--world-size", metavar="N", type=int, default=1, help="number of ranks (default: 1)"
+    )
+    parser.add_argument(
+        "--skip",
+        metavar="A:B",
+        action="append",
+        default=[],
+        help="positions A to B - 1 are jumped, as the loader's state in a checkpoint says; may be "
+        "repeated",
+    )
+    parser.add_argument(
+        "--no-keys", action="store_true", help="do not read the shards' indices for the keys"
+    )
+    parser.add_argument(
+        "--quality", action="store_true", help="compare the shuffle with a perfect one instead"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     parser.set_defaults(handle=handle)
 
@@ -52,8 +68,8 @@ def handle(args: argparse.Namespace) -> None:
     if not 1 <= first <= last:
         args.parser.error(f"--steps is {args.steps!r}, but steps count from 1 and must rise")
     steps = range(first, last + 1)
-    if args.world < 1:
-        args.parser.error(f"--world is {args.world}, but must be at least 1")
+    if args.world_size < 1:
+        args.parser.error(f"--world-size is {args.world_size}, but must be at least 1")
     path = run_path(args.run)
     run = load_run(path, args.overrides)
     # Not all of a run is checked: the order does not ask whether the experts fit the ranks.
@@ -64,13 +80,15 @@ def handle(args: argparse.Namespace) -> None:
     facts = _order(args, run, sources, steps)
     if args.json:
         # In ASCII: keys are texts of others, which could steer a terminal.
-        print(json.dumps({"run": str(path), "world": args.world, "steps": list(facts)}))
+        print(json.dumps({"run": str(path), "world_size": args.world_size, "steps": list(facts)}))
         return
     for step in facts:
         print(_render(step))
 
 
-def _order(args: argparse.Namespace, run: Any, sources: Sequence[Any], steps: range) -> Iterator[dict[str, Any]]:
+def _order(
+    args: argparse.Namespace, run: Any, sources: Sequence[Any], steps: range
+) -> Iterator[dict[str, Any]]:
     """The steps' samples, as plain values."""
     from data_pipeline.loading.schedules import TrainSchedule
     from data_pipeline.loading.sources import make_order
@@ -79,17 +97,22 @@ def _order(args: argparse.Namespace, run: Any, sources: Sequence[Any], steps: ra
 
     batch = run.batch
     skip = joined(_pair(args, text, "--skip") for text in args.skip)
-    count = micro_batches_per_step(batch.pairs_per_step, batch.pairs_per_forward, args.world)
+    count = micro_batches_per_step(batch.global_batch_size, batch.micro_batch_size, args.world_size)
     order = make_order(sources, run.seed, run.data.shuffle_window)
     names = _Names(sources, keys=not args.no_keys, data=run.data)
     ranks = [
         TrainSchedule(
-            order=order, origin=0, skip=skip, rank=rank,
-            pairs_per_step=batch.pairs_per_step, pairs_per_forward=batch.pairs_per_forward, micro_batches=count,
-            world=args.world,
+            order=order,
+            origin=0,
+            skip=skip,
+            rank=rank,
+            global_batch_size=batch.global_batch_size,
+            micro_batch_size=batch.micro_batch_size,
+            micro_batches=count,
+            world_size=args.world_size,
         )
-        for rank in range(args.world)
-    ]  # fmt: skip
+        for rank in range(args.world_size)
+    ]
     for step in steps:
         micro_batches = [
             {
@@ -97,7 +120,9 @@ def _order(args: argparse.Namespace, run: Any, sources: Sequence[Any], steps: ra
                 "micro_batch": micro,
                 "samples": [
                     dict(zip(_FIELDS, (position, *names.of(ref)), strict=True))
-                    for position, ref in zip(_flat(schedule.positions(number)), schedule.refs(number), strict=True)
+                    for position, ref in zip(
+                        _flat(schedule.positions(number)), schedule.refs(number), strict=True
+                    )
                 ],
             }
             for micro in range(count)
@@ -131,7 +156,9 @@ class _Names:
             source, entry = self._shards[shard]
             try:
                 self._indices[shard] = load_index(
-                    source.manifest, entry, cache_dir=self._data.cache_dir,
+                    source.manifest,
+                    entry,
+                    cache_dir=self._data.cache_dir,
                     timeout_seconds=self._data.request_seconds,
                 )
             except DataError:
@@ -142,25 +169,30 @@ class _Names:
 
 
 def _quality(run: Any, sources: Sequence[Any], *, as_json: bool) -> str:
-    """Each source's shuffle beside a perfect one; of a batch, the part that comes from the source."""
+    """Each source's shuffle beside a perfect one; of a batch, the part that comes from the
+    source."""
     from dataclasses import asdict
 
     from data_pipeline.loading.sources import make_order
     from data_pipeline.order.shuffle_quality import quality_table, shuffle_quality
 
-    window, pairs = run.data.shuffle_window, run.batch.pairs_per_step
+    window, pairs = run.data.shuffle_window, run.batch.global_batch_size
     shares = make_order(sources, run.seed, window).shares.at(0)
     found, tables = {}, []
     for source, share in zip(sources, shares, strict=True):
-        sizes = [entry.samples - len(source.dropped.get(number, ()))
-                 for number, entry in enumerate(source.manifest.shards)]
+        sizes = [
+            entry.samples - len(source.dropped.get(number, ()))
+            for number, entry in enumerate(source.manifest.shards)
+        ]
         if not sum(sizes):
             continue
         batch = max(1, round(pairs * share))
         mine, perfect = shuffle_quality(sizes, run.seed, window, batch)
         found[source.name] = {"shuffled": asdict(mine), "perfect": asdict(perfect)}
-        tables.append(f"{harmless(source.name)}: {sum(sizes):,} samples in {len(sizes):,} shards, "
-                      f"shuffle_window {window}, {batch:,} of them in a batch\n{quality_table(mine, perfect)}")
+        tables.append(
+            f"{harmless(source.name)}: {sum(sizes):,} samples in {len(sizes):,} shards, "
+            f"shuffle_window {window}, {batch:,} of them in a batch\n{quality_table(mine, perfect)}"
+        )
     return json.dumps(found) if as_json else "\n\n".join(tables)
 
 
@@ -172,8 +204,10 @@ def _render(step: dict[str, Any]) -> str:
     for micro in step["micro_batches"]:
         lines.append(f"  rank {micro['rank']}, micro-batch {micro['micro_batch']}")
         lines.append("    " + "  ".join(f"{name:<{widths[name]}}" for name in _FIELDS).rstrip())
-        lines += ["    " + "  ".join(f"{_cell(row[name]):<{widths[name]}}" for name in _FIELDS).rstrip()
-                  for row in micro["samples"]]
+        lines += [
+            "    " + "  ".join(f"{_cell(row[name]):<{widths[name]}}" for name in _FIELDS).rstrip()
+            for row in micro["samples"]
+        ]
     return "\n".join(lines)
 
 

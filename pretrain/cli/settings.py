@@ -1,4 +1,5 @@
-"""`vlmoe settings`: every setting of a run with its default and its meaning, from the code that owns it."""
+"""`vlmoe settings`: every setting of a run with its default and its meaning, from the code that
+owns it."""
 
 from __future__ import annotations
 
@@ -18,10 +19,15 @@ What is printed is a valid run file with all defaults."""
 def add(subparsers: Subparsers) -> None:
     """Add the command."""
     parser = add_command(
-        subparsers, "settings", summary="every setting with its default and its meaning", examples=_EXAMPLES,
+        subparsers,
+        "settings",
+        summary="every setting with its default and its meaning",
+        examples=_EXAMPLES,
         description="Print what a run file may hold: all settings, or those of one section.",
     )
-    parser.add_argument("section", metavar="SECTION", nargs="?", default="", help="such as data or data.augment")
+    parser.add_argument(
+        "section", metavar="SECTION", nargs="?", default="", help="such as data or data.augment"
+    )
     parser.set_defaults(handle=handle)
 
 

@@ -11,7 +11,7 @@ from pretrain.cli.common import add_run, started_as
 _EXAMPLES = """\
   vlmoe train run.yaml --out runs/first
   vlmoe train run.yaml --out runs/first optim.lr=3e-4 parallel.engine=plain
-  torchrun --nproc-per-node 2 -m pretrain train run.yaml --out runs/first parallel.expert_parallel=2
+  torchrun --nproc-per-node 2 -m pretrain train run.yaml --out runs/first parallel.expert_parallel_size=2
 
 Ctrl-C (or SIGTERM) saves a checkpoint after the current step; once more leaves at once.
 A RUN_DIR that already has a checkpoint is gone on with: start the same command again. It holds
@@ -21,12 +21,20 @@ config.yaml, deepspeed.json, tokenizer.model, metrics.jsonl, tensorboard/, check
 def add(subparsers: Subparsers) -> None:
     """Add the command."""
     parser = add_command(
-        subparsers, "train", summary="train, or go on with training", examples=_EXAMPLES,
+        subparsers,
+        "train",
+        summary="train, or go on with training",
+        examples=_EXAMPLES,
         description="Train the model that a run file describes, on all the ranks that were started.",
     )
     add_run(parser)
-    parser.add_argument("--out", metavar="RUN_DIR", type=Path, required=True,
-                        help="folder of the run; made when it is missing")
+    parser.add_argument(
+        "--out",
+        metavar="RUN_DIR",
+        type=Path,
+        required=True,
+        help="folder of the run; made when it is missing",
+    )
     parser.set_defaults(handle=handle)
 
 

@@ -18,24 +18,59 @@ def deepspeed_layer_problems(run: RunConfig, zero_stage: int | None) -> Iterator
     if moe.backend != "deepspeed":
         return
     facts = (
-        (run.parallel.engine == "plain", "parallel.engine", run.parallel.engine, "parallel.engine=deepspeed"),
-        (zero_stage == 3, "parallel.deepspeed", f"{run.parallel.deepspeed} (ZeRO stage 3)",
-         "a profile with ZeRO stage 0, 1 or 2"),
-        (moe.score != "softmax", "moe.score", moe.score, "moe.score=softmax"),
+        (
+            run.parallel.engine == "plain",
+            "parallel.engine",
+            run.parallel.engine,
+            "parallel.engine=deepspeed",
+        ),
+        (
+            zero_stage == 3,
+            "parallel.deepspeed",
+            f"{run.parallel.deepspeed} (ZeRO stage 3)",
+            "a profile with ZeRO stage 0, 1 or 2",
+        ),
+        (moe.score_func != "softmax", "moe.score_func", moe.score_func, "moe.score_func=softmax"),
         (moe.temperature != 1, "moe.temperature", moe.temperature, "moe.temperature=1"),
-        (not moe.renormalise and moe.experts_per_token > 1, "moe.renormalise", "false", "moe.renormalise=true"),
-        (moe.gate != "token", "moe.gate", moe.gate, "moe.gate=token"),
-        (moe.choice != "topk", "moe.choice", moe.choice, "moe.choice=topk"),
-        # It has a capacity, but one of each rank's micro-batch: who is left out would depend on the layout.
-        (moe.capacity_factor != 0, "moe.capacity_factor", moe.capacity_factor, "moe.capacity_factor=0"),
+        (
+            not moe.norm_topk_prob and moe.top_k > 1,
+            "moe.norm_topk_prob",
+            "false",
+            "moe.norm_topk_prob=true",
+        ),
+        (
+            moe.router_input != "token",
+            "moe.router_input",
+            moe.router_input,
+            "moe.router_input=token",
+        ),
+        (moe.routing != "top_k", "moe.routing", moe.routing, "moe.routing=top_k"),
+        # It has a capacity, but one of each rank's micro-batch: who is left out would depend on the
+        # layout.
+        (
+            moe.capacity_factor != 0,
+            "moe.capacity_factor",
+            moe.capacity_factor,
+            "moe.capacity_factor=0",
+        ),
         (moe.pools != "shared", "moe.pools", moe.pools, "moe.pools=shared"),
         (balance.bias != "none", "balance.bias", balance.bias, "balance.bias=none"),
-        (balance.expert_l1_weight != 0, "balance.expert_l1_weight", balance.expert_l1_weight,
-         "balance.expert_l1_weight=0"),
-        (balance.router_l1_weight != 0, "balance.router_l1_weight", balance.router_l1_weight,
-         "balance.router_l1_weight=0"),
-    )  # fmt: skip
+        (
+            balance.expert_l1_weight != 0,
+            "balance.expert_l1_weight",
+            balance.expert_l1_weight,
+            "balance.expert_l1_weight=0",
+        ),
+        (
+            balance.router_l1_weight != 0,
+            "balance.router_l1_weight",
+            balance.router_l1_weight,
+            "balance.router_l1_weight=0",
+        ),
+    )
     for refused, name, value, instead in facts:
         if refused:
-            yield (f"{name} is {value}, which DeepSpeed's own MoE layer (moe.backend deepspeed) does not know; use "
-                   f"{instead}, or another moe.backend")
+            yield (
+                f"{name} is {value}, which DeepSpeed's own MoE layer (moe.backend deepspeed) does not know; use "
+                f"{instead}, or another moe.backend"
+            )

@@ -1,4 +1,5 @@
-"""Settings of the sparse layers: `moe`, how tokens are routed, and `balance`, what keeps the experts in use."""
+"""Settings of the sparse layers: `moe`, how tokens are routed, and `balance`, what keeps the
+experts in use."""
 
 from __future__ import annotations
 
@@ -14,34 +15,38 @@ class MoEConfig:
 
     num_experts: int = 8
     """Routed experts of a layer, over all ranks (E)."""
-    experts_per_token: int = 2
+    top_k: int = 2
     """Experts each token visits (K)."""
     expert_width: int = 64
     """Hidden width of one SwiGLU expert."""
     shared_experts: int = 1
     """Experts that every token visits, beside the routed ones."""
-    score: Literal["softmax", "sigmoid"] = "softmax"
+    score_func: Literal["softmax", "sigmoid"] = "softmax"
     """How router logits become gate scores."""
     temperature: float = 1.0
     """Multiplies the router logits before the score (`a` in softmax(a x logits))."""
-    renormalise: bool = True
+    norm_topk_prob: bool = True
     """Let the weights of the chosen experts sum to one."""
-    gate: Literal["token", "caption"] = "token"
-    """What the router reads: the token; or also, for text in the blocks from `model.fusion_start` on, the
-    caption so far. Patches never read the caption, so that an image's embedding does not depend on it."""
-    choice: Literal["topk", "sampled", "noisy", "expert"] = "topk"
-    """Who chooses: each token its best experts; experts drawn by their scores (Gumbel top-k); its best ones by
-    noisy logits (V-MoE); or every expert its best patches of each image, and text its best experts."""
-    noise: float = 1.0
+    router_input: Literal["token", "caption"] = "token"
+    """What the router reads: the token; or also, for text in the blocks from `model.fusion_layer`
+    on, the caption so far. Patches never read the caption, so that an image's embedding does not
+    depend on it."""
+    routing: Literal["top_k", "sampled", "noisy_top_k", "expert_choice"] = "top_k"
+    """Who chooses: each token its best experts; experts drawn by their scores (Gumbel top-k); its
+    best ones by noisy logits (V-MoE); or every expert its best patches of each image, and text its
+    best experts."""
+    noise_std: float = 1.0
     """Deviation of the noise of `choice: noisy`, as a multiple of 1 / num_experts."""
     capacity_factor: float = 0.0
-    """Places of an expert as a multiple of its fair share while training; 0 means that no choice is ever dropped.
-    Judging never drops any."""
+    """Places of an expert as a multiple of its fair share while training; 0 means that no choice is
+    ever dropped. Judging never drops any."""
     capacity_priority: Literal["position", "random", "batch"] = "position"
-    """Who comes first where places are short: earlier pairs, and of a pair its patches; a random order; or the surest
-    tokens (V-MoE's batch prioritised routing). First choices of all tokens come before second ones."""
-    capacity_group: int = 8
-    """Consecutive pairs of the global batch that share the places; must divide `batch.pairs_per_forward`."""
+    """Who comes first where places are short: earlier pairs, and of a pair its patches; a random
+    order; or the surest tokens (V-MoE's batch prioritized routing). First choices of all tokens
+    come before second ones."""
+    capacity_group_size: int = 8
+    """Consecutive pairs of the global batch that share the places; must divide
+    `batch.micro_batch_size`."""
     pools: Literal["shared", "modality"] = "shared"
     """Whether all experts serve both modalities, or some serve patches and the others text."""
     image_experts: int = 0
@@ -53,33 +58,49 @@ class MoEConfig:
     stop: int = -1
     """Block before which the experts end; -1 means all blocks to the last."""
     backend: Literal["auto", "grouped", "loop", "deepspeed"] = "auto"
-    """Expert computation: one grouped matrix product, or a loop over the experts; or DeepSpeed's own MoE layer
-    while training, to compare with."""
+    """Expert computation: one grouped matrix product, or a loop over the experts; or DeepSpeed's
+    own MoE layer while training, to compare with."""
 
     def __post_init__(self) -> None:
-        require(self.num_experts >= 1, f"moe.num_experts is {self.num_experts}, but must be at least 1")
-        require(1 <= self.experts_per_token <= self.num_experts,
-                f"moe.experts_per_token is {self.experts_per_token}, but must lie in "
-                f"1..moe.num_experts ({self.num_experts})")
+        require(
+            self.num_experts >= 1, f"moe.num_experts is {self.num_experts}, but must be at least 1"
+        )
+        require(
+            1 <= self.top_k <= self.num_experts,
+            f"moe.top_k is {self.top_k}, but must lie in 1..moe.num_experts ({self.num_experts})",
+        )
         require(self.shared_experts >= 0, f"moe.shared_experts is {self.shared_experts}, below 0")
-        require(self.temperature > 0, f"moe.temperature is {self.temperature}, but must be positive")
+        require(
+            self.temperature > 0, f"moe.temperature is {self.temperature}, but must be positive"
+        )
         require(self.every >= 1, f"moe.every is {self.every}, but must be at least 1")
-        require(self.noise > 0, f"moe.noise is {self.noise}, but must be positive")
-        require(self.capacity_factor >= 0,
-                f"moe.capacity_factor is {self.capacity_factor}, below 0 (0 means no limit)")
-        require(self.capacity_group >= 1, f"moe.capacity_group is {self.capacity_group}, but must be at least 1")
-        require(not (self.choice == "expert" and self.capacity_factor),
-                f"moe.choice is expert, which fills every expert evenly by itself, but moe.capacity_factor is "
-                f"{self.capacity_factor}; set moe.capacity_factor=0")
+        require(self.noise_std > 0, f"moe.noise_std is {self.noise_std}, but must be positive")
+        require(
+            self.capacity_factor >= 0,
+            f"moe.capacity_factor is {self.capacity_factor}, below 0 (0 means no limit)",
+        )
+        require(
+            self.capacity_group_size >= 1,
+            f"moe.capacity_group_size is {self.capacity_group_size}, but must be at least 1",
+        )
+        require(
+            not (self.routing == "expert_choice" and self.capacity_factor),
+            f"moe.routing is expert_choice, which fills every expert evenly by itself, but moe.capacity_factor is "
+            f"{self.capacity_factor}; set moe.capacity_factor=0",
+        )
         if self.pools == "modality":
             smaller = min(self.image_pool, self.num_experts - self.image_pool)
-            require(smaller >= self.experts_per_token,
-                    f"moe.pools is modality with {self.image_pool} experts for patches and "
-                    f"{self.num_experts - self.image_pool} for text; each pool needs at least "
-                    f"moe.experts_per_token ({self.experts_per_token})")
+            require(
+                smaller >= self.top_k,
+                f"moe.pools is modality with {self.image_pool} experts for patches and "
+                f"{self.num_experts - self.image_pool} for text; each pool needs at least "
+                f"moe.top_k ({self.top_k})",
+            )
         else:
-            require(self.image_experts == 0,
-                    f"moe.image_experts is {self.image_experts}, which only moe.pools=modality uses")
+            require(
+                self.image_experts == 0,
+                f"moe.image_experts is {self.image_experts}, which only moe.pools=modality uses",
+            )
 
     @property
     def image_pool(self) -> int:
@@ -92,7 +113,9 @@ class MoEConfig:
         """The experts that serve a modality (0 image, 1 text)."""
         if self.pools == "shared":
             return slice(0, self.num_experts)
-        return slice(0, self.image_pool) if modality == 0 else slice(self.image_pool, self.num_experts)
+        return (
+            slice(0, self.image_pool) if modality == 0 else slice(self.image_pool, self.num_experts)
+        )
 
     def pool_slices(self) -> tuple[slice, ...]:
         """Every pool once."""
@@ -101,21 +124,22 @@ class MoEConfig:
     @property
     def noise_deviation(self) -> float:
         """Deviation of the noise on logits."""
-        return self.noise / self.num_experts
+        return self.noise_std / self.num_experts
 
     @property
     def is_random(self) -> bool:
         """Whether anything about training's routing is drawn."""
         by_chance = self.capacity_factor > 0 and self.capacity_priority == "random"
-        return self.choice in ("sampled", "noisy") or by_chance
+        return self.routing in ("sampled", "noisy_top_k") or by_chance
 
     def patches_per_expert(self, num_patches: int) -> int:
-        """Patches of an image that each expert takes with `choice: expert`: a fair share, rounded up."""
-        return min(num_patches, -(-num_patches * self.experts_per_token // self.image_pool))
+        """Patches of an image that each expert takes with `choice: expert`: a fair share, rounded
+        up."""
+        return min(num_patches, -(-num_patches * self.top_k // self.image_pool))
 
-    def blocks(self, num_blocks: int) -> tuple[int, ...]:
-        """Indices of the blocks that hold experts, in a trunk of `num_blocks`."""
-        stop = num_blocks if self.stop < 0 else min(self.stop, num_blocks)
+    def blocks(self, num_layers: int) -> tuple[int, ...]:
+        """Indices of the blocks that hold experts, in a trunk of `num_layers`."""
+        stop = num_layers if self.stop < 0 else min(self.stop, num_layers)
         return tuple(range(self.start, stop, self.every))
 
 
@@ -131,7 +155,8 @@ class ByModality:
 
 @dataclass(frozen=True, kw_only=True)
 class BalanceConfig:
-    """What keeps the experts in use: losses on statistics of the global batch, and biases without a loss.
+    """What keeps the experts in use: losses on statistics of the global batch, and biases without a
+    loss.
 
     Every loss is averaged over the MoE layers; a weight of 0 turns it off.
     """
@@ -143,25 +168,28 @@ class BalanceConfig:
     importance_weight: float = 0.0
     """Squared coefficient of variation of the experts' summed gate scores (V-MoE)."""
     load_weight: float = 0.0
-    """The same of the probability of being chosen when the noise is drawn anew; needs `moe.choice: noisy`, and no
-    bias."""
+    """The same of the probability of being chosen when the noise is drawn anew; needs `moe.routing:
+    noisy`, and no bias."""
     local_entropy_weight: ByModality = field(default_factory=ByModality)
-    """Mean entropy of a token's gate scores (LIMoE): with a weight above 0 the router becomes surer."""
+    """Mean entropy of a token's gate scores (LIMoE): with a weight above 0 the router becomes
+    surer."""
     global_entropy_weight: ByModality = field(default_factory=ByModality)
     """How far the entropy of a modality's mean gate scores falls short of log S (LIMoE)."""
     global_entropy_experts: ByModality = field(default_factory=ByModality)
-    """S: experts that a modality should use at least, about, 1 or more; 0 means half of all for patches, a quarter
-    for text."""
+    """S: experts that a modality should use at least, about, 1 or more; 0 means half of all for
+    patches, a quarter for text."""
     expert_l1_weight: float = 0.0
-    """Sum of the absolute weights of the routed experts of all layers (a Laplace prior of scale 1 / weight)."""
+    """Sum of the absolute weights of the routed experts of all layers (a Laplace prior of scale 1 /
+    weight)."""
     router_l1_weight: float = 0.0
     """The same of the routers."""
     bias: Literal["none", "sign", "zscore"] = "none"
-    """Biases of the choice that follow the load: not at all, by a fixed step, or by how far an expert is off. With
-    `moe.choice: expert` they steer the text: patches are spread evenly by the choice itself."""
+    """Biases of the choice that follow the load: not at all, by a fixed step, or by how far an
+    expert is off. With `moe.routing: expert_choice` they steer the text: patches are spread evenly by the
+    choice itself."""
     bias_rate: float = 1e-3
     """How far a bias moves in one step."""
     bias_per_modality: bool = False
     """One bias for patches and one for text, each from its own load."""
-    bias_freeze_share: float = 0.03
+    bias_freeze_ratio: float = 0.03
     """Last part of the run in which biases stay as they are."""

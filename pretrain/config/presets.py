@@ -41,8 +41,9 @@ def run_path(path_or_preset: str | Path) -> Path:
         return preset
     near = difflib.get_close_matches(str(path_or_preset), preset_names(), n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ConfigError(f"{path_or_preset}: no such file, and no preset either "
-                      f"({', '.join(preset_names())}){hint}")
+    raise ConfigError(
+        f"{path_or_preset}: no such file, and no preset either ({', '.join(preset_names())}){hint}"
+    )
 
 
 def load_run(path_or_preset: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -23,24 +23,24 @@ class ModelConfig:
 
     width: int = 128
     """Width of the trunk (D)."""
-    num_blocks: int = 4
+    num_layers: int = 4
     """Transformer blocks."""
     num_heads: int = 4
     """Attention heads (H); must divide `width` into an even head width."""
     ffn_width: int = 256
     """Hidden width of the dense SwiGLU blocks."""
-    fusion_start: int = 2
+    fusion_layer: int = 2
     """First block in which text also sees the patches of its image."""
     image_size: int = 48
     """Side of the square picture the model sees, pixels."""
     patch_size: int = 8
     """Side of a patch, pixels; must divide `image_size`."""
     stem: Literal["linear", "conv"] = "linear"
-    """From pixels to patch tokens: one linear map, or strided convolutions, which small models learn
-    faster with; `conv` needs a `patch_size` that is a power of two."""
+    """From pixels to patch tokens: one linear map, or strided convolutions, which small models
+    learn faster with; `conv` needs a `patch_size` that is a power of two."""
     vocab_size: int = 32000
     """Text vocabulary (V); must equal the tokenizer's."""
-    text_length: int = 64
+    context_length: int = 64
     """Most text positions of a caption, start and end marks included (S)."""
     embed_dim: int = 128
     """Width of the shared image-text embedding."""
@@ -48,28 +48,45 @@ class ModelConfig:
     """Heads of the attention pooling that makes the image embedding."""
     rope_theta: float = 10000.0
     """Base of the rotary position frequencies."""
-    recompute: bool = False
+    activation_checkpointing: bool = False
     """Recompute the blocks' activations in the backward pass to save memory."""
 
     def __post_init__(self) -> None:
-        require(self.num_heads > 0 and self.width % self.num_heads == 0,
-                f"model.width is {self.width}, not a multiple of model.num_heads ({self.num_heads})")
-        require((self.width // self.num_heads) % 4 == 0,
-                f"model.width / model.num_heads is {self.width // self.num_heads}; two-dimensional "
-                f"rotary positions need a multiple of 4")
-        require(self.patch_size > 0 and self.image_size % self.patch_size == 0,
-                f"model.image_size is {self.image_size}, not a multiple of model.patch_size "
-                f"({self.patch_size})")
-        require(self.stem == "linear" or self.patch_size & (self.patch_size - 1) == 0,
-                f"model.patch_size is {self.patch_size}, but model.stem=conv halves the picture step by step: "
-                f"use a power of two, or model.stem=linear")
-        require(1 <= self.fusion_start < self.num_blocks,
-                f"model.fusion_start is {self.fusion_start}, but must lie in 1..num_blocks-1 "
-                f"({self.num_blocks - 1}): text is embedded below it and captions are written above it")
-        require(self.width % self.pool_heads == 0,
-                f"model.width is {self.width}, not a multiple of model.pool_heads ({self.pool_heads})")
-        require(self.text_length >= 2, f"model.text_length is {self.text_length}; start and end need 2")
-        require(self.vocab_size > 4, f"model.vocab_size is {self.vocab_size}; four ids are reserved")
+        require(
+            self.num_heads > 0 and self.width % self.num_heads == 0,
+            f"model.width is {self.width}, not a multiple of model.num_heads ({self.num_heads})",
+        )
+        require(
+            (self.width // self.num_heads) % 4 == 0,
+            f"model.width / model.num_heads is {self.width // self.num_heads}; two-dimensional "
+            f"rotary positions need a multiple of 4",
+        )
+        require(
+            self.patch_size > 0 and self.image_size % self.patch_size == 0,
+            f"model.image_size is {self.image_size}, not a multiple of model.patch_size "
+            f"({self.patch_size})",
+        )
+        require(
+            self.stem == "linear" or self.patch_size & (self.patch_size - 1) == 0,
+            f"model.patch_size is {self.patch_size}, but model.stem=conv halves the picture step by step: "
+            f"use a power of two, or model.stem=linear",
+        )
+        require(
+            1 <= self.fusion_layer < self.num_layers,
+            f"model.fusion_layer is {self.fusion_layer}, but must lie in 1..num_layers-1 "
+            f"({self.num_layers - 1}): text is embedded below it and captions are written above it",
+        )
+        require(
+            self.width % self.pool_heads == 0,
+            f"model.width is {self.width}, not a multiple of model.pool_heads ({self.pool_heads})",
+        )
+        require(
+            self.context_length >= 2,
+            f"model.context_length is {self.context_length}; start and end need 2",
+        )
+        require(
+            self.vocab_size > 4, f"model.vocab_size is {self.vocab_size}; four ids are reserved"
+        )
 
     @property
     def num_patches(self) -> int:
@@ -78,7 +95,8 @@ class ModelConfig:
 
     @property
     def stem_channels(self) -> tuple[int, ...]:
-        """Channels of the convolutional stem from the pixels on: a quarter of the trunk's width, half, whole."""
+        """Channels of the convolutional stem from the pixels on: a quarter of the trunk's width,
+        half, whole."""
         steps = self.patch_size.bit_length() - 1
         return (3, *(max(8, self.width >> max(0, 2 - step)) for step in range(steps)))
 
@@ -103,9 +121,9 @@ class LossConfig:
 class BatchConfig:
     """How many pairs make a step; accumulation follows from these and the number of ranks."""
 
-    pairs_per_step: int = 256
+    global_batch_size: int = 256
     """Pairs of one optimizer step over the whole world (G)."""
-    pairs_per_forward: int = 64
+    micro_batch_size: int = 64
     """Pairs of one forward pass of one rank (B)."""
 
 
@@ -135,16 +153,18 @@ class ScheduleConfig:
     """Optimizer steps of the whole run."""
     warmup_steps: int = 100
     """Steps of linear warm-up."""
-    final_share: float = 0.0
+    min_lr_ratio: float = 0.0
     """Learning rate at the end, as a share of the peak."""
-    decay_share: float = 0.2
+    decay_ratio: float = 0.2
     """Share of the run spent decaying (`wsd` only)."""
 
     def __post_init__(self) -> None:
         require(self.total_steps >= 1, f"schedule.total_steps is {self.total_steps}, below 1")
-        require(0 <= self.warmup_steps <= self.total_steps,
-                f"schedule.warmup_steps is {self.warmup_steps}, but must lie in 0..total_steps "
-                f"({self.total_steps})")
+        require(
+            0 <= self.warmup_steps <= self.total_steps,
+            f"schedule.warmup_steps is {self.warmup_steps}, but must lie in 0..total_steps "
+            f"({self.total_steps})",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,15 +172,16 @@ class PrecisionConfig:
     """Number formats."""
 
     compute: Literal["fp32", "bf16"] = "fp32"
-    """Activations and matrix products. Masters, moments, router logits and losses are fp32; with DeepSpeed's ZeRO
-    stages 1 to 3 the forward pass reads all weights, those of router and norms too, rounded to bf16."""
+    """Activations and matrix products. Masters, moments, router logits and losses are fp32; with
+    DeepSpeed's ZeRO stages 1 to 3 the forward pass reads all weights, those of router and norms
+    too, rounded to bf16."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
     """How the run is laid over ranks."""
 
-    expert_parallel: int = 1
+    expert_parallel_size: int = 1
     """Ranks that share one copy of the experts; must divide the world and `moe.num_experts`."""
     engine: Literal["deepspeed", "plain"] = "deepspeed"
     """`plain` is one process without DeepSpeed: the reference."""
@@ -186,13 +207,13 @@ class LogConfig:
 
     every_steps: int = 10
     """Steps between console lines, TensorBoard scalars and rows of metrics.jsonl."""
-    pictures_every_steps: int = 500
+    captions_every_steps: int = 500
     """Steps between sample pictures with the captions the model writes; 0 turns them off."""
-    num_pictures: int = 8
+    num_captions: int = 8
     """Pictures shown."""
     routing_every_steps: int = 500
-    """Steps between pictures of the routing: load by layer and expert, and which experts are chosen together;
-    0 turns them off."""
+    """Steps between pictures of the routing: load by layer and expert, and which experts are chosen
+    together; 0 turns them off."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,7 +237,7 @@ class EvalConfig:
 
     sets: tuple[EvalSet, ...] = ()
     """Held-out sets."""
-    pairs_per_forward: int = 128
+    batch_size: int = 128
     """Pairs of one forward pass while judging."""
     caption_samples: int = 200
     """Pictures of a set for which captions are written and compared."""

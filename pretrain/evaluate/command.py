@@ -78,16 +78,17 @@ def evaluate_sets(trained: Trained, sets: Sequence[EvalSet]) -> dict[str, dict[s
                 name=one.name,
                 total=manifest.total_samples,
                 labels=read_labels(one.labels) if one.labels else (),
-                text_length=trained.run.model.text_length,
+                context_length=trained.run.model.context_length,
                 caption_samples=trained.run.eval.caption_samples,
                 device=trained.device,
-                texts_per_forward=trained.run.eval.pairs_per_forward,
+                texts_per_forward=trained.run.eval.batch_size,
             )
     return results
 
 
 def evaluate_written(trained: Trained, shards: str, *, name: str) -> dict[str, Any]:
-    """Only written captions, on `eval.caption_samples` pictures of a set, the training set for example."""
+    """Only written captions, on `eval.caption_samples` pictures of a set, the training set for
+    example."""
     manifest = load_manifest(shards)
     indices = choose_samples(name, manifest.total_samples, trained.run.eval.caption_samples)
     with judging(trained.model):
@@ -95,7 +96,7 @@ def evaluate_written(trained: Trained, shards: str, *, name: str) -> dict[str, A
             trained.model,
             open_set(trained, manifest, indices),
             tokenizer=trained.tokenizer,
-            text_length=trained.run.model.text_length,
+            context_length=trained.run.model.context_length,
             device=trained.device,
         )
 
@@ -119,8 +120,11 @@ def caption_command(run_dir: Path, images: Sequence[Path]) -> None:
             pictures.append(Picture(str(path), "", torch.as_tensor(image)))
     with judging(trained.model):
         writing = write_for(
-            trained.model, pictures, tokenizer=trained.tokenizer,
-            text_length=trained.run.model.text_length, device=trained.device,
+            trained.model,
+            pictures,
+            tokenizer=trained.tokenizer,
+            context_length=trained.run.model.context_length,
+            device=trained.device,
         )
     for key, written in zip(writing.keys, writing.written, strict=True):
         print(f"{key}: {written}")
@@ -140,8 +144,8 @@ def open_set(
         tokenizer=trained.tokenizer,
         data=replace(run.data, cache_dir=run.data.cache_dir or str(trained.run_dir / "cache")),
         image_size=run.model.image_size,
-        text_length=run.model.text_length,
-        pairs_per_forward=run.eval.pairs_per_forward,
+        context_length=run.model.context_length,
+        micro_batch_size=run.eval.batch_size,
         indices=indices,
         # Reading a small set here is quicker than starting processes for it.
         workers=run.data.workers if num_pairs > SMALL_SET else 0,
@@ -149,13 +153,15 @@ def open_set(
 
 
 def named_sets(shards: Sequence[str], labels: str = "") -> tuple[EvalSet, ...]:
-    """Sets for manifests or folders, each called after its folder; after its address where two are alike."""
+    """Sets for manifests or folders, each called after its folder; after its address where two are
+    alike."""
     folders = [address.removesuffix("/manifest.json").rstrip("/") for address in shards]
     names = [folder.rpartition("/")[2] or folder for folder in folders]
     if len(set(names)) < len(names):
         names = folders
     return tuple(
-        EvalSet(name=name, shards=address, labels=labels) for name, address in zip(names, shards, strict=True)
+        EvalSet(name=name, shards=address, labels=labels)
+        for name, address in zip(names, shards, strict=True)
     )
 
 

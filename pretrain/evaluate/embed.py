@@ -40,9 +40,9 @@ class TextBatch(NamedTuple):
     """Flat indices m x S + s of the valid tokens, int64, rising."""
 
 
-def batch_texts(tokenizer: TextCoder, texts: Sequence[str], text_length: int) -> TextBatch:
-    """Tokenise and pad to the longest of `texts`."""
-    rows = [tokenizer.encode(text, text_length) for text in texts]
+def batch_texts(tokenizer: TextCoder, texts: Sequence[str], context_length: int) -> TextBatch:
+    """Tokenize and pad to the longest of `texts`."""
+    rows = [tokenizer.encode(text, context_length) for text in texts]
     width = max((len(row) for row in rows), default=0)
     ids_MS = torch.full((len(rows), width), tokenizer.pad_id, dtype=torch.int64)
     for number, row in enumerate(rows):
@@ -57,13 +57,13 @@ def embed_texts(
     tokenizer: TextCoder,
     texts: Sequence[str],
     *,
-    text_length: int,
+    context_length: int,
     texts_per_forward: int,
     device: torch.device,
 ) -> Tensor:
     """Unit vectors of texts, `[texts, embed_dim]` on `device`."""
     parts = []
     for first in range(0, len(texts), texts_per_forward):
-        batch = batch_texts(tokenizer, texts[first : first + texts_per_forward], text_length)
+        batch = batch_texts(tokenizer, texts[first : first + texts_per_forward], context_length)
         parts.append(model.encode_text(*(tensor.to(device) for tensor in batch)))
     return torch.cat(parts)

@@ -45,7 +45,9 @@ def write_captions(
         next_A = model.next_token_logits(images[open_A], ids_AS, lengths_A).argmax(dim=-1)
         ids_AS = torch.cat([ids_AS, next_A[:, None]], dim=1)
         goes_on_A = next_A != end_id
-        for picture, token, goes_on in zip(open_A.tolist(), next_A.tolist(), goes_on_A.tolist(), strict=True):
+        for picture, token, goes_on in zip(
+            open_A.tolist(), next_A.tolist(), goes_on_A.tolist(), strict=True
+        ):
             if goes_on:
                 written[picture].append(token)
         open_A, ids_AS = open_A[goes_on_A], ids_AS[goes_on_A]

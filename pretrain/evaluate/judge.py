@@ -71,7 +71,9 @@ class Writing(NamedTuple):
         return {
             "caption_exact": exact_percent(self.written, self.true),
             "caption_samples": len(self.true),
-            "examples": [{"key": key, "written": written, "true": true} for key, written, true in shown],
+            "examples": [
+                {"key": key, "written": written, "true": true} for key, written, true in shown
+            ],
         }
 
 
@@ -83,7 +85,7 @@ def evaluate_set(
     name: str,
     total: int,
     labels: Sequence[str] = (),
-    text_length: int,
+    context_length: int,
     caption_samples: int,
     device: torch.device,
     texts_per_forward: int = 128,
@@ -94,10 +96,11 @@ def evaluate_set(
         model: In evaluation mode (see `judging`).
         batches: Every pair of the set once.
         tokenizer: The run's.
-        name: Of the set; the pictures for written captions are drawn from it, so they are always the same.
+        name: Of the set; the pictures for written captions are drawn from it, so they are always
+            the same.
         total: Pairs in the set, bad ones included.
         labels: Texts to rank each picture against; empty means the distinct captions of the set.
-        text_length: Most tokens of a caption, both marks included.
+        context_length: Most tokens of a caption, both marks included.
         caption_samples: Pictures for which captions are written.
         device: Of the model.
         texts_per_forward: Texts of one forward pass.
@@ -120,18 +123,29 @@ def evaluate_set(
         images = batch.images.to(device)
         images_ND.append(model.encode_image(images))
         tokens = (batch.text_ids, batch.text_lengths, batch.text_positions)
-        token_counts.append(model.caption_token_hits(images, *(tensor.to(device) for tensor in tokens)))
+        token_counts.append(
+            model.caption_token_hits(images, *(tensor.to(device) for tensor in tokens))
+        )
         kept += [picture for row, picture in enumerate(_pictures(batch)) if first + row in chosen]
     if not captions:
-        raise DataError(f"evaluation set {name!r} has no good pair; bad ones: {dict(problems) or 'none'}")
+        raise DataError(
+            f"evaluation set {name!r} has no good pair; bad ones: {dict(problems) or 'none'}"
+        )
     if problems:
         logger.warning("%s: %d bad samples left out: %s", name, problems.total(), dict(problems))
     texts, text_of_image = distinct_texts(captions, labels, name=name)
     text_MD = embed_texts(
-        model, tokenizer, texts, text_length=text_length, texts_per_forward=texts_per_forward, device=device
+        model,
+        tokenizer,
+        texts,
+        context_length=context_length,
+        texts_per_forward=texts_per_forward,
+        device=device,
     )
     retrieval = retrieve(torch.cat(images_ND), text_MD, torch.tensor(text_of_image, device=device))
-    writing = write_for(model, kept, tokenizer=tokenizer, text_length=text_length, device=device)
+    writing = write_for(
+        model, kept, tokenizer=tokenizer, context_length=context_length, device=device
+    )
     return {
         "image_to_text": retrieval.image_to_text,
         "text_to_image": retrieval.text_to_image,
@@ -149,7 +163,7 @@ def evaluate_captions(
     batches: Iterable[Batch],
     *,
     tokenizer: JudgedTokenizer,
-    text_length: int,
+    context_length: int,
     device: torch.device,
 ) -> dict[str, Any]:
     """Only written captions, for all pairs of `batches`; arguments as in `evaluate_set`."""
@@ -160,7 +174,9 @@ def evaluate_captions(
         problems.update(problem.reason for problem in batch.problems)
     if problems:
         logger.warning("%d bad samples left out: %s", problems.total(), dict(problems))
-    writing = write_for(model, pictures, tokenizer=tokenizer, text_length=text_length, device=device)
+    writing = write_for(
+        model, pictures, tokenizer=tokenizer, context_length=context_length, device=device
+    )
     return writing.to_json() | {"bad_samples": problems.total()}
 
 
@@ -169,20 +185,27 @@ def write_for(
     pictures: Sequence[Picture],
     *,
     tokenizer: JudgedTokenizer,
-    text_length: int,
+    context_length: int,
     device: torch.device,
     pictures_per_forward: int = 64,
 ) -> Writing:
     """Write a caption for each picture."""
     written: list[str] = []
     for first in range(0, len(pictures), pictures_per_forward):
-        images = torch.stack([picture.image for picture in pictures[first : first + pictures_per_forward]])
+        images = torch.stack(
+            [picture.image for picture in pictures[first : first + pictures_per_forward]]
+        )
         ids = write_captions(
-            model, images.to(device), start_id=tokenizer.start_id, end_id=tokenizer.end_id,
-            max_length=text_length,
+            model,
+            images.to(device),
+            start_id=tokenizer.start_id,
+            end_id=tokenizer.end_id,
+            max_length=context_length,
         )
         written += [tokenizer.decode(tokens) for tokens in ids]
-    return Writing(tuple(p.key for p in pictures), tuple(p.caption for p in pictures), tuple(written))
+    return Writing(
+        tuple(p.key for p in pictures), tuple(p.caption for p in pictures), tuple(written)
+    )
 
 
 def distinct_texts(
@@ -213,7 +236,8 @@ def distinct_texts(
 
 
 def choose_samples(name: str, total: int, count: int) -> tuple[int, ...]:
-    """A fixed random choice of `count` places in a set of `total`, rising; from name and sizes only."""
+    """A fixed random choice of `count` places in a set of `total`, rising; from name and sizes
+    only."""
     drawn = rng("caption-samples", name).choice(total, size=min(count, total), replace=False)
     return tuple(sorted(drawn.tolist()))
 

@@ -22,7 +22,9 @@ def format_examples(result: Mapping[str, Any]) -> str:
     lines = []
     for example in result["examples"]:
         written, true = example["written"], example["true"]
-        lines.append(f"  = {true}" if same_caption(written, true) else f"    {true}   <- it wrote: {written}")
+        lines.append(
+            f"  = {true}" if same_caption(written, true) else f"    {true}   <- it wrote: {written}"
+        )
     return "\n".join(lines)
 
 

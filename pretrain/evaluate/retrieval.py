@@ -1,8 +1,8 @@
 """Recall at k: of all queries, how many find a right answer among their k nearest candidates.
 
 Queries and candidates carry a group number, and a candidate of the query's own group is a right
-answer, so equal captions are all right. Candidates as near as the right one count as nearer: a model
-that gives the same vector for everything gets nothing for it.
+answer, so equal captions are all right. Candidates as near as the right one count as nearer: a
+model that gives the same vector for everything gets nothing for it.
 
 Shapes: Q queries, C candidates, N images, M distinct texts, D embedding width.
 """
@@ -62,7 +62,9 @@ def worst_ranks(query_QD: Tensor, candidate_CD: Tensor, group_Q: Tensor, group_C
     the query.
     """
     ranks = [torch.zeros(0, dtype=torch.int64, device=query_QD.device)]
-    for query, group in zip(query_QD.split(_QUERIES_AT_ONCE), group_Q.split(_QUERIES_AT_ONCE), strict=True):
+    for query, group in zip(
+        query_QD.split(_QUERIES_AT_ONCE), group_Q.split(_QUERIES_AT_ONCE), strict=True
+    ):
         similarity_QC = query @ candidate_CD.T
         right_QC = group[:, None] == group_C[None, :]
         best_Q = similarity_QC.masked_fill(~right_QC, -torch.inf).amax(dim=1)
@@ -78,7 +80,9 @@ def recall(ranks_Q: Tensor, at: Sequence[int] = RECALL_AT) -> Recalls:
     return {f"R@{k}": 100 * int((ranks_Q <= k).sum()) / total for k in at}
 
 
-def chance(right_of_query: Iterable[int], candidates: int, at: Sequence[int] = RECALL_AT) -> Recalls:
+def chance(
+    right_of_query: Iterable[int], candidates: int, at: Sequence[int] = RECALL_AT
+) -> Recalls:
     """Expected recall of a random order, exactly.
 
     A query with r right answers among C candidates misses all of them in its first k with

@@ -50,7 +50,9 @@ def load_trained(run_dir: Path, *, device: torch.device | None = None) -> Traine
     run = load_run(config)
     path = find_latest(run_dir / "checkpoints")
     if path is None:
-        raise CheckpointError(f"{run_dir} has no checkpoint yet; train first, or wait for the first one")
+        raise CheckpointError(
+            f"{run_dir} has no checkpoint yet; train first, or wait for the first one"
+        )
     meta = read_meta(path)
     tokenizer = Tokenizer.load(run_dir / TOKENIZER_FILE)
     _check_tokenizer(tokenizer, meta.state.get("tokenizer"), run_dir)
@@ -73,7 +75,9 @@ def _fill(model: VisionLanguageModel, weights: Mapping[str, Tensor], path: Path)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     differing = sorted(
-        name for name in {*expected, *found} if expected.get(name, "nothing") != found.get(name, "nothing")
+        name
+        for name in {*expected, *found}
+        if expected.get(name, "nothing") != found.get(name, "nothing")
     )
     if differing:
         name = differing[0]

@@ -1,6 +1,7 @@
 """InfoNCE over the global batch, as one rank's share. Pure.
 
-Shapes: B this rank's pairs, G rows of the gathered batch (all ranks, some of them empty), D embedding width.
+Shapes: B this rank's pairs, G rows of the gathered batch (all ranks, some of them empty), D
+embedding width.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ def info_nce_share(
 ) -> Tensor:
     """Share of the symmetric InfoNCE loss that belongs to this rank's pairs.
 
-    The sum of the shares over all ranks is the loss of the full matrix: the mean over the pairs of the
-    cross-entropies image -> text and text -> image, halved. `log(num_pairs)` is chance.
+    The sum of the shares over all ranks is the loss of the full matrix: the mean over the pairs of
+    the cross-entropies image -> text and text -> image, halved. `log(num_pairs)` is chance.
 
     Args:
         image_BD: This rank's image embeddings, unit vectors, float32.
@@ -42,7 +43,8 @@ def info_nce_share(
         num_pairs: Pairs of the global batch, scalar.
         mask_equal_captions: Do not use a pair with the same caption as a negative.
 
-    Source: van den Oord et al. 2018, arXiv:1807.03748; Radford et al. 2021 (CLIP), arXiv:2103.00020.
+    Source: van den Oord et al. 2018, arXiv:1807.03748; Radford et al. 2021 (CLIP),
+    arXiv:2103.00020.
     """
     targets_B = torch.arange(image_BD.shape[0], device=image_BD.device) + first_row
     excluded_BG = ~valid_G.unsqueeze(0).expand(image_BD.shape[0], -1)
@@ -52,7 +54,9 @@ def info_nce_share(
     excluded_BG = excluded_BG & (columns_G.unsqueeze(0) != targets_B.unsqueeze(1))
 
     def direction(queries_BD: Tensor, answers_GD: Tensor) -> Tensor:
-        logits_BG = (logit_scale * queries_BD @ answers_GD.T).masked_fill(excluded_BG, float("-inf"))
+        logits_BG = (logit_scale * queries_BD @ answers_GD.T).masked_fill(
+            excluded_BG, float("-inf")
+        )
         return F.cross_entropy(logits_BG, targets_B, reduction="sum")
 
     both = direction(image_BD, all_text_GD) + direction(text_BD, all_image_GD)

@@ -1,7 +1,7 @@
 """The objective: every term on its own, before and after its weight.
 
-Contrast and captioning are shares of one rank, which add up over ranks; the routers' terms come from sums of the
-global batch (`pretrain.moe.auxiliary`).
+Contrast and captioning are shares of one rank, which add up over ranks; the routers' terms come
+from sums of the global batch (`pretrain.moe.auxiliary`).
 """
 
 from __future__ import annotations
@@ -54,10 +54,13 @@ def main_terms(*, contrastive: Tensor, caption_loss_sum: Tensor, sums: GlobalSum
             *global* number of tokens: a mean of means would weight a token by how few its rank has.
         sums: Over the global batch.
     """
-    return MainTerms(contrastive, caption_loss_sum / sums.caption_tokens.to(caption_loss_sum.dtype).clamp(min=1))
+    return MainTerms(
+        contrastive, caption_loss_sum / sums.caption_tokens.to(caption_loss_sum.dtype).clamp(min=1)
+    )
 
 
 def with_weights(values: dict[str, float], weights: dict[str, float]) -> dict[str, float]:
-    """`total`, then each term before its weight by its name, then each after it as `weighted/...`."""
+    """`total`, then each term before its weight by its name, then each after it as
+    `weighted/...`."""
     weighted = {f"weighted/{name}": weights[name] * value for name, value in values.items()}
     return {"total": sum(weighted.values())} | values | weighted

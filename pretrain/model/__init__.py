@@ -1,7 +1,7 @@
 """The model: what is computed, without a word about machines.
 
-Names are fetched when they are first used: `pretrain.model.count` is arithmetic that a person asks for
-at the console, and must not wait for torch.
+Names are fetched when they are first used: `pretrain.model.count` is arithmetic that a person asks
+for at the console, and must not wait for torch.
 """
 
 from __future__ import annotations

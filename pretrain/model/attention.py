@@ -1,10 +1,11 @@
 """Self-attention over one flat list of tokens: all patches, then all valid text tokens.
 
-Patches see the patches of their image. Text sees earlier text of its caption and, in a fused block, also
-every patch of its image. Patches never see text: the image embedding is exact without a caption.
+Patches see the patches of their image. Text sees earlier text of its caption and, in a fused block,
+also every patch of its image. Patches never see text: the image embedding is exact without a
+caption.
 
-Text is padded on the right for the kernel only. Attention is causal there, so no valid query ever sees
-padding, and no mask of padding need exist.
+Text is padded on the right for the kernel only. Attention is causal there, so no valid query ever
+sees padding, and no mask of padding need exist.
 
 Shapes: B pairs, P patches, S text positions, T tokens = B x P + valid text, H heads, Q head width.
 """
@@ -29,7 +30,7 @@ class TokenLayout(NamedTuple):
     """B"""
     num_patches: int
     """P; 0 when there are only captions."""
-    text_length: int
+    context_length: int
     """S, the padded length; 0 when there are only images."""
     text_positions: Tensor
     """Flat indices b x S + s of the valid text tokens, int64."""
@@ -68,16 +69,18 @@ class Attention(nn.Module):
         parts = []
         patch_keys = patch_values = None
         if split:
-            patch_queries, patch_keys, patch_values = (_patches(t[:split], layout) for t in (q, k, v))
+            patch_queries, patch_keys, patch_values = (
+                _patches(t[:split], layout) for t in (q, k, v)
+            )
             y_BHPQ = F.scaled_dot_product_attention(patch_queries, patch_keys, patch_values)
             parts.append(y_BHPQ.transpose(1, 2).reshape(split, width))
-        if layout.text_length:
+        if layout.context_length:
             text_queries, text_keys, text_values = (_pad_text(t[split:], layout) for t in (q, k, v))
             if self.fused and patch_keys is not None and patch_values is not None:
                 text_keys = torch.cat([patch_keys, text_keys], dim=2)
                 text_values = torch.cat([patch_values, text_values], dim=2)
             y_BHSQ = _causal_attention(text_queries, text_keys, text_values)
-            flat = y_BHSQ.transpose(1, 2).reshape(layout.num_pairs * layout.text_length, width)
+            flat = y_BHSQ.transpose(1, 2).reshape(layout.num_pairs * layout.context_length, width)
             parts.append(flat.index_select(0, layout.text_positions))
         return self.out(torch.cat(parts) if len(parts) > 1 else parts[0])  # type: ignore[no-any-return]
 
@@ -89,9 +92,9 @@ def _patches(x_THQ: Tensor, layout: TokenLayout) -> Tensor:
 
 def _pad_text(x_THQ: Tensor, layout: TokenLayout) -> Tensor:
     """Valid text tokens -> `[B, heads, S, q]`, zeros at the padding."""
-    padded = x_THQ.new_zeros(layout.num_pairs * layout.text_length, *x_THQ.shape[1:])
+    padded = x_THQ.new_zeros(layout.num_pairs * layout.context_length, *x_THQ.shape[1:])
     padded = padded.index_copy(0, layout.text_positions, x_THQ)
-    return padded.view(layout.num_pairs, layout.text_length, *x_THQ.shape[1:]).transpose(1, 2)
+    return padded.view(layout.num_pairs, layout.context_length, *x_THQ.shape[1:]).transpose(1, 2)
 
 
 def _causal_attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -102,6 +105,7 @@ def _causal_attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     if queries.is_cuda:
         bias = causal_lower_right(num_queries, num_keys)
         return F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias)
-    # The CPU kernel knows no lower-right alignment; one small [S, P + S] mask serves the whole batch.
+    # The CPU kernel knows no lower-right alignment; one small [S, P + S] mask serves the whole
+    # batch.
     sees = torch.ones(num_queries, num_keys, dtype=torch.bool).tril(num_keys - num_queries)
     return F.scaled_dot_product_attention(queries, keys, values, attn_mask=sees)

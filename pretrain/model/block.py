@@ -25,17 +25,22 @@ class MakeMoELayer(Protocol):
 
 
 class Block(nn.Module):
-    """Block `index` of the trunk; text sees patches from `fusion_start` on."""
+    """Block `index` of the trunk; text sees patches from `fusion_layer` on."""
 
     def __init__(
-        self, index: int, model: ModelConfig, moe: MoEConfig, balance: BalanceConfig, make_moe_layer: MakeMoELayer
+        self,
+        index: int,
+        model: ModelConfig,
+        moe: MoEConfig,
+        balance: BalanceConfig,
+        make_moe_layer: MakeMoELayer,
     ) -> None:
         super().__init__()
-        fused = index >= model.fusion_start
+        fused = index >= model.fusion_layer
         self.attention_norm = RMSNorm(model.width)
         self.attention = Attention(model.width, model.num_heads, fused=fused)
         self.ffn_norm = RMSNorm(model.width)
-        self.is_sparse = index in moe.blocks(model.num_blocks)
+        self.is_sparse = index in moe.blocks(model.num_layers)
         self.ffn: nn.Module = (
             make_moe_layer(model.width, moe, balance, block=index, fused=fused)
             if self.is_sparse

@@ -6,7 +6,7 @@ import torch
 
 from pretrain.config.schema import RunConfig
 from pretrain.model.block import MakeMoELayer
-from pretrain.model.init import initialise
+from pretrain.model.init import initialize
 from pretrain.model.vision_language import VisionLanguageModel
 from pretrain.moe.layer import MoELayer
 
@@ -20,7 +20,8 @@ def build_model(
 
     Args:
         run: The run.
-        make_moe_layer: Makes a sparse layer of (width, config); expert-parallel layers come in here.
+        make_moe_layer: Makes a sparse layer of (width, config); expert-parallel layers come in
+            here.
         first_expert: Global number of the first expert this rank holds.
     """
     model = VisionLanguageModel(
@@ -32,5 +33,5 @@ def build_model(
         compute_dtype=COMPUTE_DTYPES[run.precision.compute],
         make_moe_layer=make_moe_layer,
     )
-    initialise(model, seed=run.seed, num_blocks=run.model.num_blocks, first_expert=first_expert)
+    initialize(model, seed=run.seed, num_layers=run.model.num_layers, first_expert=first_expert)
     return model

@@ -1,15 +1,16 @@
 """Counts parameters and floating-point operations of a model from its config alone.
 
-Plain arithmetic: nothing is built, so the largest model is counted in no time. A test holds it equal to
-the model that is really built. "Active" leaves out the routed experts that a token does not visit.
+Plain arithmetic: nothing is built, so the largest model is counted in no time. A test holds it
+equal to the model that is really built. "Active" leaves out the routed experts that a token does
+not visit.
 
-FLOPs are those of matrix products; a product of [m, k] and [k, n] is 2 m k n. Norms, softmax, rotary
-positions, the sort of the dispatch and the B x G contrastive scores are left out: below 1% at every size
-here. Recomputed activations are not counted either, so that a rate in FLOP/s compares across settings
-(model FLOPs, as in PaLM, arXiv:2204.02311, appendix B).
+FLOPs are those of matrix products; a product of [m, k] and [k, n] is 2 m k n. Norms, softmax,
+rotary positions, the sort of the dispatch and the B x G contrastive scores are left out: below 1%
+at every size here. Recomputed activations are not counted either, so that a rate in FLOP/s compares
+across settings (model FLOPs, as in PaLM, arXiv:2204.02311, appendix B).
 
-Shapes: P patches, S text tokens, D trunk width, F hidden width, Q head width, V vocabulary, E experts,
-K experts per token.
+Shapes: P patches, S text tokens, D trunk width, F hidden width, Q head width, V vocabulary, E
+experts, K experts per token.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ class FlopCount(NamedTuple):
 
     @property
     def training(self) -> float:
-        """Forward and backward; the backward pass does two products for each one of the forward pass."""
+        """Forward and backward; the backward pass does two products for each one of the forward
+        pass."""
         return 3 * self.forward
 
 
@@ -65,21 +67,25 @@ def count_parameters(model: ModelConfig, moe: MoEConfig) -> ParameterCount:
     """
     width = model.width
     head_width = width // model.num_heads
-    sparse = len(moe.blocks(model.num_blocks))
-    dense = model.num_blocks - sparse
+    sparse = len(moe.blocks(model.num_layers))
+    dense = model.num_layers - sparse
     # qkv and out; two norms; QK-norm has one weight per channel of a head, for q and for k.
     attention = 4 * width * width + 2 * width + 2 * head_width
     expert = 3 * width * moe.expert_width
-    fixed = (model.num_blocks * attention
-             + dense * 3 * width * model.ffn_width
-             + sparse * (width * moe.num_experts + moe.shared_experts * expert)
-             + _caption_gates(model, moe) * 2 * width * moe.num_experts)
-    pooling = width + width + 2 * width * width + width * model.embed_dim  # norm, query, k and v, out
+    fixed = (
+        model.num_layers * attention
+        + dense * 3 * width * model.ffn_width
+        + sparse * (width * moe.num_experts + moe.shared_experts * expert)
+        + _caption_gates(model, moe) * 2 * width * moe.num_experts
+    )
+    pooling = (
+        width + width + 2 * width * width + width * model.embed_dim
+    )  # norm, query, k and v, out
     text_head = width + width * model.embed_dim
     caption_norm, logit_scale = width, 1
     return ParameterCount(
         trunk_total=fixed + sparse * moe.num_experts * expert,
-        trunk_active=fixed + sparse * moe.experts_per_token * expert,
+        trunk_active=fixed + sparse * moe.top_k * expert,
         embeddings=_stem_parameters(model) + model.vocab_size * width,
         heads=pooling + text_head + caption_norm + logit_scale,
     )
@@ -104,15 +110,16 @@ def count_flops(model: ModelConfig, moe: MoEConfig, *, text_tokens: float) -> Fl
         text_tokens: Average valid text tokens of a caption, start and end marks included (S).
     """
     width, patches = model.width, model.num_patches
-    sparse_blocks = set(moe.blocks(model.num_blocks))
+    sparse_blocks = set(moe.blocks(model.num_layers))
     dense_ffn = 3 * width * model.ffn_width
-    sparse_ffn = (width * moe.num_experts
-                  + (moe.experts_per_token + moe.shared_experts) * 3 * width * moe.expert_width)
+    sparse_ffn = (
+        width * moe.num_experts + (moe.top_k + moe.shared_experts) * 3 * width * moe.expert_width
+    )
     forward: float = _stem_flops(model)
-    for block in range(model.num_blocks):
+    for block in range(model.num_layers):
         ffn = sparse_ffn if block in sparse_blocks else dense_ffn
         visible = patches**2 + text_tokens * (text_tokens + 1) / 2
-        if block >= model.fusion_start:
+        if block >= model.fusion_layer:
             visible += text_tokens * patches
         forward += 2 * (patches + text_tokens) * (4 * width**2 + ffn) + 4 * width * visible
     forward += _caption_gates(model, moe) * text_tokens * 4 * width * moe.num_experts
@@ -123,8 +130,8 @@ def count_flops(model: ModelConfig, moe: MoEConfig, *, text_tokens: float) -> Fl
 
 def _caption_gates(model: ModelConfig, moe: MoEConfig) -> int:
     """Sparse blocks whose router also reads the caption."""
-    fused = [block for block in moe.blocks(model.num_blocks) if block >= model.fusion_start]
-    return len(fused) if moe.gate == "caption" else 0
+    fused = [block for block in moe.blocks(model.num_layers) if block >= model.fusion_layer]
+    return len(fused) if moe.router_input == "caption" else 0
 
 
 def _stem_parameters(model: ModelConfig) -> int:
@@ -139,7 +146,9 @@ def _stem_flops(model: ModelConfig) -> float:
     """Forward FLOPs of the stem for one picture."""
     if model.stem == "linear":
         return 2 * model.num_patches * 3 * model.patch_size**2 * model.width
-    convs = sum(2 * 9 * num_in * num_out * side**2 for num_in, num_out, side in _convolutions(model))
+    convs = sum(
+        2 * 9 * num_in * num_out * side**2 for num_in, num_out, side in _convolutions(model)
+    )
     return convs + 2 * model.num_patches * _convolutions(model)[-1][1] * model.width
 
 

@@ -13,7 +13,7 @@ from pretrain.model.layers import Linear, RMSNorm
 
 
 class ImageHead(nn.Module):
-    """One learned query attends to the patches; the answer is projected and normalised."""
+    """One learned query attends to the patches; the answer is projected and normalized."""
 
     def __init__(self, width: int, num_heads: int, embed_dim: int) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class ImageHead(nn.Module):
 
 
 class TextHead(nn.Module):
-    """The state at the end-of-text token, projected and normalised."""
+    """The state at the end-of-text token, projected and normalized."""
 
     def __init__(self, width: int, embed_dim: int) -> None:
         super().__init__()

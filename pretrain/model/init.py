@@ -1,8 +1,8 @@
 """First values of the parameters: drawn by name, so that no layout changes them.
 
-Every tensor has its own generator, seeded by the run's seed and the parameter's name, and each expert
-one of its own, seeded by its global number: expert 5 starts the same whether one rank holds all
-experts or eight ranks hold a slice each.
+Every tensor has its own generator, seeded by the run's seed and the parameter's name, and each
+expert one of its own, seeded by its global number: expert 5 starts the same whether one rank holds
+all experts or eight ranks hold a slice each.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from data_pipeline.common.seeds import named_seed
 
 
-def initialise(model: nn.Module, *, seed: int, num_blocks: int, first_expert: int = 0) -> None:
+def initialize(model: nn.Module, *, seed: int, num_layers: int, first_expert: int = 0) -> None:
     """Fill all parameters of `model` in place.
 
     Matrices are normal with deviation 1/sqrt(inputs); those that write to the residual stream are
@@ -25,17 +25,19 @@ def initialise(model: nn.Module, *, seed: int, num_blocks: int, first_expert: in
     Args:
         model: A model on CPU in float32.
         seed: The run's seed.
-        num_blocks: Blocks of the trunk.
+        num_layers: Blocks of the trunk.
         first_expert: Global number of the first expert that this rank holds.
     """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            fill_parameter(name, parameter, seed, num_blocks, first_expert)
+            fill_parameter(name, parameter, seed, num_layers, first_expert)
 
 
-def fill_parameter(name: str, parameter: Tensor, seed: int, num_blocks: int, first_expert: int) -> None:
+def fill_parameter(
+    name: str, parameter: Tensor, seed: int, num_layers: int, first_expert: int
+) -> None:
     """Give one parameter its first value, by the role its name tells."""
-    residual_scale = 1.0 / math.sqrt(2 * num_blocks)
+    residual_scale = 1.0 / math.sqrt(2 * num_layers)
     leaf = name.rsplit(".", 1)[-1]
     if ".experts." in name:
         deviation = _fan_in_deviation(parameter) * (residual_scale if leaf == "w2" else 1.0)
@@ -46,7 +48,9 @@ def fill_parameter(name: str, parameter: Tensor, seed: int, num_blocks: int, fir
     elif name == "log_scale":
         return  # set by the model from its configuration
     else:
-        _normal(parameter, _deviation(name, parameter, residual_scale), named_seed(seed, "init", name))
+        _normal(
+            parameter, _deviation(name, parameter, residual_scale), named_seed(seed, "init", name)
+        )
 
 
 def _deviation(name: str, parameter: Tensor, residual_scale: float) -> float:

@@ -33,7 +33,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last dimension; the type stays."""
+        """Normalize the last dimension; the type stays."""
         return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
 
 
@@ -84,4 +84,6 @@ def rotate(x_THQ: Tensor, cos_T1R: Tensor, sin_T1R: Tensor) -> Tensor:
         sin_T1R: Sines, likewise.
     """
     first, second = x_THQ.chunk(2, dim=-1)
-    return torch.cat([first * cos_T1R - second * sin_T1R, second * cos_T1R + first * sin_T1R], dim=-1)
+    return torch.cat(
+        [first * cos_T1R - second * sin_T1R, second * cos_T1R + first * sin_T1R], dim=-1
+    )

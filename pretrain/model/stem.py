@@ -1,7 +1,7 @@
 """From pixels to patch tokens: one linear map, or a few strided convolutions.
 
-Convolutions at the bottom make a small transformer learn from far fewer pictures than a linear map of
-whole patches does (Xiao et al. 2021, "Early Convolutions Help Transformers See Better",
+Convolutions at the bottom make a small transformer learn from far fewer pictures than a linear map
+of whole patches does (Xiao et al. 2021, "Early Convolutions Help Transformers See Better",
 arXiv:2106.14881); the tokens are the same in number and order.
 
 Shapes: B pictures, C channels, P patches, D trunk width.
@@ -31,7 +31,9 @@ class LinearStem(nn.Module):
         """Return tokens `[pictures x patches, width]`, patches in row-major order."""
         pictures, channels, height, width = pixels_BCHW.shape
         rows, columns, size = height // self.size, width // self.size, self.size
-        patches = pixels_BCHW.view(pictures, channels, rows, size, columns, size).permute(0, 2, 4, 1, 3, 5)
+        patches = pixels_BCHW.view(pictures, channels, rows, size, columns, size).permute(
+            0, 2, 4, 1, 3, 5
+        )
         return self.out(patches.reshape(pictures * rows * columns, channels * size * size))  # type: ignore[no-any-return]
 
 

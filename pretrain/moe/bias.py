@@ -1,4 +1,5 @@
-"""Biases that even out the load without a loss: added to the scores for the choice only, moved after each step.
+"""Biases that even out the load without a loss: added to the scores for the choice only, moved
+after each step.
 
 Shapes: E experts, M modalities; a bias is `[1, E]` when both modalities share it.
 """
@@ -14,7 +15,8 @@ from pretrain.config.experts import BalanceConfig, MoEConfig
 
 
 class SelectionBias(nn.Module):
-    """The biases of one layer, float32 `[M or 1, experts]`; a buffer that stays float32 whatever the module becomes."""
+    """The biases of one layer, float32 `[M or 1, experts]`; a buffer that stays float32 whatever
+    the module becomes."""
 
     def __init__(self, rows: int, num_experts: int) -> None:
         super().__init__()
@@ -35,17 +37,20 @@ def make_bias(moe: MoEConfig, balance: BalanceConfig) -> SelectionBias | None:
 
 
 def bias_rate(balance: BalanceConfig, step: int, total_steps: int) -> float:
-    """The rate of step `step` (the first is 0): 0 in the last `bias_freeze_share` of the run."""
-    frozen = step >= total_steps * (1 - balance.bias_freeze_share)
+    """The rate of step `step` (the first is 0): 0 in the last `bias_freeze_ratio` of the run."""
+    frozen = step >= total_steps * (1 - balance.bias_freeze_ratio)
     return 0.0 if frozen or balance.bias == "none" else balance.bias_rate
 
 
-def moved_bias(bias: Tensor, choices_ME: Tensor, moe: MoEConfig, balance: BalanceConfig, rate: float) -> Tensor:
+def moved_bias(
+    bias: Tensor, choices_ME: Tensor, moe: MoEConfig, balance: BalanceConfig, rate: float
+) -> Tensor:
     """The biases after a step in which the global batch made these choices.
 
-    `sign`: b_e -= rate x sign(load_e - mean) (Wang et al. 2024, arXiv:2408.15664). `zscore`: b_e -= rate x
-    (load_e - mean) / deviation, which moves an expert the more, the further it is off. With pools, mean and
-    deviation are those of the expert's pool; with one bias per modality, the load is that modality's.
+    `sign`: b_e -= rate x sign(load_e - mean) (Wang et al. 2024, arXiv:2408.15664). `zscore`: b_e -=
+    rate x (load_e - mean) / deviation, which moves an expert the more, the further it is off. With
+    pools, mean and deviation are those of the expert's pool; with one bias per modality, the load
+    is that modality's.
 
     Args:
         bias: Before, `[M or 1, experts]`.

@@ -3,8 +3,9 @@
 The layer asks a `Dispatcher`. `LocalDispatcher` (every expert lives here) is complete and is the
 reference for the expert-parallel one in `pretrain.parallel.expert_dispatch`.
 
-Choices are sorted by expert; those that found no place come last, as rows that no expert computes. Where
-every token has k choices, both directions are gathers: a scatter-add would not be deterministic on GPU.
+Choices are sorted by expert; those that found no place come last, as rows that no expert computes.
+Where every token has k choices, both directions are gathers: a scatter-add would not be
+deterministic on GPU.
 
 Shapes: T tokens, K experts per token, N choices ("rows"), D trunk width, L local experts.
 """
@@ -26,18 +27,25 @@ Shared = Callable[[Tensor], Tensor]
 class Dispatcher(Protocol):
     """Brings each token to its experts and the results back."""
 
-    def run(self, x_TD: Tensor, routing: Routing, experts: StackedExperts, shared: Shared | None) -> Tensor:
-        """The weighted sum of what each token's experts answer, plus `shared(x_TD)`; `[tokens, width]`."""
+    def run(
+        self, x_TD: Tensor, routing: Routing, experts: StackedExperts, shared: Shared | None
+    ) -> Tensor:
+        """The weighted sum of what each token's experts answer, plus `shared(x_TD)`; `[tokens,
+        width]`."""
         ...
 
 
 class LocalDispatcher:
     """All experts live here."""
 
-    def run(self, x_TD: Tensor, routing: Routing, experts: StackedExperts, shared: Shared | None) -> Tensor:
+    def run(
+        self, x_TD: Tensor, routing: Routing, experts: StackedExperts, shared: Shared | None
+    ) -> Tensor:
         rows = sort_choices(routing)
         if experts.looped(x_TD, routing.expert_ids_N.shape[0]):
-            y_TD: Tensor = experts(x_TD, routing.tokens_per_expert_E, rows.token_N, rows.weights(routing))
+            y_TD: Tensor = experts(
+                x_TD, routing.tokens_per_expert_E, rows.token_N, rows.weights(routing)
+            )
         else:
             limited = routing.kept_ME is not routing.choices_ME
             x_ND = spread(x_TD, rows, routing.k)
@@ -100,7 +108,8 @@ def weighted_sum(y_ND: Tensor, rows: Rows, routing: Routing, num_tokens: int) ->
 
 
 def keep_first(x_ND: Tensor, count: Tensor) -> Tensor:
-    """Zeros in the rows from `count` on, and in their gradient, whatever stands there: it may be no number."""
+    """Zeros in the rows from `count` on, and in their gradient, whatever stands there: it may be no
+    number."""
     kept_N1 = (torch.arange(x_ND.shape[0], device=x_ND.device) < count).unsqueeze(1)
     return torch.where(kept_N1, x_ND, x_ND.new_zeros(()))
 

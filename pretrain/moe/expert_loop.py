@@ -1,13 +1,13 @@
 """SwiGLU experts one after the other, with the backward pass written out: the fast way on CPU.
 
-Each expert takes its tokens from the activations and adds its answers back, so the rows of all experts never
-exist side by side, and an expert's rows are still in the cache when they are needed next. Its weight gradients
-are written straight into their place in the stack. Autograd would hold more, copy more, and add up a
-full-size gradient for every slice.
+Each expert takes its tokens from the activations and adds its answers back, so the rows of all
+experts never exist side by side, and an expert's rows are still in the cache when they are needed
+next. Its weight gradients are written straight into their place in the stack. Autograd would hold
+more, copy more, and add up a full-size gradient for every slice.
 
-The gradient of a choice's weight is taken as <h, g W2>, which the way back to h needs anyway, instead of
-<h W2^T, g>, for which the answers would have to be kept. On that way g is weighted already, and the weight is
-divided out again.
+The gradient of a choice's weight is taken as <h, g W2>, which the way back to h needs anyway,
+instead of <h W2^T, g>, for which the answers would have to be kept. On that way g is weighted
+already, and the weight is divided out again.
 
 Shapes: T tokens, N rows, n rows of one expert, D trunk width, F expert width, L experts.
 """
@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 SMALLEST = 1e-20
-"""Least weight in the backward pass, which divides by it. A softmax or sigmoid so far down has no slope left."""
+"""Least weight in the backward pass, which divides by it. A softmax or sigmoid so far down has no
+slope left."""
 
 
 def loop_swiglu(
@@ -38,7 +39,8 @@ def loop_swiglu(
     Args:
         x: Rows sorted by expert `[rows, width]`; or tokens `[tokens, width]`, with `token_N`.
         rows_per_expert_L: Rows of each expert, int64.
-        w1: Gate weights `[experts, F, width]`, of the type of `x`; so are `w2` (down) and `w3` (up).
+        w1: Gate weights `[experts, F, width]`, of the type of `x`; so are `w2` (down) and `w3`
+            (up).
         w2: Down weights `[experts, width, F]`.
         w3: Up weights `[experts, F, width]`.
         token_N: The token of each row, sorted by expert, int64.
@@ -134,5 +136,8 @@ def _pieces(sizes: tuple[int, ...]) -> list[tuple[int, int]]:
 
 
 def _sums(x: Tensor) -> Tensor:
-    """Zeros to add rows into: float32 for 16-bit activations, whose sums over experts would round at each one."""
-    return torch.zeros_like(x, dtype=torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype)
+    """Zeros to add rows into: float32 for 16-bit activations, whose sums over experts would round
+    at each one."""
+    return torch.zeros_like(
+        x, dtype=torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
+    )

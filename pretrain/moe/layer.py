@@ -1,7 +1,9 @@
-"""The sparse feed-forward layer: score, choose, limit, send, compute, bring back, add the shared experts.
+"""The sparse feed-forward layer: score, choose, limit, send, compute, bring back, add the shared
+experts.
 
-MoE(x) = sum over the chosen experts of w_e(x) f_e(x) (+ shared experts). The layer sees one flat list of valid
-tokens; padding never reaches it. It knows no machines: the dispatcher it is given does.
+MoE(x) = sum over the chosen experts of w_e(x) f_e(x) (+ shared experts). The layer sees one flat
+list of valid tokens; padding never reaches it. It knows no machines: the dispatcher it is given
+does.
 
 Shapes: T tokens, D trunk width, E experts.
 """
@@ -45,7 +47,8 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_experts, width))
 
     def forward(self, x_TD: Tensor | None = None) -> Tensor:
-        """Return logits `[tokens, experts]`, float32; without tokens the sum of all absolute weights."""
+        """Return logits `[tokens, experts]`, float32; without tokens the sum of all absolute
+        weights."""
         if x_TD is None:
             return absolute_sum(self.weight)
         with torch.autocast(x_TD.device.type, enabled=False):
@@ -73,7 +76,8 @@ class MoELayer(nn.Module):
             config: Experts and routing.
             balance: Which biases and statistics there are; the usual ones by default.
             block: Number of the block, a part of what its random choices are drawn from.
-            fused: Whether the block's text sees patches; only there may the router read the caption.
+            fused: Whether the block's text sees patches; only there may the router read the
+                caption.
             num_local_experts: For expert parallelism: the layer holds only so many of the experts,
             dispatcher: and this one knows where the others are.
         """
@@ -82,7 +86,11 @@ class MoELayer(nn.Module):
         self.balance = balance or BalanceConfig()
         self.block = block
         self.gate = Router(width, config.num_experts)
-        self.caption_gate = CaptionGate(width, config.num_experts) if config.gate == "caption" and fused else None
+        self.caption_gate = (
+            CaptionGate(width, config.num_experts)
+            if config.router_input == "caption" and fused
+            else None
+        )
         self.bias = make_bias(config, self.balance)
         self.experts = StackedExperts(
             width,
@@ -91,14 +99,18 @@ class MoELayer(nn.Module):
             # What DeepSpeed's layer has learned is judged by ours, which computes the same.
             "auto" if config.backend == "deepspeed" else config.backend,
         )
-        self.shared = SwiGLU(width, config.shared_experts * config.expert_width) if config.shared_experts else None
+        self.shared = (
+            SwiGLU(width, config.shared_experts * config.expert_width)
+            if config.shared_experts
+            else None
+        )
         self.dispatcher: Dispatcher = dispatcher or LocalDispatcher()
 
     def forward(self, x_TD: Tensor, tokens: RouterTokens) -> tuple[Tensor, RouterStats]:
         """Apply the layer.
 
-        While training, choices may be drawn and places be short; in evaluation mode every token gets its best
-        experts, whatever else is in the batch.
+        While training, choices may be drawn and places be short; in evaluation mode every token
+        gets its best experts, whatever else is in the batch.
 
         Args:
             x_TD: Valid tokens of the micro-batch, patches first, `[tokens, width]`.
@@ -112,10 +124,11 @@ class MoELayer(nn.Module):
         return y_TD, self._statistics(logits_TE, scored, routing, tokens)
 
     def route(self, x_TD: Tensor, tokens: RouterTokens) -> tuple[Tensor, Scores, Routing]:
-        """What `forward` decides before it computes: router logits `[tokens, experts]`, scores, and the choice."""
+        """What `forward` decides before it computes: router logits `[tokens, experts]`, scores, and
+        the choice."""
         config, split = self.config, tokens.num_patch_tokens
         logits_TE = self.gate(x_TD)
-        if self.caption_gate is not None and tokens.text_length:
+        if self.caption_gate is not None and tokens.context_length:
             said = self.caption_gate(x_TD[split:], tokens)
             logits_TE = torch.cat([logits_TE[:split], logits_TE[split:] + said])
         scored = score_tokens(logits_TE, config, tokens, block=self.block, noise=self.training)
@@ -142,4 +155,6 @@ class MoELayer(nn.Module):
     def move_bias(self, choices_ME: Tensor, rate: float) -> None:
         """Move the biases after a step, by the choices of the global batch."""
         if self.bias is not None and rate:
-            self.bias.value.copy_(moved_bias(self.bias.value, choices_ME, self.config, self.balance, rate))
+            self.bias.value.copy_(
+                moved_bias(self.bias.value, choices_ME, self.config, self.balance, rate)
+            )

@@ -1,9 +1,9 @@
 """Random numbers that are a pure function of what they are for: no generator, no state.
 
-A number is a hash of (the step's draw, the layer, what it is for, the token, the expert). So a token draws
-the same on any rank, in any micro-batch and when its activations are computed again; and the hash is made of
-whole numbers, so its bits are the same on CPU and GPU. The hash is the finaliser of SplitMix64
-(Steele, Lea and Flood 2014, doi:10.1145/2660193.2660195).
+A number is a hash of (the step's draw, the layer, what it is for, the token, the expert). So a
+token draws the same on any rank, in any micro-batch and when its activations are computed again;
+and the hash is made of whole numbers, so its bits are the same on CPU and GPU. The hash is the
+finalizer of SplitMix64 (Steele, Lea and Flood 2014, doi:10.1145/2660193.2660195).
 
 Shapes: B pairs, T tokens, E experts.
 """
@@ -29,25 +29,31 @@ def step_draw(seed: int, step: int) -> int:
     return mix_int(mix_int(seed) + step) >> 1
 
 
-def token_identity(pair_ids_B: Tensor, num_patches: int, text_positions: Tensor, text_length: int) -> Tensor:
+def token_identity(
+    pair_ids_B: Tensor, num_patches: int, text_positions: Tensor, context_length: int
+) -> Tensor:
     """A hash of every token of the flat list, int64 `[tokens]`.
 
     Args:
         pair_ids_B: Numbers of the samples in the whole data, int64.
         num_patches: Patches of a picture; their places are numbered row by row.
         text_positions: Flat indices b x S + s of the valid text tokens, int64.
-        text_length: S.
+        context_length: S.
     """
     sample_B = mix(pair_ids_B * _signed(_GOLDEN))
     places_P = torch.arange(num_patches, device=pair_ids_B.device)
     patches = (sample_B.unsqueeze(1) + places_P).flatten()
-    if not text_length:
+    if not context_length:
         return mix(patches)
-    sample_T = sample_B.index_select(0, torch.div(text_positions, text_length, rounding_mode="floor"))
-    return mix(torch.cat([patches, sample_T + (text_positions % text_length + _TEXT)]))
+    sample_T = sample_B.index_select(
+        0, torch.div(text_positions, context_length, rounding_mode="floor")
+    )
+    return mix(torch.cat([patches, sample_T + (text_positions % context_length + _TEXT)]))
 
 
-def hash_numbers(identity_T: Tensor, *, draw: int, block: int, purpose: int, size: int = 1) -> Tensor:
+def hash_numbers(
+    identity_T: Tensor, *, draw: int, block: int, purpose: int, size: int = 1
+) -> Tensor:
     """`size` hashes of every token, int64 `[tokens, size]`, evenly spread over all 2**64 values."""
     key = mix_int(mix_int(mix_int(draw) + block) + purpose)
     columns = torch.arange(1, size + 1, device=identity_T.device) * _signed(_GOLDEN)
@@ -62,7 +68,9 @@ def uniform(identity_T: Tensor, *, draw: int, block: int, purpose: int, size: in
 
 def gumbel(identity_T: Tensor, *, draw: int, block: int, size: int) -> Tensor:
     """Standard Gumbel numbers for choices, float32 `[tokens, size]`."""
-    return -torch.log(-torch.log(uniform(identity_T, draw=draw, block=block, purpose=CHOICE, size=size)))
+    return -torch.log(
+        -torch.log(uniform(identity_T, draw=draw, block=block, purpose=CHOICE, size=size))
+    )
 
 
 def normal(identity_T: Tensor, *, draw: int, block: int, size: int) -> Tensor:

@@ -1,7 +1,7 @@
 """What routers are told about the tokens of a forward pass, beside their states.
 
-The flat list holds the patches of all pairs, then the valid text tokens of all pairs: `num_patch_tokens`
-is the border between the two modalities.
+The flat list holds the patches of all pairs, then the valid text tokens of all pairs:
+`num_patch_tokens` is the border between the two modalities.
 
 Shapes: B pairs, P patches, S text positions, T tokens.
 """
@@ -23,19 +23,21 @@ class RouterTokens(NamedTuple):
     """B"""
     num_patches: int
     """P; 0 when there are only captions."""
-    text_length: int
+    context_length: int
     """S, the padded length; 0 when there are only images."""
     text_positions: Tensor
     """Flat indices b x S + s of the valid text tokens, int64."""
     identity_T: Tensor | None = None
-    """A hash of (sample, modality, position) of every token, int64; None where nothing is random."""
+    """A hash of (sample, modality, position) of every token, int64; None where nothing is
+    random."""
     group_T: Tensor | None = None
-    """Capacity group of every token, int64, counted from 0 in this micro-batch; None without capacity."""
+    """Capacity group of every token, int64, counted from 0 in this micro-batch; None without
+    capacity."""
     num_groups: int = 0
     """Capacity groups of this micro-batch."""
     draw: int = 0
     """Decides everything random of this step; from the run's seed and the step."""
-    together: bool = False
+    coactivation: bool = False
     """Also count which experts are chosen together."""
 
     @property
@@ -46,5 +48,5 @@ class RouterTokens(NamedTuple):
     def pair_T(self) -> Tensor:
         """The pair of every token, int64."""
         pair_B = torch.arange(self.num_pairs, device=self.text_positions.device)
-        text = torch.div(self.text_positions, max(1, self.text_length), rounding_mode="floor")
+        text = torch.div(self.text_positions, max(1, self.context_length), rounding_mode="floor")
         return torch.cat([pair_B.repeat_interleave(self.num_patches), text])

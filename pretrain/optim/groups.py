@@ -16,15 +16,18 @@ def is_expert(name: str) -> bool:
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay applies: to matrices, but not to norms, embeddings, queries and the temperature."""
+    """Whether weight decay applies: to matrices, but not to norms, embeddings, queries and the
+    temperature."""
     return parameter.dim() >= 2 and not name.startswith("text_embedding")
 
 
-def parameter_groups(model: nn.Module, optim: OptimConfig, expert_group_name: str) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, optim: OptimConfig, expert_group_name: str
+) -> list[dict[str, Any]]:
     """Split the parameters into dense-with-decay, dense-without-decay and experts.
 
-    Experts are a group of their own, marked `moe` and named after their expert-parallel group, which is
-    how DeepSpeed recognises parameters that are not the same on every rank.
+    Experts are a group of their own, marked `moe` and named after their expert-parallel group,
+    which is how DeepSpeed recognizes parameters that are not the same on every rank.
     """
     decay: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
@@ -38,7 +41,12 @@ def parameter_groups(model: nn.Module, optim: OptimConfig, expert_group_name: st
     ]
     if experts:
         groups.append(
-            {"params": experts, "weight_decay": optim.weight_decay, "name": expert_group_name, "moe": True}
+            {
+                "params": experts,
+                "weight_decay": optim.weight_decay,
+                "name": expert_group_name,
+                "moe": True,
+            }
         )
     return groups
 
@@ -46,4 +54,6 @@ def parameter_groups(model: nn.Module, optim: OptimConfig, expert_group_name: st
 def build_adamw(groups: list[dict[str, Any]], optim: OptimConfig) -> torch.optim.AdamW:
     """AdamW over `groups` (Loshchilov and Hutter 2019, arXiv:1711.05101), fused on GPU."""
     fused = any(parameter.is_cuda for group in groups for parameter in group["params"])
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=fused or None)
+    return torch.optim.AdamW(
+        groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=fused or None
+    )

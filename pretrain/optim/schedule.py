@@ -11,8 +11,8 @@ def learning_rate(step: int, schedule: ScheduleConfig, peak: float) -> float:
     """Learning rate of optimizer step `step` (the first is 0).
 
     Linear warm-up ends with the full peak at step `warmup_steps`; the last step comes close to
-    `final_share` x peak. `wsd` stays at the peak and falls linearly over the last `decay_share` of the run
-    (Hu et al. 2024, arXiv:2404.06395).
+    `min_lr_ratio` x peak. `wsd` stays at the peak and falls linearly over the last `decay_ratio` of
+    the run (Hu et al. 2024, arXiv:2404.06395).
     """
     if step < schedule.warmup_steps:
         return peak * (step + 1) / (schedule.warmup_steps + 1)
@@ -21,8 +21,8 @@ def learning_rate(step: int, schedule: ScheduleConfig, peak: float) -> float:
     if schedule.kind == "constant":
         return peak
     if schedule.kind == "wsd":
-        decay_steps = max(schedule.decay_share * schedule.total_steps, 1e-12)
+        decay_steps = max(schedule.decay_ratio * schedule.total_steps, 1e-12)
         share = min(1.0, max(0.0, (schedule.total_steps - step) / decay_steps))
     else:
         share = 0.5 * (1 + math.cos(math.pi * progress))
-    return peak * (schedule.final_share + (1 - schedule.final_share) * share)
+    return peak * (schedule.min_lr_ratio + (1 - schedule.min_lr_ratio) * share)

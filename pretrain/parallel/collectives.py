@@ -13,15 +13,18 @@ from torch import Tensor
 
 
 def gather_rows(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Concatenate the equally shaped tensors of all ranks along dim 0; gradients flow back to their owners.
+    """Concatenate the equally shaped tensors of all ranks along dim 0; gradients flow back to their
+    owners.
 
-    The gradient that a rank receives for its own rows is the *sum* over the ranks of what each one's loss
-    has to say about them.
+    The gradient that a rank receives for its own rows is the *sum* over the ranks of what each
+    one's loss has to say about them.
     """
     return _GatherRows.apply(x, group)  # type: ignore[no-any-return]
 
 
-def exchange_rows(x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup | None) -> Tensor:
+def exchange_rows(
+    x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup | None
+) -> Tensor:
     """Send `send[r]` rows to each rank r of the group and receive `receive[r]` rows from it.
 
     Zero rows are fine. The backward pass sends the gradients the other way.
@@ -32,13 +35,15 @@ def exchange_rows(x: Tensor, send: list[int], receive: list[int], group: dist.Pr
 class Exchange:
     """`exchange_rows` in two halves, so that something else can be computed while the rows travel.
 
-        exchange = Exchange(send, receive, group)
-        travelling = exchange.start(x)
-        ...                                 # computed meanwhile, and so is its gradient in the backward pass
-        arrived = exchange.finish(travelling)
+    exchange = Exchange(send, receive, group)
+    travelling = exchange.start(x)
+    ...                                 # computed meanwhile, and so is its gradient in the backward pass
+    arrived = exchange.finish(travelling)
     """
 
-    def __init__(self, send: list[int], receive: list[int], group: dist.ProcessGroup | None) -> None:
+    def __init__(
+        self, send: list[int], receive: list[int], group: dist.ProcessGroup | None
+    ) -> None:
         self.send, self.receive, self.group = send, receive, group
         self._work: Any = None
         self._rows: tuple[Tensor, Tensor] | None = None
@@ -84,8 +89,8 @@ class _Start(torch.autograd.Function):
 class _Finish(torch.autograd.Function):
     """Forward: rows have arrived. Backward: their gradients leave.
 
-    Autograd goes back through whatever was computed in between before it comes to `_Start`: later computed, earlier
-    gone back through.
+    Autograd goes back through whatever was computed in between before it comes to `_Start`: later
+    computed, earlier gone back through.
     """
 
     @staticmethod
@@ -97,7 +102,8 @@ class _Finish(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         ctx.exchange.launch(grad, ctx.exchange.receive, ctx.exchange.send)
-        # What comes back has as many rows as were sent, not as arrived, so it goes round autograd to `_Start`.
+        # What comes back has as many rows as were sent, not as arrived, so it goes round autograd
+        # to `_Start`.
         return grad, None
 
 

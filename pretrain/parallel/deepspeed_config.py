@@ -1,8 +1,9 @@
 """The settings DeepSpeed gets: a profile of `ds_configs/` with the run's own numbers put in.
 
-Every key has one owner. The run's YAML owns what is learned (batch, clipping, precision, optimizer);
-the profile owns memory and wires. A key set on both sides is an error that names both files, so no
-number is ever silently overruled. `ds_configs/README.md` has the list. DeepSpeed is not imported here.
+Every key has one owner. The run's YAML owns what is learned (batch, clipping, precision,
+optimizer); the profile owns memory and wires. A key set on both sides is an error that names both
+files, so no number is ever silently overruled. `ds_configs/README.md` has the list. DeepSpeed is
+not imported here.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from pretrain.config.batch import BatchPlan
 from pretrain.config.schema import RunConfig
 
 YAML_KEYS: dict[str, str] = {
-    "train_batch_size": "batch.pairs_per_step",
-    "train_micro_batch_size_per_gpu": "batch.pairs_per_forward",
-    "gradient_accumulation_steps": "batch.pairs_per_step and batch.pairs_per_forward",
+    "train_batch_size": "batch.global_batch_size",
+    "train_micro_batch_size_per_gpu": "batch.micro_batch_size",
+    "gradient_accumulation_steps": "batch.global_batch_size and batch.micro_batch_size",
     "gradient_clipping": "optim.clip_norm",
     "bf16": "precision.compute",
     "fp16": "precision.compute",
@@ -31,7 +32,7 @@ YAML_KEYS: dict[str, str] = {
     "optimizer": "optim",
     "zero_allow_untested_optimizer": "optim",
     "scheduler": "schedule",
-    "activation_checkpointing": "model.recompute",
+    "activation_checkpointing": "model.activation_checkpointing",
     "steps_per_print": "log.every_steps",
     "tensorboard": "log",
     "wandb": "log",
@@ -39,11 +40,22 @@ YAML_KEYS: dict[str, str] = {
 }
 """Keys of DeepSpeed that the run owns, and the setting of the run that stands for each."""
 
-JSON_KEYS: frozenset[str] = frozenset({
-    "zero_optimization", "zero_force_ds_cpu_optimizer", "communication_data_type", "prescale_gradients",
-    "gradient_predivide_factor", "disable_allgather", "aio", "comms_logger", "flops_profiler",
-    "wall_clock_breakdown", "memory_breakdown", "dump_state",
-})
+JSON_KEYS: frozenset[str] = frozenset(
+    {
+        "zero_optimization",
+        "zero_force_ds_cpu_optimizer",
+        "communication_data_type",
+        "prescale_gradients",
+        "gradient_predivide_factor",
+        "disable_allgather",
+        "aio",
+        "comms_logger",
+        "flops_profiler",
+        "wall_clock_breakdown",
+        "memory_breakdown",
+        "dump_state",
+    }
+)
 """Keys of DeepSpeed that the profile owns."""
 
 
@@ -64,8 +76,10 @@ def profile_path(name_or_path: str) -> Path:
     if name_or_path in known:
         return folder / f"{name_or_path}.json"
     near = difflib.get_close_matches(name_or_path, known, n=1)
-    raise ConfigError(f"parallel.deepspeed is {name_or_path!r}: no such JSON file, and no profile of {folder} "
-                      f"({', '.join(known)})" + (f"; did you mean {near[0]!r}?" if near else ""))
+    raise ConfigError(
+        f"parallel.deepspeed is {name_or_path!r}: no such JSON file, and no profile of {folder} "
+        f"({', '.join(known)})" + (f"; did you mean {near[0]!r}?" if near else "")
+    )
 
 
 def _profiles_folder() -> Path:
@@ -81,6 +95,7 @@ def load_profile(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: The file cannot be read, is not a JSON object, or gives a key twice.
     """
+
     def no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
         for key in keys:
@@ -111,7 +126,8 @@ def zero_stage(profile_json: Mapping[str, Any], path: Path) -> int:
 
 
 def zero_stage_of(run: RunConfig) -> int | None:
-    """ZeRO stage of the profile that a run names, for `pretrain.config.validate`; None where it does not matter.
+    """ZeRO stage of the profile that a run names, for `pretrain.config.validate`; None where it
+    does not matter.
 
     Raises:
         ConfigError: There is no such profile, or it is none.
@@ -123,7 +139,11 @@ def zero_stage_of(run: RunConfig) -> int | None:
 
 
 def resolve(
-    run: RunConfig, profile_json: Mapping[str, Any], profile_path: Path, run_path: Path, batch_plan: BatchPlan
+    run: RunConfig,
+    profile_json: Mapping[str, Any],
+    profile_path: Path,
+    run_path: Path,
+    batch_plan: BatchPlan,
 ) -> dict[str, Any]:
     """The whole dict for `deepspeed.initialize`: the profile, then the run's own numbers.
 
@@ -145,8 +165,8 @@ def resolve(
     if found:
         raise ConfigError(join_problems(found))
     resolved: dict[str, Any] = {
-        "train_batch_size": batch_plan.pairs_per_step,
-        "train_micro_batch_size_per_gpu": batch_plan.pairs_per_forward,
+        "train_batch_size": batch_plan.global_batch_size,
+        "train_micro_batch_size_per_gpu": batch_plan.micro_batch_size,
         "gradient_accumulation_steps": batch_plan.accumulation_steps,
         # With stage 0 DeepSpeed averages the ranks' norms and leaves experts out; our engine clips.
         "gradient_clipping": run.optim.clip_norm if stage > 0 else 0.0,
@@ -171,15 +191,22 @@ def _problems(profile: Mapping[str, Any], path: Path, run_path: Path) -> list[st
     for key, value in profile.items():
         if key in YAML_KEYS:
             if value != "auto":
-                found.append(f"{key} has two owners: {path} sets it to {json.dumps(value)}, and {run_path} sets it "
-                             f"by {YAML_KEYS[key]}; remove it from {path.name}, or write \"auto\" there")
+                found.append(
+                    f"{key} has two owners: {path} sets it to {json.dumps(value)}, and {run_path} sets it "
+                    f'by {YAML_KEYS[key]}; remove it from {path.name}, or write "auto" there'
+                )
         elif key in JSON_KEYS:
-            found.extend(f"{path}: {name} is \"auto\", but the run has no setting for it; write a number, "
-                         f"or leave it out" for name in _autos(value, key))
+            found.extend(
+                f'{path}: {name} is "auto", but the run has no setting for it; write a number, '
+                f"or leave it out"
+                for name in _autos(value, key)
+            )
         else:
             near = difflib.get_close_matches(key, [*JSON_KEYS, *YAML_KEYS], n=1)
-            found.append(f"{path}: {key}: no such key of a profile"
-                         + (f"; did you mean {near[0]!r}?" if near else f" ({', '.join(sorted(JSON_KEYS))})"))
+            found.append(
+                f"{path}: {key}: no such key of a profile"
+                + (f"; did you mean {near[0]!r}?" if near else f" ({', '.join(sorted(JSON_KEYS))})")
+            )
     return found
 
 

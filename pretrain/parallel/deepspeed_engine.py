@@ -1,8 +1,8 @@
 """`TrainEngine` on DeepSpeed: ZeRO 0-3 with expert parallelism.
 
 Three things are done here rather than left to DeepSpeed 0.19.8, each for a measured reason:
-clipping at stage 0 (it would clip by the average of per-rank norms), accumulation scaling (our losses are
-shares already) and checkpoints (its own are pickles and not atomic).
+clipping at stage 0 (it would clip by the average of per-rank norms), accumulation scaling (our
+losses are shares already) and checkpoints (its own are pickles and not atomic).
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ class DeepSpeedEngine:
         device: torch.device,
         deepspeed_config: dict[str, Any],
     ) -> None:
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.layout, self.device = layout, device
         self._clip_norm = optim.clip_norm
-        self._expert_group_name = expert_group_name(layout.expert_parallel)
+        self._expert_group_name = expert_group_name(layout.expert_parallel_size)
         model = model.to(device)
         optimizer = build_adamw(parameter_groups(model, optim, self._expert_group_name), optim)
         self._engine, *_ = deepspeed.initialize(
@@ -57,8 +57,8 @@ class DeepSpeedEngine:
         )
         self.model: VisionLanguageModel = self._engine.module
 
-    def forward(self, batch: Batch, *, draw: int = 0, together: bool = False) -> ModelOutput:
-        facts = routing_facts(batch, self.model.moe, self.device, draw, together)
+    def forward(self, batch: Batch, *, draw: int = 0, coactivation: bool = False) -> ModelOutput:
+        facts = routing_facts(batch, self.model.moe, self.device, draw, coactivation)
         return self._engine(*model_inputs(batch, self.device), facts)  # type: ignore[no-any-return]
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
@@ -80,7 +80,9 @@ class DeepSpeedEngine:
     def gradients(self) -> dict[str, Tensor]:
         found = {}
         for name, parameter in self.model.named_parameters():
-            gradient = parameter.grad if self.layout.zero_stage == 0 else safe_get_full_grad(parameter)
+            gradient = (
+                parameter.grad if self.layout.zero_stage == 0 else safe_get_full_grad(parameter)
+            )
             if gradient is not None:
                 found[self._file_name(name)] = gradient.detach().float().clone()
         return found
@@ -143,7 +145,9 @@ class DeepSpeedEngine:
                 (experts if is_expert(name) else dense).append(parameter.grad)
         expert_square = _square_sum(experts, self.device)
         if experts:  # a dense trunk has no expert groups
-            dist.all_reduce(expert_square, group=groups._get_expert_parallel_group(self._expert_group_name))
+            dist.all_reduce(
+                expert_square, group=groups._get_expert_parallel_group(self._expert_group_name)
+            )
         norm = float((_square_sum(dense, self.device) + expert_square).sqrt())
         if self._clip_norm and norm > self._clip_norm:
             torch._foreach_mul_(dense + experts, self._clip_norm / (norm + 1e-6))
@@ -168,7 +172,9 @@ def gather_json(value: Any, device: torch.device) -> list[Any]:
     padded[: data.numel()] = data
     rows = [torch.zeros_like(padded) for _ in sizes]
     dist.all_gather(rows, padded)
-    return [json.loads(bytes(row[: int(s)].cpu().tolist())) for row, s in zip(rows, sizes, strict=True)]
+    return [
+        json.loads(bytes(row[: int(s)].cpu().tolist())) for row, s in zip(rows, sizes, strict=True)
+    ]
 
 
 def _square_sum(tensors: list[Tensor], device: torch.device) -> Tensor:

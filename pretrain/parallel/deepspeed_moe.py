@@ -1,9 +1,10 @@
 """Our MoE layer inside DeepSpeed: the promises that its engine wants about expert parameters.
 
-DeepSpeed 0.19.8 treats parameters as experts (reduced only over the ranks that hold the same ones, counted
-once in the gradient norm, partitioned by ZeRO over the right group) when they live in one of its own layer
-types and carry its tags. Untagged experts of different ranks would be averaged together without a word. So
-the layer derives from its `AutoEPMoELayer`, whose own computation and constructor are not used.
+DeepSpeed 0.19.8 treats parameters as experts (reduced only over the ranks that hold the same ones,
+counted once in the gradient norm, partitioned by ZeRO over the right group) when they live in one
+of its own layer types and carry its tags. Untagged experts of different ranks would be averaged
+together without a word. So the layer derives from its `AutoEPMoELayer`, whose own computation and
+constructor are not used.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ from pretrain.parallel.expert_dispatch import ExpertParallelDispatcher
 from pretrain.parallel.layout import Layout
 
 
-def expert_group_name(expert_parallel: int) -> str:
+def expert_group_name(expert_parallel_size: int) -> str:
     """DeepSpeed's name of the expert groups of this size."""
-    return f"ep_size_{expert_parallel}"
+    return f"ep_size_{expert_parallel_size}"
 
 
 def expert_parallel_layers(layout: Layout, rank: int) -> MakeMoELayer:
@@ -45,7 +46,9 @@ def expert_parallel_layers(layout: Layout, rank: int) -> MakeMoELayer:
     def make(
         width: int, config: MoEConfig, balance: BalanceConfig, *, block: int, fused: bool
     ) -> MoELayer:
-        return DeepSpeedMoELayer(width, config, balance, block=block, fused=fused, layout=layout, rank=rank)
+        return DeepSpeedMoELayer(
+            width, config, balance, block=block, fused=fused, layout=layout, rank=rank
+        )
 
     return make
 
@@ -58,7 +61,8 @@ class _OnlyTheType(AutoEPMoELayer):
 
 
 class DeepSpeedMoELayer(MoELayer, _OnlyTheType):
-    """`MoELayer` with the attributes, tags and groups that DeepSpeed's engine and checkpoints look for."""
+    """`MoELayer` with the attributes, tags and groups that DeepSpeed's engine and checkpoints look
+    for."""
 
     def __init__(
         self,
@@ -71,14 +75,21 @@ class DeepSpeedMoELayer(MoELayer, _OnlyTheType):
         layout: Layout,
         rank: int,
     ) -> None:
-        exchange = ExpertParallelDispatcher() if layout.expert_parallel > 1 else None
-        super().__init__(width, config, balance, block=block, fused=fused,
-                         num_local_experts=layout.experts_per_rank, dispatcher=exchange)
+        exchange = ExpertParallelDispatcher() if layout.expert_parallel_size > 1 else None
+        super().__init__(
+            width,
+            config,
+            balance,
+            block=block,
+            fused=fused,
+            num_local_experts=layout.experts_per_rank,
+            dispatcher=exchange,
+        )
         self.num_experts = config.num_experts
         self.num_local_experts = layout.experts_per_rank
-        self.ep_size = layout.expert_parallel
+        self.ep_size = layout.expert_parallel_size
         self.ep_rank = layout.expert_rank(rank)
-        self.ep_group_name = self.expert_group_name = expert_group_name(layout.expert_parallel)
+        self.ep_group_name = self.expert_group_name = expert_group_name(layout.expert_parallel_size)
         self.ep_group: Any = None
         self.expert_placement_descriptor = legacy_uniform_autoep_placement_descriptor(
             self.num_experts, self.num_local_experts, self.ep_size
@@ -102,7 +113,8 @@ class DeepSpeedMoELayer(MoELayer, _OnlyTheType):
             self.dispatcher.group = self.ep_group
 
     def _tag_expert(self, parameter: nn.Parameter) -> None:
-        """Say: not the same on every rank; partitioned over the ranks that hold the same experts."""
+        """Say: not the same on every rank; partitioned over the ranks that hold the same
+        experts."""
         logical_shape = [self.num_experts, *parameter.shape[1:]]
         placement = self.expert_placement_descriptor
         tags = {

@@ -1,7 +1,8 @@
 """Reaching into DeepSpeed's optimizers: masters and moments as plain tensors with stable names.
 
-DeepSpeed saves them as pickles; we read the tensors where they lie. Stages 1 and 2 keep one flat float32
-partition per parameter group, stage 3 one per sub-group, stage 0 leaves torch's optimizer as it is.
+DeepSpeed saves them as pickles; we read the tensors where they lie. Stages 1 and 2 keep one flat
+float32 partition per parameter group, stage 3 one per sub-group, stage 0 leaves torch's optimizer
+as it is.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def whole_parameter(parameter: nn.Parameter) -> Tensor:
-    """The whole value of a parameter, gathered into a copy on CPU when ZeRO-3 has partitioned it. Collective then."""
+    """The whole value of a parameter, gathered into a copy on CPU when ZeRO-3 has partitioned it.
+    Collective then."""
     if not hasattr(parameter, "ds_id"):
         return parameter.detach()
     from deepspeed import zero
@@ -29,7 +31,8 @@ def whole_parameter(parameter: nn.Parameter) -> Tensor:
 
 
 def optimizer_shard(optimizer: Any, zero_stage: int) -> dict[str, Tensor]:
-    """Masters and moments of this rank: `GROUP/master`, `GROUP/exp_avg`, `GROUP/exp_avg_sq`, `GROUP/step`."""
+    """Masters and moments of this rank: `GROUP/master`, `GROUP/exp_avg`, `GROUP/exp_avg_sq`,
+    `GROUP/step`."""
     shard: dict[str, Tensor] = {}
     for name, master, state in _masters(optimizer, zero_stage):
         if zero_stage > 0:
@@ -63,7 +66,9 @@ def load_optimizer_shard(optimizer: Any, zero_stage: int, shard: Mapping[str, Te
 def load_partitioned_weights(optimizer: Any) -> None:
     """Stage 3: write the masters into the partitioned weights, as an optimizer step does."""
     for group in range(len(optimizer.fp32_partitioned_groups_flat)):
-        optimizer.fp16_partitioned_groups_flat[group].data.copy_(optimizer.fp32_partitioned_groups_flat[group].data)
+        optimizer.fp16_partitioned_groups_flat[group].data.copy_(
+            optimizer.fp32_partitioned_groups_flat[group].data
+        )
         optimizer._unflatten_partitioned_parameters(group)
     if optimizer.persistent_parameters:
         persistent = optimizer.persistent_parameters
@@ -72,7 +77,8 @@ def load_partitioned_weights(optimizer: Any) -> None:
 
 
 def _masters(optimizer: Any, zero_stage: int) -> list[tuple[str, Tensor, dict[str, Any]]]:
-    """(name, float32 tensor that the optimizer updates, its state) for everything this rank updates."""
+    """(name, float32 tensor that the optimizer updates, its state) for everything this rank
+    updates."""
     inner = _torch_optimizer(optimizer, zero_stage)
     if zero_stage in (1, 2):
         tensors = list(optimizer.single_partition_of_fp32_groups)
@@ -80,7 +86,10 @@ def _masters(optimizer: Any, zero_stage: int) -> list[tuple[str, Tensor, dict[st
         tensors = list(optimizer.fp32_partitioned_groups_flat)
     else:
         tensors = [parameter for group in inner.param_groups for parameter in group["params"]]
-    return [(f"group_{index:04d}", tensor, inner.state.get(tensor, {})) for index, tensor in enumerate(tensors)]
+    return [
+        (f"group_{index:04d}", tensor, inner.state.get(tensor, {}))
+        for index, tensor in enumerate(tensors)
+    ]
 
 
 def _torch_optimizer(optimizer: Any, zero_stage: int) -> torch.optim.Optimizer:

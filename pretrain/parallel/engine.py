@@ -1,7 +1,9 @@
-"""What the training loop sees of the machines: a small contract, kept by `PlainEngine` and `DeepSpeedEngine`.
+"""What the training loop sees of the machines: a small contract, kept by `PlainEngine` and
+`DeepSpeedEngine`.
 
-Gradients of an engine are those of the *mean over ranks* of the losses given to `backward`, summed over the
-micro-batches of a step. A loss that is a share of the global loss must therefore be multiplied by `world`.
+Gradients of an engine are those of the *mean over ranks* of the losses given to `backward`, summed
+over the micro-batches of a step. A loss that is a share of the global loss must therefore be
+multiplied by `world`.
 """
 
 from __future__ import annotations
@@ -21,19 +23,19 @@ class TrainEngine(Protocol):
     """One rank's hold on the model, the optimizer and the other ranks."""
 
     rank: int
-    world: int
+    world_size: int
     layout: Layout
     device: torch.device
     model: VisionLanguageModel
     """This rank's module; with expert parallelism every call of it is collective."""
 
-    def forward(self, batch: Batch, *, draw: int = 0, together: bool = False) -> ModelOutput:
+    def forward(self, batch: Batch, *, draw: int = 0, coactivation: bool = False) -> ModelOutput:
         """Run the model on one micro-batch.
 
         Args:
             batch: The micro-batch.
             draw: Decides everything random of this step; the same on every rank.
-            together: Also count which experts are chosen together.
+            coactivation: Also count which experts are chosen together.
         """
         ...
 
@@ -46,14 +48,16 @@ class TrainEngine(Protocol):
         ...
 
     def gradients(self) -> dict[str, Tensor]:
-        """Whole gradients by parameter name, float32, between the last backward and the step. Collective.
+        """Whole gradients by parameter name, float32, between the last backward and the step.
+        Collective.
 
         A rank's slice of the experts appears as `name@first:last`.
         """
         ...
 
     def gather(self, rows: Tensor) -> Tensor:
-        """Rows of all ranks along dim 0, in rank order; gradients return to their owners, summed over ranks."""
+        """Rows of all ranks along dim 0, in rank order; gradients return to their owners, summed
+        over ranks."""
         ...
 
     def total(self, values: Tensor) -> Tensor:
@@ -77,7 +81,8 @@ class TrainEngine(Protocol):
         ...
 
     def model_tensors(self) -> dict[str, Tensor]:
-        """What this rank saves of the model: dense weights and biases on rank 0, experts as `name@first:last`.
+        """What this rank saves of the model: dense weights and biases on rank 0, experts as
+        `name@first:last`.
 
         Collective.
         """
@@ -88,7 +93,8 @@ class TrainEngine(Protocol):
         ...
 
     def load_model_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over the weights this rank needs, named as `model_tensors` names them. Collective."""
+        """Take over the weights this rank needs, named as `model_tensors` names them.
+        Collective."""
         ...
 
     def load_optimizer_tensors(self, tensors: Mapping[str, Tensor]) -> None:

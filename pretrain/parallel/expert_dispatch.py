@@ -1,8 +1,8 @@
 """Tokens to experts on other ranks and back: uneven all-to-all inside the expert-parallel group.
 
-Rows leave sorted by global expert, so they are sorted by owning rank too. The counts travel first; then the
-rows, which arrive sorted by (sender, expert) and are put in the order (expert, sender) for the experts. Choices
-that found no place do not travel.
+Rows leave sorted by global expert, so they are sorted by owning rank too. The counts travel first;
+then the rows, which arrive sorted by (sender, expert) and are put in the order (expert, sender) for
+the experts. Choices that found no place do not travel.
 
 Shapes: N rows, D trunk width, E experts, L local experts, R ranks of the group.
 """
@@ -21,12 +21,15 @@ from pretrain.parallel.collectives import Exchange, exchange_rows
 
 
 class ExpertParallelDispatcher:
-    """Experts are split over the ranks of `group`; every rank enters every exchange, even with no row."""
+    """Experts are split over the ranks of `group`; every rank enters every exchange, even with no
+    row."""
 
     def __init__(self) -> None:
         self.group: dist.ProcessGroup | None = None
 
-    def run(self, x_TD: Tensor, routing: Routing, experts: StackedExperts, shared: Shared | None) -> Tensor:
+    def run(
+        self, x_TD: Tensor, routing: Routing, experts: StackedExperts, shared: Shared | None
+    ) -> Tensor:
         rows = sort_choices(routing)
         rows_ND = spread(x_TD, rows, routing.k)
         counts_RL = routing.tokens_per_expert_E.view(dist.get_world_size(self.group), -1)
@@ -43,7 +46,9 @@ class ExpertParallelDispatcher:
         by_expert_N = _expert_order(arriving_RL, sum(received))
         y_ND = experts(permute(arrived_ND, by_expert_N), arriving_RL.sum(dim=0))
         departing_ND = permute(y_ND, inverse(by_expert_N))
-        returned_ND = F.pad(exchange_rows(departing_ND, received, sent, self.group), (0, 0, 0, left_behind))
+        returned_ND = F.pad(
+            exchange_rows(departing_ND, received, sent, self.group), (0, 0, 0, left_behind)
+        )
         y_TD = weighted_sum(returned_ND, rows, routing, x_TD.shape[0])
         return y_TD if shared_TD is None else y_TD + shared_TD
 

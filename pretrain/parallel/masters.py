@@ -1,4 +1,5 @@
-"""The float32 weights that an engine's optimizer updates, whole, on every rank: for comparing, not for saving.
+"""The float32 weights that an engine's optimizer updates, whole, on every rank: for comparing, not
+for saving.
 
 With ZeRO and bfloat16 the module's own weights are a rounded copy of them.
 """
@@ -12,9 +13,11 @@ from pretrain.parallel.engine import TrainEngine, slice_name
 
 
 def master_weights(engine: TrainEngine) -> dict[str, Tensor]:
-    """Every weight of this rank on CPU, float32, named as `TrainEngine.model_tensors` names them. Collective.
+    """Every weight of this rank on CPU, float32, named as `TrainEngine.model_tensors` names them.
+    Collective.
 
-    Unlike there every rank returns everything that it holds, so that ranks that drifted apart can be told.
+    Unlike there every rank returns everything that it holds, so that ranks that drifted apart can
+    be told.
     """
     found = {}
     for name, parameter in engine.model.named_parameters():
@@ -25,7 +28,8 @@ def master_weights(engine: TrainEngine) -> dict[str, Tensor]:
 
 
 def release(engine: TrainEngine) -> None:
-    """Let go of what DeepSpeed would hold on to for the rest of the process; the engine is of no use after it."""
+    """Let go of what DeepSpeed would hold on to for the rest of the process; the engine is of no
+    use after it."""
     inner = getattr(engine, "_engine", None)
     if inner is not None:
         inner.destroy()

@@ -24,13 +24,13 @@ class PlainEngine:
     def __init__(
         self, model: VisionLanguageModel, optim: OptimConfig, layout: Layout, device: torch.device
     ) -> None:
-        self.rank, self.world, self.layout, self.device = 0, 1, layout, device
+        self.rank, self.world_size, self.layout, self.device = 0, 1, layout, device
         self.model = model.to(device)
         self._clip_norm = optim.clip_norm
         self._optimizer = build_adamw(parameter_groups(self.model, optim, "experts"), optim)
 
-    def forward(self, batch: Batch, *, draw: int = 0, together: bool = False) -> ModelOutput:
-        facts = routing_facts(batch, self.model.moe, self.device, draw, together)
+    def forward(self, batch: Batch, *, draw: int = 0, coactivation: bool = False) -> ModelOutput:
+        facts = routing_facts(batch, self.model.moe, self.device, draw, coactivation)
         return self.model(*model_inputs(batch, self.device), facts)  # type: ignore[no-any-return]
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
@@ -39,7 +39,9 @@ class PlainEngine:
     def step(self, learning_rate: float) -> float:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
-        norm = clip_gradients([p.grad for p in self.model.parameters() if p.grad is not None], self._clip_norm)
+        norm = clip_gradients(
+            [p.grad for p in self.model.parameters() if p.grad is not None], self._clip_norm
+        )
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return norm
@@ -88,8 +90,11 @@ class PlainEngine:
 
     def load_optimizer_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         for name, parameter in self.model.named_parameters():
-            state = {key: tensors[f"{name}/{key}"].to(parameter.device).clone()
-                     for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}/{key}" in tensors}
+            state = {
+                key: tensors[f"{name}/{key}"].to(parameter.device).clone()
+                for key in ("step", "exp_avg", "exp_avg_sq")
+                if f"{name}/{key}" in tensors
+            }
             if state:
                 self._optimizer.state[parameter] = state
 
@@ -97,9 +102,9 @@ class PlainEngine:
 def clip_gradients(gradients: Sequence[Tensor], limit: float) -> float:
     """Scale gradients in place so that their common norm is at most `limit`; the norm before.
 
-    Squares are added up in float64, as torch's own `clip_grad_norm_` does not: on CPU its float32 sums are off by
-    1e-5 for a tensor of a million elements and by 1e-3 for one of thirty million, and this engine is what others
-    are judged by.
+    Squares are added up in float64, as torch's own `clip_grad_norm_` does not: on CPU its float32
+    sums are off by 1e-5 for a tensor of a million elements and by 1e-3 for one of thirty million,
+    and this engine is what others are judged by.
 
     Args:
         gradients: Of all parameters that have one.
@@ -122,28 +127,32 @@ def model_inputs(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Te
 
 
 def routing_facts(
-    batch: Batch, moe: MoEConfig, device: torch.device, draw: int, together: bool
+    batch: Batch, moe: MoEConfig, device: torch.device, draw: int, coactivation: bool
 ) -> RoutingFacts:
     """What routing depends on beside the tokens, on `device`.
 
-    Capacity groups are consecutive pairs of the global batch. A micro-batch holds whole groups, so that a pair's
-    group is its row as it was asked for, whichever others are missing.
+    Capacity groups are consecutive pairs of the global batch. A micro-batch holds whole groups, so
+    that a pair's group is its row as it was asked for, whichever others are missing.
 
     Raises:
-        DataError: The batch does not say which samples it holds, but this run's routing depends on it.
+        DataError: The batch does not say which samples it holds, but this run's routing depends on
+        it.
     """
+
     def per_pair(values: Tensor, what: str) -> Tensor:
         if len(values) != len(batch.images):
-            raise DataError(f"a batch of {len(batch.images)} pairs has {len(values)} {what}; this run's routing "
-                            f"(moe.choice {moe.choice}, moe.capacity_factor {moe.capacity_factor}) needs one a pair")
+            raise DataError(
+                f"a batch of {len(batch.images)} pairs has {len(values)} {what}; this run's routing "
+                f"(moe.routing {moe.routing}, moe.capacity_factor {moe.capacity_factor}) needs one a pair"
+            )
         return values
 
-    facts = RoutingFacts(draw=draw, together=together)
+    facts = RoutingFacts(draw=draw, coactivation=coactivation)
     if moe.is_random:
         facts = facts._replace(pair_ids_B=per_pair(batch.ids, "ids").to(device, non_blocking=True))
     if moe.capacity_factor:
         slots_B = per_pair(batch.slots, "slots")
-        group_B = torch.div(slots_B, moe.capacity_group, rounding_mode="floor")
+        group_B = torch.div(slots_B, moe.capacity_group_size, rounding_mode="floor")
         # Counted on the host, where the batch still lies.
         num_groups = int(group_B.max()) + 1 if len(group_B) else 0
         facts = facts._replace(group_B=group_B.to(device, non_blocking=True), num_groups=num_groups)
@@ -158,7 +167,8 @@ def load_buffers(model: VisionLanguageModel, tensors: Mapping[str, Tensor]) -> N
     """Take over the state that is no weight: the biases of the routers' choices.
 
     Raises:
-        CheckpointError: The checkpoint lacks one, or has one that this run's model has no place for.
+        CheckpointError: The checkpoint lacks one, or has one that this run's model has no place
+        for.
     """
     buffers = dict(model.named_buffers())
     unknown = sorted(name for name in tensors if name.endswith(BIAS) and name not in buffers)

@@ -13,7 +13,13 @@ from typing import TypeVar
 from data_pipeline.common import errors, storage
 from data_pipeline.common.addresses import without_secrets
 from data_pipeline.common.config import dump_yaml
-from data_pipeline.common.errors import ConfigError, DataError, StorageError, TokenizerError, VlmError
+from data_pipeline.common.errors import (
+    ConfigError,
+    DataError,
+    StorageError,
+    TokenizerError,
+    VlmError,
+)
 from data_pipeline.common.logs import log_to_file, setup_logging
 from data_pipeline.content.tokenizer import Tokenizer
 from data_pipeline.loading.ledger import Ledger
@@ -28,7 +34,13 @@ from pretrain.config.batch import BatchPlan, plan_batch
 from pretrain.config.schema import RunConfig
 from pretrain.config.validate import check
 from pretrain.model import build_model
-from pretrain.parallel.deepspeed_config import load_profile, profile_path, resolve, zero_stage, zero_stage_of
+from pretrain.parallel.deepspeed_config import (
+    load_profile,
+    profile_path,
+    resolve,
+    zero_stage,
+    zero_stage_of,
+)
 from pretrain.parallel.engine import TrainEngine
 from pretrain.parallel.environment import (
     RankEnvironment,
@@ -64,7 +76,8 @@ class Parts:
 
     @property
     def data(self) -> DataConfig:
-        """How data are read; copies of remote shards go below the run folder if nothing else is said."""
+        """How data are read; copies of remote shards go below the run folder if nothing else is
+        said."""
         return replace(self.run.data, cache_dir=self.run.data.cache_dir or str(self.out / "cache"))
 
     def open_loader(self, state: LoaderState) -> Loader:
@@ -74,12 +87,12 @@ class Parts:
             tokenizer_path=self.run.data.tokenizer,
             data=self.data,
             image_size=self.run.model.image_size,
-            text_length=self.run.model.text_length,
+            context_length=self.run.model.context_length,
             seed=self.run.seed,
             rank=self.environment.rank,
-            world=self.environment.world,
-            pairs_per_step=self.run.batch.pairs_per_step,
-            pairs_per_forward=self.run.batch.pairs_per_forward,
+            world_size=self.environment.world_size,
+            global_batch_size=self.run.batch.global_batch_size,
+            micro_batch_size=self.run.batch.micro_batch_size,
             state=state,
         )
 
@@ -90,23 +103,29 @@ class Parts:
         return Ledger.open(
             self.out / LEDGER_FOLDER,
             rank=self.environment.rank,
-            world=self.environment.world,
-            pairs_per_forward=self.run.batch.pairs_per_forward,
+            world_size=self.environment.world_size,
+            micro_batch_size=self.run.batch.micro_batch_size,
             resumed_step=step,
             facts=LedgerFacts.of(self.sources, self.run.data.shuffle_window, loader.state),
         )
 
     def on_first_rank(self, work: Callable[[], T]) -> T | None:
-        """What `work` gives on rank 0, None on others; its errors are those of every rank. Collective."""
+        """What `work` gives on rank 0, None on others; its errors are those of every rank.
+        Collective."""
         return _on_first_rank(self.engine, self.out, work)
 
     def keep_settings(self) -> None:
         """Write the resolved settings and the tokenizer into the folder. Collective.
 
-        Called when the run is sure to train: a refused start must leave there what fits the checkpoints.
+        Called when the run is sure to train: a refused start must leave there what fits the
+        checkpoints.
         """
-        # Run folders are copied and shown to others; signed queries open what they are for to anybody.
-        sets = tuple(replace(held_out, shards=without_secrets(held_out.shards)) for held_out in self.run.eval.sets)
+        # Run folders are copied and shown to others; signed queries open what they are for to
+        # anybody.
+        sets = tuple(
+            replace(held_out, shards=without_secrets(held_out.shards))
+            for held_out in self.run.eval.sets
+        )
         shown = replace(
             self.run, data=self.run.data.without_secrets(), eval=replace(self.run.eval, sets=sets)
         )
@@ -123,15 +142,18 @@ def build(run: RunConfig, out: Path) -> Parts:
     """Check the run against this world, make its folder, and build every part. Collective.
 
     Raises:
-        VlmError: Anything about the run, the data or the cluster that cannot work; the same on every rank.
+        VlmError: Anything about the run, the data or the cluster that cannot work; the same on
+        every rank.
     """
     started = time.perf_counter()
     environment = rank_environment()
     setup_logging(environment.rank)
     if environment.device.type == "cpu":
         keep_freed_memory()
-    check(run, environment.world, source="this run", zero_stage=zero_stage_of(run))
-    batch_plan = plan_batch(run.batch.pairs_per_step, run.batch.pairs_per_forward, environment.world)
+    check(run, environment.world_size, source="this run", zero_stage=zero_stage_of(run))
+    batch_plan = plan_batch(
+        run.batch.global_batch_size, run.batch.micro_batch_size, environment.world_size
+    )
     tokenizer = Tokenizer.load(run.data.tokenizer)
     _check_vocabulary(run, tokenizer)
     sources = open_data(run)
@@ -139,26 +161,48 @@ def build(run: RunConfig, out: Path) -> Parts:
     # Asked of all: a folder on a node's own disk may look different there.
     if not engine.agree(sources is not None) or sources is None:
         sources = count_data(run, out, engine)
-    check_same_everywhere(engine, data_fingerprint(sources, run.data.shuffle_window), tokenizer.fingerprint)
-    _on_first_rank(engine, out, lambda: check_present([s.manifest for s in sources], run.data.max_bad_share))
+    check_same_everywhere(
+        engine, data_fingerprint(sources, run.data.shuffle_window), tokenizer.fingerprint
+    )
+    _on_first_rank(
+        engine,
+        out,
+        lambda: check_present([s.manifest for s in sources], run.data.max_corrupt_ratio),
+    )
     _on_first_rank(engine, out, lambda: _open_run_folder(run, out, tokenizer))
     log_to_file(out / "logs" / f"rank-{environment.rank:05d}.log", environment.rank)
-    _tell(run, environment.world, sources)
-    return Parts(run=run, out=out, started=started, environment=environment, batch_plan=batch_plan, engine=engine,
-                 tokenizer=tokenizer, sources=sources)
+    _tell(run, environment.world_size, sources)
+    return Parts(
+        run=run,
+        out=out,
+        started=started,
+        environment=environment,
+        batch_plan=batch_plan,
+        engine=engine,
+        tokenizer=tokenizer,
+        sources=sources,
+    )
 
 
-def build_engine(run: RunConfig, environment: RankEnvironment, batch_plan: BatchPlan) -> TrainEngine:
-    """The model with its first values, on this rank's engine. Collective unless the engine is plain."""
+def build_engine(
+    run: RunConfig, environment: RankEnvironment, batch_plan: BatchPlan
+) -> TrainEngine:
+    """The model with its first values, on this rank's engine. Collective unless the engine is
+    plain."""
     if run.parallel.engine == "plain":
-        plain = Layout(world=1, expert_parallel=1, zero_stage=-1, precision=run.precision.compute,
-                       num_experts=run.moe.num_experts)
+        plain = Layout(
+            world_size=1,
+            expert_parallel_size=1,
+            zero_stage=-1,
+            precision=run.precision.compute,
+            num_experts=run.moe.num_experts,
+        )
         return PlainEngine(build_model(run), run.optim, plain, environment.device)
     path = profile_path(run.parallel.deepspeed)
     profile = load_profile(path)
     layout = Layout(
-        world=environment.world,
-        expert_parallel=run.parallel.expert_parallel,
+        world_size=environment.world_size,
+        expert_parallel_size=run.parallel.expert_parallel_size,
         zero_stage=zero_stage(profile, path),
         precision=run.precision.compute,
         num_experts=run.moe.num_experts,
@@ -173,7 +217,9 @@ def build_engine(run: RunConfig, environment: RankEnvironment, batch_plan: Batch
     native, first_expert = run.moe.backend == "deepspeed", layout.first_expert(environment.rank)
     model = build_model(
         run,
-        make_moe_layer=native_layers(layout) if native else expert_parallel_layers(layout, environment.rank),
+        make_moe_layer=native_layers(layout)
+        if native
+        else expert_parallel_layers(layout, environment.rank),
         first_expert=first_expert,
     )
     if native:
@@ -183,7 +229,8 @@ def build_engine(run: RunConfig, environment: RankEnvironment, batch_plan: Batch
 
 
 def check_same_everywhere(engine: TrainEngine, data: str, tokenizer: str) -> None:
-    """Refuse ranks that would read different data: copies on a node's own disk can be stale. Collective.
+    """Refuse ranks that would read different data: copies on a node's own disk can be stale.
+    Collective.
 
     Args:
         engine: Talks to the other ranks.
@@ -204,19 +251,39 @@ def check_same_everywhere(engine: TrainEngine, data: str, tokenizer: str) -> Non
             )
 
 
-def _tell(run: RunConfig, world: int, sources: Sequence[Source]) -> None:
+def _tell(run: RunConfig, world_size: int, sources: Sequence[Source]) -> None:
     """What is trained on, one line a source."""
-    logger.info("%s: %d ranks, %d pairs in %d sources", run.name, world, sum(s.samples for s in sources), len(sources))
+    logger.info(
+        "%s: %d ranks, %d pairs in %d sources",
+        run.name,
+        world_size,
+        sum(s.samples for s in sources),
+        len(sources),
+    )
     for source in sources:
         damaged = [shard for shard in source.manifest.shards if shard.damage]
         if damaged:
-            logger.warning("%s: %d shards were damaged when they were indexed, and lack samples; %s: %s", source.name,
-                           len(damaged), damaged[0].name, damaged[0].damage)
+            logger.warning(
+                "%s: %d shards were damaged when they were indexed, and lack samples; %s: %s",
+                source.name,
+                len(damaged),
+                damaged[0].name,
+                damaged[0].damage,
+            )
     for source in sources if len(sources) > 1 else ():
         config, manifest = source.config, source.manifest
-        weight = f"weight {config.weight:g}" if config.weight is not None else f"repeats {config.repeats}"
-        logger.info("  %s: %d pairs in %d shards, %s", source.name, source.samples, len(manifest.shards),
-                    "weights by schedule" if config.weight_schedule else weight)
+        weight = (
+            f"weight {config.weight:g}"
+            if config.weight is not None
+            else f"repeats {config.repeats}"
+        )
+        logger.info(
+            "  %s: %d pairs in %d shards, %s",
+            source.name,
+            source.samples,
+            len(manifest.shards),
+            "weights by schedule" if config.weight_schedule else weight,
+        )
 
 
 def _check_vocabulary(run: RunConfig, tokenizer: Tokenizer) -> None:
@@ -248,8 +315,11 @@ def _on_first_rank(engine: TrainEngine, out: Path, work: Callable[[], T]) -> T |
         except VlmError as error:
             problem = [type(error).__name__, str(error)]
         except OSError as error:
-            problem = [StorageError.__name__, f"cannot write into the run folder {out}: {error.strerror}; free "
-                       f"space or mend permissions there, or choose another --out"]
+            problem = [
+                StorageError.__name__,
+                f"cannot write into the run folder {out}: {error.strerror}; free "
+                f"space or mend permissions there, or choose another --out",
+            ]
     problem = engine.broadcast_json(problem)
     if problem:
         raise getattr(errors, problem[0], VlmError)(problem[1])

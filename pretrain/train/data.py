@@ -1,7 +1,7 @@
 """The training data of a run: its manifests, and a first pass over shards that have none.
 
-Shards without a manifest are read once from end to end before training, each rank its share; the result is
-kept in the run folder, so a run that goes on goes on with the same data.
+Shards without a manifest are read once from end to end before training, each rank its share; the
+result is kept in the run folder, so a run that goes on goes on with the same data.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def open_data(run: RunConfig) -> tuple[Source, ...] | None:
     Called before anything costly: a wrong address must not be told after minutes.
 
     Raises:
-        DataError: There are neither a manifest nor shards at an address, or what is there is damaged or does
+        DataError: There are neither a manifest nor shards at an address, or what is there is
+        damaged or does
             not belong together.
     """
     if any(_must_be_counted(source.shards, run) for source in run.data.sources):
@@ -62,7 +63,9 @@ def count_data(run: RunConfig, out: Path, engine: TrainEngine) -> tuple[Source, 
             folder = out / COUNTED_FOLDER / hashlib.sha256(address.encode()).hexdigest()[:16]
             _count_together(run, address, folder, engine)
             counted[address] = str(folder)
-    return open_sources(run.data.sources, timeout_seconds=min(60.0, run.data.timeout_seconds), at=counted)
+    return open_sources(
+        run.data.sources, timeout_seconds=min(60.0, run.data.timeout_seconds), at=counted
+    )
 
 
 def _must_be_counted(address: str, run: RunConfig) -> bool:
@@ -76,7 +79,9 @@ def _must_be_counted(address: str, run: RunConfig) -> bool:
     if storage.exists(storage.join(address, MANIFEST_NAME), timeout_seconds=seconds):
         return False
     try:
-        return any(name.endswith(".tar") for name in storage.list_names(address, timeout_seconds=seconds))
+        return any(
+            name.endswith(".tar") for name in storage.list_names(address, timeout_seconds=seconds)
+        )
     except StorageError:
         return False  # the manifest's own error says more
 
@@ -85,29 +90,38 @@ def _count_together(run: RunConfig, shards: str, folder: Path, engine: TrainEngi
     """Every rank counts its share, rank 0 brings them together. Collective."""
     where = str(folder)
     cores = max(1, usable_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
-    if engine.world > 1:
-        # Files say who is ready, not a collective: those give up after parallel.timeout_seconds, and this
-        # may take hours. A rank that fails ends, and its launcher ends the others.
+    if engine.world_size > 1:
+        # Files say who is ready, not a collective: those give up after parallel.timeout_seconds,
+        # and this may take hours. A rank that fails ends, and its launcher ends the others.
         attempt = engine.broadcast_json(uuid.uuid4().hex)
-        count_shards(shards, where, workers=cores, part=(engine.rank, engine.world),
-                     timeout_seconds=run.data.timeout_seconds)
-        _wait_for_all(folder, attempt, engine.rank, engine.world)
+        count_shards(
+            shards,
+            where,
+            workers=cores,
+            part=(engine.rank, engine.world_size),
+            timeout_seconds=run.data.timeout_seconds,
+        )
+        _wait_for_all(folder, attempt, engine.rank, engine.world_size)
     if engine.rank == 0:
         count_shards(shards, where, workers=cores, timeout_seconds=run.data.timeout_seconds)
     engine.barrier()
 
 
-def _wait_for_all(folder: Path, attempt: str, rank: int, world: int) -> None:
+def _wait_for_all(folder: Path, attempt: str, rank: int, world_size: int) -> None:
     """Say that this rank is ready, and wait until all are."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f".ready-{attempt}-{rank}").touch()
     started = told = time.monotonic()
     while True:
-        missing = world - len(list(folder.glob(f".ready-{attempt}-*")))
+        missing = world_size - len(list(folder.glob(f".ready-{attempt}-*")))
         if not missing:
             return
         if time.monotonic() - told > _TELL_SECONDS:
             told = time.monotonic()
-            logger.info("waiting for %d of %d ranks to count their shards (%s so far)", missing, world,
-                        clock_text(told - started))
+            logger.info(
+                "waiting for %d of %d ranks to count their shards (%s so far)",
+                missing,
+                world_size,
+                clock_text(told - started),
+            )
         time.sleep(_POLL_SECONDS)

@@ -21,7 +21,7 @@ RIGHT, WRONG, TRUE = (20, 120, 50), (170, 40, 30), (110, 110, 110)
 def draw_captions(
     images: np.ndarray[Any, Any], written: Sequence[str], true: Sequence[str]
 ) -> np.ndarray[Any, Any]:
-    """Pictures in rows of four, each with the written caption and, in grey, the true one.
+    """Pictures in rows of four, each with the written caption and, in gray, the true one.
 
     Args:
         images: uint8 `[pictures, 3, height, width]`.
@@ -43,19 +43,22 @@ def draw_captions(
         y = MARGIN + number // columns * (height + MARGIN)
         sheet.paste(_tile(image), (x, y))
         ink = RIGHT if clean(caption) == clean(label) else WRONG
-        for line, (text, colour) in enumerate([*_lines(caption, ink), *_lines(label, TRUE)]):
-            pen.text((x, y + TILE + 4 + line * LINE), text, fill=colour, font=font)
+        for line, (text, color) in enumerate([*_lines(caption, ink), *_lines(label, TRUE)]):
+            pen.text((x, y + TILE + 4 + line * LINE), text, fill=color, font=font)
     return np.asarray(sheet)
 
 
 def _tile(image: np.ndarray[Any, Any]) -> Image.Image:
     """One picture at tile size; small ones keep their square pixels."""
     picture = Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0)))
-    method = Image.Resampling.NEAREST if max(picture.size) <= TILE // 2 else Image.Resampling.LANCZOS
+    method = (
+        Image.Resampling.NEAREST if max(picture.size) <= TILE // 2 else Image.Resampling.LANCZOS
+    )
     return picture.resize((TILE, TILE), method)
 
 
 def _lines(text: str, ink: tuple[int, int, int]) -> list[tuple[str, tuple[int, int, int]]]:
-    """A caption broken into as many lines as every caption gets, so that the true one starts alike."""
+    """A caption broken into as many lines as every caption gets, so that the true one starts
+    alike."""
     wrapped = textwrap.wrap(text, width=27, max_lines=LINES, placeholder=" ...") or ["(nothing)"]
     return [(line, ink) for line in (wrapped + [""] * LINES)[:LINES]]

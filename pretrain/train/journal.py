@@ -1,7 +1,7 @@
 """A file of JSON lines that a resumed run goes on writing, without any step in it twice.
 
-A run that was killed may have written about steps after its last checkpoint, and half a line. Opening
-the journal at the step of that checkpoint removes both.
+A run that was killed may have written about steps after its last checkpoint, and half a line.
+Opening the journal at the step of that checkpoint removes both.
 """
 
 from __future__ import annotations

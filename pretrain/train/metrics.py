@@ -1,7 +1,7 @@
 """From step results to the numbers that people watch.
 
-Every rank keeps a `Window` of the steps since the last report; rank 0 turns it, with a small report of each
-rank, into metrics and tables.
+Every rank keeps a `Window` of the steps since the last report; rank 0 turns it, with a small report
+of each rank, into metrics and tables.
 """
 
 from __future__ import annotations
@@ -46,22 +46,30 @@ class RankReport:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object."""
-        return {"wait": self.wait_seconds, "memory": self.memory_gib, "problems": [list(p) for p in self.problems],
-                "filtered": self.filtered}
+        return {
+            "wait": self.wait_seconds,
+            "memory": self.memory_gib,
+            "problems": [list(p) for p in self.problems],
+            "filtered": self.filtered,
+        }
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> RankReport:
         """Read what `to_json` gave."""
         problems = tuple(SampleProblem(*problem) for problem in value["problems"])
-        return RankReport(wait_seconds=value["wait"], memory_gib=value["memory"], problems=problems,
-                          filtered=value["filtered"])
+        return RankReport(
+            wait_seconds=value["wait"],
+            memory_gib=value["memory"],
+            problems=problems,
+            filtered=value["filtered"],
+        )
 
 
 class Window:
     """The steps since the last report."""
 
-    def __init__(self, run: RunConfig, world: int, device: torch.device) -> None:
-        self._run, self._world, self._device = run, world, device
+    def __init__(self, run: RunConfig, world_size: int, device: torch.device) -> None:
+        self._run, self._world, self._device = run, world_size, device
         self.restart()
 
     def restart(self) -> None:
@@ -78,7 +86,8 @@ class Window:
             self._since = time.perf_counter()
 
     def add(self, result: StepResult, waited: float, problems: list[SampleProblem]) -> None:
-        """Count one step; `problems` are the samples it went without, bad ones and filtered ones."""
+        """Count one step; `problems` are the samples it went without, bad ones and filtered
+        ones."""
         self._results.append(result)
         self._waited += waited
         for problem in problems:
@@ -103,7 +112,10 @@ class Window:
         seconds = max(1e-9, time.perf_counter() - self._since)
         results, last = self._results, self._results[-1]
         pairs, tokens = sum(r.pairs for r in results), sum(r.tokens for r in results)
-        metrics = {f"loss/{name}": float(np.mean([r.losses[name] for r in results])) for name in last.losses}
+        metrics = {
+            f"loss/{name}": float(np.mean([r.losses[name] for r in results]))
+            for name in last.losses
+        }
         metrics |= {
             "loss/logit_scale": last.logit_scale,
             "optim/lr": rate,
@@ -122,13 +134,18 @@ class Window:
         if peak:
             metrics["perf/mfu"] = metrics["perf/flops_per_second"] / (peak * self._world)
         choices_LME = torch.stack([r.choices_LME for r in results]).sum(dim=0).numpy()
-        return metrics | self._moe_metrics(choices_LME, last), {"moe/tokens_per_expert": choices_LME}
+        return metrics | self._moe_metrics(choices_LME, last), {
+            "moe/tokens_per_expert": choices_LME
+        }
 
     def _filtered_shares(self, reports: list[RankReport], steps: int) -> dict[str, float]:
         """What share of the samples read each filter left out; nothing where none did."""
         counts = sum((Counter(report.filtered) for report in reports), Counter[str]())
-        read = steps * self._run.batch.pairs_per_step
-        return {f"data/filtered/{reason.removeprefix('filter:')}": n / read for reason, n in sorted(counts.items())}
+        read = steps * self._run.batch.global_batch_size
+        return {
+            f"data/filtered/{reason.removeprefix('filter:')}": n / read
+            for reason, n in sorted(counts.items())
+        }
 
     def _flops(self, pairs: int, tokens: int) -> float:
         """Forward and backward FLOPs of the window, for the text lengths that it really had."""
@@ -137,14 +154,19 @@ class Window:
         return pairs * count_flops(model, self._run.moe, text_tokens=max(0.0, text_tokens)).training
 
     def _moe_metrics(self, choices_LME: np.ndarray[Any, Any], last: StepResult) -> dict[str, float]:
-        """Balance of each layer: busiest and idlest expert against a fair share, and what the router is like.
+        """Balance of each layer: busiest and idlest expert against a fair share, and what the
+        router is like.
 
-        A fair share is that of the expert's pool: with pools by modality the others cannot get its tokens.
+        A fair share is that of the expert's pool: with pools by modality the others cannot get its
+        tokens.
         """
         metrics = routing_metrics(last, self._run)
-        for row, block in enumerate(self._run.moe.blocks(self._run.model.num_blocks)):
+        for row, block in enumerate(self._run.moe.blocks(self._run.model.num_layers)):
             load_E = choices_LME[row].sum(axis=0)
-            pools = [load_E[pool] / max(1.0, float(load_E[pool].mean())) for pool in self._run.moe.pool_slices()]
+            pools = [
+                load_E[pool] / max(1.0, float(load_E[pool].mean()))
+                for pool in self._run.moe.pool_slices()
+            ]
             ratio_E = np.concatenate(pools)
             metrics[f"moe/max_over_mean_load/layer_{block:02d}"] = float(ratio_E.max())
             metrics[f"moe/min_over_mean_load/layer_{block:02d}"] = float(ratio_E.min())
@@ -154,16 +176,19 @@ class Window:
 def routing_metrics(result: StepResult, run: RunConfig) -> dict[str, float]:
     """What the routers of a step were like, by layer and modality.
 
-    `entropy` (nats) of a token's scores, `mean_entropy` of the scores' mean, `top_probability` the mean of a
-    token's largest score, `top1_share` the tokens whose best expert is the one that most have, with capacity
-    `dropped`, the choices that found no place, and with biases `bias_range`, how far they lie apart. A modality
-    without tokens has no numbers.
+    `entropy` (nats) of a token's scores, `mean_entropy` of the scores' mean, `top_probability` the
+    mean of a token's largest score, `top1_share` the tokens whose best expert is the one that most
+    have, with capacity `dropped`, the choices that found no place, and with biases `bias_range`,
+    how far they lie apart. A modality without tokens has no numbers.
     """
     stats = result.router
     found: dict[str, float] = {}
-    for row, block in enumerate(run.moe.blocks(run.model.num_blocks)):
+    for row, block in enumerate(run.moe.blocks(run.model.num_layers)):
         for column, modality in enumerate(MODALITIES):
-            tokens, choices = float(result.tokens_M[column]), float(stats.choices_ME[row, column].sum())
+            tokens, choices = (
+                float(result.tokens_M[column]),
+                float(stats.choices_ME[row, column].sum()),
+            )
             if not tokens:
                 continue
             mean_E = stats.prob_sum_ME[row, column] / tokens
@@ -176,9 +201,13 @@ def routing_metrics(result: StepResult, run: RunConfig) -> dict[str, float]:
             if run.moe.capacity_factor:
                 values["dropped"] = 1 - float(stats.kept_ME[row, column].sum()) / max(1.0, choices)
             if len(result.biases):
-                bias_E = result.biases[row, min(column, result.biases.shape[1] - 1), run.moe.pool(column)]
+                bias_E = result.biases[
+                    row, min(column, result.biases.shape[1] - 1), run.moe.pool(column)
+                ]
                 values["bias_range"] = float(bias_E.max() - bias_E.min())
-            found |= {f"moe/{name}/layer_{block:02d}/{modality}": value for name, value in values.items()}
+            found |= {
+                f"moe/{name}/layer_{block:02d}/{modality}": value for name, value in values.items()
+            }
     return found
 
 
@@ -192,10 +221,11 @@ def source_metrics(order: Order, position: int) -> dict[str, float]:
 
 
 class BadSamples:
-    """Counts the bad samples of all ranks and stops the run when they are too many; the same on every rank.
+    """Counts the bad samples of all ranks and stops the run when they are too many; the same on
+    every rank.
 
-    Two verdicts: the share since the start, and, because a long run would take days to notice, whether most of
-    what was read lately was bad.
+    Two verdicts: the share since the start, and, because a long run would take days to notice,
+    whether most of what was read lately was bad.
     """
 
     AT_LEAST = 100
@@ -217,11 +247,17 @@ class BadSamples:
             read: Samples read since the beginning of training, over all ranks.
 
         Raises:
-            DataError: More than the allowed share of what was read since the start, and at least 100 samples,
-                were bad; or more than half (or the allowed share, if that is larger) of what was read lately.
+            DataError: More than the allowed share of what was read since the start, and at least
+            100 samples,
+                were bad; or more than half (or the allowed share, if that is larger) of what was
+                read lately.
         """
         problems = [problem for report in reports for problem in report.problems]
-        first = "{0.shard}, sample {0.key!r}: {0.reason}: {0.detail}".format(problems[0]) if problems else ""
+        first = (
+            "{0.shard}, sample {0.key!r}: {0.reason}: {0.detail}".format(problems[0])
+            if problems
+            else ""
+        )
         first = harmless(first)  # keys come from anybody's files
         self._first = self._first or first
         self._bad += len(problems)
@@ -230,16 +266,21 @@ class BadSamples:
         while sum(window[0] for window in list(self._lately)[1:]) >= self.LATELY:
             self._lately.popleft()
         self._judge(self._bad, read - self._read_before, self._max_share, self._first, "samples")
-        read_lately, bad_lately = sum(window[0] for window in self._lately), sum(window[1] for window in self._lately)
+        read_lately, bad_lately = (
+            sum(window[0] for window in self._lately),
+            sum(window[1] for window in self._lately),
+        )
         first_lately = next((window[2] for window in self._lately if window[2]), "")
-        self._judge(bad_lately, read_lately, max(0.5, self._max_share), first_lately, "samples read lately")
+        self._judge(
+            bad_lately, read_lately, max(0.5, self._max_share), first_lately, "samples read lately"
+        )
 
     def _judge(self, bad: int, read: int, share: float, first: str, what: str) -> None:
         if bad >= self.AT_LEAST and bad > share * read:
             raise DataError(
-                f"{bad} of {read} {what} were bad, more than {share:g} (data.max_bad_share is {self._max_share:g}); "
+                f"{bad} of {read} {what} were bad, more than {share:g} (data.max_corrupt_ratio is {self._max_share:g}); "
                 f"the first: {first}. All are named in bad_samples.jsonl of the run folder. Mend the "
-                f"shards, or allow more with data.max_bad_share"
+                f"shards, or allow more with data.max_corrupt_ratio"
             )
 
 

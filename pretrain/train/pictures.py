@@ -17,11 +17,12 @@ from pretrain.train.reporter import Reporter
 
 
 @dataclass(frozen=True)
-class OneMind:
+class RankZeroLogits:
     """Rank 0's logits on every rank.
 
-    Ranks that judge for themselves may differ in the last bit, since their rows stand at different places of
-    an expert's batch. One that ends a caption a token sooner would leave the others waiting in an exchange.
+    Ranks that judge for themselves may differ in the last bit, since their rows stand at different
+    places of an expert's batch. One that ends a caption a token sooner would leave the others
+    waiting in an exchange.
     """
 
     engine: TrainEngine
@@ -33,43 +34,51 @@ class OneMind:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PictureBook:
-    """A few fixed pictures. All ranks write captions for the same ones, since experts live on all ranks."""
+class CaptionSampleLogger:
+    """A few fixed pictures. All ranks write captions for the same ones, since experts live on all
+    ranks."""
 
     parts: Parts
     batch: Batch
 
     @staticmethod
-    def open(parts: Parts) -> PictureBook | None:
-        """The first pictures of the first held-out set, or of the training data; None when turned off."""
+    def open(parts: Parts) -> CaptionSampleLogger | None:
+        """The first pictures of the first held-out set, or of the training data; None when turned
+        off."""
         run = parts.run
-        if not run.log.pictures_every_steps or not run.log.num_pictures:
+        if not run.log.captions_every_steps or not run.log.num_captions:
             return None
-        source = load_manifest(run.eval.sets[0].shards) if run.eval.sets else parts.sources[0].manifest
+        source = (
+            load_manifest(run.eval.sets[0].shards) if run.eval.sets else parts.sources[0].manifest
+        )
         batches = read_all(
             source,
             tokenizer=parts.tokenizer,
             data=parts.data,
             image_size=run.model.image_size,
-            text_length=run.model.text_length,
-            pairs_per_forward=run.log.num_pictures,
-            indices=range(min(run.log.num_pictures, source.total_samples)),
+            context_length=run.model.context_length,
+            micro_batch_size=run.log.num_captions,
+            indices=range(min(run.log.num_captions, source.total_samples)),
         )
-        return PictureBook(parts=parts, batch=next(iter(batches)))
+        return CaptionSampleLogger(parts=parts, batch=next(iter(batches)))
 
     def is_due(self, step: int, *, last: bool) -> bool:
         """Whether pictures are shown after this step."""
-        return last or step % self.parts.run.log.pictures_every_steps == 0
+        return last or step % self.parts.run.log.captions_every_steps == 0
 
     def show(self, reporter: Reporter | None, step: int) -> None:
         """Write captions and show them. Collective."""
         parts, engine = self.parts, self.parts.engine
         tokenizer = parts.tokenizer
-        # As when it is judged: every token gets its best experts, and no batch mate takes their place.
+        # As when it is judged: every token gets its best experts, and no batch mate takes their
+        # place.
         engine.model.eval()
         ids = write_captions(
-            OneMind(engine), self.batch.images.to(engine.device), start_id=tokenizer.start_id,
-            end_id=tokenizer.end_id, max_length=parts.run.model.text_length,
+            RankZeroLogits(engine),
+            self.batch.images.to(engine.device),
+            start_id=tokenizer.start_id,
+            end_id=tokenizer.end_id,
+            max_length=parts.run.model.context_length,
         )
         engine.model.train()
         written = [tokenizer.decode(tokens) for tokens in ids]

@@ -22,4 +22,6 @@ def set_random_state(state: dict[str, Any]) -> None:
     """Take over what `get_random_state` gave on the same kind of machine."""
     torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state["torch_cpu"]), dtype=torch.uint8))
     if "torch_cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(torch.frombuffer(bytearray.fromhex(state["torch_cuda"]), dtype=torch.uint8))
+        torch.cuda.set_rng_state(
+            torch.frombuffer(bytearray.fromhex(state["torch_cuda"]), dtype=torch.uint8)
+        )

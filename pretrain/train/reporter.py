@@ -1,8 +1,8 @@
 """What people see of a run: a console line, TensorBoard, metrics.jsonl and bad_samples.jsonl.
 
 Only rank 0 has a reporter. Going on from a checkpoint, it takes back what was written about later
-steps, so that every step appears once. Trouble with these files never stops a run: it is said once, and
-that file gets no more.
+steps, so that every step appears once. Trouble with these files never stops a run: it is said once,
+and that file gets no more.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from data_pipeline.common.logs import clock_text
 from data_pipeline.samples import SampleProblem
 from pretrain.config.schema import RunConfig
 from pretrain.evaluate.routing.figure import draw_grids
-from pretrain.evaluate.routing.grids import load_grids, together_grids
+from pretrain.evaluate.routing.grids import coactivation_grids, load_grids
 from pretrain.moe.statistics import MODALITIES
 from pretrain.train.figure import draw_captions
 from pretrain.train.journal import Journal
@@ -49,7 +49,7 @@ class Reporter:
         """
         run_dir.mkdir(parents=True, exist_ok=True)
         self._run = run
-        self._blocks = run.moe.blocks(run.model.num_blocks)
+        self._blocks = run.moe.blocks(run.model.num_layers)
         self._last_step = resumed_step
         self._failed: set[str] = set()
         self._metrics = Journal(run_dir / "metrics.jsonl", resumed_step=resumed_step)
@@ -72,7 +72,9 @@ class Reporter:
         """
         self._last_step = step
         load_LME = tables.get(TOKENS_PER_EXPERT)
-        numbers = dict(metrics) | {f"data/bad/{reason}": float(n) for reason, n in self.bad_counts.items()}
+        numbers = dict(metrics) | {
+            f"data/bad/{reason}": float(n) for reason, n in self.bad_counts.items()
+        }
         loads = {} if load_LME is None else self._loads(load_LME)
         if load_LME is not None:
             numbers |= self._busiest(load_LME)
@@ -81,7 +83,9 @@ class Reporter:
         self._try("tensorboard", lambda: self._write_events(step, numbers, loads))
         logger.info("%s", progress_line(step, metrics, self._run))
 
-    def pictures(self, step: int, images: Array, written: Sequence[str], true: Sequence[str]) -> None:
+    def pictures(
+        self, step: int, images: Array, written: Sequence[str], true: Sequence[str]
+    ) -> None:
         """Show pictures with the captions that the model wrote.
 
         Args:
@@ -90,6 +94,7 @@ class Reporter:
             written: The model's caption of each.
             true: The true caption of each.
         """
+
         def write() -> None:
             sheet = draw_captions(images, written, true)
             self._events.add_image("captions", sheet, step, dataformats="HWC")
@@ -99,18 +104,22 @@ class Reporter:
 
         self._try("tensorboard", write)
 
-    def routing(self, step: int, load_LME: Array, together_LEE: Array) -> None:
-        """Show the routing of one step as pictures: `moe/load` and, of several experts a token, `moe/together`.
+    def routing(self, step: int, load_LME: Array, coactivation_LEE: Array) -> None:
+        """Show the routing of one step as pictures: `moe/load` and, of several experts a token,
+        `moe/coactivation`.
 
         Args:
             step: Optimizer steps done.
             load_LME: Token choices, `[MoE layers, modalities, experts]`.
-            together_LEE: Tokens that chose both experts, `[MoE layers, experts, experts]`.
+            coactivation_LEE: Tokens that chose both experts, `[MoE layers, experts, experts]`.
         """
+
         def write() -> None:
             sheets = {"moe/load": load_grids(load_LME, self._blocks, self._run.moe)}
-            if self._run.moe.experts_per_token > 1 and together_LEE.size:
-                sheets["moe/together"] = together_grids(together_LEE, self._blocks, self._run.moe)
+            if self._run.moe.top_k > 1 and coactivation_LEE.size:
+                sheets["moe/coactivation"] = coactivation_grids(
+                    coactivation_LEE, self._blocks, self._run.moe
+                )
             for name, grids in sheets.items():
                 self._events.add_image(name, np.asarray(draw_grids(grids)), step, dataformats="HWC")
             self._events.flush()
@@ -133,10 +142,17 @@ class Reporter:
         self._try("bad_samples.jsonl", write)
         self.bad_counts.update(problem.reason for problem in problems)
         if problems:
-            counts = ", ".join(f"{reason} {count}" for reason, count in sorted(self.bad_counts.items()))
-            logger.warning("left out %d bad sample%s (all so far: %s), named in bad_samples.jsonl; the first: "
-                           "%s, sample %s: %s: %s", len(problems), "s" * (len(problems) > 1), harmless(counts),
-                           *(harmless(str(field)) for field in problems[0][:4]))
+            counts = ", ".join(
+                f"{reason} {count}" for reason, count in sorted(self.bad_counts.items())
+            )
+            logger.warning(
+                "left out %d bad sample%s (all so far: %s), named in bad_samples.jsonl; the first: "
+                "%s, sample %s: %s: %s",
+                len(problems),
+                "s" * (len(problems) > 1),
+                harmless(counts),
+                *(harmless(str(field)) for field in problems[0][:4]),
+            )
 
     def close(self) -> None:
         """Finish all files."""
@@ -145,10 +161,12 @@ class Reporter:
         self._try("bad_samples.jsonl", self._bad.close)
 
     def _busiest(self, load_LME: Array) -> dict[str, float]:
-        """Load of the busiest expert by layer and modality, against a fair share of those that serve the modality."""
+        """Load of the busiest expert by layer and modality, against a fair share of those that
+        serve the modality."""
         return {
-            f"moe/max_over_mean_load/layer_{block:02d}/{modality}":
-                max_over_mean(load_LME[row, column, self._run.moe.pool(column)])
+            f"moe/max_over_mean_load/layer_{block:02d}/{modality}": max_over_mean(
+                load_LME[row, column, self._run.moe.pool(column)]
+            )
             for row, block in enumerate(self._blocks)
             for column, modality in enumerate(MODALITIES)
         }
@@ -156,12 +174,16 @@ class Reporter:
     def _loads(self, load_LME: Array) -> dict[str, Array]:
         """Token choices of each expert by layer and modality, by name."""
         return {
-            f"{TOKENS_PER_EXPERT}/layer_{block:02d}/{modality}": load_LME[row, column].astype(np.int64)
+            f"{TOKENS_PER_EXPERT}/layer_{block:02d}/{modality}": load_LME[row, column].astype(
+                np.int64
+            )
             for row, block in enumerate(self._blocks)
             for column, modality in enumerate(MODALITIES)
         }
 
-    def _write_events(self, step: int, numbers: Mapping[str, float], loads: Mapping[str, Array]) -> None:
+    def _write_events(
+        self, step: int, numbers: Mapping[str, float], loads: Mapping[str, Array]
+    ) -> None:
         for name, value in numbers.items():
             self._events.add_scalar(name, value, step)
         for name, load_E in loads.items():
@@ -169,16 +191,17 @@ class Reporter:
         self._events.flush()
 
     def _write_bars(self, name: str, load_E: Array, step: int) -> None:
-        """A histogram with one bar an expert: bar e lies from e to e + 1 and is as high as its tokens."""
-        centres_E = np.arange(len(load_E)) + 0.5
+        """A histogram with one bar an expert: bar e lies from e to e + 1 and is as high as its
+        tokens."""
+        centers_E = np.arange(len(load_E)) + 0.5
         self._events.add_histogram_raw(
             name,
             min=0.0,
             max=float(len(load_E)),
             num=int(load_E.sum()),
-            sum=float(load_E @ centres_E),
-            sum_squares=float(load_E @ centres_E**2),
-            bucket_limits=(centres_E + 0.5).tolist(),
+            sum=float(load_E @ centers_E),
+            sum_squares=float(load_E @ centers_E**2),
+            bucket_limits=(centers_E + 0.5).tolist(),
             bucket_counts=load_E.tolist(),
             global_step=step,
         )
@@ -195,11 +218,14 @@ class Reporter:
 
 
 def _leave_errors_to_the_next_write() -> None:
-    """Do not print errors of TensorBoard's writing thread: it hands them to the next write, which tells them."""
+    """Do not print errors of TensorBoard's writing thread: it hands them to the next write, which
+    tells them."""
     before = threading.excepthook
 
     def hook(found: threading.ExceptHookArgs) -> None:
-        if type(found.thread).__name__ != "_AsyncWriterThread" or not isinstance(found.exc_value, OSError):
+        if type(found.thread).__name__ != "_AsyncWriterThread" or not isinstance(
+            found.exc_value, OSError
+        ):
             before(found)
 
     threading.excepthook = hook
@@ -215,13 +241,18 @@ _LOAD = re.compile(r"moe/max_over_mean_load/layer_\d+")
 
 
 def progress_line(step: int, metrics: Mapping[str, float], run: RunConfig) -> str:
-    """The console line of a step; leaves out what `metrics` does not have, and terms of the loss without weight.
+    """The console line of a step; leaves out what `metrics` does not have, and terms of the loss
+    without weight.
 
     The busiest expert is that of all layers, beside a fair share.
     """
     parts = [f"step {step}/{run.schedule.total_steps}"]
     if "loss/total" in metrics:
-        terms = [name for name in TERMS if f"loss/{name}" in metrics and metrics.get(f"loss/weighted/{name}") != 0]
+        terms = [
+            name
+            for name in TERMS
+            if f"loss/{name}" in metrics and metrics.get(f"loss/weighted/{name}") != 0
+        ]
         inside = ", ".join(f"{name} {metrics[f'loss/{name}']:.3f}" for name in terms)
         parts.append(f"loss {metrics['loss/total']:.4f}" + (f" ({inside})" if inside else ""))
     loads = [load for name, load in metrics.items() if _LOAD.fullmatch(name)]
@@ -252,5 +283,7 @@ def _caption_table(written: Sequence[str], true: Sequence[str]) -> str:
 
 def _cell(text: str) -> str:
     """Text that cannot break out of its table cell."""
-    escaped = text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "&#124;").replace("`", "&#96;")
+    escaped = (
+        text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "&#124;").replace("`", "&#96;")
+    )
     return escaped.replace("\n", " ")

@@ -26,7 +26,9 @@ def train_command(run: RunConfig, out: Path) -> None:
         if not is_lost_rank(error):
             raise
         # Without the place in gloo's source and its advice.
-        reason = re.sub(r"^\[[^]]*\] *|\. This is typically.*", "", str(error).strip().splitlines()[0])
+        reason = re.sub(
+            r"^\[[^]]*\] *|\. This is typically.*", "", str(error).strip().splitlines()[0]
+        )
         raise LostRankError(
             f"the ranks cannot talk to each other any more ({reason}). Most often "
             f"another rank ended, or took longer than parallel.timeout_seconds "

@@ -1,4 +1,5 @@
-"""Being asked to stop: SIGTERM (torchrun, scancel), SIGUSR1 (SLURM's warning before the time limit), Ctrl-C."""
+"""Being asked to stop: SIGTERM (torchrun, scancel), SIGUSR1 (SLURM's warning before the time
+limit), Ctrl-C."""
 
 from __future__ import annotations
 
@@ -27,7 +28,10 @@ class StopFlag:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)

@@ -1,4 +1,5 @@
-"""Indexing and writing shards in a real store, by the real command, and what is left when it is ended."""
+"""Indexing and writing shards in a real store, by the real command, and what is left when it is
+ended."""
 
 from __future__ import annotations
 
@@ -47,10 +48,19 @@ def bare_shards(folder: Path, count: int = 42) -> Manifest:
 def same_index(manifest: Manifest, local: Path, cache_dir: str = "") -> bool:
     """Whether every index says of its shard what indexing the local file says."""
     for entry in manifest.shards:
-        found, true = load_index(manifest, entry, cache_dir=cache_dir), index_shard(local / Path(entry.name).name)
-        if found.keys != true.keys or found.crc32.tolist() != true.crc32.tolist() or found.sha256 != true.sha256:
+        found, true = (
+            load_index(manifest, entry, cache_dir=cache_dir),
+            index_shard(local / Path(entry.name).name),
+        )
+        if (
+            found.keys != true.keys
+            or found.crc32.tolist() != true.crc32.tolist()
+            or found.sha256 != true.sha256
+        ):
             return False
-        if [found.members(i) for i in range(len(found))] != [true.members(i) for i in range(len(true))]:
+        if [found.members(i) for i in range(len(found))] != [
+            true.members(i) for i in range(len(true))
+        ]:
             return False
     return True
 
@@ -64,9 +74,15 @@ def test_shards_in_a_store(store: S3Server, tmp_path: Path) -> None:
         (row.name, row.samples, row.sha256) for row in written.shards
     ]
     assert all(row.etag for row in first.shards) and first.fingerprint() == written.fingerprint()
-    assert same_index(first, tmp_path / "data") and same_index(first, tmp_path / "data", str(tmp_path / "cache"))
+    assert same_index(first, tmp_path / "data") and same_index(
+        first, tmp_path / "data", str(tmp_path / "cache")
+    )
     assert len(list((tmp_path / "cache" / "index").iterdir())) == len(first.shards)
-    for given in (f"{url}/shard-{{000000..000005}}.tar", f"{url}/shard-*.tar", store.url("index-a*/**")):
+    for given in (
+        f"{url}/shard-{{000000..000005}}.tar",
+        f"{url}/shard-*.tar",
+        store.url("index-a*/**"),
+    ):
         assert index_shards(given, url) == first
 
 
@@ -86,12 +102,16 @@ def test_what_lies_elsewhere_and_which_are_meant(store: S3Server, tmp_path: Path
     assert not [name for name in storage.list_tree(url) if name.endswith((".index", ".json"))]
 
 
-def test_only_changed_shards_are_read_again(store: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_changed_shards_are_read_again(
+    store: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from data_pipeline.shards import index_one as one_shard
 
     scans: list[str] = []
     real = one_shard.scan
-    monkeypatch.setattr(one_shard, "scan", lambda *a, **more: scans.append(a[2]) or real(*a, **more))
+    monkeypatch.setattr(
+        one_shard, "scan", lambda *a, **more: scans.append(a[2]) or real(*a, **more)
+    )
     bare_shards(tmp_path / "data")
     url = store.upload(tmp_path / "data", "index-c")
     index_shards(url, workers=1, part=(1, 2))
@@ -105,7 +125,9 @@ def test_only_changed_shards_are_read_again(store: S3Server, tmp_path: Path, mon
     storage.write_bytes(f"{url}/shard-000002.tar", other)
     second = index_shards(url, workers=1)
     assert scans[6:] == [f"{url}/shard-000002.tar"]
-    assert second.shards[2].sha256 != first.shards[2].sha256 and second.shards[:2] == first.shards[:2]
+    assert (
+        second.shards[2].sha256 != first.shards[2].sha256 and second.shards[:2] == first.shards[:2]
+    )
 
 
 def test_damage_in_a_store_is_named(store: S3Server, tmp_path: Path) -> None:
@@ -113,7 +135,10 @@ def test_damage_in_a_store_is_named(store: S3Server, tmp_path: Path) -> None:
     url = store.upload(tmp_path / "data", "index-d")
     data = (tmp_path / "data" / "shard-000001.tar").read_bytes()
     storage.write_bytes(f"{url}/shard-000001.tar", data[:5000])
-    with pytest.raises(DataError, match=rf"2 of 5 shards(.|\n)*{url}/shard-000001.tar: .* cut off(.|\n)*missing.tar"):
+    with pytest.raises(
+        DataError,
+        match=rf"2 of 5 shards(.|\n)*{url}/shard-000001.tar: .* cut off(.|\n)*missing.tar",
+    ):
         index_shards([url, f"{url}/missing.tar"])
     manifest = index_shards(url, salvage=True)
     assert [row.samples for row in manifest.shards] == [7, 2, 7, 7]
@@ -141,16 +166,24 @@ def big_shards(folder: Path, shards: int, each: int) -> None:
     for shard in range(shards):
         with TarWriter(str(folder / f"{shard:05d}.tar"), mtime=0) as tar:
             for number in range(each):
-                tar.write({"__key__": f"{shard:03d}{number:05d}", "jpg": body, "txt": f"{number}".encode()})
+                tar.write(
+                    {
+                        "__key__": f"{shard:03d}{number:05d}",
+                        "jpg": body,
+                        "txt": f"{number}".encode(),
+                    }
+                )
 
 
 def test_the_command_goes_on_after_a_kill(store: S3Server, tmp_path: Path) -> None:
-    """Killed without warning in the middle, with its workers; the next call reads only what is missing."""
+    """Killed without warning in the middle, with its workers; the next call reads only what is
+    missing."""
     big_shards(tmp_path / "data", shards=24, each=100)
     url = store.upload(tmp_path / "data", "index-kill")
     command = [sys.executable, "-m", "data_pipeline", "index", url, "--workers", "2"]
-    process = subprocess.Popen(command, cwd=ROOT, env=os.environ, stderr=subprocess.PIPE, text=True,
-                               start_new_session=True)  # fmt: skip
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=os.environ, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     deadline = time.monotonic() + 60
     while not (done := indices(url)) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.02)
@@ -164,7 +197,9 @@ def test_the_command_goes_on_after_a_kill(store: S3Server, tmp_path: Path) -> No
     with pytest.raises(DataError):
         load_manifest(url)
     times = {name: modified(store, f"index-kill/{name}") for name in done}
-    again = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, check=True)
+    again = subprocess.run(
+        command, cwd=ROOT, env=os.environ, capture_output=True, text=True, check=True
+    )
     assert f"{len(done)} of 24 shards had an index that fits" in again.stderr
     assert "manifest.json: 24 shards, 2,400 samples" in again.stdout
     assert times == {name: modified(store, f"index-kill/{name}") for name in done}
@@ -202,8 +237,14 @@ def test_memory_stays_bounded(store: S3Server, tmp_path: Path) -> None:
         "after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "print(json.dumps([found.total_samples, (after - before) // 1024]))\n"
     )
-    ended = subprocess.run([sys.executable, "-c", program, url, str(tmp_path / "out")], cwd=ROOT, env=os.environ,
-                           capture_output=True, text=True, check=True)  # fmt: skip
+    ended = subprocess.run(
+        [sys.executable, "-c", program, url, str(tmp_path / "out")],
+        cwd=ROOT,
+        env=os.environ,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     count, grown_mib = json.loads(ended.stdout.splitlines()[-1])
     assert count == 300
     assert grown_mib < 150

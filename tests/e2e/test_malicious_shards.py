@@ -1,4 +1,5 @@
-"""Whole datasets made to run programs, to write elsewhere or to use up the machine, through the commands."""
+"""Whole datasets made to run programs, to write elsewhere or to use up the machine, through the
+commands."""
 
 from __future__ import annotations
 
@@ -55,8 +56,15 @@ def yard(tmp_path: Path) -> Path:
 def run(yard: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """`python WORDS` in the yard."""
     env = clean_environment({"PYTHONPATH": str(ROOT)})
-    return subprocess.run([sys.executable, *words], cwd=yard, env=env, text=True, capture_output=True, timeout=120,
-                          errors="replace")  # fmt: skip
+    return subprocess.run(
+        [sys.executable, *words],
+        cwd=yard,
+        env=env,
+        text=True,
+        capture_output=True,
+        timeout=120,
+        errors="replace",
+    )
 
 
 def data_command(yard: Path, *words: str) -> subprocess.CompletedProcess[str]:
@@ -91,14 +99,29 @@ def samples(canary: Path) -> dict[str, tuple[str, dict[str, bytes]]]:
     text = b"a caption"
     good = {"jpg": JPEG, "txt": text}
     traps = {
-        "pickles": ("good", good | dict.fromkeys(("pkl", "pickle", "pyd", "pth", "pt", "cls"), bait)),
-        "arrays": ("good", good | {"npy": array.getvalue(), "npz": array.getvalue(), "sh": b"touch canary\n"}),
+        "pickles": (
+            "good",
+            good | dict.fromkeys(("pkl", "pickle", "pyd", "pth", "pt", "cls"), bait),
+        ),
+        "arrays": (
+            "good",
+            good | {"npy": array.getvalue(), "npz": array.getvalue(), "sh": b"touch canary\n"},
+        ),
         "only-pickles": ("no-image", {"pkl": bait, "pyd": bait, "txt": text}),
         "pickled-picture": ("bad-image", {"jpg": bait, "txt": text}),
-        "pickled-caption": ("bad-text", {"jpg": JPEG, "txt": pickle.dumps(Bait(canary), protocol=4)}),
+        "pickled-caption": (
+            "bad-text",
+            {"jpg": JPEG, "txt": pickle.dumps(Bait(canary), protocol=4)},
+        ),
         "pickled-json": ("bad-text", {"jpg": JPEG, "json": pickle.dumps(Bait(canary), protocol=4)}),
-        "yaml-in-json": ("bad-json", {"jpg": JPEG, "json": b"!!python/object/apply:os.system ['touch canary']"}),
-        "code-as-caption": ("good", {"jpg": JPEG, "txt": f"__import__('os').system('touch {canary}')".encode()}),
+        "yaml-in-json": (
+            "bad-json",
+            {"jpg": JPEG, "json": b"!!python/object/apply:os.system ['touch canary']"},
+        ),
+        "code-as-caption": (
+            "good",
+            {"jpg": JPEG, "txt": f"__import__('os').system('touch {canary}')".encode()},
+        ),
         "pipe:touch canary": ("good", good),
         "../../evil": ("good", good),
         "../shards/manifest": ("good", good),
@@ -110,14 +133,21 @@ def samples(canary: Path) -> dict[str, tuple[str, dict[str, bytes]]]:
         "accents": ("good", {"jpg": JPEG, "txt": ("e" + "\u0301\u0323" * 49_000).encode()}),
     }
     for name, data in picture_bombs().items():
-        traps[f"bomb-{name.replace('.', '-')}"] = ("bad-image", {name.rpartition(".")[2]: data, "txt": text})
+        traps[f"bomb-{name.replace('.', '-')}"] = (
+            "bad-image",
+            {name.rpartition(".")[2]: data, "txt": text},
+        )
     return traps
 
 
 def test_nothing_in_a_shard_is_run_or_written_and_everything_is_counted(yard: Path) -> None:
     canary = yard / "canary"
     traps = samples(canary)
-    members = [(f"{key}.{name}", data) for key, (_, files) in sorted(traps.items()) for name, data in files.items()]
+    members = [
+        (f"{key}.{name}", data)
+        for key, (_, files) in sorted(traps.items())
+        for name, data in files.items()
+    ]
     write_tar(yard / "shards" / "a.tar", members)
     before = files_below(yard.parent)
 
@@ -138,14 +168,27 @@ def test_nothing_in_a_shard_is_run_or_written_and_everything_is_counted(yard: Pa
 
 def test_other_tools_of_the_pipeline_neither_run_nor_write_anything(yard: Path) -> None:
     canary = yard / "canary"
-    write_tar(yard / "shards" / "a.tar", [
-        (f"{key}.{name}", data) for key, (_, files) in sorted(samples(canary).items()) for name, data in files.items()])
+    write_tar(
+        yard / "shards" / "a.tar",
+        [
+            (f"{key}.{name}", data)
+            for key, (_, files) in sorted(samples(canary).items())
+            for name, data in files.items()
+        ],
+    )
     index_shards(str(yard / "shards"), workers=0)
     before = files_below(yard.parent)
-    for words in (("check", "shards"), ("stats", "shards"), ("peek", "shards"),
-                  ("filter", "shards", "--min-side", "10")):  # fmt: skip
+    for words in (
+        ("check", "shards"),
+        ("stats", "shards"),
+        ("peek", "shards"),
+        ("filter", "shards", "--min-side", "10"),
+    ):
         done = data_command(yard, *words)
-        assert done.returncode in (0, 1, 2) and "Traceback" not in done.stderr, (words, done.stderr[-2000:])
+        assert done.returncode in (0, 1, 2) and "Traceback" not in done.stderr, (
+            words,
+            done.stderr[-2000:],
+        )
         assert "\x1b" not in done.stdout + done.stderr
     assert not canary.exists()
     assert files_below(yard.parent) == before
@@ -157,7 +200,12 @@ def test_links_and_devices_are_never_followed(yard: Path) -> None:
     kinds = ("SYMTYPE", "LNKTYPE", "CHRTYPE", "BLKTYPE", "FIFOTYPE")
     for kind in kinds:
         with tarfile.open(yard / "shards" / f"{kind}.tar", "w") as tar:
-            for name, data in (("a.jpg", JPEG), ("a.txt", b"good"), ("b.txt", None), ("b.jpg", JPEG)):
+            for name, data in (
+                ("a.jpg", JPEG),
+                ("a.txt", b"good"),
+                ("b.txt", None),
+                ("b.jpg", JPEG),
+            ):
                 member = tarfile.TarInfo(name)
                 if data is None:
                     member.type, member.linkname = getattr(tarfile, kind), str(secret)
@@ -178,14 +226,26 @@ def test_links_and_devices_are_never_followed(yard: Path) -> None:
 def test_no_address_is_a_command(yard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_tar(yard / "shards" / "a.tar", [("a.jpg", JPEG), ("a.txt", b"good")])
     before = files_below(yard.parent)
-    done = data_command(yard, "index", "--out", "shards", "--", "pipe:touch canary; cat shards/a.tar")
-    assert done.returncode == 2 and "commands are never run to read data" in done.stderr, done.stderr
+    done = data_command(
+        yard, "index", "--out", "shards", "--", "pipe:touch canary; cat shards/a.tar"
+    )
+    assert done.returncode == 2 and "commands are never run to read data" in done.stderr, (
+        done.stderr
+    )
     monkeypatch.chdir(yard)
     for address in (
-        "pipe:touch canary", "-o canary", "file:///dev/null;touch canary", "$(touch canary)", "`touch canary`",
-        "shards/a.tar|touch canary", "http://127.0.0.1:9/;touch canary", "ext::touch canary", "javascript:x",
-        "@canary-list", "shards/{b,$(touch canary)}.tar",
-    ):  # fmt: skip
+        "pipe:touch canary",
+        "-o canary",
+        "file:///dev/null;touch canary",
+        "$(touch canary)",
+        "`touch canary`",
+        "shards/a.tar|touch canary",
+        "http://127.0.0.1:9/;touch canary",
+        "ext::touch canary",
+        "javascript:x",
+        "@canary-list",
+        "shards/{b,$(touch canary)}.tar",
+    ):
         with pytest.raises(VlmError):
             index_shards(address, "shards", workers=0, timeout_seconds=1)
         with pytest.raises(VlmError):
@@ -201,21 +261,38 @@ def test_a_manifest_cannot_point_elsewhere(yard: Path, field: str) -> None:
     manifest, tokenizer = json.loads(path.read_text()), Tokenizer.load(yard / "tokenizer.model")
     before = files_below(yard.parent)
     outside = yard / "outside.tar"
-    for name in ("pipe:touch canary", "../outside.tar", str(outside), "/etc/passwd", "s3://bucket/x.tar", "a\0b"):
+    for name in (
+        "pipe:touch canary",
+        "../outside.tar",
+        str(outside),
+        "/etc/passwd",
+        "s3://bucket/x.tar",
+        "a\0b",
+    ):
         manifest["shards"][0][field] = name
         path.write_text(json.dumps(manifest))
         found: list[Batch] = []
         with contextlib.suppress(VlmError):
-            found += read_all(load_manifest(str(yard / "shards")), tokenizer=tokenizer, data=settings(), image_size=8,
-                              text_length=8, pairs_per_forward=1)  # fmt: skip
+            found += read_all(
+                load_manifest(str(yard / "shards")),
+                tokenizer=tokenizer,
+                data=settings(),
+                image_size=8,
+                context_length=8,
+                micro_batch_size=1,
+            )
         assert not any(batch.keys for batch in found), name
         assert all(problem.shard != str(outside) for batch in found for problem in batch.problems)
     assert files_below(yard.parent) == before
 
 
-@pytest.mark.parametrize("words", [
-    ("-m", "data_pipeline", "filter", "shards", "--config", "evil.yaml"), ("-m", "pretrain", "plan", "evil.yaml"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("-m", "data_pipeline", "filter", "shards", "--config", "evil.yaml"),
+        ("-m", "pretrain", "plan", "evil.yaml"),
+    ],
+)
 def test_a_run_file_cannot_run_anything(yard: Path, words: tuple[str, ...]) -> None:
     write_tar(yard / "shards" / "a.tar", [("a.jpg", JPEG), ("a.txt", b"good")])
     index_shards(str(yard / "shards"), workers=0)

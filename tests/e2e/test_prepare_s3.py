@@ -1,4 +1,5 @@
-"""Datasets prepared in a real S3 server: pictures, shards, results of parts and reports all lie there."""
+"""Datasets prepared in a real S3 server: pictures, shards, results of parts and reports all lie
+there."""
 
 from __future__ import annotations
 
@@ -27,7 +28,9 @@ def bucket(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     for name, value in s3_server.env.items():
         monkeypatch.setenv(name, value)
     prefix = f"s3://{BUCKET}/{tmp_path.name}"
-    lines = ["filepath\ttitle"] + [f"pics/{number}.png\t{caption(number)}" for number in range(_COUNT)]
+    lines = ["filepath\ttitle"] + [
+        f"pics/{number}.png\t{caption(number)}" for number in range(_COUNT)
+    ]
     storage.write_bytes(f"{prefix}/pairs.tsv", "\n".join(lines).encode())
     for number in range(1, _COUNT):
         storage.write_bytes(f"{prefix}/pics/{number}.png", picture(number))
@@ -50,10 +53,21 @@ def test_everything_works_on_a_store(
         (tmp_path / "pics").mkdir(exist_ok=True)
         (tmp_path / "pics" / f"{number}.png").write_bytes(picture(number))
     (tmp_path / "pairs.tsv").write_bytes(storage.read_bytes(f"{bucket}/pairs.tsv"))
-    data("write", "csv", tmp_path / "pairs.tsv", *line[3:], "--out", tmp_path / "local", "--workers", 0)
+    data(
+        "write",
+        "csv",
+        tmp_path / "pairs.tsv",
+        *line[3:],
+        "--out",
+        tmp_path / "local",
+        "--workers",
+        0,
+    )
     assert load_manifest(tmp_path / "local").fingerprint() == manifest.fingerprint()
 
-    assert list(captions_of([manifest], ["txt"])) == [caption(number) for number in range(1, _COUNT)]
+    assert list(captions_of([manifest], ["txt"])) == [
+        caption(number) for number in range(1, _COUNT)
+    ]
     drawn = list(captions_of([manifest], ["txt"], samples=5))
     assert len(drawn) == 5 and set(drawn) < {caption(number) for number in range(1, _COUNT)}
     capsys.readouterr()
@@ -67,10 +81,16 @@ def test_everything_works_on_a_store(
     content = bytearray(storage.read_bytes(manifest.shard_url(entry)))
     content[700] ^= 1
     storage.write_bytes(manifest.shard_url(entry), bytes(content))
-    obstore.delete(s3_server.store(), manifest.shard_url(manifest.shards[3]).removeprefix(f"s3://{BUCKET}/"))
+    obstore.delete(
+        s3_server.store(), manifest.shard_url(manifest.shards[3]).removeprefix(f"s3://{BUCKET}/")
+    )
     assert data("check", out, "--drop-list", f"{bucket}/bad.json", "--workers", 0) == 1
-    dropped = {name: row.samples for name, row in read_drop_list(f"{bucket}/bad.json").shards.items()}
-    assert dropped == {entry.name: (0,)}, "a shard that is away for now must not be dropped for good"
+    dropped = {
+        name: row.samples for name, row in read_drop_list(f"{bucket}/bad.json").shards.items()
+    }
+    assert dropped == {entry.name: (0,)}, (
+        "a shard that is away for now must not be dropped for good"
+    )
     with pytest.raises(DataError, match="no such object"):
         list(captions_of([manifest], ["txt"]))
 

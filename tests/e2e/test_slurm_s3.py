@@ -1,4 +1,5 @@
-"""The cluster's way, whole: two nodes of a real SLURM train on shards in a real S3 server, die, and go on."""
+"""The cluster's way, whole: two nodes of a real SLURM train on shards in a real S3 server, die, and
+go on."""
 
 from __future__ import annotations
 
@@ -18,14 +19,31 @@ from tests.support.slurm import Job, SlurmCluster
 pytestmark = [pytest.mark.e2e, pytest.mark.slurm, pytest.mark.s3, pytest.mark.timeout(400)]
 
 _STEPS, _CHECKPOINT_EVERY = 150, 10
-_PATIENCE_SECONDS = 120  # a start takes 10 s on a quiet machine of two cores, and much longer on a busy one
+_PATIENCE_SECONDS = (
+    120  # a start takes 10 s on a quiet machine of two cores, and much longer on a busy one
+)
 _SETTINGS = [
-    *("model.width=32", "model.num_blocks=2", "model.fusion_start=1", "model.num_heads=2", "model.ffn_width=32"),
-    *("model.image_size=16", "model.text_length=16", "model.embed_dim=16", "model.pool_heads=2"),
-    *("moe.num_experts=4", "moe.expert_width=16", "moe.shared_experts=0", "parallel.expert_parallel=2"),
-    *("batch.pairs_per_step=8", "batch.pairs_per_forward=4", f"schedule.total_steps={_STEPS}"),
-    *("schedule.warmup_steps=2", f"checkpoint.every_steps={_CHECKPOINT_EVERY}", "log.every_steps=1"),
-    *("log.pictures_every_steps=0", "data.workers=1", "eval.caption_samples=8"),
+    *(
+        "model.width=32",
+        "model.num_layers=2",
+        "model.fusion_layer=1",
+        "model.num_heads=2",
+        "model.ffn_width=32",
+    ),
+    *("model.image_size=16", "model.context_length=16", "model.embed_dim=16", "model.pool_heads=2"),
+    *(
+        "moe.num_experts=4",
+        "moe.expert_width=16",
+        "moe.shared_experts=0",
+        "parallel.expert_parallel_size=2",
+    ),
+    *("batch.global_batch_size=8", "batch.micro_batch_size=4", f"schedule.total_steps={_STEPS}"),
+    *(
+        "schedule.warmup_steps=2",
+        f"checkpoint.every_steps={_CHECKPOINT_EVERY}",
+        "log.every_steps=1",
+    ),
+    *("log.captions_every_steps=0", "data.workers=1", "eval.caption_samples=8"),
     *("parallel.timeout_seconds=60", "data.timeout_seconds=60", "data.shard_seconds=30"),
 ]
 
@@ -35,7 +53,11 @@ def test_trains_on_two_nodes_from_s3_and_goes_on_after_a_crash_and_a_cancellatio
 ) -> None:
     data = s3_server.upload(shapes.folder, "slurm-e2e")
     run = _Run(cluster=slurm_cluster, folder=tmp_path / "run", env=s3_server.env)
-    line = [f"data.train=[{data}]", f"data.tokenizer={shapes.tokenizer}", f"model.vocab_size={shapes.vocab_size}"]
+    line = [
+        f"data.train=[{data}]",
+        f"data.tokenizer={shapes.tokenizer}",
+        f"model.vocab_size={shapes.vocab_size}",
+    ]
 
     # A rank dies without a word, as on a lost node: the job fails, the last checkpoint stays.
     crashed = run.submit(line)
@@ -45,22 +67,26 @@ def test_trains_on_two_nodes_from_s3_and_goes_on_after_a_crash_and_a_cancellatio
     after_crash, before = run.latest_step, run.rows()
     assert after_crash % _CHECKPOINT_EVERY == 0
 
-    # Cancelled: it may finish its step and save.
-    cancelled = run.submit(line)
-    run.wait_until(cancelled, lambda: run.rows()[-1]["step"] > before[-1]["step"] + 2, "go on")
-    slurm_cluster.cancel(cancelled)
-    assert run.wait(cancelled).state == "CANCELLED"
+    # Canceled: it may finish its step and save.
+    canceled = run.submit(line)
+    run.wait_until(canceled, lambda: run.rows()[-1]["step"] > before[-1]["step"] + 2, "go on")
+    slurm_cluster.cancel(canceled)
+    assert run.wait(canceled).state == "CANCELLED"
     after_cancel = run.latest_step
-    assert f"step {after_crash}," in run.log(cancelled, node=0), "the second job did not say where it goes on"
-    assert after_crash < after_cancel < _STEPS, "the job was cancelled too late to prove anything"
-    assert after_cancel == run.rows()[-1]["step"], "it was asked to stop, but saved another step than its last"
+    assert f"step {after_crash}," in run.log(canceled, node=0), (
+        "the second job did not say where it goes on"
+    )
+    assert after_crash < after_cancel < _STEPS, "the job was canceled too late to prove anything"
+    assert after_cancel == run.rows()[-1]["step"], (
+        "it was asked to stop, but saved another step than its last"
+    )
 
     last = run.submit(line)
     run.wait(last).check(run.folder / "logs")
     assert run.latest_step == _STEPS
     assert f"step {after_cancel}," in run.log(last, node=0)
     _check_rows(run.rows(), before, after_crash)
-    _check_folder(run.folder, [crashed, cancelled, last])
+    _check_folder(run.folder, [crashed, canceled, last])
 
     judged = run.evaluate(data, tmp_path / "eval.json")
     run.wait(judged).check(run.folder / "logs")
@@ -90,11 +116,17 @@ class _Run:
         )
 
     def wait(self, job_id: int) -> Job:
-        return self.cluster.wait(job_id, timeout_seconds=_PATIENCE_SECONDS, logs=self.folder / "logs")
+        return self.cluster.wait(
+            job_id, timeout_seconds=_PATIENCE_SECONDS, logs=self.folder / "logs"
+        )
 
     def wait_until(self, job_id: int, reached: Callable[[], bool], what: str) -> None:
         self.cluster.wait_until(
-            job_id, lambda _: reached(), what=what, timeout_seconds=_PATIENCE_SECONDS, logs=self.folder / "logs"
+            job_id,
+            lambda _: reached(),
+            what=what,
+            timeout_seconds=_PATIENCE_SECONDS,
+            logs=self.folder / "logs",
         )
 
     @property
@@ -113,7 +145,8 @@ class _Run:
 
 
 def _check_rows(rows: list[dict[str, Any]], before: list[dict[str, Any]], saved: int) -> None:
-    """Every step stands there once, and those trained again after the crash gave the same losses."""
+    """Every step stands there once, and those trained again after the crash gave the same
+    losses."""
     assert [row["step"] for row in rows] == list(range(1, _STEPS + 1))
     loss_of = {row["step"]: row["loss/total"] for row in before}
     assert max(loss_of) >= saved, "the crash came before the checkpoint it should come after"
@@ -126,9 +159,13 @@ def _check_folder(folder: Path, jobs: list[int]) -> None:
     """Logs of both nodes, resolved settings, events and checkpoints are there, and no secret is."""
     logs = {file.name: file.read_text() for file in (folder / "logs").iterdir()}
     assert {f"{job}{node}.log" for job in jobs for node in ("", "-node0", "-node1")} <= logs.keys()
-    assert {"config.yaml", "deepspeed.json", "tokenizer.model"} <= {file.name for file in folder.iterdir()}
+    assert {"config.yaml", "deepspeed.json", "tokenizer.model"} <= {
+        file.name for file in folder.iterdir()
+    }
     assert list((folder / "tensorboard").rglob("events.*"))
     final = folder / "checkpoints" / f"step-{_STEPS:08d}"
-    assert len(list(final.glob("model-*.safetensors"))) == 2, "with expert parallelism 2 both ranks hold experts"
+    assert len(list(final.glob("model-*.safetensors"))) == 2, (
+        "with expert parallelism 2 both ranks hold experts"
+    )
     assert len(list(final.glob("optimizer-*.safetensors"))) == 2
     assert "testsecret" not in "".join(logs.values()) + (folder / "config.yaml").read_text()

@@ -1,4 +1,5 @@
-"""Reading everything through a store whose answers go wrong: no crash, no long wait, and nothing lost or changed.
+"""Reading everything through a store whose answers go wrong: no crash, no long wait, and nothing
+lost or changed.
 
 The proxy in front of the store spoils a share of all answers, in every way it knows.
 """
@@ -34,7 +35,12 @@ STORES = [pytest.param(name, marks=getattr(pytest.mark, name)) for name in ("s3"
 
 @contextlib.contextmanager
 def _spoiled(
-    kind: str, folder: Path, share: float, seed: int, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+    kind: str,
+    folder: Path,
+    share: float,
+    seed: int,
+    s3_server: S3Server,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[tuple[str, FaultProxy]]:
     """Address of the shards of `folder` behind a proxy, and the proxy."""
     with contextlib.ExitStack() as stack:
@@ -56,12 +62,20 @@ def _from(windows: list[list[int]], number: int) -> Iterator[list[int]]:
     return iter(windows[number:])
 
 
-def _read_all(url: str, cache: Path, count: int, *, cache_gib: float, rounds: int = 1) -> tuple[int, int, float]:
-    """Read every sample in random order, in batches; how many came, how many were bad, and the longest wait."""
+def _read_all(
+    url: str, cache: Path, count: int, *, cache_gib: float, rounds: int = 1
+) -> tuple[int, int, float]:
+    """Read every sample in random order, in batches; how many came, how many were bad, and the
+    longest wait."""
     settings = DataConfig(
-        cache_dir=str(cache), cache_gib=cache_gib, fetch_ahead=3, request_seconds=1.0, shard_seconds=20.0,
-        timeout_seconds=60.0, max_bad_share=1.0,
-    )  # fmt: skip
+        cache_dir=str(cache),
+        cache_gib=cache_gib,
+        fetch_ahead=3,
+        request_seconds=1.0,
+        shard_seconds=20.0,
+        timeout_seconds=60.0,
+        max_corrupt_ratio=1.0,
+    )
     store = ShardStore([load_manifest(url, timeout_seconds=20)], settings, max_open=6)
     expected, order = list(samples(count)), random.Random(0)
     reader, shards, longest, came, bad = Reader(store), list(range(len(store))), 0.0, 0, 0
@@ -71,7 +85,11 @@ def _read_all(url: str, cache: Path, count: int, *, cache_gib: float, rounds: in
         ahead = FetchAhead(store, partial(_from, windows))
         for start in range(0, len(shards), 3):
             ahead.reached(start // 3)
-            refs = [(shard, i) for shard in shards[start : start + 3] for i in range(store.entry(shard).samples)]
+            refs = [
+                (shard, i)
+                for shard in shards[start : start + 3]
+                for i in range(store.entry(shard).samples)
+            ]
             order.shuffle(refs)
             while refs:
                 batch, refs = refs[:16], refs[16:]
@@ -84,8 +102,10 @@ def _read_all(url: str, cache: Path, count: int, *, cache_gib: float, rounds: in
                         continue
                     want = expected[shard * _PER_SHARD + i]
                     assert (one.key, one.members["png"], one.members["txt"].decode()) == (
-                        want["__key__"], want["png"], want["txt"],
-                    )  # fmt: skip
+                        want["__key__"],
+                        want["png"],
+                        want["txt"],
+                    )
                     came += 1
         ahead.close()
     return came, bad, longest
@@ -94,7 +114,11 @@ def _read_all(url: str, cache: Path, count: int, *, cache_gib: float, rounds: in
 @pytest.mark.parametrize("kind", STORES)
 @pytest.mark.parametrize("cache_gib", [0.0, 1.0])
 def test_everything_comes_through_a_bad_line(
-    kind: str, cache_gib: float, s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str,
+    cache_gib: float,
+    s3_server: S3Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(store_copy, "PART_BYTES", 20_000)
     make_shards(tmp_path / "data", count=360, samples_per_shard=_PER_SHARD)
@@ -116,7 +140,9 @@ def test_faults_of_all_kinds(
     make_shards(tmp_path / "data", count=count, samples_per_shard=_PER_SHARD)
     with _spoiled(kind, tmp_path / "data", share, 1, s3_server, monkeypatch) as (url, proxy):
         for cache_gib in (0.0, 1e-4, 1.0):  # no copies, copies of few shards, copies of all
-            came, bad, longest = _read_all(url, tmp_path / str(cache_gib), count, cache_gib=cache_gib, rounds=2)
+            came, bad, longest = _read_all(
+                url, tmp_path / str(cache_gib), count, cache_gib=cache_gib, rounds=2
+            )
             assert came + bad == 2 * count and bad <= 2 * count * 0.01
             assert longest < 60
     if share == 0.1:
@@ -127,7 +153,8 @@ def test_faults_of_all_kinds(
 def test_what_is_bad_for_good_is_counted_exactly(
     kind: str, s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One shard is missing, one is cut off and one has a flipped bit: behind a bad line that is still what is told."""
+    """One shard is missing, one is cut off and one has a flipped bit: behind a bad line that is
+    still what is told."""
     manifest = make_shards(tmp_path / "data", count=240, samples_per_shard=_PER_SHARD)
     rows = ShardStore([manifest]).open(2).rows
     (tmp_path / "data" / "shard-000001.tar").unlink()

@@ -1,4 +1,5 @@
-"""One test body over four real stores: s3, gs, az and a web server. Each can be run alone (`-m az`)."""
+"""One test body over four real stores: s3, gs, az and a web server. Each can be run alone (`-m
+az`)."""
 
 from __future__ import annotations
 
@@ -29,7 +30,9 @@ from tests.support.waiting import until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
 
-STORES = [pytest.param(name, marks=getattr(pytest.mark, name)) for name in ("s3", "gs", "az", "http")]
+STORES = [
+    pytest.param(name, marks=getattr(pytest.mark, name)) for name in ("s3", "gs", "az", "http")
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,32 +63,51 @@ class Place:
 
 
 @pytest.fixture(scope="module")
-def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+def running(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Place]:
     with contextlib.ExitStack() as stack:
         match request.param:
             case "s3":
                 s3 = stack.enter_context(s3_server())
-                yield Place(kind="s3", env=s3.env, url=s3.url, wrong={"AWS_SECRET_ACCESS_KEY": "not-the-key"})
+                yield Place(
+                    kind="s3",
+                    env=s3.env,
+                    url=s3.url,
+                    wrong={"AWS_SECRET_ACCESS_KEY": "not-the-key"},
+                )
             case "gs":
                 if reason := gcs_server.why_unavailable():
                     pytest.skip(reason)
                 gs = stack.enter_context(gcs_server.gcs_server())
-                wrong = {"STORAGE_EMULATOR_HOST": "", "GOOGLE_APPLICATION_CREDENTIALS": "/nowhere/account.json"}
+                wrong = {
+                    "STORAGE_EMULATOR_HOST": "",
+                    "GOOGLE_APPLICATION_CREDENTIALS": "/nowhere/account.json",
+                }
                 yield Place(kind="gs", env=gs.env, url=gs.url, wrong=wrong, put=gs.put)
             case "az":
                 if reason := azure_server.why_unavailable():
                     pytest.skip(reason)
                 az = stack.enter_context(azure_server.azure_server())
-                yield Place(kind="az", env=az.env, url=az.url, wrong={"AZURE_STORAGE_ACCOUNT_KEY": "bm90IHRoZSBrZXk="})
+                yield Place(
+                    kind="az",
+                    env=az.env,
+                    url=az.url,
+                    wrong={"AZURE_STORAGE_ACCOUNT_KEY": "bm90IHRoZSBrZXk="},
+                )
             case _:
                 folder = tmp_path_factory.mktemp("www")
                 web = stack.enter_context(http_server.http_server(folder, password="me:hush"))
                 netrc = tmp_path_factory.mktemp("home") / "netrc"
                 netrc.write_text("machine 127.0.0.1 login me password hush\n")
                 yield Place(
-                    kind="http", env={"NETRC": str(netrc)}, wrong={}, listable=False, url=web.url,
+                    kind="http",
+                    env={"NETRC": str(netrc)},
+                    wrong={},
+                    listable=False,
+                    url=web.url,
                     wrong_url=lambda url: url.replace("://", "://me:not-the-key@"),
-                )  # fmt: skip
+                )
 
 
 @pytest.fixture
@@ -104,7 +126,12 @@ def place(running: Place, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> It
 
 
 def _settings(cache: Path, **changes: object) -> DataConfig:
-    given = {"cache_dir": str(cache), "shard_seconds": 20.0, "request_seconds": 5.0, "fetch_ahead": 2}
+    given = {
+        "cache_dir": str(cache),
+        "shard_seconds": 20.0,
+        "request_seconds": 5.0,
+        "fetch_ahead": 2,
+    }
     return DataConfig(**given | changes)  # type: ignore[arg-type]
 
 
@@ -141,15 +168,21 @@ def test_objects(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("running", STORES, indirect=True)
 def test_what_cannot_be_read(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     place.write("there", b"x")
-    with pytest.raises(StorageError, match=r"cannot read .*/none: there is no such object") as missing:
+    with pytest.raises(
+        StorageError, match=r"cannot read .*/none: there is no such object"
+    ) as missing:
         storage.read_bytes(place.url("none"))
     assert missing.value.kind == "missing"
-    with pytest.raises(StorageError, match=r"it is shorter than expected|has only 1 bytes") as beyond:
+    with pytest.raises(
+        StorageError, match=r"it is shorter than expected|has only 1 bytes"
+    ) as beyond:
         object_store.read_range(place.url("there"), 10, 20, timeout_seconds=10)
     assert beyond.value.kind == "changed"
     for name, value in place.wrong.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(StorageError, match=r"refused access \(status 40[13]\)|no credentials were found") as refused:
+    with pytest.raises(
+        StorageError, match=r"refused access \(status 40[13]\)|no credentials were found"
+    ) as refused:
         storage.read_bytes(place.wrong_url(place.url("there")))
     assert refused.value.kind == "refused"
     assert "hush" not in str(refused.value) and "not-the-key" not in str(refused.value)
@@ -163,7 +196,9 @@ def manifest(place: Place, tmp_path: Path) -> Manifest:
 
 
 @pytest.mark.parametrize("running", STORES, indirect=True)
-def test_samples_come_by_ranges_and_then_from_copies(place: Place, manifest: Manifest, tmp_path: Path) -> None:
+def test_samples_come_by_ranges_and_then_from_copies(
+    place: Place, manifest: Manifest, tmp_path: Path
+) -> None:
     store = ShardStore([manifest], _settings(tmp_path / "cache"))
     reader, expected = Reader(store), list(samples(21))
     refs = [(2, 6), (0, 0), (1, 3), (0, 1), (2, 0)]
@@ -183,14 +218,19 @@ def test_samples_come_by_ranges_and_then_from_copies(place: Place, manifest: Man
 
 
 @pytest.mark.parametrize("running", STORES, indirect=True)
-def test_a_missing_shard_costs_its_samples_only(place: Place, manifest: Manifest, tmp_path: Path) -> None:
+def test_a_missing_shard_costs_its_samples_only(
+    place: Place, manifest: Manifest, tmp_path: Path
+) -> None:
     gone = dataclasses.replace(manifest.shards[1], name="gone.tar")
     changed = dataclasses.replace(manifest, shards=(manifest.shards[0], gone, manifest.shards[2]))
     reader = Reader(ShardStore([changed], _settings(tmp_path / "cache")))
     found = reader.read_many([(0, 0), (1, 0), (1, 5), (2, 0)])
     assert [one.reason if isinstance(one, SampleProblem) else "" for one in found] == [
-        "", "missing-shard", "missing-shard", ""
-    ]  # fmt: skip
+        "",
+        "missing-shard",
+        "missing-shard",
+        "",
+    ]
 
 
 @pytest.mark.parametrize("running", STORES, indirect=True)
@@ -205,7 +245,9 @@ def test_indexing_what_lies_in_a_store(place: Place, manifest: Manifest, tmp_pat
 
 
 @pytest.mark.http
-def test_a_server_without_ranges_gives_whole_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_without_ranges_gives_whole_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(store_copy, "_whole_only", {})
     make_shards(tmp_path / "data", count=21)
     with http_server.http_server(tmp_path / "data", ranges=False) as web:
@@ -218,7 +260,9 @@ def test_a_server_without_ranges_gives_whole_shards(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.http
-def test_presigned_addresses_and_their_secrecy(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_presigned_addresses_and_their_secrecy(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     data, secret = os.urandom(1000), "X-Amz-Signature=aGVsbG8%2F"
     (tmp_path / "a.tar").write_bytes(data)
     caplog.set_level(logging.DEBUG)

@@ -1,4 +1,5 @@
-"""The test machinery leaves nothing running: not after a time-out, and not when the tests themselves are killed."""
+"""The test machinery leaves nothing running: not after a time-out, and not when the tests
+themselves are killed."""
 
 from __future__ import annotations
 
@@ -44,7 +45,9 @@ def test_a_time_out_ends_ranks_and_their_children(
     script = tmp_path / "hang.py"
     script.write_text(_HANG)
     result = launch([str(script)], processes=2, timeout_seconds=timeout_seconds)
-    children = [int(line.split()[1]) for line in result.output.splitlines() if line.startswith("child")]
+    children = [
+        int(line.split()[1]) for line in result.output.splitlines() if line.startswith("child")
+    ]
     assert result.timed_out
     assert len(children) == 2
     assert not [child for child in children if _alive(child)]
@@ -54,7 +57,9 @@ def test_a_time_out_ends_ranks_and_their_children(
 
 def test_one_failing_rank_ends_the_others_at_once(tmp_path: Path) -> None:
     script = tmp_path / "fail.py"
-    script.write_text("import os, sys, time\nsys.exit('I fail') if os.environ['RANK'] == '1' else time.sleep(300)\n")
+    script.write_text(
+        "import os, sys, time\nsys.exit('I fail') if os.environ['RANK'] == '1' else time.sleep(300)\n"
+    )
     result = run_ranks([str(script)], processes=2, timeout_seconds=30)
     assert not result.timed_out and result.seconds < 20
     with pytest.raises(AssertionError, match="I fail"):
@@ -66,8 +71,9 @@ def test_the_s3_server_dies_with_its_owner() -> None:
     mark = new_mark()
     folder = _kill_owner(
         _OWNER.format(module="s3_server", function="s3_server", handle="server.folder"),
-        mark, running=lambda _: _programs(family(mark)) == ["python", "sh", "weed"],
-    )  # fmt: skip
+        mark,
+        running=lambda _: _programs(family(mark)) == ["python", "sh", "weed"],
+    )
     assert _soon(lambda: not _programs(family(mark)))
     assert _soon(lambda: not Path(folder).exists())
 
@@ -78,17 +84,22 @@ def test_the_slurm_cluster_dies_with_its_owner() -> None:
         pytest.skip(reason)
     root = _kill_owner(
         _OWNER.format(module="slurm", function="slurm_cluster", handle="server.root"),
-        new_mark(), running=lambda root: {"munged", "slurmctld", "slurmd"} <= set(_programs(_holders(root))),
-    )  # fmt: skip
+        new_mark(),
+        running=lambda root: {"munged", "slurmctld", "slurmd"} <= set(_programs(_holders(root))),
+    )
     assert _soon(lambda: not _holders(root))
     shutil.rmtree(root)
 
 
 def _kill_owner(program: str, mark: str, *, running: Callable[[str], bool]) -> str:
-    """Run `program` until it prints "pid word" and `running(word)`; kill it without warning; return the word."""
+    """Run `program` until it prints "pid word" and `running(word)`; kill it without warning; return
+    the word."""
     with subprocess.Popen(
-        [sys.executable, "-c", program], env=clean_environment({MARK: mark}), cwd=ROOT,
-        stdout=subprocess.PIPE, text=True,
+        [sys.executable, "-c", program],
+        env=clean_environment({MARK: mark}),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
     ) as owner:
         assert owner.stdout is not None
         pid, word = owner.stdout.readline().split()

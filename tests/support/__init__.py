@@ -1,1 +1,2 @@
-"""What several tests share: real servers and clusters on this machine, small shards, child processes."""
+"""What several tests share: real servers and clusters on this machine, small shards, child
+processes."""

@@ -46,9 +46,10 @@ class AzureServer:
     def env(self) -> dict[str, str]:
         """What a program needs in its environment to read and write here."""
         return {
-            "AZURE_STORAGE_ACCOUNT_NAME": _ACCOUNT, "AZURE_STORAGE_ACCOUNT_KEY": _KEY,
+            "AZURE_STORAGE_ACCOUNT_NAME": _ACCOUNT,
+            "AZURE_STORAGE_ACCOUNT_KEY": _KEY,
             "AZURE_STORAGE_ENDPOINT": self.endpoint,
-        }  # fmt: skip
+        }
 
     def url(self, path: str = "") -> str:
         """`az://` address of an object or folder of the container."""
@@ -72,14 +73,25 @@ def azure_server() -> Iterator[AzureServer]:
     (port,) = free_ports(1)
     folder = Path(tempfile.mkdtemp(prefix="vlmoe-azure-"))
     command = [
-        *(*_program(), "--blobPort", str(port), "--inMemoryPersistence", "--extentMemoryLimit", "256"),
+        *(
+            *_program(),
+            "--blobPort",
+            str(port),
+            "--inMemoryPersistence",
+            "--extentMemoryLimit",
+            "256",
+        ),
         *("--skipApiVersionCheck", "--silent", "--disableTelemetry"),
     ]
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
-            tied(command, [folder]), stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, cwd=folder,
+            tied(command, [folder]),
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            cwd=folder,
             start_new_session=True,
-        )  # fmt: skip
+        )
     try:
         server = AzureServer(port=port)
         _make_container(server, folder / "log")
@@ -89,9 +101,12 @@ def azure_server() -> Iterator[AzureServer]:
 
 
 def _program() -> list[str]:
-    """The first words of the command; node's program is named, because only that is ended with us."""
+    """The first words of the command; node's program is named, because only that is ended with
+    us."""
     node = shutil.which("node") or str(Path(sys.prefix, "bin", "node"))
-    script = Path(sys.prefix, "azurite", "node_modules", "azurite", "dist", "src", "blob", "main.js")
+    script = Path(
+        sys.prefix, "azurite", "node_modules", "azurite", "dist", "src", "blob", "main.js"
+    )
     found = shutil.which("azurite-blob")
     if found is not None:
         script = Path(found).resolve()
@@ -100,9 +115,13 @@ def _program() -> list[str]:
 
 def _make_container(server: AzureServer, log: Path) -> None:
     store = AzureStore(
-        CONTAINER, account_name=_ACCOUNT, account_key=_KEY, endpoint=server.endpoint,
-        client_options={"allow_http": True}, retry_config={"max_retries": 0},
-    )  # fmt: skip
+        CONTAINER,
+        account_name=_ACCOUNT,
+        account_key=_KEY,
+        endpoint=server.endpoint,
+        client_options={"allow_http": True},
+        retry_config={"max_retries": 0},
+    )
     deadline = time.monotonic() + _READY_SECONDS
     while True:
         try:
@@ -113,7 +132,9 @@ def _make_container(server: AzureServer, log: Path) -> None:
         except Exception as error:  # every kind of failure means "not yet" until the deadline
             if time.monotonic() > deadline:
                 text = log.read_text(errors="replace")[-3000:]
-                raise RuntimeError(f"azurite did not become ready ({error}); its log ends:\n{text}") from error
+                raise RuntimeError(
+                    f"azurite did not become ready ({error}); its log ends:\n{text}"
+                ) from error
             time.sleep(0.1)
 
 
@@ -130,11 +151,19 @@ def _put_container(server: AzureServer) -> None:
     headers = f"x-ms-date:{date}\nx-ms-version:2021-12-02\n"
     resource = f"/{_ACCOUNT}/{_ACCOUNT}/{CONTAINER}\nrestype:container"
     text = "PUT" + "\n" * 12 + headers + resource
-    signature = base64.b64encode(hmac.new(base64.b64decode(_KEY), text.encode(), hashlib.sha256).digest()).decode()
-    request = urllib.request.Request(f"{server.endpoint}/{CONTAINER}?restype=container", method="PUT", headers={
-        "x-ms-date": date, "x-ms-version": "2021-12-02", "Content-Length": "0",
-        "Authorization": f"SharedKey {_ACCOUNT}:{signature}",
-    })  # fmt: skip
+    signature = base64.b64encode(
+        hmac.new(base64.b64decode(_KEY), text.encode(), hashlib.sha256).digest()
+    ).decode()
+    request = urllib.request.Request(
+        f"{server.endpoint}/{CONTAINER}?restype=container",
+        method="PUT",
+        headers={
+            "x-ms-date": date,
+            "x-ms-version": "2021-12-02",
+            "Content-Length": "0",
+            "Authorization": f"SharedKey {_ACCOUNT}:{signature}",
+        },
+    )
     try:
         urllib.request.urlopen(request, timeout=5).close()
     except urllib.error.HTTPError as error:
@@ -147,7 +176,13 @@ def install() -> None:
     from tools.quickstart_data.fetch import npm_command
 
     npm, environment = npm_command()
-    words = ["install", "--ignore-scripts", "--no-audit", "--no-fund", f"--prefix={Path(sys.prefix, 'azurite')}"]
+    words = [
+        "install",
+        "--ignore-scripts",
+        "--no-audit",
+        "--no-fund",
+        f"--prefix={Path(sys.prefix, 'azurite')}",
+    ]
     subprocess.run([*npm, *words, f"azurite@{VERSION}"], env=environment, check=True)
 
 

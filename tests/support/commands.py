@@ -3,8 +3,8 @@
     with command_server() as vlmoe:
         result = vlmoe(["train", "tiny", "--out", "run"], timeout_seconds=30)
 
-A server process imports torch and the training code once; every command is a fork of it that does what
-`python -m pretrain` does, with its own arguments, environment, output and exit status.
+A server process imports torch and the training code once; every command is a fork of it that does
+what `python -m pretrain` does, with its own arguments, environment, output and exit status.
 """
 
 from __future__ import annotations
@@ -29,16 +29,24 @@ Command = Callable[..., LaunchResult]
 
 @contextmanager
 def command_server() -> Iterator[Command]:
-    """A function that runs one command, given its words, `timeout_seconds`, and `env` to add (None removes)."""
+    """A function that runs one command, given its words, `timeout_seconds`, and `env` to add (None
+    removes)."""
     server = subprocess.Popen(
-        [sys.executable, "-m", "tests.support.commands"], env=clean_environment(), cwd=ROOT, text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        [sys.executable, "-m", "tests.support.commands"],
+        env=clean_environment(),
+        cwd=ROOT,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
     )
     assert server.stdin is not None and server.stdout is not None
     requests, answers = server.stdin, server.stdout
 
     def run(
-        words: Sequence[str], *, timeout_seconds: float = 60.0, env: Mapping[str, str | None] | None = None
+        words: Sequence[str],
+        *,
+        timeout_seconds: float = 60.0,
+        env: Mapping[str, str | None] | None = None,
     ) -> LaunchResult:
         return _ask(requests, answers, list(words), timeout_seconds, dict(env or {}))
 
@@ -51,17 +59,29 @@ def command_server() -> Iterator[Command]:
 
 
 def _ask(
-    requests: IO[str], answers: IO[str], words: list[str], timeout_seconds: float, env: dict[str, str | None]
+    requests: IO[str],
+    answers: IO[str],
+    words: list[str],
+    timeout_seconds: float,
+    env: dict[str, str | None],
 ) -> LaunchResult:
     started = time.monotonic()
     with tempfile.NamedTemporaryFile() as output:
-        request = {"words": words, "env": env, "output": output.name, "timeout_seconds": timeout_seconds}
+        request = {
+            "words": words,
+            "env": env,
+            "output": output.name,
+            "timeout_seconds": timeout_seconds,
+        }
         requests.write(json.dumps(request) + "\n")
         requests.flush()
         status = json.loads(answers.readline())
         text = Path(output.name).read_text(errors="replace")
     return LaunchResult(
-        command=("vlmoe", *words), returncodes=(status,), output=text, seconds=time.monotonic() - started,
+        command=("vlmoe", *words),
+        returncodes=(status,),
+        output=text,
+        seconds=time.monotonic() - started,
         timed_out=status == -signal.SIGKILL,
     )
 
@@ -108,7 +128,8 @@ def _become(request: dict[str, Any]) -> None:
 
 
 def _wait(process: int, timeout_seconds: float) -> int:
-    """Exit status; a process that takes too long is killed and gives that signal's negative number."""
+    """Exit status; a process that takes too long is killed and gives that signal's negative
+    number."""
     deadline = time.monotonic() + timeout_seconds
     while time.monotonic() < deadline:
         ended, status = os.waitpid(process, os.WNOHANG)

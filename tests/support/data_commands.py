@@ -1,4 +1,5 @@
-"""Runs a command of the data pipeline in this process: `data("check", folder)` is `vlmoe data check FOLDER`."""
+"""Runs a command of the data pipeline in this process: `data("check", folder)` is `vlmoe data check
+FOLDER`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The last rank fails at once, the others hang: `torchrun ... -m tests.support.fail_on_last_rank`."""
+"""The last rank fails at once, the others hang: `torchrun ... -m
+tests.support.fail_on_last_rank`."""
 
 from __future__ import annotations
 

@@ -1,11 +1,12 @@
-"""A proxy that spoils answers, in front of any HTTP server: for tests of whoever reads from a store.
+"""A proxy that spoils answers, in front of any HTTP server: for tests of whoever reads from a
+store.
 
     with fault_proxy(server.port, share=0.1, seed=1) as proxy:
         ... read through proxy.endpoint ...
         print(proxy.done)      # how many of each fault
 
-Which request is spoiled, and how, is drawn from the seed and the request's number. The `Host` header goes through
-as it came, so signed requests stay valid.
+Which request is spoiled, and how, is drawn from the seed and the request's number. The `Host`
+header goes through as it came, so signed requests stay valid.
 """
 
 from __future__ import annotations
@@ -21,9 +22,22 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-FAULTS = ("500", "503", "429", "404", "html", "reset", "slow", "cut", "wrong-length", "late", "flip")
-"""Error statuses; a web page with 200; the connection reset or closed in the body, or the body at 10 B/s; another
-`Content-Length` than the body's, the answer after `late_seconds`, and one flipped bit."""
+FAULTS = (
+    "500",
+    "503",
+    "429",
+    "404",
+    "html",
+    "reset",
+    "slow",
+    "cut",
+    "wrong-length",
+    "late",
+    "flip",
+)
+"""Error statuses; a web page with 200; the connection reset or closed in the body, or the body at
+10 B/s; another `Content-Length` than the body's, the answer after `late_seconds`, and one flipped
+bit."""
 _PAGE = b"<html><body>Please sign in to the network.</body></html>"
 
 
@@ -75,7 +89,12 @@ def fault_proxy(
 ) -> Iterator[FaultProxy]:
     """Run a proxy before the server at port `upstream` until the end of the block."""
     proxy = FaultProxy(
-        upstream=upstream, share=share, seed=seed, faults=faults, late_seconds=late_seconds, only=only
+        upstream=upstream,
+        share=share,
+        seed=seed,
+        faults=faults,
+        late_seconds=late_seconds,
+        only=only,
     )
     loop, ready = asyncio.new_event_loop(), threading.Event()
     end = asyncio.Event()
@@ -112,7 +131,7 @@ def _counted(proxy: FaultProxy) -> _Handler:
         open_now += 1
         proxy.most_at_once = max(proxy.most_at_once, open_now)
         # A client that goes away in the middle is what these tests are about.
-        with contextlib.suppress(OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
+        with contextlib.suppress(OSError, asyncio.IncompleteReadError, asyncio.CanceledError):
             while await _one_request(proxy, reader, writer):
                 pass
         open_now -= 1
@@ -128,11 +147,16 @@ class _Answer:
     body: bytes
 
     def head(self) -> bytes:
-        lines = [self.status.rstrip(), *(f"{name}: {value}".encode() for name, value in self.headers.items())]
+        lines = [
+            self.status.rstrip(),
+            *(f"{name}: {value}".encode() for name, value in self.headers.items()),
+        ]
         return b"\r\n".join(lines) + b"\r\n\r\n"
 
 
-async def _one_request(proxy: FaultProxy, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+async def _one_request(
+    proxy: FaultProxy, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> bool:
     """Answer one request; False when the connection is over."""
     head = await reader.readuntil(b"\r\n\r\n")
     method, path, _ = head.split(b"\r\n", 1)[0].decode().split(" ", 2)
@@ -188,7 +212,9 @@ async def _body(reader: asyncio.StreamReader, headers: dict[str, str]) -> bytes:
     return await reader.read()
 
 
-async def _send(writer: asyncio.StreamWriter, answer: _Answer, fault: str, chance: random.Random) -> bool:
+async def _send(
+    writer: asyncio.StreamWriter, answer: _Answer, fault: str, chance: random.Random
+) -> bool:
     """Send an answer, spoiled by `fault`; False when the connection is over."""
     body, half = answer.body, len(answer.body) // 2
     match fault:
@@ -223,7 +249,9 @@ async def _send(writer: asyncio.StreamWriter, answer: _Answer, fault: str, chanc
 def _refusal(fault: str) -> _Answer:
     if fault == "html":
         return _Answer(
-            b"HTTP/1.1 200 OK", {"content-type": "text/html", "content-length": str(len(_PAGE))}, _PAGE
+            b"HTTP/1.1 200 OK",
+            {"content-type": "text/html", "content-length": str(len(_PAGE))},
+            _PAGE,
         )
     headers = {"content-length": "2"} | ({"retry-after": "0"} if fault == "429" else {})
     return _Answer(f"HTTP/1.1 {fault} No".encode(), headers, b"no")

@@ -1,7 +1,9 @@
-"""A rank of `pretrain.check` in which cells are trained with a fault: `FAULTS` names one for each case.
+"""A rank of `pretrain.check` in which cells are trained with a fault: `FAULTS` names one for each
+case.
 
-The faults are those that training on many ranks is known for. Each changes how a cell is trained and leaves the
-reference, which the same process may train, as it is. Started by test_planted_faults.py.
+The faults are those that training on many ranks is known for. Each changes how a cell is trained
+and leaves the reference, which the same process may train, as it is. Started by
+test_planted_faults.py.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from torch import Tensor
 from pretrain.check import worker
 from pretrain.losses.total import MainTerms
 from pretrain.model.vision_language import VisionLanguageModel
-from pretrain.moe.auxiliary import Linearised
+from pretrain.moe.auxiliary import Linearized
 from pretrain.moe.layer import MoELayer, Router
 from pretrain.moe.routing import gate_scores
 from pretrain.moe.statistics import RouterStats
@@ -34,14 +36,17 @@ Patch = Any
 
 
 def expert_gradients_times_ranks() -> list[Patch]:
-    """Every rank's gradient of an expert already holds all ranks' tokens, and is multiplied once more."""
+    """Every rank's gradient of an expert already holds all ranks' tokens, and is multiplied once
+    more."""
     build = worker.build_engine
 
     def built(*args: Any) -> Any:
         engine = build(*args)
         for name, parameter in engine.model.named_parameters():
             if is_expert(name):
-                parameter.register_hook(lambda gradient: gradient * engine.layout.expert_parallel)
+                parameter.register_hook(
+                    lambda gradient: gradient * engine.layout.expert_parallel_size
+                )
         return engine
 
     return [mock.patch.object(worker, "build_engine", built)]
@@ -49,17 +54,22 @@ def expert_gradients_times_ranks() -> list[Patch]:
 
 def auxiliary_share_averaged() -> list[Patch]:
     """The routers' terms are divided by the ranks once too often."""
-    share = Linearised.share
-    return [mock.patch.object(Linearised, "share", lambda self, mine: share(self, mine) / dist.get_world_size())]
+    share = Linearized.share
+    return [
+        mock.patch.object(
+            Linearized, "share", lambda self, mine: share(self, mine) / dist.get_world_size()
+        )
+    ]
 
 
 def statistics_of_both_computations() -> list[Patch]:
-    """Statistics are added up wherever a block runs, also when its activations are computed again."""
+    """Statistics are added up wherever a block runs, also when its activations are computed
+    again."""
     run = VisionLanguageModel._run
 
     def run_and_count(self: Any, block: Any, x_TD: Tensor, layout: Any) -> Any:
         y_TD, stats = run(self, block, x_TD, layout)
-        if stats is not None and self.config.recompute and torch.is_grad_enabled():
+        if stats is not None and self.config.activation_checkpointing and torch.is_grad_enabled():
             stats = RouterStats(*(2 * field for field in stats))
         return y_TD, stats
 
@@ -70,25 +80,32 @@ def padding_counted() -> list[Patch]:
     """Padding is a token with logits of zero."""
     sums = MoELayer._statistics
 
-    def sums_with_padding(self: Any, logits_TE: Tensor, scored: Any, routing: Any, tokens: Any) -> RouterStats:
+    def sums_with_padding(
+        self: Any, logits_TE: Tensor, scored: Any, routing: Any, tokens: Any
+    ) -> RouterStats:
         stats = sums(self, logits_TE, scored, routing, tokens)
-        padding = tokens.num_pairs * tokens.text_length - len(tokens.text_positions)
+        padding = tokens.num_pairs * tokens.context_length - len(tokens.text_positions)
         probability_ME = torch.zeros_like(stats.prob_sum_ME)
         probability_ME[1] = padding / self.config.num_experts
         chosen_ME = torch.zeros_like(stats.choices_ME)
-        chosen_ME[1, : self.config.experts_per_token] = padding
-        return stats._replace(prob_sum_ME=stats.prob_sum_ME + probability_ME, choices_ME=stats.choices_ME + chosen_ME)
+        chosen_ME[1, : self.config.top_k] = padding
+        return stats._replace(
+            prob_sum_ME=stats.prob_sum_ME + probability_ME, choices_ME=stats.choices_ME + chosen_ME
+        )
 
     return [mock.patch.object(MoELayer, "_statistics", sums_with_padding)]
 
 
 def mean_of_norms() -> list[Patch]:
     """Gradients are clipped by the average of the ranks' own norms."""
+
     def clip(self: Any) -> float:
-        mine = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        mine = [
+            parameter.grad for parameter in self.model.parameters() if parameter.grad is not None
+        ]
         norm = torch.stack([gradient.float().square().sum() for gradient in mine]).sum().sqrt()
         dist.all_reduce(norm)
-        mean = float(norm) / self.world
+        mean = float(norm) / self.world_size
         if mean > self._clip_norm:
             torch._foreach_mul_(mine, self._clip_norm / (mean + 1e-6))
         return mean
@@ -97,7 +114,8 @@ def mean_of_norms() -> list[Patch]:
 
 
 def untagged_expert_weight() -> list[Patch]:
-    """One weight of the experts does not say that ranks hold different ones, so all get rank 0's at the start."""
+    """One weight of the experts does not say that ranks hold different ones, so all get rank 0's at
+    the start."""
     tag = deepspeed_moe.DeepSpeedMoELayer._tag_expert
 
     def tag_others(self: Any, parameter: Any) -> None:
@@ -113,7 +131,7 @@ def drifted_rank() -> list[Patch]:
 
     def built(*args: Any) -> Any:
         engine = build(*args)
-        if engine.rank == engine.world - 1:
+        if engine.rank == engine.world_size - 1:
             engine.model.get_parameter("caption_norm.weight").data.mul_(1 + 1e-6)
         return engine
 
@@ -126,8 +144,10 @@ def gradients_of_the_last_rank() -> list[Patch]:
 
     def built(*args: Any) -> Any:
         engine = build(*args)
-        if engine.rank == engine.world - 1:
-            engine.model.get_parameter("blocks.2.ffn.experts.w3").register_hook(lambda gradient: gradient * 1.001)
+        if engine.rank == engine.world_size - 1:
+            engine.model.get_parameter("blocks.2.ffn.experts.w3").register_hook(
+                lambda gradient: gradient * 1.001
+            )
         return engine
 
     return [mock.patch.object(worker, "build_engine", built)]
@@ -156,7 +176,10 @@ def mean_of_means() -> list[Patch]:
     def terms(*, contrastive: Tensor, caption_loss_sum: Tensor, sums: Any) -> MainTerms:
         return MainTerms(contrastive, caption_loss_sum / max(1, tokens[0]) / dist.get_world_size())
 
-    return [mock.patch.object(train_step, "global_sums", remember), mock.patch.object(train_step, "main_terms", terms)]
+    return [
+        mock.patch.object(train_step, "global_sums", remember),
+        mock.patch.object(train_step, "main_terms", terms),
+    ]
 
 
 def local_negatives() -> list[Patch]:
@@ -193,8 +216,12 @@ def biases_by_local_load() -> list[Patch]:
         mine[:] = [torch.stack([output.router.choices_ME for output in outputs]).sum(dim=0)]
         return sums(engine, outputs)
 
-    return [mock.patch.object(train_step, "global_sums", remember),
-            mock.patch.object(VisionLanguageModel, "move_biases", lambda self, _all, rate: move(self, mine[0], rate))]
+    return [
+        mock.patch.object(train_step, "global_sums", remember),
+        mock.patch.object(
+            VisionLanguageModel, "move_biases", lambda self, _all, rate: move(self, mine[0], rate)
+        ),
+    ]
 
 
 def rows_return_in_wrong_order() -> list[Patch]:
@@ -215,7 +242,11 @@ def router_in_bfloat16() -> list[Patch]:
     forward = Router.forward
 
     def rounded(self: Any, x_TD: Tensor | None = None) -> Tensor:
-        return forward(self) if x_TD is None else F.linear(x_TD.bfloat16(), self.weight.bfloat16()).float()
+        return (
+            forward(self)
+            if x_TD is None
+            else F.linear(x_TD.bfloat16(), self.weight.bfloat16()).float()
+        )
 
     return [mock.patch.object(Router, "forward", rounded)]
 
@@ -223,11 +254,16 @@ def router_in_bfloat16() -> list[Patch]:
 def noise_by_rank() -> list[Patch]:
     """What routing draws depends on the rank, as with a generator of its own."""
     draw = train_step.step_draw
-    return [mock.patch.object(train_step, "step_draw", lambda seed, step: draw(seed + dist.get_rank(), step))]
+    return [
+        mock.patch.object(
+            train_step, "step_draw", lambda seed, step: draw(seed + dist.get_rank(), step)
+        )
+    ]
 
 
 def missing_pairs_shift_groups() -> list[Patch]:
-    """Capacity groups are made of the pairs that are there, and not of the rows that were asked for."""
+    """Capacity groups are made of the pairs that are there, and not of the rows that were asked
+    for."""
     facts = deepspeed_engine.routing_facts
 
     def of_present(batch: Any, *others: Any) -> Any:
@@ -262,7 +298,11 @@ def experts_of_the_last_rank_untold() -> list[Patch]:
 
     def others(self: Any) -> Any:
         found = gradients(self)
-        return {name: g for name, g in found.items() if not (self.rank == self.world - 1 and ".experts." in name)}
+        return {
+            name: g
+            for name, g in found.items()
+            if not (self.rank == self.world_size - 1 and ".experts." in name)
+        }
 
     return [mock.patch.object(deepspeed_engine.DeepSpeedEngine, "gradients", others)]
 
@@ -291,6 +331,7 @@ def hang() -> list[Patch]:
 
 def failure() -> list[Patch]:
     """One rank fails, and the others wait for it."""
+
     def fail(*args: Any) -> Any:
         if dist.get_rank() == 1:
             raise RuntimeError("the sky falls")
@@ -303,12 +344,29 @@ def failure() -> list[Patch]:
 FAULTS: dict[str, Callable[[], list[Patch]]] = {
     fault.__name__: fault
     for fault in (
-        expert_gradients_times_ranks, auxiliary_share_averaged, statistics_of_both_computations, padding_counted,
-        mean_of_norms, untagged_expert_weight, expert_weight_averaged, mean_of_means, local_negatives,
-        equal_captions_of_other_ranks, biases_by_local_load, rows_return_in_wrong_order, router_in_bfloat16,
-        noise_by_rank, missing_pairs_shift_groups, rate_does_not_arrive, last_micro_batch_alone,
-        negative_sign_of_score, experts_of_the_last_rank_untold, drifted_rank, gradients_of_the_last_rank,
-        hang, failure,
+        expert_gradients_times_ranks,
+        auxiliary_share_averaged,
+        statistics_of_both_computations,
+        padding_counted,
+        mean_of_norms,
+        untagged_expert_weight,
+        expert_weight_averaged,
+        mean_of_means,
+        local_negatives,
+        equal_captions_of_other_ranks,
+        biases_by_local_load,
+        rows_return_in_wrong_order,
+        router_in_bfloat16,
+        noise_by_rank,
+        missing_pairs_shift_groups,
+        rate_does_not_arrive,
+        last_micro_batch_alone,
+        negative_sign_of_score,
+        experts_of_the_last_rank_untold,
+        drifted_rank,
+        gradients_of_the_last_rank,
+        hang,
+        failure,
     )
 }
 

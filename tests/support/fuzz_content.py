@@ -2,9 +2,9 @@
 
     python -m tests.support.fuzz_content images FIRST_ROUND ROUNDS
 
-Each round makes one input from its number alone. What comes of it must be an item or a DataError with a
-slug; anything else ends the process with the round's number. Prints one line of JSON: outcomes by
-kind, the slowest input in CPU seconds, and the most memory in MiB.
+Each round makes one input from its number alone. What comes of it must be an item or a DataError
+with a slug; anything else ends the process with the round's number. Prints one line of JSON:
+outcomes by kind, the slowest input in CPU seconds, and the most memory in MiB.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main(what: str, first: int, rounds: int) -> None:
         with contextlib.suppress(DataError):
             attempt(np.random.default_rng(number))
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    # So that a mistake ends this process and not its neighbours; what was used is measured below.
+    # So that a mistake ends this process and not its neighbors; what was used is measured below.
     resource.setrlimit(resource.RLIMIT_AS, (used + 2 * GIB, used + 2 * GIB))
     outcomes: Counter[str] = Counter()
     slowest = (0.0, -1)
@@ -101,7 +101,9 @@ def flip_anywhere(rng: np.random.Generator, data: bytes, _: bytes) -> bytes:
 def flipped(rng: np.random.Generator, data: bytes, end: int) -> bytes:
     changed = bytearray(data)
     for position in rng.integers(0, max(1, end), rng.integers(1, 8)) if data else ():
-        changed[position] = rng.integers(256) if rng.random() < 0.5 else changed[position] ^ 1 << rng.integers(8)
+        changed[position] = (
+            rng.integers(256) if rng.random() < 0.5 else changed[position] ^ 1 << rng.integers(8)
+        )
     return bytes(changed)
 
 
@@ -147,7 +149,9 @@ def with_checksums(data: bytes) -> bytes:
 
 def captions(rng: np.random.Generator) -> str:
     """Random bytes and characters of every category, a few or 10 MB of them."""
-    length = int(rng.choice([0, 1, 10, 1000, 100_000, 10_000_000], p=[0.05, 0.2, 0.4, 0.25, 0.09, 0.01]))
+    length = int(
+        rng.choice([0, 1, 10, 1000, 100_000, 10_000_000], p=[0.05, 0.2, 0.4, 0.25, 0.09, 0.01])
+    )
     match rng.integers(4):
         case 0:
             data = rng.bytes(length)
@@ -168,13 +172,17 @@ def captions(rng: np.random.Generator) -> str:
 
 
 def awkward() -> list[int]:
-    """Code points that normalising treats in an unusual way, and some of each category."""
+    """Code points that normalizing treats in an unusual way, and some of each category."""
     if not AWKWARD:
         seen: Counter[str] = Counter()
         for code in range(0x110000):
             category, char = unicodedata.category(chr(code)), chr(code)
             seen[category] += 1
-            if seen[category] < 20 or unicodedata.combining(char) or len(unicodedata.normalize("NFD", char)) > 3:
+            if (
+                seen[category] < 20
+                or unicodedata.combining(char)
+                or len(unicodedata.normalize("NFD", char)) > 3
+            ):
                 AWKWARD.append(code)
     return AWKWARD
 
@@ -184,7 +192,9 @@ AWKWARD: list[int] = []
 
 def json_members(rng: np.random.Generator) -> str:
     """JSON of every shape, damaged, deep or long."""
-    data = json.dumps({"caption": value(rng, int(rng.integers(1, 7))), "more": ["a", 1, None]}).encode()
+    data = json.dumps(
+        {"caption": value(rng, int(rng.integers(1, 7))), "more": ["a", 1, None]}
+    ).encode()
     match rng.integers(6):
         case 0:
             data = flip_anywhere(rng, data, b"")
@@ -193,9 +203,13 @@ def json_members(rng: np.random.Generator) -> str:
         case 2:
             data = lengthen(rng, data, b"")
         case 3:
-            piece = [b"[", b'{"a":', b"[{", b"1", b'"', b"\\", b"[],", b"-", b"1e9", b'"\\ud800",'][rng.integers(10)]
+            piece = [b"[", b'{"a":', b"[{", b"1", b'"', b"\\", b"[],", b"-", b"1e9", b'"\\ud800",'][
+                rng.integers(10)
+            ]
             count = int(10 ** rng.uniform(0, 6.3))
-            data = data[: rng.integers(len(data))] + piece * count + data[-int(rng.integers(1, 9)) :]
+            data = (
+                data[: rng.integers(len(data))] + piece * count + data[-int(rng.integers(1, 9)) :]
+            )
         case 4:
             data = rng.bytes(int(rng.integers(0, 200)))
     texts = Texts({"json": data})

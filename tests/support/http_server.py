@@ -1,5 +1,5 @@
-"""A plain web server for tests, over a folder: GET and HEAD with ranges and ETags, PUT, and a password or a
-signature in the query if wanted.
+"""A plain web server for tests, over a folder: GET and HEAD with ranges and ETags, PUT, and a
+password or a signature in the query if wanted.
 
     with http_server(folder) as server:
         server.url("shards/a.tar")
@@ -47,14 +47,18 @@ class HttpServer:
 
 
 @contextmanager
-def http_server(folder: Path, *, ranges: bool = True, password: str = "", query: str = "") -> Iterator[HttpServer]:
+def http_server(
+    folder: Path, *, ranges: bool = True, password: str = "", query: str = ""
+) -> Iterator[HttpServer]:
     """Serve `folder` on a free port until the end of the block."""
     server = HttpServer(folder=folder, ranges=ranges, password=password, query=query)
     handler = type("Handler", (_Handler,), {"served": server})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
         running.daemon_threads = True
         server.port = running.server_address[1]
-        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        thread = threading.Thread(
+            target=running.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+        )
         thread.start()
         try:
             yield server
@@ -124,7 +128,12 @@ class _Handler(BaseHTTPRequestHandler):
         return 206, data[first : last + 1], headers
 
     def _send(
-        self, status: int, body: bytes, headers: dict[str, str] | None = None, *, with_body: bool = True
+        self,
+        status: int,
+        body: bytes,
+        headers: dict[str, str] | None = None,
+        *,
+        with_body: bool = True,
     ) -> None:
         self.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():

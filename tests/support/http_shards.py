@@ -38,7 +38,11 @@ class WebShards:
 def web_settings(cache: Path, **changes: Any) -> DataConfig:
     """Settings with short waits."""
     given: dict[str, Any] = {
-        "cache_dir": str(cache), "shard_seconds": 6.0, "request_seconds": 1.0, "fetch_ahead": 2, "timeout_seconds": 60.0
+        "cache_dir": str(cache),
+        "shard_seconds": 6.0,
+        "request_seconds": 1.0,
+        "fetch_ahead": 2,
+        "timeout_seconds": 60.0,
     }
     return DataConfig(**given | changes)
 
@@ -53,7 +57,8 @@ def web_shards(folder: Path, count: int = 21, *, ranges: bool = True) -> Iterato
 
 @contextmanager
 def served_elsewhere(folder: Path) -> Iterator[str]:
-    """The address of a folder behind a server in a process of its own, with open files of its own."""
+    """The address of a folder behind a server in a process of its own, with open files of its
+    own."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=_serve, args=(folder, there))

@@ -1,7 +1,7 @@
 """Runs a script on several processes of this machine, under a time-out, and leaves none behind.
 
-    result = torchrun(["-m", "pretrain", "train", "run.yaml", "--out", "run"], processes=2, timeout_seconds=60)
-    result.check()
+    result = torchrun(["-m", "pretrain", "train", "run.yaml", "--out", "run"], processes=2,
+    timeout_seconds=60) result.check()
 
 Each process computes on one thread: the tests share few cores, and sums come out the same.
 """
@@ -51,10 +51,23 @@ class LaunchResult:
 
 
 def clean_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """This process's environment without ranks or jobs of others, for one CPU thread, plus `extra`."""
+    """This process's environment without ranks or jobs of others, for one CPU thread, plus
+    `extra`."""
     foreign = ("SLURM_", "SBATCH_", "TORCHELASTIC_", "PMI_")
-    ranks = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NODE_RANK"}
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(foreign) and key not in ranks}
+    ranks = {
+        "RANK",
+        "LOCAL_RANK",
+        "WORLD_SIZE",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "NODE_RANK",
+    }
+    kept = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith(foreign) and key not in ranks
+    }
     search_path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     defaults = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": search_path}
     return kept | defaults | dict(extra or {})
@@ -78,7 +91,13 @@ def torchrun(
         cwd: Working directory.
     """
     command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--nnodes=1", f"--nproc-per-node={processes}"),
+        *(
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nnodes=1",
+            f"--nproc-per-node={processes}",
+        ),
         *("--master-addr=127.0.0.1", f"--master-port={free_ports(1)[0]}", *arguments),
     ]
     return _run([command], [clean_environment(env)], timeout_seconds, cwd)
@@ -92,7 +111,8 @@ def run_ranks(
     env: Mapping[str, str] | None = None,
     cwd: Path = ROOT,
 ) -> LaunchResult:
-    """`python ARGUMENTS` once a rank with torchrun's variables, but without torchrun: starts faster.
+    """`python ARGUMENTS` once a rank with torchrun's variables, but without torchrun: starts
+    faster.
 
     A rank that fails ends the others at once; see `torchrun` for the arguments.
     """
@@ -122,13 +142,24 @@ def _run(
         text = output.read().decode(errors="replace")
     seconds = time.monotonic() - started
     return LaunchResult(
-        command=tuple(commands[0]), returncodes=returncodes, output=text, seconds=seconds, timed_out=timed_out
+        command=tuple(commands[0]),
+        returncodes=returncodes,
+        output=text,
+        seconds=seconds,
+        timed_out=timed_out,
     )
 
 
-def _start(command: list[str], environment: dict[str, str], cwd: Path, output: IO[bytes]) -> subprocess.Popen[bytes]:
+def _start(
+    command: list[str], environment: dict[str, str], cwd: Path, output: IO[bytes]
+) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        command, env=environment, cwd=cwd, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+        command,
+        env=environment,
+        cwd=cwd,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
         start_new_session=True,
     )
 

@@ -27,29 +27,59 @@ class Setup:
     manifest: Manifest
     tokenizer: str
 
-    def open(self, *, data: DataConfig | None = None, rank: int = 0, world: int = 1, position: int = 0) -> Loader:
-        return self.resume(LoaderState(position=position), data=data, rank=rank, world=world)
+    def open(
+        self,
+        *,
+        data: DataConfig | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        position: int = 0,
+    ) -> Loader:
+        return self.resume(
+            LoaderState(position=position), data=data, rank=rank, world_size=world_size
+        )
 
     def resume(
-        self, state: LoaderState, *, data: DataConfig | None = None, rank: int = 0, world: int = 1, seed: int = 9
+        self,
+        state: LoaderState,
+        *,
+        data: DataConfig | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 9,
     ) -> Loader:
         return Loader(
-            manifests=[self.manifest], tokenizer_path=self.tokenizer, data=data or settings(), image_size=8,
-            text_length=16, seed=seed, rank=rank, world=world, pairs_per_step=STEP, pairs_per_forward=FORWARD,
+            manifests=[self.manifest],
+            tokenizer_path=self.tokenizer,
+            data=data or settings(),
+            image_size=8,
+            context_length=16,
+            seed=seed,
+            rank=rank,
+            world_size=world_size,
+            global_batch_size=STEP,
+            micro_batch_size=FORWARD,
             state=state,
-        )  # fmt: skip
+        )
 
     def evaluate(self, **more: object) -> Iterator[Batch]:
         arguments: dict[str, object] = {
-            "tokenizer": Tokenizer.load(self.tokenizer), "data": settings(), "image_size": 8, "text_length": 16,
-            "pairs_per_forward": 4,
-        }  # fmt: skip
+            "tokenizer": Tokenizer.load(self.tokenizer),
+            "data": settings(),
+            "image_size": 8,
+            "context_length": 16,
+            "micro_batch_size": 4,
+        }
         return read_all(self.manifest, **(arguments | more))  # type: ignore[arg-type]
 
 
 def keys_of(batches: Sequence[Batch]) -> list[str]:
     """Keys of all samples, the bad ones too."""
-    return [key for batch in batches for key in (*batch.keys, *(problem.key for problem in batch.problems))]
+    return [
+        key
+        for batch in batches
+        for key in (*batch.keys, *(problem.key for problem in batch.problems))
+    ]
 
 
 def take(loader: Loader, steps: int) -> tuple[list[list[Batch]], list[LoaderState]]:

@@ -1,4 +1,5 @@
-"""Runs in every rank: trains on DeepSpeed's own MoE layer and, in plain torch, on ours, and tells how they differ.
+"""Runs in every rank: trains on DeepSpeed's own MoE layer and, in plain torch, on ours, and tells
+how they differ.
 
 `python -m tests.support.native_layer_worker CELLS`; rank 0 prints one JSON line for each cell.
 """
@@ -37,19 +38,40 @@ PAIRS, STEPS, COLUMNS, EXPERTS = 8, 3, 12, 4
 
 
 def run_config(cell: dict[str, Any]) -> RunConfig:
-    """A small model; large balance weights, so that a wrong share would show, and a clip that acts."""
+    """A small model; large balance weights, so that a wrong share would show, and a clip that
+    acts."""
     return RunConfig(
-        model=ModelConfig(width=32, num_blocks=3, num_heads=2, ffn_width=48, fusion_start=2, image_size=16,
-                          patch_size=8, vocab_size=50, text_length=COLUMNS, embed_dim=16, pool_heads=2,
-                          recompute=cell["recompute"]),
-        moe=MoEConfig(num_experts=EXPERTS, experts_per_token=cell["k"], expert_width=16,
-                      shared_experts=cell["shared"], backend="deepspeed"),
-        balance=BalanceConfig(balance_weight=0.1, router_z_weight=0.1, importance_weight=0.1,
-                              local_entropy_weight=ByModality(image=0.05, text=0.1)),
-        batch=BatchConfig(pairs_per_step=PAIRS, pairs_per_forward=cell["per_forward"]),
+        model=ModelConfig(
+            width=32,
+            num_layers=3,
+            num_heads=2,
+            ffn_width=48,
+            fusion_layer=2,
+            image_size=16,
+            patch_size=8,
+            vocab_size=50,
+            context_length=COLUMNS,
+            embed_dim=16,
+            pool_heads=2,
+            recompute=cell["recompute"],
+        ),
+        moe=MoEConfig(
+            num_experts=EXPERTS,
+            top_k=cell["k"],
+            expert_width=16,
+            shared_experts=cell["shared"],
+            backend="deepspeed",
+        ),
+        balance=BalanceConfig(
+            balance_weight=0.1,
+            router_z_weight=0.1,
+            importance_weight=0.1,
+            local_entropy_weight=ByModality(image=0.05, text=0.1),
+        ),
+        batch=BatchConfig(global_batch_size=PAIRS, micro_batch_size=cell["per_forward"]),
         optim=OptimConfig(clip_norm=0.5, lr=1e-2),
         precision=PrecisionConfig(compute=cell["precision"]),
-        parallel=ParallelConfig(expert_parallel=cell["ep"], deepspeed=f"zero{cell['stage']}"),
+        parallel=ParallelConfig(expert_parallel_size=cell["ep"], deepspeed=f"zero{cell['stage']}"),
     )
 
 
@@ -58,13 +80,29 @@ def pairs(step: int, rows: range, missing: list[int]) -> Batch:
     generator = torch.Generator().manual_seed(step)
     images = torch.randint(0, 256, (PAIRS, 3, 16, 16), generator=generator, dtype=torch.uint8)
     lengths = torch.randint(3, COLUMNS, (PAIRS,), generator=generator)
-    ids = torch.randint(4, 50, (PAIRS, COLUMNS), generator=generator) * (torch.arange(COLUMNS) < lengths.unsqueeze(1))
+    ids = torch.randint(4, 50, (PAIRS, COLUMNS), generator=generator) * (
+        torch.arange(COLUMNS) < lengths.unsqueeze(1)
+    )
     kept = torch.tensor([row for row in rows if row not in missing], dtype=torch.int64)
     positions = valid_positions(lengths[kept], COLUMNS)
-    return Batch(images[kept], ids[kept], lengths[kept], positions, kept, (), (), (), 0.0, kept, kept - rows.start)
+    return Batch(
+        images[kept],
+        ids[kept],
+        lengths[kept],
+        positions,
+        kept,
+        (),
+        (),
+        (),
+        0.0,
+        kept,
+        kept - rows.start,
+    )
 
 
-def train(engine: TrainEngine, run: RunConfig, missing: list[int]) -> tuple[list[StepResult], dict[str, torch.Tensor]]:
+def train(
+    engine: TrainEngine, run: RunConfig, missing: list[int]
+) -> tuple[list[StepResult], dict[str, torch.Tensor]]:
     """All steps, and the gradients of the first."""
     gradients: dict[str, torch.Tensor] = {}
     take_step = engine.step
@@ -74,10 +112,10 @@ def train(engine: TrainEngine, run: RunConfig, missing: list[int]) -> tuple[list
         return take_step(rate)
 
     engine.step = keep_and_step  # type: ignore[method-assign]
-    each = run.batch.pairs_per_forward
+    each = run.batch.micro_batch_size
     results = []
     for step in range(STEPS):
-        starts = range(engine.rank * each, PAIRS, engine.world * each)
+        starts = range(engine.rank * each, PAIRS, engine.world_size * each)
         batches = [pairs(step, range(start, start + each), missing) for start in starts]
         results.append(train_step(engine, batches, run, step=step, learning_rate=1e-2 / (step + 2)))
     return results, gradients
@@ -86,14 +124,28 @@ def train(engine: TrainEngine, run: RunConfig, missing: list[int]) -> tuple[list
 def differences(cell: dict[str, Any]) -> dict[str, Any]:
     """Largest relative differences of losses, gradient norm and gradients; and of choices."""
     run, environment = run_config(cell), rank_environment()
-    engine = build_engine(run, environment, plan_batch(PAIRS, cell["per_forward"], environment.world))
+    engine = build_engine(
+        run, environment, plan_batch(PAIRS, cell["per_forward"], environment.world_size)
+    )
     results, gradients = train(engine, run, cell["missing"])
-    whole = replace(run, batch=BatchConfig(pairs_per_step=PAIRS, pairs_per_forward=PAIRS))
-    layout = Layout(world=1, expert_parallel=1, zero_stage=-1, precision=cell["precision"], num_experts=EXPERTS)
+    whole = replace(run, batch=BatchConfig(global_batch_size=PAIRS, micro_batch_size=PAIRS))
+    layout = Layout(
+        world_size=1,
+        expert_parallel_size=1,
+        zero_stage=-1,
+        precision=cell["precision"],
+        num_experts=EXPERTS,
+    )
     plain = PlainEngine(build_model(whole), run.optim, layout, torch.device("cpu"))
     true_results, true = train(plain, whole, cell["missing"])
-    compared = list(zip(results, true_results, strict=True))[: 1 if cell["precision"] == "bf16" else STEPS]
-    losses = [abs(r.losses[k] - t.losses[k]) / max(abs(t.losses[k]), 1e-2) for r, t in compared for k in t.losses]
+    compared = list(zip(results, true_results, strict=True))[
+        : 1 if cell["precision"] == "bf16" else STEPS
+    ]
+    losses = [
+        abs(r.losses[k] - t.losses[k]) / max(abs(t.losses[k]), 1e-2)
+        for r, t in compared
+        for k in t.losses
+    ]
     norms = [abs(r.grad_norm - t.grad_norm) / t.grad_norm for r, t in compared]
     worst, seen = 0.0, set()
     for name, gradient in gradients.items():
@@ -105,11 +157,13 @@ def differences(cell: dict[str, Any]) -> dict[str, Any]:
     worst_everywhere = torch.tensor([worst])
     dist.all_reduce(worst_everywhere, op=dist.ReduceOp.MAX)
     return cell | {
-        "loss": max(losses), "norm": max(norms), "gradient": float(worst_everywhere),
+        "loss": max(losses),
+        "norm": max(norms),
+        "gradient": float(worst_everywhere),
         "choices": max(float((r.choices_LME - t.choices_LME).abs().max()) for r, t in compared),
         "unseen": sorted({name.partition("@")[0] for name in true} - seen),
         "native": sum("deepspeed_experts" in name for name, _ in engine.model.named_parameters()),
-    }  # fmt: skip
+    }
 
 
 def main(cells: str) -> None:

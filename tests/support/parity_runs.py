@@ -1,4 +1,5 @@
-"""Runs whose parallel computation is compared with one process, and jobs of `pretrain.check` on them."""
+"""Runs whose parallel computation is compared with one process, and jobs of `pretrain.check` on
+them."""
 
 from __future__ import annotations
 
@@ -25,25 +26,60 @@ ROUTING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "usual": ({}, {"balance_weight": 1e-3, "router_z_weight": 1e-3}),
     # Every auxiliary term, with noise and places given out by chance.
     "noisy": (
-        {"backend": "loop", "choice": "noisy", "noise": 2.0, "capacity_factor": 0.9, "capacity_priority": "random",
-         "capacity_group": 2},
-        {"importance_weight": 0.1, "load_weight": 0.1, "local_entropy_weight": BOTH, "global_entropy_weight": BOTH,
-         "global_entropy_experts": ByModality(image=4.0, text=4.0), "expert_l1_weight": 1e-3,
-         "router_l1_weight": 1e-2},
+        {
+            "backend": "loop",
+            "routing": "noisy_top_k",
+            "noise_std": 2.0,
+            "capacity_factor": 0.9,
+            "capacity_priority": "random",
+            "capacity_group_size": 2,
+        },
+        {
+            "importance_weight": 0.1,
+            "load_weight": 0.1,
+            "local_entropy_weight": BOTH,
+            "global_entropy_weight": BOTH,
+            "global_entropy_experts": ByModality(image=4.0, text=4.0),
+            "expert_l1_weight": 1e-3,
+            "router_l1_weight": 1e-2,
+        },
     ),
     "sampled": (
-        {"choice": "sampled", "score": "sigmoid", "capacity_factor": 1.0, "capacity_priority": "batch",
-         "capacity_group": 2, "gate": "caption"},
-        {"bias": "zscore", "bias_rate": 0.02, "bias_per_modality": True, "importance_weight": 0.1,
-         "expert_l1_weight": 1e-3},
+        {
+            "routing": "sampled",
+            "score_func": "sigmoid",
+            "capacity_factor": 1.0,
+            "capacity_priority": "batch",
+            "capacity_group_size": 2,
+            "router_input": "caption",
+        },
+        {
+            "bias": "zscore",
+            "bias_rate": 0.02,
+            "bias_per_modality": True,
+            "importance_weight": 0.1,
+            "expert_l1_weight": 1e-3,
+        },
     ),
-    "experts": ({"choice": "expert", "gate": "caption"}, {"router_l1_weight": 1e-2}),
+    "experts": (
+        {"routing": "expert_choice", "router_input": "caption"},
+        {"router_l1_weight": 1e-2},
+    ),
     # DeepSpeed's own layer against ours in one process.
-    "deepspeed": ({"backend": "deepspeed"}, {"importance_weight": 0.1, "local_entropy_weight": BOTH}),
-    "deepspeed-one": ({"backend": "deepspeed", "experts_per_token": 1, "shared_experts": 0}, {}),
-    "deepspeed-three": ({"backend": "deepspeed", "experts_per_token": 3}, {}),
+    "deepspeed": (
+        {"backend": "deepspeed"},
+        {"importance_weight": 0.1, "local_entropy_weight": BOTH},
+    ),
+    "deepspeed-one": ({"backend": "deepspeed", "top_k": 1, "shared_experts": 0}, {}),
+    "deepspeed-three": ({"backend": "deepspeed", "top_k": 3}, {}),
     "pools": (
-        {"backend": "loop", "pools": "modality", "experts_per_token": 1, "capacity_factor": 0.8, "capacity_group": 1},
+        {
+            "backend": "loop",
+            "pools": "modality",
+            "top_k": 1,
+            "capacity_factor": 0.8,
+            "capacity_group_size": 1,
+        },
         {"bias": "sign", "bias_rate": 0.05, "global_entropy_weight": BOTH},
     ),
 }
@@ -53,23 +89,36 @@ ROUTING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def run_config(routing: str) -> RunConfig:
     """A small run of one of `ROUTING`."""
     moe, balance = ROUTING[routing]
-    # Large balance weights, so that a wrong share would show; a norm far above the clip, so that clipping acts.
+    # Large balance weights, so that a wrong share would show; a norm far above the clip, so that
+    # clipping acts.
     return RunConfig(
         name=routing,
-        model=ModelConfig(width=32, num_blocks=3, num_heads=2, ffn_width=48, fusion_start=2, image_size=16,
-                          patch_size=8, stem="conv", vocab_size=50, text_length=12, embed_dim=16, pool_heads=2),
-        moe=MoEConfig(**({"num_experts": 4, "experts_per_token": 2, "expert_width": 16} | moe)),
+        model=ModelConfig(
+            width=32,
+            num_layers=3,
+            num_heads=2,
+            ffn_width=48,
+            fusion_layer=2,
+            image_size=16,
+            patch_size=8,
+            stem="conv",
+            vocab_size=50,
+            context_length=12,
+            embed_dim=16,
+            pool_heads=2,
+        ),
+        moe=MoEConfig(**({"num_experts": 4, "top_k": 2, "expert_width": 16} | moe)),
         balance=BalanceConfig(**({"balance_weight": 0.1, "router_z_weight": 0.1} | balance)),
         # None of them 1, so that one that is forgotten or applied twice would show.
         loss=LossConfig(contrastive_weight=0.7, caption_weight=1.3),
-        batch=BatchConfig(pairs_per_step=PAIRS, pairs_per_forward=PAIRS),
+        batch=BatchConfig(global_batch_size=PAIRS, micro_batch_size=PAIRS),
         optim=OptimConfig(clip_norm=0.5, lr=1e-2),
     )
 
 
 def outcomes(
     cases: Sequence[tuple[str, Cell]],
-    world: int,
+    world_size: int,
     folder: Path,
     *,
     worker: Sequence[str] = WORKER,
@@ -77,17 +126,30 @@ def outcomes(
     seconds: float = 120.0,
 ) -> list[Outcome]:
     """What `pretrain.check` finds for cells of `ROUTING`'s runs in a world, in order."""
-    runs, pairs = {}, max(PAIRS, world * max(cell.accumulation for _, cell in cases))
+    runs, pairs = {}, max(PAIRS, world_size * max(cell.accumulation for _, cell in cases))
     for name in dict(cases):
         path = folder / f"{name}.yaml"
         path.write_text(dump_yaml(run_config(name)), encoding="utf-8")
         runs[name] = str(path)
-    job = Job(runs=runs, cases=tuple(Case(*case) for case in cases), pairs=pairs, folder=str(folder),
-              seconds=seconds, float64=False)
+    job = Job(
+        runs=runs,
+        cases=tuple(Case(*case) for case in cases),
+        pairs=pairs,
+        folder=str(folder),
+        seconds=seconds,
+        float64=False,
+    )
     answers: list[dict[str, Any]] = []
-    run_on_this_machine(job, world, answers.append, worker=worker,
-                        variables={"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | dict(variables or {}))
-    assert [answer.get("case") for answer in answers] == list(range(len(cases))), json.dumps(answers)[-3000:]
+    run_on_this_machine(
+        job,
+        world_size,
+        answers.append,
+        worker=worker,
+        variables={"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | dict(variables or {}),
+    )
+    assert [answer.get("case") for answer in answers] == list(range(len(cases))), json.dumps(
+        answers
+    )[-3000:]
     return [Outcome.from_json(answer["outcome"]) for answer in answers]
 
 

@@ -6,8 +6,8 @@ import random
 import socket
 
 # Below the range from which Linux takes the ports of outgoing connections (32768 and up), so that
-# nothing else grabs a port between the look and the server's start. The ports 10000 higher belong to the S3
-# server too; above those, ranks of SLURM jobs meet (`slurm.py`).
+# nothing else grabs a port between the look and the server's start. The ports 10000 higher belong
+# to the S3 server too; above those, ranks of SLURM jobs meet (`slurm.py`).
 _FIRST, _LAST = 11000, 15999
 
 

@@ -25,7 +25,13 @@ def tied(command: list[str], leftovers: Iterable[Path] = ()) -> list[str]:
     Start it with a pipe that only this process holds: then it ends even if this process is killed.
     """
     remove = shlex.join(["rm", "-rf", "--", *map(str, leftovers)])
-    return ["sh", "-c", f'"$@" </dev/null & read -r _; kill -KILL "$!"; wait; {remove}', "sh", *command]
+    return [
+        "sh",
+        "-c",
+        f'"$@" </dev/null & read -r _; kill -KILL "$!"; wait; {remove}',
+        "sh",
+        *command,
+    ]
 
 
 def new_mark() -> str:
@@ -34,7 +40,8 @@ def new_mark() -> str:
 
 
 def environments() -> Iterator[tuple[int, set[str]]]:
-    """Id of every living process of this user, this one excepted, and the variables it was started with."""
+    """Id of every living process of this user, this one excepted, and the variables it was started
+    with."""
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             variables = (folder / "environ").read_bytes().split(b"\0")
@@ -50,7 +57,8 @@ def family(mark: str) -> list[int]:
 
 
 def end_family(mark: str, *, grace_seconds: float = 3.0) -> list[int]:
-    """Ask the whole family to end, then insist. Returns the ids that were still there at the call."""
+    """Ask the whole family to end, then insist. Returns the ids that were still there at the
+    call."""
     first = members = family(mark)
     deadline = time.monotonic() + grace_seconds
     asked = False

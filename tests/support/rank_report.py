@@ -21,10 +21,16 @@ def main(folder: str, *words: str) -> None:
     rank_sum = torch.tensor([dist.get_rank()])
     dist.all_reduce(rank_sum)
     report = {
-        "rank": dist.get_rank(), "world": dist.get_world_size(), "local_rank": int(os.environ["LOCAL_RANK"]),
-        "rank_sum": int(rank_sum), "node": int(os.environ["SLURM_NODEID"]), "name": os.environ["SLURMD_NODENAME"],
-        "host": socket.gethostname(), "threads": os.environ["OMP_NUM_THREADS"], "words": words,
-    }  # fmt: skip
+        "rank": dist.get_rank(),
+        "world_size": dist.get_world_size(),
+        "local_rank": int(os.environ["LOCAL_RANK"]),
+        "rank_sum": int(rank_sum),
+        "node": int(os.environ["SLURM_NODEID"]),
+        "name": os.environ["SLURMD_NODENAME"],
+        "host": socket.gethostname(),
+        "threads": os.environ["OMP_NUM_THREADS"],
+        "words": words,
+    }
     Path(folder, f"rank-{dist.get_rank()}.json").write_text(json.dumps(report))
     dist.destroy_process_group()
 

@@ -1,9 +1,10 @@
-"""Reads all samples of a folder of shards, for evaluation and in one epoch of training, and reports.
+"""Reads all samples of a folder of shards, for evaluation and in one epoch of training, and
+reports.
 
     python -m tests.support.read_everything FOLDER TOKENIZER
 
-Prints one line of JSON: for both ways the number of good samples and the others by reason, and the most
-memory that this process took, in MiB.
+Prints one line of JSON: for both ways the number of good samples and the others by reason, and the
+most memory that this process took, in MiB.
 """
 
 from __future__ import annotations
@@ -28,19 +29,35 @@ def main(folder: str, tokenizer_path: str) -> None:
     """Read, count and print."""
     manifest = load_manifest(folder)
     data = DataConfig(
-        caption_keys=("txt", "json:caption"), caption_weights=(1.0, 1.0), workers=0, fetch_ahead=0,
+        caption_keys=("txt", "json:caption"),
+        caption_weights=(1.0, 1.0),
+        workers=0,
+        fetch_ahead=0,
         augment=AugmentConfig(crop_scale=(0.5, 1.0), affine_degrees=10, brightness=0.2),
-    )  # fmt: skip
+    )
     total = manifest.total_samples
     everything = read_all(
-        manifest, tokenizer=Tokenizer.load(tokenizer_path), data=data, image_size=32, text_length=16,
-        pairs_per_forward=8,
-    )  # fmt: skip
+        manifest,
+        tokenizer=Tokenizer.load(tokenizer_path),
+        data=data,
+        image_size=32,
+        context_length=16,
+        micro_batch_size=8,
+    )
     report: dict[str, object] = {"samples": total, "evaluation": tally(everything)}
     loader = Loader(
-        sources=[plain_source(manifest)], tokenizer_path=tokenizer_path, data=data, image_size=32, text_length=16,
-        seed=0, rank=0, world=1, pairs_per_step=1, pairs_per_forward=1, state=LoaderState(),
-    )  # fmt: skip
+        sources=[plain_source(manifest)],
+        tokenizer_path=tokenizer_path,
+        data=data,
+        image_size=32,
+        context_length=16,
+        seed=0,
+        rank=0,
+        world_size=1,
+        global_batch_size=1,
+        micro_batch_size=1,
+        state=LoaderState(),
+    )
     steps = itertools.islice(loader.steps(), total)
     report["training"] = tally(batch for batches, _ in steps for batch in batches)
     loader.close()

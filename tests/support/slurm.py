@@ -57,7 +57,8 @@ class Job:
         return self.output_file.read_text(errors="replace") if self.output_file.exists() else ""
 
     def check(self, logs: Path | None = None) -> Job:
-        """Return self, or raise AssertionError with the output unless it is COMPLETED; `logs` as in `wait`."""
+        """Return self, or raise AssertionError with the output unless it is COMPLETED; `logs` as in
+        `wait`."""
         if self.state != "COMPLETED":
             raise AssertionError(f"{self.described(logs)}\n(it should be COMPLETED)")
         return self
@@ -84,18 +85,31 @@ class SlurmCluster:
         """Variables that make SLURM's commands talk to this cluster."""
         return {"SLURM_CONF": str(self.root / "etc" / "slurm.conf")}
 
-    def command(self, *arguments: str | Path, env: Mapping[str, str] | None = None, cwd: Path = ROOT) -> str:
+    def command(
+        self, *arguments: str | Path, env: Mapping[str, str] | None = None, cwd: Path = ROOT
+    ) -> str:
         """Run one of SLURM's commands and return what it prints; AssertionError when it fails."""
         done = subprocess.run(
-            [str(argument) for argument in arguments], env=clean_environment(self.env | dict(env or {})), cwd=cwd,
-            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_COMMAND_SECONDS, check=False,
+            [str(argument) for argument in arguments],
+            env=clean_environment(self.env | dict(env or {})),
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_COMMAND_SECONDS,
+            check=False,
         )
         if done.returncode:
-            raise AssertionError(f"{arguments} failed with {done.returncode}: {done.stdout}{done.stderr}")
+            raise AssertionError(
+                f"{arguments} failed with {done.returncode}: {done.stdout}{done.stderr}"
+            )
         return done.stdout
 
-    def submit(self, *arguments: str | Path, env: Mapping[str, str] | None = None, cwd: Path = ROOT) -> int:
-        """`sbatch ARGUMENTS`; the job gets this process's environment (cleaned) and `env`. Returns its id."""
+    def submit(
+        self, *arguments: str | Path, env: Mapping[str, str] | None = None, cwd: Path = ROOT
+    ) -> int:
+        """`sbatch ARGUMENTS`; the job gets this process's environment (cleaned) and `env`. Returns
+        its id."""
         return int(self.command("sbatch", "--parsable", *arguments, env=env, cwd=cwd).split(";")[0])
 
     def job(self, job_id: int) -> Job:
@@ -103,7 +117,9 @@ class SlurmCluster:
         line = self.command("scontrol", "show", "job", "--oneliner", str(job_id))
         fields = dict(item.split("=", 1) for item in line.split() if "=" in item)
         return Job(
-            job_id=job_id, state=fields["JobState"], exit_code=fields["ExitCode"],
+            job_id=job_id,
+            state=fields["JobState"],
+            exit_code=fields["ExitCode"],
             output_file=Path(fields.get("StdOut", os.devnull)),
         )
 
@@ -116,7 +132,9 @@ class SlurmCluster:
         marks = {f"SLURM_JOB_ID={job_id}", f"SLURM_CONF={self.env['SLURM_CONF']}", f"RANK={rank}"}
         victims = [process for process, variables in environments() if marks <= variables]
         if not victims:
-            raise AssertionError(f"no process of job {job_id} has RANK={rank}; {self.job(job_id).described()}")
+            raise AssertionError(
+                f"no process of job {job_id} has RANK={rank}; {self.job(job_id).described()}"
+            )
         for process in victims:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
@@ -124,7 +142,11 @@ class SlurmCluster:
     def wait(self, job_id: int, *, timeout_seconds: float, logs: Path | None = None) -> Job:
         """Wait until the job is finished; see `wait_until`."""
         return self.wait_until(
-            job_id, lambda job: job.finished, what="finish", timeout_seconds=timeout_seconds, logs=logs
+            job_id,
+            lambda job: job.finished,
+            what="finish",
+            timeout_seconds=timeout_seconds,
+            logs=logs,
         )
 
     def wait_until(
@@ -142,7 +164,7 @@ class SlurmCluster:
             job_id: The job.
             reached: Looks at the job, or at what it wrote.
             what: The awaited thing, for the message: "job 5 did not <what>".
-            timeout_seconds: Longest wait; the job is cancelled after it.
+            timeout_seconds: Longest wait; the job is canceled after it.
             logs: Folder with more files of the job (their names hold its number) for the message.
 
         Raises:
@@ -151,9 +173,13 @@ class SlurmCluster:
         deadline = time.monotonic() + timeout_seconds
         while not reached(job := self.job(job_id)):
             if job.finished:
-                raise AssertionError(f"job {job_id} finished but did not {what}: {job.described(logs)}")
+                raise AssertionError(
+                    f"job {job_id} finished but did not {what}: {job.described(logs)}"
+                )
             if time.monotonic() > deadline:
-                message = f"job {job_id} did not {what} in {timeout_seconds:.0f} s: {job.described(logs)}"
+                message = (
+                    f"job {job_id} did not {what} in {timeout_seconds:.0f} s: {job.described(logs)}"
+                )
                 self.cancel(job_id)
                 raise AssertionError(message)
             time.sleep(0.1)
@@ -169,17 +195,24 @@ class SlurmCluster:
 
 
 def why_unavailable() -> str | None:
-    """Why no cluster can be started here, or None. Installs SLURM's packages where it may and must."""
+    """Why no cluster can be started here, or None. Installs SLURM's packages where it may and
+    must."""
     if os.geteuid() != 0:
         return "a test cluster needs root (munged and slurmd switch users); run as root or in a container"
     done = subprocess.run(
-        ["bash", str(_HERE / "install_slurm.sh")], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        ["bash", str(_HERE / "install_slurm.sh")],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     return None if done.returncode == 0 else done.stderr.strip().splitlines()[-1]
 
 
 @contextmanager
-def slurm_cluster(num_nodes: int = 2, *, cpus_per_node: int = 4, gpus_per_node: int = 0) -> Iterator[SlurmCluster]:
+def slurm_cluster(
+    num_nodes: int = 2, *, cpus_per_node: int = 4, gpus_per_node: int = 0
+) -> Iterator[SlurmCluster]:
     """Start a cluster, and end it with all its jobs in every case.
 
     Args:
@@ -190,13 +223,17 @@ def slurm_cluster(num_nodes: int = 2, *, cpus_per_node: int = 4, gpus_per_node: 
     Raises:
         RuntimeError: It did not come up, or did not go away; the message holds the end of its logs.
     """
-    # Not under pytest's folder: munged wants every parent of its socket to be open to all users, and
-    # the path of a socket may have 107 characters at most.
+    # Not under pytest's folder: munged wants every parent of its socket to be open to all users,
+    # and the path of a socket may have 107 characters at most.
     root = Path(tempfile.mkdtemp(prefix="vlmoe-slurm-", dir="/tmp"))
     cluster = SlurmCluster(root=root, num_nodes=num_nodes, ports=tuple(free_ports(num_nodes + 1)))
     supervisor = subprocess.Popen(
-        ["bash", str(_HERE / "minislurm.sh"), "run", str(num_nodes)], text=True, start_new_session=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=(root / "supervisor.log").open("w"),
+        ["bash", str(_HERE / "minislurm.sh"), "run", str(num_nodes)],
+        text=True,
+        start_new_session=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=(root / "supervisor.log").open("w"),
         env=_environment(root, cluster.ports, cpus_per_node, gpus_per_node),
     )
     try:
@@ -209,7 +246,9 @@ def slurm_cluster(num_nodes: int = 2, *, cpus_per_node: int = 4, gpus_per_node: 
         logs = _logs(root)
         shutil.rmtree(root, ignore_errors=True)
     if status:
-        raise RuntimeError(f"the test cluster did not go away cleanly ({status}); its logs end:\n{logs}")
+        raise RuntimeError(
+            f"the test cluster did not go away cleanly ({status}); its logs end:\n{logs}"
+        )
 
 
 def _wait_until_ready(supervisor: subprocess.Popen[str], root: Path) -> None:
@@ -226,7 +265,9 @@ def _logs(root: Path) -> str:
 def _ends(files: list[Path]) -> str:
     """The last lines of the files that exist."""
     return "\n".join(
-        f"--- the end of {file}\n{file.read_text(errors='replace')[-4000:]}" for file in files if file.is_file()
+        f"--- the end of {file}\n{file.read_text(errors='replace')[-4000:]}"
+        for file in files
+        if file.is_file()
     )
 
 
@@ -239,7 +280,8 @@ def _environment(root: Path, ports: tuple[int, ...], cpus: int, gpus: int) -> di
             "MINISLURM_CPUS": str(cpus),
             "MINISLURM_GPUS": str(gpus),
             # The port at which a job's ranks meet follows from its number; clusters side by side on
-            # one machine must not number their jobs alike. From 26000 on, where no other server of a test is.
+            # one machine must not number their jobs alike. From 26000 on, where no other server of
+            # a test is.
             "MINISLURM_FIRST_JOB": str(10_000 * draw.randrange(6) + draw.randrange(6_000, 9_900)),
         }
     )
@@ -247,6 +289,9 @@ def _environment(root: Path, ports: tuple[int, ...], cpus: int, gpus: int) -> di
 
 def _minislurm(root: Path, ports: tuple[int, ...], *arguments: str) -> None:
     subprocess.run(
-        ["bash", str(_HERE / "minislurm.sh"), *arguments], env=_environment(root, ports, 4, 0),
-        stdin=subprocess.DEVNULL, check=True, timeout=_STOP_SECONDS,
+        ["bash", str(_HERE / "minislurm.sh"), *arguments],
+        env=_environment(root, ports, 4, 0),
+        stdin=subprocess.DEVNULL,
+        check=True,
+        timeout=_STOP_SECONDS,
     )

@@ -34,7 +34,9 @@ def samples(count: int, first: int = 0) -> Iterator[dict[str, object]]:
         yield {"__key__": f"{number:05d}", "png": picture(number), "txt": caption(number)}
 
 
-def make_shards(folder: Path, count: int = 40, samples_per_shard: int = 7, first: int = 0) -> Manifest:
+def make_shards(
+    folder: Path, count: int = 40, samples_per_shard: int = 7, first: int = 0
+) -> Manifest:
     """Write good samples as shards."""
     return write_shards(samples(count, first), folder, samples_per_shard=samples_per_shard)
 
@@ -47,9 +49,14 @@ def make_tokenizer(folder: Path) -> str:
 
 
 def settings(**changes: Any) -> DataConfig:
-    """Settings of a loader in this process, with some change to every picture, so that a wrong seed would show."""
+    """Settings of a loader in this process, with some change to every picture, so that a wrong seed
+    would show."""
     given: dict[str, Any] = {
         "augment": AugmentConfig(flip=True, crop_scale=(0.5, 1.0), crop_ratio=(0.75, 1.33)),
-        "shuffle_window": 2, "workers": 0, "prefetch": 2, "shard_seconds": 30.0, "timeout_seconds": 60.0,
-    }  # fmt: skip
+        "shuffle_window": 2,
+        "workers": 0,
+        "prefetch": 2,
+        "shard_seconds": 30.0,
+        "timeout_seconds": 60.0,
+    }
     return DataConfig(**given | changes)

@@ -1,5 +1,5 @@
-"""No source of the programs runs what it reads: no pickles, no shells, no eval; and none listens beyond
-this machine. Read from the syntax tree, so that words in texts and comments do not count."""
+"""No source of the programs runs what it reads: no pickles, no shells, no eval; and none listens
+beyond this machine. Read from the syntax tree, so that words in texts and comments do not count."""
 
 from __future__ import annotations
 
@@ -13,23 +13,66 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("pretrain", "data_pipeline", "tools")
 
-MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "shelve", "marshal", "joblib", "jsonpickle", "code"}
+MODULES = {
+    "pickle",
+    "cPickle",
+    "_pickle",
+    "dill",
+    "cloudpickle",
+    "shelve",
+    "marshal",
+    "joblib",
+    "jsonpickle",
+    "code",
+}
 """Reading with these runs whatever the file says."""
 BUILTINS = {"eval", "exec", "compile", "__import__"}
 CALLS = {
-    "os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput", "asyncio.create_subprocess_shell",
-    "pty.spawn", "commands.getoutput", "os.execl", "os.execlp", "os.spawnl", "os.spawnlp",
-    "torch.load", "torch.save", "torch.jit.load", "torch.hub.load", "torch.package.PackageImporter",
-    "pandas.read_pickle", "numpy.memmap.loads", "tempfile.mktemp",
-    "yaml.unsafe_load", "yaml.full_load", "yaml.unsafe_load_all", "yaml.full_load_all", "yaml.load_all",
-}  # fmt: skip
+    "os.system",
+    "os.popen",
+    "subprocess.getoutput",
+    "subprocess.getstatusoutput",
+    "asyncio.create_subprocess_shell",
+    "pty.spawn",
+    "commands.getoutput",
+    "os.execl",
+    "os.execlp",
+    "os.spawnl",
+    "os.spawnlp",
+    "torch.load",
+    "torch.save",
+    "torch.jit.load",
+    "torch.hub.load",
+    "torch.package.PackageImporter",
+    "pandas.read_pickle",
+    "numpy.memmap.loads",
+    "tempfile.mktemp",
+    "yaml.unsafe_load",
+    "yaml.full_load",
+    "yaml.unsafe_load_all",
+    "yaml.full_load_all",
+    "yaml.load_all",
+}
 OBJECTS_OVER_PROCESSES = {
-    "all_gather_object", "gather_object", "broadcast_object_list", "scatter_object_list", "send_object_list",
+    "all_gather_object",
+    "gather_object",
+    "broadcast_object_list",
+    "scatter_object_list",
+    "send_object_list",
     "recv_object_list",
-}  # fmt: skip
+}
 """torch.distributed pickles for these."""
-LISTENERS = {"bind", "create_server", "start_server", "HTTPServer", "ThreadingHTTPServer", "TCPServer",
-             "ThreadingTCPServer", "UDPServer", "SimpleXMLRPCServer"}  # fmt: skip
+LISTENERS = {
+    "bind",
+    "create_server",
+    "start_server",
+    "HTTPServer",
+    "ThreadingHTTPServer",
+    "TCPServer",
+    "ThreadingTCPServer",
+    "UDPServer",
+    "SimpleXMLRPCServer",
+}
 LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 EVERYWHERE = {"0.0.0.0", "::", "[::]", "0:0:0:0:0:0:0:0"}
 
@@ -39,9 +82,11 @@ def findings(source: str) -> list[str]:
     tree = ast.parse(source)
     names = dict(imported_names(tree))
     safe_loaders = {"SafeLoader", "CSafeLoader", "yaml.SafeLoader", "yaml.CSafeLoader"} | {
-        node.name for node in ast.walk(tree)
-        if isinstance(node, ast.ClassDef) and any(dotted(base, names).endswith("SafeLoader") for base in node.bases)
-    }  # fmt: skip
+        node.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+        and any(dotted(base, names).endswith("SafeLoader") for base in node.bases)
+    }
     found = []
     for node in ast.walk(tree):
         for what in problems(node, names, safe_loaders):
@@ -54,7 +99,10 @@ def imported_names(tree: ast.AST) -> Iterator[tuple[str, str]]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
-                yield alias.asname or alias.name.split(".")[0], alias.name if alias.asname else alias.name.split(".")[0]
+                yield (
+                    alias.asname or alias.name.split(".")[0],
+                    alias.name if alias.asname else alias.name.split(".")[0],
+                )
         elif isinstance(node, ast.ImportFrom) and node.module:
             for alias in node.names:
                 yield alias.asname or alias.name, f"{node.module}.{alias.name}"
@@ -72,7 +120,11 @@ def dotted(node: ast.AST, names: dict[str, str]) -> str:
 
 def problems(node: ast.AST, names: dict[str, str], safe_loaders: set[str]) -> Iterator[str]:
     if isinstance(node, (ast.Import, ast.ImportFrom)):
-        modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+        modules = (
+            [node.module or ""]
+            if isinstance(node, ast.ImportFrom)
+            else [alias.name for alias in node.names]
+        )
         yield from (f"imports {module}" for module in modules if module.split(".")[0] in MODULES)
     if isinstance(node, ast.Constant) and node.value in EVERYWHERE:
         yield f"the address {node.value} of all networks"
@@ -86,7 +138,9 @@ def problems(node: ast.AST, names: dict[str, str], safe_loaders: set[str]) -> It
         yield from call_problems(node, dotted(node.func, names), names, safe_loaders)
 
 
-def call_problems(node: ast.Call, name: str, names: dict[str, str], safe_loaders: set[str]) -> Iterator[str]:
+def call_problems(
+    node: ast.Call, name: str, names: dict[str, str], safe_loaders: set[str]
+) -> Iterator[str]:
     if name in BUILTINS or name in {f"builtins.{builtin}" for builtin in BUILTINS}:
         yield f"calls {name}"
     for keyword in node.keywords:
@@ -104,8 +158,13 @@ def call_problems(node: ast.Call, name: str, names: dict[str, str], safe_loaders
 
 
 def is_loopback(arguments: list[ast.expr]) -> bool:
-    """Whether a server's address is written out and reaches only this machine; a path of a Unix socket is fine."""
-    first = arguments[0].elts[0] if isinstance(arguments[0], ast.Tuple) and arguments[0].elts else arguments[0]
+    """Whether a server's address is written out and reaches only this machine; a path of a Unix
+    socket is fine."""
+    first = (
+        arguments[0].elts[0]
+        if isinstance(arguments[0], ast.Tuple) and arguments[0].elts
+        else arguments[0]
+    )
     if isinstance(first, ast.Constant):
         return first.value in LOOPBACK or str(first.value).startswith("/")
     return False
@@ -118,14 +177,20 @@ def python_files() -> list[Path]:
 def test_no_source_runs_what_it_reads_or_listens_to_the_network() -> None:
     files = python_files()
     assert len(files) > 100
-    found = [f"{path.relative_to(ROOT)}:{problem}" for path in files for problem in findings(path.read_text())]
+    found = [
+        f"{path.relative_to(ROOT)}:{problem}"
+        for path in files
+        for problem in findings(path.read_text())
+    ]
     assert not found, "\n".join(found)
 
 
 def test_no_shell_script_evaluates_text_or_runs_downloads() -> None:
     scripts = [*ROOT.glob("slurm/*"), ROOT / "Makefile"]
     assert len(scripts) > 3
-    dangerous = re.compile(r"(^|[;&|(`]|\bthen|\bdo|\belse)\s*eval\s|\|\s*(ba|z)?sh\b|python3?\s+-c\s+\"[^\"]*\$")
+    dangerous = re.compile(
+        r"(^|[;&|(`]|\bthen|\bdo|\belse)\s*eval\s|\|\s*(ba|z)?sh\b|python3?\s+-c\s+\"[^\"]*\$"
+    )
     for path in scripts:
         for number, line in enumerate(path.read_text().splitlines(), start=1):
             code = line.partition("#")[0]

@@ -1,4 +1,5 @@
-"""`python -m tools.bench_loader`: how fast the loader is, against others and against what is possible."""
+"""`python -m tools.bench_loader`: how fast the loader is, against others and against what is
+possible."""
 
 from __future__ import annotations
 
@@ -11,7 +12,14 @@ from tools.bench_loader.figures import HEAD, Figure, Measure, Options
 from tools.benchmark import MIN_REPEATS, machine, note, table, write_json
 
 PACKAGES = (
-    "torch", "numpy", "opencv-python-headless", "simplejpeg", "pillow", "obstore", "webdataset", "mosaicml-streaming",
+    "torch",
+    "numpy",
+    "opencv-python-headless",
+    "simplejpeg",
+    "pillow",
+    "obstore",
+    "webdataset",
+    "mosaicml-streaming",
 )
 
 EXAMPLES = """\
@@ -28,7 +36,10 @@ def _measures() -> dict[str, tuple[str, Measure]]:
     from tools.bench_loader import loading, memory, raw, seek, soak, store, waiting, workers
 
     return {
-        "loader": ("samples/s/core against other loaders, and against decoding alone", loading.measure),
+        "loader": (
+            "samples/s/core against other loaders, and against decoding alone",
+            loading.measure,
+        ),
         "workers": ("samples/s/core with two worker processes", workers.measure),
         "raw": ("samples/s/core read and checked, without decoding", raw.measure),
         "waiting": ("share of a training step that waits for data", waiting.measure),
@@ -45,7 +56,10 @@ def main(arguments: list[str] | None = None) -> int:
     measures = _measures()
     names = options.only or list(measures)
     if unknown := [name for name in names if name not in measures]:
-        print(f"error: --only {unknown[0]}: no such measure; there are {', '.join(measures)}", file=sys.stderr)
+        print(
+            f"error: --only {unknown[0]}: no such measure; there are {', '.join(measures)}",
+            file=sys.stderr,
+        )
         return 2
     for folder in options.peers:
         sys.path.append(str(folder))  # behind everything: the versions that are installed win
@@ -74,16 +88,34 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m tools.bench_loader", description=__doc__, epilog=EXAMPLES,
+        prog="python -m tools.bench_loader",
+        description=__doc__,
+        epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("--only", action="append", metavar="NAME", help="a measure to run; may be given again")
-    parser.add_argument("--quick", action="store_true", help="hardly any data, in a temporary folder")
-    parser.add_argument("--repeats", type=int, default=0, help=f"rounds of each comparison (default {MIN_REPEATS})")
-    parser.add_argument("--data", type=Path, default=Path("data/bench"), help="where data are kept (%(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("data/bench/report.json"), help="the report (%(default)s)")
-    parser.add_argument("--peers", type=Path, action="append", default=[], metavar="FOLDER",
-                        help="a folder of packages (pip install --target) in which to look for other loaders")
+    )
+    parser.add_argument(
+        "--only", action="append", metavar="NAME", help="a measure to run; may be given again"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="hardly any data, in a temporary folder"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=0, help=f"rounds of each comparison (default {MIN_REPEATS})"
+    )
+    parser.add_argument(
+        "--data", type=Path, default=Path("data/bench"), help="where data are kept (%(default)s)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("data/bench/report.json"), help="the report (%(default)s)"
+    )
+    parser.add_argument(
+        "--peers",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="a folder of packages (pip install --target) in which to look for other loaders",
+    )
     return parser.parse_args(arguments)
 
 

@@ -1,4 +1,5 @@
-"""Our way from a picture's bytes to the model's pixels, alone: for other loaders, and as the limit of all."""
+"""Our way from a picture's bytes to the model's pixels, alone: for other loaders, and as the limit
+of all."""
 
 from __future__ import annotations
 
@@ -20,7 +21,11 @@ class Decoder:
 
     def __call__(self, data: bytes, out: np.ndarray | None = None) -> np.ndarray:
         """uint8 `[3, size, size]` of one picture file, in `out` if that is given."""
-        draws = [0.0] * GEOMETRY_DRAWS if self._rng is None else self._rng.random(GEOMETRY_DRAWS).tolist()
+        draws = (
+            [0.0] * GEOMETRY_DRAWS
+            if self._rng is None
+            else self._rng.random(GEOMETRY_DRAWS).tolist()
+        )
         header = read_header(data)
         view = train_view(header.width, header.height, self._augment, draws)
         enough = least_pixels(view, header.width, header.height, self._size)

@@ -1,7 +1,8 @@
 """Samples a second of one core: the loader against other loaders, and against decoding alone.
 
-All run in this process without workers, pictures lie in the page cache, and each goes on for as many batches
-a round as it takes to measure well. Before anything is timed, one pass of every stream is compared with ours.
+All run in this process without workers, pictures lie in the page cache, and each goes on for as
+many batches a round as it takes to measure well. Before anything is timed, one pass of every stream
+is compared with ours.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from tools.benchmark import Quartiles, interleave, note, one_thread, ratio
 
 ROUND_SECONDS = 0.15
 """About what one round of our loader takes."""
-MAX_GREY_LEVELS = 6.0
+MAX_GRAY_LEVELS = 6.0
 """Mean difference of pictures that another library has decoded and made small."""
 CEILING = "decode and resize alone"
 BOUNDS = {
@@ -63,10 +64,18 @@ def measure(options: Options) -> Iterator[Figure]:
 def our_loader(data: DataSet, workload: Workload, **settings: object) -> Loader:
     """A loader from the start, one micro-batch a step."""
     return Loader(
-        manifests=[data.manifest()], tokenizer_path=str(data.tokenizer), data=workload.settings(**settings),
-        image_size=workload.image_size, text_length=TEXT_LENGTH, seed=SEED, rank=0, world=1,
-        pairs_per_step=workload.batch, pairs_per_forward=workload.batch, state=LoaderState(),
-    )  # fmt: skip
+        manifests=[data.manifest()],
+        tokenizer_path=str(data.tokenizer),
+        data=workload.settings(**settings),
+        image_size=workload.image_size,
+        context_length=TEXT_LENGTH,
+        seed=SEED,
+        rank=0,
+        world_size=1,
+        global_batch_size=workload.batch,
+        micro_batch_size=workload.batch,
+        state=LoaderState(),
+    )
 
 
 def batches_of(loader: Loader) -> Iterator[Batch]:
@@ -95,30 +104,40 @@ def _measure(workload: Workload, options: Options) -> Iterator[Figure]:
     yield from _figures(workload, seconds, batches * workload.batch)
 
 
-def _peers_for(data: DataSet, workload: Workload) -> dict[str, Callable[..., Iterator[peers.PeerBatch]]]:
+def _peers_for(
+    data: DataSet, workload: Workload
+) -> dict[str, Callable[..., Iterator[peers.PeerBatch]]]:
     makers: dict[str, Callable[..., Iterator[peers.PeerBatch]]] = {
         "webdataset": functools.partial(peers.webdataset, data, workload, shuffle=False),
         "webdataset shuffled": functools.partial(peers.webdataset, data, workload, shuffle=True),
         "mosaicml-streaming": functools.partial(peers.mosaicml, data, workload),
     }
     if not workload.augments:  # our augmentation is not written for Pillow
-        makers["webdataset and Pillow"] = functools.partial(peers.webdataset_with_pillow, data, workload)
+        makers["webdataset and Pillow"] = functools.partial(
+            peers.webdataset_with_pillow, data, workload
+        )
     return makers
 
 
-def _figures(workload: Workload, seconds: Mapping[str, list[float]], samples: int) -> Iterator[Figure]:
+def _figures(
+    workload: Workload, seconds: Mapping[str, list[float]], samples: int
+) -> Iterator[Figure]:
     for name in seconds:
         yield Figure(
-            name=f"{workload.name}: {name}", unit="samples/s/core",
+            name=f"{workload.name}: {name}",
+            unit="samples/s/core",
             value=Quartiles.of([samples / cpu for cpu in seconds[name]]),
             note=workload.what if name == "ours" else "",
-        )  # fmt: skip
+        )
     for name, (floor, goal) in BOUNDS.items():
         if name in seconds:
             yield Figure(
-                name=f"{workload.name}: ours / {name}", unit="x", floor=floor, goal=goal,
+                name=f"{workload.name}: ours / {name}",
+                unit="x",
+                floor=floor,
+                goal=goal,
                 value=ratio(seconds[name], seconds["ours"]),
-            )  # fmt: skip
+            )
 
 
 def _one_pass(stream: Iterator[peers.AnyBatch], workload: Workload) -> dict[str, Made]:
@@ -126,7 +145,9 @@ def _one_pass(stream: Iterator[peers.AnyBatch], workload: Workload) -> dict[str,
     found: dict[str, Made] = {}
     # A shuffled stream may bring samples of the next pass before the last of this one.
     for batch in islice(stream, 4 * -(-workload.samples // workload.batch)):
-        for key, image, ids in zip(batch.keys, batch.images.numpy(), batch.text_ids.tolist(), strict=True):
+        for key, image, ids in zip(
+            batch.keys, batch.images.numpy(), batch.text_ids.tolist(), strict=True
+        ):
             found[key] = image.tobytes(), [token for token in ids if token]
         if len(found) == workload.samples:
             return found
@@ -144,9 +165,13 @@ def _check_equal(
         if workload.augments:
             continue
         if name.endswith("Pillow"):
-            theirs, own = (np.frombuffer(data, np.uint8).astype(np.int16) for data in (image, expected[key][0]))
+            theirs, own = (
+                np.frombuffer(data, np.uint8).astype(np.int16) for data in (image, expected[key][0])
+            )
             difference = float(np.abs(theirs - own).mean())
-            assert difference < MAX_GREY_LEVELS, f"{name}: sample {key} differs by {difference:.1f} grey levels"
+            assert difference < MAX_GRAY_LEVELS, (
+                f"{name}: sample {key} differs by {difference:.1f} gray levels"
+            )
         else:
             assert image == expected[key][0], f"{name}: other pixels for sample {key}"
 
@@ -172,9 +197,13 @@ def taker(stream: Iterator[object], batches: int) -> Callable[[], None]:
 
 
 def _decode_only(data: DataSet, workload: Workload, count: int) -> Callable[[], None]:
-    """The limit of all loaders: pictures in memory, decoded and transformed into one and the same place."""
+    """The limit of all loaders: pictures in memory, decoded and transformed into one and the same
+    place."""
     files = itertools.cycle(pictures_of(data))
-    decode, out = Decoder(workload), np.empty((3, workload.image_size, workload.image_size), np.uint8)
+    decode, out = (
+        Decoder(workload),
+        np.empty((3, workload.image_size, workload.image_size), np.uint8),
+    )
 
     def run() -> None:
         for file in islice(files, count):
@@ -188,5 +217,9 @@ def pictures_of(data: DataSet) -> list[bytes]:
     found = []
     for shard in data.shards():
         with tarfile.open(shard) as archive:
-            found += [archive.extractfile(member).read() for member in archive if member.name.endswith(".jpg")]  # type: ignore[union-attr]
+            for member in archive:
+                if member.name.endswith(".jpg"):
+                    file = archive.extractfile(member)
+                    assert file is not None
+                    found.append(file.read())
     return found

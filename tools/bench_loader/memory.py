@@ -1,6 +1,6 @@
 """Peak memory of one loader process, with small shards and with one of a gigabyte.
 
-    python -m tools.bench_loader.memory FOLDER TOKENIZER    what one measurement runs
+python -m tools.bench_loader.memory FOLDER TOKENIZER    what one measurement runs
 """
 
 from __future__ import annotations
@@ -30,19 +30,29 @@ def measure(options: Options) -> Iterator[Figure]:
     for megabytes in (1, 4) if options.quick else (10, 1000):
         note(f"memory: shards of {megabytes} MB")
         folder = _shards_of(data, options.root / f"shards-of-{megabytes}", megabytes)
-        command = [sys.executable, "-m", "tools.bench_loader.memory", str(folder), str(data.tokenizer)]
+        command = [
+            sys.executable,
+            "-m",
+            "tools.bench_loader.memory",
+            str(folder),
+            str(data.tokenizer),
+        ]
         printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         peaks = json.loads(printed.splitlines()[-1])
         value = peaks["worker"] / 2**20
         yield Figure(
-            name=f"peak memory of one worker, shards of {megabytes} MB", value=Quartiles(value, value, value),
-            unit="MiB", floor=LIMIT_MIB, less_is_better=True,
+            name=f"peak memory of one worker, shards of {megabytes} MB",
+            value=Quartiles(value, value, value),
+            unit="MiB",
+            floor=LIMIT_MIB,
+            less_is_better=True,
             note=f"once; resident set; {peaks['imports'] / 2**20:.0f} MiB of it with the first batch",
-        )  # fmt: skip
+        )
 
 
 def main() -> None:
-    """Load some batches with one worker; print its peak and what it held when it had made nothing yet."""
+    """Load some batches with one worker; print its peak and what it held when it had made nothing
+    yet."""
     data = DataSet(folder=Path(sys.argv[1]), tokenizer=Path(sys.argv[2]))
     loader = our_loader(data, PHOTO, workers=1)
     stream = batches_of(loader)
@@ -51,7 +61,8 @@ def main() -> None:
     first = {pid: peak_bytes(pid) for pid in others}
     for batch in islice(stream, BATCHES):
         assert len(batch.images) == PHOTO.batch, batch.problems[:1]
-    # The worker is the one that grows most: others only wait for it (fork server, resource tracker).
+    # The worker is the one that grows most: others only wait for it (fork server, resource
+    # tracker).
     peaks = {pid: peak_bytes(pid) for pid in others}
     worker = max(peaks, key=lambda pid: peaks[pid])
     print(json.dumps({"worker": peaks[worker], "imports": min(first[worker], peaks[worker])}))
@@ -68,8 +79,14 @@ def _shards_of(data: DataSet, folder: Path, megabytes: int) -> Path:
     mean = sum(map(len, pictures)) / len(pictures)
     count = int(megabytes * 1e6 / mean)
     shards = 1 if megabytes >= 100 else 10
-    everything = ({"__key__": f"{number:08d}", "jpg": pictures[number % len(pictures)], "txt": caption(number)}
-                  for number in range(count * shards))
+    everything = (
+        {
+            "__key__": f"{number:08d}",
+            "jpg": pictures[number % len(pictures)],
+            "txt": caption(number),
+        }
+        for number in range(count * shards)
+    )
     write_shards(everything, folder, samples_per_shard=count)
     return folder
 

@@ -1,8 +1,8 @@
 """Other loaders, each as an endless stream of batches that hold what ours hold.
 
-They get our decoder, transform and tokenizer as mapped functions, so that what differs is the way from a file
-to a sample and from samples to a batch. Whatever only ours does (a generator named after each sample, caption
-hashes) they are spared.
+They get our decoder, transform and tokenizer as mapped functions, so that what differs is the way
+from a file to a sample and from samples to a batch. Whatever only ours does (a generator named
+after each sample, caption hashes) they are spared.
 """
 
 from __future__ import annotations
@@ -54,20 +54,24 @@ class PeerBatch(NamedTuple):
 
 
 PASSES = 64
-"""How often an epoch of a peer holds each sample where it is timed: what an epoch costs to begin is not counted,
-as real ones are long."""
+"""How often an epoch of a peer holds each sample where it is timed: what an epoch costs to begin is
+not counted, as real ones are long."""
 
 
 class Missing(Exception):
     """A peer cannot be used here; says why."""
 
 
-def webdataset(data: DataSet, workload: Workload, *, shuffle: bool, passes: int = PASSES) -> Iterator[PeerBatch]:
+def webdataset(
+    data: DataSet, workload: Workload, *, shuffle: bool, passes: int = PASSES
+) -> Iterator[PeerBatch]:
     """webdataset, the files decoded by our functions."""
     return iter(webdataset_pipeline(data, workload, shuffle=shuffle, passes=passes))
 
 
-def webdataset_pipeline(data: DataSet, workload: Workload, *, shuffle: bool, passes: int = PASSES) -> Any:
+def webdataset_pipeline(
+    data: DataSet, workload: Workload, *, shuffle: bool, passes: int = PASSES
+) -> Any:
     """The pipeline of `webdataset`, for a DataLoader."""
     image, text = Decoder(workload), _Text(data)
     return (
@@ -78,7 +82,9 @@ def webdataset_pipeline(data: DataSet, workload: Workload, *, shuffle: bool, pas
     )
 
 
-def webdataset_with_pillow(data: DataSet, workload: Workload, *, passes: int = PASSES) -> Iterator[PeerBatch]:
+def webdataset_with_pillow(
+    data: DataSet, workload: Workload, *, passes: int = PASSES
+) -> Iterator[PeerBatch]:
     """webdataset with its own decoder (`decode("pil")`) and Pillow's resize; not shuffled."""
     return iter(pillow_pipeline(data, workload, passes=passes))
 
@@ -86,14 +92,20 @@ def webdataset_with_pillow(data: DataSet, workload: Workload, *, passes: int = P
 def pillow_pipeline(data: DataSet, workload: Workload, *, passes: int = PASSES) -> Any:
     """The pipeline of `webdataset_with_pillow`, for a DataLoader."""
     image, text = _PillowImage(workload), _Text(data)
-    pipeline = _shards(data, shuffle=False, passes=passes).decode("pil").to_tuple("__key__", "jpg", "txt")
-    return pipeline.map_tuple(_same, image, text).batched(workload.batch, partial=False, collation_fn=_collate)
+    pipeline = (
+        _shards(data, shuffle=False, passes=passes).decode("pil").to_tuple("__key__", "jpg", "txt")
+    )
+    return pipeline.map_tuple(_same, image, text).batched(
+        workload.batch, partial=False, collation_fn=_collate
+    )
 
 
 def _shards(data: DataSet, *, shuffle: bool, passes: int) -> Any:
     wds = importlib.import_module("webdataset")
     shards = data.shards() * passes
-    pipeline = wds.WebDataset(shards, shardshuffle=len(shards) if shuffle else False, seed=SEED).repeat()
+    pipeline = wds.WebDataset(
+        shards, shardshuffle=len(shards) if shuffle else False, seed=SEED
+    ).repeat()
     return pipeline.shuffle(SHUFFLE_BUFFER, seed=SEED) if shuffle else pipeline
 
 
@@ -118,10 +130,15 @@ def mosaicml(data: DataSet, workload: Workload, *, passes: int = PASSES) -> Iter
             return sample["key"], image(sample["jpg"]), text(sample["txt"])
 
     dataset = Decoded(
-        local=str(_mds(streaming, data)), batch_size=workload.batch, shuffle=True, shuffle_seed=SEED,
+        local=str(_mds(streaming, data)),
+        batch_size=workload.batch,
+        shuffle=True,
+        shuffle_seed=SEED,
         epoch_size=passes * workload.samples,
-    )  # fmt: skip
-    loader: Any = torch.utils.data.DataLoader(dataset, batch_size=workload.batch, collate_fn=_collate, drop_last=True)
+    )
+    loader: Any = torch.utils.data.DataLoader(
+        dataset, batch_size=workload.batch, collate_fn=_collate, drop_last=True
+    )
     return _endless(loader)
 
 
@@ -143,7 +160,8 @@ def _mds(streaming: Any, data: DataSet) -> Path:
 
 
 def _import_streaming() -> Any:
-    # Its package imports these for data sets and types that are not used here, and cannot do without.
+    # Its package imports these for data sets and types that are not used here, and cannot do
+    # without.
     for module, name in (
         ("torchvision.datasets", "VisionDataset"),
         ("torchvision.transforms.functional", "to_tensor"),
@@ -155,7 +173,9 @@ def _import_streaming() -> Any:
     try:
         return importlib.import_module("streaming")
     except ImportError as error:
-        raise Missing(f"mosaicml-streaming is not installed ({error}); see docs/benchmarks.md") from error
+        raise Missing(
+            f"mosaicml-streaming is not installed ({error}); see docs/benchmarks.md"
+        ) from error
 
 
 def _stand_in(module: str, name: str) -> None:
@@ -177,7 +197,8 @@ def _stand_in(module: str, name: str) -> None:
 
 
 class _PillowImage:
-    """What webdataset decoded, made small and square as torchvision does it (Resize, CenterCrop, PILToTensor)."""
+    """What webdataset decoded, made small and square as torchvision does it (Resize, CenterCrop,
+    PILToTensor)."""
 
     def __init__(self, workload: Workload) -> None:
         self._size = workload.image_size
@@ -185,10 +206,13 @@ class _PillowImage:
     def __call__(self, image: Image.Image) -> np.ndarray:
         size, short = self._size, min(image.size)
         image = image.resize(
-            (round(image.width * size / short), round(image.height * size / short)), Image.Resampling.BILINEAR
+            (round(image.width * size / short), round(image.height * size / short)),
+            Image.Resampling.BILINEAR,
         )
         left, top = (image.width - size) // 2, (image.height - size) // 2
-        return np.ascontiguousarray(np.asarray(image.crop((left, top, left + size, top + size))).transpose(2, 0, 1))
+        return np.ascontiguousarray(
+            np.asarray(image.crop((left, top, left + size, top + size))).transpose(2, 0, 1)
+        )
 
 
 class _Text:
@@ -214,5 +238,3 @@ def _collate(items: list[tuple[str, np.ndarray, list[int]]]) -> PeerBatch:
     for row, line in enumerate(ids):
         text_BS[row, : len(line)] = line
     return PeerBatch(torch.from_numpy(np.stack(images)), torch.from_numpy(text_BS), keys)
-
-

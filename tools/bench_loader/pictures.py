@@ -1,8 +1,8 @@
 """Synthetic pictures that cost a decoder what photographs cost, and captions of usual length.
 
-A picture is 1/f noise (clouds at every scale), a few shapes with hard edges, and a little grain: then the
-JPEG files have the sizes of real ones at the same quality. Everything follows from a seed, so that the same
-version of the libraries gives the same bytes anywhere.
+A picture is 1/f noise (clouds at every scale), a few shapes with hard edges, and a little grain:
+then the JPEG files have the sizes of real ones at the same quality. Everything follows from a seed,
+so that the same version of the libraries gives the same bytes anywhere.
 """
 
 from __future__ import annotations
@@ -35,15 +35,17 @@ def pixels(seed: int, width: int, height: int, *, grain: float = 4.0) -> np.ndar
         seed: Which one.
         width: Pixels.
         height: Pixels.
-        grain: Standard deviation of the noise of single pixels, in grey levels.
+        grain: Standard deviation of the noise of single pixels, in gray levels.
     """
     draw = np.random.default_rng([seed, 0])
     image = np.full((height, width, 3), draw.uniform(60, 190, size=3), np.float32)
     cells, strength = 2, 45.0
     while cells < max(width, height):
-        # Colour changes slowly in photographs; what is fine is mostly a matter of brightness.
+        # Color changes slowly in photographs; what is fine is mostly a matter of brightness.
         channels = 3 if cells <= 8 else 1
-        noise = draw.standard_normal((cells * height // width + 2, cells + 2, channels), dtype=np.float32)
+        noise = draw.standard_normal(
+            (cells * height // width + 2, cells + 2, channels), dtype=np.float32
+        )
         layer = cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC)
         image += strength * layer.reshape(height, width, channels)
         cells, strength = cells * 2, strength / 1.65
@@ -57,9 +59,12 @@ def pixels(seed: int, width: int, height: int, *, grain: float = 4.0) -> np.ndar
 
 
 def jpeg(seed: int, width: int, height: int, *, quality: int, grain: float) -> bytes:
-    """The picture as a JPEG file with the usual halved colour resolution."""
+    """The picture as a JPEG file with the usual halved color resolution."""
     data: bytes = simplejpeg.encode_jpeg(
-        pixels(seed, width, height, grain=grain), quality=quality, colorspace="RGB", colorsubsampling="420"
+        pixels(seed, width, height, grain=grain),
+        quality=quality,
+        colorspace="RGB",
+        colorsubsampling="420",
     )
     return data
 

@@ -1,4 +1,5 @@
-"""Samples a second of one core without decoding: found by the manifest's index, read, checked, cut into files."""
+"""Samples a second of one core without decoding: found by the manifest's index, read, checked, cut
+into files."""
 
 from __future__ import annotations
 
@@ -35,7 +36,11 @@ def _measure(workload: Workload, options: Options) -> Iterator[Figure]:
     data = prepare(workload, options.root)
     manifest = data.manifest()
     reader = Reader(ShardStore([manifest], workload.settings(), max_open=64))
-    straight = [(shard, place) for shard, entry in enumerate(manifest.shards) for place in range(entry.samples)]
+    straight = [
+        (shard, place)
+        for shard, entry in enumerate(manifest.shards)
+        for place in range(entry.samples)
+    ]
     mixed = [straight[number] for number in np.random.default_rng(SEED).permutation(len(straight))]
     readers: dict[str, Callable[[], Iterator[tuple[str, Files]]]] = {
         OURS: lambda: _ours(reader, mixed),
@@ -52,11 +57,18 @@ def _measure(workload: Workload, options: Options) -> Iterator[Figure]:
     for name, found in seconds.items():
         floor, goal = (20_000, 40_000) if name == OURS else (None, None)
         yield Figure(
-            name=f"{workload.name}: {name}", unit="samples/s/core", floor=floor, goal=goal,
+            name=f"{workload.name}: {name}",
+            unit="samples/s/core",
+            floor=floor,
+            goal=goal,
             value=Quartiles.of([workload.samples / cpu for cpu in found]),
-        )  # fmt: skip
+        )
     for name in ("webdataset", "tarfile"):
-        yield Figure(name=f"{workload.name}: ours / {name}", unit="x", value=ratio(seconds[name], seconds[OURS]))
+        yield Figure(
+            name=f"{workload.name}: ours / {name}",
+            unit="x",
+            value=ratio(seconds[name], seconds[OURS]),
+        )
 
 
 def _ours(reader: Reader, wanted: list[tuple[int, int]]) -> Iterator[tuple[str, Files]]:
@@ -68,7 +80,10 @@ def _ours(reader: Reader, wanted: list[tuple[int, int]]) -> Iterator[tuple[str, 
 
 def _webdataset(data: DataSet) -> Iterator[tuple[str, Files]]:
     for sample in peers.raw_webdataset(data):
-        yield sample["__key__"], {name: value for name, value in sample.items() if not name.startswith("__")}
+        yield (
+            sample["__key__"],
+            {name: value for name, value in sample.items() if not name.startswith("__")},
+        )
 
 
 def _tarfile(data: DataSet) -> Iterator[tuple[str, Files]]:

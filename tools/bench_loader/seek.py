@@ -38,9 +38,12 @@ def measure(options: Options) -> Iterator[Figure]:
             taken[name].append(first_batch_seconds(str(folder), data, workload, position))
     for name, seconds in taken.items():
         yield Figure(
-            name=f"first batch at the {name} of {samples:,} samples", value=Quartiles.of(seconds), unit="s",
-            floor=LIMIT_SECONDS, less_is_better=True,
-        )  # fmt: skip
+            name=f"first batch at the {name} of {samples:,} samples",
+            value=Quartiles.of(seconds),
+            unit="s",
+            floor=LIMIT_SECONDS,
+            less_is_better=True,
+        )
 
 
 def first_batch_seconds(
@@ -50,10 +53,18 @@ def first_batch_seconds(
     settings = workload.settings(cache_dir=cache_dir)
     start = time.perf_counter()
     loader = Loader(
-        manifests=[load_manifest(url)], tokenizer_path=str(data.tokenizer), data=settings,
-        image_size=workload.image_size, text_length=TEXT_LENGTH, seed=SEED, rank=0, world=1,
-        pairs_per_step=workload.batch, pairs_per_forward=workload.batch, state=LoaderState(position=position),
-    )  # fmt: skip
+        manifests=[load_manifest(url)],
+        tokenizer_path=str(data.tokenizer),
+        data=settings,
+        image_size=workload.image_size,
+        context_length=TEXT_LENGTH,
+        seed=SEED,
+        rank=0,
+        world_size=1,
+        global_batch_size=workload.batch,
+        micro_batch_size=workload.batch,
+        state=LoaderState(position=position),
+    )
     (batch,), _ = next(loader.steps())
     seconds = time.perf_counter() - start
     loader.close()

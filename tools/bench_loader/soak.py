@@ -1,8 +1,8 @@
 """A long run of the loader with two workers: does memory, or anything else that is counted, grow?
 
-Small pictures and a small set of shards, epoch after epoch, with a window of shards so small that files are
-opened and closed all the time. Every so often all processes are looked at; what matters is the slope of a
-straight line through their resident sets after the warm-up.
+Small pictures and a small set of shards, epoch after epoch, with a window of shards so small that
+files are opened and closed all the time. Every so often all processes are looked at; what matters
+is the slope of a straight line through their resident sets after the warm-up.
 """
 
 from __future__ import annotations
@@ -26,7 +26,13 @@ WARM_UP = 0.25
 """Share of the run in which allocators and caches may still fill."""
 LIMIT_MIB = 1.0
 TINY = replace(
-    SMALL, name="tiny", what="16 px, 0.7 KB -> 16 px", sides=((16, 16),), image_size=16, samples=2400, shards=24,
+    SMALL,
+    name="tiny",
+    what="16 px, 0.7 KB -> 16 px",
+    sides=((16, 16),),
+    image_size=16,
+    samples=2400,
+    shards=24,
     batch=256,
 )
 WINDOW = 4
@@ -69,7 +75,9 @@ class Soak:
             How much it grows while the whole loader delivers 100,000 samples.
         """
         looks = [look for look in self.looks[pid] if look.samples >= WARM_UP * self.samples]
-        line = np.polyfit([look.samples / 1e5 for look in looks], [getattr(look, count) for look in looks], 1)
+        line = np.polyfit(
+            [look.samples / 1e5 for look in looks], [getattr(look, count) for look in looks], 1
+        )
         return float(line[0])
 
     def steepest(self, count: str) -> float:
@@ -82,17 +90,23 @@ def measure(options: Options) -> Iterator[Figure]:
     data = prepare(TINY, options.root)
     soak = run(data, 20_000 if options.quick else SAMPLES)
     slopes = [soak.per_100k(pid, "resident") / 2**20 for pid in soak.looks]
-    others = ", ".join(f"{name} {soak.steepest(name):+.2f}" for name in ("files", "threads", "shared"))
+    others = ", ".join(
+        f"{name} {soak.steepest(name):+.2f}" for name in ("files", "threads", "shared")
+    )
     yield Figure(
-        name=f"memory growth over {soak.samples:,} samples, {WORKERS} workers", unit="MiB/100k samples",
-        value=Quartiles(min(slopes), max(slopes), max(slopes)), floor=LIMIT_MIB, less_is_better=True,
+        name=f"memory growth over {soak.samples:,} samples, {WORKERS} workers",
+        unit="MiB/100k samples",
+        value=Quartiles(min(slopes), max(slopes), max(slopes)),
+        floor=LIMIT_MIB,
+        less_is_better=True,
         note=f"the steepest of {len(slopes)} processes; others the same way: {others}; "
         f"{soak.samples / soak.seconds:,.0f} samples/s",
-    )  # fmt: skip
+    )
 
 
 def run(data: DataSet, samples: int) -> Soak:
-    """Deliver that many samples (rounded up to whole batches) and look at the processes all the while."""
+    """Deliver that many samples (rounded up to whole batches) and look at the processes all the
+    while."""
     one_thread()
     loader = our_loader(data, TINY, workers=WORKERS, shuffle_window=WINDOW)
     stream, start = batches_of(loader), time.perf_counter()
@@ -112,7 +126,9 @@ def run(data: DataSet, samples: int) -> Soak:
     loader.close()
     marks = [f"_{pid}_" for pid in pids]
     left = tuple(name for name in os.listdir("/dev/shm") if any(mark in name for mark in marks))
-    return Soak(looks=looks, samples=delivered, problems=problems, seconds=seconds, left_in_shm=left)
+    return Soak(
+        looks=looks, samples=delivered, problems=problems, seconds=seconds, left_in_shm=left
+    )
 
 
 def look(pid: int, samples: int) -> Look:

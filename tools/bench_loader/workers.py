@@ -1,8 +1,8 @@
 """With worker processes, as in training: CPU seconds a sample of all processes together.
 
-What comes on top of making a batch is handing it to the trainer. Both loaders use torch's DataLoader with two
-workers; counted is the time of the whole family of processes from one moment in which all batches made ahead
-are there to the next.
+What comes on top of making a batch is handing it to the trainer. Both loaders use torch's
+DataLoader with two workers; counted is the time of the whole family of processes from one moment in
+which all batches made ahead are there to the next.
 """
 
 from __future__ import annotations
@@ -44,29 +44,38 @@ def _measure(workload: Workload, options: Options) -> Iterator[Figure]:
     del streams, work
     for name, found in seconds.items():
         yield Figure(
-            name=f"{workload.name}: {name}", unit="samples/s/core",
+            name=f"{workload.name}: {name}",
+            unit="samples/s/core",
             value=Quartiles.of([batches * workload.batch / each for each in found]),
-        )  # fmt: skip
+        )
     for name in ("webdataset", "webdataset and Pillow"):
         floor, goal = BOUNDS[name]
         yield Figure(
-            name=f"{workload.name}: ours / {name}", unit="x", floor=floor, goal=goal,
+            name=f"{workload.name}: ours / {name}",
+            unit="x",
+            floor=floor,
+            goal=goal,
             value=ratio(seconds[name], seconds["ours"]),
-        )  # fmt: skip
+        )
 
 
 def _in_workers(pipeline: Any) -> Iterator[Any]:
     """Whole batches from torch's workers, as webdataset's manual has it."""
     return iter(
         torch.utils.data.DataLoader(
-            pipeline, batch_size=None, num_workers=WORKERS, prefetch_factor=PREFETCH,
-            multiprocessing_context="forkserver", worker_init_fn=_one_thread,
+            pipeline,
+            batch_size=None,
+            num_workers=WORKERS,
+            prefetch_factor=PREFETCH,
+            multiprocessing_context="forkserver",
+            worker_init_fn=_one_thread,
         )
     )
 
 
 def _batches_a_round(stream: Iterator[Any]) -> int:
-    """Batches that take both workers about `ROUND_SECONDS` together; ticks of 10 ms are then one in a hundred."""
+    """Batches that take both workers about `ROUND_SECONDS` together; ticks of 10 ms are then one in
+    a hundred."""
     spent = cpu_seconds(taker(stream, 16), FAMILY)
     return max(4, round(16 * ROUND_SECONDS / spent))
 

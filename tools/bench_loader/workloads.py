@@ -51,25 +51,43 @@ class Workload:
         return self.augment != AugmentConfig()
 
     def settings(self, **changes: Any) -> DataConfig:
-        """The loader's settings: all shards shuffled together, in this process unless told otherwise."""
+        """The loader's settings: all shards shuffled together, in this process unless told
+        otherwise."""
         given: dict[str, Any] = {"augment": self.augment, "workers": 0}
         return DataConfig(**given | changes)
 
 
 SMALL = Workload(
-    name="small", what="64-96 px, 3 KB -> 64 px", sides=((64, 64), (80, 80), (96, 96)), quality=85, grain=2.0,
-    image_size=64, samples=4096,
+    name="small",
+    what="64-96 px, 3 KB -> 64 px",
+    sides=((64, 64), (80, 80), (96, 96)),
+    quality=85,
+    grain=2.0,
+    image_size=64,
+    samples=4096,
 )
 WEB = Workload(
-    name="web", what="256 px, 20 KB -> 224 px", sides=((256, 256),), quality=90, grain=4.0,
-    image_size=224, samples=2048,
+    name="web",
+    what="256 px, 20 KB -> 224 px",
+    sides=((256, 256),),
+    quality=90,
+    grain=4.0,
+    image_size=224,
+    samples=2048,
 )
 PHOTO = Workload(
-    name="photo", what="640x480, 75 KB -> 224 px", sides=((640, 480), (480, 640)), quality=90, grain=4.0,
-    image_size=224, samples=512,
+    name="photo",
+    what="640x480, 75 KB -> 224 px",
+    sides=((640, 480), (480, 640)),
+    quality=90,
+    grain=4.0,
+    image_size=224,
+    samples=512,
 )
 CROPPED = replace(
-    WEB, name="web-augmented", what="256 px, 20 KB -> random crop and flip -> 224 px",
+    WEB,
+    name="web-augmented",
+    what="256 px, 20 KB -> random crop and flip -> 224 px",
     augment=AugmentConfig(flip=True, crop_scale=(0.35, 1.0)),
 )
 WORKLOADS = (SMALL, WEB, PHOTO, CROPPED)
@@ -95,9 +113,13 @@ class DataSet:
 def prepare(workload: Workload, root: Path) -> DataSet:
     """The files of a workload below `root`; written if they are not there as asked for."""
     settings = {
-        "version": VERSION, "sides": workload.sides, "quality": workload.quality, "grain": workload.grain,
-        "samples": workload.samples, "shards": workload.shards,
-    }  # fmt: skip
+        "version": VERSION,
+        "sides": workload.sides,
+        "quality": workload.quality,
+        "grain": workload.grain,
+        "samples": workload.samples,
+        "shards": workload.shards,
+    }
     wanted = json.dumps(settings)
     # Workloads that differ only in what is made of the pictures share them.
     folder = root / f"{workload.sides[0][0]}x{workload.sides[0][1]}-{workload.samples}"
@@ -105,9 +127,14 @@ def prepare(workload: Workload, root: Path) -> DataSet:
     if not stamp.exists() or stamp.read_text() != wanted:
         shutil.rmtree(folder, ignore_errors=True)
         write_shards(
-            samples(workload.samples, workload.sides, quality=workload.quality, grain=workload.grain),
-            folder / "shards", samples_per_shard=-(-workload.samples // workload.shards),
+            samples(
+                workload.samples, workload.sides, quality=workload.quality, grain=workload.grain
+            ),
+            folder / "shards",
+            samples_per_shard=-(-workload.samples // workload.shards),
         )
-        train_tokenizer(map(caption, range(2000)), folder / "tokenizer.model", vocab_size=VOCAB_SIZE)
+        train_tokenizer(
+            map(caption, range(2000)), folder / "tokenizer.model", vocab_size=VOCAB_SIZE
+        )
         stamp.write_text(wanted)
     return DataSet(folder=folder / "shards", tokenizer=folder / "tokenizer.model")

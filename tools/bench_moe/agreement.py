@@ -1,4 +1,5 @@
-"""Are the answers right? Each arm against the layer written plainly, in float32, with the same weights."""
+"""Are the answers right? Each arm against the layer written plainly, in float32, with the same
+weights."""
 
 from __future__ import annotations
 
@@ -47,7 +48,10 @@ def differences(arm: Arm, x_TD: Tensor, grad_TD: Tensor, truth: Truth) -> dict[s
         return {}
     y_TD = arm.run(x_TD, grad_TD)
     assert x_TD.grad is not None
-    found = {"answers": off(y_TD, truth.y_TD), "gradient of the tokens": off(x_TD.grad, truth.grad_x_TD)}
+    found = {
+        "answers": off(y_TD, truth.y_TD),
+        "gradient of the tokens": off(x_TD.grad, truth.grad_x_TD),
+    }
     for name, mine, true in zip(Weights._fields, arm.gradients(), truth.gradients, strict=True):
         found[f"gradient of {name}"] = off(mine, true)
     return found

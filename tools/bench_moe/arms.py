@@ -1,7 +1,8 @@
-"""The contestants: one MoE layer each, with the same weights, dropless, and a dense network beside them.
+"""The contestants: one MoE layer each, with the same weights, dropless, and a dense network beside
+them.
 
-Every arm holds all of its weights in the type that is measured and routes alike: float32 softmax over the experts,
-the best k, weights that sum to one.
+Every arm holds all of its weights in the type that is measured and routes alike: float32 softmax
+over the experts, the best k, weights that sum to one.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ class Arm(NamedTuple):
     """Of the weights after a backward pass, stacked; None for what has other weights."""
 
     def run(self, x_TD: Tensor, grad_TD: Tensor) -> Tensor:
-        """Forward and backward; returns the answers, and leaves the gradient of the tokens in `x_TD.grad`."""
+        """Forward and backward; returns the answers, and leaves the gradient of the tokens in
+        `x_TD.grad`."""
         x_TD.grad = None
         self.module.zero_grad(set_to_none=True)
         y_TD = self.forward(x_TD)
@@ -71,14 +73,16 @@ def draw_weights(shape: Shape, device: torch.device, dtype: torch.dtype) -> Weig
 
 
 CLEAR = 12.0
-"""Logit of a chosen expert; of the others' noise, which has deviation 1, the largest of millions is about 5."""
+"""Logit of a chosen expert; of the others' noise, which has deviation 1, the largest of millions is
+about 5."""
 
 
 def draw_tokens(shape: Shape, weights: Weights) -> tuple[Tensor, Tensor]:
     """Tokens `[tokens, width]` and the gradient of their answers.
 
-    Each token leans towards k experts drawn by the chances of the shape's load, so clearly that every arm chooses the
-    same ones however it rounds. Even chances favour layers that pad all experts to the fullest one.
+    Each token leans towards k experts drawn by the chances of the shape's load, so clearly that
+    every arm chooses the same ones however it rounds. Even chances favour layers that pad all
+    experts to the fullest one.
     """
     device, dtype = weights.router.device, weights.router.dtype
     generator = torch.Generator(device).manual_seed(2)
@@ -86,20 +90,28 @@ def draw_tokens(shape: Shape, weights: Weights) -> tuple[Tensor, Tensor]:
     chances_E = torch.ones(shape.experts, device=device)
     if shape.load == UNEVEN:
         chances_E = torch.arange(shape.experts, 0, -1, device=device) - 0.5
-    # The largest k of log chance + Gumbel noise are k draws without replacement (Kool et al. 2019, arXiv:1903.06059).
+    # The largest k of log chance + Gumbel noise are k draws without replacement (Kool et al. 2019,
+    # arXiv:1903.06059).
     lots_TE = chances_E.log() - uniform_TE.clamp_min(1e-20).log().neg().log()
     chosen_TE = torch.zeros_like(lots_TE).scatter_(1, lots_TE.topk(shape.k, dim=1).indices, CLEAR)
     router = weights.router.float()
     towards_ED = router / router.square().sum(dim=1, keepdim=True)
-    x_TD = torch.randn(shape.tokens, shape.width, generator=generator, device=device) + chosen_TE @ towards_ED
+    x_TD = (
+        torch.randn(shape.tokens, shape.width, generator=generator, device=device)
+        + chosen_TE @ towards_ED
+    )
     grad_TD = torch.randn(shape.tokens, shape.width, generator=generator, device=device)
     return x_TD.to(dtype).requires_grad_(), grad_TD.to(dtype)
 
 
 def ours(shape: Shape, weights: Weights) -> Arm:
-    """`pretrain.moe.layer.MoELayer` as a run uses it, statistics included; half of the tokens are patches."""
+    """`pretrain.moe.layer.MoELayer` as a run uses it, statistics included; half of the tokens are
+    patches."""
     config = MoEConfig(
-        num_experts=shape.experts, experts_per_token=shape.k, expert_width=shape.hidden, shared_experts=0
+        num_experts=shape.experts,
+        top_k=shape.k,
+        expert_width=shape.hidden,
+        shared_experts=0,
     )
     device = weights.w1.device
     layer = MoELayer(shape.width, config, BalanceConfig()).to(device, weights.w1.dtype)
@@ -128,7 +140,9 @@ def copy(parameters: Weights, weights: Weights) -> None:
 def gradients_of(parameters: Weights) -> Weights:
     """What a backward pass left."""
     found = [parameter.grad for parameter in parameters]
-    missing = [name for name, gradient in zip(Weights._fields, found, strict=True) if gradient is None]
+    missing = [
+        name for name, gradient in zip(Weights._fields, found, strict=True) if gradient is None
+    ]
     if missing:
         raise AssertionError(f"no gradient for {', '.join(missing)}")
     return Weights(*(gradient for gradient in found if gradient is not None))

@@ -1,4 +1,5 @@
-"""What the machine could do at best, measured in the same run: one big product, one big copy; and memory."""
+"""What the machine could do at best, measured in the same run: one big product, one big copy; and
+memory."""
 
 from __future__ import annotations
 
@@ -32,7 +33,9 @@ class Limits(NamedTuple):
         return max(compute, traffic), "compute" if compute >= traffic else "memory"
 
 
-def measure_limits(device: torch.device, dtype: torch.dtype, *, quick: bool = False, repeats: int = 7) -> Limits:
+def measure_limits(
+    device: torch.device, dtype: torch.dtype, *, quick: bool = False, repeats: int = 7
+) -> Limits:
     """Best of several runs: a limit is what is possible, not what is usual.
 
     A square product of side 8192 (CPU 1536), a copy of 2 GiB (CPU 256 MiB); read and write count.
@@ -48,7 +51,10 @@ def measure_limits(device: torch.device, dtype: torch.dtype, *, quick: bool = Fa
         stopwatch(work)
         return min(stopwatch(work) for _ in range(repeats))
 
-    multiplied, copied = best(lambda: torch.mm(a, b, out=product)), best(lambda: target.copy_(source))
+    multiplied, copied = (
+        best(lambda: torch.mm(a, b, out=product)),
+        best(lambda: target.copy_(source)),
+    )
     return Limits(2.0 * side**3 / multiplied, 2.0 * size / copied)
 
 
@@ -61,13 +67,17 @@ def peak_tensor_bytes(work: Callable[[], object], device: torch.device) -> int:
         work()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profiled:
         work()
     inner = profiled.profiler
     assert inner is not None and inner.kineto_results is not None
     events = inner.kineto_results.events()
     live = peak = 0
-    for _, size in sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"):
+    for _, size in sorted(
+        (event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"
+    ):
         live += size
         peak = max(peak, live)
     return peak

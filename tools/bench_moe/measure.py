@@ -19,7 +19,12 @@ from tools.bench_moe.torchtitan_layer import torchtitan
 from tools.benchmark import Quartiles, figure, interleave, note, ratio
 from tools.figures import Figure, skipped
 
-OURS, DEEPSPEED, AUTO_EP, TORCHTITAN = "ours", "DeepSpeed's layer", "AutoEP's layer", "torchtitan's layer"
+OURS, DEEPSPEED, AUTO_EP, TORCHTITAN = (
+    "ours",
+    "DeepSpeed's layer",
+    "AutoEP's layer",
+    "torchtitan's layer",
+)
 DENSE = "dense, equal active FLOPs"
 OUT_OF_MEMORY = "out of memory"
 Build = Callable[[Shape, Weights], Arm]
@@ -45,16 +50,26 @@ class Measured:
 
 
 def measure(
-    shape: Shape, device: torch.device, dtype: torch.dtype, *, repeats: int, peers: Mapping[str, Build] = PEERS
+    shape: Shape,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    repeats: int,
+    peers: Mapping[str, Build] = PEERS,
 ) -> list[Measured]:
-    """A shape; and peers that ran out of memory once more, beside ours, with half as many tokens until they fit."""
+    """A shape; and peers that ran out of memory once more, beside ours, with half as many tokens
+    until they fit."""
     whole = measure_shape(shape, device, dtype, repeats=repeats, peers=peers)
     found, large, tokens = [whole], whole.too_large, shape.tokens // 2
     while large and tokens >= LEAST_TOKENS:
         theirs = {name: peers[name] for name in large}
-        smaller = measure_shape(shape.with_fewer(tokens), device, dtype, repeats=repeats, peers=theirs)
+        smaller = measure_shape(
+            shape.with_fewer(tokens), device, dtype, repeats=repeats, peers=theirs
+        )
         for name in large:
-            whole.missing[name] = f"{OUT_OF_MEMORY}; with {tokens:,} tokens: {smaller.missing.get(name, 'measured')}"
+            whole.missing[name] = (
+                f"{OUT_OF_MEMORY}; with {tokens:,} tokens: {smaller.missing.get(name, 'measured')}"
+            )
         if set(large) - set(smaller.too_large):
             found.append(smaller)
         large, tokens = smaller.too_large, tokens // 2
@@ -62,9 +77,15 @@ def measure(
 
 
 def measure_shape(
-    shape: Shape, device: torch.device, dtype: torch.dtype, *, repeats: int, peers: Mapping[str, Build] = PEERS
+    shape: Shape,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    repeats: int,
+    peers: Mapping[str, Build] = PEERS,
 ) -> Measured:
-    """Build, compare, time and weigh every arm; with fewer tokens than the whole shape only if a peer fits."""
+    """Build, compare, time and weigh every arm; with fewer tokens than the whole shape only if a
+    peer fits."""
     found = Measured(shape)
     weights = draw_weights(shape, device, dtype)
     x_TD, grad_TD = draw_tokens(shape, weights)
@@ -113,14 +134,19 @@ def _right_arms(
             worst = max(off, key=off.__getitem__)
             if off[worst] > limit:
                 found.wrong.append(name)
-                found.missing[name] = f"another answer: {worst} is off by {off[worst]:.1e}, more than {limit:.0e}"
+                found.missing[name] = (
+                    f"another answer: {worst} is off by {off[worst]:.1e}, more than {limit:.0e}"
+                )
                 del arms[name]
         _free_after(found, name, x_TD)
     return arms
 
 
-def _leave_out_who_no_longer_fits(found: Measured, arms: dict[str, Arm], x_TD: Tensor, grad_TD: Tensor) -> None:
-    """Run every arm while the weights and gradients of all are there, as they are when time is taken."""
+def _leave_out_who_no_longer_fits(
+    found: Measured, arms: dict[str, Arm], x_TD: Tensor, grad_TD: Tensor
+) -> None:
+    """Run every arm while the weights and gradients of all are there, as they are when time is
+    taken."""
     for name in reversed(list(arms)):  # the dense network is last, and alone has no gradients yet
         try:
             arms[name].run(x_TD, grad_TD)
@@ -155,30 +181,57 @@ def figures(found: Measured, limits: Limits, dtype: torch.dtype, *, on_gpu: bool
     """The lines of one shape."""
     shape, seconds = found.shape, found.seconds
     least, which = limits.least_seconds(shape, dtype)
-    fewer = f"not {shape.whole_tokens:,} tokens: a layer runs out of memory" if shape.whole_tokens else ""
+    fewer = (
+        f"not {shape.whole_tokens:,} tokens: a layer runs out of memory"
+        if shape.whole_tokens
+        else ""
+    )
     lines = []
     for name, times in seconds.items():
         share = Quartiles.of([least / time for time in times])
         text = f"holds {figure(found.peak_bytes[name] / 2**20)} MiB more at most"
         if name != DENSE:
             text += f"; {share.median:.0%} of the {which} limit"
-        lines.append(Figure(name=f"{shape.label}: {name}", value=_milliseconds(times), unit="ms", note=text))
+        lines.append(
+            Figure(name=f"{shape.label}: {name}", value=_milliseconds(times), unit="ms", note=text)
+        )
     lines += [skipped(f"{shape.label}: {name}", why) for name, why in found.missing.items()]
     if OURS not in seconds:
         return lines
-    for name, bounds in ((DEEPSPEED, shape.faster), *((n, GROUPED_PEERS if on_gpu else Bounds()) for n in
-                                                      (AUTO_EP, TORCHTITAN))):
+    for name, bounds in (
+        (DEEPSPEED, shape.faster),
+        *((n, GROUPED_PEERS if on_gpu else Bounds()) for n in (AUTO_EP, TORCHTITAN)),
+    ):
         if name in seconds:
-            lines.append(Figure(
-                name=f"{shape.label}: speed against {name}", value=ratio(seconds[name], seconds[OURS]), unit="x",
-                floor=bounds.floor, goal=bounds.goal, note=fewer,
-            ))  # fmt: skip
-    lines.append(Figure(
-        name=f"{shape.label}: time against {DENSE}", value=ratio(seconds[OURS], seconds[DENSE]), unit="x",
-        floor=shape.overhead.floor, goal=shape.overhead.goal, less_is_better=True, note=fewer,
-    ))  # fmt: skip
-    lines.append(Figure(name=f"{shape.label}: least possible time / time", unit="x", note=f"{which} bound",
-                        value=Quartiles.of([least / time for time in seconds[OURS]])))
+            lines.append(
+                Figure(
+                    name=f"{shape.label}: speed against {name}",
+                    value=ratio(seconds[name], seconds[OURS]),
+                    unit="x",
+                    floor=bounds.floor,
+                    goal=bounds.goal,
+                    note=fewer,
+                )
+            )
+    lines.append(
+        Figure(
+            name=f"{shape.label}: time against {DENSE}",
+            value=ratio(seconds[OURS], seconds[DENSE]),
+            unit="x",
+            floor=shape.overhead.floor,
+            goal=shape.overhead.goal,
+            less_is_better=True,
+            note=fewer,
+        )
+    )
+    lines.append(
+        Figure(
+            name=f"{shape.label}: least possible time / time",
+            unit="x",
+            note=f"{which} bound",
+            value=Quartiles.of([least / time for time in seconds[OURS]]),
+        )
+    )
     return lines
 
 
@@ -194,8 +247,17 @@ def mean_figures(all_found: list[Measured], faster: Bounds, overhead: Bounds) ->
             continue
         pairs = [zip(found.seconds[top], found.seconds[bottom], strict=True) for found in all_found]
         rounds = [geometric_mean([a / b for a, b in both]) for both in zip(*pairs, strict=True)]
-        lines.append(Figure(name=f"all shapes, {load}: {name}", value=Quartiles.of(rounds), unit="x",
-                            floor=bounds.floor, goal=bounds.goal, less_is_better=less, note="geometric mean"))
+        lines.append(
+            Figure(
+                name=f"all shapes, {load}: {name}",
+                value=Quartiles.of(rounds),
+                unit="x",
+                floor=bounds.floor,
+                goal=bounds.goal,
+                less_is_better=less,
+                note="geometric mean",
+            )
+        )
     return lines
 
 

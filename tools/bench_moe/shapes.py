@@ -1,4 +1,5 @@
-"""The layers that are measured: sizes that people train, small enough for a CPU or large enough for a GPU."""
+"""The layers that are measured: sizes that people train, small enough for a CPU or large enough for
+a GPU."""
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ EVEN, UNEVEN = "even", "uneven"
 LOADS = {
     EVEN: "every expert is as likely as any other, so the busiest has 1.1 to 1.3 times the mean",
     UNEVEN: "chances fall evenly from the first expert to the last: the busiest has about twice the mean, the idlest a "
-            "few percent of it (in docs/balancing.md a balance loss leaves 1.5, no balancing 3.1 times the mean)",
-}  # fmt: skip
+    "few percent of it (in docs/balancing.md a balance loss leaves 1.5, no balancing 3.1 times the mean)",
+}
 """How tokens are spread over the experts."""
 
 
@@ -44,7 +45,9 @@ class Shape(NamedTuple):
     @property
     def label(self) -> str:
         """Name and load; and the number of tokens where it is not that of the whole shape."""
-        return f"{self.name}, {self.load}" + (f", {self.tokens:,} tokens" if self.whole_tokens else "")
+        return f"{self.name}, {self.load}" + (
+            f", {self.tokens:,} tokens" if self.whole_tokens else ""
+        )
 
     def with_fewer(self, tokens: int) -> Shape:
         """The same layer with fewer tokens, asked as much."""
@@ -52,19 +55,24 @@ class Shape(NamedTuple):
 
     def words(self) -> str:
         """For tables."""
-        return (f"{self.tokens:,} tokens of {self.width}, {self.experts} experts of {self.hidden}, "
-                f"{self.k} a token")
+        return (
+            f"{self.tokens:,} tokens of {self.width}, {self.experts} experts of {self.hidden}, "
+            f"{self.k} a token"
+        )
 
     @property
     def flops(self) -> float:
-        """Of one forward and backward pass: matrix products of the chosen experts and the router."""
-        return 6.0 * self.tokens * (3 * self.width * self.hidden * self.k + self.width * self.experts)
+        """Of one forward and backward pass: matrix products of the chosen experts and the
+        router."""
+        return (
+            6.0 * self.tokens * (3 * self.width * self.hidden * self.k + self.width * self.experts)
+        )
 
     def bytes(self, element: int) -> float:
         """Least traffic of one forward and backward pass, for numbers of so many bytes.
 
-        Weights are read twice and their gradients written once; tokens are read twice, answers and the gradient
-        of the tokens written and the gradient of the answers read once.
+        Weights are read twice and their gradients written once; tokens are read twice, answers and
+        the gradient of the tokens written and the gradient of the answers read once.
         """
         weights = 3 * self.experts * self.width * self.hidden + self.experts * self.width
         return float(element * (3 * weights + 5 * self.tokens * self.width))

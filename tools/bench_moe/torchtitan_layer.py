@@ -12,10 +12,11 @@ from tools.bench_moe.shapes import Shape
 
 
 def torchtitan(shape: Shape, weights: Weights) -> Arm:
-    """`torchtitan.models.common.moe.MoE`: softmax, normalised weights, no bias, no shared expert.
+    """`torchtitan.models.common.moe.MoE`: softmax, normalized weights, no bias, no shared expert.
 
     Raises:
-        Missing: It cannot be imported, or the type is another than bfloat16, in which its experts always compute.
+        Missing: It cannot be imported, or the type is another than bfloat16, in which its experts
+        always compute.
     """
     device, dtype = weights.w1.device, weights.w1.dtype
     if dtype != torch.bfloat16:
@@ -26,14 +27,20 @@ def torchtitan(shape: Shape, weights: Weights) -> Arm:
         dispatch: Any = import_module("torchtitan.models.common.token_dispatcher")
     except ImportError as error:
         raise Missing(f"torchtitan's MoE layer cannot be imported: {error}") from error
-    experts = moe.GroupedExperts.Config(dim=shape.width, hidden_dim=shape.hidden, num_experts=shape.experts)
+    experts = moe.GroupedExperts.Config(
+        dim=shape.width, hidden_dim=shape.hidden, num_experts=shape.experts
+    )
     dispatcher = dispatch.LocalTokenDispatcher.Config(num_experts=shape.experts, top_k=shape.k)
     gate = linear.Linear.Config(in_features=shape.width, out_features=shape.experts)
     config = moe.MoE.Config(
         num_experts=shape.experts,
         routed_experts=moe.RoutedExperts.Config(inner_experts=experts, token_dispatcher=dispatcher),
         router=moe.TokenChoiceTopKRouter.Config(
-            num_experts=shape.experts, gate=gate, top_k=shape.k, score_func="softmax", route_norm=True
+            num_experts=shape.experts,
+            gate=gate,
+            top_k=shape.k,
+            score_func="softmax",
+            route_norm=True,
         ),
         load_balance_coeff=None,
     )
@@ -41,4 +48,6 @@ def torchtitan(shape: Shape, weights: Weights) -> Arm:
     inner = layer.routed_experts.inner_experts
     parameters = Weights(layer.router.gate.weight, inner.w1_EFD, inner.w2_EDF, inner.w3_EFD)
     copy(parameters, weights)
-    return Arm(layer, lambda x_TD: layer(x_TD.unsqueeze(0)).squeeze(0), lambda: gradients_of(parameters))
+    return Arm(
+        layer, lambda x_TD: layer(x_TD.unsqueeze(0)).squeeze(0), lambda: gradients_of(parameters)
+    )

@@ -1,4 +1,5 @@
-"""The layer's ways of routing that are checked on a GPU, with weights and tokens on which no rounding decides."""
+"""The layer's ways of routing that are checked on a GPU, with weights and tokens on which no
+rounding decides."""
 
 from __future__ import annotations
 
@@ -17,22 +18,23 @@ from tools.bench_moe.shapes import Shape
 WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "usual": ({}, {}),
     "shared expert": ({"shared_experts": 1}, {}),
-    "one expert a token": ({"experts_per_token": 1}, {}),
-    "sigmoid, biases": ({"score": "sigmoid"}, {"bias": "zscore", "bias_per_modality": True}),
+    "one expert a token": ({"top_k": 1}, {}),
+    "sigmoid, biases": ({"score_func": "sigmoid"}, {"bias": "zscore", "bias_per_modality": True}),
     "capacity by position": ({"capacity_factor": 0.9}, {}),
     "capacity by chance": ({"capacity_factor": 1.1, "capacity_priority": "random"}, {}),
-    "noisy, smooth load": ({"choice": "noisy"}, {"load_weight": 0.1}),
+    "noisy, smooth load": ({"routing": "noisy_top_k"}, {"load_weight": 0.1}),
     "pools": ({"pools": "modality"}, {}),
-    "caption gate": ({"gate": "caption"}, {}),
+    "caption gate": ({"router_input": "caption"}, {}),
 }
 """Settings of moe and balance by name."""
 OTHER_WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "experts choose patches": ({"choice": "expert"}, {}),
-    "sampled": ({"choice": "sampled"}, {}),
+    "experts choose patches": ({"routing": "expert_choice"}, {}),
+    "sampled": ({"routing": "sampled"}, {}),
     "capacity by sureness": ({"capacity_factor": 1.1, "capacity_priority": "batch"}, {}),
     "sums of absolute weights": ({}, {"expert_l1_weight": 1e-4, "router_l1_weight": 1e-4}),
 }
-"""More, in which only waits of the host are looked for: in most of them near ties are usual, which rounding decides."""
+"""More, in which only waits of the host are looked for: in most of them near ties are usual, which
+rounding decides."""
 
 
 class Built(NamedTuple):
@@ -49,7 +51,13 @@ class Built(NamedTuple):
         self.layer.zero_grad(set_to_none=True)
         y_TD, stats = self.layer(self.x_TD, self.tokens)
         # The statistics' gradient too: auxiliary losses are functions of these sums.
-        sums = (stats.z_sum_M, stats.prob_sum_ME.square(), stats.load_sum_ME, stats.expert_l1, stats.router_l1)
+        sums = (
+            stats.z_sum_M,
+            stats.prob_sum_ME.square(),
+            stats.load_sum_ME,
+            stats.expert_l1,
+            stats.router_l1,
+        )
         extra = torch.stack([each.sum() for each in sums]).sum() * 1e-4
         torch.autograd.backward([y_TD, extra], [self.grad_TD, None])
         gradients = {name: parameter.grad for name, parameter in self.layer.named_parameters()}
@@ -60,18 +68,25 @@ class Built(NamedTuple):
 def build(way: str, shape: Shape, device: torch.device, dtype: torch.dtype) -> Built:
     """A layer and its tokens; the same numbers on every device, rounded to the type."""
     moe, balance = (WAYS | OTHER_WAYS)[way]
-    given = {"num_experts": shape.experts, "experts_per_token": shape.k, "expert_width": shape.hidden,
-             "shared_experts": 0}
+    given = {
+        "num_experts": shape.experts,
+        "top_k": shape.k,
+        "expert_width": shape.hidden,
+        "shared_experts": 0,
+    }
     config = MoEConfig(**given | moe)
     layer = MoELayer(shape.width, config, BalanceConfig(**balance), fused=True)
     weights = draw_weights(shape, torch.device("cpu"), torch.float32)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in layer.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5 / parameter.shape[-1] ** 0.5)
+            parameter.copy_(
+                torch.randn(parameter.shape, generator=generator) * 0.5 / parameter.shape[-1] ** 0.5
+            )
         layer.gate.weight.copy_(weights.router)
-    # Towards as many experts as are chosen: of several that a token leans to equally, rounding would choose.
-    x_TD, grad_TD = draw_tokens(shape._replace(k=config.experts_per_token), weights)
+    # Towards as many experts as are chosen: of several that a token leans to equally, rounding
+    # would choose.
+    x_TD, grad_TD = draw_tokens(shape._replace(k=config.top_k), weights)
     layer = layer.to(device, dtype)
     x_TD = x_TD.detach().to(device, dtype).requires_grad_()
     return Built(layer, x_TD, grad_TD.to(device, dtype), tokens_of(shape, device))
@@ -83,5 +98,9 @@ def tokens_of(shape: Shape, device: torch.device) -> RouterTokens:
     patches = shape.tokens // 4 - text
     positions = torch.arange(pairs * text)
     identity = token_identity(torch.arange(pairs), patches, positions, text)
-    groups = torch.cat([torch.arange(pairs).repeat_interleave(count) // 2 for count in (patches, text)])
-    return RouterTokens(pairs, patches, text, positions.to(device), identity.to(device), groups.to(device), 2, 7)
+    groups = torch.cat(
+        [torch.arange(pairs).repeat_interleave(count) // 2 for count in (patches, text)]
+    )
+    return RouterTokens(
+        pairs, patches, text, positions.to(device), identity.to(device), groups.to(device), 2, 7
+    )

@@ -24,26 +24,42 @@ class Check:
 
     def row(self, part: str) -> list[str]:
         """Cells of the table under `HEAD`."""
-        return [part, self.name, self.measured, self.asked, "passed" if self.passed else "FAILED", self.note]
+        return [
+            part,
+            self.name,
+            self.measured,
+            self.asked,
+            "passed" if self.passed else "FAILED",
+            self.note,
+        ]
 
 
 def at_most(name: str, value: float, limit: float, note: str = "") -> Check:
     """A check that a number is finite and small enough."""
-    return Check(name=name, passed=value <= limit, measured=f"{value:.1e}", asked=f"at most {limit:.0e}", note=note)
+    return Check(
+        name=name,
+        passed=value <= limit,
+        measured=f"{value:.1e}",
+        asked=f"at most {limit:.0e}",
+        note=note,
+    )
 
 
 def figure_row(part: str, line: Figure) -> list[str]:
     """A figure's cells under `HEAD`."""
     kind = "at most" if line.less_is_better else "at least"
-    bounds = [f"{kind} {figure(line.floor)}" if line.floor is not None else "",
-              f"goal {figure(line.goal)}" if line.goal is not None else ""]
+    bounds = [
+        f"{kind} {figure(line.floor)}" if line.floor is not None else "",
+        f"goal {figure(line.goal)}" if line.goal is not None else "",
+    ]
     value = "-" if line.value is None else f"{line.value} {line.unit}".strip()
     return [part, line.name, value, ", ".join(filter(None, bounds)), line.verdict(), line.note]
 
 
 @dataclass
 class Report:
-    """Results of one part, written to a file after each one: a part that is ended leaves what it has."""
+    """Results of one part, written to a file after each one: a part that is ended leaves what it
+    has."""
 
     path: Path | None = None
     checks: list[Check] = field(default_factory=list)
@@ -69,8 +85,11 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """For the file; `from_json` turns it back."""
-        return {"skipped": self.skipped, "checks": [asdict(check) for check in self.checks],
-                "figures": [line.to_json() for line in self.figures]}
+        return {
+            "skipped": self.skipped,
+            "checks": [asdict(check) for check in self.checks],
+            "figures": [line.to_json() for line in self.figures],
+        }
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> Report:
@@ -80,5 +99,11 @@ class Report:
         figures = []
         for line in value["figures"]:
             given = {key: item for key, item in line.items() if key != "verdict"}
-            figures.append(Figure(**given | {"value": Quartiles(**line["value"]) if line["value"] else None}))
-        return Report(checks=[Check(**check) for check in value["checks"]], figures=figures, skipped=value["skipped"])
+            figures.append(
+                Figure(**given | {"value": Quartiles(**line["value"]) if line["value"] else None})
+            )
+        return Report(
+            checks=[Check(**check) for check in value["checks"]],
+            figures=figures,
+            skipped=value["skipped"],
+        )

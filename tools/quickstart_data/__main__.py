@@ -28,10 +28,16 @@ def main(arguments: list[str] | None = None) -> int:
         "split into training, unseen styles and unseen concepts.",
     )
     parser.add_argument("--out", type=Path, default=Path("data/quickstart"), help="folder to fill")
-    parser.add_argument("--limit", type=int, default=0, metavar="N", help="at most N drawings of a source")
+    parser.add_argument(
+        "--limit", type=int, default=0, metavar="N", help="at most N drawings of a source"
+    )
     parser.add_argument("--vocab-size", type=int, default=2048, help="ids of the tokenizer")
-    parser.add_argument("--processes", type=int, default=0, help="processes that render; 0: one a core")
-    parser.add_argument("--attribution", action="store_true", help="print authors and licences, and stop")
+    parser.add_argument(
+        "--processes", type=int, default=0, help="processes that render; 0: one a core"
+    )
+    parser.add_argument(
+        "--attribution", action="store_true", help="print authors and licences, and stop"
+    )
     options = parser.parse_args(arguments)
     if options.attribution:
         print(attribution())

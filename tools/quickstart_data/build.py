@@ -111,7 +111,11 @@ def build(settings: Settings) -> dict[str, Any]:
 
 def in_split(drawings: Sequence[Drawing], split: Split) -> list[Drawing]:
     """The drawings of one set, in an order that mixes sources and concepts; always the same."""
-    chosen = [drawing for drawing in drawings if split_of(drawing.source, drawing.concept.hexcode) == split]
+    chosen = [
+        drawing
+        for drawing in drawings
+        if split_of(drawing.source, drawing.concept.hexcode) == split
+    ]
     return sorted(chosen, key=lambda drawing: named_seed("quickstart order", drawing.key))
 
 
@@ -140,7 +144,11 @@ def sample(drawing: Drawing, picture: bytes, withheld: Phrases | None) -> dict[s
 
 
 def _write(
-    out: Path, split: Split, drawings: list[Drawing], pictures: dict[str, bytes], concepts: list[Concept]
+    out: Path,
+    split: Split,
+    drawings: list[Drawing],
+    pictures: dict[str, bytes],
+    concepts: list[Concept],
 ) -> None:
     """Write one set's folder anew."""
     folder = out / split
@@ -155,15 +163,22 @@ def _write(
         (sample(drawing, pictures[drawing.key], hide) for drawing in drawings),
         folder,
         samples_per_shard=SAMPLES_PER_SHARD,
-        about={"name": f"quickstart {split}", "picture_pixels": SIDE, "attribution": "../ATTRIBUTION.md"},
+        about={
+            "name": f"quickstart {split}",
+            "picture_pixels": SIDE,
+            "attribution": "../ATTRIBUTION.md",
+        },
     )
     if split == "unseen_concept":
         labels = sorted({drawing.concept.caption for drawing in drawings})
-        (folder / "labels.txt").write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
+        (folder / "labels.txt").write_text(
+            "".join(f"{label}\n" for label in labels), encoding="utf-8"
+        )
 
 
 def _first(drawings: list[Drawing], limit: int) -> list[Drawing]:
-    """All, or `limit` of them; which ones hangs on the concept, so sources keep concepts in common."""
+    """All, or `limit` of them; which ones hangs on the concept, so sources keep concepts in
+    common."""
     if not limit:
         return drawings
 

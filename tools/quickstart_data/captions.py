@@ -2,8 +2,9 @@
 
 The canonical caption is what the model is judged by and should learn to write. The others are for
 training only: with tags, with the class. They tie a drawing to words it shares with other concepts,
-which is all that a concept never seen in training can be found by. Every one begins with the canonical
-caption: a model that also learns to write must not be taught to begin with "a drawing of".
+which is all that a concept never seen in training can be found by. Every one begins with the
+canonical caption: a model that also learns to write must not be taught to begin with "a drawing
+of".
 """
 
 from __future__ import annotations
@@ -101,8 +102,8 @@ def variants(concept: Concept, withheld: Phrases | None = None) -> list[str]:
 
     Args:
         concept: What the picture shows.
-        withheld: Captions of concepts that training must not hear of; parts that contain one of them
-            are left out (never the concept's own caption).
+        withheld: Captions of concepts that training must not hear of; parts that contain one of
+            them are left out (never the concept's own caption).
     """
     kept = [tag for tag in concept.tags if withheld is None or tag not in withheld]
     draw = rng("quickstart captions", concept.caption)

@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.common.errors import DataError
-from tools.quickstart_data.captions import Concept, concepts_of, match_name, without_selector, words_of
+from tools.quickstart_data.captions import (
+    Concept,
+    concepts_of,
+    match_name,
+    without_selector,
+    words_of,
+)
 from tools.quickstart_data.sources import Source
 
 _SKIN_TONE = re.compile(r"1F3F[B-F]")
@@ -57,7 +63,11 @@ def _by_file(source: Source, tarball: Path, concepts: list[Concept]) -> Iterator
         for member in archive:
             code = without_selector(Path(member.name).stem)
             # Taken out once found: a few emoji are there twice, with and without FE0F.
-            if member.name.endswith(".webp") and code in left and (file := archive.extractfile(member)):
+            if (
+                member.name.endswith(".webp")
+                and code in left
+                and (file := archive.extractfile(member))
+            ):
                 yield _drawing(source, code.lower(), left.pop(code), file.read())
 
 

@@ -75,7 +75,10 @@ def npm_command() -> tuple[list[str], dict[str, str]]:
     root = Path(wheel.origin).parent
     node = root / "node.exe" if os.name == "nt" else root / "bin" / "node"
     environment["PATH"] = f"{node.parent}{os.pathsep}{environment.get('PATH', '')}"
-    return [str(node), str(root / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js")], environment
+    return [
+        str(node),
+        str(root / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js"),
+    ], environment
 
 
 def _npm_pack(packages: Sequence[Package], folder: Path) -> None:
@@ -96,7 +99,9 @@ def _npm_pack(packages: Sequence[Package], folder: Path) -> None:
             check=False,
         )
     except subprocess.TimeoutExpired as error:
-        raise DataError(f"npm did not finish in {TIMEOUT_SECONDS:.0f} s; is the network there?") from error
+        raise DataError(
+            f"npm did not finish in {TIMEOUT_SECONDS:.0f} s; is the network there?"
+        ) from error
     if done.returncode:
         tail = "\n".join(done.stderr.strip().splitlines()[-8:])
         raise DataError(f"npm pack failed with status {done.returncode}; it said:\n{tail}")

@@ -33,7 +33,9 @@ CHUNK = 600
 """Drawings that are rendered, stored and resumed together; a second of work."""
 
 
-def render_all(drawings: Sequence[Drawing], folder: Path, *, processes: int = 0) -> dict[str, bytes]:
+def render_all(
+    drawings: Sequence[Drawing], folder: Path, *, processes: int = 0
+) -> dict[str, bytes]:
     """Render every drawing; what an earlier, interrupted call has rendered is taken from `folder`.
 
     Args:
@@ -50,17 +52,25 @@ def render_all(drawings: Sequence[Drawing], folder: Path, *, processes: int = 0)
     folder.mkdir(parents=True, exist_ok=True)
     chunks = [drawings[start : start + CHUNK] for start in range(0, len(drawings), CHUNK)]
     paths = [folder / f"{_chunk_name(chunk)}.npz" for chunk in chunks]
-    found = {index: rendered for index, path in enumerate(paths) if (rendered := _load(path)) is not None}
+    found = {
+        index: rendered for index, path in enumerate(paths) if (rendered := _load(path)) is not None
+    }
     to_do = [index for index in range(len(chunks)) if index not in found]
     done = sum(len(chunks[index]) for index in found)
     if to_do:
         with Progress("rendering", len(drawings), "pictures", done=done) as progress:
-            for index, rendered in _map([chunks[index] for index in to_do], to_do, processes, progress):
+            for index, rendered in _map(
+                [chunks[index] for index in to_do], to_do, processes, progress
+            ):
                 _store(paths[index], rendered)
                 found[index] = rendered
-    pictures = {key: data for index in range(len(chunks)) for key, data in found[index].items() if data}
+    pictures = {
+        key: data for index in range(len(chunks)) for key, data in found[index].items() if data
+    }
     if blank := [drawing.key for drawing in drawings if drawing.key not in pictures]:
-        logger.warning("left out %d drawings of which nothing can be seen: %s", len(blank), ", ".join(blank))
+        logger.warning(
+            "left out %d drawings of which nothing can be seen: %s", len(blank), ", ".join(blank)
+        )
     return pictures
 
 
@@ -75,7 +85,9 @@ def render(picture: str | bytes) -> bytes:
 
         # Without fonts of this machine: the same bytes everywhere.
         picture = bytes(
-            resvg_py.svg_to_bytes(svg_string=picture, width=SIDE, height=SIDE, skip_system_fonts=True)
+            resvg_py.svg_to_bytes(
+                svg_string=picture, width=SIDE, height=SIDE, skip_system_fonts=True
+            )
         )
     image = cv2.imdecode(np.frombuffer(picture, np.uint8), cv2.IMREAD_UNCHANGED)
     if image is None or image.dtype != np.uint8 or image.ndim != 3:
@@ -94,7 +106,8 @@ def render(picture: str | bytes) -> bytes:
 
 
 def _shrink(image: np.ndarray) -> np.ndarray:
-    """Resize, uint8 `[h, w, 4]` to `[SIDE, SIDE, 4]`, colours weighted by how much of them is seen."""
+    """Resize, uint8 `[h, w, 4]` to `[SIDE, SIDE, 4]`, colours weighted by how much of them is
+    seen."""
     alpha = image[..., 3:].astype(np.float32) / 255
     scale = SIDE / max(image.shape[:2])
     size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
@@ -143,7 +156,8 @@ def _map(
 
 
 def _end_with_parent() -> None:
-    """In a worker: end when the process that started it is killed; it would wait for ever otherwise."""
+    """In a worker: end when the process that started it is killed; it would wait for ever
+    otherwise."""
     if (parent := multiprocessing.parent_process()) is not None:
 
         def watch() -> None:
@@ -183,4 +197,6 @@ def _load(path: Path) -> dict[str, bytes] | None:
         return None
     ends = np.cumsum(sizes)
     raw = data.tobytes()
-    return {str(key): raw[end - size : end] for key, size, end in zip(keys, sizes, ends, strict=True)}
+    return {
+        str(key): raw[end - size : end] for key, size, end in zip(keys, sizes, ends, strict=True)
+    }

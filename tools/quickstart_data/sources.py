@@ -43,8 +43,9 @@ class Source:
     package: Package
     """Where it is published."""
     kind: Literal["code-points", "names", "webp", "words"]
-    """How a picture finds its concept: SVG with a table of code points; SVG by the icon's name; WebP
-    files named by code points; or SVG whose own name is the caption where no concept has it."""
+    """How a picture finds its concept: SVG with a table of code points; SVG by the icon's name;
+    WebP files named by code points; or SVG whose own name is the caption where no concept has
+    it."""
     author: str
     """Whom to name."""
     url: str

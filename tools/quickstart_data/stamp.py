@@ -38,10 +38,13 @@ def write(folder: Path, made_from: str, files: Sequence[str], facts: dict[str, o
         facts: What `read_if_whole` returns later, e.g. counts.
     """
     listed = {
-        name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in files
+        name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)}
+        for name in files
     }
     aside = folder / f".{NAME}.part"
-    aside.write_text(json.dumps({"made_from": made_from, "facts": facts, "files": listed}, indent=1) + "\n")
+    aside.write_text(
+        json.dumps({"made_from": made_from, "facts": facts, "files": listed}, indent=1) + "\n"
+    )
     os.replace(aside, folder / NAME)
 
 

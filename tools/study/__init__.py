@@ -1,1 +1,2 @@
-"""Several training runs on the same data, side by side; what `tools.compare_twin` and others are made of."""
+"""Several training runs on the same data, side by side; what `tools.compare_dense_baseline` and others are
+made of."""

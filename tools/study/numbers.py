@@ -1,6 +1,8 @@
-"""The numbers of one trained run: its losses at the end, what it can do, and how evenly its experts were used.
+"""The numbers of one trained run: its losses at the end, what it can do, and how evenly its experts
+were used.
 
-Training writes everything into `metrics.jsonl`; the last tenth of its rows stands for the end of the run.
+Training writes everything into `metrics.jsonl`; the last tenth of its rows stands for the end of
+the run.
 
 Shapes: L MoE layers, M modalities, E experts.
 """
@@ -48,9 +50,14 @@ def judge(folder: Path) -> dict[str, Any]:
         "seconds": state["seconds"],
         "kilo_parameters": parameters.total / 1e3,
         "kilo_active_parameters": parameters.active / 1e3,
-        "mega_flops_per_pair": count_flops(run.model, run.moe, text_tokens=_text_tokens(rows, run)).training / 1e6,
+        "mega_flops_per_pair": count_flops(
+            run.model, run.moe, text_tokens=_text_tokens(rows, run)
+        ).training
+        / 1e6,
         "loss": losses(rows),
-        "eval": {name: _scores(result) for name, result in evaluate_sets(trained, run.eval.sets).items()},
+        "eval": {
+            name: _scores(result) for name, result in evaluate_sets(trained, run.eval.sets).items()
+        },
         "routing": routing(rows, run),
     }
 
@@ -61,7 +68,8 @@ def end_of_run(rows: Sequence[Row]) -> Sequence[Row]:
 
 
 def losses(rows: Sequence[Row]) -> dict[str, float]:
-    """Means over rows; `main` is what every way of balancing has in common: contrast and captions, weighted."""
+    """Means over rows; `main` is what every way of balancing has in common: contrast and captions,
+    weighted."""
     found = {name: mean_of(rows, f"loss/{name}") for name in ("contrastive", "caption")}
     weighted = [mean_of(rows, f"loss/weighted/{name}") for name in ("contrastive", "caption")]
     return {"main": sum(weighted)} | found
@@ -70,11 +78,12 @@ def losses(rows: Sequence[Row]) -> dict[str, float]:
 def routing(rows: Sequence[Row], run: RunConfig) -> dict[str, Any] | None:
     """How evenly experts were used at the end; None for a run without any.
 
-    Loads are the busiest expert over a fair share of those that serve the modality, mean over layers; `used` is the
-    number of experts that an even load with the same entropy would have; `entropy` (nats) is a token's own;
-    `dropped` the share of choices without a place; `dead` counts experts of all layers.
+    Loads are the busiest expert over a fair share of those that serve the modality, mean over
+    layers; `used` is the number of experts that an even load with the same entropy would have;
+    `entropy` (nats) is a token's own; `dropped` the share of choices without a place; `dead` counts
+    experts of all layers.
     """
-    blocks = run.moe.blocks(run.model.num_blocks)
+    blocks = run.moe.blocks(run.model.num_layers)
     if not blocks:
         return None
     load_LME = expert_loads(rows, blocks)
@@ -91,24 +100,38 @@ def routing(rows: Sequence[Row], run: RunConfig) -> dict[str, Any] | None:
             "max_over_mean": _mean_max(load_LE),
             "used": float(np.mean([effective_number(load_E) for load_E in load_LE])),
             "entropy": float(np.mean([mean_of(rows, f"moe/entropy/{layer}") for layer in layers])),
-            "mean_entropy": float(np.mean([mean_of(rows, f"moe/mean_entropy/{layer}") for layer in layers])),
-            "dropped": float(np.mean([mean_of(rows, f"moe/dropped/{layer}", missing=0.0) for layer in layers])),
+            "mean_entropy": float(
+                np.mean([mean_of(rows, f"moe/mean_entropy/{layer}") for layer in layers])
+            ),
+            "dropped": float(
+                np.mean([mean_of(rows, f"moe/dropped/{layer}", missing=0.0) for layer in layers])
+            ),
         }
     return found
 
 
 def expert_loads(rows: Sequence[Row], blocks: Sequence[int]) -> np.ndarray[Any, Any]:
     """Token choices over all rows, float64 `[L, M, E]`."""
-    return np.array([
-        [np.sum([row[f"moe/tokens_per_expert/layer_{block:02d}/{modality}"] for row in rows], axis=0)
-         for modality in MODALITIES]
-        for block in blocks
-    ], dtype=np.float64)
+    return np.array(
+        [
+            [
+                np.sum(
+                    [row[f"moe/tokens_per_expert/layer_{block:02d}/{modality}"] for row in rows],
+                    axis=0,
+                )
+                for modality in MODALITIES
+            ]
+            for block in blocks
+        ],
+        dtype=np.float64,
+    )
 
 
 def mean_of(rows: Sequence[Row], name: str, missing: float | None = None) -> float:
     """Mean of a number over rows; numbers that are none ("nan") count as such."""
-    return float(np.mean([float(row[name] if missing is None else row.get(name, missing)) for row in rows]))
+    return float(
+        np.mean([float(row[name] if missing is None else row.get(name, missing)) for row in rows])
+    )
 
 
 def _mean_max(load_LE: np.ndarray[Any, Any]) -> float:
@@ -134,5 +157,12 @@ def _text_tokens(rows: Sequence[Row], run: RunConfig) -> float:
 
 def _scores(result: Mapping[str, Any]) -> dict[str, float]:
     """The retrieval and captions of one set, flat; percent."""
-    flat = {f"{way}/{at}": value for way in ("image_to_text", "text_to_image") for at, value in result[way].items()}
-    return flat | {"caption_exact": result["caption_exact"], "caption_tokens": result["caption_token_accuracy"]}
+    flat = {
+        f"{way}/{at}": value
+        for way in ("image_to_text", "text_to_image")
+        for at, value in result[way].items()
+    }
+    return flat | {
+        "caption_exact": result["caption_exact"],
+        "caption_tokens": result["caption_token_accuracy"],
+    }

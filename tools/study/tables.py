@@ -1,4 +1,5 @@
-"""Means with their spread over seeds, and tables in Markdown that also read well in a terminal. Pure."""
+"""Means with their spread over seeds, and tables in Markdown that also read well in a terminal.
+Pure."""
 
 from __future__ import annotations
 
@@ -32,7 +33,9 @@ def spread(values: Sequence[float | None]) -> Spread:
     mean = sum(known) / len(known)
     if len(known) == 1:
         return Spread(mean, math.nan, 1)
-    return Spread(mean, math.sqrt(sum((value - mean) ** 2 for value in known) / (len(known) - 1)), len(known))
+    return Spread(
+        mean, math.sqrt(sum((value - mean) ** 2 for value in known) / (len(known) - 1)), len(known)
+    )
 
 
 def paired(first: Sequence[float], second: Sequence[float]) -> Spread:
@@ -56,11 +59,18 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(_width(row[column]) for row in cells) for column in range(len(head))]
     lines = []
     for number, row in enumerate(cells):
-        padded = [text + " " * (width - _width(text)) if column == 0 else " " * (width - _width(text)) + text
-                  for column, (text, width) in enumerate(zip(row, widths, strict=True))]
+        padded = [
+            text + " " * (width - _width(text))
+            if column == 0
+            else " " * (width - _width(text)) + text
+            for column, (text, width) in enumerate(zip(row, widths, strict=True))
+        ]
         lines.append(f"| {' | '.join(padded)} |")
         if number == 0:
-            rule = ["-" * width if column == 0 else "-" * (width - 1) + ":" for column, width in enumerate(widths)]
+            rule = [
+                "-" * width if column == 0 else "-" * (width - 1) + ":"
+                for column, width in enumerate(widths)
+            ]
             lines.append(f"| {' | '.join(rule)} |")
     return "\n".join(lines)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from itertools import groupby
 
 from data_pipeline.common import storage
@@ -22,7 +23,9 @@ _REQUESTS_IN_FLIGHT = 16
 Sample = dict[str, object]
 
 
-def samples_of(records: Sequence[Record], source: Importer, *, check: bool) -> Iterator[Sample | LeftOut]:
+def samples_of(
+    records: Sequence[Record], source: Importer, *, check: bool
+) -> Iterator[Sample | LeftOut]:
     """The samples of some records, in order, ready for the writer.
 
     Args:
@@ -37,9 +40,13 @@ def samples_of(records: Sequence[Record], source: Importer, *, check: bool) -> I
             yield from _from_files(list(group), check)
 
 
-def _from_rows(records: list[Record], path: str, source: Parquet, check: bool) -> Iterator[Sample | LeftOut]:
+def _from_rows(
+    records: list[Record], path: str, source: Parquet, check: bool
+) -> Iterator[Sample | LeftOut]:
     numbers = [record.row[1] for record in records if record.row]
-    for record, (picture, captions, fields) in zip(records, rows_of(source, path, numbers), strict=True):
+    for record, (picture, captions, fields) in zip(
+        records, rows_of(source, path, numbers), strict=True
+    ):
         filled = record._replace(captions=captions, fields=fields)
         yield _sample(filled, lambda data=picture: data, check)  # type: ignore[misc]
 
@@ -47,13 +54,13 @@ def _from_rows(records: list[Record], path: str, source: Parquet, check: bool) -
 def _from_files(records: list[Record], check: bool) -> Iterator[Sample | LeftOut]:
     if all(storage.is_local(record.picture) for record in records):
         for record in records:
-            yield _sample(record, lambda url=record.picture: _read(url), check)  # type: ignore[misc]
+            yield _sample(record, partial(_read, record.picture), check)
         return
     # A store answers after some hundredths of a second, but many requests at once.
     with ThreadPoolExecutor(_REQUESTS_IN_FLIGHT) as pool:
         waiting: deque[Future[Sample | LeftOut]] = deque()
         for record in records:
-            waiting.append(pool.submit(_sample, record, lambda url=record.picture: _read(url), check))  # type: ignore[misc]
+            waiting.append(pool.submit(_sample, record, partial(_read, record.picture), check))
             if len(waiting) == 2 * _REQUESTS_IN_FLIGHT:
                 yield waiting.popleft().result()
         while waiting:
@@ -85,7 +92,8 @@ def _read(url: str) -> bytes:
     """A picture's file.
 
     Raises:
-        DataError: Missing, unreadable or too large (slug `missing-picture`, `unreadable`, `oversize`).
+        DataError: Missing, unreadable or too large (slug `missing-picture`, `unreadable`,
+        `oversize`).
     """
     try:
         if storage.is_local(url):
@@ -93,7 +101,9 @@ def _read(url: str) -> bytes:
             if not path.is_file():
                 raise DataError(f"there is no file {url}", slug="missing-picture")
             if (count := path.stat().st_size) > MAX_PICTURE_BYTES:
-                raise DataError(f"{url} has {count} bytes, more than {MAX_PICTURE_BYTES}", slug="oversize")
+                raise DataError(
+                    f"{url} has {count} bytes, more than {MAX_PICTURE_BYTES}", slug="oversize"
+                )
         return storage.read_bytes(url)
     except StorageError as error:
         missing = error.kind == Kind.MISSING

@@ -1,8 +1,8 @@
 """Flickr8k and Flickr30k: a list of captions, several lines a picture.
 
-    1000268201_693b08cb0e.jpg#0<tab>A child in a pink dress ...       Flickr8k.token.txt, results_20130124.token
-    1000092795.jpg| 0| Two young guys with shaggy hair ...            results.csv
-    1000268201_693b08cb0e.jpg,A child in a pink dress ...             captions.txt
+1000268201_693b08cb0e.jpg#0<tab>A child in a pink dress ...       Flickr8k.token.txt, results_20130124.token
+1000092795.jpg| 0| Two young guys with shaggy hair ...            results.csv
+1000268201_693b08cb0e.jpg,A child in a pink dress ...             captions.txt
 """
 
 from __future__ import annotations
@@ -21,7 +21,11 @@ from data_pipeline.preparing.importers.table import grouped, open_text
 _TOKEN = re.compile(r"(?P<name>[^\t#|]+)#\d+\t(?P<caption>.*)")
 # The second bar is missing in one line of the published file.
 _BARS = re.compile(r"(?P<name>[^|]+?)\s*\|\s*\d+\s*\|?\s*(?P<caption>.*)")
-_HEADERS = ("image_name| comment_number| comment", "image_name|comment_number|comment", "image,caption")
+_HEADERS = (
+    "image_name| comment_number| comment",
+    "image_name|comment_number|comment",
+    "image,caption",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +55,11 @@ class Flickr:
     def _record(self, line: str, origin: str) -> Record | LeftOut:
         name, caption = _split(line)
         if not name:
-            return LeftOut(origin, "bad-row", f"neither NAME#N<tab>TEXT, NAME|N|TEXT nor NAME,TEXT: {line[:80]!r}")
+            return LeftOut(
+                origin,
+                "bad-row",
+                f"neither NAME#N<tab>TEXT, NAME|N|TEXT nor NAME,TEXT: {line[:80]!r}",
+            )
         if not caption:
             return LeftOut(origin, "no-caption", "its caption is empty")
         try:

@@ -1,4 +1,5 @@
-"""Folders of pictures: the caption lies beside each as text, or is the name of the folder it lies in."""
+"""Folders of pictures: the caption lies beside each as text, or is the name of the folder it lies
+in."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ class Folder:
 
     folders: tuple[str, ...]
     caption_from: str = "text"
-    """`text`: the file of the same name that ends in `.txt`; `folder`: the innermost folder's name."""
+    """`text`: the file of the same name that ends in `.txt`; `folder`: the innermost folder's
+    name."""
     template: str = "{}"
     """Around the folder's name: `a photo of a {}`."""
 
@@ -35,7 +37,9 @@ class Folder:
                         found = True
                         yield self._record(folder, below, name, texts)
             if not found:
-                raise DataError(f"there is no picture in {storage.redact(folder)} (.{', .'.join(PICTURES)})")
+                raise DataError(
+                    f"there is no picture in {storage.redact(folder)} (.{', .'.join(PICTURES)})"
+                )
 
     def _record(self, folder: str, below: str, name: str, names: set[str]) -> Record | LeftOut:
         path = f"{below}/{name}" if below else name
@@ -46,7 +50,9 @@ class Folder:
                 fields = _fields(storage.join(folder, stem_of(path) + ".json"))
             if self.caption_from == "folder":
                 label = (below or storage.redact(folder).rstrip("/")).rpartition("/")[2]
-                caption = self.template.replace("{}", label.replace("_", " ").replace("-", " ").strip())
+                caption = self.template.replace(
+                    "{}", label.replace("_", " ").replace("-", " ").strip()
+                )
             elif f"{stem}.txt" in names:
                 caption = _text(storage.join(folder, stem_of(path) + ".txt"))
             else:
@@ -69,7 +75,10 @@ def _walk(folder: str) -> Iterator[tuple[str, list[str]]]:
     for base, folders, names in os.walk(root):
         folders.sort()
         below = os.path.relpath(base, root).replace(os.sep, "/")
-        yield "" if below == "." else below, sorted(name for name in names if not name.startswith("."))
+        yield (
+            "" if below == "." else below,
+            sorted(name for name in names if not name.startswith(".")),
+        )
 
 
 def _grouped(paths: list[str]) -> Iterator[tuple[str, list[str]]]:

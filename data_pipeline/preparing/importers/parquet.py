@@ -1,10 +1,12 @@
-"""Parquet files that hold pictures as bytes: img2dataset's `output_format=parquet`, Hugging Face datasets.
+"""Parquet files that hold pictures as bytes: img2dataset's `output_format=parquet`, Hugging Face
+datasets.
 
-The columns become a sample: one the picture (bytes, or a struct with a field `bytes`), one the caption,
-one the key; numbers, text and lists of the others go to the `.json` member. Rows are read in small batches
-by whoever writes the shard, so memory does not grow with the file.
+The columns become a sample: one the picture (bytes, or a struct with a field `bytes`), one the
+caption, one the key; numbers, text and lists of the others go to the `.json` member. Rows are read
+in small batches by whoever writes the shard, so memory does not grow with the file.
 
-The parquet that img2dataset writes *beside* tar shards has no pictures: those shards need only an index.
+The parquet that img2dataset writes *beside* tar shards has no pictures: those shards need only an
+index.
 """
 
 from __future__ import annotations
@@ -50,7 +52,9 @@ class Parquet:
             with _open(path) as file:
                 columns = self.columns(file, path)
                 row, name = 0, path.rpartition("/")[2]
-                for batch in file.iter_batches(batch_size=4096, columns=[columns.key] if columns.key else []):
+                for batch in file.iter_batches(
+                    batch_size=4096, columns=[columns.key] if columns.key else []
+                ):
                     keys = batch.column(0).to_pylist() if columns.key else [None] * batch.num_rows
                     for key in keys:
                         wanted = str(key) if key is not None else f"{stem_of(name)}/{row:06d}"
@@ -65,7 +69,13 @@ class Parquet:
         """
         schema = file.schema_arrow
         picture = self._named(schema, self.picture_column, path) or next(
-            (name for name in PICTURE_COLUMNS if name in schema.names and _holds_bytes(schema.field(name).type)), "")
+            (
+                name
+                for name in PICTURE_COLUMNS
+                if name in schema.names and _holds_bytes(schema.field(name).type)
+            ),
+            "",
+        )
         if not picture:
             raise DataError(
                 f"{path} has no column of picture bytes (looked for {', '.join(PICTURE_COLUMNS)}; its columns are "
@@ -73,25 +83,37 @@ class Parquet:
                 f"with `vlmoe data index`. Otherwise name the column with --image-column"
             )
         if not _holds_bytes(schema.field(picture).type):
-            raise DataError(f"{path}: the column {picture!r} is {schema.field(picture).type}, not bytes")
+            raise DataError(
+                f"{path}: the column {picture!r} is {schema.field(picture).type}, not bytes"
+            )
         caption = self._named(schema, self.caption_column, path) or next(
-            (name for name in CAPTION_COLUMNS if name in schema.names), "")
+            (name for name in CAPTION_COLUMNS if name in schema.names), ""
+        )
         if not caption:
             raise DataError(f"{path} has no column of captions; name it with --caption-column")
         key = self._named(schema, self.key_column, path) or next(
-            (name for name in KEY_COLUMNS if name in schema.names), "")
+            (name for name in KEY_COLUMNS if name in schema.names), ""
+        )
         used = {picture, caption, key}
-        others = [field.name for field in schema if field.name not in used and not _holds_bytes(field.type)]
+        others = [
+            field.name
+            for field in schema
+            if field.name not in used and not _holds_bytes(field.type)
+        ]
         return ParquetColumns(picture=picture, caption=caption, key=key, others=tuple(others))
 
     @staticmethod
     def _named(schema: Any, name: str, path: str) -> str:
         if name and name not in schema.names:
-            raise DataError(f"{path} has no column {name!r}; its columns are {', '.join(schema.names)}")
+            raise DataError(
+                f"{path} has no column {name!r}; its columns are {', '.join(schema.names)}"
+            )
         return name
 
 
-def rows_of(source: Parquet, path: str, rows: list[int]) -> Iterator[tuple[bytes, tuple[str, ...], dict[str, object]]]:
+def rows_of(
+    source: Parquet, path: str, rows: list[int]
+) -> Iterator[tuple[bytes, tuple[str, ...], dict[str, object]]]:
     """Picture, captions and fields of some rows of a file.
 
     Args:
@@ -114,13 +136,17 @@ def rows_of(source: Parquet, path: str, rows: list[int]) -> Iterator[tuple[bytes
         for batch in file.iter_batches(batch_size=_BATCH_ROWS, row_groups=groups, columns=names):
             for offset in range(batch.num_rows):
                 if place + offset in wanted:
-                    yield _row({name: batch.column(name)[offset].as_py() for name in names}, columns)
+                    yield _row(
+                        {name: batch.column(name)[offset].as_py() for name in names}, columns
+                    )
             place += batch.num_rows
             if place > rows[-1]:
                 return
 
 
-def _row(row: dict[str, Any], columns: ParquetColumns) -> tuple[bytes, tuple[str, ...], dict[str, object]]:
+def _row(
+    row: dict[str, Any], columns: ParquetColumns
+) -> tuple[bytes, tuple[str, ...], dict[str, object]]:
     picture, caption = row[columns.picture], row[columns.caption]
     if isinstance(picture, dict):
         picture = picture.get("bytes")
@@ -161,4 +187,6 @@ def _open(path: str) -> Any:
     try:
         return ParquetFile(path, memory_map=True)
     except (OSError, ArrowException, ValueError) as error:
-        raise DataError(f"{path} cannot be read as parquet: {str(error).splitlines()[0]}") from error
+        raise DataError(
+            f"{path} cannot be read as parquet: {str(error).splitlines()[0]}"
+        ) from error

@@ -1,7 +1,8 @@
 """What every importer yields: one pair that is to become a sample, or why something is none.
 
-An importer is a function without arguments that can be called again and then gives the same stream. It
-reads tables and lists, never pictures: those are read later, by whoever writes the shard (`fill.py`).
+An importer is a function without arguments that can be called again and then gives the same stream.
+It reads tables and lists, never pictures: those are read later, by whoever writes the shard
+(`fill.py`).
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ class Record(NamedTuple):
     picture: str
     """Path or address of the picture's file; empty for a row of a table that holds the bytes."""
     captions: tuple[str, ...]
-    """The first becomes the `.txt` member; several go to the field `captions` of the `.json` member."""
+    """The first becomes the `.txt` member; several go to the field `captions` of the `.json`
+    member."""
     fields: Mapping[str, object]
     """More to keep in the `.json` member."""
     origin: str
@@ -51,7 +53,8 @@ class Keys:
         self._seen: set[str] = set()
 
     def make(self, wanted: str) -> str:
-        """A key like `wanted`: letters, digits, `_`, `-` and `/`; another number behind it if it is taken."""
+        """A key like `wanted`: letters, digits, `_`, `-` and `/`; another number behind it if it is
+        taken."""
         key = base = safe_key(wanted)
         number = 1
         while key in self._seen:
@@ -66,9 +69,15 @@ def safe_key(wanted: str) -> str:
 
     There is no dot (WebDataset ends a key at the first one), no leading slash and no way up.
     """
-    parts = [re.sub(r"[^A-Za-z0-9_-]", "_", part) for part in wanted.split("/") if part not in ("", ".", "..")]
+    parts = [
+        re.sub(r"[^A-Za-z0-9_-]", "_", part)
+        for part in wanted.split("/")
+        if part not in ("", ".", "..")
+    ]
     key = "/".join(parts)
-    if len(key) > MAX_KEY_BYTES - 8 or not re.search("[A-Za-z0-9]", key):  # room for what makes it unique
+    if len(key) > MAX_KEY_BYTES - 8 or not re.search(
+        "[A-Za-z0-9]", key
+    ):  # room for what makes it unique
         digest = hashlib.sha256(wanted.encode("utf-8", "surrogatepass")).hexdigest()[:12]
         key = f"{key[: MAX_KEY_BYTES - 24].rstrip('/_') or 'sample'}-{digest}"
     return key

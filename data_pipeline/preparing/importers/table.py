@@ -1,4 +1,5 @@
-"""CSV and TSV files: a column names the picture, one or more hold captions, the others are kept as JSON."""
+"""CSV and TSV files: a column names the picture, one or more hold captions, the others are kept as
+JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +15,17 @@ from data_pipeline.common.errors import DataError
 from data_pipeline.preparing.importers.pictures_at import picture_address
 from data_pipeline.preparing.importers.records import LeftOut, Record, stem_of
 
-PICTURE_COLUMNS = ("image", "filepath", "file_name", "filename", "image_path", "path", "file", "img", "picture")
+PICTURE_COLUMNS = (
+    "image",
+    "filepath",
+    "file_name",
+    "filename",
+    "image_path",
+    "path",
+    "file",
+    "img",
+    "picture",
+)
 CAPTION_COLUMNS = ("caption", "captions", "title", "text", "txt", "description", "raw")
 """Names that are understood without being told, in this order; capitals do not matter."""
 _NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,14})(\.[0-9]{1,17})?([eE][-+]?[0-9]{1,3})?")
@@ -65,7 +76,9 @@ class _Columns:
 
         def index(name: str) -> int:
             if name not in names:
-                raise DataError(f"{where} has no column {name!r}; its columns are {', '.join(names) or 'none'}")
+                raise DataError(
+                    f"{where} has no column {name!r}; its columns are {', '.join(names) or 'none'}"
+                )
             return names.index(name)
 
         def guess(known: Sequence[str], what: str, option: str) -> int:
@@ -77,10 +90,14 @@ class _Columns:
                 f"{', '.join(names)[:300] or 'none'}. Say which with {option}, or name them all with --header"
             )
 
-        picture = index(wanted.picture_column) if wanted.picture_column else guess(
-            PICTURE_COLUMNS, "a picture", "--image-column")
-        captions = tuple(map(index, wanted.caption_columns)) or (guess(
-            CAPTION_COLUMNS, "a caption", "--caption-column"),)
+        picture = (
+            index(wanted.picture_column)
+            if wanted.picture_column
+            else guess(PICTURE_COLUMNS, "a picture", "--image-column")
+        )
+        captions = tuple(map(index, wanted.caption_columns)) or (
+            guess(CAPTION_COLUMNS, "a caption", "--caption-column"),
+        )
         key = index(wanted.key_column) if wanted.key_column else None
         return _Columns(names=names, picture=picture, captions=captions, key=key)
 
@@ -118,10 +135,14 @@ def open_text(url: str) -> io.TextIOBase:
         raise DataError(f"cannot read {url}: {error.strerror}; check the path") from error
 
 
-def _record(row: list[str], line: int, url: str, folder: str, columns: _Columns) -> Record | LeftOut:
+def _record(
+    row: list[str], line: int, url: str, folder: str, columns: _Columns
+) -> Record | LeftOut:
     origin = f"{storage.redact(url).rpartition('/')[2]} line {line}"
     if len(row) != len(columns.names):
-        return LeftOut(origin, "bad-row", f"{len(row)} fields, but there are {len(columns.names)} columns")
+        return LeftOut(
+            origin, "bad-row", f"{len(row)} fields, but there are {len(columns.names)} columns"
+        )
     captions = tuple(text for number in columns.captions if (text := row[number].strip()))
     if not captions:
         return LeftOut(origin, "no-caption", "its caption is empty")
@@ -137,7 +158,8 @@ def _record(row: list[str], line: int, url: str, folder: str, columns: _Columns)
 
 
 def key_name(name: str) -> str:
-    """What of a picture's address may name its sample: a relative path whole, else the last part."""
+    """What of a picture's address may name its sample: a relative path whole, else the last
+    part."""
     name = name.strip()
     absolute = name.startswith(("/", "file:")) or "://" in name
     return name.rpartition("/")[2] if absolute else name
@@ -157,7 +179,8 @@ def value_of(text: str) -> object:
 
 
 def grouped(records: Iterator[Record | LeftOut]) -> Iterator[Record | LeftOut]:
-    """Neighbours with the same picture as one record with all their captions; fields are the first one's."""
+    """Neighbors with the same picture as one record with all their captions; fields are the first
+    one's."""
     waiting: Record | None = None
     for record in records:
         if isinstance(record, LeftOut):

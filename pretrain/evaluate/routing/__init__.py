@@ -1,1 +1,2 @@
-"""What the experts of a trained run see and serve: counted, judged, and shown as table, page, picture and JSON."""
+"""What the experts of a trained run see and serve: counted, judged, and shown as table, page,
+picture and JSON."""

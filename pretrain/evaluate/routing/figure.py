@@ -1,4 +1,5 @@
-"""Draws grids of ratios as one picture: blue is less than fair, white fair, red more; grey has no value."""
+"""Draws grids of ratios as one picture: blue is less than fair, white fair, red more; gray has no
+value."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from pretrain.evaluate.routing.grids import Grid
 
 LESS, FAIR, MORE, NOTHING = (33, 82, 153), (255, 255, 255), (178, 24, 43), (222, 222, 222)
 DOUBLINGS = 2.0
-"""The full colour stands for 4 times as much, or a quarter, and all beyond."""
+"""The full color stands for 4 times as much, or a quarter, and all beyond."""
 
 MARGIN, LABEL, HEAD, FONT_SIZE = 10, 62, 38, 12
 WIDEST, NARROWEST = 34, 5
@@ -20,11 +21,11 @@ WIDEST, NARROWEST = 34, 5
 SHEET, MOST_IN_A_ROW = 1400, 6
 """Width up to which grids stand side by side, pixels, and how many at most."""
 
-Colour = tuple[int, int, int]
+Color = tuple[int, int, int]
 
 
-def shade(ratio: float) -> Colour:
-    """The colour of a ratio, by its logarithm."""
+def shade(ratio: float) -> Color:
+    """The color of a ratio, by its logarithm."""
     if math.isnan(ratio):
         return NOTHING
     strength = DOUBLINGS if ratio == math.inf else math.log2(ratio) if ratio > 0 else -DOUBLINGS
@@ -34,9 +35,9 @@ def shade(ratio: float) -> Colour:
     return red, green, blue
 
 
-def ink(colour: Colour) -> Colour:
-    """Black or white, whichever is easier to read on a colour."""
-    red, green, blue = colour
+def ink(color: Color) -> Color:
+    """Black or white, whichever is easier to read on a color."""
+    red, green, blue = color
     return (0, 0, 0) if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else (255, 255, 255)
 
 
@@ -50,7 +51,9 @@ def ratio_text(ratio: float) -> str:
 def draw_grids(grids: Sequence[Grid]) -> Image.Image:
     """All grids on one white sheet, side by side as long as they fit, then below one another."""
     alike = Counter(grid.ratio_RC.shape for grid in grids)
-    tiles = [_draw(grid, cell_side(len(grid.columns), alike[grid.ratio_RC.shape])) for grid in grids]
+    tiles = [
+        _draw(grid, cell_side(len(grid.columns), alike[grid.ratio_RC.shape])) for grid in grids
+    ]
     places, right, bottom, x, y, row_height = [], 0, 0, MARGIN, MARGIN, 0
     for tile in tiles:
         if x > MARGIN and x + tile.width > SHEET:
@@ -66,7 +69,8 @@ def draw_grids(grids: Sequence[Grid]) -> Image.Image:
 
 
 def cell_side(columns: int, grids: int) -> int:
-    """Pixels of a cell, so that of so many grids alike about as many stand in a row as there are rows of them."""
+    """Pixels of a cell, so that of so many grids alike about as many stand in a row as there are
+    rows of them."""
     room = SHEET // min(MOST_IN_A_ROW, math.isqrt(max(1, grids) - 1) + 1) - LABEL - 2 * MARGIN
     return max(NARROWEST, min(WIDEST, room // max(1, columns)))
 
@@ -93,10 +97,20 @@ def _draw(grid: Grid, side: int) -> Image.Image:
 
 
 def _cell(
-    pen: ImageDraw.ImageDraw, x: int, y: int, side: int, ratio: float,
+    pen: ImageDraw.ImageDraw,
+    x: int,
+    y: int,
+    side: int,
+    ratio: float,
     font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
 ) -> None:
-    colour = shade(ratio)
-    pen.rectangle((x, y, x + side - 2, y + side - 2), fill=colour)
+    color = shade(ratio)
+    pen.rectangle((x, y, x + side - 2, y + side - 2), fill=color)
     if side >= 28:
-        pen.text((x + side / 2 - 1, y + side / 2 - 1), ratio_text(ratio), fill=ink(colour), font=font, anchor="mm")
+        pen.text(
+            (x + side / 2 - 1, y + side / 2 - 1),
+            ratio_text(ratio),
+            fill=ink(color),
+            font=font,
+            anchor="mm",
+        )

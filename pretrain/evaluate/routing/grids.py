@@ -1,4 +1,5 @@
-"""Routing as grids of ratios that a figure or a page can draw: 1 is what would be fair, or what chance would give.
+"""Routing as grids of ratios that a figure or a page can draw: 1 is what would be fair, or what
+chance would give.
 
 Pure functions of counts. Shapes: L MoE layers, M modalities (0 image, 1 text), E experts.
 """
@@ -17,7 +18,8 @@ from pretrain.moe.tokens import MODALITIES
 Array = np.ndarray[Any, Any]
 
 HALVINGS = 60
-"""Of the interval in which `expected_together` looks for its one unknown; as many as float64 can tell apart."""
+"""Of the interval in which `expected_coactivation` looks for its one unknown; as many as float64 can
+tell apart."""
 
 
 class Grid(NamedTuple):
@@ -41,13 +43,20 @@ def load_grids(load_LME: Array, blocks: Sequence[int], moe: MoEConfig) -> list[G
     grids = []
     for column, modality in enumerate(MODALITIES):
         ratio_LE = over_fair_share(load_LME[:, column], moe.pool(column))
-        grids.append(Grid(f"{modality} tokens: load over a fair share", ratio_LE, _layers(blocks),
-                          _experts(ratio_LE.shape[1])))
+        grids.append(
+            Grid(
+                f"{modality} tokens: load over a fair share",
+                ratio_LE,
+                _layers(blocks),
+                _experts(ratio_LE.shape[1]),
+            )
+        )
     return grids
 
 
 def over_fair_share(load_LE: Array, pool: slice) -> Array:
-    """Load divided by its mean over the pool's experts; nan for other experts and where there are no tokens."""
+    """Load divided by its mean over the pool's experts; nan for other experts and where there are
+    no tokens."""
     ratio_LE = np.full(load_LE.shape, np.nan)
     inside = load_LE[:, pool].astype(np.float64)
     fair_L1 = inside.mean(axis=1, keepdims=True)
@@ -56,49 +65,57 @@ def over_fair_share(load_LE: Array, pool: slice) -> Array:
     return ratio_LE
 
 
-def together_grids(together_LEE: Array, blocks: Sequence[int], moe: MoEConfig, what: str = "") -> list[Grid]:
-    """How often two experts are chosen together, over what chance would give; a grid for each layer."""
+def coactivation_grids(
+    coactivation_LEE: Array, blocks: Sequence[int], moe: MoEConfig, what: str = ""
+) -> list[Grid]:
+    """How often two experts are chosen together, over what chance would give; a grid for each
+    layer."""
     return [
-        Grid(f"{row}{what}: chosen together, over chance", together_lift(together_EE, moe.pool_slices()),
-             _experts(len(together_EE)), _experts(len(together_EE)))
-        for row, together_EE in zip(_layers(blocks), together_LEE, strict=True)
+        Grid(
+            f"{row}{what}: chosen together, over chance",
+            coactivation_lift(coactivation_EE, moe.pool_slices()),
+            _experts(len(coactivation_EE)),
+            _experts(len(coactivation_EE)),
+        )
+        for row, coactivation_EE in zip(_layers(blocks), coactivation_LEE, strict=True)
     ]
 
 
-def together_lift(together_EE: Array, pools: Sequence[slice]) -> Array:
-    """Counts over `expected_together` of each pool by itself, float64 `[experts, experts]`.
+def coactivation_lift(coactivation_EE: Array, pools: Sequence[slice]) -> Array:
+    """Counts over `expected_coactivation` of each pool by itself, float64 `[experts, experts]`.
 
-    nan on the diagonal, for experts of different pools (no token can choose both) and where less than one token is
-    expected.
+    nan on the diagonal, for experts of different pools (no token can choose both) and where less
+    than one token is expected.
     """
-    lift_EE = np.full(together_EE.shape, np.nan)
+    lift_EE = np.full(coactivation_EE.shape, np.nan)
     for pool in pools:
-        counts_EE = together_EE[pool, pool]
-        expected_EE = expected_together(counts_EE)
+        counts_EE = coactivation_EE[pool, pool]
+        expected_EE = expected_coactivation(counts_EE)
         known_EE = expected_EE >= 1
         lift_EE[pool, pool][known_EE] = counts_EE[known_EE] / expected_EE[known_EE]
     return lift_EE
 
 
-def expected_together(together_EE: Array) -> Array:
+def expected_coactivation(coactivation_EE: Array) -> Array:
     """Tokens that would choose both experts if choices had nothing to do with one another.
 
-    A token never chooses the same expert twice, so the plain product of shares would call every pair rare. These
-    numbers keep how often each expert is chosen with any other one, have nothing on the diagonal, and are
-    otherwise a product a_i a_j (quasi-independence).
+    A token never chooses the same expert twice, so the plain product of shares would call every
+    pair rare. These numbers keep how often each expert is chosen with any other one, have nothing
+    on the diagonal, and are otherwise a product a_i a_j (quasi-independence).
 
-    With S the sum of all a that means a_i (S - a_i) = w_i, so a_i is the smaller root of a quadratic, and for the
-    expert with the largest w perhaps the larger one: S is the only unknown. Iterative scaling would need thousands
-    of rounds where nearly every token chooses the same expert.
+    With S the sum of all a that means a_i (S - a_i) = w_i, so a_i is the smaller root of a
+    quadratic, and for the expert with the largest w perhaps the larger one: S is the only unknown.
+    Iterative scaling would need thousands of rounds where nearly every token chooses the same
+    expert.
 
     Args:
-        together_EE: Tokens by pair of experts, symmetric; the diagonal is not read.
+        coactivation_EE: Tokens by pair of experts, symmetric; the diagonal is not read.
 
     Returns:
         float64 `[experts, experts]`.
     """
-    apart_EE = 1 - np.eye(len(together_EE))
-    wanted_E = (together_EE * apart_EE).sum(axis=1)
+    apart_EE = 1 - np.eye(len(coactivation_EE))
+    wanted_E = (coactivation_EE * apart_EE).sum(axis=1)
     if not wanted_E.any():
         return np.zeros_like(apart_EE)
     busiest = int(wanted_E.argmax())

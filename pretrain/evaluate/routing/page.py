@@ -1,6 +1,8 @@
-"""The routing report as one HTML page: no scripts, nothing loaded from elsewhere, everything escaped.
+"""The routing report as one HTML page: no scripts, nothing loaded from elsewhere, everything
+escaped.
 
-A whole picture stands in the page once, in its style sheet, however many experts show a patch of it.
+A whole picture stands in the page once, in its style sheet, however many experts show a patch of
+it.
 """
 
 from __future__ import annotations
@@ -37,7 +39,12 @@ class PagePicture(NamedTuple):
 
 
 def routing_page(
-    report: Report, grids: Sequence[Grid], pictures: Mapping[int, PagePicture], *, patch_size: int, title: str
+    report: Report,
+    grids: Sequence[Grid],
+    pictures: Mapping[int, PagePicture],
+    *,
+    patch_size: int,
+    title: str,
 ) -> str:
     """The page.
 
@@ -50,17 +57,20 @@ def routing_page(
     """
     shown = dict(sorted(pictures.items()))
     layers = "".join(_layer(layer, shown, patch_size) for layer in report["layers"])
-    drawn = "".join(f"<figure><figcaption>{escape(grid.title)}</figcaption>{svg_grid(grid)}</figure>" for grid in grids)
+    drawn = "".join(
+        f"<figure><figcaption>{escape(grid.title)}</figcaption>{svg_grid(grid)}</figure>"
+        for grid in grids
+    )
     tokens = report["tokens"]
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<style>{_STYLE}{''.join(_picture_style(sample, picture) for sample, picture in shown.items())}</style></head>
+<style>{_STYLE}{"".join(_picture_style(sample, picture) for sample, picture in shown.items())}</style></head>
 <body><h1>{escape(title)}</h1>
 <p>{report["pairs"]:,} pairs: {tokens["image"]:,} patches and {tokens["text"]:,} text tokens, each of which visits
-{report["experts_per_token"]} of {report["num_experts"]} experts in every layer\
-{" (patches in the mean: experts choose them)" if report["choice"] == "expert" else ""}.
-Blue is less than fair, white fair, red more; grey has no value.</p>
+{report["top_k"]} of {report["num_experts"]} experts in every layer\
+{" (patches in the mean: experts choose them)" if report["routing"] == "expert_choice" else ""}.
+Blue is less than fair, white fair, red more; gray has no value.</p>
 <section class="grids">{drawn}</section>{layers}
 <footer>{_LEGEND}</footer></body></html>
 """
@@ -74,10 +84,13 @@ def data_uri(image: Image.Image, kind: str) -> str:
 
 
 def crop(image: Array, patch: int, patch_size: int) -> Array:
-    """The pixels of a patch, uint8 `[patch_size, patch_size, 3]`; patches are counted row by row."""
+    """The pixels of a patch, uint8 `[patch_size, patch_size, 3]`; patches are counted row by
+    row."""
     row, column = divmod(patch, image.shape[2] // patch_size)
     top, left = row * patch_size, column * patch_size
-    return np.ascontiguousarray(image[:, top : top + patch_size, left : left + patch_size].transpose(1, 2, 0))
+    return np.ascontiguousarray(
+        image[:, top : top + patch_size, left : left + patch_size].transpose(1, 2, 0)
+    )
 
 
 def _picture_style(sample: int, picture: PagePicture) -> str:
@@ -93,39 +106,57 @@ def _layer(layer: Report, pictures: Mapping[int, PagePicture], patch_size: int) 
     loads = "; ".join(
         f"{modality}: busiest {load['max_over_mean']:.2f} x fair, like {load['used']:.1f} even experts, entropy "
         f"{load['entropy']:.2f} nats"
-        for modality, load in layer["load"].items() if load["max_over_mean"] is not None
+        for modality, load in layer["load"].items()
+        if load["max_over_mean"] is not None
     )
     pairs = "".join(
         "<li>{} tokens: experts {} and {}, x{:.2f} ({:,} tokens)</li>".format(
-            escape(modality), *pair["experts"], pair["lift"], pair["tokens"])
-        for modality, found in layer["together"].items() for pair in found
+            escape(modality), *pair["experts"], pair["lift"], pair["tokens"]
+        )
+        for modality, found in layer["coactivation"].items()
+        for pair in found
     )
     rows = "".join(_expert(expert, pictures, patch_size) for expert in layer["experts"])
-    together = f"<details><summary>chosen together most, over chance</summary><ul>{pairs}</ul></details>"
-    return (f"<section><h2>Layer {layer['block']:02d}</h2><p>{escape(loads)}</p>{together if pairs else ''}"
-            f"<table><thead><tr><th>expert</th><th>image</th><th>text</th><th class='serves'>serves</th><th>weight</th>"
-            f"<th>entropy</th><th>bits</th><th class='words'>words</th><th class='patches'>patches</th></tr></thead>"
-            f"<tbody>{rows}</tbody></table></section>")
+    coactivation = (
+        f"<details><summary>chosen together most, over chance</summary><ul>{pairs}</ul></details>"
+    )
+    return (
+        f"<section><h2>Layer {layer['block']:02d}</h2><p>{escape(loads)}</p>{coactivation if pairs else ''}"
+        f"<table><thead><tr><th>expert</th><th>image</th><th>text</th><th class='serves'>serves</th><th>weight</th>"
+        f"<th>entropy</th><th>bits</th><th class='words'>words</th><th class='patches'>patches</th></tr></thead>"
+        f"<tbody>{rows}</tbody></table></section>"
+    )
 
 
 def _expert(expert: Report, pictures: Mapping[int, PagePicture], patch_size: int) -> str:
-    words = " ".join(f'<span class="w"><bdi>{escape(word["word"])}</bdi> <small>x{word["lift"]:.1f}</small></span>'
-                     for word in expert["words"])
-    patches = "".join(_patch(patch, pictures[patch["sample"]], patch_size)
-                      for patch in expert["patches"] if patch["sample"] in pictures)
-    numbers = "".join(f"<td>{'-' if value is None else format(value, '.2f')}</td>"
-                      for value in (expert["weight"], expert["entropy"], expert["word_bits"]))
+    words = " ".join(
+        f'<span class="w"><bdi>{escape(word["word"])}</bdi> <small>x{word["lift"]:.1f}</small></span>'
+        for word in expert["words"]
+    )
+    patches = "".join(
+        _patch(patch, pictures[patch["sample"]], patch_size)
+        for patch in expert["patches"]
+        if patch["sample"] in pictures
+    )
+    numbers = "".join(
+        f"<td>{'-' if value is None else format(value, '.2f')}</td>"
+        for value in (expert["weight"], expert["entropy"], expert["word_bits"])
+    )
     share = expert["share"]
-    return (f"<tr><th>{expert['expert']:d}</th><td>{share['image']:.1%}</td><td>{share['text']:.1%}</td>"
-            f"<td class='serves'>{_leaning(expert['lean'])}</td>{numbers}<td class='words'>{words}</td>"
-            f"<td class='patches'>{patches}</td></tr>")
+    return (
+        f"<tr><th>{expert['expert']:d}</th><td>{share['image']:.1%}</td><td>{share['text']:.1%}</td>"
+        f"<td class='serves'>{_leaning(expert['lean'])}</td>{numbers}<td class='words'>{words}</td>"
+        f"<td class='patches'>{patches}</td></tr>"
+    )
 
 
 def _leaning(lean: float | None) -> str:
     """A bar from image (left) to text (right), with the words of it."""
     if lean is None:
         return "nobody"
-    return f'<span class="bar"><i style="left:{50 + 46 * lean:.0f}%"></i></span>{escape(serves(lean))}'
+    return (
+        f'<span class="bar"><i style="left:{50 + 46 * lean:.0f}%"></i></span>{escape(serves(lean))}'
+    )
 
 
 def _patch(patch: Report, picture: PagePicture, patch_size: int) -> str:
@@ -133,12 +164,16 @@ def _patch(patch: Report, picture: PagePicture, patch_size: int) -> str:
     side = picture.image.shape[2]
     row, column = divmod(patch["patch"], side // patch_size)
     scale = THUMB / side
-    frame = (f"left:{column * patch_size * scale:.1f}px;top:{row * patch_size * scale:.1f}px;"
-             f"width:{patch_size * scale:.1f}px;height:{patch_size * scale:.1f}px")
+    frame = (
+        f"left:{column * patch_size * scale:.1f}px;top:{row * patch_size * scale:.1f}px;"
+        f"width:{patch_size * scale:.1f}px;height:{patch_size * scale:.1f}px"
+    )
     pixels = data_uri(Image.fromarray(crop(picture.image, patch["patch"], patch_size)), "PNG")
     words = escape(f"{picture.caption} ({picture.key}); weight {patch['weight']:.2f}")
-    return (f'<span class="patch" title="{words}"><img src="{pixels}" width="{CROP}" height="{CROP}" alt="{words}">'
-            f'<span class="whole p{patch["sample"]:d}"><i style="{frame}"></i></span></span>')
+    return (
+        f'<span class="patch" title="{words}"><img src="{pixels}" width="{CROP}" height="{CROP}" alt="{words}">'
+        f'<span class="whole p{patch["sample"]:d}"><i style="{frame}"></i></span></span>'
+    )
 
 
 _STYLE = f"""body{{font:14px/1.4 system-ui,sans-serif;margin:24px;color:#222;background:#fff;max-width:1500px}}

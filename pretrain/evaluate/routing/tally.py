@@ -1,10 +1,10 @@
 """Counts what experts are sent, batch by batch, while a model judges.
 
-`watch` notes what every router decides; `Tally.add` counts it. Nothing is kept per token, so any number of samples
-may pass.
+`watch` notes what every router decides; `Tally.add` counts it. Nothing is kept per token, so any
+number of samples may pass.
 
-Shapes: L MoE layers, M modalities (0 image, 1 text), E experts, T tokens, N token choices, B pairs, P patches, W words,
-X patches kept of each expert.
+Shapes: L MoE layers, M modalities (0 image, 1 text), E experts, T tokens, N token choices, B pairs,
+P patches, W words, X patches kept of each expert.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Routed(NamedTuple):
     weight_N: Tensor
     """Its gate weight, float32."""
     entropy_T: Tensor
-    """Entropy (nats) of each token's scores, normalised over the experts."""
+    """Entropy (nats) of each token's scores, normalized over the experts."""
     num_pairs: int
     num_patches: int
     """Of each pair."""
@@ -42,12 +42,15 @@ class Routed(NamedTuple):
 
 @contextmanager
 def watch(model: VisionLanguageModel) -> Iterator[list[Routed]]:
-    """A list that holds, after each forward pass in evaluation mode, what each sparse layer's router did."""
+    """A list that holds, after each forward pass in evaluation mode, what each sparse layer's
+    router did."""
     seen: list[Routed] = []
     layers = model.moe_layers()
 
     def note(layer: nn.Module, inputs: tuple[Tensor, RouterTokens], _: Any) -> None:
-        assert isinstance(layer, MoELayer) and not layer.training, "only judging decides the same twice"
+        assert isinstance(layer, MoELayer) and not layer.training, (
+            "only judging decides the same twice"
+        )
         if layer is layers[0]:
             seen.clear()
         seen.append(routed(layer, *inputs))
@@ -69,8 +72,12 @@ def routed(layer: MoELayer, x_TD: Tensor, tokens: RouterTokens) -> Routed:
         token_N = torch.arange(len(x_TD), device=x_TD.device).repeat_interleave(routing.k)
     entropy_T = torch.special.entr(probs_TE).sum(dim=-1)
     return Routed(
-        token_N.cpu(), routing.expert_ids_N.cpu(), routing.weights_N.detach().cpu(), entropy_T.detach().cpu(),
-        tokens.num_pairs, tokens.num_patches,
+        token_N.cpu(),
+        routing.expert_ids_N.cpu(),
+        routing.weights_N.detach().cpu(),
+        entropy_T.detach().cpu(),
+        tokens.num_pairs,
+        tokens.num_patches,
     )
 
 
@@ -132,7 +139,11 @@ class Tally:
         shape = self.visits_LME.shape[1:]
 
         def total(values_N: Tensor | None = None) -> Array:
-            return torch.bincount(cell_N, values_N, minlength=shape[0] * shape[1]).numpy().reshape(shape)
+            return (
+                torch.bincount(cell_N, values_N, minlength=shape[0] * shape[1])
+                .numpy()
+                .reshape(shape)
+            )
 
         self.visits_LME[layer] += total()
         self.weight_LME[layer] += total(one.weight_N.double())
@@ -149,7 +160,9 @@ class Tally:
         token_N = one.token_N[is_text_N].numpy() - one.num_pairs * one.num_patches
         experts, words = self.words_LEW.shape[1:]
         cell_N = one.expert_N[is_text_N].numpy() * words + word_T[token_N]
-        self.words_LEW[layer] += np.bincount(cell_N, minlength=experts * words).reshape(experts, words).astype(np.int32)
+        self.words_LEW[layer] += (
+            np.bincount(cell_N, minlength=experts * words).reshape(experts, words).astype(np.int32)
+        )
 
     def _keep_patches(self, layer: int, one: Routed, sample_B: Array) -> None:
         """The patches with the largest gate weights, of each picture at most one for an expert."""
@@ -159,12 +172,17 @@ class Tally:
         weight_TE[one.token_N[is_patch_N], one.expert_N[is_patch_N]] = one.weight_N[is_patch_N]
         best_BE, place_BE = weight_TE.view(pairs, patches, experts).max(dim=1)
         weights = np.concatenate([self.patch_weight_LEX[layer], best_BE.t().numpy()], axis=1)
-        samples = np.concatenate([self.patch_sample_LEX[layer], np.tile(sample_B, (experts, 1))], axis=1)
+        samples = np.concatenate(
+            [self.patch_sample_LEX[layer], np.tile(sample_B, (experts, 1))], axis=1
+        )
         places = np.concatenate([self.patch_place_LEX[layer], place_BE.t().numpy()], axis=1)
-        # Stable: of equal ones the first seen stays, so a patch of weight 0 does not take an empty place.
+        # Stable: of equal ones the first seen stays, so a patch of weight 0 does not take an empty
+        # place.
         order = np.argsort(-weights, axis=1, kind="stable")[:, : self.patch_weight_LEX.shape[2]]
         for field, values in (
-            (self.patch_weight_LEX, weights), (self.patch_sample_LEX, samples), (self.patch_place_LEX, places),
+            (self.patch_weight_LEX, weights),
+            (self.patch_sample_LEX, samples),
+            (self.patch_place_LEX, places),
         ):
             field[layer] = np.take_along_axis(values, order, axis=1)
 

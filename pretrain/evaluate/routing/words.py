@@ -1,4 +1,5 @@
-"""The words of captions, token by token: what an expert sees is easier to read in words than in pieces."""
+"""The words of captions, token by token: what an expert sees is easier to read in words than in
+pieces."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from typing import Protocol
 import numpy as np
 
 LONGEST = 24
-"""Letters of a word that pieces are joined to. Where nothing parts words, a caption would be one: pieces stay alone."""
+"""Letters of a word that pieces are joined to. Where nothing parts words, a caption would be one:
+pieces stay alone."""
 
 _BLANK = "▁"
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
@@ -22,7 +24,7 @@ class Spelling(Protocol):
     def piece(self, token: int) -> str: ...
 
 
-class WordBook:
+class WordVocabulary:
     """Numbers words as they come."""
 
     def __init__(self, tokenizer: Spelling) -> None:
@@ -36,10 +38,13 @@ class WordBook:
         return list(self._numbers)
 
     def numbers(self, ids: Sequence[int]) -> np.ndarray:
-        """The word that each token of one caption belongs to, int64 `[tokens]`; marks are words of their own."""
+        """The word that each token of one caption belongs to, int64 `[tokens]`; marks are words of
+        their own."""
         pieces = [self._piece(token) for token in ids]
-        return np.array([self._numbers.setdefault(word, len(self._numbers)) for word in words_of(pieces)],
-                        dtype=np.int64)
+        return np.array(
+            [self._numbers.setdefault(word, len(self._numbers)) for word in words_of(pieces)],
+            dtype=np.int64,
+        )
 
     def _piece(self, token: int) -> str:
         if token not in self._pieces:
@@ -48,7 +53,8 @@ class WordBook:
 
 
 def words_of(pieces: Sequence[str]) -> list[str]:
-    """The word of each piece of a caption, as SentencePiece spells pieces: `▁` begins a word, `<0xE9>` is a byte."""
+    """The word of each piece of a caption, as SentencePiece spells pieces: `▁` begins a word,
+    `<0xE9>` is a byte."""
     groups: list[list[str]] = []
     for place, piece in enumerate(pieces):
         alone = _MARK.fullmatch(piece) or (place and _MARK.fullmatch(pieces[place - 1]))
@@ -58,12 +64,17 @@ def words_of(pieces: Sequence[str]) -> list[str]:
     words = []
     for group in groups:
         whole = _spelt(group)
-        words += [whole] * len(group) if len(whole) <= LONGEST else [_spelt([piece]) for piece in group]
+        words += (
+            [whole] * len(group) if len(whole) <= LONGEST else [_spelt([piece]) for piece in group]
+        )
     return words
 
 
 def _spelt(pieces: Sequence[str]) -> str:
     """Pieces as text; bytes that are no letter by themselves become a replacement sign."""
-    parts = [bytes([int(found[1], 16)]) if (found := _BYTE.fullmatch(piece)) else piece.encode() for piece in pieces]
+    parts = [
+        bytes([int(found[1], 16)]) if (found := _BYTE.fullmatch(piece)) else piece.encode()
+        for piece in pieces
+    ]
     text = b"".join(parts).decode("utf-8", errors="replace")
     return text.removeprefix(_BLANK).replace(_BLANK, " ") or _BLANK

@@ -1,4 +1,5 @@
-"""The cache of a node: whole copies only, within the limit, for any number of processes that come and go."""
+"""The cache of a node: whole copies only, within the limit, for any number of processes that come
+and go."""
 
 from __future__ import annotations
 
@@ -45,7 +46,9 @@ def _make(shards: WebShards, cache: ShardCache, number: int, **more: object) -> 
 
 def _cache(shards: WebShards, room_for: float) -> ShardCache:
     """A cache with room for so many shards."""
-    return ShardCache(shards.cache, room_for * max(entry.bytes for entry in shards.manifest.shards) / 2**30)
+    return ShardCache(
+        shards.cache, room_for * max(entry.bytes for entry in shards.manifest.shards) / 2**30
+    )
 
 
 def _here(shards: WebShards, cache: ShardCache) -> list[int]:
@@ -155,7 +158,9 @@ def test_a_half_copy_is_not_taken_for_whole(shards: WebShards) -> None:
 def test_flipped_bits_are_copied_again(shards: WebShards, caplog: pytest.LogCaptureFixture) -> None:
     cache, entry = _cache(shards, 10), shards.manifest.shards[0]
     with fault_proxy(shards.web.port, share=0.5, seed=0, faults=["flip"]) as proxy:
-        made = cache.make(entry, f"{proxy.endpoint}/{entry.name}", timeout_seconds=5, request_seconds=1)
+        made = cache.make(
+            entry, f"{proxy.endpoint}/{entry.name}", timeout_seconds=5, request_seconds=1
+        )
         assert made is Made.HERE and proxy.done["flip"] == 2 and proxy.requests == 3
     assert cache.path(entry).read_bytes() == (shards.web.folder / entry.name).read_bytes()
     assert not caplog.records
@@ -168,14 +173,19 @@ def test_another_shard_than_the_manifests_is_kept_after_three_tries(
     cache, entry = _cache(shards, 10), shards.manifest.shards[0]
     path, asked = shards.web.folder / entry.name, shards.asked()
     data = path.read_bytes()
-    path.write_bytes(data[:change] if change < 0 else data + bytes(change) if change else data[:-1] + b"\1")
+    path.write_bytes(
+        data[:change] if change < 0 else data + bytes(change) if change else data[:-1] + b"\1"
+    )
     caplog.set_level(logging.WARNING)
     assert _make(shards, cache, 0) is Made.HERE
     assert shards.asked() == asked + 3
     fd = cache.open(entry)
     assert fd is not None and os.fstat(fd).st_size == entry.bytes + change
     os.close(fd)
-    assert "but its manifest expects" in caplog.text and "samples are checked one by one" in caplog.text
+    assert (
+        "but its manifest expects" in caplog.text
+        and "samples are checked one by one" in caplog.text
+    )
 
 
 def test_a_failed_copy_leaves_nothing(shards: WebShards) -> None:
@@ -297,11 +307,22 @@ def test_processes_that_take_each_others_room_read_every_sample_right(shards: We
     room = 2.2 * max(entry.bytes for entry in shards.manifest.shards) / 2**30
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", _READER, shards.manifest.url, str(shards.cache), str(room), str(seed), "60"],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            [
+                sys.executable,
+                "-c",
+                _READER,
+                shards.manifest.url,
+                str(shards.cache),
+                str(room),
+                str(seed),
+                "60",
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for seed in range(4)
-    ]  # fmt: skip
+    ]
     said = [process.communicate(timeout=100) for process in processes]
     assert all(out.startswith("read ") and not error for out, error in said), said
     assert sum(int(out.split()[1]) for out, _ in said) > 0, "no copy was ever used"
@@ -312,7 +333,8 @@ def test_processes_that_take_each_others_room_read_every_sample_right(shards: We
 def test_a_copy_that_another_process_ends_meanwhile_is_left_alone(
     shards: WebShards, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between opening the unfinished file and locking it, whoever made it may end: then it is the copy itself."""
+    """Between opening the unfinished file and locking it, whoever made it may end: then it is the
+    copy itself."""
     cache, entry = _cache(shards, 10), shards.manifest.shards[0]
     whole = (shards.web.folder / entry.name).read_bytes()
     lock = cache_module._try_lock

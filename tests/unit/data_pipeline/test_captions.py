@@ -10,7 +10,15 @@ import pytest
 
 from data_pipeline.common.errors import ConfigError, DataError
 from data_pipeline.content import captions
-from data_pipeline.content.captions import Texts, caption_hash, check_key, choose, clean, clean_hash, find
+from data_pipeline.content.captions import (
+    Texts,
+    caption_hash,
+    check_key,
+    choose,
+    clean,
+    clean_hash,
+    find,
+)
 from data_pipeline.content.fields import parse_fields
 from data_pipeline.settings import LimitConfig
 
@@ -42,13 +50,17 @@ def test_cleaning_twice_changes_nothing_more() -> None:
 
 
 def test_hash_ignores_capitals_and_blanks_only() -> None:
-    assert caption_hash("A Red  heart") == caption_hash("a red heart ") != caption_hash("a red hearts")
+    assert (
+        caption_hash("A Red  heart") == caption_hash("a red heart ") != caption_hash("a red hearts")
+    )
     assert all(0 <= caption_hash(str(number)) < 2**63 for number in range(100))
 
 
 MEMBERS = {
     "txt": b" a cat\n",
-    "json": json.dumps({"captions": ["one", "two", 3, ""], "title": "T", "year": 7, "none": []}).encode(),
+    "json": json.dumps(
+        {"captions": ["one", "two", 3, ""], "title": "T", "year": 7, "none": []}
+    ).encode(),
 }
 
 
@@ -56,10 +68,14 @@ def test_find_reads_members_and_json_fields() -> None:
     assert find(MEMBERS, "txt") == ["a cat"]
     assert find(MEMBERS, "json:captions") == ["one", "two"]
     assert find(MEMBERS, "json:title") == ["T"]
-    assert [find(MEMBERS, key) for key in ("json:year", "json:none", "json:missing", "caption")] == [[]] * 4
+    assert [
+        find(MEMBERS, key) for key in ("json:year", "json:none", "json:missing", "caption")
+    ] == [[]] * 4
 
 
-def drawn(members: dict[str, bytes], keys: tuple[str, ...], weights: tuple[float, ...], count: int) -> Counter:
+def drawn(
+    members: dict[str, bytes], keys: tuple[str, ...], weights: tuple[float, ...], count: int
+) -> Counter:
     """How often each caption comes."""
     texts, rng = Texts(members), np.random.default_rng(0)
     return Counter(choose(texts, keys, weights, pair) for pair in rng.random((count, 2)).tolist())
@@ -77,7 +93,9 @@ def test_choose_follows_the_weights_of_several_keys() -> None:
     weights = (0.1, 0.2, 0.0, 0.7)
     counts = drawn(members, tuple(f"json:{name}" for name in "abcd"), weights, 20_000)
     # Pearson's chi-squared with two degrees of freedom: above 13.8 in one of 1,000 samples.
-    expected = {name: weight * 20_000 for name, weight in zip("abcd", weights, strict=True) if weight}
+    expected = {
+        name: weight * 20_000 for name, weight in zip("abcd", weights, strict=True) if weight
+    }
     assert set(counts) == set(expected)
     assert sum((counts[name] - number) ** 2 / number for name, number in expected.items()) < 13.8
 
@@ -100,7 +118,16 @@ def test_a_weight_of_zero_is_never_drawn_while_another_key_has_captions() -> Non
 
 def test_choose_passes_over_what_does_not_fit() -> None:
     for pair in ((0.0, 0.0), (0.99, 0.99)):
-        assert choose(Texts(MEMBERS), ("txt", "json:captions"), (1.0, 1.0), pair, lambda text: text == "one") == "one"
+        assert (
+            choose(
+                Texts(MEMBERS),
+                ("txt", "json:captions"),
+                (1.0, 1.0),
+                pair,
+                lambda text: text == "one",
+            )
+            == "one"
+        )
     assert choose(Texts(MEMBERS), ("txt",), (1.0,), None, lambda text: False) is None
 
 
@@ -108,8 +135,13 @@ def test_members_are_decoded_and_parsed_once(monkeypatch: pytest.MonkeyPatch) ->
     calls = Counter[str]()
     counted = {"clean": clean, "parse_fields": parse_fields}
     for name, function in counted.items():
-        monkeypatch.setattr(captions, name, lambda *given, name=name, function=function: (
-            calls.update([name]), function(*given))[1])
+        monkeypatch.setattr(
+            captions,
+            name,
+            lambda *given, name=name, function=function: (calls.update([name]), function(*given))[
+                1
+            ],
+        )
     texts = Texts({"txt": b"t", "json": b'{"a": "A", "b": "B"}'})
     for _ in range(3):
         assert [texts.find(key) for key in ("txt", "json:a", "json:b")] == [["t"], ["A"], ["B"]]
@@ -121,7 +153,22 @@ def test_only_members_of_text_can_be_captions() -> None:
     """Whatever the settings say: a pickle or a script is not even decoded."""
     for key in ("txt", "text", "caption", "en.txt", "json:title", "json:a:b"):
         check_key(key)
-    others = ("pkl", "pickle", "pyd", "pth", "npy", "sh", "jpg", "txt.pkl", "json", "json:", "txt:a", ":a", "pkl:a", "")
+    others = (
+        "pkl",
+        "pickle",
+        "pyd",
+        "pth",
+        "npy",
+        "sh",
+        "jpg",
+        "txt.pkl",
+        "json",
+        "json:",
+        "txt:a",
+        ":a",
+        "pkl:a",
+        "",
+    )
     for key in others:
         with pytest.raises(ConfigError, match="is neither a member of text"):
             check_key(key)
@@ -129,20 +176,27 @@ def test_only_members_of_text_can_be_captions() -> None:
             find({key: b"x"}, key)
 
 
-@pytest.mark.parametrize("mark", ["\u0301\u0323", "\u0344", "\u0f73", "\u0f81\u0f71", "\u0308\u0301\u0338"])
+@pytest.mark.parametrize(
+    "mark", ["\u0301\u0323", "\u0344", "\u0f73", "\u0f81\u0f71", "\u0308\u0301\u0338"]
+)
 def test_letters_with_thousands_of_accents_cost_little(mark: str) -> None:
     """Sorting n accents takes n * n steps: 100,000 of them would take seconds."""
     start = time.process_time()
     once = clean("a" + mark * 50_000 + " b")
     assert time.process_time() - start < 0.5
-    assert unicodedata.normalize("NFD", once)[0] == "a" and once.endswith(" b") and 15 < len(once) < 66
+    assert (
+        unicodedata.normalize("NFD", once)[0] == "a" and once.endswith(" b") and 15 < len(once) < 66
+    )
     assert clean(once) == once
     few = "a" + mark * 10
     assert clean(few) == unicodedata.normalize("NFC", few)
 
 
 def test_limits_of_length() -> None:
-    texts = Texts({"txt": b"123456", "json": b'{"a": "1234567", "b": ["1", "1234567"]}'}, LimitConfig(caption_chars=6))
+    texts = Texts(
+        {"txt": b"123456", "json": b'{"a": "1234567", "b": ["1", "1234567"]}'},
+        LimitConfig(caption_chars=6),
+    )
     assert texts.find("txt") == ["123456"]
     for key in ("json:a", "json:b"):
         with pytest.raises(DataError, match="a caption of 7 characters, more than 6") as caught:

@@ -74,17 +74,21 @@ def test_a_plan_travels_to_another_process() -> None:
     plan.samples(0, 10)
     sent = multiprocessing.reduction.ForkingPickler.dumps(plan)
     assert len(sent) < 1000  # not its caches
-    assert multiprocessing.reduction.ForkingPickler.loads(sent).samples(5, 40) == plan.samples(5, 40)
+    assert multiprocessing.reduction.ForkingPickler.loads(sent).samples(5, 40) == plan.samples(
+        5, 40
+    )
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_ranks_share_the_same_global_batches(world: int) -> None:
-    micro_batches = micro_batches_per_step(16, 2, world)
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_ranks_share_the_same_global_batches(world_size: int) -> None:
+    micro_batches = micro_batches_per_step(16, 2, world_size)
     taken = [
         position
         for micro in range(micro_batches)
-        for rank in range(world)
-        for position in micro_batch_positions(32, micro, rank, pairs_per_forward=2, world=world)
+        for rank in range(world_size)
+        for position in micro_batch_positions(
+            32, micro, rank, micro_batch_size=2, world_size=world_size
+        )
     ]
     assert taken == list(range(32, 48))
 
@@ -97,7 +101,9 @@ def test_a_window_of_one_sample_is_not_lost() -> None:
 
 
 def test_an_impossible_split_names_the_nearest() -> None:
-    with pytest.raises(ConfigError, match=r"pairs_per_step is 250, .*64 .* x 2 ranks = 128; the nearest is 256"):
+    with pytest.raises(
+        ConfigError, match=r"global_batch_size is 250, .*64 .* x 2 ranks = 128; the nearest is 256"
+    ):
         micro_batches_per_step(250, 64, 2)
     with pytest.raises(ConfigError, match="the nearest is 128"):
         micro_batches_per_step(16, 64, 2)
@@ -118,12 +124,16 @@ def test_a_plan_needs_samples_and_a_window(sizes: list[int], window: int) -> Non
         Plan(sizes, 0, window)
 
 
-@pytest.mark.parametrize("sizes", [(0, 5, 0, 0, 3, 0), (7,), (0, 1, 0), (100, 1, 1, 1, 10, 1), (1,)])
+@pytest.mark.parametrize(
+    "sizes", [(0, 5, 0, 0, 3, 0), (7,), (0, 1, 0), (100, 1, 1, 1, 10, 1), (1,)]
+)
 @pytest.mark.parametrize("window", [1, 2, 9])
 def test_any_sizes_will_do(sizes: tuple[int, ...], window: int) -> None:
     """Empty shards, one shard, one sample, and shards of very different size."""
     plan, total = Plan(sizes, seed=1, shuffle_window=window), sum(sizes)
-    everything = sorted((shard, sample) for shard, size in enumerate(sizes) for sample in range(size))
+    everything = sorted(
+        (shard, sample) for shard, size in enumerate(sizes) for sample in range(size)
+    )
     for epoch in range(3):
         refs = plan.samples(epoch * total, total)
         assert sorted((ref.shard, ref.sample) for ref in refs) == everything
@@ -133,7 +143,9 @@ def test_any_sizes_will_do(sizes: tuple[int, ...], window: int) -> None:
 def test_empty_shards_change_nothing_but_the_numbers() -> None:
     full, gaps = Plan((4, 3, 5), 2, 2), Plan((0, 4, 0, 3, 5), 2, 2)
     number = {1: 0, 3: 1, 4: 2}
-    assert [ref._replace(shard=number[ref.shard]) for ref in gaps.samples(0, 40)] == full.samples(0, 40)
+    assert [ref._replace(shard=number[ref.shard]) for ref in gaps.samples(0, 40)] == full.samples(
+        0, 40
+    )
 
 
 def test_windows_come_in_the_order_of_need() -> None:
@@ -144,7 +156,12 @@ def test_windows_come_in_the_order_of_need() -> None:
             samples = 3 * len(window.shards)
             assert {ref.shard for ref in plan.samples(window.first, samples)} == set(window.shards)
             assert start < window.first + samples
-    assert [window.first for window in itertools.islice(plan.windows_from(10), 4)] == [9, 18, 21, 30]
+    assert [window.first for window in itertools.islice(plan.windows_from(10), 4)] == [
+        9,
+        18,
+        21,
+        30,
+    ]
 
 
 @pytest.mark.parametrize("window", [1, 3, 100])

@@ -1,4 +1,5 @@
-"""The thread that copies what comes next: how far it goes, what it leaves alone, and how it ends."""
+"""The thread that copies what comes next: how far it goes, what it leaves alone, and how it
+ends."""
 
 from __future__ import annotations
 
@@ -136,7 +137,9 @@ def test_it_ends_soon_even_in_the_middle_of_a_copy(shards: WebShards) -> None:
     assert not list(shards.cache.glob("shards/*.part"))
 
 
-def test_there_is_no_thread_where_there_is_nothing_to_copy(shards: WebShards, tmp_path: Path) -> None:
+def test_there_is_no_thread_where_there_is_nothing_to_copy(
+    shards: WebShards, tmp_path: Path
+) -> None:
     before = threading.active_count()
     FetchAhead(ShardStore([make_shards(tmp_path / "local", count=7)]), _from([0])).close()
     without = web_settings(shards.cache, cache_dir="", cache_gib=0)
@@ -154,10 +157,14 @@ def _worker(url: str, cache: Path, done) -> None:  # type: ignore[no-untyped-def
 
 
 def test_processes_share_the_work(shards: WebShards) -> None:
-    """Three workers from a fork server copy each shard once, and end though their threads still run."""
+    """Three workers from a fork server copy each shard once, and end though their threads still
+    run."""
     context = multiprocessing.get_context("forkserver")
     done = context.Queue()
-    workers = [context.Process(target=_worker, args=(shards.manifest.url, shards.cache, done)) for _ in range(3)]
+    workers = [
+        context.Process(target=_worker, args=(shards.manifest.url, shards.cache, done))
+        for _ in range(3)
+    ]
     for worker in workers:
         worker.start()
     assert {done.get(timeout=60) for _ in workers} == {"00069"}

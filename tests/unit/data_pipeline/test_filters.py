@@ -16,36 +16,75 @@ from data_pipeline.settings import AugmentConfig, FilterConfig, LimitConfig
 from tests.support.pictures import encoded, smooth
 
 FIELDS: dict[str, Any] = {
-    "similarity": 0.31, "width": 640, "NSFW": "UNLIKELY", "ok": True, "off": False, "nothing": None,
-    "clip": {"aesthetic": 5.5, "model": {"name": "b"}}, "two words": "x", "tags": ["a"], "zero": 0,
+    "similarity": 0.31,
+    "width": 640,
+    "NSFW": "UNLIKELY",
+    "ok": True,
+    "off": False,
+    "nothing": None,
+    "clip": {"aesthetic": 5.5, "model": {"name": "b"}},
+    "two words": "x",
+    "tags": ["a"],
+    "zero": 0,
     "day": "2023-04-01",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("json:similarity >= 0.31", True), ("json:similarity > 0.31", False), ("json:similarity>0.3", True),
-        ("json:similarity <= 0.31", True), ("json:similarity < 0.31", False), ("json:width == 640", True),
-        ("json:width == 640.0", True), ("json:width != 640", False), ("json:width != 641", True),
-        ("  json:width\t==  640  ", True), ("json:width > -1e3", True),
-        ('json:NSFW == "UNLIKELY"', True), ('json:NSFW != "UNLIKELY"', False), ('json:NSFW == "unlikely"', False),
-        ('json:NSFW in ["UNSURE", "UNLIKELY"]', True), ("json:width in [1, 2]", False), ("json:width in [640]", True),
-        ('json:day >= "2023-01-01"', True), ('json:day < "2023-01-01"', False),
-        ("json:clip.aesthetic > 5", True), ('json:clip.model.name == "b"', True), ("json:clip.missing > 5", False),
-        ('json:"two words" == "x"', True), ('json:clip."aesthetic" > 5', True), ("json:width.x == 1", False),
-        ("json:similarity exists", True), ("json:missing exists", False), ("json:nothing exists", False),
-        ("json:off exists", True), ("json:ok == true", True), ("json:ok == 1", False), ("json:zero == false", False),
-        ("json:ok in [1]", False), ("json:nothing == null", True), ("json:nothing != null", False),
-        ("json:width != null", True), ("json:nothing in [null]", True), ("json:nothing != 3", False),
+        ("json:similarity >= 0.31", True),
+        ("json:similarity > 0.31", False),
+        ("json:similarity>0.3", True),
+        ("json:similarity <= 0.31", True),
+        ("json:similarity < 0.31", False),
+        ("json:width == 640", True),
+        ("json:width == 640.0", True),
+        ("json:width != 640", False),
+        ("json:width != 641", True),
+        ("  json:width\t==  640  ", True),
+        ("json:width > -1e3", True),
+        ('json:NSFW == "UNLIKELY"', True),
+        ('json:NSFW != "UNLIKELY"', False),
+        ('json:NSFW == "unlikely"', False),
+        ('json:NSFW in ["UNSURE", "UNLIKELY"]', True),
+        ("json:width in [1, 2]", False),
+        ("json:width in [640]", True),
+        ('json:day >= "2023-01-01"', True),
+        ('json:day < "2023-01-01"', False),
+        ("json:clip.aesthetic > 5", True),
+        ('json:clip.model.name == "b"', True),
+        ("json:clip.missing > 5", False),
+        ('json:"two words" == "x"', True),
+        ('json:clip."aesthetic" > 5', True),
+        ("json:width.x == 1", False),
+        ("json:similarity exists", True),
+        ("json:missing exists", False),
+        ("json:nothing exists", False),
+        ("json:off exists", True),
+        ("json:ok == true", True),
+        ("json:ok == 1", False),
+        ("json:zero == false", False),
+        ("json:ok in [1]", False),
+        ("json:nothing == null", True),
+        ("json:nothing != null", False),
+        ("json:width != null", True),
+        ("json:nothing in [null]", True),
+        ("json:nothing != 3", False),
         # A field of another kind has no order, and is not equal.
-        ('json:similarity >= "0.1"', False), ("json:NSFW > 0", False), ("json:tags > 0", False),
-        ('json:width == "640"', False), ('json:width != "640"', True), ('json:tags == "a"', False),
+        ('json:similarity >= "0.1"', False),
+        ("json:NSFW > 0", False),
+        ("json:tags > 0", False),
+        ('json:width == "640"', False),
+        ('json:width != "640"', True),
+        ('json:tags == "a"', False),
         # Without the field, nothing holds.
-        ("json:missing == 1", False), ("json:missing != 1", False), ("json:missing in [1]", False),
+        ("json:missing == 1", False),
+        ("json:missing != 1", False),
+        ("json:missing in [1]", False),
         ("json:missing == null", False),
     ],
-)  # fmt: skip
+)
 def test_a_condition_holds_or_not(text: str, expected: bool) -> None:
     (condition,) = compile_conditions([text])
     assert condition.holds(FIELDS) is expected
@@ -57,8 +96,14 @@ def test_signs_mean_what_python_means() -> None:
         left, right = (int(value) / 2 for value in rng.integers(-3, 4, 2))
         for sign in ("==", "!=", "<", "<=", ">", ">="):
             (condition,) = compile_conditions([f"json:a {sign} {json.dumps(right)}"])
-            expected = {"==": left == right, "!=": left != right, "<": left < right, "<=": left <= right,
-                        ">": left > right, ">=": left >= right}[sign]  # fmt: skip
+            expected = {
+                "==": left == right,
+                "!=": left != right,
+                "<": left < right,
+                "<=": left <= right,
+                ">": left > right,
+                ">=": left >= right,
+            }[sign]
             assert condition.holds({"a": left}) is expected
 
 
@@ -100,7 +145,9 @@ def test_a_bad_condition_is_refused_with_its_place(text: str, place: int, what: 
 
 def test_a_sample_that_does_not_hold_is_counted_under_the_field() -> None:
     conditions = compile_conditions(["json:similarity >= 0.28", "json:clip.aesthetic > 6"])
-    with pytest.raises(DataError, match=r"json:clip.aesthetic is 5.5, but .*asks for > 6") as caught:
+    with pytest.raises(
+        DataError, match=r"json:clip.aesthetic is 5.5, but .*asks for > 6"
+    ) as caught:
         check_fields(FIELDS, conditions)
     assert caught.value.slug == "filter:clip.aesthetic"
     check_fields(FIELDS, conditions[:1])
@@ -130,9 +177,14 @@ class NoTokens:
 def reason(members: dict[str, bytes], *, limits: LimitConfig | None = None, **filters: Any) -> str:
     """Why a sample is left out; empty if it is not."""
     recipe = Recipe(
-        image_size=8, text_length=8, caption_keys=("txt", "json:also"), caption_weights=(1.0, 1.0),
-        augment=AugmentConfig(), filters=FilterConfig(**filters), limits=limits or LimitConfig(),
-    )  # fmt: skip
+        image_size=8,
+        context_length=8,
+        caption_keys=("txt", "json:also"),
+        caption_weights=(1.0, 1.0),
+        augment=AugmentConfig(),
+        filters=FilterConfig(**filters),
+        limits=limits or LimitConfig(),
+    )
     try:
         recipe.make(RawSample("shard", "key", members), 0, NoTokens())  # type: ignore[arg-type]
     except DataError as error:
@@ -167,7 +219,8 @@ def test_captions_that_do_not_fit_are_passed_over_while_another_one_does() -> No
 
 
 def test_left_out_by_the_header_alone() -> None:
-    """A picture whose pixels are damaged is still left out for its size: it is not decoded first."""
+    """A picture whose pixels are damaged is still left out for its size: it is not decoded
+    first."""
     damaged = PICTURE[:60] + b"\0\0\0\0" + PICTURE[64:]
     assert reason({"png": damaged, "txt": b"x"}) == "bad-image"
     jpeg = encoded(smooth(30, 45), "JPEG")
@@ -178,20 +231,37 @@ def test_left_out_by_the_header_alone() -> None:
 
 def test_a_bad_condition_is_found_when_the_recipe_is_made() -> None:
     with pytest.raises(ConfigError, match="expected 'json:'"):
-        Recipe(image_size=8, text_length=8, caption_keys=("txt",), caption_weights=(1.0,),
-               filters=FilterConfig(require=("score > 3",)))
+        Recipe(
+            image_size=8,
+            context_length=8,
+            caption_keys=("txt",),
+            caption_weights=(1.0,),
+            filters=FilterConfig(require=("score > 3",)),
+        )
 
 
 def test_limits_of_a_sample() -> None:
     few = LimitConfig(pixels=30 * 45 - 1, caption_chars=10, json_depth=3)
     assert reason({"png": PICTURE, "txt": b"x"}, limits=LimitConfig(pixels=30 * 45)) == ""
     assert reason({"png": PICTURE, "txt": b"x"}, limits=few) == "bad-image"
-    assert reason({"png": PICTURE, "txt": b"0123456789"}, limits=LimitConfig(caption_chars=10)) == ""
+    assert (
+        reason({"png": PICTURE, "txt": b"0123456789"}, limits=LimitConfig(caption_chars=10)) == ""
+    )
     assert reason({"png": PICTURE, "txt": b"0123456789a"}, limits=few) == "caption-too-long"
     assert reason({"png": PICTURE, "txt": b"x" * 10_000_000}) == "caption-too-long"
-    assert reason({"png": PICTURE, "json": json.dumps({"also": "x" * 200_000}).encode()}) == "caption-too-long"
-    assert reason({"png": PICTURE, "json": b'{"also": "x", "a": [[1]]}'}, limits=LimitConfig(json_depth=3)) == ""
-    assert reason({"png": PICTURE, "json": b'{"also": "x", "a": [[[1]]]}'}, limits=few) == "bad-json"
+    assert (
+        reason({"png": PICTURE, "json": json.dumps({"also": "x" * 200_000}).encode()})
+        == "caption-too-long"
+    )
+    assert (
+        reason(
+            {"png": PICTURE, "json": b'{"also": "x", "a": [[1]]}'}, limits=LimitConfig(json_depth=3)
+        )
+        == ""
+    )
+    assert (
+        reason({"png": PICTURE, "json": b'{"also": "x", "a": [[[1]]]}'}, limits=few) == "bad-json"
+    )
 
 
 def slow_depth(text: str) -> int:
@@ -240,9 +310,17 @@ def test_depth_is_counted_as_character_by_character() -> None:
         b'{"a": ' + b"7" * 4_000_000 + b"}",
         b'{"a": "' + b"x" * 10_000_000 + b'"}',
         b'{"a": "\\ud800',
-        b"[1, 2]", b"3", b"null", b'"text"', b"", b"{", b"{}x", b"{'a': 1}", b"\xef\xbb\xbf{}",
+        b"[1, 2]",
+        b"3",
+        b"null",
+        b'"text"',
+        b"",
+        b"{",
+        b"{}x",
+        b"{'a': 1}",
+        b"\xef\xbb\xbf{}",
     ],
-)  # fmt: skip
+)
 def test_json_that_asks_for_too_much_costs_little(data: bytes) -> None:
     start = time.process_time()
     with pytest.raises(DataError) as caught:
@@ -256,7 +334,9 @@ def test_json_at_the_limits_is_read() -> None:
     assert parse_fields(b'{"a": ' + b"[" * 31 + b"]" * 31 + b"}", 32)["a"] is not None
     assert parse_fields(b'{"a": "' + b"[{" * 500 + b'\\"[["}', 3) == {"a": "[{" * 500 + '"[['}
     body = b'{"a": "' + b"x" * (MAX_JSON_BYTES - 9) + b'"}'
-    assert len(body) == MAX_JSON_BYTES and len(str(parse_fields(body, 32)["a"])) == MAX_JSON_BYTES - 9
+    assert (
+        len(body) == MAX_JSON_BYTES and len(str(parse_fields(body, 32)["a"])) == MAX_JSON_BYTES - 9
+    )
     with pytest.raises(DataError) as caught:
         parse_fields(b'{"a": "\xff"}', 32)
     assert caught.value.slug == "bad-text"

@@ -1,6 +1,8 @@
-"""Shards of others and ours: what we write plain webdataset reads, and what others write we index and read.
+"""Shards of others and ours: what we write plain webdataset reads, and what others write we index
+and read.
 
-Each test compares two readers sample for sample: one that goes through our index, and webdataset's own.
+Each test compares two readers sample for sample: one that goes through our index, and webdataset's
+own.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ def ours(manifest: Manifest) -> list[Sample]:
 
 def theirs(shards: list[Path]) -> list[Sample]:
     """Every sample as webdataset gives it."""
-    dataset = webdataset.WebDataset([str(path) for path in shards], shardshuffle=False, empty_check=False)
+    dataset = webdataset.WebDataset(
+        [str(path) for path in shards], shardshuffle=False, empty_check=False
+    )
     return [
         {"__key__": sample["__key__"].encode()}
         | {name: body for name, body in sample.items() if not name.startswith("__")}
@@ -51,10 +55,14 @@ def theirs(shards: list[Path]) -> list[Sample]:
 def made(count: int) -> list[dict[str, object]]:
     draw = random.Random(3)
     return [
-        {"__key__": f"part/{i:06d}", "jpg": draw.randbytes(draw.randrange(2000)), "txt": f"caption {i} é",
-         "json": {"url": f"http://x/{i}", "width": i}}
+        {
+            "__key__": f"part/{i:06d}",
+            "jpg": draw.randbytes(draw.randrange(2000)),
+            "txt": f"caption {i} é",
+            "json": {"url": f"http://x/{i}", "width": i},
+        }
         for i in range(count)
-    ]  # fmt: skip
+    ]
 
 
 def test_webdataset_reads_what_we_write(tmp_path: Path) -> None:
@@ -62,7 +70,9 @@ def test_webdataset_reads_what_we_write(tmp_path: Path) -> None:
     manifest = write_shards(given, tmp_path, samples_per_shard=12)
     found = theirs(sorted(tmp_path.glob("*.tar")))
     assert found == ours(manifest)
-    assert [sample["__key__"].decode() for sample in found] == [sample["__key__"] for sample in given]
+    assert [sample["__key__"].decode() for sample in found] == [
+        sample["__key__"] for sample in given
+    ]
     assert found[30]["seg.png"] == b"p"
     assert json.loads(found[7]["json"]) == given[7]["json"]
 
@@ -72,7 +82,9 @@ def test_our_shards_are_byte_for_byte_those_of_its_writer(tmp_path: Path) -> Non
         for sample in made(5):
             tar.write({**sample, "json": json.dumps(sample["json"], ensure_ascii=False).encode()})
     manifest = write_shards(made(5), tmp_path)
-    assert (tmp_path / manifest.shards[0].name).read_bytes() == (tmp_path / "theirs.tar").read_bytes()
+    assert (tmp_path / manifest.shards[0].name).read_bytes() == (
+        tmp_path / "theirs.tar"
+    ).read_bytes()
 
 
 def test_what_its_shard_writer_writes(tmp_path: Path) -> None:
@@ -87,9 +99,9 @@ def test_what_its_shard_writer_writes(tmp_path: Path) -> None:
 def img2dataset_folder(folder: Path, *, shards: int, per_shard: int, captions: bool = True) -> Path:
     """A folder as img2dataset 1.45 leaves it (`--output_format webdataset`, its default settings).
 
-    Its writer is webdataset's TarWriter on an open file with members .jpg, .json and .txt; keys are the
-    shard's number in five digits and the sample's in four, pictures that could not be had leave gaps; beside
-    each shard lie NNNNN.parquet and NNNNN_stats.json.
+    Its writer is webdataset's TarWriter on an open file with members .jpg, .json and .txt; keys are
+    the shard's number in five digits and the sample's in four, pictures that could not be had leave
+    gaps; beside each shard lie NNNNN.parquet and NNNNN_stats.json.
     """
     folder.mkdir(parents=True)
     draw = random.Random(9)
@@ -101,15 +113,30 @@ def img2dataset_folder(folder: Path, *, shards: int, per_shard: int, captions: b
                 if draw.random() < 0.2:
                     continue
                 caption = f"a caption of {key}" if draw.random() < 0.9 else ""
-                meta = {"caption": caption, "url": f"https://x/{key}.jpg", "key": key, "status": "success",
-                        "error_message": None, "width": 256, "height": 256, "original_width": 640,
-                        "original_height": 480, "exif": "{}", "sha256": "0" * 64}  # fmt: skip
+                meta = {
+                    "caption": caption,
+                    "url": f"https://x/{key}.jpg",
+                    "key": key,
+                    "status": "success",
+                    "error_message": None,
+                    "width": 256,
+                    "height": 256,
+                    "original_width": 640,
+                    "original_height": 480,
+                    "exif": "{}",
+                    "sha256": "0" * 64,
+                }
                 sample = {"__key__": key, "jpg": draw.randbytes(draw.randrange(500, 3000))}
                 sample |= {"txt": caption} if captions else {}
                 tar.write(sample | {"json": json.dumps(meta, indent=4)})
             tar.close()
         (folder / f"{shard:05d}.parquet").write_bytes(b"PAR1" + draw.randbytes(100) + b"PAR1")
-        stats = {"count": per_shard, "successes": per_shard - 2, "failed_to_download": 2, "status_dict": {}}
+        stats = {
+            "count": per_shard,
+            "successes": per_shard - 2,
+            "failed_to_download": 2,
+            "status_dict": {},
+        }
         (folder / f"{shard:05d}_stats.json").write_text(json.dumps(stats, indent=4))
     return folder
 
@@ -150,8 +177,19 @@ def test_what_the_tar_program_writes(tmp_path: Path, format: str, what: list[str
             path.unlink()
     names = sorted(path.name for path in folder.iterdir())
     (tmp_path / "names").write_text("".join(f"{name}\n" for name in names))
-    command = ["tar", f"--format={format}", "--sort=name", "-C", str(folder), "-cf", str(tmp_path / "x.tar")]
-    subprocess.run([*command, *(str(tmp_path / part) if part == "names" else part for part in what)], check=True)
+    command = [
+        "tar",
+        f"--format={format}",
+        "--sort=name",
+        "-C",
+        str(folder),
+        "-cf",
+        str(tmp_path / "x.tar"),
+    ]
+    subprocess.run(
+        [*command, *(str(tmp_path / part) if part == "names" else part for part in what)],
+        check=True,
+    )
     manifest = index_shards(str(tmp_path / "x.tar"))
     found = ours(manifest)
     assert found == theirs([tmp_path / "x.tar"])
@@ -164,12 +202,15 @@ def test_files_that_are_not_next_to_each_other_are_named(tmp_path: Path) -> None
     folder = picture_folder(tmp_path / "pictures")
     names = sorted((path.name for path in folder.iterdir()), key=lambda name: name[::-1])
     subprocess.run(["tar", "-C", str(folder), "-cf", str(tmp_path / "x.tar"), *names], check=True)
-    with pytest.raises(DataError, match="not next to each other; write the shard with its files sorted by name"):
+    with pytest.raises(
+        DataError, match="not next to each other; write the shard with its files sorted by name"
+    ):
         index_shards(str(tmp_path / "x.tar"))
 
 
 def test_open_clips_example_shards(tmp_path: Path) -> None:
-    """Python's tarfile with plain TarInfo, as training scripts around open_clip make their shards."""
+    """Python's tarfile with plain TarInfo, as training scripts around open_clip make their
+    shards."""
     for shard in range(2):
         with tarfile.open(tmp_path / f"{shard:04d}.tar", "w") as tar:
             for number in range(5):

@@ -1,5 +1,5 @@
-"""Damaged and random samples, thousands of them, in a process of their own: none may crash, hang or fill
-the memory, and each must become an item or one counted problem."""
+"""Damaged and random samples, thousands of them, in a process of their own: none may crash, hang or
+fill the memory, and each must become an item or one counted problem."""
 
 from __future__ import annotations
 
@@ -25,9 +25,14 @@ MIB = 1024
 def fuzz(what: str, first: int, rounds: int) -> dict[str, Any]:
     """Run the rounds; see `tests/support/fuzz_content.py`."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.support.fuzz_content", what, str(first), str(rounds)], cwd=ROOT,
-        env=clean_environment(), text=True, capture_output=True, timeout=280, errors="replace",
-    )  # fmt: skip
+        [sys.executable, "-m", "tests.support.fuzz_content", what, str(first), str(rounds)],
+        cwd=ROOT,
+        env=clean_environment(),
+        text=True,
+        capture_output=True,
+        timeout=280,
+        errors="replace",
+    )
     # A crash of a decoder shows as a negative status, anything unforeseen as 1 with a traceback.
     assert done.returncode == 0, f"status {done.returncode}: {done.stderr[-3000:]}"
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

@@ -43,8 +43,9 @@ def test_every_kind_of_file_gives_what_pillow_gives(name: str) -> None:
     assert np.abs(found.astype(int) - expected).max() <= tolerance
 
 
-def test_ink_pictures_keep_their_colours() -> None:
-    """CMYK as Photoshop writes it, and YCCK, whose three colours are stored as lightness and colour."""
+def test_ink_pictures_keep_their_colors() -> None:
+    """CMYK as Photoshop writes it, and YCCK, whose three colors are stored as lightness and
+    color."""
     data = FILES["jpeg cmyk"]
     marker = data.index(b"Adobe")
     assert np.abs(decode(data).astype(int) - photo(61, 93)).mean() < 6
@@ -57,18 +58,24 @@ def test_ink_pictures_keep_their_colours() -> None:
 def test_sixteen_bits_of_grey_are_scaled_not_clipped(kind: str) -> None:
     deep = np.random.default_rng(0).integers(0, 65536, (20, 30), dtype=np.uint16)
     expected = np.round(deep / 257).astype(np.uint8)
-    np.testing.assert_array_equal(decode(encoded(deep, kind)), np.repeat(expected[..., None], 3, axis=-1))
-    dark = (deep // 500).astype(np.uint16)  # 0..131 of 65535 is black, not half grey
+    np.testing.assert_array_equal(
+        decode(encoded(deep, kind)), np.repeat(expected[..., None], 3, axis=-1)
+    )
+    dark = (deep // 500).astype(np.uint16)  # 0..131 of 65535 is black, not half gray
     assert decode(encoded(dark, kind)).max() == 1
 
 
 @pytest.mark.parametrize("channels", [3, 4])
-def test_sixteen_bits_of_colour(channels: int) -> None:
+def test_sixteen_bits_of_color(channels: int) -> None:
     deep = np.random.default_rng(0).integers(0, 65536, (20, 30, channels), dtype=np.uint16)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in deep)
     header = struct.pack(">IIBBBBB", 30, 20, 16, {3: 2, 4: 6}[channels], 0, 0, 0)
-    data = (b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", zlib.compress(rows))
-            + png_chunk(b"IEND", b""))
+    data = (
+        b"\x89PNG\r\n\x1a\n"
+        + png_chunk(b"IHDR", header)
+        + png_chunk(b"IDAT", zlib.compress(rows))
+        + png_chunk(b"IEND", b"")
+    )
     found = decode(data)
     np.testing.assert_array_equal(found, by_pillow(data))
     assert np.abs(found.astype(int) - deep / 257).max() <= 1
@@ -117,9 +124,11 @@ def test_exif_is_found_wherever_it_stands_and_its_oddities_are_left_to_pillow() 
     assert decode(broken).shape == (24, 40, 3)
 
 
-@pytest.mark.parametrize(("kind", "options"), [("GIF", {}), ("WEBP", {"lossless": True}), ("PNG", {}), ("TIFF", {})])
+@pytest.mark.parametrize(
+    ("kind", "options"), [("GIF", {}), ("WEBP", {"lossless": True}), ("PNG", {}), ("TIFF", {})]
+)
 def test_the_first_picture_of_an_animation_is_taken(kind: str, options: dict[str, Any]) -> None:
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
     data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
     found = decode(data)
     np.testing.assert_array_equal(found, by_pillow(data))
@@ -159,7 +168,7 @@ def test_a_cut_picture_is_never_taken_for_whole(kind: str, share: float) -> None
         decode(data[: int(len(data) * share)])
 
 
-@pytest.mark.parametrize("name", ["png rgb", "png palette", "png grey alpha"])
+@pytest.mark.parametrize("name", ["png rgb", "png palette", "png gray alpha"])
 def test_a_png_with_any_byte_changed_is_refused(name: str) -> None:
     data = FILES[name]
     for position in range(len(data)):
@@ -197,8 +206,12 @@ def test_a_tiff_with_tiles_far_larger_than_itself_is_refused() -> None:
 def test_a_palette_picture_without_its_palette_is_one_bad_sample() -> None:
     """Here Pillow fails by an assertion of its own."""
     header = struct.pack(">IIBBBBB", 8, 8, 8, 3, 0, 0, 0)
-    data = (b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", zlib.compress(bytes(72)))
-            + png_chunk(b"IEND", b""))
+    data = (
+        b"\x89PNG\r\n\x1a\n"
+        + png_chunk(b"IHDR", header)
+        + png_chunk(b"IDAT", zlib.compress(bytes(72)))
+        + png_chunk(b"IEND", b"")
+    )
     with pytest.raises(DataError, match="cannot be decoded") as caught:
         decode(data)
     assert isinstance(caught.value.__cause__, AssertionError)
@@ -220,14 +233,25 @@ def test_a_jpeg_of_thousands_of_scans_is_refused_before_it_takes_minutes() -> No
 def test_a_jpeg_can_come_reduced(height: int, width: int, options: dict[str, Any]) -> None:
     """Each pixel of the smaller picture is nearly the mean of a square of the whole one."""
     data = encoded(photo(height, width), "JPEG", quality=90, **options)
-    for at_least, expected in [((31, 31), 8), ((33, 33), 4), ((100, 100), 2), ((129, 1), 1), ((9999, 9999), 1)]:
+    for at_least, expected in [
+        ((31, 31), 8),
+        ((33, 33), 4),
+        ((100, 100), 2),
+        ((129, 1), 1),
+        ((9999, 9999), 1),
+    ]:
         assert reduction_checked(data, at_least) == expected
 
 
 @pytest.mark.parametrize("orientation", range(2, 9))
 def test_a_turned_jpeg_comes_reduced_where_it_divides(orientation: int) -> None:
     """Where it does not, the pixels would lie beside where they are expected."""
-    for (height, width), expected in [((256, 384), 8), ((260, 388), 4), ((258, 386), 2), ((257, 384), 1)]:
+    for (height, width), expected in [
+        ((256, 384), 8),
+        ((260, 388), 4),
+        ((258, 386), 2),
+        ((257, 384), 1),
+    ]:
         data = encoded(photo(height, width), "JPEG", quality=90, exif=exif(orientation))
         assert reduction_checked(data, (30, 30)) == expected
 
@@ -238,7 +262,9 @@ def reduction_checked(data: bytes, at_least: tuple[int, int]) -> int:
     pixels, reduced = decode_pixels(data, header, at_least)
     assert pixels.shape == (-(-header.height // reduced), -(-header.width // reduced), 3)
     rows, columns = header.height // reduced, header.width // reduced
-    squares = whole[: rows * reduced, : columns * reduced].reshape(rows, reduced, columns, reduced, 3)
+    squares = whole[: rows * reduced, : columns * reduced].reshape(
+        rows, reduced, columns, reduced, 3
+    )
     assert psnr(pixels[:rows, :columns], squares.mean(axis=(1, 3))) > 30  # beside by one: about 20
     return reduced
 

@@ -1,4 +1,5 @@
-"""Indexing shards: which ones, where the results go, what is kept, and what is said about damage."""
+"""Indexing shards: which ones, where the results go, what is kept, and what is said about
+damage."""
 
 from __future__ import annotations
 
@@ -52,18 +53,31 @@ def scans(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.parametrize("how", ["folder", "wildcard", "braces", "list", "list file"])
 def test_indexing_the_shards_of_others(tmp_path: Path, written: Manifest, how: str) -> None:
     base = tmp_path / "data"
-    (tmp_path / "list.txt").write_text(f"# some\n{base}/shard-000000.tar\n\n  {base}/shard-00000[12].tar # rest\n")
+    (tmp_path / "list.txt").write_text(
+        f"# some\n{base}/shard-000000.tar\n\n  {base}/shard-00000[12].tar # rest\n"
+    )
     given = {
-        "folder": str(base), "wildcard": f"{base}/shard-*.tar", "braces": f"{base}/shard-{{000000..000002}}.tar",
-        "list": [f"{base}/shard-00000{number}.tar" for number in range(3)], "list file": f"@{tmp_path}/list.txt",
-    }[how]  # fmt: skip
+        "folder": str(base),
+        "wildcard": f"{base}/shard-*.tar",
+        "braces": f"{base}/shard-{{000000..000002}}.tar",
+        "list": [f"{base}/shard-00000{number}.tar" for number in range(3)],
+        "list file": f"@{tmp_path}/list.txt",
+    }[how]
     assert index_shards(given) == written == load_manifest(base)
     for shard in written.shards:
         assert load_index(written, shard).to_bytes() == index_shard(base / shard.name).to_bytes()
 
 
 def test_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("a/0.tar", "a/1.tar", "a/1.parquet", "b/c/2.tar", "b/2_stats.json", "x.tar/3.tar", "odd.bin"):
+    for name in (
+        "a/0.tar",
+        "a/1.tar",
+        "a/1.parquet",
+        "b/c/2.tar",
+        "b/2_stats.json",
+        "x.tar/3.tar",
+        "odd.bin",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     monkeypatch.chdir(tmp_path)
@@ -81,16 +95,29 @@ def test_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("a/x-{0..3.tar", r"its braces do not close"), ("none*.tar", "no shards at"), ("b", r"FOLDER/\*\*"),
-     ("missing", "No such file"), ("@loop.txt", "do they name each other"), ("@empty.txt", "lists no shards"),
-     ("@binary.txt", "is not text"), ("@missing.txt", "No such file"), ("https://h/x.tar?sig=SECRET", "cannot stand"),
-     ("s3://b*/x.tar", "cannot stand for a bucket"), ("pipe:cat x.tar", "commands are never run")],
-)  # fmt: skip
+    [
+        ("a/x-{0..3.tar", r"its braces do not close"),
+        ("none*.tar", "no shards at"),
+        ("b", r"FOLDER/\*\*"),
+        ("missing", "No such file"),
+        ("@loop.txt", "do they name each other"),
+        ("@empty.txt", "lists no shards"),
+        ("@binary.txt", "is not text"),
+        ("@missing.txt", "No such file"),
+        ("https://h/x.tar?sig=SECRET", "cannot stand"),
+        ("s3://b*/x.tar", "cannot stand for a bucket"),
+        ("pipe:cat x.tar", "commands are never run"),
+    ],
+)
 def test_patterns_that_mean_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, message: str
 ) -> None:
     (tmp_path / "b").mkdir()
-    for name, content in (("loop", b"@loop.txt"), ("empty", b"# nothing\n"), ("binary", b"\xff\xfe")):
+    for name, content in (
+        ("loop", b"@loop.txt"),
+        ("empty", b"# nothing\n"),
+        ("binary", b"\xff\xfe"),
+    ):
         (tmp_path / f"{name}.txt").write_bytes(content)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=message) as error:
@@ -98,11 +125,36 @@ def test_patterns_that_mean_nothing(
     assert "SECRET" not in str(error.value)
 
 
-NAMES = ["a/0.tar", "a/1.tar", "a/10.tar", "a/b/0.tar", "a/b/c/0.tar", "a/[x].tar", "other.txt", "a-0.tar"]
+NAMES = [
+    "a/0.tar",
+    "a/1.tar",
+    "a/10.tar",
+    "a/b/0.tar",
+    "a/b/c/0.tar",
+    "a/[x].tar",
+    "other.txt",
+    "a-0.tar",
+]
 
 
-@pytest.mark.parametrize("pattern", ["a/*.tar", "a/?.tar", "**/0.tar", "a/**", "a/**/*.tar", "*/[01].tar", "a/[!0-9]*",
-                                     "*/b/*", "a/[[]x].tar", "**", "a*", "a/1*.tar", "*/*/0.tar"])  # fmt: skip
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "a/*.tar",
+        "a/?.tar",
+        "**/0.tar",
+        "a/**",
+        "a/**/*.tar",
+        "*/[01].tar",
+        "a/[!0-9]*",
+        "*/b/*",
+        "a/[[]x].tar",
+        "**",
+        "a*",
+        "a/1*.tar",
+        "*/*/0.tar",
+    ],
+)
 def test_wildcards_in_a_store_mean_what_they_mean_on_a_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str
 ) -> None:
@@ -112,7 +164,9 @@ def test_wildcards_in_a_store_mean_what_they_mean_on_a_disk(
 
     def list_tree(folder: str) -> list[str]:
         prefix = folder.removeprefix("s3://bucket/") + "/"
-        return sorted(f"x/{name}".removeprefix(prefix) for name in NAMES if f"x/{name}".startswith(prefix))
+        return sorted(
+            f"x/{name}".removeprefix(prefix) for name in NAMES if f"x/{name}".startswith(prefix)
+        )
 
     monkeypatch.setattr(patterns.storage, "list_tree", list_tree)
     monkeypatch.chdir(tmp_path)
@@ -148,7 +202,9 @@ def test_results_elsewhere(tmp_path: Path, written: Manifest, names: list[str]) 
     before = sorted(tmp_path.rglob("*"))
     out = tmp_path / "out"
     index_shards([f"{tmp_path}/{name}" for name in names], str(out))
-    assert [path for path in sorted(tmp_path.rglob("*")) if out not in (path, *path.parents)] == before
+    assert [
+        path for path in sorted(tmp_path.rglob("*")) if out not in (path, *path.parents)
+    ] == before
     manifest = load_manifest(out)
     assert manifest.base == str(tmp_path / names[0] if len(names) == 1 else tmp_path)
     assert load_index(manifest, manifest.shards[1]).key(0) == "00007"
@@ -160,7 +216,9 @@ def test_shards_may_be_named_from_here_and_from_the_root(
     tmp_path: Path, written: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path / "data")
-    found = index_shards([f"{tmp_path}/data/shard-000000.tar", "shard-000001.tar", "shard-000002.tar"])
+    found = index_shards(
+        [f"{tmp_path}/data/shard-000000.tar", "shard-000001.tar", "shard-000002.tar"]
+    )
     assert found.shards == written.shards
     found = index_shards("shard-000001.tar", "../out")
     assert load_manifest(tmp_path / "out").base == str(tmp_path / "data")
@@ -168,10 +226,13 @@ def test_shards_may_be_named_from_here_and_from_the_root(
 
 @pytest.mark.parametrize(
     ("shards", "out", "message"),
-    [(["s3://a/x.tar", "s3://b/x.tar"], "", "lie in different places"), (["s3://a/x.tar", "/x.tar"], "", "different"),
-     (["https://h/x.tar"], "", "nothing can be written to https://h"),
-     (["/x.tar"], "s3://b/m", "files of this machine")],
-)  # fmt: skip
+    [
+        (["s3://a/x.tar", "s3://b/x.tar"], "", "lie in different places"),
+        (["s3://a/x.tar", "/x.tar"], "", "different"),
+        (["https://h/x.tar"], "", "nothing can be written to https://h"),
+        (["/x.tar"], "s3://b/m", "files of this machine"),
+    ],
+)
 def test_places_that_do_not_go_together(shards: list[str], out: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
         index_shards(shards, out)
@@ -180,8 +241,8 @@ def test_places_that_do_not_go_together(shards: list[str], out: str, message: st
 def test_what_an_older_manifest_says_is_kept(tmp_path: Path) -> None:
     folder = str(tmp_path)
     make_shards(tmp_path)
-    index_shards(folder, about={"licence": "CC0"})
-    assert index_shards(folder).about == {"licence": "CC0"}
+    index_shards(folder, about={"license": "CC0"})
+    assert index_shards(folder).about == {"license": "CC0"}
     assert index_shards(folder, about={}).about == {}
     (tmp_path / MANIFEST_NAME).write_text("[1]")
     assert index_shards(folder).about == {}
@@ -190,7 +251,9 @@ def test_what_an_older_manifest_says_is_kept(tmp_path: Path) -> None:
 # --- several processes, parts, and going on -------------------------------------------------------
 
 
-def test_processes_give_what_one_gives(tmp_path: Path, written: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_give_what_one_gives(
+    tmp_path: Path, written: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(indexing, "_SMALL_BYTES", 0)
     assert index_shards(str(tmp_path / "data"), workers=2) == written
 
@@ -206,7 +269,9 @@ def test_parts_come_together(tmp_path: Path, written: Manifest, scans: list[str]
     assert index_shards(folder) == written and len(scans) == 3
 
 
-def test_only_new_and_changed_shards_are_read_again(tmp_path: Path, written: Manifest, scans: list[str]) -> None:
+def test_only_new_and_changed_shards_are_read_again(
+    tmp_path: Path, written: Manifest, scans: list[str]
+) -> None:
     folder, shard = tmp_path / "data", tmp_path / "data" / "shard-000001.tar"
     index_shards(str(folder))
     index_shards(str(folder))
@@ -290,7 +355,9 @@ def test_a_single_damaged_or_missing_shard(tmp_path: Path, written: Manifest) ->
 
 
 def test_it_stops_early_where_nothing_can_be_read(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"20 of 500 shards cannot be indexed \(480 were not tried\)"):
+    with pytest.raises(
+        DataError, match=r"20 of 500 shards cannot be indexed \(480 were not tried\)"
+    ):
         index_shards(f"{tmp_path}/{{000..499}}.tar")
 
 
@@ -303,10 +370,12 @@ def tar_of(path: Path, names: list[str]) -> Path:
 
 @pytest.mark.parametrize(
     ("names", "message", "saved"),
-    [(["a.jpg", "b.jpg", "a.txt", "b.txt", "c.jpg", "c.txt"], "the key 'a' comes twice", ["c"]),
-     (["a.txt", "a.txt", "b.txt"], "sample 'a' has two files with the same extension", ["b"]),
-     (["README", "LICENSE"], "holds 2 files but no samples", [])],
-)  # fmt: skip
+    [
+        (["a.jpg", "b.jpg", "a.txt", "b.txt", "c.jpg", "c.txt"], "the key 'a' comes twice", ["c"]),
+        (["a.txt", "a.txt", "b.txt"], "sample 'a' has two files with the same extension", ["b"]),
+        (["README", "LICENSE"], "holds 2 files but no samples", []),
+    ],
+)
 def test_shards_that_are_no_webdataset_shards(
     tmp_path: Path, names: list[str], message: str, saved: list[str]
 ) -> None:
@@ -326,12 +395,18 @@ def test_counting_shards_at_the_start_of_a_run(
     cut(tmp_path / "data" / "shard-000002.tar", 9000)
     for rank in range(2):
         count_shards(shards, run, part=(rank, 2))
-    assert len(caplog.messages) == 2 and "has no manifest" in caplog.messages[0] and "lost:" in caplog.messages[1]
+    assert (
+        len(caplog.messages) == 2
+        and "has no manifest" in caplog.messages[0]
+        and "lost:" in caplog.messages[1]
+    )
     assert "damage done before today looks like data" in caplog.text
     manifest = count_shards(shards, run)
     assert len(scans) == 3 and caplog.text.count("has no manifest") == 1
     assert [shard.samples for shard in manifest.shards] == [7, 7, 4]
-    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == [shard.name for shard in written.shards]
+    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == [
+        shard.name for shard in written.shards
+    ]
     loaded = load_manifest(run)
     assert loaded == manifest and loaded.base == shards
     assert loaded.shards[:2] == written.shards[:2]

@@ -61,9 +61,16 @@ def test_resumes_with_other_ranks_and_workers_give_one_sequence(
     """Several times within an epoch and beyond: 1, 2, 4 and 1 ranks, 0 to 4 workers."""
     whole, _ = take(setup.open(), sum(cuts))
     state, found = LoaderState(), list[list[Batch]]()
-    for cut, world, workers in zip(cuts, (1, 2, 4, 1, 2), (0, 2, 1, 4, 3), strict=False):
-        ranks = [take(setup.resume(state, data=settings(workers=workers), rank=rank, world=world), cut)
-                 for rank in range(world)]
+    for cut, world_size, workers in zip(cuts, (1, 2, 4, 1, 2), (0, 2, 1, 4, 3), strict=False):
+        ranks = [
+            take(
+                setup.resume(
+                    state, data=settings(workers=workers), rank=rank, world_size=world_size
+                ),
+                cut,
+            )
+            for rank in range(world_size)
+        ]
         assert len({str(states) for _, states in ranks}) == 1
         for step in range(cut):
             rounds = zip(*(steps[step] for steps, _ in ranks), strict=True)
@@ -79,7 +86,11 @@ def mixture(folder: Path) -> tuple[Source, ...]:
         if name == "a":
             write_drop_list(folder / "drop.json", make_drop_list(made, {0: [1, 2], 4: [0]}))
     configs = (
-        SourceConfig(shards=str(folder / "a"), weight_schedule=((16, 3.0), (64, 1.0)), drop=str(folder / "drop.json")),
+        SourceConfig(
+            shards=str(folder / "a"),
+            weight_schedule=((16, 3.0), (64, 1.0)),
+            drop=str(folder / "drop.json"),
+        ),
         SourceConfig(shards=str(folder / "b"), weight=1.0),
         SourceConfig(shards=str(folder / "c"), weight=0.0),
     )
@@ -91,22 +102,33 @@ def test_a_mixture_goes_on_from_every_cut(tmp_path: Path, tokenizer_path: str) -
 
     def open_at(state: LoaderState, **more: int) -> Loader:
         return Loader(
-            sources=sources, tokenizer_path=tokenizer_path, data=settings(), image_size=8, text_length=16, seed=9,
-            state=state, pairs_per_step=STEP, pairs_per_forward=FORWARD, **({"rank": 0, "world": 1} | more),
-        )  # fmt: skip
+            sources=sources,
+            tokenizer_path=tokenizer_path,
+            data=settings(),
+            image_size=8,
+            context_length=16,
+            seed=9,
+            state=state,
+            global_batch_size=STEP,
+            micro_batch_size=FORWARD,
+            **({"rank": 0, "world_size": 1} | more),
+        )
 
     whole, states = take(open_at(LoaderState()), 12)
     ids = [number for batches in whole for batch in batches for number in batch.ids.tolist()]
     assert [int(key) for key in keys_of([batch for batches in whole for batch in batches])] == ids
     assert not {1, 2, 16, 26, 27, 28} & set(ids)  # dropped, or of weight 0
     assert len(set(ids)) == 26 - 3
-    # Shares 3/4 at 16 pairs, 1/2 at 64: of the first 16 pairs 12, of those after the 64th every second.
+    # Shares 3/4 at 16 pairs, 1/2 at 64: of the first 16 pairs 12, of those after the 64th every
+    # second.
     assert sum(number < 17 for number in ids[:16]) == 12
     assert sum(number < 17 for number in ids[64:]) == 16
     for cut in range(12):
-        world = (1, 2, 4)[cut % 3]
+        world_size = (1, 2, 4)[cut % 3]
         state = LoaderState.from_json(states[cut - 1].to_json()) if cut else LoaderState()
-        ranks = [take(open_at(state, rank=rank, world=world), 1) for rank in range(world)]
+        ranks = [
+            take(open_at(state, rank=rank, world_size=world_size), 1) for rank in range(world_size)
+        ]
         rounds = zip(*(steps[0] for steps, _ in ranks), strict=True)
         assert all_same([[batch for round_ in rounds for batch in round_]], [whole[cut]])
         assert ranks[0][1] == [states[cut]]
@@ -118,7 +140,12 @@ def test_a_mixture_goes_on_from_every_cut(tmp_path: Path, tokenizer_path: str) -
 
 
 def test_skipped_positions_never_come(setup: Setup) -> None:
-    straight = [number for step in take(setup.open(), 6)[0] for batch in step for number in batch.ids.tolist()]
+    straight = [
+        number
+        for step in take(setup.open(), 6)[0]
+        for batch in step
+        for number in batch.ids.tolist()
+    ]
     _, states = take(setup.open(), 2)
     state = states[1].skipping(19, 25).skipping(30, 31)
     found, later = take(setup.resume(state), 3)
@@ -128,11 +155,16 @@ def test_skipped_positions_never_come(setup: Setup) -> None:
     assert all(one.skip == ((19, 25), (30, 31)) for one in later)
     for cut in (1, 2):
         resumed = LoaderState.from_json(later[cut - 1].to_json())
-        for world in (1, 2):
-            ranks = [take(setup.resume(resumed, rank=rank, world=world), 3 - cut)[0] for rank in range(world)]
+        for world_size in (1, 2):
+            ranks = [
+                take(setup.resume(resumed, rank=rank, world_size=world_size), 3 - cut)[0]
+                for rank in range(world_size)
+            ]
             for step in range(3 - cut):
                 rounds = zip(*(steps[step] for steps in ranks), strict=True)
-                assert all_same([[batch for round_ in rounds for batch in round_]], [found[cut + step]])
+                assert all_same(
+                    [[batch for round_ in rounds for batch in round_]], [found[cut + step]]
+                )
 
 
 @pytest.mark.parametrize("position", [1, 5, 29, 30, 47])
@@ -143,10 +175,10 @@ def test_any_position_will_do(setup: Setup, position: int) -> None:
     assert state.position == position + STEP
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_ranks_share_the_batches_of_one(setup: Setup, world: int) -> None:
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_share_the_batches_of_one(setup: Setup, world_size: int) -> None:
     alone, states = take(setup.open(), 5)
-    ranks = [take(setup.open(rank=rank, world=world), 5) for rank in range(world)]
+    ranks = [take(setup.open(rank=rank, world_size=world_size), 5) for rank in range(world_size)]
     assert all(found == states for _, found in ranks)
     for step, batches in enumerate(alone):
         shares = [steps[step] for steps, _ in ranks]
@@ -165,16 +197,18 @@ def test_a_sample_looks_the_same_in_any_batch_and_new_in_every_epoch(setup: Setu
 
     straight, shifted = pictures(setup.open(), 8), pictures(setup.open(position=3), 3)
     assert all(torch.equal(images[0], straight[key][0]) for key, images in shifted.items())
-    changed = [not torch.equal(images[0], images[1]) for images in straight.values() if len(images) > 1]
+    changed = [
+        not torch.equal(images[0], images[1]) for images in straight.values() if len(images) > 1
+    ]
     assert sum(changed) > 0.9 * len(changed)
 
 
-@pytest.mark.parametrize("text_length", [16, 64])
+@pytest.mark.parametrize("context_length", [16, 64])
 def test_a_batch_holds_what_it_says(
-    setup: Setup, manifest: Manifest, tokenizer_path: str, text_length: int
+    setup: Setup, manifest: Manifest, tokenizer_path: str, context_length: int
 ) -> None:
     tokenizer = Tokenizer.load(tokenizer_path)
-    batches = list(setup.evaluate(text_length=text_length))
+    batches = list(setup.evaluate(context_length=context_length))
     assert [len(batch.keys) for batch in batches] == [4] * 7 + [2]
     number = 0
     for batch in batches:
@@ -182,11 +216,13 @@ def test_a_batch_holds_what_it_says(
         assert batch.images.dtype == torch.uint8
         assert width % 8 == 0
         assert width == -(-int(batch.text_lengths.max()) // 8) * 8
-        flat = [row * width + place for row in range(size) for place in range(batch.text_lengths[row])]
+        flat = [
+            row * width + place for row in range(size) for place in range(batch.text_lengths[row])
+        ]
         assert batch.text_positions.tolist() == flat
         for row in range(size):
             assert (batch.keys[row], batch.captions[row]) == (f"{number:05d}", caption(number))
-            ids = tokenizer.encode(caption(number), text_length)
+            ids = tokenizer.encode(caption(number), context_length)
             assert batch.text_ids[row].tolist() == ids + [tokenizer.pad_id] * (width - len(ids))
             assert batch.text_lengths[row] == len(ids)
             assert batch.caption_hashes[row] == caption_hash(caption(number))
@@ -197,15 +233,20 @@ def test_a_batch_holds_what_it_says(
     assert number == manifest.total_samples
 
 
-def test_nothing_is_left_of_what_was_in_memory(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = list(setup.evaluate(text_length=64))
+def test_nothing_is_left_of_what_was_in_memory(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = list(setup.evaluate(context_length=64))
     assert any((batch.text_ids == Tokenizer.pad_id).any() for batch in whole)
-    monkeypatch.setattr(collate, "_memory", lambda count: (torch.full((count,), 171, dtype=torch.uint8), False))
-    assert all_same([list(setup.evaluate(text_length=64))], [whole])
+    monkeypatch.setattr(
+        collate, "_memory", lambda count: (torch.full((count,), 171, dtype=torch.uint8), False)
+    )
+    assert all_same([list(setup.evaluate(context_length=64))], [whole])
 
 
 def test_memory_is_used_again_only_when_nobody_reads_it(setup: Setup) -> None:
-    """A worker fills a batch's memory again; whoever still holds a batch, or one row of it, must not see that."""
+    """A worker fills a batch's memory again; whoever still holds a batch, or one row of it, must
+    not see that."""
     expected = take(setup.open(), 40)[0]
     with closing(setup.open(data=settings(workers=1, prefetch=2))) as loader:
         held: list[tuple[int, torch.Tensor, torch.Tensor]] = []
@@ -223,8 +264,10 @@ def test_memory_is_used_again_only_when_nobody_reads_it(setup: Setup) -> None:
 
 def test_evaluation_splits_over_ranks_and_workers_and_lists(setup: Setup) -> None:
     whole = list(setup.evaluate())
-    shares = [list(setup.evaluate(rank=rank, world=3)) for rank in range(3)]
-    in_turn = [batch for group in itertools.zip_longest(*shares) for batch in group if batch is not None]
+    shares = [list(setup.evaluate(rank=rank, world_size=3)) for rank in range(3)]
+    in_turn = [
+        batch for group in itertools.zip_longest(*shares) for batch in group if batch is not None
+    ]
     assert all_same([in_turn], [whole])
     assert all_same([list(setup.evaluate(workers=2))], [whole])
     some = list(setup.evaluate(indices=[29, 3, 3, 7, 8]))
@@ -243,9 +286,13 @@ def test_the_runs_random_numbers_are_left_alone(setup: Setup) -> None:
 
 def test_a_position_of_other_data_is_refused(setup: Setup, tmp_path: Path) -> None:
     _, (state,) = take(setup.open(), 1)
-    with pytest.raises(ConfigError, match="seed is 10, but this position in the data was saved with seed 9"):
+    with pytest.raises(
+        ConfigError, match="seed is 10, but this position in the data was saved with seed 9"
+    ):
         setup.resume(state, seed=10)
-    with pytest.raises(DataError, match="saved with other shards, weights or drop-lists, or another"):
+    with pytest.raises(
+        DataError, match="saved with other shards, weights or drop-lists, or another"
+    ):
         setup.resume(state, data=settings(shuffle_window=3))
     moved = make_shards(tmp_path / "moved", count=COUNT)
     assert Setup(moved, setup.tokenizer).resume(state)
@@ -253,8 +300,19 @@ def test_a_position_of_other_data_is_refused(setup: Setup, tmp_path: Path) -> No
     with pytest.raises(DataError, match="saved with other shards"):
         Setup(fewer, setup.tokenizer).resume(state)
     with pytest.raises(ConfigError, match="give a loader sources or manifests"):
-        Loader(manifests=[], tokenizer_path=setup.tokenizer, data=settings(), image_size=8, text_length=16, seed=0,
-               rank=0, world=1, pairs_per_step=8, pairs_per_forward=8, state=LoaderState())
+        Loader(
+            manifests=[],
+            tokenizer_path=setup.tokenizer,
+            data=settings(),
+            image_size=8,
+            context_length=16,
+            seed=0,
+            rank=0,
+            world_size=1,
+            global_batch_size=8,
+            micro_batch_size=8,
+            state=LoaderState(),
+        )
 
 
 def test_the_fingerprint_names_all_that_makes_the_order(setup: Setup, tmp_path: Path) -> None:
@@ -270,31 +328,52 @@ def test_the_fingerprint_names_all_that_makes_the_order(setup: Setup, tmp_path: 
     assert data_fingerprint([manifest], 2) == data_fingerprint([alone], 2)
     rows = [[shard.name, shard.samples, shard.sha256] for shard in manifest.shards]
     old = hashlib.sha256(json.dumps([2, rows]).encode()).hexdigest()[:32]
-    assert take(setup.resume(LoaderState.from_json({"version": 1, "position": 8, "seed": 9, "data": old})), 1)
+    assert take(
+        setup.resume(LoaderState.from_json({"version": 1, "position": 8, "seed": 9, "data": old})),
+        1,
+    )
     mixtures = [
-        [a, b, c], [b, a, c], [a, b], [weighing(a, 1.0), weighing(b, 1.0)], [weighing(a, 1.0), weighing(b, 1.1)],
-        [dataclasses.replace(a, dropped={}), b, c], [dataclasses.replace(a, dropped={0: np.array([1])}), b, c],
-        [a], [b], [dataclasses.replace(a, dropped={})],
-    ]  # fmt: skip
-    assert len({data_fingerprint(sources, window) for sources in mixtures for window in (2, 3)}) == 2 * len(mixtures)
+        [a, b, c],
+        [b, a, c],
+        [a, b],
+        [weighing(a, 1.0), weighing(b, 1.0)],
+        [weighing(a, 1.0), weighing(b, 1.1)],
+        [dataclasses.replace(a, dropped={}), b, c],
+        [dataclasses.replace(a, dropped={0: np.array([1])}), b, c],
+        [a],
+        [b],
+        [dataclasses.replace(a, dropped={})],
+    ]
+    assert len(
+        {data_fingerprint(sources, window) for sources in mixtures for window in (2, 3)}
+    ) == 2 * len(mixtures)
     equal = [weighing(a, 2.0), weighing(b, 2.0)]
     assert data_fingerprint(equal, 2) == data_fingerprint(mixtures[3], 2)
 
 
 def test_an_impossible_split_is_refused(setup: Setup) -> None:
-    with pytest.raises(ConfigError, match=r"pairs_per_step is 8, .* 3 ranks = 6; the nearest is 6"):
-        setup.open(world=3)
+    with pytest.raises(
+        ConfigError, match=r"global_batch_size is 8, .* 3 ranks = 6; the nearest is 6"
+    ):
+        setup.open(world_size=3)
 
 
 def test_captions_are_drawn_by_weight_and_place(tmp_path: Path, tokenizer_path: str) -> None:
-    made = [sample | {"json": {"alt": [f"alt {n}", f"other {n}"]}} for n, sample in enumerate(samples(COUNT))]
+    made = [
+        sample | {"json": {"alt": [f"alt {n}", f"other {n}"]}}
+        for n, sample in enumerate(samples(COUNT))
+    ]
     setup = Setup(write_shards(made, tmp_path), tokenizer_path)
     data = settings(caption_keys=("txt", "json:alt"), caption_weights=(1.0, 2.0))
     batches = [batch for step in take(setup.open(data=data), 75)[0] for batch in step]
     kinds = [text.split()[0] for batch in batches for text in batch.captions]
     shares = {kind: kinds.count(kind) / len(kinds) for kind in ("a", "alt", "other")}
-    assert shares == pytest.approx({"a": 1 / 3, "alt": 1 / 3, "other": 1 / 3}, abs=0.1)  # 600 draws: 5 sigma
+    assert shares == pytest.approx(
+        {"a": 1 / 3, "alt": 1 / 3, "other": 1 / 3}, abs=0.1
+    )  # 600 draws: 5 sigma
     # Whichever wording was drawn, pairs are equal by the caption that names the sample.
     for batch in batches:
-        assert batch.caption_hashes.tolist() == [caption_hash(caption(int(key))) for key in batch.keys]
+        assert batch.caption_hashes.tolist() == [
+            caption_hash(caption(int(key))) for key in batch.keys
+        ]
     assert load_manifest(tmp_path).total_samples == COUNT

@@ -1,4 +1,5 @@
-"""What a loader does with samples that are bad, missing or not wanted, and with stores that do not answer."""
+"""What a loader does with samples that are bad, missing or not wanted, and with stores that do not
+answer."""
 
 from __future__ import annotations
 
@@ -50,23 +51,37 @@ def odd_shards(folder: Path, kind: str) -> Manifest:
     return index_shards(str(folder))
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize(
-    "kind", ["one shard", "one sample", "fewer shards than ranks", "skew", "an empty shard", "a shard of bad samples"]
+    "kind",
+    [
+        "one shard",
+        "one sample",
+        "fewer shards than ranks",
+        "skew",
+        "an empty shard",
+        "a shard of bad samples",
+    ],
 )
-def test_odd_shards_give_all_ranks_as_many_batches(tmp_path: Path, tokenizer_path: str, kind: str, world: int) -> None:
+def test_odd_shards_give_all_ranks_as_many_batches(
+    tmp_path: Path, tokenizer_path: str, kind: str, world_size: int
+) -> None:
     manifest = odd_shards(tmp_path / "shards", kind)
     total = manifest.total_samples
     steps = 3 * total  # that is 3 x STEP / 1 epochs, whatever the number of samples
     setup = Setup(manifest, tokenizer_path)
-    ranks = [take(setup.open(rank=rank, world=world), steps)[0] for rank in range(world)]
-    assert [len(step) for found in ranks for step in found] == [STEP // FORWARD // world] * steps * world
+    ranks = [
+        take(setup.open(rank=rank, world_size=world_size), steps)[0] for rank in range(world_size)
+    ]
+    assert [len(step) for found in ranks for step in found] == [
+        STEP // FORWARD // world_size
+    ] * steps * world_size
     batches = [batch for found in ranks for step in found for batch in step]
     seen = Counter(number for batch in batches for number in batch.ids.tolist())
     bad = Counter(problem.id for batch in batches for problem in batch.problems)
     assert seen + bad == Counter(dict.fromkeys(range(total), 3 * STEP))
     assert len(bad) == (12 if kind == "a shard of bad samples" else 0)
-    assert list(setup.evaluate(rank=0, world=world))  # one pass does not mind either
+    assert list(setup.evaluate(rank=0, world_size=world_size))  # one pass does not mind either
 
 
 def test_filtered_samples_are_counted_apart(setup: Setup) -> None:
@@ -98,7 +113,9 @@ def bad_shards(folder: Path) -> Manifest:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_bad_samples_are_left_out_and_named(tmp_path: Path, tokenizer_path: str, workers: int) -> None:
+def test_bad_samples_are_left_out_and_named(
+    tmp_path: Path, tokenizer_path: str, workers: int
+) -> None:
     setup = Setup(bad_shards(tmp_path), tokenizer_path)
     data = settings(workers=workers)
     batches = [batch for step in take(setup.open(data=data, position=0), 15)[0] for batch in step]
@@ -107,20 +124,30 @@ def test_bad_samples_are_left_out_and_named(tmp_path: Path, tokenizer_path: str,
     problems = [problem for batch in batches for problem in batch.problems]
     assert all(problem.id == int(problem.key) for problem in problems)
     assert sorted({(problem.key, problem.shard, problem.reason) for problem in problems}) == [
-        ("00003", "shard-000000.tar", "no-caption"), ("00005", "shard-000000.tar", "no-caption"),
-        ("00011", "shard-000001.tar", "bad-image"), ("00017", "shard-000002.tar", "no-image"),
+        ("00003", "shard-000000.tar", "no-caption"),
+        ("00005", "shard-000000.tar", "no-caption"),
+        ("00011", "shard-000001.tar", "bad-image"),
+        ("00017", "shard-000002.tar", "no-image"),
         ("00021", "shard-000003.tar", "crc-mismatch"),
-    ]  # fmt: skip
+    ]
     assert len(problems) == 4 * 5
     assert all(problem.detail for problem in problems)
     for batch in batches:
-        assert len(batch.images) == len(batch.text_ids) == len(batch.keys) == FORWARD - len(batch.problems)
+        assert (
+            len(batch.images)
+            == len(batch.text_ids)
+            == len(batch.keys)
+            == FORWARD - len(batch.problems)
+        )
         assert batch.ids.tolist() == [int(key) for key in batch.keys]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_slots_are_the_rows_that_were_asked_for(tmp_path: Path, tokenizer_path: str, workers: int) -> None:
-    """A bad sample leaves a gap, and those after it keep their rows: routing makes its groups of them."""
+def test_slots_are_the_rows_that_were_asked_for(
+    tmp_path: Path, tokenizer_path: str, workers: int
+) -> None:
+    """A bad sample leaves a gap, and those after it keep their rows: routing makes its groups of
+    them."""
     made = list(samples(12))
     for number in (1, 4, 11):  # a middle one, the first and the last of a batch of four
         made[number]["png"] = b"no picture"
@@ -129,7 +156,9 @@ def test_slots_are_the_rows_that_were_asked_for(tmp_path: Path, tokenizer_path: 
     assert [batch.slots.tolist() for batch in in_order] == [[0, 2, 3], [1, 2, 3], [0, 1, 2]]
     assert [batch.ids.tolist() for batch in in_order] == [[0, 2, 3], [5, 6, 7], [8, 9, 10]]
     steps, _ = take(setup.open(data=settings(workers=workers)), 6)
-    asked = [f"{ref.sample:05d}" for ref in Plan([12], 9, settings().shuffle_window).samples(0, 6 * STEP)]
+    asked = [
+        f"{ref.sample:05d}" for ref in Plan([12], 9, settings().shuffle_window).samples(0, 6 * STEP)
+    ]
     gaps = 0
     for number, batch in enumerate(itertools.chain(*steps)):
         mine = asked[number * FORWARD : (number + 1) * FORWARD]
@@ -149,9 +178,15 @@ def test_a_batch_of_bad_samples_only_is_empty(tmp_path: Path, tokenizer_path: st
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(
     ("damage", "reasons"),
-    [("missing", {"missing-shard": 7}), ("cut", {"truncated": 4}), ("index", {"bad-index": 7}),
-     ("other index", {"bad-index": 7}), ("zeros", {"crc-mismatch": 7}), ("longer", {})],
-)  # fmt: skip
+    [
+        ("missing", {"missing-shard": 7}),
+        ("cut", {"truncated": 4}),
+        ("index", {"bad-index": 7}),
+        ("other index", {"bad-index": 7}),
+        ("zeros", {"crc-mismatch": 7}),
+        ("longer", {}),
+    ],
+)
 def test_of_a_damaged_shard_each_sample_is_named(
     tmp_path: Path, tokenizer_path: str, workers: int, damage: str, reasons: dict[str, int]
 ) -> None:
@@ -172,43 +207,69 @@ def test_of_a_damaged_shard_each_sample_is_named(
         case "other index":
             index.write_bytes((tmp_path / manifest.shards[1].index).read_bytes())
     ranks = [
-        take(Setup(manifest, tokenizer_path).open(data=settings(workers=workers), rank=rank, world=2), 15)[0]
+        take(
+            Setup(manifest, tokenizer_path).open(
+                data=settings(workers=workers), rank=rank, world_size=2
+            ),
+            15,
+        )[0]
         for rank in range(2)
     ]
-    assert [len(step) for steps in ranks for step in steps] == [STEP // FORWARD // 2] * 30  # no rank has more or fewer
+    assert [len(step) for steps in ranks for step in steps] == [
+        STEP // FORWARD // 2
+    ] * 30  # no rank has more or fewer
     batches = [batch for steps in ranks for step in steps for batch in step]
     ids = Counter(number for batch in batches for number in batch.ids.tolist())
-    problems = Counter((problem.id, problem.reason) for batch in batches for problem in batch.problems)
+    problems = Counter(
+        (problem.id, problem.reason) for batch in batches for problem in batch.problems
+    )
     assert Counter(reason for (_, reason) in problems) == reasons
-    assert {shard for batch in batches for shard in [p.shard for p in batch.problems]} <= {entry.name}
-    assert ids + Counter({number: count for (number, _), count in problems.items()}) == Counter(list(range(COUNT)) * 4)
+    assert {shard for batch in batches for shard in [p.shard for p in batch.problems]} <= {
+        entry.name
+    }
+    assert ids + Counter({number: count for (number, _), count in problems.items()}) == Counter(
+        list(range(COUNT)) * 4
+    )
     assert all(14 <= number < 21 for number, _ in problems)
 
 
-def test_a_store_of_which_nothing_comes_is_waited_for(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_of_which_nothing_comes_is_waited_for(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An outage must neither use up the data nor end the run at once."""
     expected = take(setup.open(), 3)[0]
     monkeypatch.setattr(feed, "ASK_AGAIN_SECONDS", 0.01)
     real, asked, forgotten = feed.Reader.read_many, [0], [0]
 
-    def read_many(reader: feed.Reader, places: list[tuple[int, int]]) -> list[RawSample | SampleProblem]:
+    def read_many(
+        reader: feed.Reader, places: list[tuple[int, int]]
+    ) -> list[RawSample | SampleProblem]:
         asked[0] += 1
         if 2 <= asked[0] <= 4:
             return [SampleProblem("shard", "key", "unreachable", "no route") for _ in places]
         return real(reader, places)
 
     monkeypatch.setattr(feed.Reader, "read_many", read_many)
-    monkeypatch.setattr(feed.Reader, "forget_troubles", lambda reader: forgotten.__setitem__(0, forgotten[0] + 1))
+    monkeypatch.setattr(
+        feed.Reader, "forget_troubles", lambda reader: forgotten.__setitem__(0, forgotten[0] + 1)
+    )
     assert all_same(take(setup.open(), 3)[0], expected)
     assert forgotten == [3]
 
 
-def test_a_store_that_stays_away_ends_the_run(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_stays_away_ends_the_run(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(feed, "ASK_AGAIN_SECONDS", 0.05)
     monkeypatch.setattr(feed.Reader, "forget_troubles", lambda reader: None)
     monkeypatch.setattr(
-        feed.Reader, "read_many",
-        lambda reader, places: [SampleProblem("shard", "key", "unreachable", "the store refused") for _ in places],
+        feed.Reader,
+        "read_many",
+        lambda reader, places: [
+            SampleProblem("shard", "key", "unreachable", "the store refused") for _ in places
+        ],
     )
-    with pytest.raises(StorageError, match=r"not one sample of a whole batch .*: the store refused. Look"):
+    with pytest.raises(
+        StorageError, match=r"not one sample of a whole batch .*: the store refused. Look"
+    ):
         take(setup.open(data=settings(shard_seconds=0.2, timeout_seconds=0.6)), 1)

@@ -25,13 +25,21 @@ def test_a_state_of_version_1_is_read() -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"version": 3}, "version 3, but this program reads 1 and 2"), ({"more": 2}, "not a loader state"),
-     ({"version": 1}, "version 1 has no `skip`"), ({"position": -1}, "must not be"),
-     ({"position": 1.5}, "whole numbers"), ({"data": 7}, "its data text"), ({"skip": [[3, 2]]}, "rise and lie apart"),
-     ({"skip": [[5, 6], [1, 2]]}, "rise and lie apart"), ({"skip": [[1, 2, 3]]}, "not a loader state"),
-     ({"skip": [[1, 2], [2, 3]]}, "rise and lie apart"), ({"skip": 7}, "not a loader state"),
-     ({"skip": [[-2, 3]]}, "must not be")],
-)  # fmt: skip
+    [
+        ({"version": 3}, "version 3, but this program reads 1 and 2"),
+        ({"more": 2}, "not a loader state"),
+        ({"version": 1}, "version 1 has no `skip`"),
+        ({"position": -1}, "must not be"),
+        ({"position": 1.5}, "whole numbers"),
+        ({"data": 7}, "its data text"),
+        ({"skip": [[3, 2]]}, "rise and lie apart"),
+        ({"skip": [[5, 6], [1, 2]]}, "rise and lie apart"),
+        ({"skip": [[1, 2, 3]]}, "not a loader state"),
+        ({"skip": [[1, 2], [2, 3]]}, "rise and lie apart"),
+        ({"skip": 7}, "not a loader state"),
+        ({"skip": [[-2, 3]]}, "must not be"),
+    ],
+)
 def test_another_thing_is_no_state(change: dict[str, object], message: str) -> None:
     with pytest.raises(DataError, match=message):
         LoaderState.from_json(LoaderState(position=3).to_json() | change)
@@ -44,7 +52,11 @@ def test_other_text_is_no_state(text: str) -> None:
 
 
 def test_ranges_are_joined() -> None:
-    assert joined([(8, 9), (1, 3), (3, 5), (4, 4), (20, 25), (21, 22)]) == ((1, 5), (8, 9), (20, 25))
+    assert joined([(8, 9), (1, 3), (3, 5), (4, 4), (20, 25), (21, 22)]) == (
+        (1, 5),
+        (8, 9),
+        (20, 25),
+    )
     state = LoaderState(position=10).skipping(30, 40).skipping(35, 50)
     assert state.skip == ((30, 50),)
     # What was delivered before cannot be taken back.

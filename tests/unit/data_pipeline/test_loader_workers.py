@@ -1,4 +1,5 @@
-"""The processes that make batches: their memory, their end, and the signals that they do not hear."""
+"""The processes that make batches: their memory, their end, and the signals that they do not
+hear."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ def test_a_worker_keeps_few_pieces_of_memory(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(collate, "_kept", [])
     places = set()
     for _ in range(50):
-        packed = BatchRows(2, image_size=4, text_length=8, pad_id=0).packed([])
+        packed = BatchRows(2, image_size=4, context_length=8, pad_id=0).packed([])
         places.add(packed.memory.data_ptr())
         assert packed.is_lent
         batch = packed.unpack()
@@ -37,7 +38,7 @@ def test_a_worker_keeps_few_pieces_of_memory(monkeypatch: pytest.MonkeyPatch) ->
     assert len(places) == len(collate._kept) == 1
     size = len(collate._kept[0])
     monkeypatch.setattr(collate, "MOST_KEPT_BYTES", 10 * size + 1)
-    lent = [BatchRows(2, image_size=4, text_length=8, pad_id=0).packed([]) for _ in range(15)]
+    lent = [BatchRows(2, image_size=4, context_length=8, pad_id=0).packed([]) for _ in range(15)]
     assert len({packed.memory.data_ptr() for packed in lent}) == len(lent)
     assert [packed.is_lent for packed in lent].count(False) == 5
 
@@ -62,7 +63,9 @@ def test_a_read_that_never_returns_is_a_clear_error_and_can_be_left(
     index.unlink()
     os.mkfifo(index)  # opening it waits for a writer, as opening a file of a dead server does
     monkeypatch.setattr(feed, "POLL_SECONDS", 1)
-    loader = Setup(manifest, tokenizer_path).open(data=settings(workers=1, shard_seconds=1, timeout_seconds=2))
+    loader = Setup(manifest, tokenizer_path).open(
+        data=settings(workers=1, shard_seconds=1, timeout_seconds=2)
+    )
     with pytest.raises(DataError, match=r"no batch came within 2 s .*does not answer"):
         take(loader, 8)
     # What Python does to its children when it exits; then it waits for them.
@@ -99,7 +102,7 @@ if __name__ == "__main__":
     multiprocessing.get_context("forkserver").Process = SignalledAtBirth
     loader = Loader(
         manifests=[load_manifest(sys.argv[1])], tokenizer_path=sys.argv[2], data=settings(workers=2), image_size=8,
-        text_length=16, seed=0, rank=0, world=1, pairs_per_step=8, pairs_per_forward=8, state=LoaderState(),
+        context_length=16, seed=0, rank=0, world_size=1, global_batch_size=8, micro_batch_size=8, state=LoaderState(),
     )
     next(loader.steps())
     print(*(child.pid for child in multiprocessing.active_children()), flush=True)
@@ -111,9 +114,12 @@ def test_workers_ignore_signals_but_end_with_a_killed_trainer(setup: Setup, tmp_
     script = tmp_path / "trainer.py"
     script.write_text(TRAINER)
     trainer = subprocess.Popen(
-        [sys.executable, str(script), setup.manifest.url, setup.tokenizer], stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": os.getcwd()},
-    )  # fmt: skip
+        [sys.executable, str(script), setup.manifest.url, setup.tokenizer],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.getcwd()},
+    )
     try:
         assert trainer.stdout
         workers = [int(pid) for pid in trainer.stdout.readline().split()]

@@ -29,8 +29,13 @@ class Letters:
 
 def outcome(members: dict[str, bytes]) -> str:
     """What becomes of a sample, and in well under a second."""
-    recipe = Recipe(image_size=16, text_length=8, caption_keys=("txt", "json:a"), caption_weights=(1.0, 1.0),
-                    augment=AugmentConfig())  # fmt: skip
+    recipe = Recipe(
+        image_size=16,
+        context_length=8,
+        caption_keys=("txt", "json:a"),
+        caption_weights=(1.0, 1.0),
+        augment=AugmentConfig(),
+    )
     start = time.process_time()
     try:
         recipe.make(RawSample("s.tar", "k", members), 0, Letters())  # type: ignore[arg-type]
@@ -46,7 +51,9 @@ def outcome(members: dict[str, bytes]) -> str:
 def test_pictures_that_ask_for_gigabytes_are_refused_by_their_headers(name: str) -> None:
     assert len(BOMBS[name]) < 150_000
     assert outcome({name: BOMBS[name], "txt": b"x"}) == "bad-image"
-    with pytest.raises(DataError, match=r"has \d{5,} x \d{5,} pixels, more than|Image size \(900000000 pixels\)"):
+    with pytest.raises(
+        DataError, match=r"has \d{5,} x \d{5,} pixels, more than|Image size \(900000000 pixels\)"
+    ):
         decode(BOMBS[name])
 
 
@@ -73,7 +80,9 @@ PICTURE = encoded(smooth(), "PNG")
         ({"png": PICTURE, "pkl": b"\x80\x04\x95pickled"}, "no-caption"),
     ],
 )
-def test_what_is_too_much_is_one_bad_sample_and_cheap(members: dict[str, bytes], expected: str) -> None:
+def test_what_is_too_much_is_one_bad_sample_and_cheap(
+    members: dict[str, bytes], expected: str
+) -> None:
     assert outcome(members) == expected
 
 
@@ -95,7 +104,9 @@ def test_yaml_that_asks_for_python_is_refused(tmp_path: Path) -> None:
 
 def test_yaml_that_doubles_itself_costs_little() -> None:
     """Each line holds the one before nine times; written out it would be gigabytes."""
-    lines = ["a0: &a0 lol"] + [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12)]
+    lines = ["a0: &a0 lol"] + [
+        f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12)
+    ]
     start = time.process_time()
     parse_yaml("\n".join(lines), source="a run file")
     assert time.process_time() - start < 1.0
@@ -112,7 +123,9 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("kind", ["PNG", "RGBA PNG", "GREY PNG", "CMYK JPEG", "JPEG", "GIF", "CMYK TIFF", "WEBP"])
+@pytest.mark.parametrize(
+    "kind", ["PNG", "RGBA PNG", "GRAY PNG", "CMYK JPEG", "JPEG", "GIF", "CMYK TIFF", "WEBP"]
+)
 def test_the_largest_accepted_pictures_take_less_than_a_gibibyte(kind: str, tmp_path: Path) -> None:
     import numpy as np
     from PIL import Image
@@ -120,15 +133,26 @@ def test_the_largest_accepted_pictures_take_less_than_a_gibibyte(kind: str, tmp_
     mode, _, name = kind.rpartition(" ")
     side = 8192 if kind != "CMYK JPEG" else 5792
     picture: Image.Image
-    if mode == "GREY":
+    if mode == "GRAY":
         picture = Image.fromarray(np.full((side, side), 30_000, np.uint16))
     else:
         picture = Image.new(mode or "RGB", (side, side))
-    options = {"JPEG": {"progressive": True}, "TIFF": {"compression": "tiff_lzw"}, "WEBP": {"method": 0}}.get(name, {})
+    options = {
+        "JPEG": {"progressive": True},
+        "TIFF": {"compression": "tiff_lzw"},
+        "WEBP": {"method": 0},
+    }.get(name, {})
     path = tmp_path / "large"
     path.write_bytes(encoded(picture, name, **options))  # type: ignore[arg-type]
-    done = subprocess.run([sys.executable, "-c", MEMORY, str(path)], cwd=ROOT, env=clean_environment(), text=True,
-                          capture_output=True, timeout=120, check=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(path)],
+        cwd=ROOT,
+        env=clean_environment(),
+        text=True,
+        capture_output=True,
+        timeout=120,
+        check=True,
+    )
     shape, mib = done.stdout.splitlines()
     assert shape.startswith(f"({side}, {side}, ")
     assert float(mib) < 780  # with the program itself, libraries and torch, under 1 GiB

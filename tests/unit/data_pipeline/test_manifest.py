@@ -25,21 +25,29 @@ from tests.support.small_shards import make_shards, samples
 
 
 def entry(name: str = "x.tar", **changes: object) -> ShardEntry:
-    given = {"samples": 1, "bytes": 1, "sha256": "a" * 64, "index": f"{name}.index", "index_sha256": "b" * 64}
+    given = {
+        "samples": 1,
+        "bytes": 1,
+        "sha256": "a" * 64,
+        "index": f"{name}.index",
+        "index_sha256": "b" * 64,
+    }
     return ShardEntry(**{"name": name, **given, **changes})  # type: ignore[arg-type]
 
 
 def test_a_written_folder_reads_back(tmp_path: Path) -> None:
-    written = write_shards(samples(20), tmp_path, samples_per_shard=8, about={"licence": "CC0"})
+    written = write_shards(samples(20), tmp_path, samples_per_shard=8, about={"license": "CC0"})
     manifest = load_manifest(tmp_path)
     assert manifest == written == load_manifest(f"file://{tmp_path}/{MANIFEST_NAME}")
     assert [shard.samples for shard in manifest.shards] == [8, 8, 4]
     assert manifest.total_samples == 20
-    assert manifest.about == {"licence": "CC0"}
+    assert manifest.about == {"license": "CC0"}
     for shard in manifest.shards:
         data = (tmp_path / shard.name).read_bytes()
         assert (shard.bytes, shard.sha256) == (len(data), hashlib.sha256(data).hexdigest())
-        assert hashlib.sha256((tmp_path / shard.index).read_bytes()).hexdigest() == shard.index_sha256
+        assert (
+            hashlib.sha256((tmp_path / shard.index).read_bytes()).hexdigest() == shard.index_sha256
+        )
 
 
 def test_an_empty_shard_may_be_listed(tmp_path: Path) -> None:
@@ -65,7 +73,7 @@ def test_the_fingerprint_stands_for_contents_and_order(tmp_path: Path) -> None:
         Manifest(url=url, base=base, shards=shards, about=about).fingerprint()
         for url, base, shards, about in (
             ("/a", "", rows, {}),
-            ("/b", "s3://c", rows, {"licence": "x"}),
+            ("/b", "s3://c", rows, {"license": "x"}),
             ("/a", "", (entry("a.tar"), entry("b.tar", index_sha256="c" * 64, etag="e")), {}),
             ("/a", "", rows[::-1], {}),
             ("/a", "", (entry("a.tar"), entry("b.tar", sha256="c" * 64)), {}),
@@ -80,19 +88,35 @@ def test_the_fingerprint_stands_for_contents_and_order(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("folder", "base", "expected"),
-    [("/m", "", "/m"), ("/m", ".", "/m"), ("/m/n", "../shards", "/m/shards"), ("/m", "/s", "/s"),
-     ("m", "sub/folder", "m/sub/folder"), ("/m", "s3://b/x/", "s3://b/x"), ("s3://b/m/n", "../s", "s3://b/m/s"),
-     ("s3://b/m", "s", "s3://b/m/s"), ("s3://b/m", "gs://c/s", "gs://c/s"), ("/m", "file:/s", "/s")],
-)  # fmt: skip
+    [
+        ("/m", "", "/m"),
+        ("/m", ".", "/m"),
+        ("/m/n", "../shards", "/m/shards"),
+        ("/m", "/s", "/s"),
+        ("m", "sub/folder", "m/sub/folder"),
+        ("/m", "s3://b/x/", "s3://b/x"),
+        ("s3://b/m/n", "../s", "s3://b/m/s"),
+        ("s3://b/m", "s", "s3://b/m/s"),
+        ("s3://b/m", "gs://c/s", "gs://c/s"),
+        ("/m", "file:/s", "/s"),
+    ],
+)
 def test_shards_may_lie_elsewhere(folder: str, base: str, expected: str) -> None:
     assert base_folder(base, folder) == expected
 
 
 @pytest.mark.parametrize(
     ("folder", "base"),
-    [("s3://b/m", "/etc"), ("s3://b/m", "file:/etc"), ("s3://b/m", "../../c"), ("/m", 7), ("/m", "a\0b"),
-     ("/m", "pipe:ls"), ("/m", "ftp://x/y")],
-)  # fmt: skip
+    [
+        ("s3://b/m", "/etc"),
+        ("s3://b/m", "file:/etc"),
+        ("s3://b/m", "../../c"),
+        ("/m", 7),
+        ("/m", "a\0b"),
+        ("/m", "pipe:ls"),
+        ("/m", "ftp://x/y"),
+    ],
+)
 def test_where_shards_may_not_lie(folder: str, base: object) -> None:
     content = {"version": 2, "base": base, "total_samples": 1, "shards": [entry().__dict__]}
     with pytest.raises(DataError):
@@ -120,12 +144,20 @@ def test_a_missing_manifest_names_the_command(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"version": 1}, "version 1"), ({"version": None}, "version None"), ({"total_samples": 7}, "announces 7 samples"),
-     ({"shards": 3}, "not a manifest"), ({"shards": [[]]}, "not a manifest"),
-     ({"shards": [{"path": "x"}]}, "not a manifest"), ({"shards": [], "total_samples": 0}, "0 shards"),
-     ({"shards": [entry().__dict__] * 2, "total_samples": 2}, "lists the shard 'x.tar' twice")],
-)  # fmt: skip
-def test_a_manifest_that_contradicts_itself(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    [
+        ({"version": 1}, "version 1"),
+        ({"version": None}, "version None"),
+        ({"total_samples": 7}, "announces 7 samples"),
+        ({"shards": 3}, "not a manifest"),
+        ({"shards": [[]]}, "not a manifest"),
+        ({"shards": [{"path": "x"}]}, "not a manifest"),
+        ({"shards": [], "total_samples": 0}, "0 shards"),
+        ({"shards": [entry().__dict__] * 2, "total_samples": 2}, "lists the shard 'x.tar' twice"),
+    ],
+)
+def test_a_manifest_that_contradicts_itself(
+    tmp_path: Path, change: dict[str, object], message: str
+) -> None:
     make_shards(tmp_path)
     path = tmp_path / MANIFEST_NAME
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
@@ -134,13 +166,26 @@ def test_a_manifest_that_contradicts_itself(tmp_path: Path, change: dict[str, ob
 
 
 def test_an_old_manifest_is_to_be_made_again(tmp_path: Path) -> None:
-    row = {"name": "x.tar", "samples": 1, "bytes": 1, "sha256": "a" * 64, "index": "x.tar.index.json", "extra": 1}
-    (tmp_path / MANIFEST_NAME).write_text(json.dumps({"version": 1, "shards": [row], "total_samples": 1}))
-    with pytest.raises(DataError, match="version 1, but this program reads version 2; make it again with"):
+    row = {
+        "name": "x.tar",
+        "samples": 1,
+        "bytes": 1,
+        "sha256": "a" * 64,
+        "index": "x.tar.index.json",
+        "extra": 1,
+    }
+    (tmp_path / MANIFEST_NAME).write_text(
+        json.dumps({"version": 1, "shards": [row], "total_samples": 1})
+    )
+    with pytest.raises(
+        DataError, match="version 1, but this program reads version 2; make it again with"
+    ):
         load_manifest(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["../x.tar", "/etc/x.tar", "a/../../x.tar", "s3://b/x.tar", "", "a\0.tar", 7])
+@pytest.mark.parametrize(
+    "name", ["../x.tar", "/etc/x.tar", "a/../../x.tar", "s3://b/x.tar", "", "a\0.tar", 7]
+)
 def test_shard_names_stay_in_the_folder(name: str) -> None:
     with pytest.raises(DataError, match="leads out of"):
         entry(name, index="x")
@@ -150,9 +195,18 @@ def test_shard_names_stay_in_the_folder(name: str) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"sha256": "../" * 5}, {"index_sha256": "A" * 64}, {"samples": 1.5}, {"samples": -1}, {"samples": True},
-     {"bytes": 0}, {"etag": 3}, {"damage": []}, {"sha256": None}],
-)  # fmt: skip
+    [
+        {"sha256": "../" * 5},
+        {"index_sha256": "A" * 64},
+        {"samples": 1.5},
+        {"samples": -1},
+        {"samples": True},
+        {"bytes": 0},
+        {"etag": 3},
+        {"damage": []},
+        {"sha256": None},
+    ],
+)
 def test_an_impossible_shard_is_refused(tmp_path: Path, change: dict[str, object]) -> None:
     make_shards(tmp_path)
     path = tmp_path / MANIFEST_NAME
@@ -167,7 +221,9 @@ def test_a_changed_index_is_refused(tmp_path: Path) -> None:
     manifest = make_shards(tmp_path)
     path = tmp_path / manifest.shards[0].index
     path.write_bytes(path.read_bytes() + b" ")
-    with pytest.raises(DataError, match=r"shard-000000.tar.index has SHA-256 \w+, but the manifest expects") as error:
+    with pytest.raises(
+        DataError, match=r"shard-000000.tar.index has SHA-256 \w+, but the manifest expects"
+    ) as error:
         load_index(manifest, manifest.shards[0])
     assert error.value.slug == "bad-index"
     path.unlink()
@@ -194,9 +250,25 @@ def test_about_may_not_use_the_manifests_own_words(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rounds", [1500, pytest.param(30_000, marks=pytest.mark.long)])
 def test_no_manifest_crashes_the_reader(tmp_path: Path, rounds: int) -> None:
-    write_manifest(tmp_path, [entry(f"{i}.tar", samples=i) for i in range(4)], {"licence": "é"}, base="s3://b/c")
+    write_manifest(
+        tmp_path,
+        [entry(f"{i}.tar", samples=i) for i in range(4)],
+        {"license": "é"},
+        base="s3://b/c",
+    )
     whole, draw, refused = (tmp_path / MANIFEST_NAME).read_bytes(), random.Random(rounds), 0
-    values = [b"null", b"-1", b"1e999", b"NaN", b"[]", b"{}", b'"../../x"', b'"\\ud800"', b"[" * 5000, b"9" * 5000]
+    values = [
+        b"null",
+        b"-1",
+        b"1e999",
+        b"NaN",
+        b"[]",
+        b"{}",
+        b'"../../x"',
+        b'"\\ud800"',
+        b"[" * 5000,
+        b"9" * 5000,
+    ]
     for _ in range(rounds):
         data = bytearray(whole)
         start = draw.randrange(len(data))

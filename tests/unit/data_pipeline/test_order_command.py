@@ -26,8 +26,8 @@ data:
   tokenizer: {tokenizer}
   shuffle_window: 2
   workers: 0
-model: {{vocab_size: 300, text_length: 16, image_size: 16, patch_size: 8}}
-batch: {{pairs_per_step: 16, pairs_per_forward: 4}}
+model: {{vocab_size: 300, context_length: 16, image_size: 16, patch_size: 8}}
+batch: {{global_batch_size: 16, micro_batch_size: 4}}
 schedule: {{total_steps: 10, warmup_steps: 1}}
 """
 
@@ -48,25 +48,51 @@ def order(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("world", "skip"), [(1, ()), (2, ()), (4, ((20, 30), (40, 41)))])
+@pytest.mark.parametrize(("world_size", "skip"), [(1, ()), (2, ()), (4, ((20, 30), (40, 41)))])
 def test_it_says_what_the_loader_reads(
-    run_file: Path, capsys: pytest.CaptureFixture[str], world: int, skip: tuple[tuple[int, int], ...]
+    run_file: Path,
+    capsys: pytest.CaptureFixture[str],
+    world_size: int,
+    skip: tuple[tuple[int, int], ...],
 ) -> None:
     more = [option for first, end in skip for option in ("--skip", f"{first}:{end}")]
-    told = json.loads(order(capsys, str(run_file), "--steps", "1:4", "--world", str(world), "--json", *more))
+    told = json.loads(
+        order(
+            capsys,
+            str(run_file),
+            "--steps",
+            "1:4",
+            "--world-size",
+            str(world_size),
+            "--json",
+            *more,
+        )
+    )
     run = load_run(run_path(str(run_file)), [])
-    for rank in range(world):
+    for rank in range(world_size):
         loader = Loader(
-            sources=open_sources(run.data.sources), tokenizer_path=run.data.tokenizer, data=run.data, image_size=8,
-            text_length=16, seed=run.seed, rank=rank, world=world, pairs_per_step=16, pairs_per_forward=4,
+            sources=open_sources(run.data.sources),
+            tokenizer_path=run.data.tokenizer,
+            data=run.data,
+            image_size=8,
+            context_length=16,
+            seed=run.seed,
+            rank=rank,
+            world_size=world_size,
+            global_batch_size=16,
+            micro_batch_size=4,
             state=LoaderState(skip=skip),
-        )  # fmt: skip
+        )
         with closing(loader):
             for step, (batches, state) in zip(told["steps"], loader.steps(), strict=False):
                 mine = [micro for micro in step["micro_batches"] if micro["rank"] == rank]
-                assert [[row["key"] for row in micro["samples"]] for micro in mine] == [list(b.keys) for b in batches]
+                assert [[row["key"] for row in micro["samples"]] for micro in mine] == [
+                    list(b.keys) for b in batches
+                ]
                 assert step["position_after"] == state.position
-    rows = [row for step in told["steps"] for micro in step["micro_batches"] for row in micro["samples"]]
+    rows = [
+        row for step in told["steps"] for micro in step["micro_batches"] for row in micro["samples"]
+    ]
     positions = [row["position"] for row in rows]
     gone = {place for first, end in skip for place in range(first, end)}
     assert positions == [place for place in range(200) if place not in gone][: 4 * 16]
@@ -75,7 +101,9 @@ def test_it_says_what_the_loader_reads(
 
 
 def test_people_can_read_it(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = order(capsys, str(run_file), "--steps", "2", "--world", "2", "batch.pairs_per_forward=8")
+    out = order(
+        capsys, str(run_file), "--steps", "2", "--world-size", "2", "batch.micro_batch_size=8"
+    )
     lines = out.splitlines()
     assert lines[0] == "step 2"
     assert lines[1] == "  rank 0, micro-batch 0"
@@ -87,14 +115,20 @@ def test_people_can_read_it(run_file: Path, capsys: pytest.CaptureFixture[str]) 
     assert row["key"] == f"{7 * shards.index(row['shard']) + int(row['sample']):05d}"
 
 
-def test_a_shard_without_its_index_is_named(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_shard_without_its_index_is_named(
+    run_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     entry = load_manifest(run_file.parent / "first").shards[0]
     index = run_file.parent / "first" / entry.index
     data = index.read_bytes()
     index.unlink()
     try:
-        rows = [line.split() for line in order(capsys, str(run_file), "--steps", "1:2").splitlines()]
-        mine = [row for row in rows if len(row) == 6 and row[1] == "photos" and row[3] == entry.name]
+        rows = [
+            line.split() for line in order(capsys, str(run_file), "--steps", "1:2").splitlines()
+        ]
+        mine = [
+            row for row in rows if len(row) == 6 and row[1] == "photos" and row[3] == entry.name
+        ]
         assert {row[5] for row in mine} == {"#bad-index"}
         assert "#bad-index" not in order(capsys, str(run_file), "--steps", "1:2", "--no-keys")
     finally:
@@ -111,7 +145,14 @@ def test_the_quality_of_each_source(run_file: Path, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--steps", "0"], ["--steps", "3:2"], ["--steps", "x"], ["--world", "0"], ["--skip", "a:b"]]
+    "arguments",
+    [
+        ["--steps", "0"],
+        ["--steps", "3:2"],
+        ["--steps", "x"],
+        ["--world-size", "0"],
+        ["--skip", "a:b"],
+    ],
 )
 def test_impossible_arguments_are_refused(
     run_file: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]
@@ -121,14 +162,18 @@ def test_impossible_arguments_are_refused(
     assert arguments[0] in capsys.readouterr().err
 
 
-def test_an_impossible_split_is_an_error(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["data", "order", str(run_file), "--world", "3"]) == 2
-    assert "pairs_per_step is 16" in capsys.readouterr().err
+def test_an_impossible_split_is_an_error(
+    run_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["data", "order", str(run_file), "--world-size", "3"]) == 2
+    assert "global_batch_size is 16" in capsys.readouterr().err
 
 
 def test_keys_cannot_steer_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     key = "\x1b]0;title\x07\x9b2J\u202e"
-    samples = [{"__key__": f"{key}{number}", "png": picture(number), "txt": "x"} for number in range(16)]
+    samples = [
+        {"__key__": f"{key}{number}", "png": picture(number), "txt": "x"} for number in range(16)
+    ]
     for name in ("first", "second"):
         write_shards(samples, tmp_path / name, samples_per_shard=8)
     write_drop_list(tmp_path / "drop.json", make_drop_list(load_manifest(tmp_path / "second"), {}))
@@ -137,4 +182,6 @@ def test_keys_cannot_steer_the_terminal(tmp_path: Path, capsys: pytest.CaptureFi
     said = order(capsys, str(path))
     assert not set("\x1b\x07\x9b\u202e") & set(said) and r"\x1b]0;title\x07\x9b2J\u202e1" in said
     found = order(capsys, str(path), "--json")
-    assert found.isascii() and json.loads(found)["steps"][0]["micro_batches"][0]["samples"][0]["key"].startswith(key)
+    assert found.isascii() and json.loads(found)["steps"][0]["micro_batches"][0]["samples"][0][
+        "key"
+    ].startswith(key)

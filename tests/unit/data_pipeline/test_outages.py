@@ -1,4 +1,5 @@
-"""Shards that cannot be had for a moment are not damaged ones: nothing that lasts may follow from it."""
+"""Shards that cannot be had for a moment are not damaged ones: nothing that lasts may follow from
+it."""
 
 from __future__ import annotations
 
@@ -23,8 +24,12 @@ from tests.support.http_shards import web_shards
 from tests.support.small_shards import make_shards, picture
 
 COMMANDS = {
-    "check": (), "filter": ("--min-side", 1), "dedup": (), "stats": ("--samples", 0), "drawn": ("--samples", 20),
-}  # fmt: skip
+    "check": (),
+    "filter": ("--min-side", 1),
+    "dedup": (),
+    "stats": ("--samples", 0),
+    "drawn": ("--samples", 20),
+}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -41,7 +46,11 @@ def test_an_outage_is_named_and_leaves_nothing_behind(
         (tmp_path / "data" / gone).rename(tmp_path / "away")
         assert data(*line) == 1
         said = capsys.readouterr().out
-        assert "not looked at: " in said and "shard-000001.tar: " in said and "1 shards could not be had" in said
+        assert (
+            "not looked at: " in said
+            and "shard-000001.tar: " in said
+            and "1 shards could not be had" in said
+        )
         assert len([path for path in (tmp_path / "work").rglob("*") if path.is_file()]) == 2
         if drops:
             assert read_drop_list(str(tmp_path / "drop.json")).total_samples == 0
@@ -50,18 +59,36 @@ def test_an_outage_is_named_and_leaves_nothing_behind(
         assert data(*line) == 0
         assert "not looked at" not in capsys.readouterr().out
         read = {path.rpartition("/")[2] for _, path, _ in shards.web.requests if ".tar" in path}
-        assert read == {"shard-000001.tar", "shard-000001.tar.index"}, "more than what was missing was read"
+        assert read == {"shard-000001.tar", "shard-000001.tar.index"}, (
+            "more than what was missing was read"
+        )
 
 
 def test_a_store_that_refuses_all_damages_nothing(tmp_path: Path) -> None:
     with web_shards(tmp_path) as shards:
         url = shards.web.url()
-        line = ("filter", url, "--min-side", 1, "--work", tmp_path / "work", "--drop-list", tmp_path / "drop.json")
+        line = (
+            "filter",
+            url,
+            "--min-side",
+            1,
+            "--work",
+            tmp_path / "work",
+            "--drop-list",
+            tmp_path / "drop.json",
+        )
         # A share of a job array in the same case.
         part = (*line, "--workers", 0, "--part", "0/1")
         shards.web.query = "only=the-manifest-is-free"
-        done = filter_samples([shards.manifest], FilterConfig(min_side=1), work=str(tmp_path / "work"))
-        assert (done.samples, done.reasons.total(), done.dropped, len(done.unread)) == (0, 0, [{}], 3)
+        done = filter_samples(
+            [shards.manifest], FilterConfig(min_side=1), work=str(tmp_path / "work")
+        )
+        assert (done.samples, done.reasons.total(), done.dropped, len(done.unread)) == (
+            0,
+            0,
+            [{}],
+            3,
+        )
         shards.web.query = ""
         assert data(*part) == 0
         assert read_drop_list(str(tmp_path / "drop.json")).total_samples == 0
@@ -73,8 +100,16 @@ def test_proven_damage_in_a_store_is_kept_and_dropped(tmp_path: Path) -> None:
         path.write_bytes(path.read_bytes()[:3000])
         index = tmp_path / "data" / "shard-000002.tar.index"
         index.write_bytes(index.read_bytes()[:-9] + b"123456789")
-        line = ("check", shards.web.url(), "--drop-list", tmp_path / "drop.json", "--workers", 0,
-                "--work", tmp_path / "work")  # fmt: skip
+        line = (
+            "check",
+            shards.web.url(),
+            "--drop-list",
+            tmp_path / "drop.json",
+            "--workers",
+            0,
+            "--work",
+            tmp_path / "work",
+        )
         assert data(*line) == 1
         dropped = read_drop_list(str(tmp_path / "drop.json")).total_samples
         assert dropped >= 12
@@ -87,7 +122,16 @@ def test_a_disk_that_fails_is_not_damage(tmp_path: Path, monkeypatch: pytest.Mon
     def failing(fd: int, count: int, offset: int) -> bytes:
         raise OSError(116, "Stale file handle")
 
-    line = ("check", tmp_path / "s", "--drop-list", tmp_path / "d", "--work", tmp_path / "w", "--workers", 0)
+    line = (
+        "check",
+        tmp_path / "s",
+        "--drop-list",
+        tmp_path / "d",
+        "--work",
+        tmp_path / "w",
+        "--workers",
+        0,
+    )
     with monkeypatch.context() as patch:
         patch.setattr(os, "pread", failing)
         assert data(*line) == 1
@@ -108,7 +152,9 @@ def test_a_shorter_object_is_damage_where_samples_are_drawn(
             raise StorageError("the store is away", kind=Kind.UNREACHABLE)
 
         monkeypatch.setattr(object_store, "read_range", away)
-        assert [row.reason for row in measure([shards.manifest], samples=20).unread] == ["unreachable"] * 3
+        assert [row.reason for row in measure([shards.manifest], samples=20).unread] == [
+            "unreachable"
+        ] * 3
 
 
 def test_a_tokenizer_is_not_trained_without_the_shards_that_are_away(tmp_path: Path) -> None:
@@ -124,14 +170,20 @@ def test_write_asks_again_for_pictures_that_were_not_there(tmp_path: Path) -> No
         (tmp_path / "p" / f"{number}.png").write_bytes(picture(number))
     rows = "".join(f"{number}.png,c{number}\n" for number in range(20))
     (tmp_path / "t.csv").write_text(f"image,caption\n{rows}")
-    plan = WritePlan(source=Table(files=(str(tmp_path / "t.csv"),), pictures=str(tmp_path / "p")),
-                     out=str(tmp_path / "out"), samples_per_shard=10, max_left_out=0.5)  # fmt: skip
+    plan = WritePlan(
+        source=Table(files=(str(tmp_path / "t.csv"),), pictures=str(tmp_path / "p")),
+        out=str(tmp_path / "out"),
+        samples_per_shard=10,
+        max_left_out=0.5,
+    )
     for name in ("7.png", "12.png"):
         (tmp_path / "p" / name).rename(tmp_path / name)
     first = write_dataset(plan)
     assert (first.samples, first.reused) == (18, 0)
     again = write_dataset(plan)
-    assert (again.samples, again.reused, again.left_out) == (18, 2, first.left_out), "nothing came back"
+    assert (again.samples, again.reused, again.left_out) == (18, 2, first.left_out), (
+        "nothing came back"
+    )
     (tmp_path / "7.png").rename(tmp_path / "p" / "7.png")
     healed = write_dataset(plan)
     assert (healed.samples, healed.reused) == (19, 1)

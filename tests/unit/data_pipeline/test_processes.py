@@ -69,7 +69,9 @@ def test_jobs_are_taken_only_as_they_are_needed() -> None:
     answers.close()  # type: ignore[attr-defined]
 
 
-def test_cpus_are_those_of_this_process_and_of_its_slurm_task(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpus_are_those_of_this_process_and_of_its_slurm_task(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)))
     for asked, cpus in (("", 6), ("4", 4), ("9", 6), ("0", 6), ("many", 6)):
         monkeypatch.setenv("SLURM_CPUS_PER_TASK", asked)

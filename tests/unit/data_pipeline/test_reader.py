@@ -1,4 +1,5 @@
-"""Reading samples of shards on this machine: what was written comes back, and every damaged byte is noticed."""
+"""Reading samples of shards on this machine: what was written comes back, and every damaged byte is
+noticed."""
 
 from __future__ import annotations
 
@@ -26,7 +27,10 @@ def test_samples_come_back_in_any_order(tmp_path: Path) -> None:
     for number, raw in zip(numbers, found, strict=True):
         assert isinstance(raw, RawSample)
         assert (raw.shard, raw.key) == (f"shard-{number // 7:06d}.tar", f"{number:05d}")
-        assert raw.members == {"png": expected[number]["png"], "txt": str(expected[number]["txt"]).encode()}
+        assert raw.members == {
+            "png": expected[number]["png"],
+            "txt": str(expected[number]["txt"]).encode(),
+        }
         assert list(raw.members) == ["png", "txt"]
         assert reader.name(number // 7, number % 7) == (raw.shard, raw.key)
         assert reader.read(number // 7, number % 7) == raw
@@ -44,7 +48,11 @@ def test_a_flipped_bit_is_noticed_in_that_sample_only(tmp_path: Path) -> None:
     manifest = make_shards(tmp_path, count=3)
     path = tmp_path / "shard-000000.tar"
     index = ShardStore([manifest]).open(0).index
-    good, first, last = path.read_bytes(), int(index.offsets[1]), int(index.offsets[1] + index.extents[1])
+    good, first, last = (
+        path.read_bytes(),
+        int(index.offsets[1]),
+        int(index.offsets[1] + index.extents[1]),
+    )
     for place in [first, first + 200, first + 512, first + 600, last - 600, last - 1]:
         data = bytearray(good)
         data[place] ^= 0x10
@@ -53,7 +61,10 @@ def test_a_flipped_bit_is_noticed_in_that_sample_only(tmp_path: Path) -> None:
         before, bad, after = reader.read_many([(0, 0), (0, 1), (0, 2)])
         assert isinstance(bad, SampleProblem)
         assert (bad.shard, bad.key, bad.reason) == ("shard-000000.tar", "00001", "crc-mismatch")
-        assert bad.detail.startswith("CRC-32 ") and f"at byte {first}, but the index expects" in bad.detail
+        assert (
+            bad.detail.startswith("CRC-32 ")
+            and f"at byte {first}, but the index expects" in bad.detail
+        )
         assert isinstance(before, RawSample) and isinstance(after, RawSample)
         assert (before.key, after.key) == ("00000", "00002")
         with pytest.raises(DataError) as error:
@@ -84,7 +95,13 @@ def test_troubles_of_whole_shards_are_those_of_their_samples(tmp_path: Path) -> 
     (tmp_path / manifest.shards[3].index).unlink()
     reader = Reader(ShardStore([manifest]))
     found = reader.read_many([(0, 3), (1, 2), (2, 0), (0, 4), (3, 5)])
-    assert [getattr(one, "reason", "") for one in found] == ["", "missing-shard", "bad-index", "", "bad-index"]
+    assert [getattr(one, "reason", "") for one in found] == [
+        "",
+        "missing-shard",
+        "bad-index",
+        "",
+        "bad-index",
+    ]
     assert (found[1].shard, found[1].key) == ("shard-000001.tar", "#2")
     assert "shard-000001.tar is missing; copy it again" in found[1].detail
     assert reader.name(1, 2) == ("shard-000001.tar", "#2")
@@ -125,13 +142,19 @@ def test_few_open_files_are_enough(tmp_path: Path) -> None:
         found = reader.read_many([(shard, 1) for shard in range(40)])
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert [getattr(one, "key", "") for one in found] == [f"{2 * shard + 1:05d}" for shard in range(40)]
+    assert [getattr(one, "key", "") for one in found] == [
+        f"{2 * shard + 1:05d}" for shard in range(40)
+    ]
 
 
 def test_memory_does_not_grow_with_what_is_read(tmp_path: Path) -> None:
     """Reading 100 MB through a small set of open shards leaves the process as large as it was."""
     pixels = np.random.default_rng(0).integers(0, 256, 50_000, dtype=np.uint8).tobytes()
-    write_shards(({"__key__": str(number), "bin": pixels} for number in range(400)), tmp_path, samples_per_shard=50)
+    write_shards(
+        ({"__key__": str(number), "bin": pixels} for number in range(400)),
+        tmp_path,
+        samples_per_shard=50,
+    )
     reader, order = Reader(ShardStore([load_manifest(tmp_path)], max_open=3)), random.Random(0)
     refs = [(shard, i) for shard in range(8) for i in range(50)]
 
@@ -142,7 +165,9 @@ def test_memory_does_not_grow_with_what_is_read(tmp_path: Path) -> None:
     def one_pass() -> None:
         order.shuffle(refs)
         for start in range(0, len(refs), 20):
-            assert all(isinstance(one, RawSample) for one in reader.read_many(refs[start : start + 20]))
+            assert all(
+                isinstance(one, RawSample) for one in reader.read_many(refs[start : start + 20])
+            )
 
     one_pass()
     before = resident()

@@ -1,4 +1,5 @@
-"""Samples by ranged requests: how many are sent, what heals, and what is remembered of what does not."""
+"""Samples by ranged requests: how many are sent, what heals, and what is remembered of what does
+not."""
 
 from __future__ import annotations
 
@@ -49,7 +50,7 @@ def _reasons(found: list[RawSample | SampleProblem]) -> list[str]:
     return [one.reason if isinstance(one, SampleProblem) else "" for one in found]
 
 
-def test_neighbours_come_in_one_request(shards: WebShards) -> None:
+def test_neighbors_come_in_one_request(shards: WebShards) -> None:
     reader, expected = Reader(shards.store()), list(samples(21))
     refs = [(0, 4), (0, 2), (2, 0), (0, 3), (0, 5)]
     found = reader.read_many(refs)
@@ -63,7 +64,9 @@ def test_neighbours_come_in_one_request(shards: WebShards) -> None:
     assert not list(shards.cache.glob("shards/*")), "whole shards were copied"
 
 
-def test_far_apart_samples_come_in_requests_of_their_own(shards: WebShards, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_far_apart_samples_come_in_requests_of_their_own(
+    shards: WebShards, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(remote, "JOIN_GAP_BYTES", 100)
     assert _reasons(Reader(shards.store()).read_many([(0, 0), (0, 3), (0, 6)])) == ["", "", ""]
     assert shards.asked() == 3
@@ -79,7 +82,9 @@ def test_indices_are_kept_and_copies_are_used(shards: WebShards) -> None:
 
 
 def test_a_flipped_bit_heals(shards: WebShards) -> None:
-    with fault_proxy(shards.web.port, share=0.5, faults=["flip"], only=lambda path: path.endswith(".tar")) as proxy:
+    with fault_proxy(
+        shards.web.port, share=0.5, faults=["flip"], only=lambda path: path.endswith(".tar")
+    ) as proxy:
         manifest = dataclasses.replace(shards.manifest, base=proxy.endpoint)
         reader = Reader(ShardStore([manifest], web_settings(shards.cache)))
         found = [reader.read(shard, i) for shard in range(3) for i in range(3)]
@@ -126,7 +131,9 @@ def test_a_missing_shard_is_remembered_by_all(shards: WebShards) -> None:
     assert len(shards.web.requests) == before
 
 
-def test_a_trouble_is_forgotten_after_a_while(shards: WebShards, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trouble_is_forgotten_after_a_while(
+    shards: WebShards, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = shards.web.folder / "shard-000001.tar"
     path.rename(shards.web.folder / "away")
     reader = Reader(shards.store())
@@ -140,7 +147,9 @@ def test_a_trouble_is_forgotten_after_a_while(shards: WebShards, monkeypatch: py
 
 
 def test_a_store_that_does_not_answer_costs_one_wait(tmp_path: Path, shards: WebShards) -> None:
-    with fault_proxy(shards.web.port, share=1.0, faults=["late"], only=lambda path: path.endswith(".tar")) as proxy:
+    with fault_proxy(
+        shards.web.port, share=1.0, faults=["late"], only=lambda path: path.endswith(".tar")
+    ) as proxy:
         manifest = dataclasses.replace(shards.manifest, base=proxy.endpoint)
         settings = web_settings(shards.cache, shard_seconds=1.2, request_seconds=0.4)
         found = Reader(ShardStore([manifest], settings)).read_many([(0, 0), (0, 3), (1, 0), (2, 6)])
@@ -161,7 +170,8 @@ def test_a_trouble_can_be_forgotten_at_once(shards: WebShards) -> None:
     mine.forget_troubles()
     assert _reasons(mine.read_many(refs)) == [""] * 3
     assert not list(shards.cache.glob("bad/*")), "processes that begin now believe it"
-    # What others say about a store that is away is not believed any more either; what is missing is.
+    # What others say about a store that is away is not believed any more either; what is missing
+    # is.
     other.note_trouble(2, StorageError("it is away", kind="unreachable"))
     other.note_trouble(1, StorageError("it is gone", kind="missing"))
     time.sleep(0.05)  # more than a tick of the clock of files
@@ -178,9 +188,13 @@ def test_a_refusal_is_not_believed_of_others(shards: WebShards) -> None:
     good = shards.manifest.url.replace("//", "//me:hush@")
     assert _reasons(mine.read_many([(0, 0)])) == ["unreachable"]
     asked = len(shards.web.requests)
-    assert _reasons(mine.read_many([(0, 1)])) == ["unreachable"] and len(shards.web.requests) == asked
+    assert (
+        _reasons(mine.read_many([(0, 1)])) == ["unreachable"] and len(shards.web.requests) == asked
+    )
     right = dataclasses.replace(shards.manifest, url=good, base=good)
-    assert _reasons(Reader(ShardStore([right], web_settings(shards.cache))).read_many([(0, 0)])) == [""]
+    assert _reasons(
+        Reader(ShardStore([right], web_settings(shards.cache))).read_many([(0, 0)])
+    ) == [""]
     shards.web.password = ""
     assert _reasons(Reader(shards.store()).read_many([(0, 0)])) == [""]
 
@@ -194,7 +208,9 @@ def test_a_trouble_of_one_place_is_not_one_of_another(tmp_path: Path, shards: We
         assert _reasons(Reader(store).read_many([(3, 0)])) == [""]
 
 
-def test_what_a_trouble_file_holds_is_not_trusted(shards: WebShards, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_trouble_file_holds_is_not_trusted(
+    shards: WebShards, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shards.store().note_trouble(0, StorageError("x", kind="missing"))
     (path,) = shards.cache.glob("bad/*")
     monkeypatch.setattr(Path, "unlink", _denied)  # somebody else's, in a folder with the sticky bit
@@ -313,15 +329,21 @@ def test_a_server_without_ranges_whose_copy_is_removed_or_cannot_be_read(
     with web_shards(tmp_path, ranges=False) as shards:
         with monkeypatch.context() as patch:
             patch.setattr(OpenShard, "read", broken)
-            assert _reasons(Reader(shards.store()).read_many([(0, 0), (0, 1)])) == ["unreachable"] * 2
+            assert (
+                _reasons(Reader(shards.store()).read_many([(0, 0), (0, 1)])) == ["unreachable"] * 2
+            )
         reader = Reader(shards.store())
         monkeypatch.setattr(ShardCache, "open", lambda *_: None)
         (found,) = reader.read_many([(1, 0)])
         assert isinstance(found, SampleProblem) and found.reason == "unreachable"
         assert "was removed before it was read" in found.detail
         monkeypatch.setattr(ShardStore, "open", _bad_index)
-        opened = OpenShard(reader._store.entry(1), "", reader._store.load_index(1, 5.0), -1, is_copy=True)
-        ((_, result),) = reader._remote._read_whole(1, [remote.Wanted(0, opened, 1, 0)], time.monotonic() + 5)
+        opened = OpenShard(
+            reader._store.entry(1), "", reader._store.load_index(1, 5.0), -1, is_copy=True
+        )
+        ((_, result),) = reader._remote._read_whole(
+            1, [remote.Wanted(0, opened, 1, 0)], time.monotonic() + 5
+        )
         assert isinstance(result, DataError) and result.slug == "bad-index"
 
 
@@ -342,7 +364,9 @@ def test_indices_are_asked_for_with_the_time_of_a_request(
     monkeypatch.setattr(store_clients, "_client", noted)
     for cache_dir in (str(shards.cache), ""):
         object_store.forget_clients()
-        store = shards.store(cache_dir=cache_dir, cache_gib=0, shard_seconds=50.0, request_seconds=0.75)
+        store = shards.store(
+            cache_dir=cache_dir, cache_gib=0, shard_seconds=50.0, request_seconds=0.75
+        )
         store.load_index(0, 50.0)
     assert times == [0.75, 0.75]
 
@@ -366,7 +390,9 @@ def test_few_clients_for_many_requests(shards: WebShards, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("cache_gib", [0, 1])
 def test_without_a_cache_samples_come_by_ranges(shards: WebShards, cache_gib: int) -> None:
-    settings = web_settings(shards.cache, cache_gib=cache_gib, cache_dir=str(shards.cache) if cache_gib else "")
+    settings = web_settings(
+        shards.cache, cache_gib=cache_gib, cache_dir=str(shards.cache) if cache_gib else ""
+    )
     assert Reader(ShardStore([shards.manifest], settings)).read(2, 1).key == "00015"
 
 
@@ -378,7 +404,12 @@ def test_a_server_without_ranges_and_no_room(tmp_path: Path) -> None:
         # Room for one shard is enough, one after the other.
         size = max(entry.bytes for entry in shards.manifest.shards)
         reader = Reader(shards.store(cache_gib=1.5 * size / 2**30))
-        assert [reader.read(shard, 1).key for shard in (0, 1, 2, 0)] == ["00001", "00008", "00015", "00001"]
+        assert [reader.read(shard, 1).key for shard in (0, 1, 2, 0)] == [
+            "00001",
+            "00008",
+            "00015",
+            "00001",
+        ]
 
 
 def test_an_index_that_is_not_the_manifests(shards: WebShards) -> None:

@@ -32,11 +32,16 @@ SIGNED = "https://host/data/manifest.json?X-Amz-Signature=SECRET"
 
 @pytest.mark.parametrize(
     ("address", "shown"),
-    [(SIGNED, "https://host/data/manifest.json"), ("https://me:SECRET@host/a@b", "https://host/a@b"),
-     ("s3://me:SECRET@bucket/x-??.tar", "s3://bucket/x-??.tar"), ("@http://me:SECRET@h/list?a=SECRET", "@http://h/list"),
-     ("{http://me:SECRET@h/a,http://you:SECRET@h/b}", "{http://h/a,http://h/b}"), ("s3://b/a@b?.tar", "s3://b/a@b?.tar"),
-     ("/data/a@b/c?.tar", "/data/a@b/c?.tar")],
-)  # fmt: skip
+    [
+        (SIGNED, "https://host/data/manifest.json"),
+        ("https://me:SECRET@host/a@b", "https://host/a@b"),
+        ("s3://me:SECRET@bucket/x-??.tar", "s3://bucket/x-??.tar"),
+        ("@http://me:SECRET@h/list?a=SECRET", "@http://h/list"),
+        ("{http://me:SECRET@h/a,http://you:SECRET@h/b}", "{http://h/a,http://h/b}"),
+        ("s3://b/a@b?.tar", "s3://b/a@b?.tar"),
+        ("/data/a@b/c?.tar", "/data/a@b/c?.tar"),
+    ],
+)
 def test_addresses_as_they_may_be_written_down(address: str, shown: str) -> None:
     assert without_secrets(address) == shown
     assert has_user(address) == ("SECRET@" in address)
@@ -44,7 +49,12 @@ def test_addresses_as_they_may_be_written_down(address: str, shown: str) -> None
 
 @pytest.mark.parametrize(
     "given",
-    [{"weight": -1.0}, {"repeats": 0}, {"weight": 1.0, "weight_schedule": ((0, 1.0),)}, {"repeats": 2, "weight": 1.0}],
+    [
+        {"weight": -1.0},
+        {"repeats": 0},
+        {"weight": 1.0, "weight_schedule": ((0, 1.0),)},
+        {"repeats": 2, "weight": 1.0},
+    ],
 )
 def test_messages_about_a_source_do_not_quote_its_query(given: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"https://host/data/manifest\.json") as error:
@@ -54,9 +64,15 @@ def test_messages_about_a_source_do_not_quote_its_query(given: dict[str, Any]) -
 
 def test_settings_with_a_password_are_refused_and_say_where_it_goes() -> None:
     address = "https://me:SECRET@host/data"
-    for make in (lambda: SourceConfig(shards=address), lambda: SourceConfig(shards="d", drop=address),
-                 lambda: DataConfig(train=(address,)), lambda: EvalSet(name="e", shards=address)):  # fmt: skip
-        with pytest.raises(ConfigError, match=r"https://host/data .*netrc.*AWS_SECRET_ACCESS_KEY") as error:
+    for make in (
+        lambda: SourceConfig(shards=address),
+        lambda: SourceConfig(shards="d", drop=address),
+        lambda: DataConfig(train=(address,)),
+        lambda: EvalSet(name="e", shards=address),
+    ):
+        with pytest.raises(
+            ConfigError, match=r"https://host/data .*netrc.*AWS_SECRET_ACCESS_KEY"
+        ) as error:
             make()
         assert "SECRET@" not in str(error.value) and "me:" not in str(error.value)
 
@@ -75,10 +91,15 @@ def test_no_manifest_holds_a_password(tmp_path: Path) -> None:
         with pytest.raises(DataError, match="must not stand in a manifest") as error:
             write_manifest(tmp_path / "other", entries, base=base)
         assert "SECRET" not in str(error.value).replace("AWS_SECRET", "")
-    assert not (tmp_path / "other" / "manifest.json").exists() and not (tmp_path / "out" / "manifest.json").exists()
+    assert (
+        not (tmp_path / "other" / "manifest.json").exists()
+        and not (tmp_path / "out" / "manifest.json").exists()
+    )
 
 
-def test_a_password_from_netrc_opens_what_asks_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_password_from_netrc_opens_what_asks_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make_shards(tmp_path / "data", count=14)
     netrc = tmp_path / "netrc"
     monkeypatch.setenv("NETRC", str(netrc))
@@ -89,7 +110,9 @@ def test_a_password_from_netrc_opens_what_asks_for_it(tmp_path: Path, monkeypatc
             load_manifest(web.url())
         netrc.write_text("machine 127.0.0.1 login me password SECRET\n")
         object_store.forget_clients()
-        manifest = index_shards([web.url(f"shard-00000{number}.tar") for number in range(2)], str(tmp_path / "out"))
+        manifest = index_shards(
+            [web.url(f"shard-00000{number}.tar") for number in range(2)], str(tmp_path / "out")
+        )
         assert manifest.total_samples == 14 and manifest.base == web.url()
     netrc.write_text("machine 127.0.0.1 SECRET\n")
     with pytest.raises(StorageError, match="is not in the form of a netrc file") as error:
@@ -98,12 +121,20 @@ def test_a_password_from_netrc_opens_what_asks_for_it(tmp_path: Path, monkeypatc
 
 
 def test_a_run_folder_holds_no_signature(tmp_path: Path) -> None:
-    run = load_run("tiny", [f"data.train=['{SIGNED}']", f"eval.sets=[{{name: e, shards: '{SIGNED}'}}]"])
-    run = replace(run, data=replace(run.data, train=(*run.data.train, SourceConfig(shards=SIGNED, drop=SIGNED))))
+    run = load_run(
+        "tiny", [f"data.train=['{SIGNED}']", f"eval.sets=[{{name: e, shards: '{SIGNED}'}}]"]
+    )
+    run = replace(
+        run,
+        data=replace(run.data, train=(*run.data.train, SourceConfig(shards=SIGNED, drop=SIGNED))),
+    )
     parts = SimpleNamespace(
-        run=run, out=tmp_path, tokenizer=SimpleNamespace(model_bytes=b""), batch_plan=None,
+        run=run,
+        out=tmp_path,
+        tokenizer=SimpleNamespace(model_bytes=b""),
+        batch_plan=None,
         on_first_rank=lambda work: work(),
-    )  # fmt: skip
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "_write_deepspeed", lambda *args: None)
         build.Parts.keep_settings(cast(build.Parts, parts))
@@ -125,10 +156,17 @@ def test_a_ledger_keeps_no_signature_and_takes_it_from_the_run_file(tmp_path: Pa
         assert facts.sources[1] == given[1] and facts.manifests[1] == str(tmp_path / "data")
         with pytest.raises(StorageError):
             open_sources(facts.sources)
-        (tmp_path / "run.yaml").write_text(json.dumps({"data": {"train": [to_mapping(entry) for entry in given]}}))
+        (tmp_path / "run.yaml").write_text(
+            json.dumps({"data": {"train": [to_mapping(entry) for entry in given]}})
+        )
         section = load_yaml(tmp_path / "run.yaml")["data"]
         whole = facts.with_addresses(from_mapping(DataConfig, {"train": section["train"]}).sources)
-        assert whole.sources == given and whole.manifests == (given[0].shards, str(tmp_path / "data"))
-        with pytest.raises(ConfigError, match=r"other sources than the ledger: http://127\.") as error:
+        assert whole.sources == given and whole.manifests == (
+            given[0].shards,
+            str(tmp_path / "data"),
+        )
+        with pytest.raises(
+            ConfigError, match=r"other sources than the ledger: http://127\."
+        ) as error:
             facts.with_addresses(given[:1])
         assert "SECRET" not in str(error.value)

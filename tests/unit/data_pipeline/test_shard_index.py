@@ -1,4 +1,5 @@
-"""The index of a shard: what it says, that equal ones are equal bytes, and that no damaged one is believed."""
+"""The index of a shard: what it says, that equal ones are equal bytes, and that no damaged one is
+believed."""
 
 from __future__ import annotations
 
@@ -50,15 +51,25 @@ def test_it_agrees_with_tarfile(shard: Path, index: ShardIndex) -> None:
         assert offset == png.offset
         assert offset + extent == txt.offset_data + -(-txt.size // 512) * 512
         assert index.crc32[i] == zlib.crc32(data[offset : offset + extent])
-        assert index.members(i) == (("png", 512, png.size), ("txt", txt.offset_data - offset, txt.size))
+        assert index.members(i) == (
+            ("png", 512, png.size),
+            ("txt", txt.offset_data - offset, txt.size),
+        )
         for member, info in zip(index.members(i), (png, txt), strict=True):
             start = offset + member.start
-            assert data[start : start + member.size] == data[info.offset_data : info.offset_data + info.size]
+            assert (
+                data[start : start + member.size]
+                == data[info.offset_data : info.offset_data + info.size]
+            )
         assert index.key(i) == png.name.removesuffix(".png")
 
 
 def test_its_types_are_those_that_are_promised(index: ShardIndex) -> None:
-    assert (index.offsets.dtype, index.extents.dtype, index.crc32.dtype) == (np.int64, np.int64, np.uint32)
+    assert (index.offsets.dtype, index.extents.dtype, index.crc32.dtype) == (
+        np.int64,
+        np.int64,
+        np.uint32,
+    )
     member = index.members(2)[1]
     assert all(type(number) is int for number in (member.start, member.size))
     for column in (index.offsets, index.crc32):
@@ -107,7 +118,9 @@ def test_notes_and_odd_names_survive() -> None:
         SampleRow("é/ü☃", 0, 2048, 7, (Member("jpg", 512, 3), Member('a"\\b', 1536, 0))),
         SampleRow(r"b\xff", 4096, 512, 2**32 - 1, ()),
     ]
-    made = ShardIndex.build(rows, shard_bytes=9000, sha256="a" * 64, etag='"x-3"', damage="lost", made_from="f" * 64)
+    made = ShardIndex.build(
+        rows, shard_bytes=9000, sha256="a" * 64, etag='"x-3"', damage="lost", made_from="f" * 64
+    )
     found = ShardIndex.from_bytes(made.to_bytes(), "x")
     assert found.keys == ["é/ü☃", r"b\xff"]
     assert [found.members(i) for i in range(2)] == [row.members for row in rows]
@@ -117,10 +130,13 @@ def test_notes_and_odd_names_survive() -> None:
 
 @pytest.mark.parametrize(
     ("row", "message"),
-    [(SampleRow("a", 0, 600, 0, ()), "outside of the shard"), (SampleRow("a", -1, 5, 0, ()), "outside of the shard"),
-     (SampleRow("a", 0, 0, 0, ()), "outside of the shard"),
-     (SampleRow("a", 0, 99, 0, (Member("x", 90, 10),)), "outside of its sample")],
-)  # fmt: skip
+    [
+        (SampleRow("a", 0, 600, 0, ()), "outside of the shard"),
+        (SampleRow("a", -1, 5, 0, ()), "outside of the shard"),
+        (SampleRow("a", 0, 0, 0, ()), "outside of the shard"),
+        (SampleRow("a", 0, 99, 0, (Member("x", 90, 10),)), "outside of its sample"),
+    ],
+)
 def test_rows_that_cannot_be_are_refused(row: SampleRow, message: str) -> None:
     with pytest.raises(DataError, match=message):
         ShardIndex.build([row], shard_bytes=512, sha256="0" * 64)
@@ -145,15 +161,38 @@ def note(name: str, value: str) -> Change:
 
 BIG = 2**63 - 1
 CHANGES: list[Change] = [
-    put("offsets", 0, -512), put("offsets", 8, BIG), put("offsets", 3, 0), put("extents", 8, BIG), put("extents", 1, 0),
-    put("extents", 2, -1), put("key_ends", 8, BIG), put("key_ends", 3, 0), put("key_ends", 0, -BIG),
-    put("member_ends", 8, 19), put("member_ends", 4, BIG), put("member_ends", 4, -BIG), put("member_start", 5, BIG),
-    put("member_start", 5, -1), put("member_size", 5, BIG), put("member_size", 5, -1), put("member_extension", 0, 2),
-    note("samples", "8"), note("samples", "-9"), note("samples", "x"), note("samples", "9" * 5000),
-    note("shard_bytes", "100"), note("shard_bytes", "-1"), note("shard_bytes", str(2**62)), note("version", "1"),
-    note("extensions", "{}"), note("extensions", "[1, 2]"), note("extensions", "["), note("extensions", "[" * 99999),
-    note("sha256", "../x"), note("sha256", "A" * 64),
-]  # fmt: skip
+    put("offsets", 0, -512),
+    put("offsets", 8, BIG),
+    put("offsets", 3, 0),
+    put("extents", 8, BIG),
+    put("extents", 1, 0),
+    put("extents", 2, -1),
+    put("key_ends", 8, BIG),
+    put("key_ends", 3, 0),
+    put("key_ends", 0, -BIG),
+    put("member_ends", 8, 19),
+    put("member_ends", 4, BIG),
+    put("member_ends", 4, -BIG),
+    put("member_start", 5, BIG),
+    put("member_start", 5, -1),
+    put("member_size", 5, BIG),
+    put("member_size", 5, -1),
+    put("member_extension", 0, 2),
+    note("samples", "8"),
+    note("samples", "-9"),
+    note("samples", "x"),
+    note("samples", "9" * 5000),
+    note("shard_bytes", "100"),
+    note("shard_bytes", "-1"),
+    note("shard_bytes", str(2**62)),
+    note("version", "1"),
+    note("extensions", "{}"),
+    note("extensions", "[1, 2]"),
+    note("extensions", "["),
+    note("extensions", "[" * 99999),
+    note("sha256", "../x"),
+    note("sha256", "A" * 64),
+]
 
 
 @pytest.mark.parametrize("number", range(len(CHANGES)))
@@ -169,7 +208,10 @@ def test_what_cannot_be_true_is_not_believed(index: ShardIndex, number: int) -> 
 def test_columns_that_wrap_around_are_not_believed(index: ShardIndex) -> None:
     columns, metadata = decode(index.to_bytes())
     changed = {name: column.copy() for name, column in columns.items()}
-    changed["member_ends"][3:5] = 2**62 + 9, -(2**62) - 9  # the difference wraps to a positive number
+    changed["member_ends"][3:5] = (
+        2**62 + 9,
+        -(2**62) - 9,
+    )  # the difference wraps to a positive number
     changed["member_ends"][5:8] = 10, 12, 14
     with pytest.raises(DataError, match="member_ends does not divide"):
         ShardIndex.from_bytes(encode(changed, metadata), "x.index")
@@ -186,17 +228,26 @@ def with_header(data: bytes, change: Callable[[Any], object]) -> bytes:
 
 @pytest.mark.parametrize(
     "change",
-    [lambda header: [], lambda header: 7, lambda header: {"__metadata__": 3},
-     lambda header: header.__delitem__("offsets"),
-     lambda header: header.update(more=header["offsets"]), lambda header: header["offsets"].__delitem__("shape"),
-     lambda header: header["offsets"].update(dtype="F64"), lambda header: header["offsets"].update(shape=[3, 3]),
-     lambda header: header["offsets"].update(shape=[-9]), lambda header: header["offsets"].update(shape=[True]),
-     lambda header: header["offsets"].update(data_offsets=[0.0, 72.0]),
-     lambda header: header["crc32"].update(dtype=[]),
-     lambda header: header["offsets"].update(data_offsets=header["extents"]["data_offsets"]),
-     lambda header: header["offsets"].update(data_offsets=[0, 1 << 70]), lambda header: header.update(offsets=[]),
-     lambda header: header["__metadata__"].__delitem__("sha256"), lambda header: header["__metadata__"].update(etag=7)],
-)  # fmt: skip
+    [
+        lambda header: [],
+        lambda header: 7,
+        lambda header: {"__metadata__": 3},
+        lambda header: header.__delitem__("offsets"),
+        lambda header: header.update(more=header["offsets"]),
+        lambda header: header["offsets"].__delitem__("shape"),
+        lambda header: header["offsets"].update(dtype="F64"),
+        lambda header: header["offsets"].update(shape=[3, 3]),
+        lambda header: header["offsets"].update(shape=[-9]),
+        lambda header: header["offsets"].update(shape=[True]),
+        lambda header: header["offsets"].update(data_offsets=[0.0, 72.0]),
+        lambda header: header["crc32"].update(dtype=[]),
+        lambda header: header["offsets"].update(data_offsets=header["extents"]["data_offsets"]),
+        lambda header: header["offsets"].update(data_offsets=[0, 1 << 70]),
+        lambda header: header.update(offsets=[]),
+        lambda header: header["__metadata__"].__delitem__("sha256"),
+        lambda header: header["__metadata__"].update(etag=7),
+    ],
+)
 def test_a_header_that_is_not_ours(index: ShardIndex, change: Callable[[Any], object]) -> None:
     data = index.to_bytes()
     assert len(ShardIndex.from_bytes(with_header(data, lambda header: None), "x")) == 9
@@ -206,9 +257,17 @@ def test_a_header_that_is_not_ours(index: ShardIndex, change: Callable[[Any], ob
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"\0", bytes(8), bytes(4096), b"\xff" * 4096, (5).to_bytes(8, "little") + b"{}", b"<html>" * 99,
-     (100_000).to_bytes(8, "little") + b"[" * 100_000],
-)  # fmt: skip
+    [
+        b"",
+        b"\0",
+        bytes(8),
+        bytes(4096),
+        b"\xff" * 4096,
+        (5).to_bytes(8, "little") + b"{}",
+        b"<html>" * 99,
+        (100_000).to_bytes(8, "little") + b"[" * 100_000,
+    ],
+)
 def test_other_files_are_no_index(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "x.index").write_bytes(data)
     with pytest.raises(DataError, match=r"x.index is not a shard index"):
@@ -229,7 +288,8 @@ def test_a_missing_index_and_one_of_another_hash(tmp_path: Path, index: ShardInd
 
 
 def fuzz(index: ShardIndex, rounds: int, seed: int) -> int:
-    """Damage an index in many ways; how many were believed. What is believed must be safe to use."""
+    """Damage an index in many ways; how many were believed. What is believed must be safe to
+    use."""
     draw, whole, believed = random.Random(seed), index.to_bytes(), 0
     for _ in range(rounds):
         data = bytearray(whole)
@@ -260,7 +320,9 @@ def fuzz(index: ShardIndex, rounds: int, seed: int) -> int:
 
 
 def test_no_damage_leads_out_of_the_shard(index: ShardIndex) -> None:
-    assert 0 < fuzz(index, 1500, seed=1) < 1500  # a changed checksum or key is believed: the manifest's hash is not
+    assert (
+        0 < fuzz(index, 1500, seed=1) < 1500
+    )  # a changed checksum or key is believed: the manifest's hash is not
 
 
 @pytest.mark.long

@@ -47,7 +47,9 @@ def test_a_missing_shard(manifest: Manifest) -> None:
     assert error.value.slug == "missing-shard"
 
 
-def test_a_look_before_training(manifest: Manifest, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_look_before_training(
+    manifest: Manifest, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.WARNING)
     check_present([manifest])
     assert not caplog.records
@@ -56,18 +58,26 @@ def test_a_look_before_training(manifest: Manifest, tmp_path: Path, caplog: pyte
     assert "shard-000000.tar has 512 bytes, but its manifest expects" in caplog.text
     Path(manifest.shard_url(manifest.shards[1])).unlink()
     first = r"shard-000001.tar is missing, but its manifest expects 7 samples in \d+ bytes there; copy it again"
-    counted = r"1 of 3 shards are missing, with 7 of 21 samples, more than data.max_bad_share 0.3"
+    counted = (
+        r"1 of 3 shards are missing, with 7 of 21 samples, more than data.max_corrupt_ratio 0.3"
+    )
     with pytest.raises(DataError, match=f"{first}.*{counted}"):
         check_present([manifest], 0.3)
     check_present([manifest], 0.4)
-    assert "1 of 3 shards are missing, with 7 of 21 samples: their samples are left out" in caplog.text
-    check_present([manifest, make_shards(tmp_path / "more", count=42)], 0.2)  # of all data, not of one source
+    assert (
+        "1 of 3 shards are missing, with 7 of 21 samples: their samples are left out" in caplog.text
+    )
+    check_present(
+        [manifest, make_shards(tmp_path / "more", count=42)], 0.2
+    )  # of all data, not of one source
     check_present([dataclasses.replace(manifest, url="s3://bucket/x", base="s3://bucket/x")], 0.0)
 
 
 def test_remote_shards_need_a_place_for_copies(manifest: Manifest, tmp_path: Path) -> None:
     remote = dataclasses.replace(manifest, url="s3://bucket/data", base="s3://bucket/data")
-    with pytest.raises(ConfigError, match=r"cache_dir is empty, but s3://bucket/data is remote.*data.cache_gib=0"):
+    with pytest.raises(
+        ConfigError, match=r"cache_dir is empty, but s3://bucket/data is remote.*data.cache_gib=0"
+    ):
         ShardStore([remote])
     assert ShardStore([remote], DataConfig(cache_gib=0)).is_remote(0)
     assert ShardStore([remote], DataConfig(cache_dir=str(tmp_path / "cache"))).at_hand(0) is None

@@ -36,13 +36,21 @@ def test_class_counts_of_a_perfect_shuffle_are_hypergeometric() -> None:
 
 def test_narrow_windows_are_worse_in_every_measure() -> None:
     found = [shuffle_quality(SIZES, 0, window, BATCH)[0] for window in (1, 4, 16, 64)]
-    for name, rises in (("distance_mean", True), ("distance_5_percent", True), ("distance_median", True),
-                        ("shards_per_batch", True), ("same_shard", False), ("unevenness", False),
-                        ("class_variance", False)):  # fmt: skip
+    for name, rises in (
+        ("distance_mean", True),
+        ("distance_5_percent", True),
+        ("distance_median", True),
+        ("shards_per_batch", True),
+        ("same_shard", False),
+        ("unevenness", False),
+        ("class_variance", False),
+    ):
         values = [getattr(quality, name) for quality in found]
         assert values == sorted(values, reverse=not rises), name
         assert max(values[0], values[-1]) > 2 * min(values[0], values[-1]), name
-    assert found[0].shards_per_batch == pytest.approx(1.0)  # a window of one shard: batches of one shard
+    assert found[0].shards_per_batch == pytest.approx(
+        1.0
+    )  # a window of one shard: batches of one shard
     assert found[0].same_shard > 0.99
 
 
@@ -55,16 +63,20 @@ def test_the_measures_by_hand() -> None:
     straight = measure(np.arange(8), np.array([4, 4]), np.arange(8).reshape(2, 4), np.array([4, 4]))
     assert straight.distance_mean == pytest.approx(1 / 8)
     assert (straight.same_shard, straight.shards_per_batch) == (1.0, 1.0)
-    # Places of the first shard are 1/16, 3/16, 5/16, 7/16: at 7/16 all of them, where 7/16 should be.
+    # Places of the first shard are 1/16, 3/16, 5/16, 7/16: at 7/16 all of them, where 7/16 should
+    # be.
     assert straight.unevenness == pytest.approx(1 - 7 / 16)
-    assert straight.class_variance == pytest.approx(0.25)  # 8 classes: 1 or 0 in a batch instead of 1/2
+    assert straight.class_variance == pytest.approx(
+        0.25
+    )  # 8 classes: 1 or 0 in a batch instead of 1/2
 
 
 def test_a_large_set_is_measured_in_part() -> None:
     start = time.process_time()
     found, perfect = shuffle_quality(np.full(8192, 256), 0, 256, 1024)
     assert time.process_time() - start < 10
-    # A batch of 1024 from 256 shards: 1 / (1/256 + 1/1024), not what a small copy of the set would give.
+    # A batch of 1024 from 256 shards: 1 / (1/256 + 1/1024), not what a small copy of the set would
+    # give.
     assert found.shards_per_batch == pytest.approx(1 / (1 / 256 + 1 / 1024), rel=0.05)
     assert perfect.shards_per_batch == pytest.approx(1 / (1 / 8192 + 1 / 1024), rel=0.05)
     assert found.distance_mean == pytest.approx(256 / 8192 / 3, rel=0.1)

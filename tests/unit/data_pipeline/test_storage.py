@@ -1,4 +1,5 @@
-"""Addresses, atomic writes and fetches; object stores against a real S3 server and a plain web server."""
+"""Addresses, atomic writes and fetches; object stores against a real S3 server and a plain web
+server."""
 
 from __future__ import annotations
 
@@ -47,9 +48,17 @@ def web(tmp_path: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize(
     ("url", "local"),
-    [("a/b", True), ("/a b:c", True), ("file:/a", True), ("file:///a", True), ("s3://b/k", False),
-     ("gs://b/k", False), ("az://c/k", False), ("https://h/k", False)],
-)  # fmt: skip
+    [
+        ("a/b", True),
+        ("/a b:c", True),
+        ("file:/a", True),
+        ("file:///a", True),
+        ("s3://b/k", False),
+        ("gs://b/k", False),
+        ("az://c/k", False),
+        ("https://h/k", False),
+    ],
+)
 def test_addresses_are_told_apart(url: str, local: bool) -> None:
     assert storage.is_local(url) is local
 
@@ -153,10 +162,14 @@ def test_s3_an_object_that_changes_while_it_is_fetched_is_begun_again(
 def test_s3_errors_are_short_and_keep_secrets(
     s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(StorageError, match=r"cannot read s3://shards/none: there is no such object"):
+    with pytest.raises(
+        StorageError, match=r"cannot read s3://shards/none: there is no such object"
+    ):
         storage.read_bytes("s3://shards/none")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-the-secret")
-    with pytest.raises(StorageError, match=r"refused access \(status 403\); check the credentials") as refused:
+    with pytest.raises(
+        StorageError, match=r"refused access \(status 403\); check the credentials"
+    ) as refused:
         storage.read_bytes("s3://shards/none")
     assert "secret" not in str(refused.value)
     assert "testkey" not in str(refused.value)
@@ -242,16 +255,24 @@ def file(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault != "flip"])
 def test_a_fault_that_passes_heals(file: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
-    """Many requests go wrong; what comes is right all the same, from a server with and without ranges."""
+    """Many requests go wrong; what comes is right all the same, from a server with and without
+    ranges."""
     monkeypatch.setattr(store_copy, "PART_BYTES", 100_000)
     monkeypatch.setattr(store_copy, "SMALLEST_PART_BYTES", 1000)
     monkeypatch.setattr(retries, "MAX_WAIT_SECONDS", 0.1)
     for ranges in (True, False):
-        with http_server(file.parent, ranges=ranges) as web, fault_proxy(web.port, share=0.4, faults=[fault]) as proxy:
+        with (
+            http_server(file.parent, ranges=ranges) as web,
+            fault_proxy(web.port, share=0.4, faults=[fault]) as proxy,
+        ):
             url = f"{proxy.endpoint}/x.tar"
             with open(file.parent / "copy", "w+b") as copy:
                 found = object_store.fetch(
-                    url, copy.fileno(), timeout_seconds=20, request_seconds=0.15, expected_bytes=300_000
+                    url,
+                    copy.fileno(),
+                    timeout_seconds=20,
+                    request_seconds=0.15,
+                    expected_bytes=300_000,
                 )
             assert (file.parent / "copy").read_bytes() == file.read_bytes()
             assert found.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
@@ -259,25 +280,39 @@ def test_a_fault_that_passes_heals(file: Path, monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_flipped_bits_in_what_has_no_checksum_of_its_own(file: Path) -> None:
-    with http_server(file.parent) as web, fault_proxy(web.port, share=0.4, faults=["flip", "html"], seed=3) as proxy:
+    with (
+        http_server(file.parent) as web,
+        fault_proxy(web.port, share=0.4, faults=["flip", "html"], seed=3) as proxy,
+    ):
         for _ in range(5):
             assert storage.read_bytes(f"{proxy.endpoint}/x.tar") == file.read_bytes()
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
         assert storage.read_bytes(f"{proxy.endpoint}/x.tar", sha256=digest) == file.read_bytes()
-        with pytest.raises(StorageError, match=f"it has SHA-256 {digest}, but {'0' * 64} was expected"):
+        with pytest.raises(
+            StorageError, match=f"it has SHA-256 {digest}, but {'0' * 64} was expected"
+        ):
             storage.read_bytes(f"{web.endpoint}/x.tar", sha256="0" * 64)
         assert proxy.done["flip"] and proxy.done["html"]
 
 
-@pytest.mark.parametrize(("fault", "kind"), [
-    ("500", "unreachable"), ("429", "unreachable"), ("reset", "unreachable"), ("slow", "too-slow"),
-    ("late", "too-slow"), ("404", "missing"),
-])
+@pytest.mark.parametrize(
+    ("fault", "kind"),
+    [
+        ("500", "unreachable"),
+        ("429", "unreachable"),
+        ("reset", "unreachable"),
+        ("slow", "too-slow"),
+        ("late", "too-slow"),
+        ("404", "missing"),
+    ],
+)
 def test_a_fault_that_stays_is_told_in_time(file: Path, fault: str, kind: str) -> None:
     with http_server(file.parent) as web, fault_proxy(web.port, share=1.0, faults=[fault]) as proxy:
         start = time.monotonic()
         with pytest.raises(StorageError) as error:
-            object_store.read_range(f"{proxy.endpoint}/x.tar", 0, 200_000, timeout_seconds=1.5, request_seconds=0.4)
+            object_store.read_range(
+                f"{proxy.endpoint}/x.tar", 0, 200_000, timeout_seconds=1.5, request_seconds=0.4
+            )
         assert error.value.kind == kind
         assert time.monotonic() - start < 15, "it waited much longer than it was told to"
         assert proxy.requests > 2, "it was not tried again"
@@ -314,8 +349,13 @@ def test_a_fetch_that_is_no_longer_wanted_ends(file: Path) -> None:
     with http_server(file.parent) as web, fault_proxy(web.port, share=1.0, faults=["500"]) as proxy:
         threading.Timer(0.3, cancel.set).start()
         start = time.monotonic()
-        with open(file.parent / "copy", "w+b") as copy, pytest.raises(StorageError, match="no longer wanted"):
-            object_store.fetch(f"{proxy.endpoint}/x.tar", copy.fileno(), timeout_seconds=60, cancel=cancel)
+        with (
+            open(file.parent / "copy", "w+b") as copy,
+            pytest.raises(StorageError, match="no longer wanted"),
+        ):
+            object_store.fetch(
+                f"{proxy.endpoint}/x.tar", copy.fileno(), timeout_seconds=60, cancel=cancel
+            )
         assert time.monotonic() - start < 30, "it went on to the end of its time"
 
 
@@ -324,16 +364,29 @@ def _never(tries: Tries, error: Exception, kind: str) -> float:
     return 0.0 if tries._is_final(error, Kind(kind)) else pytest.fail("it is tried again")
 
 
-@pytest.mark.parametrize("url", [
-    "s3://a<b/x", "s3://a b/x", "s3:///x", "s3://\u00fc/x", "http://h^/x", 'http://127.0.0.1:9/a?b"\u00fc', "s3://b/a//b",
-    "s3://b/../x",
-])
-def test_what_cannot_be_an_address_is_told_at_once(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "url",
+    [
+        "s3://a<b/x",
+        "s3://a b/x",
+        "s3:///x",
+        "s3://\u00fc/x",
+        "http://h^/x",
+        'http://127.0.0.1:9/a?b"\u00fc',
+        "s3://b/a//b",
+        "s3://b/../x",
+    ],
+)
+def test_what_cannot_be_an_address_is_told_at_once(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Some of these would end obstore in a panic, which no `except` for errors catches."""
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush")
     monkeypatch.setattr(Tries, "_wait", _never)
-    with pytest.raises(StorageError, match=r"cannot be an address|cannot open|no object can have that name"):
+    with pytest.raises(
+        StorageError, match=r"cannot be an address|cannot open|no object can have that name"
+    ):
         storage.read_bytes(url, timeout_seconds=600.0)
 
 
@@ -354,10 +407,17 @@ def test_profiles(tmp_path: Path) -> None:
     found = store_credentials.s3_settings(home)
     assert found == {"access_key_id": "one", "secret_access_key": "a%b=", "region": "eu-west-1"}
     found = store_credentials.s3_settings(home | {"AWS_PROFILE": "lab", "AWS_REGION": "here"})
-    assert found == {"access_key_id": "two", "secret_access_key": "c", "session_token": "d", "region": "here",
-                     "endpoint": "http://lab:9000"}
+    assert found == {
+        "access_key_id": "two",
+        "secret_access_key": "c",
+        "session_token": "d",
+        "region": "here",
+        "endpoint": "http://lab:9000",
+    }
     # Keys in the environment come first; the library reads those itself.
-    found = store_credentials.s3_settings(home | {"AWS_PROFILE": "lab", "AWS_ACCESS_KEY_ID": "three"})
+    found = store_credentials.s3_settings(
+        home | {"AWS_PROFILE": "lab", "AWS_ACCESS_KEY_ID": "three"}
+    )
     assert found == {"region": "us-west-2", "endpoint": "http://lab:9000"}
     with pytest.raises(StorageError, match=r"AWS_PROFILE is 'lap', but .* have default, lab, tool"):
         store_credentials.s3_settings(home | {"AWS_PROFILE": "lap"})
@@ -370,13 +430,21 @@ def test_profiles(tmp_path: Path) -> None:
 
 
 def test_settings_of_other_stores() -> None:
-    assert store_credentials.gs_settings({"STORAGE_EMULATOR_HOST": "h:1"})["base_url"] == "http://h:1"
+    assert (
+        store_credentials.gs_settings({"STORAGE_EMULATOR_HOST": "h:1"})["base_url"] == "http://h:1"
+    )
     assert store_credentials.gs_settings({}) == {}
-    text = "DefaultEndpointsProtocol=http;AccountName=me;AccountKey=a2V5==;BlobEndpoint=http://h:1/me;"
+    text = (
+        "DefaultEndpointsProtocol=http;AccountName=me;AccountKey=a2V5==;BlobEndpoint=http://h:1/me;"
+    )
     assert store_credentials.az_settings({"AZURE_STORAGE_CONNECTION_STRING": text}) == {
-        "account_name": "me", "account_key": "a2V5==", "endpoint": "http://h:1/me",
+        "account_name": "me",
+        "account_key": "a2V5==",
+        "endpoint": "http://h:1/me",
     }
-    assert store_credentials.az_settings({"AZURE_STORAGE_SAS_TOKEN": "?sv=1&sig=x"}) == {"sas_key": "sv=1&sig=x"}
+    assert store_credentials.az_settings({"AZURE_STORAGE_SAS_TOKEN": "?sv=1&sig=x"}) == {
+        "sas_key": "sv=1&sig=x"
+    }
 
 
 @pytest.mark.s3
@@ -414,30 +482,62 @@ for url in sys.argv[1:]:
 
 @pytest.mark.s3
 def test_secrets_never_come_out(s3_server: S3Server, file: Path, tmp_path: Path) -> None:
-    """Requests that go well and go wrong, with all that the process says, at the most talkative level."""
-    secrets = ["CANARYKEY", "canary-secret", "canary-token", "canary-password", "canary-signature", "canary-profile"]
+    """Requests that go well and go wrong, with all that the process says, at the most talkative
+    level."""
+    secrets = [
+        "CANARYKEY",
+        "canary-secret",
+        "canary-token",
+        "canary-password",
+        "canary-signature",
+        "canary-profile",
+    ]
     env = os.environ | {
-        "AWS_ENDPOINT_URL": s3_server.endpoint, "AWS_ACCESS_KEY_ID": "CANARYKEY", "RUST_LOG": "trace",
-        "AWS_SECRET_ACCESS_KEY": "canary-secret", "AWS_SESSION_TOKEN": "canary-token", "HOME": str(tmp_path),
-        "RUST_BACKTRACE": "full", "AZURE_STORAGE_ACCOUNT_NAME": "me", "AZURE_STORAGE_ACCOUNT_KEY": "canary-secret",
-        "AZURE_STORAGE_ENDPOINT": s3_server.endpoint, "STORAGE_EMULATOR_HOST": s3_server.endpoint,
-    }  # fmt: skip
+        "AWS_ENDPOINT_URL": s3_server.endpoint,
+        "AWS_ACCESS_KEY_ID": "CANARYKEY",
+        "RUST_LOG": "trace",
+        "AWS_SECRET_ACCESS_KEY": "canary-secret",
+        "AWS_SESSION_TOKEN": "canary-token",
+        "HOME": str(tmp_path),
+        "RUST_BACKTRACE": "full",
+        "AZURE_STORAGE_ACCOUNT_NAME": "me",
+        "AZURE_STORAGE_ACCOUNT_KEY": "canary-secret",
+        "AZURE_STORAGE_ENDPOINT": s3_server.endpoint,
+        "STORAGE_EMULATOR_HOST": s3_server.endpoint,
+    }
     (tmp_path / ".aws").mkdir()
-    (tmp_path / ".aws" / "credentials").write_text("[canary]\naws_access_key_id=CANARYKEY\naws_secret_access_key "
-                                                   "canary-profile\n")
+    (tmp_path / ".aws" / "credentials").write_text(
+        "[canary]\naws_access_key_id=CANARYKEY\naws_secret_access_key canary-profile\n"
+    )
     with http_server(file.parent, query="sig=canary-signature") as web:
         signed = f"{web.url('x.tar')}?sig=canary-signature".replace("://", "://me:canary-password@")
-        urls = ["s3://shards/x", signed, signed.replace("x.tar", "none"), signed + "more", "az://c/x", "gs://b/x",
-                "http://me:canary-password@127.0.0.1:9/x?sig=canary-signature", "s3://CANARY BAD BUCKET/x"]
+        urls = [
+            "s3://shards/x",
+            signed,
+            signed.replace("x.tar", "none"),
+            signed + "more",
+            "az://c/x",
+            "gs://b/x",
+            "http://me:canary-password@127.0.0.1:9/x?sig=canary-signature",
+            "s3://CANARY BAD BUCKET/x",
+        ]
         said = ""
         for profile in ({}, {"AWS_PROFILE": "canary", "AWS_ACCESS_KEY_ID": ""}):
             done = subprocess.run(
                 [sys.executable, "-c", _CANARY, *urls],
-                env=env | profile, capture_output=True, text=True, timeout=120, check=False,
-            )  # fmt: skip
+                env=env | profile,
+                capture_output=True,
+                text=True,
+                timeout=120,
+                check=False,
+            )
             assert done.returncode == 0, done.stderr[-2000:]
             said += done.stdout + done.stderr
-    assert "refused access" in said and "there is no such object" in said and "cannot be reached" in said
+    assert (
+        "refused access" in said
+        and "there is no such object" in said
+        and "cannot be reached" in said
+    )
     assert [secret for secret in secrets if secret in said] == []
 
 
@@ -446,5 +546,7 @@ def test_requests_have_few_lengths() -> None:
     lengths = {Patience(total / 7, 20.0).next_request_seconds() for total in range(1, 1000)}
     assert len(lengths) <= 10
     assert all(20.0 / seconds in [2.0**power for power in range(12)] for seconds in lengths)
-    assert all(Patience(total, 20.0).request_seconds <= total / 3 for total in (0.9, 5.0, 59.9, 200.0))
+    assert all(
+        Patience(total, 20.0).request_seconds <= total / 3 for total in (0.9, 5.0, 59.9, 200.0)
+    )
     assert Patience(0.0, 20.0).next_request_seconds() > 0

@@ -62,7 +62,11 @@ def test_members_follow_each_other_without_gaps() -> None:
 
 
 def test_folders_are_passed_over_and_links_refused() -> None:
-    for kind, names in ((tarfile.DIRTYPE, ["x.txt"]), (tarfile.SYMTYPE, None), (tarfile.LNKTYPE, None)):
+    for kind, names in (
+        (tarfile.DIRTYPE, ["x.txt"]),
+        (tarfile.SYMTYPE, None),
+        (tarfile.LNKTYPE, None),
+    ):
         buffer = io.BytesIO()
         with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             odd = tarfile.TarInfo("odd")
@@ -126,7 +130,9 @@ def test_a_flipped_bit_in_any_header_byte_is_noticed() -> None:
     for place in range(start, start + 512):
         damaged = bytearray(data)
         damaged[place] ^= 0x04
-        if damaged[start + 148 : start + 156].strip(b" \0") == data[start + 148 : start + 156].strip(b" \0"):
+        if damaged[start + 148 : start + 156].strip(b" \0") == data[
+            start + 148 : start + 156
+        ].strip(b" \0"):
             with pytest.raises(DataError):
                 walked(bytes(damaged))
 
@@ -148,12 +154,20 @@ def test_rubbish_is_no_tar() -> None:
 
 @pytest.mark.parametrize(
     ("records", "message"),
-    [(b"11 path=x\n", "is damaged"), (b"8 path=x\n", "is damaged"), (b"7 path=\n", "is damaged"),
-     (b"x path=x\n", "is damaged"),
-     (b"999999999 path=x\n", "is damaged"), (b"13 size=1e10\n", "damaged size"), (b"-5 a=b\n", "is damaged"),
-     (b" 6 a=b\n", "is damaged"), (b"0 a=b\n", "is damaged"), (b"1 a=b\n", "is damaged"),
-     (b"2 a=b\n", "is damaged")],
-)  # fmt: skip
+    [
+        (b"11 path=x\n", "is damaged"),
+        (b"8 path=x\n", "is damaged"),
+        (b"7 path=\n", "is damaged"),
+        (b"x path=x\n", "is damaged"),
+        (b"999999999 path=x\n", "is damaged"),
+        (b"13 size=1e10\n", "damaged size"),
+        (b"-5 a=b\n", "is damaged"),
+        (b" 6 a=b\n", "is damaged"),
+        (b"0 a=b\n", "is damaged"),
+        (b"1 a=b\n", "is damaged"),
+        (b"2 a=b\n", "is damaged"),
+    ],
+)
 def test_damaged_extended_headers(records: bytes, message: str) -> None:
     data = bytearray(archive({"x.txt": b"1"} | {"é" * 40 + ".txt": b"2"}, tarfile.PAX_FORMAT))
     start = walked(bytes(data))[1].start + BLOCK
@@ -169,7 +183,11 @@ def test_many_small_records_take_no_time() -> None:
     header = bytearray(archive({"x": bytes(900_000)}, tarfile.USTAR_FORMAT)[:BLOCK])
     header[156:157] = b"x"
     records = b"6 a=b\n" * 150_000
-    data = bytes(with_checksum(header)) + records.ljust(-(-900_000 // BLOCK) * BLOCK, b"\0") + archive(FILES)
+    data = (
+        bytes(with_checksum(header))
+        + records.ljust(-(-900_000 // BLOCK) * BLOCK, b"\0")
+        + archive(FILES)
+    )
     assert [member.name for member in walked(data)] == list(FILES)
 
 
@@ -184,22 +202,38 @@ def test_the_next_header_is_found_again() -> None:
 
 
 NAMES = [
-    ("a/b.jpg", ("a/b", "jpg")), ("a.b/c.seg.PNG", ("a.b/c", "seg.png")), ("README", ("", "")),
-    (".hidden", ("", "")), ("x/.y.txt", ("", "")), ("x.", ("", "")), ("./a.txt", ("./a", "txt")),
-    ("__index__/0.txt", ("", "")), ("__meta__.json", ("__meta__", "json")), ("__x__", ("", "")),
-    ("____/a.txt", ("", "")), ("___/a.txt", ("___/a", "txt")), ("a/__b__/c.txt", ("a/__b__/c", "txt")),
-]  # fmt: skip
+    ("a/b.jpg", ("a/b", "jpg")),
+    ("a.b/c.seg.PNG", ("a.b/c", "seg.png")),
+    ("README", ("", "")),
+    (".hidden", ("", "")),
+    ("x/.y.txt", ("", "")),
+    ("x.", ("", "")),
+    ("./a.txt", ("./a", "txt")),
+    ("__index__/0.txt", ("", "")),
+    ("__meta__.json", ("__meta__", "json")),
+    ("__x__", ("", "")),
+    ("____/a.txt", ("", "")),
+    ("___/a.txt", ("___/a", "txt")),
+    ("a/__b__/c.txt", ("a/__b__/c", "txt")),
+]
 
 
 @pytest.mark.parametrize(("name", "expected"), NAMES)
-def test_names_split_as_webdataset_splits_them(name: str, expected: tuple[str, str], tmp_path: Path) -> None:
+def test_names_split_as_webdataset_splits_them(
+    name: str, expected: tuple[str, str], tmp_path: Path
+) -> None:
     assert split_name(name) == expected
     import webdataset
 
     (tmp_path / "x.tar").write_bytes(archive({name: b"1"}))
-    found = list(webdataset.WebDataset(str(tmp_path / "x.tar"), shardshuffle=False, empty_check=False))
+    found = list(
+        webdataset.WebDataset(str(tmp_path / "x.tar"), shardshuffle=False, empty_check=False)
+    )
     if expected[0]:
         assert found[0]["__key__"] == expected[0]
         assert found[0][expected[1]] == b"1"
-    elif name not in ("x.", "x/.y.txt"):  # these are files with an empty extension or key to webdataset
+    elif name not in (
+        "x.",
+        "x/.y.txt",
+    ):  # these are files with an empty extension or key to webdataset
         assert found == []

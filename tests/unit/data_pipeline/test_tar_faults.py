@@ -1,4 +1,5 @@
-"""Damaged shards: none looks like a whole one, none loses a sample without a word, no file crashes the reader.
+"""Damaged shards: none looks like a whole one, none loses a sample without a word, no file crashes
+the reader.
 
 The oracle is the shard before it was damaged: what is read must be exactly that, or be named.
 """
@@ -41,12 +42,21 @@ def scanned(data: bytes, *, piece: int = 4096, salvage: bool = False) -> ShardIn
 def whole() -> Whole:
     draw = random.Random(5)
     samples = [
-        {"jpg": draw.randbytes(draw.randrange(1, 1500)), "txt": f"caption {i}".encode()} for i in range(COUNT)
+        {"jpg": draw.randbytes(draw.randrange(1, 1500)), "txt": f"caption {i}".encode()}
+        for i in range(COUNT)
     ]
-    data = archive({f"{i:03d}.{name}": body for i, sample in enumerate(samples) for name, body in sample.items()})
+    data = archive(
+        {
+            f"{i:03d}.{name}": body
+            for i, sample in enumerate(samples)
+            for name, body in sample.items()
+        }
+    )
     index = scanned(data)
     headers = [
-        int(index.offsets[i]) + member.start - BLOCK for i in range(COUNT) for member in index.members(i)
+        int(index.offsets[i]) + member.start - BLOCK
+        for i in range(COUNT)
+        for member in index.members(i)
     ]
     return Whole(data, index, samples, headers)
 
@@ -58,7 +68,11 @@ def read_by_index(index: ShardIndex, data: bytes) -> list[dict[str, bytes] | Non
         offset, extent = int(index.offsets[i]), int(index.extents[i])
         piece = data[offset : offset + extent]
         good = len(piece) == extent and zlib.crc32(piece) == index.crc32[i]
-        found.append({m.extension: piece[m.start : m.start + m.size] for m in index.members(i)} if good else None)
+        found.append(
+            {m.extension: piece[m.start : m.start + m.size] for m in index.members(i)}
+            if good
+            else None
+        )
     return found
 
 
@@ -120,7 +134,8 @@ STRUCTURE: dict[str, tuple[Fault, int]] = {
     "two blocks swapped": (swap_blocks, 99),
     "a block lost": (lose_a_block, -1),
 }
-"""Faults of the archive's structure, with the number of samples that salvage keeps (-1: not the same for all)."""
+"""Faults of the archive's structure, with the number of samples that salvage keeps (-1: not the
+same for all)."""
 
 
 @pytest.mark.parametrize("name", STRUCTURE)
@@ -129,7 +144,9 @@ def test_a_damaged_structure_is_an_error(whole: Whole, name: str) -> None:
     STRUCTURE[name][0](data, whole)
     with pytest.raises(DataError, match=r"^x\.tar") as error:
         scanned(bytes(data))
-    assert error.value.slug == ("truncated" if name.startswith("cut") or "beyond" in name else "bad-tar")
+    assert error.value.slug == (
+        "truncated" if name.startswith("cut") or "beyond" in name else "bad-tar"
+    )
 
 
 @pytest.mark.parametrize("name", STRUCTURE)
@@ -140,7 +157,9 @@ def test_what_a_damaged_shard_still_holds_is_saved(whole: Whole, name: str) -> N
     kept = dict(zip(saved.keys, read_by_index(saved, bytes(data)), strict=True))
     assert saved.damage
     assert len(saved) == STRUCTURE[name][1] or (STRUCTURE[name][1] < 0 and len(saved) >= 90)
-    if name != "a block lost":  # there the picture has lost bytes, which nothing in a tar could tell
+    if (
+        name != "a block lost"
+    ):  # there the picture has lost bytes, which nothing in a tar could tell
         assert all(kept[key] == whole.samples[int(key)] for key in kept)
 
 
@@ -156,7 +175,9 @@ def test_with_its_index_every_other_sample_is_read(whole: Whole, name: str) -> N
 
 
 @pytest.mark.parametrize("count", [200, pytest.param(4_000, marks=pytest.mark.long)])
-def test_salvage_keeps_exactly_the_samples_whose_headers_are_whole(whole: Whole, count: int) -> None:
+def test_salvage_keeps_exactly_the_samples_whose_headers_are_whole(
+    whole: Whole, count: int
+) -> None:
     draw = random.Random(count)
     for _ in range(count):
         data, hit = bytearray(whole.data), draw.sample(range(2 * COUNT), draw.randrange(1, 6))
@@ -183,13 +204,16 @@ def test_flipped_bits(whole: Whole, rounds: int) -> None:
 
 @pytest.mark.parametrize("rounds", [1000, pytest.param(15_000, marks=pytest.mark.long)])
 def test_truncations(whole: Whole, rounds: int) -> None:
-    """0 silent losses: what is beyond the cut is reported, and the strict walk refuses the shard."""
+    """0 silent losses: what is beyond the cut is reported, and the strict walk refuses the
+    shard."""
     draw, ends = random.Random(rounds), whole.index.offsets + whole.index.extents
     for _ in range(rounds):
         length = draw.randrange(len(whole.data))
         found = read_by_index(whole.index, whole.data[:length])
         assert [sample is None for sample in found] == [int(end) > length for end in ends]
-        assert all(sample in (None, true) for sample, true in zip(found, whole.samples, strict=True))
+        assert all(
+            sample in (None, true) for sample, true in zip(found, whole.samples, strict=True)
+        )
         if length <= ends[-1]:
             with pytest.raises(DataError):
                 scanned(whole.data[:length], piece=1 << 20)
@@ -227,12 +251,18 @@ def damage(whole: bytes, draw: random.Random) -> bytes:
             case 3:
                 block = start // BLOCK * BLOCK
                 data[block : block + BLOCK] = with_checksum(
-                    bytearray(draw.randbytes(124) + b"%011o\0" % draw.randrange(8**11) + draw.randbytes(376))
+                    bytearray(
+                        draw.randbytes(124)
+                        + b"%011o\0" % draw.randrange(8**11)
+                        + draw.randbytes(376)
+                    )
                 )
             case 4:
                 block = start // BLOCK * BLOCK  # a right header with a strange type or size
                 header = data[block : block + BLOCK]
-                header[124:136] = draw.choice([b"%011o\0" % draw.randrange(5000), b"\x80" + draw.randbytes(11)])
+                header[124:136] = draw.choice(
+                    [b"%011o\0" % draw.randrange(5000), b"\x80" + draw.randbytes(11)]
+                )
                 header[156:157] = draw.choice([b"L", b"x", b"g", b"5", b"2", b"0", b"S"])
                 if len(header) == BLOCK:
                     data[block : block + BLOCK] = with_checksum(header)
@@ -243,7 +273,9 @@ def damage(whole: bytes, draw: random.Random) -> bytes:
 
 @pytest.mark.parametrize("rounds", [1500, pytest.param(30_000, marks=pytest.mark.long)])
 def test_no_archive_crashes_the_walk(whole: Whole, rounds: int) -> None:
-    small = archive({f"{i}.{name}": bytes([i]) * 300 for i in range(6) for name in ("jpg", "txt", "json")})
+    small = archive(
+        {f"{i}.{name}": bytes([i]) * 300 for i in range(6) for name in ("jpg", "txt", "json")}
+    )
     names = archive({f"{'é' * 60}/{i}.txt": b"x" for i in range(4)}, format=2)
     draw, refused = random.Random(rounds), 0
     for number in range(rounds):

@@ -15,8 +15,12 @@ from data_pipeline.preparing.corpus import captions_of
 from data_pipeline.shards.writer import write_shards
 
 ANIMALS = ("cat", "dog", "horse", "fox", "owl", "red panda", "polar bear")
-CORPUS = [f"{how} {animal} {where}" for how in ("a small", "one happy", "the old") for animal in ANIMALS
-          for where in ("in the snow", "under a tree", "on a flag", "é")]  # fmt: skip
+CORPUS = [
+    f"{how} {animal} {where}"
+    for how in ("a small", "one happy", "the old")
+    for animal in ANIMALS
+    for where in ("in the snow", "under a tree", "on a flag", "é")
+]
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +72,9 @@ def test_cutting_keeps_the_end(tokenizer: Tokenizer) -> None:
         tokenizer.encode("a", 1)
 
 
-@pytest.mark.parametrize("text", ["x" * 100_000, "\u2581" * 100_000, "a \u2581 " * 25_000, "日" * 100_000])
+@pytest.mark.parametrize(
+    "text", ["x" * 100_000, "\u2581" * 100_000, "a \u2581 " * 25_000, "日" * 100_000]
+)
 def test_a_very_long_caption_costs_little(tokenizer: Tokenizer, text: str) -> None:
     start = time.process_time()
     ids = tokenizer.encode(text, 64)
@@ -92,7 +98,10 @@ def test_decoding_stops_at_the_end_and_leaves_out_padding(tokenizer: Tokenizer) 
 def test_the_same_captions_give_the_same_bytes(tokenizer: Tokenizer, tmp_path: Path) -> None:
     again = train_tokenizer(iter(CORPUS), tmp_path / "sub" / "again.model", vocab_size=290)
     assert again.fingerprint == tokenizer.fingerprint
-    assert again.fingerprint == hashlib.sha256((tmp_path / "sub" / "again.model").read_bytes()).hexdigest()
+    assert (
+        again.fingerprint
+        == hashlib.sha256((tmp_path / "sub" / "again.model").read_bytes()).hexdigest()
+    )
     other = train_tokenizer(CORPUS[1:], tmp_path / "other.model", vocab_size=290)
     assert other.fingerprint != tokenizer.fingerprint
     assert tokenizer.vocab_size == other.vocab_size == 290
@@ -101,7 +110,9 @@ def test_the_same_captions_give_the_same_bytes(tokenizer: Tokenizer, tmp_path: P
 
 def test_too_little_text_is_refused_unless_fewer_ids_are_welcome(tmp_path: Path) -> None:
     path = tmp_path / "t.model"
-    with pytest.raises(TokenizerError, match=r"too little text for 5000 pieces.*allow \d+ at most; give --vocab"):
+    with pytest.raises(
+        TokenizerError, match=r"too little text for 5000 pieces.*allow \d+ at most; give --vocab"
+    ):
         train_tokenizer(CORPUS, path, vocab_size=5000)
     with pytest.raises(TokenizerError, match="no caption"):
         train_tokenizer([" ", "\x00"], path, vocab_size=300)
@@ -121,7 +132,11 @@ def test_a_file_that_is_no_tokenizer_of_ours_is_refused(tmp_path: Path) -> None:
     ]:
         with open(tmp_path / name, "wb") as file:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=iter(CORPUS), model_writer=file, vocab_size=290, minloglevel=2, **options
+                sentence_iterator=iter(CORPUS),
+                model_writer=file,
+                vocab_size=290,
+                minloglevel=2,
+                **options,
             )
     with pytest.raises(TokenizerError, match=r"ids \(-1, 1, 2, 0\)"):
         Tokenizer.load(tmp_path / "ids")
@@ -129,9 +144,16 @@ def test_a_file_that_is_no_tokenizer_of_ours_is_refused(tmp_path: Path) -> None:
         Tokenizer.load(tmp_path / "bytes")
 
 
-def test_training_from_shards_is_training_on_their_captions(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_training_from_shards_is_training_on_their_captions(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
     samples = [
-        {"__key__": f"{number:03d}", "jpg": b"\xff", "txt": text, "json": {"tags": [f"tag {number}", "x"]}}
+        {
+            "__key__": f"{number:03d}",
+            "jpg": b"\xff",
+            "txt": text,
+            "json": {"tags": [f"tag {number}", "x"]},
+        }
         for number, text in enumerate(CORPUS)
     ]
     manifest = write_shards(samples, tmp_path / "shards", samples_per_shard=30)

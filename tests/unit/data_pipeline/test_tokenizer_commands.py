@@ -18,16 +18,29 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
-def test_training_is_the_same_with_any_number_of_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_is_the_same_with_any_number_of_processes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     make_shards(tmp_path / "s", count=60)
     for workers in (0, 2):
-        data("tokenizer", "train", tmp_path / "s", "--out", tmp_path / f"{workers}.model", "--vocab-size", 296,
-             "--workers", workers)  # fmt: skip
+        data(
+            "tokenizer",
+            "train",
+            tmp_path / "s",
+            "--out",
+            tmp_path / f"{workers}.model",
+            "--vocab-size",
+            296,
+            "--workers",
+            workers,
+        )
     assert "296 pieces" in capsys.readouterr().out
     assert (tmp_path / "0.model").read_bytes() == (tmp_path / "2.model").read_bytes()
 
 
-def test_captions_of_some_samples_and_of_damaged_shards(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_captions_of_some_samples_and_of_damaged_shards(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     manifest = make_shards(tmp_path, count=30, samples_per_shard=10)
     every = [caption(number) for number in range(30)]
     assert list(captions_of([manifest], ["txt"])) == every
@@ -71,16 +84,27 @@ def test_long_text_goes_on_in_the_next_line(model: str, capsys: pytest.CaptureFi
     assert shown == Tokenizer.load(model).encode(text, 9999)
 
 
-def test_inspect_recommends_a_text_length(tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_recommends_a_text_length(
+    tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     texts = ["cat"] * 98 + ["cat dog " * 5, "cat dog " * 20]
-    write_shards([{"__key__": f"{n:03d}", "png": picture(1), "txt": text} for n, text in enumerate(texts)], tmp_path)
+    write_shards(
+        [{"__key__": f"{n:03d}", "png": picture(1), "txt": text} for n, text in enumerate(texts)],
+        tmp_path,
+    )
     data("tokenizer", "inspect", model, "--shards", tmp_path, "--workers", 0)
     said = capsys.readouterr().out
     tokenizer = Tokenizer.load(model)
-    assert f"{tokenizer.vocab_size:,} ids: 4 marks, 256 bytes" in said and tokenizer.fingerprint in said
+    assert (
+        f"{tokenizer.vocab_size:,} ids: 4 marks, 256 bytes" in said
+        and tokenizer.fingerprint in said
+    )
     lengths = sorted(len(tokenizer.encode(text, 9999)) for text in texts)
-    rows = {words[0]: tuple(map(int, words[1:])) for line in said.splitlines() if (words := line.split()) and
-            words[0].endswith("%")}  # fmt: skip
+    rows = {
+        words[0]: tuple(map(int, words[1:]))
+        for line in said.splitlines()
+        if (words := line.split()) and words[0].endswith("%")
+    }
     for share, place in (("90.0%", 89), ("99.0%", 98), ("99.9%", 99), ("100.0%", 99)):
         assert rows[share][0] == lengths[place]
         assert rows[share][1] % 8 == 0 and 0 <= rows[share][1] - lengths[place] < 8

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from data_pipeline.content.images import decode, decode_pixels, read_header
-from data_pipeline.content.transforms import WHITE, composite, eval_transform, planes, render, train_transform
+from data_pipeline.content.transforms import (
+    WHITE,
+    composite,
+    eval_transform,
+    planes,
+    render,
+    train_transform,
+)
 from data_pipeline.content.views import (
     GEOMETRY_DRAWS,
     View,
@@ -43,12 +50,12 @@ def ramps(height: int, width: int) -> np.ndarray:
     return np.stack([x * 255 / width, y * 255 / height, x * 0 + 77.0], axis=-1).astype(np.uint8)
 
 
-def disc(side: int, colour: tuple[int, int, int], hidden: int) -> np.ndarray:
-    """A soft-edged disc of one colour; see-through pixels hold the grey `hidden`."""
+def disc(side: int, color: tuple[int, int, int], hidden: int) -> np.ndarray:
+    """A soft-edged disc of one color; see-through pixels hold the gray `hidden`."""
     y, x = np.mgrid[0:side, 0:side] - (side - 1) / 2
     alpha = (side / 3 - np.hypot(x, y) + 0.5).clip(0, 1)
     image = np.empty((side, side, 4), np.uint8)
-    image[..., :3] = np.where(alpha[..., None] > 0, colour, hidden)
+    image[..., :3] = np.where(alpha[..., None] > 0, color, hidden)
     image[..., 3] = np.round(alpha * 255)
     return image
 
@@ -63,14 +70,18 @@ def test_shape_and_type_whatever_goes_in() -> None:
 def test_without_augmentation_training_sees_what_evaluation_sees() -> None:
     for shape in [(64, 64, 4), (50, 90, 3), (48, 48, 3)]:
         image = rng(3).integers(0, 256, shape, dtype=np.uint8)
-        np.testing.assert_array_equal(train_transform(image, 48, AugmentConfig(), draws()), eval_transform(image, 48))
+        np.testing.assert_array_equal(
+            train_transform(image, 48, AugmentConfig(), draws()), eval_transform(image, 48)
+        )
 
 
 def test_eval_takes_the_central_square_in_rgb_order() -> None:
     image = np.zeros((10, 30, 3), np.uint8)
     image[:, :10], image[:, 10:20], image[:, 20:] = (255, 0, 0), (10, 20, 30), (0, 0, 255)
     out = eval_transform(image, 5)
-    np.testing.assert_array_equal(out, np.broadcast_to(np.array([10, 20, 30])[:, None, None], (3, 5, 5)))
+    np.testing.assert_array_equal(
+        out, np.broadcast_to(np.array([10, 20, 30])[:, None, None], (3, 5, 5))
+    )
 
 
 def test_eval_halving_is_the_mean_of_two_by_two() -> None:
@@ -86,15 +97,18 @@ def test_composite_is_the_textbook_formula() -> None:
     assert np.abs(composite(image, (9, 130, 251)) - expected).max() <= 0.5 + 1e-6
 
 
-@pytest.mark.parametrize("augment", [AugmentConfig(), AugmentConfig(affine_degrees=20, affine_scale=(0.7, 1.1))])
-def test_no_dark_rim_from_colours_that_nobody_sees(augment: AugmentConfig) -> None:
+@pytest.mark.parametrize(
+    "augment", [AugmentConfig(), AugmentConfig(affine_degrees=20, affine_scale=(0.7, 1.1))]
+)
+def test_no_dark_rim_from_colors_that_nobody_sees(augment: AugmentConfig) -> None:
     """What see-through pixels hold must not change a single value of the result."""
     for seed in range(5):
-        black, grey = (
-            train_transform(disc(64, (250, 200, 40), hidden), 48, augment, draws(seed)) for hidden in (0, 128)
+        black, gray = (
+            train_transform(disc(64, (250, 200, 40), hidden), 48, augment, draws(seed))
+            for hidden in (0, 128)
         )
-        np.testing.assert_array_equal(black, grey)
-        # A mix of the disc's colour and white is nowhere darker than the disc.
+        np.testing.assert_array_equal(black, gray)
+        # A mix of the disc's color and white is nowhere darker than the disc.
         assert (black >= np.array([250, 200, 40])[:, None, None] - 1).all()
 
 
@@ -119,7 +133,7 @@ def test_affine_moves_pixels_where_the_formula_says() -> None:
 
 
 def test_large_pictures_are_averaged_not_picked_from() -> None:
-    """A fine checkerboard must turn grey; a filter that skips pixels would keep black and white."""
+    """A fine checkerboard must turn gray; a filter that skips pixels would keep black and white."""
     board = (np.indices((512, 512)).sum(0) % 2 * 255).astype(np.uint8)
     image = np.repeat(board[..., None], 3, axis=-1)
     out = train_transform(image, 32, AugmentConfig(affine_degrees=10), draws(1))
@@ -138,7 +152,9 @@ def test_flip_mirrors_half_of_the_pictures() -> None:
 
 
 def test_flip_also_mirrors_under_an_affine_change() -> None:
-    out = train_transform(ramps(64, 64), 48, AugmentConfig(flip=True, affine_scale=(1.1, 1.1)), draws(2))
+    out = train_transform(
+        ramps(64, 64), 48, AugmentConfig(flip=True, affine_scale=(1.1, 1.1)), draws(2)
+    )
     kept = train_transform(ramps(64, 64), 48, AugmentConfig(affine_scale=(1.1, 1.1)), draws(2))
     assert draws(2)[8] < 0.5  # this seed mirrors
     assert np.abs(out.astype(int) - kept[..., ::-1]).max() <= 1
@@ -148,7 +164,9 @@ def test_background_is_white_half_of_the_time_and_never_hides_the_picture() -> N
     image = disc(64, (20, 20, 20), 0)
     corners = []
     for seed in range(300):
-        corner = train_transform(image, 48, AugmentConfig(random_background=True), draws(seed))[:, 0, 0]
+        corner = train_transform(image, 48, AugmentConfig(random_background=True), draws(seed))[
+            :, 0, 0
+        ]
         corners.append(tuple(int(value) for value in corner))
         assert np.abs(np.array(corners[-1]) - 20).sum() >= 90
     assert 100 < sum(corner == WHITE for corner in corners) < 200
@@ -161,15 +179,22 @@ def test_random_crop_keeps_the_asked_share() -> None:
     """On ramps the range of values left tells how much of each side was kept."""
     shares = []
     for seed in range(100):
-        out = train_transform(ramps(256, 256), 64, AugmentConfig(crop_scale=(0.25, 0.5)), draws(seed)).astype(int)
+        out = train_transform(
+            ramps(256, 256), 64, AugmentConfig(crop_scale=(0.25, 0.5)), draws(seed)
+        ).astype(int)
         shares.append(np.ptp(out[0]) / 252 * np.ptp(out[1]) / 252)
     assert min(shares) > 0.22 and max(shares) < 0.54 and np.std(shares) > 0.03
 
 
 def test_a_setting_does_not_change_what_the_others_draw() -> None:
     image = disc(64, (250, 200, 40), 0)
-    np.testing.assert_array_equal(*(train_transform(image, 48, EVERYTHING, draws(7)) for _ in range(2)))
-    views = [train_view(90, 50, augment, draws(7)) for augment in (EVERYTHING, replace(EVERYTHING, flip=False))]
+    np.testing.assert_array_equal(
+        *(train_transform(image, 48, EVERYTHING, draws(7)) for _ in range(2))
+    )
+    views = [
+        train_view(90, 50, augment, draws(7))
+        for augment in (EVERYTHING, replace(EVERYTHING, flip=False))
+    ]
     assert views[0]._replace(flip=False) == views[1]
     still = train_view(90, 50, replace(EVERYTHING, affine_degrees=0.0), draws(7))
     assert still == views[0]._replace(turn=0.0) and views[0].turn != 0
@@ -188,8 +213,9 @@ def test_planes_fills_the_place_it_is_given() -> None:
             planes(square, bad)
 
 
-# A photograph that is decoded at a half, a quarter or an eighth of its size must look as if it had been
-# decoded whole. What is compared with: all pixels, the same part of the picture, area averages.
+# A photograph that is decoded at a half, a quarter or an eighth of its size must look as if it had
+# been decoded whole. What is compared with: all pixels, the same part of the picture, area
+# averages.
 
 REDUCED = [(768, 1024, 2), (1023, 779, 2), (1531, 1999, 4)]
 """Height, width, and the largest reduction that the model's 224 pixels allow."""
@@ -215,15 +241,21 @@ def test_a_reduced_picture_looks_like_the_whole_one(height: int, width: int, mos
 
 
 def test_a_reduced_picture_that_is_turned_is_as_good_as_the_whole_one() -> None:
-    """The ideal, of which both are approximations: the average of four by four points in each pixel."""
+    """The ideal, of which both are approximations: the average of four by four points in each
+    pixel."""
     data = encoded(photo(1531, 1999), "JPEG", quality=90)
     header, whole = read_header(data), decode(data)
     for seed in range(3):
-        view = train_view(1999, 1531, AugmentConfig(affine_degrees=15, affine_scale=(0.9, 1.1)), draws(seed))
+        view = train_view(
+            1999, 1531, AugmentConfig(affine_degrees=15, affine_scale=(0.9, 1.1)), draws(seed)
+        )
         pixels, reduced = decode_pixels(data, header, least_pixels(view, 1999, 1531, 224))
         assert reduced == 2
         ideal = render(whole, view, 4 * 224).reshape(224, 4, 224, 4, 3).mean(axis=(1, 3))
-        usual, found = render(whole, view, 224), render(pixels, reduced_view(view, 2, 1999, 1531), 224)
+        usual, found = (
+            render(whole, view, 224),
+            render(pixels, reduced_view(view, 2, 1999, 1531), 224),
+        )
         assert psnr(found, ideal) > psnr(usual, ideal) - 0.5
         assert psnr(found, usual) > 34
 
@@ -240,13 +272,17 @@ def test_the_part_that_is_seen_moves_by_less_than_a_third_of_a_pixel() -> None:
             continue
         found = reduced_view(view, reduced, width, height)
         assert min(found.width, found.height) >= 1.65 * 224  # what is left still shrinks
-        assert found.left + found.width <= width / reduced and found.top + found.height <= height / reduced
+        assert (
+            found.left + found.width <= width / reduced
+            and found.top + found.height <= height / reduced
+        )
         pixel = min(view.width, view.height) / 224  # one of the model's, in the file's
         moved = [
-            found.left * reduced - view.left, found.top * reduced - view.top,
+            found.left * reduced - view.left,
+            found.top * reduced - view.top,
             (found.left + found.width) * reduced - (view.left + view.width),
             (found.top + found.height) * reduced - (view.top + view.height),
-        ]  # fmt: skip
+        ]
         assert max(map(abs, moved[:2])) <= reduced / 2 + 1e-9 < pixel / 3
         assert max(map(abs, moved[2:])) < reduced < pixel / 1.6
 

@@ -37,17 +37,34 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-def test_what_goes_in_comes_out_in_balanced_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_goes_in_comes_out_in_balanced_shards(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     table = make_source(tmp_path)
-    assert data("write", "csv", table, "--out", tmp_path / "out", "--samples-per-shard", 10, "--workers", 0) == 0
+    assert (
+        data(
+            "write",
+            "csv",
+            table,
+            "--out",
+            tmp_path / "out",
+            "--samples-per-shard",
+            10,
+            "--workers",
+            0,
+        )
+        == 0
+    )
     assert "3 shards, 23 samples" in capsys.readouterr().out
     manifest = load_manifest(tmp_path / "out")
     assert [entry.samples for entry in manifest.shards] == [7, 8, 8]
     for number, raw in enumerate(contents(manifest)):
         assert raw.key == f"pics/p_{number:02d}"
         assert raw.members == {
-            "json": json.dumps({"score": number}).encode(), "png": picture(number), "txt": caption(number).encode()
-        }  # fmt: skip
+            "json": json.dumps({"score": number}).encode(),
+            "png": picture(number),
+            "txt": caption(number).encode(),
+        }
 
 
 def test_any_way_of_writing_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -55,7 +72,18 @@ def test_any_way_of_writing_gives_the_same_bytes(tmp_path: Path) -> None:
     data("write", "csv", table, "--out", tmp_path / "one", *options, "--workers", 0)
     data("write", "csv", table, "--out", tmp_path / "two", *options, "--workers", 2)
     for part in (2, 0, 1):
-        data("write", "csv", table, "--out", tmp_path / "parts", *options, "--workers", 0, "--part", f"{part}/3")
+        data(
+            "write",
+            "csv",
+            table,
+            "--out",
+            tmp_path / "parts",
+            *options,
+            "--workers",
+            0,
+            "--part",
+            f"{part}/3",
+        )
         assert not (tmp_path / "parts" / "manifest.json").exists()
     data("write", "csv", table, "--out", tmp_path / "parts", *options, "--workers", 0)
     expected = bytes_of(tmp_path / "one")
@@ -84,7 +112,9 @@ def test_goes_on_where_it_was_stopped(tmp_path: Path, capsys: pytest.CaptureFixt
     assert contents(load_manifest(out))[0].members["txt"] == b"another caption"
 
 
-def test_what_becomes_no_sample_is_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_becomes_no_sample_is_listed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     table, out = make_source(tmp_path), tmp_path / "out"
     (tmp_path / "pics" / "p.03.png").unlink()
     (tmp_path / "pics" / "p.04.png").write_bytes(b"<html>")
@@ -92,19 +122,28 @@ def test_what_becomes_no_sample_is_listed(tmp_path: Path, capsys: pytest.Capture
     (tmp_path / "pics" / "p.06.png").write_bytes(b"")
     table.write_text(table.read_text() + "pics/p.01.png,,5\n")
     line = ("write", "csv", table, "--out", out, "--samples-per-shard", 8, "--workers", 0)
-    with pytest.raises(DataError, match=r"1 of the source's 24 pairs.*--max-left-out 0.01.*no-caption 1"):
+    with pytest.raises(
+        DataError, match=r"1 of the source's 24 pairs.*--max-left-out 0.01.*no-caption 1"
+    ):
         data(*line)
     assert not (out / "manifest.json").exists()
     data(*line, "--max-left-out", 0.3)
     # Without decoding, half a picture still looks like one.
-    assert load_manifest(out).about["left_out"] == {"missing-picture": 1, "no-caption": 1, "no-picture": 2}
+    assert load_manifest(out).about["left_out"] == {
+        "missing-picture": 1,
+        "no-caption": 1,
+        "no-picture": 2,
+    }
     data(*line, "--max-left-out", 0.3, "--decode")
     assert "bad-image" in capsys.readouterr().out
     left = [json.loads(line) for line in (out / "left-out.jsonl").read_text().splitlines()]
     assert sorted((row["reason"], row["origin"]) for row in left) == [
-        ("bad-image", "pairs.csv line 7"), ("missing-picture", "pairs.csv line 5"), ("no-caption", "pairs.csv line 25"),
-        ("no-picture", "pairs.csv line 6"), ("no-picture", "pairs.csv line 8"),
-    ]  # fmt: skip
+        ("bad-image", "pairs.csv line 7"),
+        ("missing-picture", "pairs.csv line 5"),
+        ("no-caption", "pairs.csv line 25"),
+        ("no-picture", "pairs.csv line 6"),
+        ("no-picture", "pairs.csv line 8"),
+    ]
     keys = [raw.key for raw in contents(load_manifest(out))]
     assert keys == [f"pics/p_{number:02d}" for number in range(23) if number not in (3, 4, 5, 6)]
 
@@ -118,7 +157,9 @@ def test_what_becomes_no_sample_is_listed(tmp_path: Path, capsys: pytest.Capture
     assert (out / "left-out.jsonl").read_text() == ""
 
 
-def test_shards_of_an_earlier_write_are_pointed_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_shards_of_an_earlier_write_are_pointed_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     table, out = make_source(tmp_path), tmp_path / "out"
     line = ("write", "csv", table, "--out", out, "--workers", 0, "--samples-per-shard")
     data(*line, 5)
@@ -131,9 +172,23 @@ def test_a_shard_of_which_nothing_is_left_is_passed_over(tmp_path: Path) -> None
     table, out = make_source(tmp_path, 6), tmp_path / "out"
     for number in (2, 3):
         (tmp_path / "pics" / f"p.{number:02d}.png").unlink()
-    line = ("write", "csv", table, "--out", out, "--samples-per-shard", 2, "--workers", 0, "--max-left-out")
+    line = (
+        "write",
+        "csv",
+        table,
+        "--out",
+        out,
+        "--samples-per-shard",
+        2,
+        "--workers",
+        0,
+        "--max-left-out",
+    )
     data(*line, 0.5)
-    assert [entry.name for entry in load_manifest(out).shards] == ["shard-000000.tar", "shard-000002.tar"]
+    assert [entry.name for entry in load_manifest(out).shards] == [
+        "shard-000000.tar",
+        "shard-000002.tar",
+    ]
     shutil.rmtree(tmp_path / "pics")
     shutil.rmtree(out)
     with pytest.raises(DataError, match="no sample was left to write"):
@@ -143,10 +198,12 @@ def test_a_shard_of_which_nothing_is_left_is_passed_over(tmp_path: Path) -> None
 def test_options_that_make_no_sense_are_refused(tmp_path: Path) -> None:
     table = make_source(tmp_path, 2)
     for more, message in (
-        (["--part", "2/2"], "give I/N with I from 0 to N - 1"), (["--samples-per-shard", "0"], "must be at least 1"),
-        (["--max-left-out", "2"], r"must lie in 0\.\.1"), (["--delimiter", "ab"], "give one character"),
+        (["--part", "2/2"], "give I/N with I from 0 to N - 1"),
+        (["--samples-per-shard", "0"], "must be at least 1"),
+        (["--max-left-out", "2"], r"must lie in 0\.\.1"),
+        (["--delimiter", "ab"], "give one character"),
         (["--workers", "-1"], "must be 0 or more"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(ConfigError, match=message):
             data("write", "csv", table, "--out", tmp_path / "out", *more)
     with pytest.raises(ConfigError, match="coco needs --images"):
@@ -162,9 +219,13 @@ def test_another_dataset_is_not_written_over(tmp_path: Path) -> None:
             (folder / f"{number}.txt").write_text(f"caption {number}")
     out = tmp_path / "out"
     data("write", "folder", tmp_path / "first", "--out", out, "--workers", 0)
-    data("write", "folder", tmp_path / "first", "--out", out, "--workers", 0)  # the same again is welcome
+    data(
+        "write", "folder", tmp_path / "first", "--out", out, "--workers", 0
+    )  # the same again is welcome
     before = (out / "manifest.json").read_bytes()
-    with pytest.raises(DataError, match=r"holds a dataset that was made of something else \(1 shards, 3 samples\)"):
+    with pytest.raises(
+        DataError, match=r"holds a dataset that was made of something else \(1 shards, 3 samples\)"
+    ):
         data("write", "folder", tmp_path / "second", "--out", out, "--workers", 0)
     assert (out / "manifest.json").read_bytes() == before
     data("write", "folder", tmp_path / "second", "--out", out, "--workers", 0, "--overwrite")

@@ -1,4 +1,5 @@
-"""Writing shards: equal input is equal bytes however it is written, and nothing is ever half there."""
+"""Writing shards: equal input is equal bytes however it is written, and nothing is ever half
+there."""
 
 from __future__ import annotations
 
@@ -25,7 +26,11 @@ class FromFile:
     bytes: int = 0
 
     def load(self) -> Mapping[str, object]:
-        return {"__key__": f"{self.number:05d}", "jpg": Path(self.path).read_bytes(), "txt": f"number {self.number}"}
+        return {
+            "__key__": f"{self.number:05d}",
+            "jpg": Path(self.path).read_bytes(),
+            "txt": f"number {self.number}",
+        }
 
 
 @pytest.fixture
@@ -64,7 +69,11 @@ def test_the_number_of_processes_does_not_matter(tmp_path: Path, lazy: list[From
 
 @pytest.mark.parametrize("kind", ["lazy", "plain"])
 def test_shards_are_cut_by_bytes_too(tmp_path: Path, lazy: list[FromFile], kind: str) -> None:
-    given = lazy if kind == "lazy" else [{"__key__": str(n), "jpg": bytes(s.bytes)} for n, s in enumerate(lazy)]
+    given = (
+        lazy
+        if kind == "lazy"
+        else [{"__key__": str(n), "jpg": bytes(s.bytes)} for n, s in enumerate(lazy)]
+    )
     manifest = write_shards(given, tmp_path / "out", samples_per_shard=8, bytes_per_shard=4000)
     expected, room, count = [], 4000, 0
     for sample in lazy:
@@ -76,10 +85,14 @@ def test_shards_are_cut_by_bytes_too(tmp_path: Path, lazy: list[FromFile], kind:
     assert write_shards(given, tmp_path / "tiny", bytes_per_shard=1).shards[7].samples == 1
 
 
-def test_a_run_that_was_ended_goes_on(tmp_path: Path, lazy: list[FromFile], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_was_ended_goes_on(
+    tmp_path: Path, lazy: list[FromFile], monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
     first = [*lazy[:13], FromFile(str(tmp_path / "missing.jpg"), 13), *lazy[14:]]
-    with pytest.raises(StorageError, match=r"shard-000002.tar: cannot make the sample FromFile.*No such file"):
+    with pytest.raises(
+        StorageError, match=r"shard-000002.tar: cannot make the sample FromFile.*No such file"
+    ):
         write_shards(first, out, samples_per_shard=5, resume=True)
     assert sorted(contents(out)) == [
         f"shard-00000{number}.tar{end}" for number in range(2) for end in ("", ".index")
@@ -94,7 +107,9 @@ def test_a_run_that_was_ended_goes_on(tmp_path: Path, lazy: list[FromFile], monk
     manifest = write_shards(lazy, out, samples_per_shard=5, resume=True)
     assert written == ["shard-000002.tar", "shard-000003.tar"]
     assert load_manifest(out) == manifest
-    assert write_shards(lazy, out, samples_per_shard=5, resume=True) == manifest and len(written) == 2
+    assert (
+        write_shards(lazy, out, samples_per_shard=5, resume=True) == manifest and len(written) == 2
+    )
     (out / "shard-000001.tar").write_bytes(b"short")
     assert write_shards(lazy, out, samples_per_shard=5, resume=True) == manifest
     assert written[2:] == ["shard-000001.tar"]
@@ -121,13 +136,20 @@ def test_unusable_keys_are_refused(tmp_path: Path, key: object) -> None:
 
 @pytest.mark.parametrize(
     ("given", "message"),
-    [([("a", ["jpg"]), ("a", ["txt"])], "sample 'a' cannot be told from its neighbours"),
-     ([("a", ["jpg"]), ("b", []), ("c", ["txt"])], "sample 'b' cannot be told from its neighbours, or has no files"),
-     ([("a", [])], "sample 'a' cannot be told"),
-     ([("a", ["jpg"]), ("b", ["jpg"]), ("a", ["jpg"])], "the key 'a' comes twice"),
-     ([("a", ["jpg", "JPG"])], "two files with the same extension")],
-)  # fmt: skip
-def test_samples_that_would_not_be_read_back(tmp_path: Path, given: list[tuple[str, list[str]]], message: str) -> None:
+    [
+        ([("a", ["jpg"]), ("a", ["txt"])], "sample 'a' cannot be told from its neighbors"),
+        (
+            [("a", ["jpg"]), ("b", []), ("c", ["txt"])],
+            "sample 'b' cannot be told from its neighbors, or has no files",
+        ),
+        ([("a", [])], "sample 'a' cannot be told"),
+        ([("a", ["jpg"]), ("b", ["jpg"]), ("a", ["jpg"])], "the key 'a' comes twice"),
+        ([("a", ["jpg", "JPG"])], "two files with the same extension"),
+    ],
+)
+def test_samples_that_would_not_be_read_back(
+    tmp_path: Path, given: list[tuple[str, list[str]]], message: str
+) -> None:
     made = [{"__key__": key, **dict.fromkeys(extensions, b"x")} for key, extensions in given]
     with pytest.raises(DataError, match=message):
         write_shards(made, tmp_path)
@@ -136,7 +158,9 @@ def test_samples_that_would_not_be_read_back(tmp_path: Path, given: list[tuple[s
 
 def test_long_and_foreign_names_are_read_back(tmp_path: Path) -> None:
     keys = ["é/ü☃", "x" * 90, "folder/" * 30 + "y", "ж" * 120]
-    manifest = write_shards([{"__key__": key, "seg.png": b"p", "txt": key} for key in keys], tmp_path)
+    manifest = write_shards(
+        [{"__key__": key, "seg.png": b"p", "txt": key} for key in keys], tmp_path
+    )
     assert load_index(manifest, manifest.shards[0]).keys == keys
 
 
@@ -172,9 +196,19 @@ def test_left_over_shards_are_named(tmp_path: Path, caplog: pytest.LogCaptureFix
 
 
 def test_members_other_than_bytes(tmp_path: Path) -> None:
-    sample = {"__key__": "a", "json": {"é": [1]}, "txt": "ü", "bin": memoryview(b"m"), "x.json": "text", "_skip": 1}
+    sample = {
+        "__key__": "a",
+        "json": {"é": [1]},
+        "txt": "ü",
+        "bin": memoryview(b"m"),
+        "x.json": "text",
+        "_skip": 1,
+    }
     manifest = write_shards([sample], tmp_path)
     data = (tmp_path / manifest.shards[0].name).read_bytes()
-    found = {m.extension: data[m.start : m.start + m.size] for m in load_index(manifest, manifest.shards[0]).members(0)}
+    found = {
+        m.extension: data[m.start : m.start + m.size]
+        for m in load_index(manifest, manifest.shards[0]).members(0)
+    }
     expected = {"json": '{"é": [1]}', "txt": "ü", "bin": "m", "x.json": '"text"'}
     assert found == {name: text.encode() for name, text in expected.items()}

@@ -16,8 +16,8 @@ R = TypeVar("R")
 
 @dataclass(frozen=True, kw_only=True)
 class FakeLayout:
-    world: int = 1
-    expert_parallel: int = 1
+    world_size: int = 1
+    expert_parallel_size: int = 1
     zero_stage: int = 1
     precision: str = "fp32"
     num_experts: int = 2
@@ -50,11 +50,11 @@ class World:
 class FakeEngine:
     """Dense weights on rank 0, two of the experts on each rank, an optimizer shard on each."""
 
-    def __init__(self, world: World, rank: int, *, value: float = 0.0, **layout: Any) -> None:
-        self.rank, self.world = rank, world.size
-        usual = {"expert_parallel": world.size, "num_experts": 2 * world.size}
-        self.layout = FakeLayout(world=world.size, **(usual | layout))
-        self._shared = world
+    def __init__(self, world_size: World, rank: int, *, value: float = 0.0, **layout: Any) -> None:
+        self.rank, self.world_size = rank, world_size.size
+        usual = {"expert_parallel_size": world_size.size, "num_experts": 2 * world_size.size}
+        self.layout = FakeLayout(world_size=world_size.size, **(usual | layout))
+        self._shared = world_size
         self.dense = torch.arange(6.0).reshape(2, 3) + value
         self.experts = torch.full((2, 3), 10.0 * rank + value)
         self.moments = {

@@ -1,4 +1,5 @@
-"""When damage ends a run: by its share since the start, by what came lately, and never for a few samples."""
+"""When damage ends a run: by its share since the start, by what came lately, and never for a few
+samples."""
 
 from __future__ import annotations
 
@@ -11,7 +12,10 @@ from pretrain.train.metrics import BadSamples, RankReport, nothing_left
 
 
 def report(bad: int) -> list[RankReport]:
-    problems = tuple(SampleProblem("shard.tar", f"k{number}", "unreachable", "no answer") for number in range(bad))
+    problems = tuple(
+        SampleProblem("shard.tar", f"k{number}", "unreachable", "no answer")
+        for number in range(bad)
+    )
     return [RankReport(wait_seconds=0, memory_gib=0, problems=problems, filtered={})]
 
 
@@ -54,7 +58,11 @@ def test_a_user_may_allow_all() -> None:
 
 def test_a_step_with_nothing_says_why() -> None:
     none = torch.zeros(0, dtype=torch.int64)
-    problems = (SampleProblem("s", "a", "filter:score", ""),) * 3 + (SampleProblem("s", "b", "bad-image", ""),)
+    problems = (SampleProblem("s", "a", "filter:score", ""),) * 3 + (
+        SampleProblem("s", "b", "bad-image", ""),
+    )
     batch = Batch(torch.zeros(0, 3, 8, 8), none, none, none, none, (), (), problems, 0.0)
-    with pytest.raises(DataError, match=r"global batch of step 7 .* filter:score 6, bad-image 2\); look"):
+    with pytest.raises(
+        DataError, match=r"global batch of step 7 .* filter:score 6, bad-image 2\); look"
+    ):
         raise nothing_left(7, [batch, batch])

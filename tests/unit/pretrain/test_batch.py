@@ -10,13 +10,24 @@ from data_pipeline.common.errors import ConfigError
 from pretrain.config.batch import plan_batch
 
 
-@pytest.mark.parametrize(("step", "forward", "ranks", "accumulation"), [
-    (1, 1, 1, 1), (256, 64, 2, 2), (256, 256, 1, 1), (16384, 256, 8, 8), (96, 3, 4, 8),
-])
+@pytest.mark.parametrize(
+    ("step", "forward", "ranks", "accumulation"),
+    [
+        (1, 1, 1, 1),
+        (256, 64, 2, 2),
+        (256, 256, 1, 1),
+        (16384, 256, 8, 8),
+        (96, 3, 4, 8),
+    ],
+)
 def test_an_exact_split(step: int, forward: int, ranks: int, accumulation: int) -> None:
     plan = plan_batch(step, forward, ranks)
     assert plan.accumulation_steps == accumulation
-    assert plan.pairs_per_forward * plan.data_ranks * plan.accumulation_steps == plan.pairs_per_step == step
+    assert (
+        plan.micro_batch_size * plan.data_ranks * plan.accumulation_steps
+        == plan.global_batch_size
+        == step
+    )
 
 
 @pytest.mark.parametrize("step", range(1, 40))
@@ -28,11 +39,11 @@ def test_never_floors_and_the_named_values_work(step: int, forward: int, ranks: 
     with pytest.raises(ConfigError) as caught:
         plan_batch(step, forward, ranks)
     message = str(caught.value)
-    nearest = int(re.search(r"batch\.pairs_per_step=(\d+)", message)[1])  # type: ignore[index]
+    nearest = int(re.search(r"batch\.global_batch_size=(\d+)", message)[1])  # type: ignore[index]
     plan_batch(nearest, forward, ranks)
     valid = [n for n in range(1, 200) if n % (forward * ranks) == 0]
     assert abs(nearest - step) == min(abs(n - step) for n in valid)
-    other = re.search(r"or batch\.pairs_per_forward=(\d+)", message)
+    other = re.search(r"or batch\.micro_batch_size=(\d+)", message)
     assert (other is not None) == (step % ranks == 0)
     if other:
         plan_batch(step, int(other[1]), ranks)

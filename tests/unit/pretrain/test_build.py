@@ -29,8 +29,10 @@ def test_equal_data_on_every_rank_is_accepted() -> None:
     check_same_everywhere(engine(["a", "t"], ["a", "t"]), "a", "t")
 
 
-@pytest.mark.parametrize(("second", "named"), [(["b", "t"], r"data\.train .*rank\(s\) 1 "),
-                                               (["a", "u"], r"data\.tokenizer .*rank\(s\) 1 ")])
+@pytest.mark.parametrize(
+    ("second", "named"),
+    [(["b", "t"], r"data\.train .*rank\(s\) 1 "), (["a", "u"], r"data\.tokenizer .*rank\(s\) 1 ")],
+)
 def test_stale_copies_on_a_node_are_refused(second: list[str], named: str) -> None:
     with pytest.raises(DataError, match=named):
         check_same_everywhere(engine(["a", "t"], second), *second)

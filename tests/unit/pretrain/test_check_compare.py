@@ -34,13 +34,21 @@ from pretrain.parallel.environment import rank_environment
 def trace() -> dict[str, Tensor]:
     """A trace of a model with four experts, as a process that holds all of them has it."""
     generator = torch.Generator().manual_seed(0)
-    found: dict[str, Tensor] = {"start/parameters/w": torch.ones(300), "0/parameters/w": torch.ones(300) * 2}
+    found: dict[str, Tensor] = {
+        "start/parameters/w": torch.ones(300),
+        "0/parameters/w": torch.ones(300) * 2,
+    }
     for step in (0, 1, 2):
         found |= {
-            f"{step}/loss/total": torch.tensor(2.0), f"{step}/term/balance": torch.tensor(1.0),
-            f"{step}/term/shortfall": torch.tensor(1e-7), f"{step}/norm/norm": torch.tensor(3.0),
-            f"{step}/counts/pairs": torch.tensor(8.0), f"{step}/biases/biases": torch.zeros(1, 2, 4),
-            f"{step}/choices/chosen": torch.tensor([[[10.0, 20.0, 30.0, 40.0]]]).expand(1, 2, 4).clone(),
+            f"{step}/loss/total": torch.tensor(2.0),
+            f"{step}/term/balance": torch.tensor(1.0),
+            f"{step}/term/shortfall": torch.tensor(1e-7),
+            f"{step}/norm/norm": torch.tensor(3.0),
+            f"{step}/counts/pairs": torch.tensor(8.0),
+            f"{step}/biases/biases": torch.zeros(1, 2, 4),
+            f"{step}/choices/chosen": torch.tensor([[[10.0, 20.0, 30.0, 40.0]]])
+            .expand(1, 2, 4)
+            .clone(),
             f"{step}/statistics/z": torch.tensor([1.0, 2.0]),
         }
     found["2/parameters/w"] = torch.ones(300) * 3
@@ -63,6 +71,7 @@ def misses(mine: dict[str, Tensor], precision: str = "fp32") -> dict[str, str]:
 
 def _moved(count: int) -> Callable[[Tensor], Tensor]:
     """So many choices fall to the next expert."""
+
     def move(chosen: Tensor) -> Tensor:
         chosen[0, 0, 0] -= count
         chosen[0, 0, 1] += count
@@ -75,37 +84,49 @@ def test_equal_traces_have_no_miss() -> None:
     assert misses(trace()) == {} and misses(trace(), "bf16") == {}
 
 
-@pytest.mark.parametrize(("name", "change", "told"), [
-    ("start/parameters/w", lambda t: t * (1 + 1e-6), {"start": "w"}),
-    ("0/loss/total", lambda t: t * (1 + 2e-5), {"loss": "total"}),
-    ("0/term/balance", lambda t: t * (1 - 2e-5), {"term": "balance"}),
-    ("0/term/shortfall", lambda t: t + 2e-7, {"term": "shortfall"}),  # made of digits of about 1e-2
-    ("0/norm/norm", lambda t: t * (1 + 2e-5), {"norm": "norm"}),
-    ("0/gradient/gate", lambda t: t * (1 + 2e-5), {"gradient": "gate"}),
-    ("0/statistics/z", lambda t: 2 * t, {"statistics": "z"}),
-    ("0/counts/pairs", lambda t: t - 1, {"counts": "pairs"}),
-    ("0/choices/chosen", _moved(1), {"choices": "chosen"}),
-    ("0/choices/chosen", lambda t: 2 * t, {"choices": "chosen"}),
-    ("0/biases/biases", lambda t: t + 1e-5, {"biases": "biases"}),
-    ("0/parameters/w", lambda t: t * (1 + 2e-3), {"parameters": "w"}),
-    ("0/parameters/w", lambda t: t * (1 + 2e-2), {"parameters": "w", "update": "w"}),
-    ("1/loss/total", lambda t: t * (1 + 2e-4), {"later": "total (step 2)"}),
-    ("2/norm/norm", lambda t: t * math.nan, {"later": "norm (step 3)"}),
-    ("2/parameters/w", lambda t: t * (1 + 2e-3), {"later-parameters": "w (step 3)"}),
-    ("2/biases/biases", lambda t: t - 1e-5, {"later-biases": "biases (step 3)"}),
-    ("0/gradient/gate", lambda t: t * math.nan, {"gradient": "gate"}),
-    ("0/gradient/gate", lambda t: t[:2], {"gradient": "gate"}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "change", "told"),
+    [
+        ("start/parameters/w", lambda t: t * (1 + 1e-6), {"start": "w"}),
+        ("0/loss/total", lambda t: t * (1 + 2e-5), {"loss": "total"}),
+        ("0/term/balance", lambda t: t * (1 - 2e-5), {"term": "balance"}),
+        (
+            "0/term/shortfall",
+            lambda t: t + 2e-7,
+            {"term": "shortfall"},
+        ),  # made of digits of about 1e-2
+        ("0/norm/norm", lambda t: t * (1 + 2e-5), {"norm": "norm"}),
+        ("0/gradient/gate", lambda t: t * (1 + 2e-5), {"gradient": "gate"}),
+        ("0/statistics/z", lambda t: 2 * t, {"statistics": "z"}),
+        ("0/counts/pairs", lambda t: t - 1, {"counts": "pairs"}),
+        ("0/choices/chosen", _moved(1), {"choices": "chosen"}),
+        ("0/choices/chosen", lambda t: 2 * t, {"choices": "chosen"}),
+        ("0/biases/biases", lambda t: t + 1e-5, {"biases": "biases"}),
+        ("0/parameters/w", lambda t: t * (1 + 2e-3), {"parameters": "w"}),
+        ("0/parameters/w", lambda t: t * (1 + 2e-2), {"parameters": "w", "update": "w"}),
+        ("1/loss/total", lambda t: t * (1 + 2e-4), {"later": "total (step 2)"}),
+        ("2/norm/norm", lambda t: t * math.nan, {"later": "norm (step 3)"}),
+        ("2/parameters/w", lambda t: t * (1 + 2e-3), {"later-parameters": "w (step 3)"}),
+        ("2/biases/biases", lambda t: t - 1e-5, {"later-biases": "biases (step 3)"}),
+        ("0/gradient/gate", lambda t: t * math.nan, {"gradient": "gate"}),
+        ("0/gradient/gate", lambda t: t[:2], {"gradient": "gate"}),
+    ],
+)
 def test_each_quantity_is_told_by_its_name(
     name: str, change: Callable[[Tensor], Tensor], told: dict[str, str]
 ) -> None:
     assert misses(changed(name, change)) == told
 
 
-@pytest.mark.parametrize(("name", "change"), [
-    ("0/loss/total", lambda t: t * (1 + 5e-6)), ("0/gradient/gate", lambda t: t * (1 - 5e-6)),
-    ("1/loss/total", lambda t: t * (1 + 5e-5)), ("0/term/shortfall", lambda t: t + 5e-8),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("0/loss/total", lambda t: t * (1 + 5e-6)),
+        ("0/gradient/gate", lambda t: t * (1 - 5e-6)),
+        ("1/loss/total", lambda t: t * (1 + 5e-5)),
+        ("0/term/shortfall", lambda t: t + 5e-8),
+    ],
+)
 def test_rounding_is_no_miss(name: str, change: Callable[[Tensor], Tensor]) -> None:
     assert misses(changed(name, change)) == {}
 
@@ -120,7 +141,8 @@ def test_a_slice_of_the_experts_is_compared_with_the_same_slice() -> None:
         relative(whole[0:2], whole[2:4]), "a.experts.w1@2:4"
     )
     assert compared(mine, truth).each["gradient"] == {
-        "gate": 0.0, "a.experts.w1": pytest.approx(relative(whole[0:2], whole[2:4]))
+        "gate": 0.0,
+        "a.experts.w1": pytest.approx(relative(whole[0:2], whole[2:4])),
     }
 
 
@@ -144,7 +166,9 @@ def test_experts_that_no_rank_tells_of_are_a_miss() -> None:
 
 
 def test_weights_in_bfloat16_are_judged_by_the_way_that_they_have_come() -> None:
-    """They went from 1 to 2: a step that was not made is wrong, one that is a third off may be Adam's."""
+    """They went from 1 to 2: a step that was not made is wrong, one that is a third off may be
+    Adam's."""
+
     def gone(to: float) -> dict[str, Tensor]:
         return changed("0/parameters/w", lambda w: torch.full_like(w, to))
 
@@ -171,8 +195,12 @@ def test_bfloat16_is_judged_on_the_first_step_and_less_strictly() -> None:
     assert judge(worst, "fp32", 200.0, other_rounding=True).misses
 
 
-def test_a_few_near_ties_among_very_many_choices_are_no_miss_and_make_the_cell_a_loose_one() -> None:
-    mine = changed("0/choices/chosen", _moved(1)) | {"0/gradient/gate": trace()["0/gradient/gate"] * (1 + 1e-3)}
+def test_a_few_near_ties_among_very_many_choices_are_no_miss_and_make_the_cell_a_loose_one() -> (
+    None
+):
+    mine = changed("0/choices/chosen", _moved(1)) | {
+        "0/gradient/gate": trace()["0/gradient/gate"] * (1 + 1e-3)
+    }
     worst = compared(mine, trace()).worst
     verdict = judge(worst, "fp32", 1e5)
     assert (verdict.misses, verdict.ties) == ((), 1)
@@ -183,17 +211,28 @@ def test_a_tie_in_a_later_step_ends_the_comparison_of_later_steps_only() -> None
     mine = changed("1/choices/chosen", _moved(1)) | {"2/loss/total": torch.tensor(9.0)}
     worst = compared(mine, trace()).worst
     assert not judge(worst, "fp32", 1e5).misses
-    assert {miss.quantity for miss in judge(worst, "fp32", 200.0).misses} == {"later", "later-choices"}
+    assert {miss.quantity for miss in judge(worst, "fp32", 200.0).misses} == {
+        "later",
+        "later-choices",
+    }
 
 
 def outcome(status: str = "ok", mine: dict[str, Tensor] | None = None, **fields: Any) -> Outcome:
     if status not in ("ok", "miss"):
-        return Outcome(run="run", world=2, cell=Cell(), status=status, **fields)
+        return Outcome(run="run", world_size=2, cell=Cell(), status=status, **fields)
     worst = compared(mine or trace(), trace()).worst
     verdict = judge(worst, "fp32", all_choices(trace()))
     each = compared(mine or trace(), trace()).each
-    return Outcome(run="run", world=2, cell=Cell(), status="miss" if verdict.misses else "ok", worst=worst,
-                   verdict=verdict, each=each, **fields)
+    return Outcome(
+        run="run",
+        world_size=2,
+        cell=Cell(),
+        status="miss" if verdict.misses else "ok",
+        worst=worst,
+        verdict=verdict,
+        each=each,
+        **fields,
+    )
 
 
 def test_outcomes_survive_json_also_infinite_ones() -> None:
@@ -205,7 +244,9 @@ def test_outcomes_survive_json_also_infinite_ones() -> None:
 
 
 def test_the_table_shows_worst_values_names_and_verdicts_in_straight_columns() -> None:
-    bad = outcome("miss", changed("0/gradient/gate", lambda t: t * 2) | {"0/norm/norm": torch.tensor(6.0)})
+    bad = outcome(
+        "miss", changed("0/gradient/gate", lambda t: t * 2) | {"0/norm/norm": torch.tensor(6.0)}
+    )
     head, line = report.head(150)
     rows = [report.row(one, 150) for one in (outcome(), bad)]
     column = head.index("verdict")
@@ -219,7 +260,9 @@ def test_the_table_shows_worst_values_names_and_verdicts_in_straight_columns() -
     foot = "\n".join(report.foot([outcome(), bad], {"run": {"gradient": Difference(3e-6, "gate")}}))
     assert "1e-05 in fp32" in foot and "0.02 in bf16" in foot and "gradient 3e-06" in foot
     assert foot.endswith("2 cells: 1 ok, 1 miss") and "rounding alone" not in foot
-    assert "rounding alone" in "\n".join(report.foot([bad], {"run": {"gradient": Difference(3e-5, "gate")}}))
+    assert "rounding alone" in "\n".join(
+        report.foot([bad], {"run": {"gradient": Difference(3e-5, "gate")}})
+    )
 
 
 def test_a_narrow_terminal_gets_a_narrow_table() -> None:
@@ -227,7 +270,7 @@ def test_a_narrow_terminal_gets_a_narrow_table() -> None:
     head, line = report.head(80)
     rows = [report.row(one, 80) for one in (outcome(), bad)]
     assert max(map(len, [head, line, rows[0]])) <= 80
-    assert [row[head.index("verdict"):] for row in rows] == ["ok", "MISS: gradient"]
+    assert [row[head.index("verdict") :] for row in rows] == ["ok", "MISS: gradient"]
     assert rows[1][: head.index(" weights")].endswith(" 1")
     assert max(map(len, report.foot([bad], {}, 80))) <= 80
 
@@ -237,21 +280,24 @@ def test_other_weights_that_are_off_are_named_under_the_first() -> None:
         "0/gradient/a.experts.w1@0:4": trace()["0/gradient/a.experts.w1@0:4"] * 2
     }
     assert report.details(outcome("miss", mine))[:2] == [
-        "    gradient: 2 off in gate; allowed 1e-05", "        also a.experts.w1, of 2",
+        "    gradient: 2 off in gate; allowed 1e-05",
+        "        also a.experts.w1, of 2",
     ]
 
 
 def test_long_names_are_cut_in_the_middle() -> None:
     long = {f"0/gradient/{'x' * 60}.end": torch.zeros(1), "0/norm/norm": torch.tensor(1.0)}
     worst = compared(long | {f"0/gradient/{'x' * 60}.end": torch.ones(1)}, long).worst
-    one = Outcome(run="run", world=2, cell=Cell(), status="ok", worst=worst, verdict=outcome().verdict)
+    one = Outcome(
+        run="run", world_size=2, cell=Cell(), status="ok", worst=worst, verdict=outcome().verdict
+    )
     head, _ = report.head(142)
     assert "..xxxxxxxxx.end" in report.row(one, 142)
     assert report.row(one, 142).index("ok") == head.index("verdict")
 
 
 def _answering(*outcomes: Outcome) -> Callable[..., None]:
-    def answer(job: Job, world: int, tell: Callable[[dict[str, Any]], None]) -> None:
+    def answer(job: Job, world_size: int, tell: Callable[[dict[str, Any]], None]) -> None:
         for number, one in enumerate(outcomes):
             tell({"case": number, "outcome": one.to_json()})
         tell({"floor": "run", "worst": {"gradient": [2e-6, "gate"]}})
@@ -259,15 +305,18 @@ def _answering(*outcomes: Outcome) -> Callable[..., None]:
     return answer
 
 
-@pytest.mark.parametrize(("outcomes", "status"), [
-    ((outcome(),), 0),
-    ((outcome(), outcome("unsupported", reason="no")), 0),
-    ((outcome(), outcome("miss", changed("0/loss/total", lambda t: t * 2))), 1),
-    ((outcome(), outcome("hang", reason="late")), 1),
-    ((outcome(), outcome("error", reason="broken")), 1),
-    ((outcome(), outcome("not-run", reason="three before it")), 1),
-    ((outcome("unsupported", reason="no"),), 2),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("outcomes", "status"),
+    [
+        ((outcome(),), 0),
+        ((outcome(), outcome("unsupported", reason="no")), 0),
+        ((outcome(), outcome("miss", changed("0/loss/total", lambda t: t * 2))), 1),
+        ((outcome(), outcome("hang", reason="late")), 1),
+        ((outcome(), outcome("error", reason="broken")), 1),
+        ((outcome(), outcome("not-run", reason="three before it")), 1),
+        ((outcome("unsupported", reason="no"),), 2),
+    ],
+)
 def test_the_exit_status_and_the_json_say_what_was_found(
     outcomes: tuple[Outcome, ...],
     status: int,
@@ -277,9 +326,26 @@ def test_the_exit_status_and_the_json_say_what_was_found(
 ) -> None:
     monkeypatch.setattr(command, "run_on_this_machine", _answering(*outcomes))
     out = tmp_path / "parity.json"
-    assert main(["check-parallel", "tiny", "--small", "--world", "2", "--cells", "zero=1", "--out", str(out)]) == status
+    assert (
+        main(
+            [
+                "check-parallel",
+                "tiny",
+                "--small",
+                "--world-size",
+                "2",
+                "--cells",
+                "zero=1",
+                "--out",
+                str(out),
+            ]
+        )
+        == status
+    )
     found = json.loads(out.read_text(encoding="utf-8"))
-    assert found["complete"] and [cell["status"] for cell in found["cells"]] == [one.status for one in outcomes]
+    assert found["complete"] and [cell["status"] for cell in found["cells"]] == [
+        one.status for one in outcomes
+    ]
     assert found["tolerance"]["first"] == {"fp32": 1e-5, "bf16": 2e-2}
     assert found["float64"]["run"]["gradient"] == {"value": 2e-6, "name": "gate"}
     assert f"{len(outcomes)} cells: " in capsys.readouterr().out
@@ -289,22 +355,33 @@ def test_cells_that_cannot_run_are_listed_and_start_no_rank(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(command, "run_on_this_machine", None)
-    assert main(["check-parallel", "tiny", "--small", "--world", "2", "--cells", "ep=3,5"]) == 2
+    assert (
+        main(["check-parallel", "tiny", "--small", "--world-size", "2", "--cells", "ep=3,5"]) == 2
+    )
     shown, told = capsys.readouterr()
     assert "no cell that was asked for can run" in told
-    assert shown.count("unsupported: parallel.expert_parallel is") == 2 and "Nothing was compared" in shown
+    assert (
+        shown.count("unsupported: parallel.expert_parallel_size is") == 2
+        and "Nothing was compared" in shown
+    )
 
 
-@pytest.mark.parametrize(("words", "said"), [
-    (["--cells", "zeros=1"], "no axis 'zeros'"), (["balance.load_weight=0.1"], "balance.load_weight is 0.1"),
-    (["optim.lr=-1"], "optim.lr is -1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--cells", "zeros=1"], "no axis 'zeros'"),
+        (["balance.load_weight=0.1"], "balance.load_weight is 0.1"),
+        (["optim.lr=-1"], "optim.lr is -1"),
+    ],
+)
 def test_a_run_that_cannot_be_checked_is_refused(
     words: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["check-parallel", "tiny", "--small", *words]) == 2
     shown, told = capsys.readouterr()
-    assert said in told and (not shown or "zeros" not in said)  # a wrong question gets no head of a table
+    assert said in told and (
+        not shown or "zeros" not in said
+    )  # a wrong question gets no head of a table
 
 
 def test_tasks_of_srun_without_torchrun_are_refused(
@@ -318,16 +395,20 @@ def test_tasks_of_srun_without_torchrun_are_refused(
     with pytest.raises(LayoutError, match="start one torchrun on every node"):
         rank_environment()
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
-    assert rank_environment().world == 1
+    assert rank_environment().world_size == 1
 
 
-@pytest.mark.parametrize("words", [["--world", "0"], ["--world", "2,x"], ["--timeout", "0"], ["--pairs", "-4"]])
+@pytest.mark.parametrize(
+    "words", [["--world-size", "0"], ["--world-size", "2,x"], ["--timeout", "0"], ["--pairs", "-4"]]
+)
 def test_impossible_numbers_are_refused(words: list[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["check-parallel", "tiny", *words])
 
 
-def test_ranks_that_end_at_once_are_told_with_their_last_output_and_tried_three_times(tmp_path: Path) -> None:
+def test_ranks_that_end_at_once_are_told_with_their_last_output_and_tried_three_times(
+    tmp_path: Path,
+) -> None:
     job = Job(runs={}, cases=(Case("run", Cell()),) * 5, pairs=8, folder=str(tmp_path), seconds=5)
     answers: list[dict[str, Any]] = []
     run_on_this_machine(job, 2, answers.append, worker=["-c", "raise SystemExit('no such module')"])

@@ -20,15 +20,28 @@ from pretrain.parallel.layout import Layout
 from pretrain.parallel.plain_engine import PlainEngine
 
 RUN = RunConfig(
-    model=ModelConfig(width=32, num_blocks=3, num_heads=2, pool_heads=2, ffn_width=48, fusion_start=1,
-                      image_size=16, patch_size=8, vocab_size=50, text_length=8, embed_dim=16),
+    model=ModelConfig(
+        width=32,
+        num_layers=3,
+        num_heads=2,
+        pool_heads=2,
+        ffn_width=48,
+        fusion_layer=1,
+        image_size=16,
+        patch_size=8,
+        vocab_size=50,
+        context_length=8,
+        embed_dim=16,
+    ),
     moe=MoEConfig(num_experts=4, expert_width=16),
     optim=OptimConfig(lr=1e-2),
 )
 
 
 def new_engine(seed: int) -> PlainEngine:
-    layout = Layout(world=1, expert_parallel=1, zero_stage=-1, precision="fp32", num_experts=4)
+    layout = Layout(
+        world_size=1, expert_parallel_size=1, zero_stage=-1, precision="fp32", num_experts=4
+    )
     model = build_model(RunConfig(seed=seed, model=RUN.model, moe=RUN.moe))
     return PlainEngine(model, RUN.optim, layout, torch.device("cpu"))
 
@@ -70,8 +83,12 @@ def test_weights_for_one_process_are_the_engines(tmp_path: Path) -> None:
 
 def test_biases_are_kept_with_the_weights(tmp_path: Path) -> None:
     run = replace(RUN, balance=BalanceConfig(bias="sign", bias_per_modality=True))
-    layout = Layout(world=1, expert_parallel=1, zero_stage=-1, precision="fp32", num_experts=4)
-    first, second = (PlainEngine(build_model(run), run.optim, layout, torch.device("cpu")) for _ in range(2))
+    layout = Layout(
+        world_size=1, expert_parallel_size=1, zero_stage=-1, precision="fp32", num_experts=4
+    )
+    first, second = (
+        PlainEngine(build_model(run), run.optim, layout, torch.device("cpu")) for _ in range(2)
+    )
     for layer in first.model.moe_layers():
         layer.move_bias(torch.rand(2, 4), 0.01)
     save(first, root=tmp_path, step=0, state_json={}, rank_state={})
@@ -85,17 +102,34 @@ def test_biases_are_kept_with_the_weights(tmp_path: Path) -> None:
 
 
 def with_biases(**settings: Any) -> PlainEngine:
-    layout = Layout(world=1, expert_parallel=1, zero_stage=-1, precision="fp32", num_experts=4)
+    layout = Layout(
+        world_size=1, expert_parallel_size=1, zero_stage=-1, precision="fp32", num_experts=4
+    )
     run = replace(RUN, balance=BalanceConfig(**settings))
     return PlainEngine(build_model(run), run.optim, layout, torch.device("cpu"))
 
 
-@pytest.mark.parametrize(("written", "read", "told"), [
-    ({"bias": "none"}, {"bias": "sign"}, "no 'blocks.1.ffn.bias.value'"),
-    ({"bias": "sign"}, {"bias": "none"}, "2 layers with learned biases of the choice, such as 'blocks.1.ffn.bias"),
-    ({"bias": "sign"}, {"bias": "sign", "bias_per_modality": True}, "'blocks.1.ffn.bias.value' as [1, 4]"),
-    ({"bias": "zscore", "bias_per_modality": True}, {"bias": "zscore"}, "'blocks.1.ffn.bias.value' as [2, 4]"),
-])
+@pytest.mark.parametrize(
+    ("written", "read", "told"),
+    [
+        ({"bias": "none"}, {"bias": "sign"}, "no 'blocks.1.ffn.bias.value'"),
+        (
+            {"bias": "sign"},
+            {"bias": "none"},
+            "2 layers with learned biases of the choice, such as 'blocks.1.ffn.bias",
+        ),
+        (
+            {"bias": "sign"},
+            {"bias": "sign", "bias_per_modality": True},
+            "'blocks.1.ffn.bias.value' as [1, 4]",
+        ),
+        (
+            {"bias": "zscore", "bias_per_modality": True},
+            {"bias": "zscore"},
+            "'blocks.1.ffn.bias.value' as [2, 4]",
+        ),
+    ],
+)
 def test_biases_are_neither_invented_nor_dropped(
     written: dict[str, Any], read: dict[str, Any], told: str, tmp_path: Path
 ) -> None:
@@ -104,7 +138,11 @@ def test_biases_are_neither_invented_nor_dropped(
     with pytest.raises(CheckpointError) as caught:
         load_latest(with_biases(**read), tmp_path)
     text = str(caught.value)
-    assert told in text and "balance.bias and balance.bias_per_modality" in text and "config.yaml" in text
+    assert (
+        told in text
+        and "balance.bias and balance.bias_per_modality" in text
+        and "config.yaml" in text
+    )
     assert "2 layers" in text or "Set the model, moe and balance sections" in text
 
 

@@ -26,7 +26,9 @@ class Killed(BaseException):
 class Trap:
     """Counts the file operations below one folder and springs at the chosen one."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, spring: Callable[[str], None], at: int) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, spring: Callable[[str], None], at: int
+    ) -> None:
         self.count, self.sprung, self.log = 0, "", []
         self._spring, self._at = spring, at
         for name in OPERATIONS:
@@ -128,7 +130,9 @@ def test_an_error_anywhere_leaves_the_previous_checkpoint(
             failed += 1
             kept = 2.0
             assert f"step {step} was not saved" in str(error), name
-            assert "previous checkpoint" in str(error) and "step-00000020 is untouched and good" in str(error)
+            assert "previous checkpoint" in str(
+                error
+            ) and "step-00000020 is untouched and good" in str(error)
             assert "step-00000020" in (root / "latest").read_text()
             left = sorted(path.name for path in root.iterdir())
             assert left == ["latest", "step-00000010", "step-00000020"], (number, name)
@@ -151,8 +155,15 @@ def test_a_full_disk_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(CheckpointError) as raised:
         save_step(tmp_path, 20, 2.0)
     message = str(raised.value)
-    for part in ("step 20", "rank 0", "optimizer-00000.safetensors", "No space left on device", "MiB free",
-                 "lower checkpoint.keep", "step-00000010 is untouched and good"):
+    for part in (
+        "step 20",
+        "rank 0",
+        "optimizer-00000.safetensors",
+        "No space left on device",
+        "MiB free",
+        "lower checkpoint.keep",
+        "step-00000010 is untouched and good",
+    ):
         assert part in message
 
 
@@ -160,10 +171,12 @@ def test_a_full_disk_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_one_ranks_trouble_is_every_ranks_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad_rank: int
 ) -> None:
-    world = World(2)
+    world_size = World(2)
 
     def save_on(rank: int) -> Path:
-        return save(FakeEngine(world, rank), root=tmp_path, step=5, state_json={}, rank_state={})
+        return save(
+            FakeEngine(world_size, rank), root=tmp_path, step=5, state_json={}, rank_state={}
+        )
 
     real = os.write
 
@@ -174,21 +187,25 @@ def test_one_ranks_trouble_is_every_ranks_error(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", write)
-        errors = world.run(save_on)
+        errors = world_size.run(save_on)
     assert [type(error) for error in errors] == [CheckpointError] * 2
     assert str(errors[0]) == str(errors[1])
     assert f"rank {bad_rank} could not write" in str(errors[0])
     assert "There is no earlier one" in str(errors[0])
     assert list(tmp_path.iterdir()) == []
-    assert world.run(save_on) == [tmp_path / "step-00000005"] * 2
+    assert world_size.run(save_on) == [tmp_path / "step-00000005"] * 2
 
 
 def test_an_unexpected_error_on_one_rank_does_not_hang_the_other(tmp_path: Path) -> None:
-    world = World(2)
+    world_size = World(2)
     states: list[Any] = [{}, {"not json": object()}]
-    errors = world.run(
+    errors = world_size.run(
         lambda rank: save(
-            FakeEngine(world, rank), root=tmp_path, step=5, state_json={}, rank_state=states[rank]
+            FakeEngine(world_size, rank),
+            root=tmp_path,
+            step=5,
+            state_json={},
+            rank_state=states[rank],
         )
     )
     assert [type(error) for error in errors] == [CheckpointError] * 2
@@ -213,7 +230,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_disk_that_is_really_full(small_disk: Path) -> None:
     root = small_disk / "checkpoints"
     save_step(root, 10, 1.0)
-    with (small_disk / "filler").open("wb", buffering=0) as filler, pytest.raises(OSError, match="No space"):
+    with (
+        (small_disk / "filler").open("wb", buffering=0) as filler,
+        pytest.raises(OSError, match="No space"),
+    ):
         while True:
             filler.write(bytes(4096))
     with pytest.raises(CheckpointError, match="No space left on device"):

@@ -30,13 +30,18 @@ STATE: dict[str, Any] = {"loader": {"position": 2**60 + 1}, "name": "é", "lr": 
 
 def save_step(root: Path, step: int, *, value: float = 0.0, keep: int = 9, **layout: Any) -> Path:
     engine = one_rank(value=value, **layout)
-    return save(engine, root=root, step=step, state_json=STATE, rank_state={"torch": "ab12"}, keep=keep)
+    return save(
+        engine, root=root, step=step, state_json=STATE, rank_state={"torch": "ab12"}, keep=keep
+    )
 
 
 def test_written_tensors_are_what_the_library_reads(tmp_path: Path) -> None:
     tensors = {
-        "a": torch.randn(3, 5), "b": torch.randn(4).bfloat16(), "c": torch.tensor(True),
-        "d": torch.randn(6, 4).t(), "e": torch.zeros(0, 7),
+        "a": torch.randn(3, 5),
+        "b": torch.randn(4).bfloat16(),
+        "c": torch.tensor(True),
+        "d": torch.randn(6, 4).t(),
+        "e": torch.zeros(0, 7),
         "f": torch.randint(0, 99, (3,), dtype=torch.uint8),
         "g": torch.tensor(3, dtype=torch.int64),
     }
@@ -61,20 +66,29 @@ def test_our_file_equals_the_librarys_byte_for_byte(tmp_path: Path) -> None:
 
 
 def test_round_trip_on_two_ranks(tmp_path: Path) -> None:
-    world = World(2)
-    before = [FakeEngine(world, rank, value=0.5) for rank in range(2)]
-    paths = world.run(
+    world_size = World(2)
+    before = [FakeEngine(world_size, rank, value=0.5) for rank in range(2)]
+    paths = world_size.run(
         lambda rank: save(
-            before[rank], root=tmp_path, step=100, state_json=STATE, rank_state={"rank": rank, "numpy": "ff"}
+            before[rank],
+            root=tmp_path,
+            step=100,
+            state_json=STATE,
+            rank_state={"rank": rank, "numpy": "ff"},
         )
     )
     assert paths == [tmp_path / "step-00000100"] * 2
     assert sorted(path.name for path in paths[0].iterdir()) == [
-        "meta.json", "model-00000.safetensors", "model-00001.safetensors", "optimizer-00000.safetensors",
-        "optimizer-00001.safetensors", "rank-00000.json", "rank-00001.json",
+        "meta.json",
+        "model-00000.safetensors",
+        "model-00001.safetensors",
+        "optimizer-00000.safetensors",
+        "optimizer-00001.safetensors",
+        "rank-00000.json",
+        "rank-00001.json",
     ]
-    after = [FakeEngine(world, rank, value=-3.0) for rank in range(2)]
-    resumed = world.run(lambda rank: load_latest(after[rank], tmp_path))
+    after = [FakeEngine(world_size, rank, value=-3.0) for rank in range(2)]
+    resumed = world_size.run(lambda rank: load_latest(after[rank], tmp_path))
     for rank in range(2):
         assert resumed[rank].path == paths[0]
         assert resumed[rank].state_json == STATE
@@ -86,9 +100,11 @@ def test_round_trip_on_two_ranks(tmp_path: Path) -> None:
 
 
 def test_experts_of_all_ranks_become_one_tensor(tmp_path: Path) -> None:
-    world = World(2)
-    path = world.run(
-        lambda rank: save(FakeEngine(world, rank), root=tmp_path, step=1, state_json={}, rank_state={})
+    world_size = World(2)
+    path = world_size.run(
+        lambda rank: save(
+            FakeEngine(world_size, rank), root=tmp_path, step=1, state_json={}, rank_state={}
+        )
     )[0]
     weights = load_model_weights(path)
     assert weights.keys() == {"dense", "block.experts.w1"}
@@ -109,7 +125,11 @@ def test_nothing_there_is_no_error(tmp_path: Path) -> None:
 def test_old_checkpoints_go_but_never_the_latest(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         save_step(tmp_path, step, keep=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000003", "step-00000004"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "latest",
+        "step-00000003",
+        "step-00000004",
+    ]
     # A step back to 2 while 3 and 4 lie there: the one just written stays whatever its number.
     save_step(tmp_path, 2, keep=1)
     assert find_latest(tmp_path) == tmp_path / "step-00000002"
@@ -136,13 +156,19 @@ def test_leftovers_of_a_killed_run_are_cleared(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "layout", "advice"),
     [
-        ("expert_parallel 2", {"expert_parallel": 2}, "set parallel.expert_parallel=2"),
+        (
+            "expert_parallel_size 2",
+            {"expert_parallel_size": 2},
+            "set parallel.expert_parallel_size=2",
+        ),
         ("zero_stage 3", {"zero_stage": 3}, "profile with ZeRO stage 3"),
         ("zero_stage -1", {"zero_stage": -1}, "set parallel.engine=plain"),
         ("precision bf16", {"precision": "bf16"}, "set precision.compute=bf16"),
     ],
 )
-def test_another_layout_is_refused(tmp_path: Path, field: str, layout: dict[str, Any], advice: str) -> None:
+def test_another_layout_is_refused(
+    tmp_path: Path, field: str, layout: dict[str, Any], advice: str
+) -> None:
     save_step(tmp_path, 1, **layout)
     engine = one_rank(value=9.0)
     with pytest.raises(CheckpointError) as raised:
@@ -155,10 +181,12 @@ def test_another_layout_is_refused(tmp_path: Path, field: str, layout: dict[str,
 
 def test_another_world_is_refused_on_every_rank(tmp_path: Path) -> None:
     path = save_step(tmp_path, 1)
-    world = World(2)
-    errors = world.run(lambda rank: load(FakeEngine(world, rank, expert_parallel=1), path))
+    world_size = World(2)
+    errors = world_size.run(
+        lambda rank: load(FakeEngine(world_size, rank, expert_parallel_size=1), path)
+    )
     assert str(errors[0]) == str(errors[1])
-    assert "world 1 (now 2)" in str(errors[0])
+    assert "world_size 1 (now 2)" in str(errors[0])
     assert "start the run with 1 ranks" in str(errors[0])
 
 
@@ -176,7 +204,9 @@ def flip_bit(path: Path) -> None:
 DAMAGES: dict[str, Any] = {
     "no folder": lambda path: path.rename(path.with_name("elsewhere")),
     "no meta": lambda path: (path / "meta.json").unlink(),
-    "half a meta": lambda path: (path / "meta.json").write_bytes((path / "meta.json").read_bytes()[:99]),
+    "half a meta": lambda path: (path / "meta.json").write_bytes(
+        (path / "meta.json").read_bytes()[:99]
+    ),
     "changed meta": damage_meta,
     "no optimizer": lambda path: (path / "optimizer-00000.safetensors").unlink(),
     "short weights": lambda path: (path / "model-00000.safetensors").write_bytes(b"x"),
@@ -210,13 +240,15 @@ def test_no_run_starts_afresh_over_damaged_checkpoints(tmp_path: Path, damage: s
 
 
 def test_damage_on_one_rank_stops_both(tmp_path: Path) -> None:
-    world = World(2)
-    path = world.run(
-        lambda rank: save(FakeEngine(world, rank), root=tmp_path, step=1, state_json={}, rank_state={})
+    world_size = World(2)
+    path = world_size.run(
+        lambda rank: save(
+            FakeEngine(world_size, rank), root=tmp_path, step=1, state_json={}, rank_state={}
+        )
     )[0]
     flip_bit(path / "optimizer-00001.safetensors")
-    engines = [FakeEngine(world, rank) for rank in range(2)]
-    errors = world.run(lambda rank: load(engines[rank], path))
+    engines = [FakeEngine(world_size, rank) for rank in range(2)]
+    errors = world_size.run(lambda rank: load(engines[rank], path))
     assert [type(error) for error in errors] == [DamagedCheckpointError] * 2
     assert "optimizer-00001.safetensors has SHA-256" in str(errors[0])
     assert [engine.loaded_names for engine in engines] == [[], []]

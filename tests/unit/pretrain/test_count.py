@@ -1,4 +1,5 @@
-"""Counting from the config: equal to the model that is built, and to the published table of sizes."""
+"""Counting from the config: equal to the model that is built, and to the published table of
+sizes."""
 
 from __future__ import annotations
 
@@ -27,22 +28,38 @@ def test_as_many_parameters_as_the_real_model(name: str) -> None:
     assert count_parameters(run.model, run.moe).total == _built(run)
 
 
-@pytest.mark.parametrize("overrides", [
-    ["moe.shared_experts=0"], ["moe.shared_experts=3", "moe.expert_width=24"], ["moe.every=2"], ["moe.stop=3"],
-    ["moe.start=4"], ["moe.start=0"], ["model.embed_dim=40", "model.pool_heads=2", "model.num_heads=8"],
-    ["moe.gate=caption"], ["moe.gate=caption", "moe.stop=3"],
-    ["model.stem=conv"], ["model.stem=conv", "model.width=48", "model.patch_size=16", "model.num_heads=2"],
-])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["moe.shared_experts=0"],
+        ["moe.shared_experts=3", "moe.expert_width=24"],
+        ["moe.every=2"],
+        ["moe.stop=3"],
+        ["moe.start=4"],
+        ["moe.start=0"],
+        ["model.embed_dim=40", "model.pool_heads=2", "model.num_heads=8"],
+        ["moe.router_input=caption"],
+        ["moe.router_input=caption", "moe.stop=3"],
+        ["model.stem=conv"],
+        ["model.stem=conv", "model.width=48", "model.patch_size=16", "model.num_heads=2"],
+    ],
+)
 def test_as_many_parameters_as_the_real_model_with_other_shapes(overrides: list[str]) -> None:
     run = load_run("tiny", ["model.vocab_size=512", *overrides])
     assert count_parameters(run.model, run.moe).total == _built(run)
 
 
-@pytest.mark.parametrize(("name", "total", "active"), [
-    # The table says 1M for tiny: a rounded million.
-    ("tiny", 1.03e6, 0.586e6), ("s16", 115e6, 21e6), ("b16", 462e6, 85e6), ("l16", 1.71e9, 304e6),
-    ("h14", 3.62e9, 1.05e9),
-])
+@pytest.mark.parametrize(
+    ("name", "total", "active"),
+    [
+        # The table says 1M for tiny: a rounded million.
+        ("tiny", 1.03e6, 0.586e6),
+        ("s16", 115e6, 21e6),
+        ("b16", 462e6, 85e6),
+        ("l16", 1.71e9, 304e6),
+        ("h14", 3.62e9, 1.05e9),
+    ],
+)
 def test_trunks_of_the_table_of_sizes(name: str, total: float, active: float) -> None:
     run = load_run(name)
     count = count_parameters(run.model, run.moe)
@@ -51,17 +68,24 @@ def test_trunks_of_the_table_of_sizes(name: str, total: float, active: float) ->
 
 
 def test_active_leaves_out_exactly_the_experts_not_visited() -> None:
-    model, moe = ModelConfig(), MoEConfig(num_experts=8, experts_per_token=3, expert_width=64)
+    model, moe = ModelConfig(), MoEConfig(num_experts=8, top_k=3, expert_width=64)
     count = count_parameters(model, moe)
     one_expert = 3 * model.width * moe.expert_width
     assert count.total - count.active == 3 * (8 - 3) * one_expert  # three sparse blocks
-    every_expert = MoEConfig(num_experts=8, experts_per_token=8, expert_width=64)
+    every_expert = MoEConfig(num_experts=8, top_k=8, expert_width=64)
     assert count_parameters(model, every_expert).active == count.total
 
 
-@pytest.mark.parametrize("overrides", [
-    [], ["moe.start=4"], ["model.stem=conv"], ["moe.gate=caption"], ["moe.experts_per_token=8", "model.fusion_start=1"],
-])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["moe.start=4"],
+        ["model.stem=conv"],
+        ["moe.router_input=caption"],
+        ["moe.top_k=8", "model.fusion_layer=1"],
+    ],
+)
 def test_flops_of_the_forward_pass_that_torch_counts(overrides: list[str]) -> None:
     """Torch sees the products that are run, which differ from the formula in one known way."""
     run = load_run("tiny", ["model.vocab_size=1000", "moe.backend=loop", *overrides])
@@ -72,12 +96,16 @@ def test_flops_of_the_forward_pass_that_torch_counts(overrides: list[str]) -> No
     lengths = torch.full((pairs,), text)
     # The counter knows plain products, not the fused attention of the CPU.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.zeros(pairs, 3, 48, 48, dtype=torch.uint8), torch.ones(pairs, text, dtype=torch.int64),
-              lengths, valid_positions(lengths, text))
+        model(
+            torch.zeros(pairs, 3, 48, 48, dtype=torch.uint8),
+            torch.ones(pairs, text, dtype=torch.int64),
+            lengths,
+            valid_positions(lengths, text),
+        )
     expected = count_flops(run.model, run.moe, text_tokens=text).forward
     # The counter takes causal attention for a full square; the formula counts the visible half.
     hidden = text * text - text * (text + 1) / 2
-    expected += run.model.num_blocks * 4 * run.model.width * hidden
+    expected += run.model.num_layers * 4 * run.model.width * hidden
     assert counter.get_total_flops() / pairs == pytest.approx(expected, rel=1e-4)
 
 

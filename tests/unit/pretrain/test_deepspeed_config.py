@@ -1,7 +1,7 @@
 """DeepSpeed's settings: resolved dicts must not drift, and no key may have two owners.
 
-After an intended change, write the golden files anew: `WRITE_GOLDEN=1 pytest PATH_OF_THIS_FILE`, and
-read the difference before it is committed.
+After an intended change, write the golden files anew: `WRITE_GOLDEN=1 pytest PATH_OF_THIS_FILE`,
+and read the difference before it is committed.
 """
 
 from __future__ import annotations
@@ -37,9 +37,11 @@ def _run(*overrides: str) -> RunConfig:
     return load_run("tiny", overrides)
 
 
-def _resolve(profile: dict[str, Any], run: RunConfig | None = None, world: int = 2) -> dict[str, Any]:
+def _resolve(
+    profile: dict[str, Any], run: RunConfig | None = None, world_size: int = 2
+) -> dict[str, Any]:
     run = run or _run()
-    plan = plan_batch(run.batch.pairs_per_step, run.batch.pairs_per_forward, world)
+    plan = plan_batch(run.batch.global_batch_size, run.batch.micro_batch_size, world_size)
     return resolve(run, profile, Path("my.json"), RUN_PATH, plan)
 
 
@@ -58,20 +60,26 @@ def test_the_profiles_are_there() -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("profile", PROFILES)
 def test_each_profile_resolves_as_before(profile: str, precision: str) -> None:
-    run = _run(f"parallel.deepspeed={profile}", f"precision.compute={precision}", "optim.clip_norm=0.5")
-    plan = plan_batch(run.batch.pairs_per_step, run.batch.pairs_per_forward, 2)
+    run = _run(
+        f"parallel.deepspeed={profile}", f"precision.compute={precision}", "optim.clip_norm=0.5"
+    )
+    plan = plan_batch(run.batch.global_batch_size, run.batch.micro_batch_size, 2)
     _compare(f"{profile}-{precision}", resolve_for(run, RUN_PATH, plan))
 
 
-@pytest.mark.parametrize(("preset", "world"), [("s16", 8), ("b16", 16), ("l16", 64), ("h14", 64)])
-def test_each_preset_resolves_as_before(preset: str, world: int) -> None:
+@pytest.mark.parametrize(
+    ("preset", "world_size"), [("s16", 8), ("b16", 16), ("l16", 64), ("h14", 64)]
+)
+def test_each_preset_resolves_as_before(preset: str, world_size: int) -> None:
     run = load_run(preset)
-    plan = plan_batch(run.batch.pairs_per_step, run.batch.pairs_per_forward, world)
+    plan = plan_batch(run.batch.global_batch_size, run.batch.micro_batch_size, world_size)
     _compare(f"preset-{preset}", resolve_for(run, RUN_PATH, plan))
 
 
 def test_stage_0_leaves_precision_and_clipping_to_the_engine() -> None:
-    resolved = _resolve({"zero_optimization": {"stage": 0}}, _run("precision.compute=bf16", "optim.clip_norm=0.5"))
+    resolved = _resolve(
+        {"zero_optimization": {"stage": 0}}, _run("precision.compute=bf16", "optim.clip_norm=0.5")
+    )
     assert "bf16" not in resolved and resolved["gradient_clipping"] == 0.0
 
 
@@ -84,37 +92,68 @@ def test_higher_stages_take_both_from_the_yaml(stage: int) -> None:
 
 
 def test_the_batch_keys_agree_with_each_other() -> None:
-    resolved = _resolve({"zero_optimization": {"stage": 1}}, world=2)
-    assert (resolved["train_micro_batch_size_per_gpu"] * resolved["gradient_accumulation_steps"] * 2
-            == resolved["train_batch_size"] == 256)
+    resolved = _resolve({"zero_optimization": {"stage": 1}}, world_size=2)
+    assert (
+        resolved["train_micro_batch_size_per_gpu"] * resolved["gradient_accumulation_steps"] * 2
+        == resolved["train_batch_size"]
+        == 256
+    )
 
 
-@pytest.mark.parametrize(("key", "value"), [
-    ("train_batch_size", 256), ("gradient_clipping", 1.0), ("bf16", {"enabled": True}),
-    ("optimizer", {"type": "AdamW"}), ("train_micro_batch_size_per_gpu", 1), ("scheduler", {}),
-])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("train_batch_size", 256),
+        ("gradient_clipping", 1.0),
+        ("bf16", {"enabled": True}),
+        ("optimizer", {"type": "AdamW"}),
+        ("train_micro_batch_size_per_gpu", 1),
+        ("scheduler", {}),
+    ],
+)
 def test_a_key_with_two_owners_names_both_files(key: str, value: object) -> None:
     with pytest.raises(ConfigError) as caught:
         _resolve({"zero_optimization": {"stage": 1}, key: value})
     text = str(caught.value)
-    assert f"{key} has two owners: my.json sets it to" in text and f"run.yaml sets it by {YAML_KEYS[key]}" in text
+    assert (
+        f"{key} has two owners: my.json sets it to" in text
+        and f"run.yaml sets it by {YAML_KEYS[key]}" in text
+    )
 
 
 def test_auto_asks_the_yaml() -> None:
     plain = _resolve({"zero_optimization": {"stage": 1}})
-    asked = _resolve({"zero_optimization": {"stage": 1}, "train_batch_size": "auto", "gradient_clipping": "auto",
-                      "bf16": "auto", "optimizer": "auto"})
+    asked = _resolve(
+        {
+            "zero_optimization": {"stage": 1},
+            "train_batch_size": "auto",
+            "gradient_clipping": "auto",
+            "bf16": "auto",
+            "optimizer": "auto",
+        }
+    )
     assert asked == plain
 
 
-@pytest.mark.parametrize(("profile", "part"), [
-    ({"zero_optimization": {"stage": 1, "reduce_bucket_size": "auto"}},
-     'zero_optimization.reduce_bucket_size is "auto", but the run has no setting for it'),
-    ({"zero_optimization": {"stage": 1}, "zero_optimisation": {}}, "did you mean 'zero_optimization'?"),
-    ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage is 4, but must be 0, 1, 2 or 3"),
-    ({"zero_optimization": {"stage": True}}, "zero_optimization.stage is True"),
-    ({}, "zero_optimization.stage is None"),
-])
+@pytest.mark.parametrize(
+    ("profile", "part"),
+    [
+        (
+            {"zero_optimization": {"stage": 1, "reduce_bucket_size": "auto"}},
+            'zero_optimization.reduce_bucket_size is "auto", but the run has no setting for it',
+        ),
+        (
+            {"zero_optimization": {"stage": 1}, "zero_optimisation": {}},
+            "did you mean 'zero_optimization'?",
+        ),
+        (
+            {"zero_optimization": {"stage": 4}},
+            "zero_optimization.stage is 4, but must be 0, 1, 2 or 3",
+        ),
+        ({"zero_optimization": {"stage": True}}, "zero_optimization.stage is True"),
+        ({}, "zero_optimization.stage is None"),
+    ],
+)
 def test_profiles_that_are_refused(profile: dict[str, Any], part: str) -> None:
     with pytest.raises(ConfigError) as caught:
         _resolve(profile)
@@ -139,13 +178,20 @@ def test_a_profile_is_found_by_name_and_by_path(tmp_path: Path) -> None:
     mine.write_text('{"zero_optimization": {"stage": 3}}')
     assert profile_path(str(mine)) == mine
     assert zero_stage(load_profile(mine), mine) == 3
-    with pytest.raises(ConfigError, match=r"no such JSON file, and no profile .*did you mean 'zero1'\?"):
+    with pytest.raises(
+        ConfigError, match=r"no such JSON file, and no profile .*did you mean 'zero1'\?"
+    ):
         profile_path("zer01")
 
 
-@pytest.mark.parametrize(("text", "part"), [
-    ("{", "cannot read the DeepSpeed profile"), ("[]", "is a JSON object"), ('{"a": 1, "a": 2}', "given twice"),
-])
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("{", "cannot read the DeepSpeed profile"),
+        ("[]", "is a JSON object"),
+        ('{"a": 1, "a": 2}', "given twice"),
+    ],
+)
 def test_files_that_are_no_profile(tmp_path: Path, text: str, part: str) -> None:
     path = tmp_path / "p.json"
     path.write_text(text)

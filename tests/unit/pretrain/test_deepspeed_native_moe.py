@@ -1,5 +1,6 @@
-"""DeepSpeed's own MoE layer in our trunk: what it refuses, and names. That it computes what ours does is tested by
-tests/distributed/test_deepspeed_layer_equals_ours.py, and a whole run by tests/e2e/test_deepspeed_layer_run.py."""
+"""DeepSpeed's own MoE layer in our trunk: what it refuses, and names. That it computes what ours
+does is tested by tests/distributed/test_deepspeed_layer_equals_ours.py, and a whole run by
+tests/e2e/test_deepspeed_layer_run.py."""
 
 from __future__ import annotations
 
@@ -24,8 +25,15 @@ def test_the_usual_run_may_use_it() -> None:
 
 def test_everything_it_cannot_do_is_told_at_once() -> None:
     words = [
-        "moe.score=sigmoid", "moe.temperature=2", "moe.renormalise=false", "moe.gate=caption", "moe.choice=sampled",
-        "moe.capacity_factor=1.25", "moe.pools=modality", "balance.bias=sign", "balance.expert_l1_weight=1e-5",
+        "moe.score_func=sigmoid",
+        "moe.temperature=2",
+        "moe.norm_topk_prob=false",
+        "moe.router_input=caption",
+        "moe.routing=sampled",
+        "moe.capacity_factor=1.25",
+        "moe.pools=modality",
+        "balance.bias=sign",
+        "balance.expert_l1_weight=1e-5",
         "balance.router_l1_weight=1e-5",
     ]
     run = load_run("tiny", [NATIVE, *words])
@@ -40,8 +48,10 @@ def test_everything_it_cannot_do_is_told_at_once() -> None:
 
 
 def test_one_process_without_deepspeed_is_refused() -> None:
-    assert ["parallel.engine is plain" in said for said in problems(
-        load_run("tiny", [NATIVE, "parallel.engine=plain"]), 1)] == [True]
+    assert [
+        "parallel.engine is plain" in said
+        for said in problems(load_run("tiny", [NATIVE, "parallel.engine=plain"]), 1)
+    ] == [True]
 
 
 def test_the_zero_stage_is_read_only_where_it_matters() -> None:
@@ -61,7 +71,13 @@ def test_names_are_ours() -> None:
 
 
 def test_its_checkpoints_have_their_own_layout() -> None:
-    facts = {"world": 1, "expert_parallel": 1, "zero_stage": 1, "precision": "fp32", "num_experts": 8}
+    facts = {
+        "world_size": 1,
+        "expert_parallel_size": 1,
+        "zero_stage": 1,
+        "precision": "fp32",
+        "num_experts": 8,
+    }
     assert Layout(**facts).to_json() == facts  # as older checkpoints say
     theirs = Layout(**facts, expert_layer="deepspeed")
     assert theirs.to_json() == facts | {"expert_layer": "deepspeed"}
@@ -74,7 +90,7 @@ def test_it_is_the_same_layer(k: int, shared: int, captions: bool) -> None:
     from pretrain.parallel.deepspeed_native_moe import DeepSpeedNativeMoELayer, our_name
 
     torch.manual_seed(0)
-    config = MoEConfig(num_experts=5, experts_per_token=k, expert_width=12, shared_experts=shared)
+    config = MoEConfig(num_experts=5, top_k=k, expert_width=12, shared_experts=shared)
     ours = MoELayer(16, config)
     for parameter in ours.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -88,14 +104,20 @@ def test_it_is_the_same_layer(k: int, shared: int, captions: bool) -> None:
             homes[name] = (base, expert)
             parameter.copy_(copied[base] if expert is None else copied[base][expert : expert + 1])
     lengths = [3, 0, 5] if captions else []
-    positions = torch.tensor([b * 6 + s for b, n in enumerate(lengths) for s in range(n)], dtype=torch.int64)
-    tokens = RouterTokens(3, 4, 6, positions, together=True)
+    positions = torch.tensor(
+        [b * 6 + s for b, n in enumerate(lengths) for s in range(n)], dtype=torch.int64
+    )
+    tokens = RouterTokens(3, 4, 6, positions, coactivation=True)
     x_TD = torch.randn(12 + len(positions), 16)
     answers = []
     for layer in (ours, theirs):
         x = x_TD.clone().requires_grad_()
         y, stats = layer(x, tokens)
-        (y.square().sum() + (stats.z_sum_M * torch.tensor([1.0, 2.0])).sum() + stats.prob_sum_ME[0, 0]).backward()
+        (
+            y.square().sum()
+            + (stats.z_sum_M * torch.tensor([1.0, 2.0])).sum()
+            + stats.prob_sum_ME[0, 0]
+        ).backward()
         assert x.grad is not None
         answers.append((y, x.grad, stats))
     torch.testing.assert_close(answers[1][0], answers[0][0], rtol=1e-5, atol=1e-5)
@@ -113,7 +135,9 @@ def test_it_is_the_same_layer(k: int, shared: int, captions: bool) -> None:
 def test_a_rank_without_tokens_takes_part() -> None:
     from pretrain.parallel.deepspeed_native_moe import DeepSpeedNativeMoELayer
 
-    layer = DeepSpeedNativeMoELayer(16, MoEConfig(num_experts=4, expert_width=8), BalanceConfig(), block=0)
+    layer = DeepSpeedNativeMoELayer(
+        16, MoEConfig(num_experts=4, expert_width=8), BalanceConfig(), block=0
+    )
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter)
     x_TD = torch.zeros(0, 16, requires_grad=True)

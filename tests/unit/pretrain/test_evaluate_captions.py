@@ -47,13 +47,17 @@ def test_each_picture_gets_its_own_sentence() -> None:
 
 def test_batch_mates_change_nothing() -> None:
     model = Reciter([[5, 6, 7], [], [8], [9] * 20])
-    together = write(model, pictures(4), max_length=10)
-    assert together == [write(model, pictures(4)[i : i + 1], max_length=10)[0] for i in range(4)]
+    coactivation = write(model, pictures(4), max_length=10)
+    assert coactivation == [
+        write(model, pictures(4)[i : i + 1], max_length=10)[0] for i in range(4)
+    ]
 
 
 @pytest.mark.parametrize("max_length", [2, 3, 5, 6])
 def test_endless_talk_is_cut(max_length: int) -> None:
-    assert write(Reciter([[9] * 99]), pictures(1), max_length=max_length) == [[9] * (max_length - 2)]
+    assert write(Reciter([[9] * 99]), pictures(1), max_length=max_length) == [
+        [9] * (max_length - 2)
+    ]
 
 
 def test_a_sentence_that_just_fits_is_whole() -> None:

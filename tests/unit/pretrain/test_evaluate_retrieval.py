@@ -35,12 +35,16 @@ def test_many_queries_are_the_same_in_pieces() -> None:
     query, candidate = torch.randn(5000, 4), torch.randn(50, 4)
     group_Q, group_C = torch.arange(5000) % 50, torch.arange(50)
     whole = worst_ranks(query, candidate, group_Q, group_C)
-    parts = [worst_ranks(query[i : i + 7], candidate, group_Q[i : i + 7], group_C) for i in range(0, 5000, 7)]
+    parts = [
+        worst_ranks(query[i : i + 7], candidate, group_Q[i : i + 7], group_C)
+        for i in range(0, 5000, 7)
+    ]
     assert torch.equal(whole, torch.cat(parts))
 
 
 def test_equal_captions_are_all_right() -> None:
-    # Images 0 and 1 share text 0. Text 0 is nearest to image 1, which is right though image 0 is not.
+    # Images 0 and 1 share text 0. Text 0 is nearest to image 1, which is right though image 0 is
+    # not.
     image = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.8, 0.6]])
     text = torch.tensor([[1.0, 0.0], [0.6, 0.8]])
     result = retrieve(image, text, torch.tensor([0, 0, 1]))

@@ -37,9 +37,19 @@ from pretrain.parallel.layout import Layout
 from tests.support.shards import CAPTIONS, Shapes, picture
 
 SMALL = [
-    "model.width=32", "model.num_blocks=3", "model.num_heads=2", "model.pool_heads=2", "model.ffn_width=48",
-    "model.fusion_start=1", "model.patch_size=16", "model.text_length=16", "model.embed_dim=24",
-    "moe.num_experts=4", "moe.expert_width=16", "eval.pairs_per_forward=24", "eval.caption_samples=9",
+    "model.width=32",
+    "model.num_layers=3",
+    "model.num_heads=2",
+    "model.pool_heads=2",
+    "model.ffn_width=48",
+    "model.fusion_layer=1",
+    "model.patch_size=16",
+    "model.context_length=16",
+    "model.embed_dim=24",
+    "moe.num_experts=4",
+    "moe.expert_width=16",
+    "eval.batch_size=24",
+    "eval.caption_samples=9",
     "data.workers=0",
 ]
 
@@ -50,17 +60,21 @@ class RankOfTwo:
 
     model: VisionLanguageModel
     rank: int = 0
-    world: int = 1
+    world_size: int = 1
 
     @property
     def layout(self) -> Layout:
-        return Layout(world=2, expert_parallel=2, zero_stage=1, precision="fp32", num_experts=4)
+        return Layout(
+            world_size=2, expert_parallel_size=2, zero_stage=1, precision="fp32", num_experts=4
+        )
 
     def model_tensors(self) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
         for name, tensor in self.model.state_dict().items():
             if ".experts." in name:
-                tensors |= {f"{name}@{first}:{first + 2}": tensor[first : first + 2] for first in (0, 2)}
+                tensors |= {
+                    f"{name}@{first}:{first + 2}": tensor[first : first + 2] for first in (0, 2)
+                }
             else:
                 tensors[name] = tensor
         return tensors
@@ -83,7 +97,11 @@ class RunFolder:
 
     def __init__(self, path: Path, shapes: Shapes) -> None:
         self.path = path
-        overrides = [*SMALL, *shapes.overrides, f"eval.sets=[{{name: held, shards: {shapes.folder}}}]"]
+        overrides = [
+            *SMALL,
+            *shapes.overrides,
+            f"eval.sets=[{{name: held, shards: {shapes.folder}}}]",
+        ]
         self.run = from_mapping(RunConfig, apply_overrides({}, overrides))
         self.model = build_model(self.run)
         torch.manual_seed(0)
@@ -95,8 +113,11 @@ class RunFolder:
         (path / "config.yaml").write_text(dump_yaml(self.run))
         (path / "tokenizer.model").write_bytes(self.tokenizer.model_bytes)
         save(
-            RankOfTwo(self.model), root=path / "checkpoints", step=12,
-            state_json={"tokenizer": self.tokenizer.fingerprint}, rank_state={},
+            RankOfTwo(self.model),
+            root=path / "checkpoints",
+            step=12,
+            state_json={"tokenizer": self.tokenizer.fingerprint},
+            rank_state={},
         )
 
 
@@ -137,14 +158,22 @@ def test_token_accuracy_matches_the_model_one_by_one(folder: RunFolder, shapes: 
     trained = load_trained(folder.path)
     batch = next(iter(open_set(trained, load_manifest(shapes.folder), [3, 5, 8])))
     result = evaluate_set(
-        trained.model, [batch], tokenizer=trained.tokenizer, name="three", total=3,
-        text_length=16, caption_samples=0, device=trained.device,
+        trained.model,
+        [batch],
+        tokenizer=trained.tokenizer,
+        name="three",
+        total=3,
+        context_length=16,
+        caption_samples=0,
+        device=trained.device,
     )
     hits = tokens = 0
     for row, length in enumerate(batch.text_lengths.tolist()):
         for known in range(1, length):
             logits = trained.model.next_token_logits(
-                batch.images[row : row + 1], batch.text_ids[row : row + 1, :known], torch.tensor([known])
+                batch.images[row : row + 1],
+                batch.text_ids[row : row + 1, :known],
+                torch.tensor([known]),
             )
             hits, tokens = hits + int(logits.argmax() == batch.text_ids[row, known]), tokens + 1
     assert result["caption_token_accuracy"] == pytest.approx(100 * hits / tokens)
@@ -156,8 +185,12 @@ def test_texts_are_embedded_alike_in_any_batch(folder: RunFolder, shapes: Shapes
     def embed(texts_per_forward: int) -> Tensor:
         with judging(trained.model):
             return embed_texts(
-                trained.model, trained.tokenizer, [*shapes.captions[:7], "a"], text_length=16,
-                texts_per_forward=texts_per_forward, device=trained.device,
+                trained.model,
+                trained.tokenizer,
+                [*shapes.captions[:7], "a"],
+                context_length=16,
+                texts_per_forward=texts_per_forward,
+                device=trained.device,
             )
 
     torch.testing.assert_close(embed(3), embed(8))
@@ -176,7 +209,8 @@ def test_written_captions_are_those_of_the_whole_set(folder: RunFolder, shapes: 
 
 def test_bad_samples_are_counted(folder: RunFolder, tmp_path: Path) -> None:
     samples: list[dict[str, object]] = [
-        {"__key__": str(number), "png": picture(CAPTIONS[number], 24), "txt": CAPTIONS[number]} for number in range(4)
+        {"__key__": str(number), "png": picture(CAPTIONS[number], 24), "txt": CAPTIONS[number]}
+        for number in range(4)
     ]
     samples[1]["png"] = b"this is no picture"
     write_shards(samples, tmp_path / "mixed")
@@ -186,7 +220,9 @@ def test_bad_samples_are_counted(folder: RunFolder, tmp_path: Path) -> None:
     assert (written["caption_samples"], written["bad_samples"]) == (3, 1)
 
 
-def test_labels_are_what_is_ranked_against(folder: RunFolder, shapes: Shapes, tmp_path: Path) -> None:
+def test_labels_are_what_is_ranked_against(
+    folder: RunFolder, shapes: Shapes, tmp_path: Path
+) -> None:
     labels = tmp_path / "labels.txt"
     captions = sorted(set(shapes.captions))
     labels.write_text("\n".join([*captions, "", "  a caption of  nothing ", captions[0].upper()]))
@@ -194,7 +230,9 @@ def test_labels_are_what_is_ranked_against(folder: RunFolder, shapes: Shapes, tm
     assert results[shapes.folder.name]["texts"] == len(captions) + 1
 
 
-def test_a_caption_that_is_no_label_is_an_error(folder: RunFolder, shapes: Shapes, tmp_path: Path) -> None:
+def test_a_caption_that_is_no_label_is_an_error(
+    folder: RunFolder, shapes: Shapes, tmp_path: Path
+) -> None:
     labels = tmp_path / "labels.txt"
     labels.write_text("a caption of nothing\n")
     with pytest.raises(DataError, match="not among its 1 labels"):
@@ -204,7 +242,12 @@ def test_a_caption_that_is_no_label_is_an_error(folder: RunFolder, shapes: Shape
 def test_captions_for_a_persons_own_pictures(
     folder: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    paths = [tmp_path / "red.png", tmp_path / "text.jpg", tmp_path / "blue.webp", tmp_path / "missing.png"]
+    paths = [
+        tmp_path / "red.png",
+        tmp_path / "text.jpg",
+        tmp_path / "blue.webp",
+        tmp_path / "missing.png",
+    ]
     Image.new("RGB", (90, 60), "red").save(paths[0])
     paths[1].write_text("I am no picture")
     Image.new("RGB", (60, 90), "blue").save(paths[2])
@@ -274,7 +317,8 @@ def test_judging_leaves_the_model_as_it_was() -> None:
 
 def test_sets_are_called_after_their_folders() -> None:
     assert named_sets(["data/a/manifest.json", "s3://bucket/b/"]) == (
-        EvalSet(name="a", shards="data/a/manifest.json"), EvalSet(name="b", shards="s3://bucket/b/"),
+        EvalSet(name="a", shards="data/a/manifest.json"),
+        EvalSet(name="b", shards="s3://bucket/b/"),
     )
     assert [one.name for one in named_sets(["x/a", "y/a"], "labels")] == ["x/a", "y/a"]
 

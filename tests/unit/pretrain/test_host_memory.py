@@ -24,8 +24,11 @@ print(min(faults() for _ in range(20)))  # the heap needs a few rounds to settle
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's knobs")
 def test_pages_of_a_freed_tensor_are_used_again() -> None:
     found = {
-        how: int(subprocess.run([sys.executable, "-c", PROGRAM, how], check=True, capture_output=True,
-                                text=True).stdout)
+        how: int(
+            subprocess.run(
+                [sys.executable, "-c", PROGRAM, how], check=True, capture_output=True, text=True
+            ).stdout
+        )
         for how in ("keep", "return")
     }
     assert found["keep"] < 100 < found["return"]

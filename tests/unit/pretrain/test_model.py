@@ -1,4 +1,5 @@
-"""What the model promises: modalities do not leak, captions do not see the future, padding changes nothing."""
+"""What the model promises: modalities do not leak, captions do not see the future, padding changes
+nothing."""
 
 from __future__ import annotations
 
@@ -15,15 +16,27 @@ from pretrain.model import VisionLanguageModel, build_model
 from pretrain.model.vision_language import valid_positions
 
 SMALL = RunConfig(
-    model=ModelConfig(width=64, num_blocks=4, num_heads=4, ffn_width=96, fusion_start=2, image_size=16, patch_size=4,
-                      vocab_size=40, text_length=16, embed_dim=32),
-    moe=MoEConfig(num_experts=4, experts_per_token=2, expert_width=32),
+    model=ModelConfig(
+        width=64,
+        num_layers=4,
+        num_heads=4,
+        ffn_width=96,
+        fusion_layer=2,
+        image_size=16,
+        patch_size=4,
+        vocab_size=40,
+        context_length=16,
+        embed_dim=32,
+    ),
+    moe=MoEConfig(num_experts=4, top_k=2, expert_width=32),
 )
 
 
 GATES = {
-    "token gate": {}, "caption gate": {"gate": "caption"}, "experts choose": {"choice": "expert", "gate": "caption"},
-    "pools": {"pools": "modality", "score": "sigmoid"},
+    "token gate": {},
+    "caption gate": {"router_input": "caption"},
+    "experts choose": {"routing": "expert_choice", "router_input": "caption"},
+    "pools": {"pools": "modality", "score_func": "sigmoid"},
 }
 
 
@@ -34,7 +47,9 @@ def model(request: pytest.FixtureRequest) -> VisionLanguageModel:
 
 def pairs(lengths: list[int], seed: int = 0, columns: int = 16) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(seed)
-    images = torch.randint(0, 256, (len(lengths), 3, 16, 16), generator=generator, dtype=torch.uint8)
+    images = torch.randint(
+        0, 256, (len(lengths), 3, 16, 16), generator=generator, dtype=torch.uint8
+    )
     ids = torch.randint(4, 40, (len(lengths), columns), generator=generator)
     size = torch.tensor(lengths)
     ids[torch.arange(columns) >= size.unsqueeze(1)] = 0
@@ -80,7 +95,7 @@ def test_captions_cannot_see_the_future(model: VisionLanguageModel) -> None:
 
 
 def test_the_caption_gate_reads_the_caption_in_fused_blocks_only() -> None:
-    model = build_model(replace(SMALL, moe=replace(SMALL.moe, gate="caption", experts_per_token=4)))
+    model = build_model(replace(SMALL, moe=replace(SMALL.moe, router_input="caption", top_k=4)))
     assert [layer.caption_gate is not None for layer in model.moe_layers()] == [False, True, True]
     batch = pairs([6, 9])
     before = model(*batch)
@@ -97,15 +112,23 @@ def test_the_caption_gate_reads_the_caption_in_fused_blocks_only() -> None:
 
 
 def test_judging_does_not_depend_on_the_batch_whatever_training_draws_and_drops() -> None:
-    moe = replace(SMALL.moe, choice="sampled", capacity_factor=0.5, capacity_priority="random", gate="caption")
+    moe = replace(
+        SMALL.moe,
+        routing="sampled",
+        capacity_factor=0.5,
+        capacity_priority="random",
+        router_input="caption",
+    )
     model = build_model(replace(SMALL, moe=moe)).eval()
     images, ids, lengths, positions = pairs([5, 9, 3, 7])
-    together = model(images, ids, lengths, positions)
+    coactivation = model(images, ids, lengths, positions)
     for row in (0, 3):
         size = lengths[row : row + 1]
         alone = model(images[row : row + 1], ids[row : row + 1], size, valid_positions(size, 16))
-        torch.testing.assert_close(alone.image_embedding[0], together.image_embedding[row], atol=1e-5, rtol=0)
-    assert torch.equal(together.router.kept_ME, together.router.choices_ME)
+        torch.testing.assert_close(
+            alone.image_embedding[0], coactivation.image_embedding[row], atol=1e-5, rtol=0
+        )
+    assert torch.equal(coactivation.router.kept_ME, coactivation.router.choices_ME)
 
 
 def test_padding_changes_nothing(model: VisionLanguageModel) -> None:
@@ -115,17 +138,23 @@ def test_padding_changes_nothing(model: VisionLanguageModel) -> None:
     short = model(images, ids, lengths, positions)
     long = model(images, padded, lengths, valid_positions(lengths, 16))
     for name, expected, found in zip(short._fields, short, long, strict=True):
-        torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            found, expected, atol=2e-5, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_a_pair_does_not_depend_on_its_batch(model: VisionLanguageModel) -> None:
     images, ids, lengths, positions = pairs([5, 9, 3, 7])
-    together = model(images, ids, lengths, positions)
+    coactivation = model(images, ids, lengths, positions)
     for row in range(4):
         size = lengths[row : row + 1]
         alone = model(images[row : row + 1], ids[row : row + 1], size, valid_positions(size, 16))
-        torch.testing.assert_close(alone.image_embedding[0], together.image_embedding[row], atol=1e-5, rtol=0)
-        torch.testing.assert_close(alone.text_embedding[0], together.text_embedding[row], atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            alone.image_embedding[0], coactivation.image_embedding[row], atol=1e-5, rtol=0
+        )
+        torch.testing.assert_close(
+            alone.text_embedding[0], coactivation.text_embedding[row], atol=1e-5, rtol=0
+        )
 
 
 def test_only_valid_tokens_reach_the_router(model: VisionLanguageModel) -> None:
@@ -140,10 +169,14 @@ def test_recomputation_gives_the_same_gradients_and_counts_once() -> None:
     batch = pairs([5, 9, 3])
     results = []
     for recompute in (False, True):
-        model = build_model(replace(SMALL, model=replace(SMALL.model, recompute=recompute)))
+        model = build_model(
+            replace(SMALL, model=replace(SMALL.model, activation_checkpointing=recompute))
+        )
         out = model(*batch)
         (out.caption_loss_sum + out.image_embedding.sum() + out.router.z_sum_M.sum()).backward()
-        results.append((out.router.choices_ME, [p.grad for p in model.parameters() if p.grad is not None]))
+        results.append(
+            (out.router.choices_ME, [p.grad for p in model.parameters() if p.grad is not None])
+        )
     assert torch.equal(results[0][0], results[1][0])
     for kept, recomputed in zip(results[0][1], results[1][1], strict=True):
         torch.testing.assert_close(recomputed, kept)
@@ -155,7 +188,9 @@ def test_experts_start_different_from_one_another_and_equal_on_any_layout() -> N
 
     from pretrain.moe.layer import MoELayer
 
-    def half(width: int, config: MoEConfig, balance: BalanceConfig, *, block: int, fused: bool) -> MoELayer:
+    def half(
+        width: int, config: MoEConfig, balance: BalanceConfig, *, block: int, fused: bool
+    ) -> MoELayer:
         return MoELayer(width, config, balance, block=block, fused=fused, num_local_experts=2)
 
     second_half = build_model(SMALL, make_moe_layer=half, first_expert=2).blocks[1].ffn.experts.w1
@@ -188,7 +223,9 @@ def test_eight_pairs_are_learned_by_heart() -> None:
         optimizer.step()
         optimizer.zero_grad()
     written = write_captions(model, images, start_id=1, end_id=2, max_length=16)
-    expected = [row[1 : length - 1].tolist() for row, length in zip(ids, lengths.tolist(), strict=True)]
+    expected = [
+        row[1 : length - 1].tolist() for row, length in zip(ids, lengths.tolist(), strict=True)
+    ]
     assert written == expected
     hits, tokens = model.caption_token_hits(images, ids, lengths, positions)
     assert (hits, tokens) == (int(lengths.sum()) - 8, int(lengths.sum()) - 8)

@@ -12,7 +12,9 @@ from pretrain.moe.layer import MoELayer
 CHOICES = torch.tensor([[6.0, 2.0, 4.0, 4.0], [0.0, 8.0, 1.0, 3.0]])
 
 
-def moved(choices: torch.Tensor = CHOICES, moe: MoEConfig | None = None, **settings: object) -> torch.Tensor:
+def moved(
+    choices: torch.Tensor = CHOICES, moe: MoEConfig | None = None, **settings: object
+) -> torch.Tensor:
     balance = BalanceConfig(**settings)  # type: ignore[arg-type]
     bias = torch.zeros(2 if balance.bias_per_modality else 1, 4)
     return moved_bias(bias, choices, moe or MoEConfig(num_experts=4), balance, 0.5)
@@ -21,7 +23,10 @@ def moved(choices: torch.Tensor = CHOICES, moe: MoEConfig | None = None, **setti
 def test_sign_moves_by_the_rate_against_the_load() -> None:
     # Loads 6, 10, 5, 7 of both modalities together; 7 is the mean.
     assert moved(bias="sign").tolist() == [[0.5, -0.5, 0.5, 0.0]]
-    assert moved(bias="sign", bias_per_modality=True).tolist() == [[-0.5, 0.5, 0, 0], [0.5, -0.5, 0.5, 0]]
+    assert moved(bias="sign", bias_per_modality=True).tolist() == [
+        [-0.5, 0.5, 0, 0],
+        [0.5, -0.5, 0.5, 0],
+    ]
 
 
 def test_zscore_moves_by_how_far_off() -> None:
@@ -33,7 +38,7 @@ def test_zscore_moves_by_how_far_off() -> None:
 
 
 def test_pools_are_judged_by_themselves() -> None:
-    pools = MoEConfig(num_experts=4, pools="modality", experts_per_token=1)
+    pools = MoEConfig(num_experts=4, pools="modality", top_k=1)
     choices = torch.tensor([[9.0, 1.0, 0.0, 0.0], [0.0, 0.0, 2.0, 2.0]])
     assert moved(choices, pools, bias="sign").tolist() == [[-0.5, 0.5, 0.0, 0.0]]
 
@@ -42,11 +47,16 @@ def test_pools_are_judged_by_themselves() -> None:
 def test_biases_rest_in_the_last_part(step: int, rate: float) -> None:
     assert bias_rate(BalanceConfig(bias="sign", bias_rate=1e-2), step, 100) == rate
     assert bias_rate(BalanceConfig(bias="none"), step, 100) == 0.0
-    assert bias_rate(BalanceConfig(bias="sign", bias_rate=1e-2, bias_freeze_share=0), step, 100) == 1e-2
+    assert (
+        bias_rate(BalanceConfig(bias="sign", bias_rate=1e-2, bias_freeze_ratio=0), step, 100)
+        == 1e-2
+    )
 
 
 def test_a_cast_of_the_model_leaves_the_bias_alone() -> None:
-    layer = MoELayer(8, MoEConfig(num_experts=4), BalanceConfig(bias="sign", bias_per_modality=True))
+    layer = MoELayer(
+        8, MoEConfig(num_experts=4), BalanceConfig(bias="sign", bias_per_modality=True)
+    )
     assert layer.bias is not None
     layer.bias.value.fill_(0.1234567)
     layer.to(torch.bfloat16)
@@ -59,10 +69,11 @@ def test_a_cast_of_the_model_leaves_the_bias_alone() -> None:
 @pytest.mark.parametrize("pools", ["shared", "modality"])
 @pytest.mark.parametrize("rule", ["sign", "zscore"])
 def test_where_experts_choose_patches_one_bias_is_that_of_the_text(rule: str, pools: str) -> None:
-    """Every expert takes as many patches as the others, so that only the text's load is off its mean."""
+    """Every expert takes as many patches as the others, so that only the text's load is off its
+    mean."""
     from tests.support.slow_moe import make_tokens
 
-    config = MoEConfig(num_experts=6, experts_per_token=2, choice="expert", pools=pools)  # type: ignore[arg-type]
+    config = MoEConfig(num_experts=6, top_k=2, routing="expert_choice", pools=pools)  # type: ignore[arg-type]
     tokens, listed = make_tokens([5, 8, 3], 7)
     x_TD, text_choices, biases = torch.randn(len(listed), 8), [], []
     for per_modality in (False, True):
@@ -82,13 +93,17 @@ def test_where_experts_choose_patches_one_bias_is_that_of_the_text(rule: str, po
 
 
 def test_biases_even_out_a_lopsided_router() -> None:
-    """A fixed router that would send nearly everything to one expert; only the biases may change that."""
+    """A fixed router that would send nearly everything to one expert; only the biases may change
+    that."""
     from tests.support.slow_moe import make_tokens
 
     for rule, rate in (("sign", 0.01), ("zscore", 0.01)):
         torch.manual_seed(0)
-        layer = MoELayer(8, MoEConfig(num_experts=4, experts_per_token=1, expert_width=8),
-                         BalanceConfig(bias=rule))  # type: ignore[arg-type]
+        layer = MoELayer(
+            8,
+            MoEConfig(num_experts=4, top_k=1, expert_width=8),
+            BalanceConfig(bias=rule),
+        )  # type: ignore[arg-type]
         for parameter in layer.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
         tokens, listed = make_tokens([8] * 8, 24)

@@ -1,11 +1,12 @@
-"""Gradients of experts come in one order, however their rows are computed: ZeRO adds them up as they come."""
+"""Gradients of experts come in one order, however their rows are computed: ZeRO adds them up as
+they come."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from pretrain.moe.experts import StackedExperts, together
+from pretrain.moe.experts import StackedExperts, synchronize_grads
 
 
 def _order(backend: str, rows: int) -> list[str]:
@@ -20,17 +21,23 @@ def _order(backend: str, rows: int) -> list[str]:
     return order
 
 
-@pytest.mark.parametrize(("backend", "rows"), [("loop", 5), ("grouped", 5), ("auto", 5), ("auto", 1000), ("auto", 0)])
+@pytest.mark.parametrize(
+    ("backend", "rows"), [("loop", 5), ("grouped", 5), ("auto", 5), ("auto", 1000), ("auto", 0)]
+)
 def test_every_way_to_compute_gives_gradients_in_one_order(backend: str, rows: int) -> None:
     assert _order(backend, rows) == ["w3", "w2", "w1"]
 
 
 def test_weights_that_go_together_keep_values_and_gradients() -> None:
     weights = [torch.randn(3, requires_grad=True) for _ in range(3)]
-    out = together(*weights)
+    out = synchronize_grads(*weights)
     assert all(torch.equal(a, b) for a, b in zip(out, weights, strict=True))
     (out[0] + 2 * out[2]).sum().backward()
-    assert [weight.grad.tolist() for weight in weights if weight.grad is not None] == [[1.0] * 3, [0.0] * 3, [2.0] * 3]
+    assert [weight.grad.tolist() for weight in weights if weight.grad is not None] == [
+        [1.0] * 3,
+        [0.0] * 3,
+        [2.0] * 3,
+    ]
 
 
 def test_choosing_how_to_compute_does_not_look_at_the_weights() -> None:

@@ -1,11 +1,21 @@
-"""Random numbers by hash: known values, the right distribution, and no dependence on anything but their names."""
+"""Random numbers by hash: known values, the right distribution, and no dependence on anything but
+their names."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from pretrain.moe.noise import gumbel, hash_numbers, mix, mix_int, normal, step_draw, token_identity, uniform
+from pretrain.moe.noise import (
+    gumbel,
+    hash_numbers,
+    mix,
+    mix_int,
+    normal,
+    step_draw,
+    token_identity,
+    uniform,
+)
 from tests.support.slow_moe import identity, number, scramble
 from tests.support.slow_moe import uniform as slow_uniform
 
@@ -20,10 +30,18 @@ def unsigned(x: int) -> int:
 
 def test_the_finaliser_is_that_of_splitmix64() -> None:
     # First outputs of SplitMix64 seeded with 1234567 (the reference generator in C).
-    golden, known = 0x9E3779B97F4A7C15, [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    golden, known = (
+        0x9E3779B97F4A7C15,
+        [6457827717110365317, 3203168211198807973, 9817491932198370423],
+    )
     assert [mix_int(1234567 + (i + 1) * golden) for i in range(3)] == known
-    states = torch.tensor([unsigned(1234567 + (i + 1) * golden) - (1 << 64) * (unsigned(
-        1234567 + (i + 1) * golden) >> 63) for i in range(3)])
+    states = torch.tensor(
+        [
+            unsigned(1234567 + (i + 1) * golden)
+            - (1 << 64) * (unsigned(1234567 + (i + 1) * golden) >> 63)
+            for i in range(3)
+        ]
+    )
     assert [unsigned(int(x)) for x in mix(states)] == known
 
 
@@ -35,7 +53,8 @@ def test_identities_and_numbers_equal_those_of_plain_whole_numbers() -> None:
     assert [unsigned(int(x)) for x in found] == true
     bits = hash_numbers(found, draw=99, block=4, purpose=1, size=5)
     assert [[unsigned(int(x)) for x in row] for row in bits] == [
-        [number(t, 99, 4, 1, e) for e in range(5)] for t in true]
+        [number(t, 99, 4, 1, e) for e in range(5)] for t in true
+    ]
     u = uniform(found, draw=99, block=4, purpose=1, size=5)
     assert u.tolist() == [[slow_uniform(t, 99, 4, e) for e in range(5)] for t in true]
     assert scramble(5) == mix_int(5)
@@ -50,7 +69,7 @@ def test_every_name_counts() -> None:
         assert not (first == other).any()
     assert first.unique().numel() == first.numel()
     assert len({step_draw(seed, step) for seed in range(20) for step in range(20)}) == 400
-    # Patches and text of a sample, and neighbours, are different tokens.
+    # Patches and text of a sample, and neighbors, are different tokens.
     every = token_identity(torch.tensor([1, 2]), 4, torch.arange(16), 8)
     assert every.unique().numel() == 8 + 16
 
@@ -63,9 +82,15 @@ def test_distributions() -> None:
     assert float((histogram - 0.05).abs().max()) < 0.002
     assert float(torch.corrcoef(u.t()).fill_diagonal_(0).abs().max()) < 0.02
     n = normal(tokens(40000), draw=5, block=0, size=4).double()
-    assert (float(n.mean()), float(n.std())) == (pytest.approx(0, abs=0.01), pytest.approx(1, abs=0.01))
+    assert (float(n.mean()), float(n.std())) == (
+        pytest.approx(0, abs=0.01),
+        pytest.approx(1, abs=0.01),
+    )
     g = gumbel(tokens(40000), draw=5, block=0, size=4).double()
-    assert (float(g.mean()), float(g.var())) == (pytest.approx(0.5772, abs=0.01), pytest.approx(1.645, abs=0.03))
+    assert (float(g.mean()), float(g.var())) == (
+        pytest.approx(0.5772, abs=0.01),
+        pytest.approx(1.645, abs=0.03),
+    )
     assert bool(torch.isfinite(g).all() and torch.isfinite(n).all())
 
 

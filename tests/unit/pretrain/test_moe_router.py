@@ -31,7 +31,9 @@ def test_the_router_computes_in_float32(mixed: str) -> None:
     layer, x_TD = make_layer(num_experts=8), torch.randn(200, WIDTH)
     if mixed == "bfloat16":
         layer, x_TD = layer.bfloat16(), x_TD.bfloat16()
-    context = torch.autocast("cpu", torch.bfloat16) if mixed == "autocast" else contextlib.nullcontext()
+    context = (
+        torch.autocast("cpu", torch.bfloat16) if mixed == "autocast" else contextlib.nullcontext()
+    )
     with context:
         logits_TE, absolute = layer.gate(x_TD), layer.gate()
     weight = layer.gate.weight.double()
@@ -42,26 +44,31 @@ def test_the_router_computes_in_float32(mixed: str) -> None:
 
 @pytest.mark.parametrize("mixed", ["bfloat16", "autocast"])
 def test_so_does_the_caption_gate_and_all_that_is_decided(mixed: str) -> None:
-    layer = make_layer(num_experts=4, gate="caption")
+    layer = make_layer(num_experts=4, router_input="caption")
     tokens, listed = make_tokens(LENGTHS, PATCHES)
     x_TD = torch.randn(len(listed), WIDTH)
     if mixed == "bfloat16":
         layer, x_TD = layer.bfloat16(), x_TD.bfloat16()
     exact = copy.deepcopy(layer).double()
-    context = torch.autocast("cpu", torch.bfloat16) if mixed == "autocast" else contextlib.nullcontext()
+    context = (
+        torch.autocast("cpu", torch.bfloat16) if mixed == "autocast" else contextlib.nullcontext()
+    )
     with context:
         logits_TE, scored, routing = layer.route(x_TD, tokens)
     true_TE = torch.stack(slow_logits(exact, x_TD.double(), listed))
     assert {t.dtype for t in (logits_TE, scored.scores_TE, routing.weights_N)} == {torch.float32}
     torch.testing.assert_close(logits_TE.double(), true_TE, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(scored.scores_TE.double(), torch.softmax(true_TE, 1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        scored.scores_TE.double(), torch.softmax(true_TE, 1), rtol=1e-5, atol=1e-6
+    )
 
 
-@pytest.mark.parametrize("choice", ["topk", "noisy", "sampled", "expert"])
+@pytest.mark.parametrize("choice", ["top_k", "noisy_top_k", "sampled", "expert_choice"])
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 def test_a_sure_router_keeps_to_the_pool(choice: str, score: str) -> None:
-    """Scores of a token's own pool may underflow to 0, which is what those of the other pool are."""
-    layer = make_layer(num_experts=6, experts_per_token=2, pools="modality", choice=choice, score=score)
+    """Scores of a token's own pool may underflow to 0, which is what those of the other pool
+    are."""
+    layer = make_layer(num_experts=6, top_k=2, pools="modality", routing=choice, score_func=score)
     with torch.no_grad():
         layer.gate.weight *= 300
     tokens, listed = make_tokens([8] * 8, PATCHES, draw=3)

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from pretrain.evaluate.generation import write_captions
 from pretrain.parallel.engine import TrainEngine
-from pretrain.train.pictures import OneMind
+from pretrain.train.pictures import RankZeroLogits
 
 END, WORD = 2, 5
 
 
 class Model:
-    """Writes one `WORD` at the first position and ends; says so by logits that a last bit turns over."""
+    """Writes one `WORD` at the first position and ends; says so by logits that a last bit turns
+    over."""
 
     def __init__(self, *, margin: float) -> None:
         self.margin = margin
@@ -43,6 +44,8 @@ def test_ranks_that_would_choose_differently_write_what_rank_0_writes() -> None:
         parts: dict[str, Any] = {"rank": rank, "model": Model(margin=margin), "total": total}
         engine = cast(TrainEngine, SimpleNamespace(**parts))
         images = torch.zeros(3, 3, 8, 8, dtype=torch.uint8)
-        written.append(write_captions(OneMind(engine), images, start_id=1, end_id=END, max_length=6))
+        written.append(
+            write_captions(RankZeroLogits(engine), images, start_id=1, end_id=END, max_length=6)
+        )
     assert written == [[[WORD]] * 3] * 2
     assert not sent  # as many exchanges on both ranks

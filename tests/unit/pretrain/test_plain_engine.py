@@ -15,14 +15,27 @@ from pretrain.parallel.layout import Layout
 from pretrain.parallel.plain_engine import PlainEngine, clip_gradients
 
 RUN = RunConfig(
-    model=ModelConfig(width=32, num_blocks=2, num_heads=2, pool_heads=2, ffn_width=48, fusion_start=1, image_size=16,
-                      patch_size=8, vocab_size=50, text_length=8, embed_dim=16),
+    model=ModelConfig(
+        width=32,
+        num_layers=2,
+        num_heads=2,
+        pool_heads=2,
+        ffn_width=48,
+        fusion_layer=1,
+        image_size=16,
+        patch_size=8,
+        vocab_size=50,
+        context_length=8,
+        embed_dim=16,
+    ),
     moe=MoEConfig(num_experts=4, expert_width=16),
 )
 
 
 def engine(optim: OptimConfig) -> PlainEngine:
-    layout = Layout(world=1, expert_parallel=1, zero_stage=-1, precision="fp32", num_experts=4)
+    layout = Layout(
+        world_size=1, expert_parallel_size=1, zero_stage=-1, precision="fp32", num_experts=4
+    )
     return PlainEngine(build_model(RUN), optim, layout, torch.device("cpu"))
 
 
@@ -60,7 +73,10 @@ def test_a_step_tells_the_norm_before_clipping_and_updates_with_what_is_left(
     true = exact_norm(list(plain.gradients().values()))
     seen: list[float] = []
     update = plain._optimizer.step
-    monkeypatch.setattr(plain._optimizer, "step",
-                        lambda: (seen.append(exact_norm(list(plain.gradients().values()))), update()))
+    monkeypatch.setattr(
+        plain._optimizer,
+        "step",
+        lambda: (seen.append(exact_norm(list(plain.gradients().values()))), update()),
+    )
     assert plain.step(1e-3) == pytest.approx(true, rel=1e-9)
     assert seen == [pytest.approx(shown or true, rel=1e-5)]

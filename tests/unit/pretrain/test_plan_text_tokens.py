@@ -18,14 +18,21 @@ def counted(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[float, str
 
 @pytest.mark.parametrize("asked", ["-5", "nan", "inf"])
 @pytest.mark.parametrize("also", [[], ["--twin"]])
-def test_what_no_caption_can_have_is_refused(asked: str, also: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_no_caption_can_have_is_refused(
+    asked: str, also: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["plan", "tiny", "--text-tokens", asked, *also]) == 2
-    assert f"error: --text-tokens is {asked}, but must be a finite number of tokens" in capsys.readouterr().err
+    assert (
+        f"error: --text-tokens is {asked}, but must be a finite number of tokens"
+        in capsys.readouterr().err
+    )
 
 
-def test_more_than_a_caption_holds_is_said_and_not_counted(capsys: pytest.CaptureFixture[str]) -> None:
+def test_more_than_a_caption_holds_is_said_and_not_counted(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     tokens, said = counted(capsys, "--text-tokens", "100")
-    assert tokens == 64 and "captions end at model.text_length (64)" in said
+    assert tokens == 64 and "captions end at model.context_length (64)" in said
     assert counted(capsys, "--text-tokens", "12.5") == (12.5, "")
     assert counted(capsys) == (16, "")
-    assert counted(capsys, "model.text_length=8") == (8, "")
+    assert counted(capsys, "model.context_length=8") == (8, "")

@@ -30,17 +30,23 @@ def test_a_preset_loads_fits_its_ranks_and_survives_a_round_trip(name: str, tmp_
     assert load_run(tmp_path / "config.yaml") == run
 
 
-@pytest.mark.parametrize(("name", "lr", "pairs_per_step", "experts_per_token"), [
-    ("tiny", 1e-3, 256, 2), ("s16", 1e-3, 8192, 3), ("b16", 1e-3, 16384, 3), ("l16", 5e-4, 32768, 3),
-    ("h14", 4e-4, 32768, 7),
-])
+@pytest.mark.parametrize(
+    ("name", "lr", "global_batch_size", "top_k"),
+    [
+        ("tiny", 1e-3, 256, 2),
+        ("s16", 1e-3, 8192, 3),
+        ("b16", 1e-3, 16384, 3),
+        ("l16", 5e-4, 32768, 3),
+        ("h14", 4e-4, 32768, 7),
+    ],
+)
 def test_the_numbers_of_the_table_of_sizes(
-    name: str, lr: float, pairs_per_step: int, experts_per_token: int
+    name: str, lr: float, global_batch_size: int, top_k: int
 ) -> None:
     run = load_run(name)
-    assert (run.optim.lr, run.batch.pairs_per_step) == (lr, pairs_per_step)
-    assert (run.moe.shared_experts, run.moe.experts_per_token) == (1, experts_per_token)
-    assert (run.model.vocab_size, run.model.text_length) == (32000, 64)
+    assert (run.optim.lr, run.batch.global_batch_size) == (lr, global_batch_size)
+    assert (run.moe.shared_experts, run.moe.top_k) == (1, top_k)
+    assert (run.model.vocab_size, run.model.context_length) == (32000, 64)
 
 
 def test_a_run_file_extends_a_preset_and_the_command_line_wins(tmp_path: Path) -> None:
@@ -62,11 +68,17 @@ def test_a_way_of_balancing_goes_on_top_of_a_size(size: str, way: str, tmp_path:
     assert problems(run, 2 if size == "tiny" else 8) == []
     assert (run.model, run.optim, run.name) == (base.model, base.optim, "mine")
     assert run.balance == alone.balance
-    assert (run.moe.choice, run.moe.score, run.moe.pools) == (alone.moe.choice, alone.moe.score, alone.moe.pools)
+    assert (run.moe.routing, run.moe.score_func, run.moe.pools) == (
+        alone.moe.routing,
+        alone.moe.score_func,
+        alone.moe.pools,
+    )
     assert run.moe.expert_width == base.moe.expert_width
 
 
-def test_a_file_wins_over_a_preset_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_wins_over_a_preset_of_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     Path("tiny").write_text("name: local\n")
     assert load_run("tiny").name == "local"
@@ -78,7 +90,9 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
 
 
 def test_an_unknown_preset_names_the_nearest() -> None:
-    with pytest.raises(ConfigError, match=r"b61: no such file, and no preset either .*did you mean 'b16'\?"):
+    with pytest.raises(
+        ConfigError, match=r"b61: no such file, and no preset either .*did you mean 'b16'\?"
+    ):
         load_run("b61")
     assert preset_path("../schema") is None
 
@@ -88,9 +102,13 @@ def test_an_unknown_key_names_the_nearest_and_the_file(tmp_path: Path) -> None:
     path.write_text("moe: {experts_per_tokn: 2}\n")
     with pytest.raises(ConfigError) as caught:
         load_run(path)
-    assert str(caught.value) == f"{path}: moe.experts_per_tokn: no such setting; did you mean 'experts_per_token'?"
+    assert (
+        str(caught.value) == f"{path}: moe.experts_per_tokn: no such setting; did you mean 'top_k'?"
+    )
 
 
 def test_an_unknown_key_of_the_command_line_is_told_too() -> None:
-    with pytest.raises(ConfigError, match=r"command line: lr: no such setting; did you mean 'optim.lr'\?"):
+    with pytest.raises(
+        ConfigError, match=r"command line: lr: no such setting; did you mean 'optim.lr'\?"
+    ):
         load_run("tiny", ["lr=1"])

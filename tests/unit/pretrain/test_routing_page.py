@@ -50,12 +50,17 @@ def image(side: int = 32) -> np.ndarray[Any, Any]:
     return np.random.default_rng(0).integers(0, 256, (3, side, side), dtype=np.uint8)
 
 
-def page(word: str = EVIL, picture: PagePicture | None = None, title: str = EVIL) -> tuple[str, Reader]:
+def page(
+    word: str = EVIL, picture: PagePicture | None = None, title: str = EVIL
+) -> tuple[str, Reader]:
     """A page of one layer whose expert 0 sees one word and a patch of sample 7."""
     tally = Tally(1, 2, patches=1)
     tally.pairs, tally.tokens_M = 2, np.array([8, 20])
     tally.visits_LME[0] = [[8, 2], [12, 8]]
-    tally.words_W, tally.words_LEW = np.array([10, 10]), np.array([[[10, 2], [0, 8]]], dtype=np.int32)
+    tally.words_W, tally.words_LEW = (
+        np.array([10, 10]),
+        np.array([[[10, 2], [0, 8]]], dtype=np.int32),
+    )
     tally.patch_sample_LEX[0], tally.patch_place_LEX[0] = [[7], [9]], [[6], [0]]
     tally.patch_weight_LEX[0] = [[0.75], [0.5]]
     moe = MoEConfig(num_experts=2)
@@ -78,15 +83,26 @@ def test_nothing_from_captions_becomes_markup() -> None:
     assert reader.text.count(EVIL) == 5  # the title twice, and above two grids, and the word
     titles = [attributes.get("title") for tag, attributes in reader.tags if tag == "span"]
     assert f"{EVIL} ({EVIL}); weight 0.75" in titles
-    assert not [name for _, attributes in reader.tags for name in attributes if name.startswith("on")]
+    assert not [
+        name for _, attributes in reader.tags for name in attributes if name.startswith("on")
+    ]
 
 
 def test_nothing_is_loaded_from_elsewhere() -> None:
     text, reader = page("http://example.com/a.png")
-    policy = next(attributes["content"] for tag, attributes in reader.tags if "http-equiv" in attributes)
+    policy = next(
+        attributes["content"] for tag, attributes in reader.tags if "http-equiv" in attributes
+    )
     assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    addresses = [attributes[name] for _, attributes in reader.tags for name in ("src", "href") if name in attributes]
-    assert addresses and all(str(address).startswith("data:image/png;base64,") for address in addresses)
+    addresses = [
+        attributes[name]
+        for _, attributes in reader.tags
+        for name in ("src", "href")
+        if name in attributes
+    ]
+    assert addresses and all(
+        str(address).startswith("data:image/png;base64,") for address in addresses
+    )
     assert all(found.startswith("data:image/") for found in re.findall(r"url\(([^)]*)\)", text))
 
 
@@ -99,10 +115,14 @@ def test_the_patch_is_the_one_that_the_expert_saw_with_its_picture_beside() -> N
     assert np.array_equal(shown, picture.image[:, 8:16, 16:24].transpose(1, 2, 0))
     whole = re.findall(r"\.p7\{background-image:url\(data:image/png;base64,([^)]*)\)\}", text)
     assert len(whole) == 1
-    assert np.array_equal(np.asarray(Image.open(io.BytesIO(base64.b64decode(whole[0])))),
-                          picture.image.transpose(1, 2, 0))
+    assert np.array_equal(
+        np.asarray(Image.open(io.BytesIO(base64.b64decode(whole[0])))),
+        picture.image.transpose(1, 2, 0),
+    )
     assert any(attributes.get("class") == "whole p7" for _, attributes in reader.tags)
-    assert len([1 for tag, _ in reader.tags if tag == "img"]) == 1  # that of sample 9 could not be read
+    assert (
+        len([1 for tag, _ in reader.tags if tag == "img"]) == 1
+    )  # that of sample 9 could not be read
 
 
 def test_bars_and_frames_lie_where_they_belong() -> None:
@@ -149,6 +169,11 @@ def test_a_drawing_has_every_cell_and_is_well_formed() -> None:
     assert cells[0].findtext("title") == "<a>, 0: 0.00" and cells[2].find("title") is None
     assert [text.text for text in drawing.findall("text[@class='r']")] == ["<a>", "b&"]
     narrow = ElementTree.fromstring(svg_grid(Grid("", np.ones((64, 64)), ("<",) * 64, ("<",) * 64)))
-    assert [len(narrow.findall(f"text[@class='{name}']")) for name in "rl"] == [64, 32]  # 13 pixels each
-    heavy = ElementTree.fromstring(svg_grid(Grid("", np.ones((2, TOLD)), ("a", "b"), ("0",) * TOLD)))
+    assert [len(narrow.findall(f"text[@class='{name}']")) for name in "rl"] == [
+        64,
+        32,
+    ]  # 13 pixels each
+    heavy = ElementTree.fromstring(
+        svg_grid(Grid("", np.ones((2, TOLD)), ("a", "b"), ("0",) * TOLD))
+    )
     assert len(heavy.findall("rect")) == 2 * TOLD and heavy.find("rect/title") is None

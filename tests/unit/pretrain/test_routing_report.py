@@ -1,4 +1,5 @@
-"""Numbers about experts, from counts whose answers are known; grids and the table that show them."""
+"""Numbers about experts, from counts whose answers are known; grids and the table that show
+them."""
 
 from __future__ import annotations
 
@@ -26,16 +27,16 @@ from pretrain.evaluate.routing.figure import (
 )
 from pretrain.evaluate.routing.grids import (
     Grid,
-    expected_together,
+    coactivation_grids,
+    coactivation_lift,
+    expected_coactivation,
     load_grids,
     over_fair_share,
-    together_grids,
-    together_lift,
 )
 from pretrain.evaluate.routing.report import (
+    coactivated_pairs,
     effective_number,
     modality_lean,
-    pairs_together,
     routing_report,
     top_words,
     word_bits,
@@ -46,74 +47,87 @@ from pretrain.evaluate.routing.text import printable, routing_table, serves
 ALL = (slice(None),)
 
 
-def drawn_pairs(weights: list[float], tokens: int, together: float = 0.0) -> np.ndarray:
+def drawn_pairs(weights: list[float], tokens: int, coactivation: float = 0.0) -> np.ndarray:
     """Tokens that draw two different experts; a share of them always takes experts 0 and 1."""
     random = np.random.default_rng(0)
-    counts, share = np.zeros((len(weights), len(weights)), dtype=np.int64), np.array(weights) / sum(weights)
+    counts, share = (
+        np.zeros((len(weights), len(weights)), dtype=np.int64),
+        np.array(weights) / sum(weights),
+    )
     for _ in range(tokens):
-        pair = (0, 1) if random.random() < together else random.choice(len(weights), 2, replace=False, p=share)
+        pair = (
+            (0, 1)
+            if random.random() < coactivation
+            else random.choice(len(weights), 2, replace=False, p=share)
+        )
         counts[pair[0], pair[1]] += 1
         counts[pair[1], pair[0]] += 1
     return counts
 
 
 def test_experts_that_are_drawn_independently_have_a_lift_of_one() -> None:
-    lift_EE = together_lift(drawn_pairs([3, 1, 1, 1, 2, 1], 8000), ALL)
+    lift_EE = coactivation_lift(drawn_pairs([3, 1, 1, 1, 2, 1], 8000), ALL)
     off = ~np.eye(6, dtype=bool)
     assert np.isnan(np.diag(lift_EE)).all()
     assert np.abs(lift_EE[off] - 1).max() < 0.15
 
 
 def test_expected_pairs_keep_how_often_each_expert_is_chosen() -> None:
-    counts_EE = drawn_pairs([5, 1, 1, 2], 2000, together=0.2)
-    expected_EE = expected_together(counts_EE + np.diag([7, 7, 7, 7]))
+    counts_EE = drawn_pairs([5, 1, 1, 2], 2000, coactivation=0.2)
+    expected_EE = expected_coactivation(counts_EE + np.diag([7, 7, 7, 7]))
     np.testing.assert_allclose(expected_EE.sum(axis=1), counts_EE.sum(axis=1), rtol=1e-6)
     np.testing.assert_allclose(expected_EE, expected_EE.T)
     assert (np.diag(expected_EE) == 0).all()
     # A product a_i a_j beside the diagonal: ratios of rows do not depend on the column.
-    assert expected_EE[0, 2] * expected_EE[1, 3] == pytest.approx(expected_EE[0, 3] * expected_EE[1, 2])
+    assert expected_EE[0, 2] * expected_EE[1, 3] == pytest.approx(
+        expected_EE[0, 3] * expected_EE[1, 2]
+    )
 
 
 def test_no_tokens_and_no_pairs_expect_nothing() -> None:
-    assert not expected_together(np.zeros((4, 4), dtype=np.int64)).any()
-    assert np.isnan(together_lift(np.diag([5, 3, 0]), ALL)).all()
-    assert pairs_together(np.diag([5, 3, 0])) == []
-    assert expected_together(np.array([[9]])).tolist() == [[0]]
+    assert not expected_coactivation(np.zeros((4, 4), dtype=np.int64)).any()
+    assert np.isnan(coactivation_lift(np.diag([5, 3, 0]), ALL)).all()
+    assert coactivated_pairs(np.diag([5, 3, 0])) == []
+    assert expected_coactivation(np.array([[9]])).tolist() == [[0]]
 
 
 @pytest.mark.parametrize("others", [[1598, 277, 825], [2700], [5, 0, 1]])
-def test_an_expert_that_every_token_chooses_leaves_the_others_no_chance_to_meet(others: list[int]) -> None:
+def test_an_expert_that_every_token_chooses_leaves_the_others_no_chance_to_meet(
+    others: list[int],
+) -> None:
     counts_EE = np.zeros((len(others) + 1, len(others) + 1), dtype=np.int64)
     counts_EE[0, 1:] = counts_EE[1:, 0] = others
-    np.testing.assert_allclose(expected_together(counts_EE), counts_EE, atol=1e-3)
-    lift_EE = together_lift(counts_EE, ALL)
+    np.testing.assert_allclose(expected_coactivation(counts_EE), counts_EE, atol=1e-3)
+    lift_EE = coactivation_lift(counts_EE, ALL)
     assert np.isnan(lift_EE[1:, 1:]).all() and np.nanmax(np.abs(lift_EE - 1)) < 1e-3
 
 
 @pytest.mark.parametrize("share", [0.5, 0.9, 0.999])
 def test_expected_pairs_are_exact_however_uneven_the_experts_are(share: float) -> None:
     counts_EE = drawn_pairs([share, *[(1 - share) / 5] * 5], 3000)
-    expected_EE = expected_together(counts_EE)
+    expected_EE = expected_coactivation(counts_EE)
     np.testing.assert_allclose(expected_EE.sum(axis=1), counts_EE.sum(axis=1), rtol=1e-6)
-    assert expected_EE[0, 2] * expected_EE[1, 3] == pytest.approx(expected_EE[0, 3] * expected_EE[1, 2])
+    assert expected_EE[0, 2] * expected_EE[1, 3] == pytest.approx(
+        expected_EE[0, 3] * expected_EE[1, 2]
+    )
 
 
 def test_experts_of_different_pools_have_no_value_and_do_not_count() -> None:
     image_EE, text_EE = drawn_pairs([3, 1, 1], 4000), drawn_pairs([1, 1, 2], 1000)
     both_EE = np.block([[image_EE, np.zeros_like(image_EE)], [np.zeros_like(text_EE), text_EE]])
-    lift_EE = together_lift(both_EE, (slice(0, 3), slice(3, 6)))
+    lift_EE = coactivation_lift(both_EE, (slice(0, 3), slice(3, 6)))
     assert np.isnan(lift_EE[:3, 3:]).all() and np.isnan(lift_EE[3:, :3]).all()
-    np.testing.assert_array_equal(lift_EE[:3, :3], together_lift(image_EE, ALL))
-    np.testing.assert_array_equal(lift_EE[3:, 3:], together_lift(text_EE, ALL))
-    (grid,) = together_grids(both_EE[None], (1,), MoEConfig(num_experts=6, pools="modality"))
+    np.testing.assert_array_equal(lift_EE[:3, :3], coactivation_lift(image_EE, ALL))
+    np.testing.assert_array_equal(lift_EE[3:, 3:], coactivation_lift(text_EE, ALL))
+    (grid,) = coactivation_grids(both_EE[None], (1,), MoEConfig(num_experts=6, pools="modality"))
     np.testing.assert_array_equal(grid.ratio_RC, lift_EE)
 
 
 def test_the_pair_that_keeps_together_is_named_first_and_chance_is_not() -> None:
-    found = pairs_together(drawn_pairs([1] * 6, 4000, together=0.15))
+    found = coactivated_pairs(drawn_pairs([1] * 6, 4000, coactivation=0.15))
     assert found[0]["experts"] == [0, 1]
     assert found[0]["lift"] > 1.5 and found[0]["tokens"] > found[0]["expected"]
-    assert pairs_together(drawn_pairs([1] * 6, 4000)) == []
+    assert coactivated_pairs(drawn_pairs([1] * 6, 4000)) == []
 
 
 def test_a_lean_compares_shares_and_not_counts() -> None:
@@ -131,7 +145,10 @@ def test_word_bits_are_the_divergence_and_chance_is_taken_off() -> None:
     assert word_bits(np.array([1000, 1000, 1000, 1000]), base_W) == 0
     assert word_bits(np.zeros(4, dtype=np.int64), base_W) is None
     random = np.random.default_rng(1)
-    by_chance = [word_bits(random.multinomial(400, np.ones(200) / 200), np.full(200, 1000)) for _ in range(20)]
+    by_chance = [
+        word_bits(random.multinomial(400, np.ones(200) / 200), np.full(200, 1000))
+        for _ in range(20)
+    ]
     assert np.mean([value for value in by_chance if value is not None]) < 0.1  # 0.36 without
 
 
@@ -143,7 +160,9 @@ def test_few_tokens_among_many_words_are_neither_special_nor_nothing(tokens: int
     bits = word_bits(only_one, base_W)
     assert bits is not None and 2 < bits < np.log2(900)
     random = np.random.default_rng(1)
-    drawn = [word_bits(random.multivariate_hypergeometric(base_W, tokens), base_W) for _ in range(20)]
+    drawn = [
+        word_bits(random.multivariate_hypergeometric(base_W, tokens), base_W) for _ in range(20)
+    ]
     assert np.mean([value for value in drawn if value is not None]) < 0.05  # 6.5 or 3.9 without
     assert word_bits(base_W, base_W) == 0
 
@@ -166,8 +185,8 @@ def test_the_number_of_experts_in_use() -> None:
 
 
 def specialists() -> Tally:
-    """Two layers of four experts, two a token: experts 0 and 1 take the 40 patches, 2 and 3 the 20 text tokens;
-    in layer 1 all take all alike."""
+    """Two layers of four experts, two a token: experts 0 and 1 take the 40 patches, 2 and 3 the 20
+    text tokens; in layer 1 all take all alike."""
     tally = Tally(2, 4)
     tally.pairs, tally.tokens_M = 4, np.array([40, 20])
     tally.visits_LME[0] = [[40, 40, 0, 0], [0, 0, 20, 20]]
@@ -176,7 +195,9 @@ def specialists() -> Tally:
     tally.entropy_LME[:] = 1.2 * tally.visits_LME
     tally.entropy_LM[:] = [1.2, 0.7] * tally.tokens_M
     tally.words_W = np.array([10, 10])
-    tally.words_LEW = np.array([[[0, 0], [0, 0], [10, 10], [10, 10]], [[10, 0], [10, 0], [0, 10], [0, 10]]])
+    tally.words_LEW = np.array(
+        [[[0, 0], [0, 0], [10, 10], [10, 10]], [[10, 0], [10, 0], [0, 10], [0, 10]]]
+    )
     return tally
 
 
@@ -185,16 +206,25 @@ def test_a_report_of_specialists_and_of_generalists() -> None:
     first, second = report["layers"]
     assert (first["block"], second["block"]) == (1, 3)
     assert [expert["lean"] for expert in first["experts"]] == [-1, -1, 1, 1]
-    assert [expert["specialisation"] for expert in second["experts"]] == [0, 0, 0, 0]
+    assert [expert["specialization"] for expert in second["experts"]] == [0, 0, 0, 0]
     assert first["experts"][0]["share"] == {"image": 1.0, "text": 0.0}
     assert first["experts"][2]["weight"] == pytest.approx(0.5)
     assert first["experts"][2]["entropy"] == pytest.approx(1.2)
-    assert first["load"]["image"] == {"fair": 0.5, "max_over_mean": 2.0, "min_over_mean": 0.0, "used": pytest.approx(2),
-                                      "entropy": pytest.approx(1.2)}
+    assert first["load"]["image"] == {
+        "fair": 0.5,
+        "max_over_mean": 2.0,
+        "min_over_mean": 0.0,
+        "used": pytest.approx(2),
+        "entropy": pytest.approx(1.2),
+    }
     assert second["load"]["text"]["max_over_mean"] == 1.0
     assert second["load"]["text"]["entropy"] == pytest.approx(0.7)
-    assert [[word["word"] for word in expert["words"]] for expert in second["experts"]] == [["sky"], ["sky"], ["sea"],
-                                                                                            ["sea"]]
+    assert [[word["word"] for word in expert["words"]] for expert in second["experts"]] == [
+        ["sky"],
+        ["sky"],
+        ["sea"],
+        ["sea"],
+    ]
     assert first["experts"][0]["words"] == [] and first["experts"][0]["word_bits"] is None
 
 
@@ -211,9 +241,14 @@ def test_pools_are_judged_by_their_own_fair_share() -> None:
 
 
 def test_the_table_says_whom_each_expert_serves() -> None:
-    lines = routing_table(routing_report(specialists(), ["sky", "sea"], MoEConfig(num_experts=4), (1, 3))).splitlines()
+    lines = routing_table(
+        routing_report(specialists(), ["sky", "sea"], MoEConfig(num_experts=4), (1, 3))
+    ).splitlines()
     assert lines[0] == "layer 01"
-    assert "image  busiest 2.00 x fair, idlest 0.00; like 2.0 even experts; entropy 1.20 nats" in lines[1]
+    assert (
+        "image  busiest 2.00 x fair, idlest 0.00; like 2.0 even experts; entropy 1.20 nats"
+        in lines[1]
+    )
     row = next(line for line in lines if line.split()[:1] == ["2"])
     assert row.split() == ["2", "0.0%", "100.0%", "text", "1.00", "0.50", "1.20", "0.00"]
     assert any(line.endswith("sea x2.0") for line in lines)
@@ -223,15 +258,26 @@ def test_the_table_says_whom_each_expert_serves() -> None:
 def test_words_cannot_steer_a_terminal() -> None:
     assert printable("a\x1b[2Jb\u202e") == "a\N{REPLACEMENT CHARACTER}[2Jb\N{REPLACEMENT CHARACTER}"
     assert (serves(None), serves(0.01), serves(-0.06), serves(-0.5), serves(1.0)) == (
-        "nobody", "both", "image 0.06", "image 0.50", "text 1.00")
+        "nobody",
+        "both",
+        "image 0.06",
+        "image 0.50",
+        "text 1.00",
+    )
 
 
 def test_fair_shares_of_nothing_are_unknown() -> None:
     assert np.isnan(over_fair_share(np.zeros((2, 3), dtype=np.int64), slice(0, 3))).all()
 
 
-def test_colours_tell_less_from_more() -> None:
-    assert (shade(1.0), shade(4.0), shade(0.25), shade(0.0), shade(math.inf)) == (FAIR, MORE, LESS, LESS, MORE)
+def test_colors_tell_less_from_more() -> None:
+    assert (shade(1.0), shade(4.0), shade(0.25), shade(0.0), shade(math.inf)) == (
+        FAIR,
+        MORE,
+        LESS,
+        LESS,
+        MORE,
+    )
     assert shade(math.nan) == NOTHING
     assert shade(2.0) not in (FAIR, MORE) and shade(2.0)[0] > shade(2.0)[2]
 
@@ -256,8 +302,10 @@ def test_many_grids_stay_one_picture() -> None:
 
 
 def test_two_grids_of_loads_are_not_small_because_many_others_are() -> None:
-    loads, together = np.full((2, 32), 100.0), np.ones((32, 32))
-    grids = [Grid("load", loads, ("a", "b"), ("0",) * 32)] * 2 + [Grid("", together, ("0",) * 32, ("0",) * 32)] * 12
+    loads, coactivation = np.full((2, 32), 100.0), np.ones((32, 32))
+    grids = [Grid("load", loads, ("a", "b"), ("0",) * 32)] * 2 + [
+        Grid("", coactivation, ("0",) * 32, ("0",) * 32)
+    ] * 12
     red = (np.asarray(draw_grids(grids)) == np.array(MORE)).all(axis=2).sum()
     assert red == 2 * loads.size * (cell_side(32, 2) - 1) ** 2
     assert cell_side(32, 2) > 2 * cell_side(32, 12)
@@ -274,9 +322,13 @@ def test_the_last_label_is_not_cut_off() -> None:
 
 
 def test_a_grid_for_each_layer_says_which_experts_go_together() -> None:
-    counts_EE = drawn_pairs([1] * 6, 1000, together=0.3)
-    first, second = together_grids(np.stack([counts_EE, np.zeros_like(counts_EE)]), (2, 5), MoEConfig(num_experts=6),
-                                   ", text tokens")
+    counts_EE = drawn_pairs([1] * 6, 1000, coactivation=0.3)
+    first, second = coactivation_grids(
+        np.stack([counts_EE, np.zeros_like(counts_EE)]),
+        (2, 5),
+        MoEConfig(num_experts=6),
+        ", text tokens",
+    )
     assert first.title == "layer 02, text tokens: chosen together, over chance"
     assert first.ratio_RC[0, 1] > 1.2
     assert np.nanmax(first.ratio_RC[0, 2:]) < 1 < np.nanmin(first.ratio_RC[2, 3:])

@@ -1,4 +1,5 @@
-"""Counting what routers decide: hand-made choices with known answers, and a real model against its own statistics."""
+"""Counting what routers decide: hand-made choices with known answers, and a real model against its
+own statistics."""
 
 from __future__ import annotations
 
@@ -10,12 +11,23 @@ from torch import Tensor
 from pretrain.config.experts import MoEConfig
 from pretrain.config.schema import ModelConfig
 from pretrain.evaluate.routing.tally import Routed, Tally, watch
-from pretrain.evaluate.routing.words import WordBook, words_of
+from pretrain.evaluate.routing.words import WordVocabulary, words_of
 from pretrain.model import VisionLanguageModel
 from pretrain.model.vision_language import RoutingFacts, valid_positions
 
-SMALL = ModelConfig(width=32, num_blocks=3, num_heads=2, pool_heads=2, ffn_width=32, fusion_start=1, image_size=16,
-                    patch_size=8, vocab_size=64, text_length=8, embed_dim=16)
+SMALL = ModelConfig(
+    width=32,
+    num_layers=3,
+    num_heads=2,
+    pool_heads=2,
+    ffn_width=32,
+    fusion_layer=1,
+    image_size=16,
+    patch_size=8,
+    vocab_size=64,
+    context_length=8,
+    embed_dim=16,
+)
 
 
 def hand_made() -> Routed:
@@ -23,8 +35,12 @@ def hand_made() -> Routed:
     chosen = [[0, 1], [0, 1], [0, 2], [1, 0], [2, 1], [2, 1], [2, 0]]
     weights = [[0.9, 0.1], [0.6, 0.4], [0.7, 0.3], [0.8, 0.2], [0.5, 0.5], [0.5, 0.5], [1.0, 0.0]]
     return Routed(
-        torch.arange(7).repeat_interleave(2), torch.tensor(chosen).flatten(), torch.tensor(weights).flatten(),
-        torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0]), num_pairs=2, num_patches=2,
+        torch.arange(7).repeat_interleave(2),
+        torch.tensor(chosen).flatten(),
+        torch.tensor(weights).flatten(),
+        torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0]),
+        num_pairs=2,
+        num_patches=2,
     )
 
 
@@ -55,10 +71,13 @@ def test_words_by_hand(tally: Tally) -> None:
 
 
 def test_the_surest_patches_are_kept_one_of_a_picture(tally: Tally) -> None:
-    # Expert 0 has patches 0 and 1 of the first picture (0.9, 0.6), 0 and 1 of the second (0.7, 0.2).
+    # Expert 0 has patches 0 and 1 of the first picture (0.9, 0.6), 0 and 1 of the second (0.7,
+    # 0.2).
     assert tally.patch_sample_LEX[0].tolist() == [[70, 80], [80, 70], [80, -1]]
     assert tally.patch_place_LEX[0, :2].tolist() == [[0, 0], [1, 1]]
-    np.testing.assert_allclose(tally.patch_weight_LEX[0], [[0.9, 0.7], [0.8, 0.4], [0.3, 0.0]], rtol=1e-6)
+    np.testing.assert_allclose(
+        tally.patch_weight_LEX[0], [[0.9, 0.7], [0.8, 0.4], [0.3, 0.0]], rtol=1e-6
+    )
 
 
 def test_later_batches_add_up_and_take_the_place_of_less_sure_patches(tally: Tally) -> None:
@@ -77,16 +96,26 @@ def batch(pairs: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     random = torch.Generator().manual_seed(pairs)
     lengths = torch.randint(3, 9, (pairs,), generator=random)
     ids = torch.randint(4, 64, (pairs, 8), generator=random)
-    return (torch.randint(0, 256, (pairs, 3, 16, 16), generator=random, dtype=torch.uint8), ids, lengths,
-            valid_positions(lengths, 8))
+    return (
+        torch.randint(0, 256, (pairs, 3, 16, 16), generator=random, dtype=torch.uint8),
+        ids,
+        lengths,
+        valid_positions(lengths, 8),
+    )
 
 
-@pytest.mark.parametrize("moe", [
-    MoEConfig(num_experts=4, expert_width=8), MoEConfig(num_experts=4, expert_width=8, experts_per_token=1),
-    MoEConfig(num_experts=4, expert_width=8, choice="expert"), MoEConfig(num_experts=4, expert_width=8, gate="caption"),
-    MoEConfig(num_experts=4, expert_width=8, pools="modality", score="sigmoid"),
-    MoEConfig(num_experts=4, expert_width=8, choice="noisy", capacity_factor=1.0),
-], ids=["topk", "k=1", "expert", "caption", "pools", "noisy"])
+@pytest.mark.parametrize(
+    "moe",
+    [
+        MoEConfig(num_experts=4, expert_width=8),
+        MoEConfig(num_experts=4, expert_width=8, top_k=1),
+        MoEConfig(num_experts=4, expert_width=8, routing="expert"),
+        MoEConfig(num_experts=4, expert_width=8, router_input="caption"),
+        MoEConfig(num_experts=4, expert_width=8, pools="modality", score_func="sigmoid"),
+        MoEConfig(num_experts=4, expert_width=8, routing="noisy_top_k", capacity_factor=1.0),
+    ],
+    ids=["top_k", "k=1", "expert", "caption", "pools", "noisy"],
+)
 def test_what_is_watched_is_what_the_model_did(moe: MoEConfig) -> None:
     torch.manual_seed(0)
     model = VisionLanguageModel(SMALL, moe)
@@ -94,16 +123,22 @@ def test_what_is_watched_is_what_the_model_did(moe: MoEConfig) -> None:
         for parameter in model.parameters():
             parameter.copy_(0.5 * torch.randn_like(parameter))
     model.eval()
-    tally, choices, together, entropies = Tally(2, 4), 0, 0, 0
+    tally, choices, coactivation, entropies = Tally(2, 4), 0, 0, 0
     with torch.no_grad(), watch(model) as seen:
         for pairs in (5, 3):
             inputs = batch(pairs)
-            output = model(*inputs, RoutingFacts(torch.arange(pairs), torch.zeros(pairs).long(), 1, together=True))
+            output = model(
+                *inputs,
+                RoutingFacts(torch.arange(pairs), torch.zeros(pairs).long(), 1, coactivation=True),
+            )
             tally.add(seen, np.zeros(len(inputs[3]), dtype=np.int64), np.arange(pairs))
-            choices, together = choices + output.router.choices_ME, together + output.router.together_EE
+            choices, coactivation = (
+                choices + output.router.choices_ME,
+                coactivation + output.router.coactivation_EE,
+            )
             entropies = entropies + output.router.entropy_sum_M
     assert np.array_equal(tally.visits_LME, choices)
-    assert np.array_equal(tally.together_LMEE.sum(axis=1), together)
+    assert np.array_equal(tally.together_LMEE.sum(axis=1), coactivation)
     np.testing.assert_allclose(tally.entropy_LM, entropies, rtol=1e-4, atol=1e-4)
 
 
@@ -120,15 +155,24 @@ def test_watching_ends() -> None:
     assert seen == []
 
 
-@pytest.mark.parametrize(("pieces", "words"), [
-    (["<start>", "▁a", "▁red", "▁fo", "x", "<end>"], ["<start>", "a", "red", "fox", "fox", "<end>"]),
-    (["<start>", "▁caf", "<0xC3>", "<0xA9>", "<end>"], ["<start>", "café", "café", "café", "<end>"]),
-    (["<start>", "un", "even", "<end>"], ["<start>", "uneven", "uneven", "<end>"]),
-    (["▁", "<0xC3>"], ["\N{REPLACEMENT CHARACTER}"] * 2),
-    (["▁" + "x" * 20, "y" * 20, "▁b"], ["x" * 20, "y" * 20, "b"]),
-    (["▁"], ["▁"]),
-    ([], []),
-])
+@pytest.mark.parametrize(
+    ("pieces", "words"),
+    [
+        (
+            ["<start>", "▁a", "▁red", "▁fo", "x", "<end>"],
+            ["<start>", "a", "red", "fox", "fox", "<end>"],
+        ),
+        (
+            ["<start>", "▁caf", "<0xC3>", "<0xA9>", "<end>"],
+            ["<start>", "café", "café", "café", "<end>"],
+        ),
+        (["<start>", "un", "even", "<end>"], ["<start>", "uneven", "uneven", "<end>"]),
+        (["▁", "<0xC3>"], ["\N{REPLACEMENT CHARACTER}"] * 2),
+        (["▁" + "x" * 20, "y" * 20, "▁b"], ["x" * 20, "y" * 20, "b"]),
+        (["▁"], ["▁"]),
+        ([], []),
+    ],
+)
 def test_pieces_are_joined_to_words(pieces: list[str], words: list[str]) -> None:
     assert words_of(pieces) == words
 
@@ -138,7 +182,7 @@ def test_words_are_numbered_as_they_come() -> None:
         def piece(self, token: int) -> str:
             return ["<start>", "▁a", "▁b", "c"][token]
 
-    book = WordBook(Letters())
+    book = WordVocabulary(Letters())
     assert book.numbers([0, 2, 3]).tolist() == [0, 1, 1]
     assert book.numbers([0, 1, 2]).tolist() == [0, 2, 3]
     assert book.words == ["<start>", "bc", "a", "b"]

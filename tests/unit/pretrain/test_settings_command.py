@@ -1,4 +1,5 @@
-"""`vlmoe settings`: what it prints is a run file with all defaults, and every setting is explained."""
+"""`vlmoe settings`: what it prints is a run file with all defaults, and every setting is
+explained."""
 
 from __future__ import annotations
 
@@ -54,3 +55,10 @@ def test_a_wrong_section_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean 'optim'" in capsys.readouterr().err
     assert main(["settings", "optim"]) == 0
     assert "lr: 0.001" in capsys.readouterr().out
+
+
+def test_settings_with_few_values_name_them_and_sections_say_what_they_are_for() -> None:
+    text = explain(RunConfig, "balance")
+    assert "One of none, sign, zscore." in " ".join(text.replace("#", "").split())
+    assert "# How far the entropy of a modality's mean gate scores falls short" in text
+    assert "A number for each modality" not in text

@@ -25,7 +25,8 @@ from pretrain.train.journal import read_rows
 from pretrain.train.reporter import Reporter, max_over_mean, progress_line
 
 RUN = RunConfig(
-    model=ModelConfig(num_blocks=4), moe=MoEConfig(num_experts=4, start=1, every=2),
+    model=ModelConfig(num_layers=4),
+    moe=MoEConfig(num_experts=4, start=1, every=2),
     schedule=ScheduleConfig(total_steps=100, warmup_steps=10),
 )
 BLOCKS = (1, 3)
@@ -34,7 +35,8 @@ NO_TABLES: dict[str, Any] = {}
 
 def events(run_dir: Path) -> EventAccumulator:
     accumulator = EventAccumulator(
-        str(run_dir / "tensorboard"), size_guidance={"scalars": 0, "histograms": 0, "images": 0, "tensors": 0}
+        str(run_dir / "tensorboard"),
+        size_guidance={"scalars": 0, "histograms": 0, "images": 0, "tensors": 0},
     )
     return accumulator.Reload()
 
@@ -56,7 +58,8 @@ def test_numbers_are_in_events_and_in_the_journal(tmp_path: Path) -> None:
     reporter.close()
     assert scalars(tmp_path, "loss/total") == {10: pytest.approx(0.1), 20: pytest.approx(0.05)}
     assert read_rows(tmp_path / "metrics.jsonl") == [
-        {"step": 10, "loss/total": 0.1, "optim/lr": 1e-3}, {"step": 20, "loss/total": 0.05, "optim/lr": 1e-3},
+        {"step": 10, "loss/total": 0.1, "optim/lr": 1e-3},
+        {"step": 20, "loss/total": 0.05, "optim/lr": 1e-3},
     ]
 
 
@@ -74,36 +77,48 @@ def test_tokens_per_expert_by_layer_and_modality(tmp_path: Path) -> None:
             bars = found.Histograms(f"moe/tokens_per_expert/{name}")[0].histogram_value
             assert (bars.bucket, bars.bucket_limit) == (load_E.tolist(), [1, 2, 3, 4])
             assert bars.num == load_E.sum()
-            assert row[f"moe/max_over_mean_load/{name}"] == pytest.approx(load_E.max() / load_E.mean())
+            assert row[f"moe/max_over_mean_load/{name}"] == pytest.approx(
+                load_E.max() / load_E.mean()
+            )
 
 
 def test_routing_is_shown_as_pictures(tmp_path: Path) -> None:
     load_LME = np.ones((2, 2, 4)) * 10
     load_LME[1, 0] = [40, 0, 0, 0]
-    together_LEE = np.full((2, 4, 4), 30) - np.diag([20] * 4)
+    coactivation_LEE = np.full((2, 4, 4), 30) - np.diag([20] * 4)
     reporter = Reporter(tmp_path, RUN, 0)
-    reporter.routing(7, load_LME, together_LEE)
+    reporter.routing(7, load_LME, coactivation_LEE)
     reporter.close()
     found = events(tmp_path)
-    assert found.Tags()["images"] == ["moe/load", "moe/together"]
+    assert found.Tags()["images"] == ["moe/load", "moe/coactivation"]
     (shown,) = found.Images("moe/load")
     assert shown.step == 7
     pixels = np.asarray(Image.open(io.BytesIO(shown.encoded_image_string)))
     cell = (cell_side(4, 2) - 1) ** 2
     assert 0.5 * cell < (pixels == np.array(MORE)).all(axis=2).sum() <= cell  # one busy expert
     assert 1.5 * cell < (pixels == np.array(LESS)).all(axis=2).sum() <= 3 * cell  # three idle ones
-    even = np.asarray(Image.open(io.BytesIO(found.Images("moe/together")[0].encoded_image_string)))
-    assert not (even == np.array(MORE)).all(axis=2).any() and not (even == np.array(LESS)).all(axis=2).any()
+    even = np.asarray(
+        Image.open(io.BytesIO(found.Images("moe/coactivation")[0].encoded_image_string))
+    )
+    assert (
+        not (even == np.array(MORE)).all(axis=2).any()
+        and not (even == np.array(LESS)).all(axis=2).any()
+    )
 
 
-@pytest.mark.parametrize(("experts_per_token", "together_LEE"), [
-    (1, np.zeros((2, 4, 4), dtype=np.int64)), (2, np.zeros((2, 0, 0), dtype=np.int64)),
-], ids=["one expert a token", "not counted"])
+@pytest.mark.parametrize(
+    ("top_k", "coactivation_LEE"),
+    [
+        (1, np.zeros((2, 4, 4), dtype=np.int64)),
+        (2, np.zeros((2, 0, 0), dtype=np.int64)),
+    ],
+    ids=["one expert a token", "not counted"],
+)
 def test_without_pairs_of_experts_there_is_only_the_load(
-    tmp_path: Path, experts_per_token: int, together_LEE: Any
+    tmp_path: Path, top_k: int, coactivation_LEE: Any
 ) -> None:
-    reporter = Reporter(tmp_path, replace(RUN, moe=replace(RUN.moe, experts_per_token=experts_per_token)), 0)
-    reporter.routing(1, np.zeros((2, 2, 4)), together_LEE)
+    reporter = Reporter(tmp_path, replace(RUN, moe=replace(RUN.moe, top_k=top_k)), 0)
+    reporter.routing(1, np.zeros((2, 2, 4)), coactivation_LEE)
     reporter.close()
     assert events(tmp_path).Tags()["images"] == ["moe/load"]
 
@@ -144,11 +159,15 @@ def test_numbers_that_are_none_stay_valid_json(tmp_path: Path) -> None:
     reporter = Reporter(tmp_path, RUN, 0)
     reporter.step(1, {"loss/total": math.nan, "optim/grad_norm": math.inf}, NO_TABLES)
     reporter.close()
-    row = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=lambda name: pytest.fail(name))
+    row = json.loads(
+        (tmp_path / "metrics.jsonl").read_text(), parse_constant=lambda name: pytest.fail(name)
+    )
     assert row == {"step": 1, "loss/total": "nan", "optim/grad_norm": "inf"}
 
 
-def test_bad_samples_are_named_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_bad_samples_are_named_and_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     reporter = Reporter(tmp_path, RUN, 7)
     with caplog.at_level(logging.WARNING):
         reporter.bad_samples([problem("k1"), problem("k2", "no-caption"), problem("k3")])
@@ -156,7 +175,12 @@ def test_bad_samples_are_named_and_counted(tmp_path: Path, caplog: pytest.LogCap
     reporter.step(8, {}, NO_TABLES)
     reporter.close()
     assert read_rows(tmp_path / "bad_samples.jsonl")[1] == {
-        "step": 8, "shard": "shard-000001.tar", "key": "k2", "reason": "no-caption", "detail": "no picture", "id": -1,
+        "step": 8,
+        "shard": "shard-000001.tar",
+        "key": "k2",
+        "reason": "no-caption",
+        "detail": "no picture",
+        "id": -1,
     }
     assert sum(record.levelno == logging.WARNING for record in caplog.records) == 1
     assert "bad-image 2, no-caption 1" in caplog.text
@@ -178,13 +202,18 @@ def test_pictures_come_with_their_captions(tmp_path: Path) -> None:
 
 def test_a_sheet_shows_the_pictures_and_marks_the_right_captions() -> None:
     images = np.random.default_rng(0).integers(0, 255, (5, 3, 48, 48), dtype=np.uint8)
-    sheet = draw_captions(images, ["a fox", "blue bull", "", "a", "漢字"], ["a fox ", "a fox", "b", "c", "d"])
+    sheet = draw_captions(
+        images, ["a fox", "blue bull", "", "a", "漢字"], ["a fox ", "a fox", "b", "c", "d"]
+    )
     assert sheet.dtype == np.uint8
     assert sheet.shape[1] == COLUMNS * (TILE + MARGIN) + MARGIN
     tile = sheet[MARGIN : MARGIN + TILE, MARGIN : MARGIN + TILE]
     assert np.array_equal(tile[2::4, 2::4], images[0].transpose(1, 2, 0))
     inks = [
-        {tuple(pixel) for pixel in sheet[MARGIN + TILE :][:60, x : x + TILE].reshape(-1, 3).tolist()}
+        {
+            tuple(pixel)
+            for pixel in sheet[MARGIN + TILE :][:60, x : x + TILE].reshape(-1, 3).tolist()
+        }
         for x in (MARGIN, 2 * MARGIN + TILE)
     ]
     assert RIGHT in inks[0] and WRONG not in inks[0]
@@ -203,23 +232,37 @@ def test_a_full_disk_does_not_stop_a_run(
     for step in (1, 2):
         reporter.step(step, {"loss/total": 1.0}, NO_TABLES)
     reporter.close()
-    assert sum("cannot write metrics.jsonl any more" in record.message for record in caplog.records) == 1
+    assert (
+        sum("cannot write metrics.jsonl any more" in record.message for record in caplog.records)
+        == 1
+    )
     assert scalars(tmp_path, "loss/total") == {1: 1.0, 2: 1.0}
 
 
 def test_the_console_line_says_what_matters() -> None:
     metrics = {
-        "loss/total": 4.2, "loss/contrastive": 3.0, "loss/caption": 0.6, "optim/lr": 3e-4,
-        "perf/samples_per_second": 396.2, "perf/tokens_per_second": 21000.0, "perf/seconds_per_step": 2.0,
+        "loss/total": 4.2,
+        "loss/contrastive": 3.0,
+        "loss/caption": 0.6,
+        "optim/lr": 3e-4,
+        "perf/samples_per_second": 396.2,
+        "perf/tokens_per_second": 21000.0,
+        "perf/seconds_per_step": 2.0,
         "data/wait_seconds": 0.1,
     }
     assert progress_line(40, metrics, RUN) == (
         "step 40/100  loss 4.2000 (contrastive 3.000, caption 0.600)  lr 3.00e-04  396 samples/s  "
         "21,000 tokens/s  data wait 5%  2m00s left"
     )
-    routers = {"loss/balance": 1.2, "loss/weighted/balance": 0.0, "loss/router_z": 2.0, "loss/weighted/router_z": 0.02,
-               "moe/max_over_mean_load/layer_01": 1.3, "moe/max_over_mean_load/layer_03": 1.5,
-               "moe/max_over_mean_load/layer_03/text": 9.0}
+    routers = {
+        "loss/balance": 1.2,
+        "loss/weighted/balance": 0.0,
+        "loss/router_z": 2.0,
+        "loss/weighted/router_z": 0.02,
+        "moe/max_over_mean_load/layer_01": 1.3,
+        "moe/max_over_mean_load/layer_03": 1.5,
+        "moe/max_over_mean_load/layer_03/text": 9.0,
+    }
     assert progress_line(40, {"loss/total": 4.2, "optim/lr": 3e-4} | routers, RUN) == (
         "step 40/100  loss 4.2000 (router_z 2.000)  busiest expert x1.50  lr 3.00e-04"
     )

@@ -1,4 +1,5 @@
-"""The loader's benchmark: its arithmetic, its checks, and that it runs; never how fast anything is."""
+"""The loader's benchmark: its arithmetic, its checks, and that it runs; never how fast anything
+is."""
 
 from __future__ import annotations
 
@@ -32,8 +33,12 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any
     names = [word for name in ("loader", "raw", "seek") for word in ("--only", name)]
     done = subprocess.run(
         [sys.executable, "-m", "tools.bench_loader", "--quick", *names, "--out", str(out)],
-        cwd=ROOT, capture_output=True, text=True, timeout=240, check=False,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout, json.loads(out.read_text())
 
@@ -47,7 +52,9 @@ def test_the_report_says_what_was_measured_and_where(report: tuple[str, dict[str
     for workload in ("small", "web-augmented"):
         for peer in ("webdataset", "webdataset shuffled", loading.CEILING):
             assert figures[f"{workload}: ours / {peer}"]["unit"] == "x"
-    assert "web-augmented: ours / webdataset and Pillow" not in figures  # it could not be the same picture
+    assert (
+        "web-augmented: ours / webdataset and Pillow" not in figures
+    )  # it could not be the same picture
     measured = [figure for figure in figures.values() if figure["value"] is not None]
     assert len(measured) > 20
     for figure in measured:
@@ -116,7 +123,8 @@ def test_data_are_the_same_every_time_and_written_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("width", "height", "quality", "low", "high"), [(80, 80, 85, 1500, 4500), (256, 256, 90, 14_000, 28_000)]
+    ("width", "height", "quality", "low", "high"),
+    [(80, 80, 85, 1500, 4500), (256, 256, 90, 14_000, 28_000)],
 )
 def test_pictures_have_the_file_sizes_of_photographs(
     width: int, height: int, quality: int, low: int, high: int
@@ -124,7 +132,11 @@ def test_pictures_have_the_file_sizes_of_photographs(
     files = [jpeg(seed, width, height, quality=quality, grain=4.0) for seed in range(4)]
     assert low < statistics.mean(map(len, files)) < high
     assert len(set(files)) == 4
-    assert cv2.imdecode(np.frombuffer(files[0], np.uint8), cv2.IMREAD_COLOR).shape == (height, width, 3)
+    assert cv2.imdecode(np.frombuffer(files[0], np.uint8), cv2.IMREAD_COLOR).shape == (
+        height,
+        width,
+        3,
+    )
     assert len({caption(seed) for seed in range(100)}) == 100
 
 
@@ -141,7 +153,9 @@ def test_contestants_take_turns_and_the_order_turns_round() -> None:
 
 
 def test_work_that_goes_on_in_the_background_is_counted() -> None:
-    readings = iter([0.0, 0.0, 5.0, 6.0, 7.0, 7.0])  # at rest, then work, then two looks until it rests again
+    readings = iter(
+        [0.0, 0.0, 5.0, 6.0, 7.0, 7.0]
+    )  # at rest, then work, then two looks until it rests again
     clock = Clock(lambda: next(readings), 0.001, 0.001)
     assert benchmark.cpu_seconds(lambda: None, clock) == 7.0
 
@@ -160,7 +174,9 @@ def test_the_family_clock_counts_children_that_live_and_that_ended() -> None:
     ended = benchmark.family_cpu_seconds()
     assert ended - before >= 0.25
     with subprocess.Popen(
-        [sys.executable, "-c", burn + "print(1, flush=True)\ninput()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-c", burn + "print(1, flush=True)\ninput()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
     ) as child:
         assert child.stdout is not None
         child.stdout.readline()
@@ -172,13 +188,23 @@ def test_the_family_clock_counts_children_that_live_and_that_ended() -> None:
 
 @pytest.mark.parametrize(
     ("median", "less", "verdict"),
-    [(2.5, False, "goal"), (1.5, False, "floor"), (1.0, False, "MISSED"), (0.5, True, "goal"), (3.0, True, "MISSED")],
+    [
+        (2.5, False, "goal"),
+        (1.5, False, "floor"),
+        (1.0, False, "MISSED"),
+        (0.5, True, "goal"),
+        (3.0, True, "MISSED"),
+    ],
 )
 def test_verdicts_look_in_the_right_direction(median: float, less: bool, verdict: str) -> None:
     floor, goal = (2.0, 1.0) if less else (1.3, 2.0)
     made = Figure(
-        name="x", value=Quartiles(median, median, median), floor=floor, goal=goal, less_is_better=less
-    )  # fmt: skip
+        name="x",
+        value=Quartiles(median, median, median),
+        floor=floor,
+        goal=goal,
+        less_is_better=less,
+    )
     assert made.verdict() == verdict
     assert verdict in made.row()
 
@@ -210,12 +236,19 @@ def test_a_report_replaces_the_older_one_whole(tmp_path: Path) -> None:
 def test_growth_is_the_slope_after_the_warm_up() -> None:
     looks = [
         # 50 MiB in the warm-up, then 3 MiB for 100,000 samples; one file more for 20,000.
-        Look(samples=n, resident=int((100 + min(50, n / 4000) + 3 * n / 1e5) * 2**20), files=10 + n // 20_000,
-             threads=4, shared=5 + n // 1000 % 2)
+        Look(
+            samples=n,
+            resident=int((100 + min(50, n / 4000) + 3 * n / 1e5) * 2**20),
+            files=10 + n // 20_000,
+            threads=4,
+            shared=5 + n // 1000 % 2,
+        )
         for n in range(0, 1_000_001, 20_000)
-    ]  # fmt: skip
+    ]
     flat = [look._replace(resident=1 << 28, files=3) for look in looks]
-    soak = Soak(looks={1: looks, 2: flat}, samples=1_000_000, problems=0, seconds=1.0, left_in_shm=())
+    soak = Soak(
+        looks={1: looks, 2: flat}, samples=1_000_000, problems=0, seconds=1.0, left_in_shm=()
+    )
     assert soak.per_100k(1, "resident") / 2**20 == pytest.approx(3.0, abs=0.01)
     assert soak.steepest("files") == pytest.approx(5.0, abs=0.01)
     assert soak.per_100k(2, "resident") == pytest.approx(0.0, abs=1e-6)

