@@ -1,6 +1,6 @@
-"""Communication with gradients. The only file besides the engines that talks to torch.distributed.
+"""Autograd-aware collectives on tensor rows: all-gather and all-to-all.
 
-Every function is called by every rank, in the same order, also by one that has nothing to send.
+Every rank of the group must call each function in the same order, including ranks with zero rows.
 """
 
 from __future__ import annotations
@@ -12,33 +12,32 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def gather_rows(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Concatenate the equally shaped tensors of all ranks along dim 0; gradients flow back to their
-    owners.
+def all_gather_rows(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Concatenate equally shaped tensors of all ranks along dim 0, differentiably.
 
-    The gradient that a rank receives for its own rows is the *sum* over the ranks of what each
-    one's loss has to say about them.
+    The backward pass is a reduce-scatter: a rank's rows receive the *sum* of their gradients over
+    the losses of all ranks.
     """
-    return _GatherRows.apply(x, group)  # type: ignore[no-any-return]
+    return _AllGatherRows.apply(x, group)  # type: ignore[no-any-return]
 
 
-def exchange_rows(
+def all_to_all_rows(
     x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup | None
 ) -> Tensor:
     """Send `send[r]` rows to each rank r of the group and receive `receive[r]` rows from it.
 
-    Zero rows are fine. The backward pass sends the gradients the other way.
+    Counts may be zero. The backward pass is the reverse all-to-all.
     """
-    return _ExchangeRows.apply(x, send, receive, group)  # type: ignore[no-any-return]
+    return _AllToAllRows.apply(x, send, receive, group)  # type: ignore[no-any-return]
 
 
-class Exchange:
-    """`exchange_rows` in two halves, so that something else can be computed while the rows travel.
+class AsyncAllToAll:
+    """`all_to_all_rows` split into `start` and `finish`, to overlap communication with computation.
 
-    exchange = Exchange(send, receive, group)
-    travelling = exchange.start(x)
-    ...                                 # computed meanwhile, and so is its gradient in the backward pass
-    arrived = exchange.finish(travelling)
+    exchange = AsyncAllToAll(send, receive, group)
+    pending = exchange.start(x)
+    ...                                 # overlaps in the forward pass and in the backward pass
+    received = exchange.finish(pending)
     """
 
     def __init__(
@@ -46,38 +45,38 @@ class Exchange:
     ) -> None:
         self.send, self.receive, self.group = send, receive, group
         self._work: Any = None
-        self._rows: tuple[Tensor, Tensor] | None = None
+        self._buffers: tuple[Tensor, Tensor] | None = None
 
     def start(self, x: Tensor) -> Tensor:
-        """Let the rows go; what is returned must go to `finish` and nowhere else."""
+        """Start the all-to-all; pass the result to `finish` and use it nowhere else."""
         return _Start.apply(x, self)  # type: ignore[no-any-return]
 
-    def finish(self, travelling: Tensor) -> Tensor:
-        """Wait for the rows."""
-        return _Finish.apply(travelling, self)  # type: ignore[no-any-return]
+    def finish(self, pending: Tensor) -> Tensor:
+        """Wait for the received rows."""
+        return _Finish.apply(pending, self)  # type: ignore[no-any-return]
 
     def launch(self, x: Tensor, send: list[int], receive: list[int]) -> Tensor:
-        """The rows to come; not there before `wait`."""
+        """Launch the all-to-all; the returned buffer is only valid after `wait`."""
         x = x.contiguous()
         out = x.new_empty(sum(receive), x.shape[1])
         self._work = dist.all_to_all_single(out, x, receive, send, group=self.group, async_op=True)
-        self._rows = x, out  # what is sent must live as long as it is read
+        self._buffers = x, out  # keeps the send buffer alive until the operation completes
         return out
 
     def wait(self) -> Tensor:
-        """The rows that came."""
-        assert self._rows is not None
+        """Wait for completion and return the received rows."""
+        assert self._buffers is not None
         self._work.wait()
-        _, out = self._rows
-        self._work = self._rows = None
+        _, out = self._buffers
+        self._work = self._buffers = None
         return out
 
 
 class _Start(torch.autograd.Function):
-    """Forward: rows leave. Backward: their gradients have arrived."""
+    """Forward: launch the all-to-all. Backward: wait for the gradients."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, exchange: Exchange) -> Tensor:
+    def forward(ctx: Any, x: Tensor, exchange: AsyncAllToAll) -> Tensor:
         ctx.exchange = exchange
         return exchange.launch(x, exchange.send, exchange.receive)
 
@@ -87,42 +86,42 @@ class _Start(torch.autograd.Function):
 
 
 class _Finish(torch.autograd.Function):
-    """Forward: rows have arrived. Backward: their gradients leave.
+    """Forward: wait for the rows. Backward: launch the all-to-all of their gradients.
 
-    Autograd goes back through whatever was computed in between before it comes to `_Start`: later
-    computed, earlier gone back through.
+    Autograd runs nodes in reverse order of creation, so the backward of everything computed between
+    `_Start` and `_Finish` runs while the gradients are in flight.
     """
 
     @staticmethod
-    def forward(ctx: Any, travelling: Tensor, exchange: Exchange) -> Tensor:
+    def forward(ctx: Any, pending: Tensor, exchange: AsyncAllToAll) -> Tensor:
         ctx.exchange = exchange
         exchange.wait()
-        return travelling.view_as(travelling)
+        return pending.view_as(pending)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         ctx.exchange.launch(grad, ctx.exchange.receive, ctx.exchange.send)
-        # What comes back has as many rows as were sent, not as arrived, so it goes round autograd
-        # to `_Start`.
+        # The gradient with respect to the sent rows has another number of rows than `pending`, so
+        # it cannot be returned here: `_Start.backward` fetches it from the exchange.
         return grad, None
 
 
-class _GatherRows(torch.autograd.Function):
+class _AllGatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-        ctx.group, ctx.rows = group, x.shape[0]
+        ctx.group, ctx.num_rows = group, x.shape[0]
         out = x.new_empty(dist.get_world_size(group) * x.shape[0], *x.shape[1:])
         dist.all_gather_into_tensor(out, x.contiguous(), group=group)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        out = grad.new_empty(ctx.rows, *grad.shape[1:])
+        out = grad.new_empty(ctx.num_rows, *grad.shape[1:])
         dist.reduce_scatter_tensor(out, grad.contiguous(), group=ctx.group)
         return out, None
 
 
-class _ExchangeRows(torch.autograd.Function):
+class _AllToAllRows(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup | None

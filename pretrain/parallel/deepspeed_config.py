@@ -1,9 +1,10 @@
-"""The settings DeepSpeed gets: a profile of `ds_configs/` with the run's own numbers put in.
+"""The DeepSpeed config of a run: a profile of `ds_configs/` plus values of the run's YAML.
 
-Every key has one owner. The run's YAML owns what is learned (batch, clipping, precision,
-optimizer); the profile owns memory and wires. A key set on both sides is an error that names both
-files, so no number is ever silently overruled. `ds_configs/README.md` has the list. DeepSpeed is
-not imported here.
+Every key is set in exactly one of the two files. The YAML sets what affects training results
+(batch, clipping, precision, optimizer); the profile sets memory and communication. A key set in
+both is an error that names both files. `ds_configs/README.md` lists the keys.
+
+This module does not import DeepSpeed.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ YAML_KEYS: dict[str, str] = {
     "wandb": "log",
     "csv_monitor": "log",
 }
-"""Keys of DeepSpeed that the run owns, and the setting of the run that stands for each."""
+"""DeepSpeed keys that are set by the run's YAML, with the setting that determines each."""
 
 JSON_KEYS: frozenset[str] = frozenset(
     {
@@ -56,7 +57,7 @@ JSON_KEYS: frozenset[str] = frozenset(
         "dump_state",
     }
 )
-"""Keys of DeepSpeed that the profile owns."""
+"""DeepSpeed keys that are set by the profile."""
 
 
 def profile_path(name_or_path: str) -> Path:
@@ -75,15 +76,15 @@ def profile_path(name_or_path: str) -> Path:
     known = sorted(p.stem for p in folder.glob("*.json"))
     if name_or_path in known:
         return folder / f"{name_or_path}.json"
-    near = difflib.get_close_matches(name_or_path, known, n=1)
+    closest = difflib.get_close_matches(name_or_path, known, n=1)
     raise ConfigError(
-        f"parallel.deepspeed is {name_or_path!r}: no such JSON file, and no profile of {folder} "
-        f"({', '.join(known)})" + (f"; did you mean {near[0]!r}?" if near else "")
+        f"parallel.deepspeed is {name_or_path!r}: no such JSON file, and no such profile in "
+        f"{folder} ({', '.join(known)})" + (f"; did you mean {closest[0]!r}?" if closest else "")
     )
 
 
 def _profiles_folder() -> Path:
-    """`ds_configs/`: inside the package when installed, beside it in a checkout."""
+    """`ds_configs/`: inside the installed package, or next to it in a source checkout."""
     package = Path(__file__).resolve().parents[1]
     installed = package / "ds_configs"
     return installed if installed.is_dir() else package.parent / "ds_configs"
@@ -93,22 +94,22 @@ def load_profile(path: Path) -> dict[str, Any]:
     """The JSON object in a profile.
 
     Raises:
-        ConfigError: The file cannot be read, is not a JSON object, or gives a key twice.
+        ConfigError: The file cannot be read, is not a JSON object, or has a duplicate key.
     """
 
-    def no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
         for key in keys:
             if keys.count(key) > 1:
-                raise ConfigError(f"{path}: the key {key!r} is given twice; keep one of them")
+                raise ConfigError(f"{path}: duplicate key {key!r}; remove one of them")
         return dict(pairs)
 
     try:
-        profile = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=no_twins)
+        profile = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=reject_duplicates)
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read the DeepSpeed profile {path}: {error}") from error
     if not isinstance(profile, dict):
-        raise ConfigError(f"{path}: a DeepSpeed profile is a JSON object, found {profile!r}")
+        raise ConfigError(f"{path}: a DeepSpeed profile must be a JSON object, not {profile!r}")
     return profile
 
 
@@ -116,7 +117,7 @@ def zero_stage(profile_json: Mapping[str, Any], path: Path) -> int:
     """ZeRO stage of a profile, 0 to 3.
 
     Raises:
-        ConfigError: The profile does not say, or says something else.
+        ConfigError: `zero_optimization.stage` is missing or invalid.
     """
     section = profile_json.get("zero_optimization")
     stage = section.get("stage") if isinstance(section, Mapping) else None
@@ -126,11 +127,12 @@ def zero_stage(profile_json: Mapping[str, Any], path: Path) -> int:
 
 
 def zero_stage_of(run: RunConfig) -> int | None:
-    """ZeRO stage of the profile that a run names, for `pretrain.config.validate`; None where it
-    does not matter.
+    """ZeRO stage of a run's profile, for `pretrain.config.validate`.
+
+    None unless the run uses DeepSpeed's MoE layer; for others the stage needs no validation.
 
     Raises:
-        ConfigError: There is no such profile, or it is none.
+        ConfigError: The profile does not exist or is invalid.
     """
     if run.moe.backend != "deepspeed" or run.parallel.engine == "plain":
         return None
@@ -145,34 +147,35 @@ def resolve(
     run_path: Path,
     batch_plan: BatchPlan,
 ) -> dict[str, Any]:
-    """The whole dict for `deepspeed.initialize`: the profile, then the run's own numbers.
+    """The config for `deepspeed.initialize`: the profile plus the values of the run.
 
     Args:
         run: The run.
-        profile_json: Contents of the profile; left as they are.
-        profile_path: Its file, for errors.
-        run_path: The run's file, for errors.
-        batch_plan: The run's batch, split over the ranks.
+        profile_json: Contents of the profile; not modified.
+        profile_path: File of the profile, for error messages.
+        run_path: File of the run, for error messages.
+        batch_plan: Batch sizes and accumulation of the run.
 
     Returns:
-        A fresh dict of plain values. It names no optimizer: the engine hands DeepSpeed a ready one.
+        A new dict of plain values. It has no optimizer: the engine passes one to DeepSpeed.
 
     Raises:
-        ConfigError: Lists every key with two owners, unknown key and misplaced `"auto"`.
+        ConfigError: Lists every key set in both files, unknown key and unsupported `"auto"`.
     """
     stage = zero_stage(profile_json, profile_path)
-    found = _problems(profile_json, profile_path, run_path)
-    if found:
-        raise ConfigError(join_problems(found))
+    problems = _problems(profile_json, profile_path, run_path)
+    if problems:
+        raise ConfigError(join_problems(problems))
     resolved: dict[str, Any] = {
         "train_batch_size": batch_plan.global_batch_size,
         "train_micro_batch_size_per_gpu": batch_plan.micro_batch_size,
         "gradient_accumulation_steps": batch_plan.accumulation_steps,
-        # With stage 0 DeepSpeed averages the ranks' norms and leaves experts out; our engine clips.
+        # At stage 0 DeepSpeed averages the ranks' norms and ignores experts; `DeepSpeedEngine`
+        # clips instead.
         "gradient_clipping": run.optim.clip_norm if stage > 0 else 0.0,
     }
-    # Stage 0 with DeepSpeed's bf16 takes a phantom step at the start, so there the parameters stay
-    # in fp32 and the model casts for itself.
+    # At stage 0 DeepSpeed's bf16 optimizer runs an extra step at the start. There the parameters
+    # stay in fp32 and the model casts its inputs itself.
     if run.precision.compute == "bf16" and stage > 0:
         resolved["bf16"] = {"enabled": True}
     copy = json.loads(json.dumps(profile_json))
@@ -181,37 +184,43 @@ def resolve(
 
 
 def resolve_for(run: RunConfig, run_path: Path, batch_plan: BatchPlan) -> dict[str, Any]:
-    """`resolve` with the profile that the run names, read from its file."""
+    """`resolve` with the profile of the run, read from its file."""
     path = profile_path(run.parallel.deepspeed)
     return resolve(run, load_profile(path), path, run_path, batch_plan)
 
 
 def _problems(profile: Mapping[str, Any], path: Path, run_path: Path) -> list[str]:
-    found = []
+    problems: list[str] = []
     for key, value in profile.items():
         if key in YAML_KEYS:
             if value != "auto":
-                found.append(
-                    f"{key} has two owners: {path} sets it to {json.dumps(value)}, and {run_path} sets it "
-                    f'by {YAML_KEYS[key]}; remove it from {path.name}, or write "auto" there'
+                problems.append(
+                    f"{key} is set twice: to {json.dumps(value)} in {path}, and by "
+                    f"{YAML_KEYS[key]} in {run_path}; remove it from {path.name}, or set it to "
+                    f'"auto" there'
                 )
         elif key in JSON_KEYS:
-            found.extend(
-                f'{path}: {name} is "auto", but the run has no setting for it; write a number, '
-                f"or leave it out"
-                for name in _autos(value, key)
+            problems.extend(
+                f'{path}: {name} is "auto", but the run has no setting for it; set a value, or '
+                f"remove it"
+                for name in _auto_keys(value, key)
             )
         else:
-            near = difflib.get_close_matches(key, [*JSON_KEYS, *YAML_KEYS], n=1)
-            found.append(
-                f"{path}: {key}: no such key of a profile"
-                + (f"; did you mean {near[0]!r}?" if near else f" ({', '.join(sorted(JSON_KEYS))})")
+            closest = difflib.get_close_matches(key, [*JSON_KEYS, *YAML_KEYS], n=1)
+            hint = (
+                f"; did you mean {closest[0]!r}?"
+                if closest
+                else f" ({', '.join(sorted(JSON_KEYS))})"
             )
-    return found
+            problems.append(f"{path}: {key}: unknown key" + hint)
+    return problems
 
 
-def _autos(value: Any, name: str) -> list[str]:
+def _auto_keys(value: Any, name: str) -> list[str]:
     """Dotted names of every `"auto"` inside a value."""
     if isinstance(value, Mapping):
-        return [found for key, inner in value.items() for found in _autos(inner, f"{name}.{key}")]
+        names: list[str] = []
+        for key, inner in value.items():
+            names.extend(_auto_keys(inner, f"{name}.{key}"))
+        return names
     return [name] if value == "auto" else []

@@ -1,8 +1,10 @@
 """`TrainEngine` on DeepSpeed: ZeRO 0-3 with expert parallelism.
 
-Three things are done here rather than left to DeepSpeed 0.19.8, each for a measured reason:
-clipping at stage 0 (it would clip by the average of per-rank norms), accumulation scaling (our
-losses are shares already) and checkpoints (its own are pickles and not atomic).
+Three things are not left to DeepSpeed 0.19.8:
+
+- clipping at ZeRO stage 0, where it would clip by the average of the ranks' norms;
+- scaling for gradient accumulation: each loss passed to `backward` is a term of the step's loss;
+- checkpoints, since its own are pickles and not written atomically.
 """
 
 from __future__ import annotations
@@ -21,18 +23,23 @@ from data_pipeline.samples import Batch
 from pretrain.config.schema import OptimConfig
 from pretrain.model.vision_language import ModelOutput, VisionLanguageModel
 from pretrain.optim.groups import build_adamw, is_expert, parameter_groups
-from pretrain.parallel.collectives import gather_rows
+from pretrain.parallel.collectives import all_gather_rows
 from pretrain.parallel.deepspeed_moe import expert_group_name
-from pretrain.parallel.deepspeed_native_moe import our_name
+from pretrain.parallel.deepspeed_native_moe import canonical_name
 from pretrain.parallel.deepspeed_state import (
+    full_parameter,
     load_optimizer_shard,
     load_partitioned_weights,
     optimizer_shard,
-    whole_parameter,
 )
 from pretrain.parallel.engine import slice_name
 from pretrain.parallel.layout import Layout
-from pretrain.parallel.plain_engine import load_buffers, model_inputs, routing_facts, take
+from pretrain.parallel.plain_engine import (
+    checked_tensor,
+    load_buffers,
+    model_inputs,
+    routing_context,
+)
 
 
 class DeepSpeedEngine:
@@ -57,15 +64,17 @@ class DeepSpeedEngine:
         )
         self.model: VisionLanguageModel = self._engine.module
 
-    def forward(self, batch: Batch, *, draw: int = 0, coactivation: bool = False) -> ModelOutput:
-        facts = routing_facts(batch, self.model.moe, self.device, draw, coactivation)
-        return self._engine(*model_inputs(batch, self.device), facts)  # type: ignore[no-any-return]
+    def forward(
+        self, batch: Batch, *, step_seed: int = 0, coactivation: bool = False
+    ) -> ModelOutput:
+        context = routing_context(batch, self.model.moe, self.device, step_seed, coactivation)
+        return self._engine(*model_inputs(batch, self.device), context)  # type: ignore[no-any-return]
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         assert last == self._engine.is_gradient_accumulation_boundary()
         self._engine.backward(loss, scale_wrt_gas=False)
         if not last:
-            self._engine.step()  # counts the micro-batch; nothing is updated before the boundary
+            self._engine.step()  # only counts the micro-batch before the accumulation boundary
 
     def step(self, learning_rate: float) -> float:
         for group in self._engine.optimizer.param_groups:
@@ -78,55 +87,55 @@ class DeepSpeedEngine:
         return norm
 
     def gradients(self) -> dict[str, Tensor]:
-        found = {}
+        gradients = {}
         for name, parameter in self.model.named_parameters():
             gradient = (
                 parameter.grad if self.layout.zero_stage == 0 else safe_get_full_grad(parameter)
             )
             if gradient is not None:
-                found[self._file_name(name)] = gradient.detach().float().clone()
-        return found
+                gradients[self._file_name(name)] = gradient.detach().float().clone()
+        return gradients
 
-    def gather(self, rows: Tensor) -> Tensor:
-        return gather_rows(rows)
+    def all_gather(self, rows: Tensor) -> Tensor:
+        return all_gather_rows(rows)
 
-    def total(self, values: Tensor) -> Tensor:
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
         summed = values.detach().clone()
         dist.all_reduce(summed)
         return summed
 
-    def agree(self, ok: bool) -> bool:
-        votes = torch.tensor([0 if ok else 1], device=self.device)
-        dist.all_reduce(votes)
-        return int(votes) == 0
+    def all_ranks_true(self, value: bool) -> bool:
+        num_false = torch.tensor([0 if value else 1], device=self.device)
+        dist.all_reduce(num_false)
+        return int(num_false) == 0
 
     def barrier(self) -> None:
         dist.barrier()
 
     def broadcast_json(self, value: Any) -> Any:
-        return self.gather_json(value if self.rank == 0 else None)[0]
+        return self.all_gather_json(value if self.rank == 0 else None)[0]
 
-    def gather_json(self, value: Any) -> list[Any]:
-        return gather_json(value, self.device)
+    def all_gather_json(self, value: Any) -> list[Any]:
+        return all_gather_json(value, self.device)
 
     def model_tensors(self) -> dict[str, Tensor]:
-        mine = {}
+        tensors = {}
         for name, parameter in self.model.named_parameters():
-            whole = whole_parameter(parameter)  # collective at stage 3: every rank takes part
+            full = full_parameter(parameter)  # collective at stage 3, so every rank calls it
             writes = self.layout.writes_experts(self.rank) if is_expert(name) else self.rank == 0
             if writes:
-                mine[self._file_name(name)] = whole
+                tensors[self._file_name(name)] = full
         if self.rank == 0:
-            mine |= {name: buffer.detach() for name, buffer in self.model.named_buffers()}
-        return mine
+            tensors |= {name: buffer.detach() for name, buffer in self.model.named_buffers()}
+        return tensors
 
     def load_model_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         load_buffers(self.model, tensors)
         if self.layout.zero_stage == 3:
-            return  # the masters in the optimizer shard are the weights
+            return  # weights are restored from the masters, see `load_optimizer_tensors`
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
-                parameter.copy_(take(tensors, self._file_name(name), parameter))
+                parameter.copy_(checked_tensor(tensors, self._file_name(name), parameter))
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         return optimizer_shard(self._engine.optimizer, self.layout.zero_stage)
@@ -137,14 +146,15 @@ class DeepSpeedEngine:
             load_partitioned_weights(self._engine.optimizer)
 
     def _clip_whole_gradients(self) -> float:
-        """Norm over dense parameters once and every expert of every rank once; scale all by it."""
+        """Clip by the global norm: dense parameters once, each expert of the group once."""
         dense: list[Tensor] = []
         experts: list[Tensor] = []
         for name, parameter in self.model.named_parameters():
             if parameter.grad is not None:
                 (experts if is_expert(name) else dense).append(parameter.grad)
+
         expert_square = _square_sum(experts, self.device)
-        if experts:  # a dense trunk has no expert groups
+        if experts:  # a dense model has no expert group
             dist.all_reduce(
                 expert_square, group=groups._get_expert_parallel_group(self._expert_group_name)
             )
@@ -154,26 +164,29 @@ class DeepSpeedEngine:
         return norm
 
     def _file_name(self, name: str) -> str:
-        if ours := our_name(name, self.layout.first_expert(self.rank)):
-            return ours[0] if ours[1] is None else slice_name(ours[0], ours[1], 1)
-        if not is_expert(name):
-            return name
-        return slice_name(name, self.layout.first_expert(self.rank), self.layout.experts_per_rank)
+        first = self.layout.first_expert(self.rank)
+        canonical = canonical_name(name, first)
+        if canonical is not None:
+            base, expert = canonical
+            return base if expert is None else slice_name(base, expert, 1)
+        return slice_name(name, first, self.layout.experts_per_rank) if is_expert(name) else name
 
 
-def gather_json(value: Any, device: torch.device) -> list[Any]:
-    """Every rank's JSON value, in rank order. Bytes of JSON travel, never a pickled object."""
+def all_gather_json(value: Any, device: torch.device) -> list[Any]:
+    """Every rank's JSON value, in rank order. Sent as JSON text; no pickles."""
     data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
     size = torch.tensor([data.numel()], device=device)
     sizes = [torch.zeros_like(size) for _ in range(dist.get_world_size())]
     dist.all_gather(sizes, size)
-    longest = max(int(s) for s in sizes)
-    padded = torch.zeros(longest, dtype=torch.uint8, device=device)
+
+    max_size = max(int(s) for s in sizes)
+    padded = torch.zeros(max_size, dtype=torch.uint8, device=device)
     padded[: data.numel()] = data
-    rows = [torch.zeros_like(padded) for _ in sizes]
-    dist.all_gather(rows, padded)
+    buffers = [torch.zeros_like(padded) for _ in sizes]
+    dist.all_gather(buffers, padded)
     return [
-        json.loads(bytes(row[: int(s)].cpu().tolist())) for row, s in zip(rows, sizes, strict=True)
+        json.loads(bytes(buffer[: int(s)].cpu().tolist()))
+        for buffer, s in zip(buffers, sizes, strict=True)
     ]
 
 

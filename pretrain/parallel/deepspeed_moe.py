@@ -1,10 +1,10 @@
-"""Our MoE layer inside DeepSpeed: the promises that its engine wants about expert parameters.
+"""`MoELayer` with the attributes by which DeepSpeed's engine recognizes expert parameters.
 
 DeepSpeed 0.19.8 treats parameters as experts (reduced only over the ranks that hold the same ones,
-counted once in the gradient norm, partitioned by ZeRO over the right group) when they live in one
-of its own layer types and carry its tags. Untagged experts of different ranks would be averaged
-together without a word. So the layer derives from its `AutoEPMoELayer`, whose own computation and
-constructor are not used.
+counted once in the gradient norm, partitioned by ZeRO over the right group) if they belong to one
+of its layer types and carry its tags. It would silently average untagged experts of different
+ranks. The layer therefore derives from `AutoEPMoELayer`, without using its computation or
+constructor.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from deepspeed.utils import groups
 from torch import nn
 
 from pretrain.config.experts import BalanceConfig, MoEConfig
-from pretrain.model.block import MakeMoELayer
+from pretrain.model.block import MoELayerFactory
 from pretrain.moe.layer import MoELayer
 from pretrain.parallel.expert_dispatch import ExpertParallelDispatcher
 from pretrain.parallel.layout import Layout
 
 
 def expert_group_name(expert_parallel_size: int) -> str:
-    """DeepSpeed's name of the expert groups of this size."""
+    """DeepSpeed's name of the expert-parallel groups of this size."""
     return f"ep_size_{expert_parallel_size}"
 
 
-def expert_parallel_layers(layout: Layout, rank: int) -> MakeMoELayer:
-    """A maker of layers that hold this rank's slice of the experts."""
+def expert_parallel_layer_factory(layout: Layout, rank: int) -> MoELayerFactory:
+    """A factory of layers that hold this rank's slice of the experts."""
 
     def make(
         width: int, config: MoEConfig, balance: BalanceConfig, *, block: int, fused: bool
@@ -53,16 +53,15 @@ def expert_parallel_layers(layout: Layout, rank: int) -> MakeMoELayer:
     return make
 
 
-class _OnlyTheType(AutoEPMoELayer):
-    """AutoEPMoELayer without its constructor: DeepSpeed looks for the type, we bring the rest."""
+class _AutoEPType(AutoEPMoELayer):
+    """`AutoEPMoELayer` without its constructor, for DeepSpeed's `isinstance` checks."""
 
     def __init__(self) -> None:
         nn.Module.__init__(self)
 
 
-class DeepSpeedMoELayer(MoELayer, _OnlyTheType):
-    """`MoELayer` with the attributes, tags and groups that DeepSpeed's engine and checkpoints look
-    for."""
+class DeepSpeedMoELayer(MoELayer, _AutoEPType):
+    """`MoELayer` with the attributes, tags and groups that DeepSpeed expects."""
 
     def __init__(
         self,
@@ -75,7 +74,6 @@ class DeepSpeedMoELayer(MoELayer, _OnlyTheType):
         layout: Layout,
         rank: int,
     ) -> None:
-        exchange = ExpertParallelDispatcher() if layout.expert_parallel_size > 1 else None
         super().__init__(
             width,
             config,
@@ -83,7 +81,7 @@ class DeepSpeedMoELayer(MoELayer, _OnlyTheType):
             block=block,
             fused=fused,
             num_local_experts=layout.experts_per_rank,
-            dispatcher=exchange,
+            dispatcher=ExpertParallelDispatcher() if layout.expert_parallel_size > 1 else None,
         )
         self.num_experts = config.num_experts
         self.num_local_experts = layout.experts_per_rank
@@ -96,14 +94,15 @@ class DeepSpeedMoELayer(MoELayer, _OnlyTheType):
         )
         for parameter in self.experts.parameters():
             self._tag_expert(parameter)
-        readers = [self.gate] if self.caption_gate is None else [self.gate, self.caption_gate]
-        for parameter in (parameter for module in readers for parameter in module.parameters()):
-            parameter.ds_zero_placement_family = "replicated"  # type: ignore[attr-defined]
+        gates = [self.gate] if self.caption_gate is None else [self.gate, self.caption_gate]
+        for gate in gates:
+            for parameter in gate.parameters():
+                parameter.ds_zero_placement_family = "replicated"  # type: ignore[attr-defined]
 
     def set_deepspeed_parallelism(
         self, use_data_before_expert_parallel_: bool = False, folding_group_handles: Any = None
     ) -> None:
-        """Called by DeepSpeed's engine: make the expert groups once and take ours."""
+        """Called by DeepSpeed's engine: create the expert groups if needed and store this one."""
         if self.ep_group_name not in groups._get_expert_parallel_group_dict():
             groups._create_expert_and_data_parallel(
                 self.ep_size, use_data_before_expert_parallel_=use_data_before_expert_parallel_
@@ -113,8 +112,7 @@ class DeepSpeedMoELayer(MoELayer, _OnlyTheType):
             self.dispatcher.group = self.ep_group
 
     def _tag_expert(self, parameter: nn.Parameter) -> None:
-        """Say: not the same on every rank; partitioned over the ranks that hold the same
-        experts."""
+        """Tag as expert: not replicated; partitioned over the ranks that hold the same experts."""
         logical_shape = [self.num_experts, *parameter.shape[1:]]
         placement = self.expert_placement_descriptor
         tags = {

@@ -1,12 +1,12 @@
-"""DeepSpeed's own MoE layer in our trunk (`moe.backend: deepspeed`): a peer to measure against.
+"""DeepSpeed's MoE layer in our model (`moe.backend: deepspeed`), as a baseline for comparison.
 
-Choosing, sending and computing are `deepspeed.moe.layer.MoE`'s, without dropping. Around it is what
-makes its runs comparable with ours: the same first values, the shared expert, statistics and
-balancing terms of the global batch from its router's logits and choices, and checkpoints in our
-names, so that a run is judged like any other. Its own balance loss is left alone: it is that of one
-rank's tokens, and counts only first choices where there are two.
+Routing, dispatch and expert computation are those of `deepspeed.moe.layer.MoE`, without dropping
+tokens. The rest matches `MoELayer`, so that runs are comparable: initial weights, shared experts,
+statistics and balancing losses over the global batch (computed from the logits and assignments of
+DeepSpeed's gate), and parameter names in checkpoints. DeepSpeed's own balancing loss is not used:
+it covers the tokens of one rank only, and with top-2 routing it ignores second choices.
 
-What it cannot do is told by `pretrain.config.deepspeed_layer`.
+Settings that this layer does not support are rejected by `pretrain.config.deepspeed_moe`.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from torch import Tensor, nn
 
 from pretrain.config.experts import BalanceConfig, MoEConfig
 from pretrain.config.schema import RunConfig
-from pretrain.model.block import MakeMoELayer
-from pretrain.model.init import fill_parameter
+from pretrain.model.block import MoELayerFactory
+from pretrain.model.init import initialize_parameter
 from pretrain.moe.layer import MoELayer, SwiGLU
-from pretrain.moe.routing import Routing, count_choices, score_tokens
+from pretrain.moe.routing import Routing, count_assignments, score_tokens
 from pretrain.moe.statistics import RouterStats, router_stats
-from pretrain.moe.tokens import RouterTokens
+from pretrain.moe.token_metadata import TokenMetadata
 from pretrain.parallel.layout import Layout
 
 
 class Expert(nn.Module):
-    """One SwiGLU expert, its weights as a slice of our stacks: `[1, out, in]`."""
+    """One SwiGLU expert; weights are `[1, out, in]`, one slice of `StackedExperts`."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -46,11 +46,10 @@ class Expert(nn.Module):
         return F.linear(F.silu(F.linear(x, w1)) * F.linear(x, w3), w2)
 
 
-def native_layer(
+def make_native_moe(
     width: int, hidden: int, num_experts: int, k: int, *, expert_parallel_size: int = 1
 ) -> MoE:
-    """`deepspeed.moe.layer.MoE` that drops nothing and draws nothing, experts with undefined
-    weights."""
+    """`deepspeed.moe.layer.MoE` with deterministic routing and no dropping; weights undefined."""
     return MoE(
         width,
         Expert(width, hidden),
@@ -65,7 +64,7 @@ def native_layer(
 
 
 class DeepSpeedNativeMoELayer(MoELayer):
-    """DeepSpeed's layer with the face of ours."""
+    """DeepSpeed's MoE layer behind the interface of `MoELayer`."""
 
     def __init__(
         self,
@@ -76,10 +75,11 @@ class DeepSpeedNativeMoELayer(MoELayer):
         block: int,
         expert_parallel_size: int = 1,
     ) -> None:
-        nn.Module.__init__(self)  # not ours: that would make our router and experts as well
+        # `MoELayer.__init__` is skipped: it would create a second router and second experts.
+        nn.Module.__init__(self)
         self.config, self.balance, self.block = config, balance, block
         self.caption_gate = self.bias = None
-        self.native = native_layer(
+        self.native = make_native_moe(
             width,
             config.expert_width,
             config.num_experts,
@@ -92,46 +92,50 @@ class DeepSpeedNativeMoELayer(MoELayer):
             else None
         )
 
-    def forward(self, x_TD: Tensor, tokens: RouterTokens) -> tuple[Tensor, RouterStats]:
+    def forward(self, x_TD: Tensor, tokens: TokenMetadata) -> tuple[Tensor, RouterStats]:
         """See `MoELayer.forward`."""
         gate = self.native.deepspeed_moe.gate
-        answers: list[tuple[Any, ...]] = []
-        hook = gate.register_forward_hook(lambda _module, _inputs, answer: answers.append(answer))
+        gate_outputs: list[tuple[Any, ...]] = []
+        hook = gate.register_forward_hook(
+            lambda _module, _inputs, output: gate_outputs.append(output)
+        )
         try:
-            # A rank without a token must still take part, in the exchanges of the backward pass
-            # too; and DeepSpeed cannot reshape nothing.
+            # A rank without tokens must still take part in all collectives, backward included, and
+            # DeepSpeed cannot reshape an empty tensor: it gets one row of zeros.
             rows_TD = x_TD if len(x_TD) else F.pad(x_TD, (0, 0, 0, 1))
             y_TD = self.native(rows_TD)[0][: len(x_TD)]
         finally:
             hook.remove()
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
-        # The logits once more, since the gate keeps its own to itself: a small product, from which
-        # all statistics and terms follow, with gradient.
+
+        # The gate does not return its logits. They are recomputed (a small matmul), with gradient
+        # for the balancing losses.
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = F.linear(x_TD.float(), gate.wg.weight.float())
-        scored = score_tokens(logits_TE, self.config, tokens, block=self.block, noise=False)
-        return y_TD, router_stats(
-            logits_TE, scored, self._routing(answers[-1], tokens), tokens, self.config
-        )
+        scores = score_tokens(logits_TE, self.config, tokens, block=self.block, noise=False)
+        routing = self._routing(gate_outputs[-1], tokens)
+        return y_TD, router_stats(logits_TE, scores, routing, tokens, self.config)
 
-    def _routing(self, answer: tuple[Any, ...], tokens: RouterTokens) -> Routing:
-        """The gate's choices in our order. It answers: balance loss, capacity, experts, ids [k, T],
-        places [k, T], weights [k, T], choices by expert."""
+    def _routing(self, gate_output: tuple[Any, ...], tokens: TokenMetadata) -> Routing:
+        """The gate's assignments as a `Routing`.
+
+        `gate_output` is: balancing loss, capacity, number of experts, expert ids `[k, T]`, slots
+        `[k, T]`, weights `[k, T]`, assignments by expert.
+        """
         k, num_experts = self.config.top_k, self.config.num_experts
-        count = tokens.num_patch_tokens + len(tokens.text_positions)
-        ids_N = answer[3].t()[:count].flatten().to(torch.int64)
-        weights_N = answer[5].t()[:count].flatten()
-        choices_ME = count_choices(ids_N, tokens.num_patch_tokens * k, num_experts)
-        return Routing(weights_N, ids_N, choices_ME, choices_ME, k)
+        num_tokens = tokens.num_patch_tokens + len(tokens.text_positions)
+        ids_N = gate_output[3].t()[:num_tokens].flatten().to(torch.int64)
+        weights_N = gate_output[5].t()[:num_tokens].flatten()
+        assignments_ME = count_assignments(ids_N, tokens.num_patch_tokens * k, num_experts)
+        return Routing(weights_N, ids_N, assignments_ME, assignments_ME, k)
 
 
-def native_layers(layout: Layout) -> MakeMoELayer:
-    """A maker of such layers. The process group must be there."""
+def native_layer_factory(layout: Layout) -> MoELayerFactory:
+    """A factory of `DeepSpeedNativeMoELayer`s. Requires an initialized process group."""
     group = f"ep_size_{layout.expert_parallel_size}"
-    if (
-        group not in groups._get_expert_parallel_group_dict()
-    ):  # DeepSpeed would make it too, and print
+    # DeepSpeed would create the groups later, but also print to stdout.
+    if group not in groups._get_expert_parallel_group_dict():
         groups._create_expert_and_data_parallel(layout.expert_parallel_size)
 
     def make(
@@ -148,27 +152,33 @@ _EXPERT = re.compile(r"(.+)\.native\.deepspeed_moe\.experts\.deepspeed_experts\.
 _GATE = re.compile(r"(.+)\.native\.deepspeed_moe\.gate\.wg\.weight")
 
 
-def our_name(name: str, first_expert: int) -> tuple[str, int | None] | None:
-    """What a parameter of DeepSpeed's layer is called in ours, and the expert's global number.
+def canonical_name(name: str, first_expert: int) -> tuple[str, int | None] | None:
+    """Name of a parameter of DeepSpeed's layer in `MoELayer`, and its global expert index.
 
     Args:
-        name: In the model with DeepSpeed's layers.
-        first_expert: Global number of the first expert that this rank holds.
+        name: Name in the model with DeepSpeed's layers.
+        first_expert: Global index of the first expert that this rank holds.
 
     Returns:
-        None for a parameter that is not DeepSpeed's; without a number for the router.
+        (name, expert index), with index None for the router's weight; None for a parameter outside
+        DeepSpeed's layers.
     """
-    if found := _EXPERT.fullmatch(name):
-        return f"{found[1]}.experts.{found[3]}", first_expert + int(found[2])
-    if found := _GATE.fullmatch(name):
-        return f"{found[1]}.gate.weight", None
+    if match := _EXPERT.fullmatch(name):
+        return f"{match[1]}.experts.{match[3]}", first_expert + int(match[2])
+    if match := _GATE.fullmatch(name):
+        return f"{match[1]}.gate.weight", None
     return None
 
 
-def fill_as_ours(model: nn.Module, run: RunConfig, first_expert: int) -> None:
-    """Give DeepSpeed's layers the first values that ours would have; its own are copies of one
-    expert."""
+def init_like_moe_layer(model: nn.Module, run: RunConfig, first_expert: int) -> None:
+    """Initialize DeepSpeed's layers with the values that `MoELayer` would have.
+
+    DeepSpeed itself copies one expert to all others.
+    """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if ours := our_name(name, first_expert):
-                fill_parameter(ours[0], parameter, run.seed, run.model.num_layers, ours[1] or 0)
+            canonical = canonical_name(name, first_expert)
+            if canonical is None:
+                continue
+            base, expert = canonical
+            initialize_parameter(base, parameter, run.seed, run.model.num_layers, expert or 0)

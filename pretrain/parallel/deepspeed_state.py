@@ -1,8 +1,8 @@
-"""Reaching into DeepSpeed's optimizers: masters and moments as plain tensors with stable names.
+"""Access to DeepSpeed's optimizer state: master weights and moments as tensors with stable names.
 
-DeepSpeed saves them as pickles; we read the tensors where they lie. Stages 1 and 2 keep one flat
-float32 partition per parameter group, stage 3 one per sub-group, stage 0 leaves torch's optimizer
-as it is.
+DeepSpeed saves them as pickles; here the tensors are read directly. Stages 1 and 2 keep one flat
+float32 partition per parameter group, stage 3 one per sub-group; stage 0 leaves the state in
+torch's optimizer.
 """
 
 from __future__ import annotations
@@ -18,21 +18,22 @@ from data_pipeline.common.errors import CheckpointError
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def whole_parameter(parameter: nn.Parameter) -> Tensor:
-    """The whole value of a parameter, gathered into a copy on CPU when ZeRO-3 has partitioned it.
-    Collective then."""
+def full_parameter(parameter: nn.Parameter) -> Tensor:
+    """The full value of a parameter; with ZeRO-3 gathered into a copy on CPU. Collective then."""
     if not hasattr(parameter, "ds_id"):
         return parameter.detach()
     from deepspeed import zero
 
     with zero.GatheredParameters([parameter]):
-        # To the host: whole weights of a partitioned model need not fit into one GPU together.
+        # On CPU, because the full weights of a partitioned model may not fit on one GPU.
         return parameter.detach().to("cpu", copy=True)
 
 
 def optimizer_shard(optimizer: Any, zero_stage: int) -> dict[str, Tensor]:
-    """Masters and moments of this rank: `GROUP/master`, `GROUP/exp_avg`, `GROUP/exp_avg_sq`,
-    `GROUP/step`."""
+    """Master weights and moments of this rank.
+
+    Names are `GROUP/master`, `GROUP/exp_avg`, `GROUP/exp_avg_sq` and `GROUP/step`.
+    """
     shard: dict[str, Tensor] = {}
     for name, master, state in _masters(optimizer, zero_stage):
         if zero_stage > 0:
@@ -44,27 +45,27 @@ def optimizer_shard(optimizer: Any, zero_stage: int) -> dict[str, Tensor]:
 
 
 def load_optimizer_shard(optimizer: Any, zero_stage: int, shard: Mapping[str, Tensor]) -> None:
-    """Take over what `optimizer_shard` returned at the same layout.
+    """Load what `optimizer_shard` returned with the same layout.
 
     Raises:
         CheckpointError: A tensor is missing or has another size.
     """
     for name, master, _ in _masters(optimizer, zero_stage):
         if zero_stage > 0:
-            _fit(shard, f"{name}/master", master)
+            _check_size(shard, f"{name}/master", master)
             master.data.copy_(shard[f"{name}/master"])
         if f"{name}/exp_avg" not in shard:
             continue  # saved before the first step
-        # The fused optimizer reads its step count where the parameter lies.
+        # The fused optimizer reads the step count from the parameter's device.
         state = {"step": shard[f"{name}/step"].to(master.device).clone()}
         for key in MOMENTS:
-            _fit(shard, f"{name}/{key}", master)
+            _check_size(shard, f"{name}/{key}", master)
             state[key] = shard[f"{name}/{key}"].to(master.device).clone().view_as(master)
         _torch_optimizer(optimizer, zero_stage).state[master] = state
 
 
 def load_partitioned_weights(optimizer: Any) -> None:
-    """Stage 3: write the masters into the partitioned weights, as an optimizer step does."""
+    """Stage 3: copy the master weights into the partitioned weights, as an optimizer step does."""
     for group in range(len(optimizer.fp32_partitioned_groups_flat)):
         optimizer.fp16_partitioned_groups_flat[group].data.copy_(
             optimizer.fp32_partitioned_groups_flat[group].data
@@ -77,8 +78,7 @@ def load_partitioned_weights(optimizer: Any) -> None:
 
 
 def _masters(optimizer: Any, zero_stage: int) -> list[tuple[str, Tensor, dict[str, Any]]]:
-    """(name, float32 tensor that the optimizer updates, its state) for everything this rank
-    updates."""
+    """(name, float32 master tensor, its optimizer state) for everything that this rank updates."""
     inner = _torch_optimizer(optimizer, zero_stage)
     if zero_stage in (1, 2):
         tensors = list(optimizer.single_partition_of_fp32_groups)
@@ -96,10 +96,10 @@ def _torch_optimizer(optimizer: Any, zero_stage: int) -> torch.optim.Optimizer:
     return optimizer.optimizer if zero_stage > 0 else optimizer  # type: ignore[no-any-return]
 
 
-def _fit(shard: Mapping[str, Tensor], name: str, like: Tensor) -> None:
+def _check_size(shard: Mapping[str, Tensor], name: str, like: Tensor) -> None:
     if name not in shard or shard[name].numel() != like.numel():
-        found = f"{shard[name].numel()} numbers" if name in shard else "nothing"
+        actual = f"{shard[name].numel()} elements" if name in shard else "no tensor"
         raise CheckpointError(
-            f"the checkpoint has {found} for {name!r}, this run needs {like.numel()}; "
+            f"the checkpoint has {actual} for {name!r}, but this run needs {like.numel()}; "
             f"the model, the layout or the ZeRO profile has changed since it was written"
         )

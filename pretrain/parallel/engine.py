@@ -1,9 +1,10 @@
-"""What the training loop sees of the machines: a small contract, kept by `PlainEngine` and
-`DeepSpeedEngine`.
+"""The interface between the training loop and the hardware: `TrainEngine`.
 
-Gradients of an engine are those of the *mean over ranks* of the losses given to `backward`, summed
-over the micro-batches of a step. A loss that is a share of the global loss must therefore be
-multiplied by `world`.
+`PlainEngine` (one process) and `DeepSpeedEngine` implement it.
+
+The gradients of an engine are those of the *mean over ranks* of the losses passed to `backward`,
+summed over the micro-batches of a step. A loss that is one rank's term of the global loss must
+therefore be multiplied by `world_size`.
 """
 
 from __future__ import annotations
@@ -20,52 +21,55 @@ from pretrain.parallel.layout import Layout
 
 
 class TrainEngine(Protocol):
-    """One rank's hold on the model, the optimizer and the other ranks."""
+    """Model, optimizer and collectives of one rank."""
 
     rank: int
     world_size: int
     layout: Layout
     device: torch.device
     model: VisionLanguageModel
-    """This rank's module; with expert parallelism every call of it is collective."""
+    """This rank's module. With expert parallelism every call of it is collective."""
 
-    def forward(self, batch: Batch, *, draw: int = 0, coactivation: bool = False) -> ModelOutput:
+    def forward(
+        self, batch: Batch, *, step_seed: int = 0, coactivation: bool = False
+    ) -> ModelOutput:
         """Run the model on one micro-batch.
 
         Args:
             batch: The micro-batch.
-            draw: Decides everything random of this step; the same on every rank.
-            coactivation: Also count which experts are chosen together.
+            step_seed: Seed of all random routing of this step; the same on every rank.
+            coactivation: Also count which pairs of experts are selected by the same token.
         """
         ...
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Add the gradients of `loss`; `last` marks the last micro-batch of the step."""
+        """Accumulate the gradients of `loss`; `last` is set for the last micro-batch of a step."""
         ...
 
     def step(self, learning_rate: float) -> float:
-        """Clip, update, clear the gradients; return the global gradient norm before clipping."""
+        """Clip, update and zero the gradients; return the global gradient norm before clipping."""
         ...
 
     def gradients(self) -> dict[str, Tensor]:
-        """Whole gradients by parameter name, float32, between the last backward and the step.
-        Collective.
+        """Full gradients by parameter name, float32; valid between the last backward and the step.
 
-        A rank's slice of the experts appears as `name@first:last`.
+        This rank's slice of the experts is named `NAME@first:last`. Collective.
         """
         ...
 
-    def gather(self, rows: Tensor) -> Tensor:
-        """Rows of all ranks along dim 0, in rank order; gradients return to their owners, summed
-        over ranks."""
+    def all_gather(self, rows: Tensor) -> Tensor:
+        """Concatenate the rows of all ranks along dim 0, in rank order.
+
+        Differentiable: gradients are summed over ranks and returned to the rank of each row.
+        """
         ...
 
-    def total(self, values: Tensor) -> Tensor:
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
         """Sum over ranks, without gradient."""
         ...
 
-    def agree(self, ok: bool) -> bool:
-        """Whether every rank says ok. Collective."""
+    def all_ranks_true(self, value: bool) -> bool:
+        """Whether `value` is true on every rank. Collective."""
         ...
 
     def barrier(self) -> None:
@@ -76,32 +80,31 @@ class TrainEngine(Protocol):
         """Rank 0's value, on every rank. Collective."""
         ...
 
-    def gather_json(self, value: Any) -> list[Any]:
+    def all_gather_json(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order, on every rank. Collective."""
         ...
 
     def model_tensors(self) -> dict[str, Tensor]:
-        """What this rank saves of the model: dense weights and biases on rank 0, experts as
-        `name@first:last`.
+        """The model tensors that this rank saves. Collective.
 
-        Collective.
+        Rank 0 saves the dense weights and the routers' biases; experts are named
+        `NAME@first:last`.
         """
         ...
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
-        """This rank's shard of the optimizer: master weights and moments, by a stable name."""
+        """This rank's optimizer shard: master weights and moments, under stable names."""
         ...
 
     def load_model_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over the weights this rank needs, named as `model_tensors` names them.
-        Collective."""
+        """Load the weights that this rank needs, named as in `model_tensors`. Collective."""
         ...
 
     def load_optimizer_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over this rank's shard, saved at the same layout."""
+        """Load this rank's optimizer shard, saved with the same layout."""
         ...
 
 
 def slice_name(name: str, first: int, count: int) -> str:
-    """How a slice of stacked experts is called in files: `name@first:last`, last excluded."""
+    """Name of a slice of stacked experts in files: `NAME@first:last`, `last` excluded."""
     return f"{name}@{first}:{first + count}"

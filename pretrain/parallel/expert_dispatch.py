@@ -1,10 +1,11 @@
-"""Tokens to experts on other ranks and back: uneven all-to-all inside the expert-parallel group.
+"""Expert-parallel dispatch: uneven all-to-all inside the expert-parallel group.
 
-Rows leave sorted by global expert, so they are sorted by owning rank too. The counts travel first;
-then the rows, which arrive sorted by (sender, expert) and are put in the order (expert, sender) for
-the experts. Choices that found no place do not travel.
+Rows are sent sorted by global expert, and hence by owning rank. The counts are exchanged first,
+then the rows. Received rows are sorted by (sender, expert) and permuted to (expert, sender) for the
+experts. Assignments dropped by the capacity limit are not sent.
 
-Shapes: N rows, D trunk width, E experts, L local experts, R ranks of the group.
+Shapes: T tokens, N rows (one per assignment), D trunk width, E experts, L local experts, R ranks of
+the group.
 """
 
 from __future__ import annotations
@@ -14,48 +15,66 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain.moe.dispatch import Shared, inverse, permute, sort_choices, spread, weighted_sum
+from pretrain.moe.dispatch import (
+    SharedExperts,
+    gather_rows,
+    inverse_permutation,
+    permute_rows,
+    sort_by_expert,
+    weighted_sum,
+)
 from pretrain.moe.experts import StackedExperts
 from pretrain.moe.routing import Routing
-from pretrain.parallel.collectives import Exchange, exchange_rows
+from pretrain.parallel.collectives import AsyncAllToAll, all_to_all_rows
 
 
 class ExpertParallelDispatcher:
-    """Experts are split over the ranks of `group`; every rank enters every exchange, even with no
-    row."""
+    """Dispatcher whose experts are split over the ranks of `group`.
+
+    Every rank takes part in every all-to-all, even with zero rows.
+    """
 
     def __init__(self) -> None:
         self.group: dist.ProcessGroup | None = None
 
     def run(
-        self, x_TD: Tensor, routing: Routing, experts: StackedExperts, shared: Shared | None
+        self, x_TD: Tensor, routing: Routing, experts: StackedExperts, shared: SharedExperts | None
     ) -> Tensor:
-        rows = sort_choices(routing)
-        rows_ND = spread(x_TD, rows, routing.k)
-        counts_RL = routing.tokens_per_expert_E.view(dist.get_world_size(self.group), -1)
-        arriving_RL = torch.empty_like(counts_RL)
-        dist.all_to_all_single(arriving_RL, counts_RL.contiguous(), group=self.group)
-        # One stop of the host per layer: the exchange needs the sizes as numbers.
-        sizes = torch.stack([counts_RL.sum(dim=1), arriving_RL.sum(dim=1)]).tolist()
-        sent, received = sizes[0], sizes[1]
-        left_behind = rows_ND.shape[0] - sum(sent)
-        exchange = Exchange(sent, received, self.group)
-        travelling_ND = exchange.start(rows_ND[: sum(sent)])
-        shared_TD = None if shared is None else shared(x_TD)  # while the rows travel
-        arrived_ND = exchange.finish(travelling_ND)
-        by_expert_N = _expert_order(arriving_RL, sum(received))
-        y_ND = experts(permute(arrived_ND, by_expert_N), arriving_RL.sum(dim=0))
-        departing_ND = permute(y_ND, inverse(by_expert_N))
-        returned_ND = F.pad(
-            exchange_rows(departing_ND, received, sent, self.group), (0, 0, 0, left_behind)
-        )
-        y_TD = weighted_sum(returned_ND, rows, routing, x_TD.shape[0])
+        """See `pretrain.moe.dispatch.Dispatcher.run`."""
+        rows = sort_by_expert(routing)
+        rows_ND = gather_rows(x_TD, rows, routing.k)
+        send_counts_RL = routing.tokens_per_expert_E.view(dist.get_world_size(self.group), -1)
+        receive_counts_RL = torch.empty_like(send_counts_RL)
+        dist.all_to_all_single(receive_counts_RL, send_counts_RL.contiguous(), group=self.group)
+
+        # The only host synchronization of the layer: all-to-all needs the split sizes on the host.
+        sizes = torch.stack([send_counts_RL.sum(dim=1), receive_counts_RL.sum(dim=1)]).tolist()
+        send, receive = sizes[0], sizes[1]
+        num_dropped = rows_ND.shape[0] - sum(send)
+
+        exchange = AsyncAllToAll(send, receive, self.group)
+        pending_ND = exchange.start(rows_ND[: sum(send)])
+        shared_TD = None if shared is None else shared(x_TD)  # overlaps with the all-to-all
+        received_ND = exchange.finish(pending_ND)
+
+        order_N = _expert_order(receive_counts_RL, sum(receive))
+        y_ND = experts(permute_rows(received_ND, order_N), receive_counts_RL.sum(dim=0))
+        results_ND = permute_rows(y_ND, inverse_permutation(order_N))
+        returned_ND = all_to_all_rows(results_ND, receive, send, self.group)
+        padded_ND = F.pad(returned_ND, (0, 0, 0, num_dropped))
+
+        y_TD = weighted_sum(padded_ND, rows, routing, x_TD.shape[0])
         return y_TD if shared_TD is None else y_TD + shared_TD
 
 
-def _expert_order(arriving_RL: Tensor, num_rows: int) -> Tensor:
-    """Order that turns (sender, expert) into (expert, sender), for rows counted by both."""
-    num_local = arriving_RL.shape[1]
-    experts = torch.arange(num_local, device=arriving_RL.device).repeat(arriving_RL.shape[0])
-    expert_N = experts.repeat_interleave(arriving_RL.flatten(), output_size=num_rows)
+def _expert_order(counts_RL: Tensor, num_rows: int) -> Tensor:
+    """Permutation from (sender, expert) order to (expert, sender) order.
+
+    Args:
+        counts_RL: Rows by sending rank and local expert.
+        num_rows: Their sum.
+    """
+    num_local = counts_RL.shape[1]
+    experts = torch.arange(num_local, device=counts_RL.device).repeat(counts_RL.shape[0])
+    expert_N = experts.repeat_interleave(counts_RL.flatten(), output_size=num_rows)
     return expert_N.argsort(stable=True)

@@ -1,4 +1,4 @@
-"""One process, plain torch: the reference that every parallel engine must equal."""
+"""Single-process engine in plain PyTorch: the reference for every parallel engine."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from data_pipeline.common.errors import CheckpointError, DataError
 from data_pipeline.samples import Batch
 from pretrain.config.experts import MoEConfig
 from pretrain.config.schema import OptimConfig
-from pretrain.model.vision_language import ModelOutput, RoutingFacts, VisionLanguageModel
+from pretrain.model.vision_language import ModelOutput, RoutingContext, VisionLanguageModel
 from pretrain.optim.groups import build_adamw, is_expert, parameter_groups
 from pretrain.parallel.engine import slice_name
 from pretrain.parallel.layout import Layout
 
 
 class PlainEngine:
-    """`TrainEngine` without other ranks."""
+    """`TrainEngine` for a world size of 1."""
 
     def __init__(
         self, model: VisionLanguageModel, optim: OptimConfig, layout: Layout, device: torch.device
@@ -29,9 +29,11 @@ class PlainEngine:
         self._clip_norm = optim.clip_norm
         self._optimizer = build_adamw(parameter_groups(self.model, optim, "experts"), optim)
 
-    def forward(self, batch: Batch, *, draw: int = 0, coactivation: bool = False) -> ModelOutput:
-        facts = routing_facts(batch, self.model.moe, self.device, draw, coactivation)
-        return self.model(*model_inputs(batch, self.device), facts)  # type: ignore[no-any-return]
+    def forward(
+        self, batch: Batch, *, step_seed: int = 0, coactivation: bool = False
+    ) -> ModelOutput:
+        context = routing_context(batch, self.model.moe, self.device, step_seed, coactivation)
+        return self.model(*model_inputs(batch, self.device), context)  # type: ignore[no-any-return]
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         loss.backward()
@@ -53,14 +55,14 @@ class PlainEngine:
             if parameter.grad is not None
         }
 
-    def gather(self, rows: Tensor) -> Tensor:
+    def all_gather(self, rows: Tensor) -> Tensor:
         return rows
 
-    def total(self, values: Tensor) -> Tensor:
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
         return values.detach()
 
-    def agree(self, ok: bool) -> bool:
-        return ok
+    def all_ranks_true(self, value: bool) -> bool:
+        return value
 
     def barrier(self) -> None:
         return None
@@ -68,7 +70,7 @@ class PlainEngine:
     def broadcast_json(self, value: Any) -> Any:
         return value
 
-    def gather_json(self, value: Any) -> list[Any]:
+    def all_gather_json(self, value: Any) -> list[Any]:
         return [value]
 
     def model_tensors(self) -> dict[str, Tensor]:
@@ -78,7 +80,7 @@ class PlainEngine:
     def load_model_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
-                parameter.copy_(take(tensors, _file_name(name, parameter), parameter))
+                parameter.copy_(checked_tensor(tensors, _file_name(name, parameter), parameter))
             load_buffers(self.model, tensors)
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
@@ -99,100 +101,109 @@ class PlainEngine:
                 self._optimizer.state[parameter] = state
 
 
-def clip_gradients(gradients: Sequence[Tensor], limit: float) -> float:
-    """Scale gradients in place so that their common norm is at most `limit`; the norm before.
+def clip_gradients(gradients: Sequence[Tensor], max_norm: float) -> float:
+    """Clip gradients in place by their global norm; returns the norm before clipping.
 
-    Squares are added up in float64, as torch's own `clip_grad_norm_` does not: on CPU its float32
-    sums are off by 1e-5 for a tensor of a million elements and by 1e-3 for one of thirty million,
-    and this engine is what others are judged by.
+    Squares are summed in float64, unlike in `torch.nn.utils.clip_grad_norm_`: on CPU its float32
+    sums have a relative error of 1e-5 for a tensor of 1M elements and of 1e-3 for 30M, too much for
+    a reference.
 
     Args:
         gradients: Of all parameters that have one.
-        limit: Largest norm; 0 turns clipping off.
+        max_norm: Largest norm; 0 disables clipping.
     """
     if not gradients:
         return 0.0
     norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
     norm = float(torch.linalg.vector_norm(torch.stack(norms)))
-    if limit and norm > limit:
-        torch._foreach_mul_(list(gradients), limit / (norm + 1e-6))
+    if max_norm and norm > max_norm:
+        torch._foreach_mul_(list(gradients), max_norm / (norm + 1e-6))
     return norm
 
 
 def model_inputs(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The tensors of a batch that the model reads, on `device`."""
+    """Images, text ids, text lengths and text positions of a batch, on `device`."""
     tensors = (batch.images, batch.text_ids, batch.text_lengths, batch.text_positions)
     images, ids, lengths, positions = (tensor.to(device, non_blocking=True) for tensor in tensors)
     return images, ids, lengths, positions
 
 
-def routing_facts(
-    batch: Batch, moe: MoEConfig, device: torch.device, draw: int, coactivation: bool
-) -> RoutingFacts:
-    """What routing depends on beside the tokens, on `device`.
+def routing_context(
+    batch: Batch, moe: MoEConfig, device: torch.device, step_seed: int, coactivation: bool
+) -> RoutingContext:
+    """Inputs of routing other than the tokens, on `device`.
 
     Capacity groups are consecutive pairs of the global batch. A micro-batch holds whole groups, so
-    that a pair's group is its row as it was asked for, whichever others are missing.
+    the group of a pair follows from its slot in the micro-batch, whether or not other samples were
+    skipped.
 
     Raises:
-        DataError: The batch does not say which samples it holds, but this run's routing depends on
-        it.
+        DataError: This run's routing needs sample ids or slots, but the batch has none.
     """
 
-    def per_pair(values: Tensor, what: str) -> Tensor:
+    def check_length(values: Tensor, name: str) -> Tensor:
         if len(values) != len(batch.images):
             raise DataError(
-                f"a batch of {len(batch.images)} pairs has {len(values)} {what}; this run's routing "
-                f"(moe.routing {moe.routing}, moe.capacity_factor {moe.capacity_factor}) needs one a pair"
+                f"a batch of {len(batch.images)} pairs has {len(values)} {name}; this run's "
+                f"routing (moe.routing {moe.routing}, moe.capacity_factor {moe.capacity_factor}) "
+                f"needs one per pair"
             )
         return values
 
-    facts = RoutingFacts(draw=draw, coactivation=coactivation)
+    context = RoutingContext(step_seed=step_seed, coactivation=coactivation)
     if moe.is_random:
-        facts = facts._replace(pair_ids_B=per_pair(batch.ids, "ids").to(device, non_blocking=True))
+        pair_ids_B = check_length(batch.ids, "ids")
+        context = context._replace(pair_ids_B=pair_ids_B.to(device, non_blocking=True))
     if moe.capacity_factor:
-        slots_B = per_pair(batch.slots, "slots")
+        slots_B = check_length(batch.slots, "slots")
         group_B = torch.div(slots_B, moe.capacity_group_size, rounding_mode="floor")
-        # Counted on the host, where the batch still lies.
+        # Computed before the copy to the device, to avoid a synchronization.
         num_groups = int(group_B.max()) + 1 if len(group_B) else 0
-        facts = facts._replace(group_B=group_B.to(device, non_blocking=True), num_groups=num_groups)
-    return facts
+        context = context._replace(
+            group_B=group_B.to(device, non_blocking=True), num_groups=num_groups
+        )
+    return context
 
 
-BIAS = ".bias.value"
-"""How names of routers' biases end (`pretrain.moe.bias.SelectionBias` in `MoELayer.bias`)."""
+BIAS_SUFFIX = ".bias.value"
+"""Suffix of the names of routing biases (`pretrain.moe.bias.ExpertBias` in `MoELayer.bias`)."""
 
 
 def load_buffers(model: VisionLanguageModel, tensors: Mapping[str, Tensor]) -> None:
-    """Take over the state that is no weight: the biases of the routers' choices.
+    """Load the buffers of a model: the routing biases.
 
     Raises:
-        CheckpointError: The checkpoint lacks one, or has one that this run's model has no place
-        for.
+        CheckpointError: The checkpoint lacks a bias, or has one that this run's model does not.
     """
     buffers = dict(model.named_buffers())
-    unknown = sorted(name for name in tensors if name.endswith(BIAS) and name not in buffers)
-    if unknown:
+    unexpected = sorted(n for n in tensors if n.endswith(BIAS_SUFFIX) and n not in buffers)
+    if unexpected:
         raise CheckpointError(
-            f"the checkpoint has {len(unknown)} layers with learned biases of the choice, such as {unknown[0]!r}, but "
-            f"this run's model has no place for them: without them tokens would go to other experts. Set balance.bias "
-            f"and balance.bias_per_modality as in config.yaml of the run folder, or start in another folder"
+            f"the checkpoint has routing biases in {len(unexpected)} layers, such as "
+            f"{unexpected[0]!r}, but this run's model has none there; without them tokens would be "
+            f"routed to other experts. Set balance.bias and balance.bias_per_modality as in "
+            f"config.yaml of the run folder, or use another run folder"
         )
     for name, buffer in buffers.items():
-        buffer.copy_(take(tensors, name, buffer))
+        buffer.copy_(checked_tensor(tensors, name, buffer))
 
 
-def take(tensors: Mapping[str, Tensor], name: str, like: Tensor) -> Tensor:
-    """A tensor of a checkpoint by name, of the shape of `like`, or a clear error."""
-    found = tensors.get(name)
-    if found is None or found.shape != like.shape:
-        what = f"no {name!r}" if found is None else f"{name!r} as {list(found.shape)}"
+def checked_tensor(tensors: Mapping[str, Tensor], name: str, like: Tensor) -> Tensor:
+    """The tensor of a checkpoint with this name, which must have the shape of `like`.
+
+    Raises:
+        CheckpointError: There is no such tensor, or it has another shape.
+    """
+    tensor = tensors.get(name)
+    if tensor is None or tensor.shape != like.shape:
+        actual = f"no {name!r}" if tensor is None else f"{name!r} of shape {list(tensor.shape)}"
         raise CheckpointError(
-            f"the checkpoint has {what}, but this run's model needs {list(like.shape)}: it was written by a "
-            f"model of another shape. Set the model, moe and balance sections as in config.yaml of the run folder "
-            f"(balance.bias and balance.bias_per_modality decide which biases there are), or start in another folder"
+            f"the checkpoint has {actual}, but this run's model needs shape {list(like.shape)}. "
+            f"Set the model, moe and balance sections as in config.yaml of the run folder "
+            f"(balance.bias and balance.bias_per_modality determine the biases), or use another "
+            f"run folder"
         )
-    return found
+    return tensor
 
 
 def _file_name(name: str, parameter: Tensor) -> str:

@@ -1,7 +1,7 @@
-"""DeepSpeed's settings: resolved dicts must not drift, and no key may have two owners.
+"""Resolved DeepSpeed configs: golden files, keys set twice, invalid profiles.
 
-After an intended change, write the golden files anew: `WRITE_GOLDEN=1 pytest PATH_OF_THIS_FILE`,
-and read the difference before it is committed.
+After an intended change, update the golden files with `WRITE_GOLDEN=1 pytest PATH_OF_THIS_FILE` and
+review the diff.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ def _compare(name: str, resolved: dict[str, Any]) -> None:
     assert text == path.read_text()
 
 
-def test_the_profiles_are_there() -> None:
+def test_list_of_profiles() -> None:
     assert PROFILES == ["zero0", "zero1", "zero2", "zero2_offload", "zero3"]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("profile", PROFILES)
-def test_each_profile_resolves_as_before(profile: str, precision: str) -> None:
+def test_profile_matches_golden_file(profile: str, precision: str) -> None:
     run = _run(
         f"parallel.deepspeed={profile}", f"precision.compute={precision}", "optim.clip_norm=0.5"
     )
@@ -70,13 +70,13 @@ def test_each_profile_resolves_as_before(profile: str, precision: str) -> None:
 @pytest.mark.parametrize(
     ("preset", "world_size"), [("s16", 8), ("b16", 16), ("l16", 64), ("h14", 64)]
 )
-def test_each_preset_resolves_as_before(preset: str, world_size: int) -> None:
+def test_preset_matches_golden_file(preset: str, world_size: int) -> None:
     run = load_run(preset)
     plan = plan_batch(run.batch.global_batch_size, run.batch.micro_batch_size, world_size)
     _compare(f"preset-{preset}", resolve_for(run, RUN_PATH, plan))
 
 
-def test_stage_0_leaves_precision_and_clipping_to_the_engine() -> None:
+def test_stage_0_has_neither_bf16_nor_clipping() -> None:
     resolved = _resolve(
         {"zero_optimization": {"stage": 0}}, _run("precision.compute=bf16", "optim.clip_norm=0.5")
     )
@@ -84,14 +84,14 @@ def test_stage_0_leaves_precision_and_clipping_to_the_engine() -> None:
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_higher_stages_take_both_from_the_yaml(stage: int) -> None:
+def test_higher_stages_take_bf16_and_clipping_from_the_yaml(stage: int) -> None:
     profile = {"zero_optimization": {"stage": stage}}
     resolved = _resolve(profile, _run("precision.compute=bf16", "optim.clip_norm=0.5"))
     assert resolved["bf16"] == {"enabled": True} and resolved["gradient_clipping"] == 0.5
     assert "bf16" not in _resolve(profile, _run())
 
 
-def test_the_batch_keys_agree_with_each_other() -> None:
+def test_batch_keys_are_consistent() -> None:
     resolved = _resolve({"zero_optimization": {"stage": 1}}, world_size=2)
     assert (
         resolved["train_micro_batch_size_per_gpu"] * resolved["gradient_accumulation_steps"] * 2
@@ -111,19 +111,17 @@ def test_the_batch_keys_agree_with_each_other() -> None:
         ("scheduler", {}),
     ],
 )
-def test_a_key_with_two_owners_names_both_files(key: str, value: object) -> None:
+def test_key_set_twice_is_an_error_that_names_both_files(key: str, value: object) -> None:
     with pytest.raises(ConfigError) as caught:
         _resolve({"zero_optimization": {"stage": 1}, key: value})
     text = str(caught.value)
-    assert (
-        f"{key} has two owners: my.json sets it to" in text
-        and f"run.yaml sets it by {YAML_KEYS[key]}" in text
-    )
+    for part in (f"{key} is set twice", json.dumps(value), "my.json", "run.yaml", YAML_KEYS[key]):
+        assert part in text
 
 
-def test_auto_asks_the_yaml() -> None:
-    plain = _resolve({"zero_optimization": {"stage": 1}})
-    asked = _resolve(
+def test_auto_takes_the_value_of_the_yaml() -> None:
+    expected = _resolve({"zero_optimization": {"stage": 1}})
+    resolved = _resolve(
         {
             "zero_optimization": {"stage": 1},
             "train_batch_size": "auto",
@@ -132,7 +130,7 @@ def test_auto_asks_the_yaml() -> None:
             "optimizer": "auto",
         }
     )
-    assert asked == plain
+    assert resolved == expected
 
 
 @pytest.mark.parametrize(
@@ -140,59 +138,57 @@ def test_auto_asks_the_yaml() -> None:
     [
         (
             {"zero_optimization": {"stage": 1, "reduce_bucket_size": "auto"}},
-            'zero_optimization.reduce_bucket_size is "auto", but the run has no setting for it',
+            'zero_optimization.reduce_bucket_size is "auto"',
         ),
         (
             {"zero_optimization": {"stage": 1}, "zero_optimisation": {}},
-            "did you mean 'zero_optimization'?",
+            "zero_optimisation: unknown key; did you mean 'zero_optimization'?",
         ),
         (
             {"zero_optimization": {"stage": 4}},
-            "zero_optimization.stage is 4, but must be 0, 1, 2 or 3",
+            "zero_optimization.stage is 4",
         ),
         ({"zero_optimization": {"stage": True}}, "zero_optimization.stage is True"),
         ({}, "zero_optimization.stage is None"),
     ],
 )
-def test_profiles_that_are_refused(profile: dict[str, Any], part: str) -> None:
+def test_invalid_profiles(profile: dict[str, Any], part: str) -> None:
     with pytest.raises(ConfigError) as caught:
         _resolve(profile)
     assert part in str(caught.value) and "my.json" in str(caught.value)
 
 
-def test_all_problems_of_a_profile_are_told_at_once() -> None:
+def test_all_problems_of_a_profile_are_in_one_error() -> None:
     with pytest.raises(ConfigError, match="2 problems"):
         _resolve({"zero_optimization": {"stage": 1}, "gradient_clipping": 1, "nonsense": 1})
 
 
-def test_the_profile_is_not_changed_and_not_shared() -> None:
+def test_the_profile_is_not_modified_by_the_result() -> None:
     profile = {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}
     before = json.dumps(profile)
     _resolve(profile)["zero_optimization"]["offload_optimizer"]["device"] = "nvme"
     assert json.dumps(profile) == before
 
 
-def test_a_profile_is_found_by_name_and_by_path(tmp_path: Path) -> None:
+def test_profile_by_name_and_by_path(tmp_path: Path) -> None:
     assert profile_path("zero2") == ROOT / "ds_configs" / "zero2.json"
-    mine = tmp_path / "mine.json"
-    mine.write_text('{"zero_optimization": {"stage": 3}}')
-    assert profile_path(str(mine)) == mine
-    assert zero_stage(load_profile(mine), mine) == 3
-    with pytest.raises(
-        ConfigError, match=r"no such JSON file, and no profile .*did you mean 'zero1'\?"
-    ):
+    custom = tmp_path / "custom.json"
+    custom.write_text('{"zero_optimization": {"stage": 3}}')
+    assert profile_path(str(custom)) == custom
+    assert zero_stage(load_profile(custom), custom) == 3
+    with pytest.raises(ConfigError, match=r"parallel\.deepspeed is 'zer01'.*'zero1'"):
         profile_path("zer01")
 
 
 @pytest.mark.parametrize(
     ("text", "part"),
     [
-        ("{", "cannot read the DeepSpeed profile"),
-        ("[]", "is a JSON object"),
-        ('{"a": 1, "a": 2}', "given twice"),
+        ("{", "cannot read"),
+        ("[]", "JSON object"),
+        ('{"a": 1, "a": 2}', "duplicate key 'a'"),
     ],
 )
-def test_files_that_are_no_profile(tmp_path: Path, text: str, part: str) -> None:
+def test_files_that_are_not_profiles(tmp_path: Path, text: str, part: str) -> None:
     path = tmp_path / "p.json"
     path.write_text(text)
     with pytest.raises(ConfigError) as caught:
@@ -200,7 +196,7 @@ def test_files_that_are_no_profile(tmp_path: Path, text: str, part: str) -> None
     assert part in str(caught.value) and str(path) in str(caught.value)
 
 
-def test_no_key_has_two_owners_in_the_tables_and_the_readme_lists_all() -> None:
+def test_key_tables_are_disjoint_and_listed_in_the_readme() -> None:
     assert not JSON_KEYS & set(YAML_KEYS)
     readme = (ROOT / "ds_configs" / "README.md").read_text()
     assert [key for key in [*YAML_KEYS, *JSON_KEYS] if f"`{key}`" not in readme] == []

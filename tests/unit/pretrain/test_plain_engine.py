@@ -1,4 +1,4 @@
-"""The engine that others are judged by: its norm and its clipping, against float64."""
+"""Gradient norm and clipping of the reference engine, compared with float64."""
 
 from __future__ import annotations
 
@@ -44,39 +44,40 @@ def exact_norm(gradients: list[Tensor]) -> float:
 
 
 @pytest.mark.parametrize("large", [True, False])
-def test_the_norm_of_large_tensors_is_exact(large: bool) -> None:
-    """torch's own float32 sum is off by 3e-4 here."""
+def test_norm_of_large_tensors_is_accurate(large: bool) -> None:
+    """torch's float32 sum has a relative error of 3e-4 here."""
     torch.manual_seed(0)
     gradients = [torch.randn(10_000_000) * 1e-3 + 1e-3, torch.randn(7, 5), torch.zeros(3)]
-    true, before = exact_norm(gradients), [gradient.clone() for gradient in gradients]
-    limit = 0.5 * true if large else 2 * true
-    assert clip_gradients(gradients, limit) == pytest.approx(true, rel=1e-6)
+    expected, before = exact_norm(gradients), [gradient.clone() for gradient in gradients]
+    max_norm = 0.5 * expected if large else 2 * expected
+    assert clip_gradients(gradients, max_norm) == pytest.approx(expected, rel=1e-6)
     for gradient, old in zip(gradients, before, strict=True):
         torch.testing.assert_close(gradient, old * (0.5 if large else 1.0), rtol=1e-6, atol=0)
 
 
-def test_without_a_limit_nothing_is_scaled() -> None:
+def test_zero_disables_clipping() -> None:
     gradients = [torch.full((4,), 50.0)]
     assert clip_gradients(gradients, 0.0) == pytest.approx(100.0)
     assert gradients[0].tolist() == [50.0] * 4
     assert clip_gradients([], 1.0) == 0.0
 
 
-@pytest.mark.parametrize(("clip_norm", "shown"), [(0.25, 0.25), (0.0, None)])
-def test_a_step_tells_the_norm_before_clipping_and_updates_with_what_is_left(
-    clip_norm: float, shown: float | None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("clip_norm", "clipped_norm"), [(0.25, 0.25), (0.0, None)])
+def test_step_returns_the_norm_before_clipping_and_updates_with_clipped_gradients(
+    clip_norm: float, clipped_norm: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = engine(replace(RUN.optim, clip_norm=clip_norm))
     torch.manual_seed(1)
     for parameter in plain.model.parameters():
         parameter.grad = torch.randn_like(parameter)
-    true = exact_norm(list(plain.gradients().values()))
-    seen: list[float] = []
-    update = plain._optimizer.step
-    monkeypatch.setattr(
-        plain._optimizer,
-        "step",
-        lambda: (seen.append(exact_norm(list(plain.gradients().values()))), update()),
-    )
-    assert plain.step(1e-3) == pytest.approx(true, rel=1e-9)
-    assert seen == [pytest.approx(shown or true, rel=1e-5)]
+    expected = exact_norm(list(plain.gradients().values()))
+    norms_at_update: list[float] = []
+    optimizer_step = plain._optimizer.step
+
+    def record_norm_and_step() -> None:
+        norms_at_update.append(exact_norm(list(plain.gradients().values())))
+        optimizer_step()
+
+    monkeypatch.setattr(plain._optimizer, "step", record_norm_and_step)
+    assert plain.step(1e-3) == pytest.approx(expected, rel=1e-9)
+    assert norms_at_update == [pytest.approx(clipped_norm or expected, rel=1e-5)]
