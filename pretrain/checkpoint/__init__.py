@@ -1,9 +1,10 @@
-"""Saving a run and going on from it."""
+"""Saving and loading checkpoints."""
 
-from pretrain.checkpoint.format import CheckpointEngine, DamagedCheckpointError, FileRecord, Meta
+from pretrain.checkpoint.files import FileRecord
+from pretrain.checkpoint.format import CheckpointEngine, CorruptCheckpointError, Meta
 from pretrain.checkpoint.reader import (
-    Loaded,
-    Resumed,
+    LoadedState,
+    ResumedCheckpoint,
     find_latest,
     load,
     load_latest,
@@ -14,11 +15,11 @@ from pretrain.checkpoint.writer import save
 
 __all__ = [
     "CheckpointEngine",
-    "DamagedCheckpointError",
+    "CorruptCheckpointError",
     "FileRecord",
-    "Loaded",
+    "LoadedState",
     "Meta",
-    "Resumed",
+    "ResumedCheckpoint",
     "find_latest",
     "load",
     "load_latest",

@@ -1,33 +1,32 @@
-"""What a checkpoint folder looks like, and the one way its files are written.
+"""Checkpoint format: folder layout, file names and `meta.json`.
 
     checkpoints/
-      latest                         text: the name of the folder to go on from
+      latest                         text: name of the folder to resume from
       step-00000100/
-        model-00000.safetensors      weights, one file per rank that holds some
+        model-00000.safetensors      weights, one file per rank that saves some
         optimizer-00000.safetensors  optimizer shard, one file per rank
         rank-00000.json              random states of that rank
-        meta.json                    written last: step, layout, size and hash of every other file, state
+        meta.json                    written last: step, layout, size and hash of each file, state
 
-Weights of experts are named `NAME@first:last`, the half-open range of global expert numbers in that
-file; `reader.load_model_weights` joins them. Tensors are safetensors and all else is JSON: reading
-a checkpoint never runs code from it.
+Expert weights are named `NAME@first:last`, the half-open range of global expert indices in that
+file; `weights.load_model_weights` concatenates them. Tensors are safetensors and everything else is
+JSON, so reading a checkpoint never executes code from it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from data_pipeline.common.errors import CheckpointError
+from pretrain.checkpoint.files import FileRecord
 
 VERSION = 1
 LATEST = "latest"
@@ -38,32 +37,16 @@ WEIGHTS_PREFIX = "model-"
 
 _STEP_NAME = re.compile(r"step-(\d{8,})")
 _FILE_NAME = re.compile(r"(model|optimizer)-\d{5,}\.safetensors|rank-\d{5,}\.json")
-_PIECE_BYTES = 16 * 2**20
-
-# Names of the safetensors format, https://github.com/huggingface/safetensors#format
-_DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 
 class LayoutLike(Protocol):
-    """How a run lies over ranks; equal JSON means that shards fit one to one."""
+    """Parallel layout of a run; shards can be loaded if the JSON of both layouts is equal."""
 
     def to_json(self) -> dict[str, Any]: ...
 
 
 class CheckpointEngine(Protocol):
-    """What saving and loading need from a training engine
-    (`pretrain.parallel.engine.TrainEngine`)."""
+    """The part of `pretrain.parallel.engine.TrainEngine` that saving and loading use."""
 
     @property
     def rank(self) -> int: ...
@@ -73,30 +56,23 @@ class CheckpointEngine(Protocol):
     def layout(self) -> LayoutLike: ...
 
     def model_tensors(self) -> Mapping[str, Tensor]:
-        """Collective: the weights that this rank writes; empty on ranks that write none."""
+        """The weights that this rank saves; empty on ranks that save none. Collective."""
 
     def optimizer_tensors(self) -> Mapping[str, Tensor]:
-        """Collective: this rank's optimizer shard."""
+        """This rank's optimizer shard. Collective."""
 
     def load_model_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take weights from the names of *all* ranks; reading a name reads its tensor from disk."""
+        """Load weights from a lazy mapping of *all* ranks' tensors; each access reads from disk."""
 
     def load_optimizer_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take back what `optimizer_tensors` gave on this rank."""
+        """Load what `optimizer_tensors` returned on this rank."""
 
-    def gather_json(self, value: Any) -> list[Any]:
-        """Collective: the values of all ranks in rank order, on every rank."""
-
-
-class DamagedCheckpointError(CheckpointError):
-    """A checkpoint is missing, incomplete or changed; an older one may still be whole."""
+    def all_gather_json(self, value: Any) -> list[Any]:
+        """The values of all ranks in rank order, on every rank. Collective."""
 
 
-class FileRecord(NamedTuple):
-    """What a file must be to count as unchanged."""
-
-    bytes: int
-    sha256: str
+class CorruptCheckpointError(CheckpointError):
+    """A checkpoint is missing, incomplete or modified; an older one may still be intact."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,52 +80,54 @@ class Meta:
     """The contents of meta.json."""
 
     step: int
-    """Optimizer steps done."""
+    """Number of completed optimizer steps."""
     layout: dict[str, Any]
-    """World, expert parallelism, ZeRO stage and precision it was written under."""
+    """Layout that wrote it: world size, expert parallelism, ZeRO stage, precision."""
     files: dict[str, FileRecord]
     """Every other file of the folder."""
     state: dict[str, Any]
-    """What the training loop wants back: loader position, schedule, tokenizer fingerprint, run."""
+    """State of the training loop: loader position, schedule, tokenizer fingerprint."""
     version: int = VERSION
-    """Of this format."""
+    """Version of this format."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, with a hash over themselves so that a changed number is noticed."""
-        plain = asdict(self) | {
+        """A JSON object, with a SHA-256 of its own contents."""
+        contents = asdict(self) | {
             "files": {name: record._asdict() for name, record in self.files.items()}
         }
-        return plain | {"sha256": _hash_of_json(plain)}
+        return contents | {"sha256": _hash_of_json(contents)}
 
     @classmethod
-    def from_json(cls, value: Any, *, where: Path) -> Meta:
-        """Check and take apart what `to_json` gave.
+    def from_json(cls, value: Any, *, path: Path) -> Meta:
+        """Parse and verify the result of `to_json`.
+
+        Args:
+            value: Parsed JSON.
+            path: Where it was read, for error messages.
 
         Raises:
-            DamagedCheckpointError: Something is missing or changed.
-            CheckpointError: It was written by a version that this one does not know.
+            CorruptCheckpointError: Something is missing or modified.
+            CheckpointError: It has an unsupported format version.
         """
         if not isinstance(value, dict):
-            raise DamagedCheckpointError(
-                f"{where} does not hold a JSON object; the checkpoint is damaged"
-            )
+            raise CorruptCheckpointError(f"{path} is not a JSON object; the checkpoint is corrupt")
         if value.get("version") != VERSION:
             raise CheckpointError(
-                f"{where} has format version {value.get('version')!r}, but this program reads version "
-                f"{VERSION}; use the program version that wrote it"
+                f"{path} has format version {value.get('version')!r}, but this program reads "
+                f"version {VERSION}; use the program version that wrote it"
             )
-        plain = {name: part for name, part in value.items() if name != "sha256"}
-        if value.get("sha256") != _hash_of_json(plain):
-            raise DamagedCheckpointError(
-                f"{where} was changed after it was written; its own hash differs"
+        contents = {name: field for name, field in value.items() if name != "sha256"}
+        if value.get("sha256") != _hash_of_json(contents):
+            raise CorruptCheckpointError(
+                f"{path} was modified after it was written: its own hash does not match"
             )
-        files = {name: FileRecord(**record) for name, record in plain.pop("files").items()}
-        strange = [name for name in files if not _FILE_NAME.fullmatch(name)]
-        if strange:
-            raise DamagedCheckpointError(
-                f"{where} lists {strange[0]!r}, which no checkpoint file is called"
+        files = {name: FileRecord(**record) for name, record in contents.pop("files").items()}
+        invalid = [name for name in files if not _FILE_NAME.fullmatch(name)]
+        if invalid:
+            raise CorruptCheckpointError(
+                f"{path} lists {invalid[0]!r}, which is not the name of a checkpoint file"
             )
-        return cls(files=files, **plain)
+        return cls(files=files, **contents)
 
 
 def step_name(step: int) -> str:
@@ -157,8 +135,8 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def step_of(name: str) -> int | None:
-    """Step of a checkpoint folder's name, or None if it is called otherwise."""
+def parse_step(name: str) -> int | None:
+    """Step of a checkpoint folder's name; None for other names."""
     match = _STEP_NAME.fullmatch(name)
     return int(match[1]) if match else None
 
@@ -173,86 +151,6 @@ def optimizer_file(rank: int) -> str:
 
 def rank_file(rank: int) -> str:
     return f"rank-{rank:05d}.json"
-
-
-def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> FileRecord:
-    """Write a new file down to the disk, hashing on the way.
-
-    Raises:
-        OSError: As the system gave it; the file may be left incomplete.
-    """
-    digest, total_bytes = hashlib.sha256(), 0
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-    try:
-        for piece in pieces:
-            rest = memoryview(piece)
-            digest.update(rest)
-            total_bytes += len(rest)
-            while rest:
-                rest = rest[os.write(descriptor, rest[:_PIECE_BYTES]) :]
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    return FileRecord(total_bytes, digest.hexdigest())
-
-
-def write_json(path: Path, value: Any) -> FileRecord:
-    """Write a JSON file; NaN and infinity are refused because other readers of JSON refuse them."""
-    return write_file(path, [json.dumps(value, indent=1, sort_keys=True, allow_nan=False).encode()])
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
-    """Write a safetensors file piece by piece.
-
-    The library's own writer wants either a whole second copy in memory (`save`) or hides the
-    system's error numbers and gives no hash (`save_file`); the format is a small JSON header and
-    the raw values one after the other, so it is written here and read by the library.
-    """
-    # Wide types first keeps every tensor aligned to its own size, which the library does too.
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header: dict[str, Any] = {}
-    end = 0
-    for name in names:
-        tensor = tensors[name]
-        if tensor.dtype not in _DTYPE_NAMES:
-            raise CheckpointError(f"{name} has type {tensor.dtype}, which checkpoints do not store")
-        first, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": _DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [first, end],
-        }
-    head = json.dumps(header).encode()
-    head += b" " * (-len(head) % 8)
-    values = (_raw(tensors[name]) for name in names)
-    return write_file(path, _chain(len(head).to_bytes(8, "little") + head, values))
-
-
-def sync_folder(folder: Path) -> None:
-    """Make names that were added to or removed from a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def hash_file(path: Path) -> FileRecord:
-    """Size and hash of a file as it is now."""
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256")
-        return FileRecord(stream.tell(), digest.hexdigest())
-
-
-def _chain(first: bytes, rest: Iterable[memoryview]) -> Iterable[bytes | memoryview]:
-    yield first
-    yield from rest
-
-
-def _raw(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor in row-major order; copies only what is not in memory that way."""
-    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def _hash_of_json(value: Any) -> str:

@@ -1,9 +1,10 @@
-"""Finds, checks and loads checkpoints.
+"""Finds, verifies and loads checkpoints.
 
-`latest` says where to go on. If what it names is missing or damaged, the newest whole checkpoint is
-taken instead with an error in the log: some steps are done again, nothing wrong is learned. If none
-is whole, that is an error; a run never starts from nothing while there are checkpoints.
-Files are hashed before a single value reaches the engine.
+A run resumes from the checkpoint that `latest` names. If that one is missing or corrupt, an error
+is logged and the newest intact checkpoint is used instead, so only some steps are repeated. If none
+is intact, an error is raised: a run never starts from scratch while there are checkpoints.
+
+All files are hashed before any value is loaded into the engine.
 """
 
 from __future__ import annotations
@@ -17,37 +18,37 @@ from data_pipeline.common.errors import CheckpointError
 from pretrain.checkpoint.format import (
     LATEST,
     CheckpointEngine,
-    DamagedCheckpointError,
+    CorruptCheckpointError,
     Meta,
     optimizer_file,
+    parse_step,
     rank_file,
-    step_of,
 )
-from pretrain.checkpoint.retention import clear_leftovers, list_checkpoints, read_latest
+from pretrain.checkpoint.retention import list_checkpoints, read_latest, remove_incomplete
 from pretrain.checkpoint.verify import check_hashes, check_sizes, read_meta
 from pretrain.checkpoint.weights import TensorFiles, weight_files
 
 logger = logging.getLogger(__name__)
 
 _HOW_TO_MATCH = {
-    "world_size": "start the run with {found} ranks",
-    "expert_parallel_size": "set parallel.expert_parallel_size={found}",
-    "zero_stage": "set parallel.deepspeed to a profile with ZeRO stage {found}",
-    "precision": "set precision.compute={found}",
-    "num_experts": "set moe.num_experts={found}",
-    "expert_layer": "set moe.backend={found}",
+    "world_size": "start the run with {value} ranks",
+    "expert_parallel_size": "set parallel.expert_parallel_size={value}",
+    "zero_stage": "set parallel.deepspeed to a profile with ZeRO stage {value}",
+    "precision": "set precision.compute={value}",
+    "num_experts": "set moe.num_experts={value}",
+    "expert_layer": "set moe.backend={value}",
 }
 
 
-class Loaded(NamedTuple):
-    """What a run goes on from, beside the tensors that the engine took."""
+class LoadedState(NamedTuple):
+    """State of a loaded checkpoint other than the engine's tensors."""
 
     state_json: dict[str, Any]
     rank_state: dict[str, Any]
 
 
-class Resumed(NamedTuple):
-    """A checkpoint that was loaded, and from where."""
+class ResumedCheckpoint(NamedTuple):
+    """Path and state of a loaded checkpoint."""
 
     path: Path
     state_json: dict[str, Any]
@@ -55,75 +56,76 @@ class Resumed(NamedTuple):
 
 
 def find_latest(root: Path) -> Path | None:
-    """The checkpoint to go on from, judged by its meta.json and the sizes of its files.
+    """The checkpoint to resume from, verified by its meta.json and the sizes of its files.
 
     Returns:
-        Its folder, or None where there are no checkpoints yet.
+        Its folder, or None if there are no checkpoints yet.
 
     Raises:
-        CheckpointError: There are checkpoints, but none is whole.
+        CheckpointError: There are checkpoints, but none is intact.
     """
     for path in _candidates(root):
         try:
             check_sizes(path, read_meta(path))
-        except DamagedCheckpointError as error:
-            _warn(path, error)
+        except CorruptCheckpointError as error:
+            _log_corrupt(path, error)
         else:
             return path
-    _refuse_if_any(root)
+    _raise_if_any(root)
     return None
 
 
-def load(engine: CheckpointEngine, path: Path) -> Loaded:
-    """Load one checkpoint into the engine; collective over all ranks.
+def load(engine: CheckpointEngine, path: Path) -> LoadedState:
+    """Load one checkpoint into the engine. Collective.
 
     Raises:
-        DamagedCheckpointError: A file is missing or changed; on every rank alike, before the engine
-            was given anything.
-        CheckpointError: It belongs to another layout.
+        CorruptCheckpointError: A file is missing or modified; raised on every rank, before the
+            engine is changed.
+        CheckpointError: It was written with another layout.
     """
     problem, meta = None, None
     try:
         meta = read_meta(path)
         _check_layout(path, meta, engine.layout.to_json())
         check_sizes(path, meta)
-        # Each file is hashed once: by the rank in its name, which is there since the layouts agree.
-        mine = f"-{engine.rank:05d}."
-        check_hashes(path, meta, [name for name in meta.files if mine in name])
+        # Each file is hashed by the rank in its name; equal layouts imply that the rank exists.
+        suffix = f"-{engine.rank:05d}."
+        check_hashes(path, meta, [name for name in meta.files if suffix in name])
     except (CheckpointError, OSError) as error:
-        problem = {"message": str(error), "damaged": type(error) is not CheckpointError}
-    problems = [note for note in engine.gather_json(problem) if note is not None]
+        problem = {"message": str(error), "corrupt": type(error) is not CheckpointError}
+    problems = [p for p in engine.all_gather_json(problem) if p is not None]
     if problems:
-        kind = DamagedCheckpointError if problems[0]["damaged"] else CheckpointError
-        raise kind(problems[0]["message"])
+        error_class = CorruptCheckpointError if problems[0]["corrupt"] else CheckpointError
+        raise error_class(problems[0]["message"])
+
     assert meta is not None
     engine.load_model_tensors(TensorFiles(weight_files(path, meta)))
     shard = optimizer_file(engine.rank)
     engine.load_optimizer_tensors(dict(TensorFiles([path / shard])) if shard in meta.files else {})
-    return Loaded(meta.state, json.loads((path / rank_file(engine.rank)).read_bytes()))
+    return LoadedState(meta.state, json.loads((path / rank_file(engine.rank)).read_bytes()))
 
 
-def load_latest(engine: CheckpointEngine, root: Path) -> Resumed | None:
-    """Clear what a killed run left, then load the checkpoint to go on from; collective.
+def load_latest(engine: CheckpointEngine, root: Path) -> ResumedCheckpoint | None:
+    """Remove incomplete folders, then load the checkpoint to resume from. Collective.
 
     Returns:
-        What was loaded, or None where there are no checkpoints yet.
+        The loaded checkpoint, or None if there are no checkpoints yet.
 
     Raises:
-        CheckpointError: There are checkpoints, but none is whole, or they belong to another layout.
+        CheckpointError: There are checkpoints, but none is intact, or their layout differs.
     """
     names: list[str] = []
     if engine.rank == 0:
-        clear_leftovers(root)
+        remove_incomplete(root)
         names = [path.name for path in _candidates(root)]
-    names = engine.gather_json(names)[0]
+    names = engine.all_gather_json(names)[0]
     for name in names:
         try:
-            return Resumed(root / name, *load(engine, root / name))
-        except DamagedCheckpointError as error:
-            _warn(root / name, error)
+            return ResumedCheckpoint(root / name, *load(engine, root / name))
+        except CorruptCheckpointError as error:
+            _log_corrupt(root / name, error)
     if names:
-        _refuse_if_any(root)
+        _raise_if_any(root)
     return None
 
 
@@ -132,44 +134,45 @@ def _check_layout(path: Path, meta: Meta, layout: dict[str, Any]) -> None:
     differing = [name for name in names if meta.layout.get(name) != layout.get(name)]
     if not differing:
         return
-    facts = ", ".join(
+    differences = ", ".join(
         f"{name} {meta.layout.get(name)} (now {layout.get(name)})" for name in differing
     )
-    how = " and ".join(_how_to_match(name, meta.layout.get(name)) for name in differing)
+    how_to_match = " and ".join(_how_to_match(name, meta.layout.get(name)) for name in differing)
     raise CheckpointError(
-        f"checkpoint {path} was written under another layout: {facts}. To go on from it, {how}; "
-        f"to start afresh, use another run folder"
+        f"checkpoint {path} was written with another layout: {differences}. To resume from it, "
+        f"{how_to_match}; to start from scratch, use another run folder"
     )
 
 
-def _how_to_match(name: str, found: Any) -> str:
-    if name == "zero_stage" and found == -1:
+def _how_to_match(name: str, value: Any) -> str:
+    if name == "zero_stage" and value == -1:
         return "set parallel.engine=plain"
-    if name == "expert_layer" and found is None:
+    if name == "expert_layer" and value is None:
         return "set moe.backend=auto"
-    return _HOW_TO_MATCH.get(name, f"use {name} {{found}}").format(found=found)
+    return _HOW_TO_MATCH.get(name, f"use {name} {{value}}").format(value=value)
 
 
 def _candidates(root: Path) -> list[Path]:
-    """What `latest` names, then the others, newest first."""
-    named = read_latest(root)
-    others = [path for path in reversed(list_checkpoints(root)) if path.name != named]
-    if named is not None and step_of(named) is None:
-        where = root / LATEST
+    """The checkpoint that `latest` names, then the others, newest first."""
+    latest = read_latest(root)
+    others = [path for path in reversed(list_checkpoints(root)) if path.name != latest]
+    if latest is not None and parse_step(latest) is None:
         logger.error(
-            "%s holds %r, which is no checkpoint's name; taking the newest one", where, named
+            "%s contains %r, which is not the name of a checkpoint; using the newest one",
+            root / LATEST,
+            latest,
         )
-        named = None
-    return ([root / named] if named else []) + others
+        latest = None
+    return ([root / latest] if latest else []) + others
 
 
-def _warn(path: Path, error: CheckpointError) -> None:
-    logger.error("%s cannot be used (%s); looking for an older whole one", path, error)
+def _log_corrupt(path: Path, error: CheckpointError) -> None:
+    logger.error("%s cannot be used (%s); trying an older checkpoint", path, error)
 
 
-def _refuse_if_any(root: Path) -> None:
+def _raise_if_any(root: Path) -> None:
     if _candidates(root):
         raise CheckpointError(
-            f"no checkpoint in {root} is whole (see the messages above); restore one, or move the folder "
-            f"away to start the run afresh"
+            f"no checkpoint in {root} is intact (see the messages above); restore one, or move the "
+            f"folder away to start from scratch"
         )

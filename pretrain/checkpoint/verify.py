@@ -1,57 +1,58 @@
-"""Tells a whole checkpoint from a damaged one."""
+"""Verification of a checkpoint's files against its meta.json."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-from pretrain.checkpoint.format import META, DamagedCheckpointError, Meta, hash_file
+from pretrain.checkpoint.files import hash_file
+from pretrain.checkpoint.format import META, CorruptCheckpointError, Meta
 
 
-def read_meta(path: Path) -> Meta:
-    """Read and check a checkpoint's meta.json.
+def read_meta(folder: Path) -> Meta:
+    """Read and verify a checkpoint's meta.json.
 
     Raises:
-        DamagedCheckpointError: It is missing or changed.
-        CheckpointError: It has another format version.
+        CorruptCheckpointError: It is missing or modified.
+        CheckpointError: It has an unsupported format version.
     """
-    where = path / META
+    path = folder / META
     try:
-        value = json.loads(where.read_bytes())
+        value = json.loads(path.read_bytes())
     except FileNotFoundError:
-        what = "has no meta.json" if path.is_dir() else "does not exist"
-        raise DamagedCheckpointError(f"checkpoint {path} {what}") from None
+        problem = "has no meta.json" if folder.is_dir() else "does not exist"
+        raise CorruptCheckpointError(f"checkpoint {folder} {problem}") from None
     except ValueError as error:
-        raise DamagedCheckpointError(f"{where} is not JSON ({error})") from None
-    return Meta.from_json(value, where=where)
+        raise CorruptCheckpointError(f"{path} is not JSON ({error})") from None
+    return Meta.from_json(value, path=path)
 
 
-def check_sizes(path: Path, meta: Meta) -> None:
-    """See that every file is there in full, without reading it.
+def check_sizes(folder: Path, meta: Meta) -> None:
+    """Check that every file exists with its full size, without reading it.
 
     Raises:
-        DamagedCheckpointError: A file is missing or has another size.
+        CorruptCheckpointError: A file is missing or has another size.
     """
     for name, record in meta.files.items():
         try:
-            found = (path / name).stat().st_size
+            size = (folder / name).stat().st_size
         except FileNotFoundError:
-            raise DamagedCheckpointError(f"{path / name} is missing") from None
-        if found != record.bytes:
-            raise DamagedCheckpointError(
-                f"{path / name} has {found:,} bytes, but {record.bytes:,} were written"
+            raise CorruptCheckpointError(f"{folder / name} is missing") from None
+        if size != record.bytes:
+            raise CorruptCheckpointError(
+                f"{folder / name} has {size:,} bytes, but {record.bytes:,} were written"
             )
 
 
-def check_hashes(path: Path, meta: Meta, names: list[str]) -> None:
-    """Read the named files and compare what is in them with what was written.
+def check_hashes(folder: Path, meta: Meta, names: list[str]) -> None:
+    """Read the named files and compare their SHA-256 with meta.json.
 
     Raises:
-        DamagedCheckpointError: A file differs.
+        CorruptCheckpointError: A hash differs.
     """
     for name in names:
-        found, written = hash_file(path / name).sha256, meta.files[name].sha256
-        if found != written:
-            raise DamagedCheckpointError(
-                f"{path / name} has SHA-256 {found[:12]}..., but {written[:12]}... was written"
+        actual, expected = hash_file(folder / name).sha256, meta.files[name].sha256
+        if actual != expected:
+            raise CorruptCheckpointError(
+                f"{folder / name} has SHA-256 {actual[:12]}..., but {expected[:12]}... was written"
             )

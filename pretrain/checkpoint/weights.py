@@ -1,4 +1,4 @@
-"""The weights of a checkpoint: by name from all its files, or joined for one process."""
+"""Model weights of a checkpoint: lazily by name, or with the experts of all ranks concatenated."""
 
 from __future__ import annotations
 
@@ -8,35 +8,34 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import Tensor
 
-from pretrain.checkpoint.format import WEIGHTS_PREFIX, DamagedCheckpointError, Meta
+from pretrain.checkpoint.format import WEIGHTS_PREFIX, CorruptCheckpointError, Meta
 from pretrain.checkpoint.verify import check_hashes, check_sizes, read_meta
 
 
 class TensorFiles(Mapping[str, Tensor]):
-    """The tensors of several safetensors files under one roof; a tensor is read when it is asked
-    for."""
+    """The tensors of several safetensors files as one mapping; each access reads from disk."""
 
     def __init__(self, paths: list[Path]) -> None:
-        self._home: dict[str, Path] = {}
+        self._path_of: dict[str, Path] = {}
         for path in paths:
             with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                    if name in self._home:
-                        raise DamagedCheckpointError(
-                            f"{name} is in both {self._home[name]} and {path}"
+                for name in file.keys():  # noqa: SIM118 - safe_open is not a mapping
+                    if name in self._path_of:
+                        raise CorruptCheckpointError(
+                            f"{name} is in both {self._path_of[name]} and {path}"
                         )
-                    self._home[name] = path
+                    self._path_of[name] = path
 
     def __getitem__(self, name: str) -> Tensor:
-        with safe_open(self._home[name], framework="pt") as file:
+        with safe_open(self._path_of[name], framework="pt") as file:
             tensor: Tensor = file.get_tensor(name)
         return tensor
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._home)
+        return iter(self._path_of)
 
     def __len__(self) -> int:
-        return len(self._home)
+        return len(self._path_of)
 
 
 def load_model_weights(path: Path, *, verify: bool = True) -> dict[str, Tensor]:
@@ -44,14 +43,14 @@ def load_model_weights(path: Path, *, verify: bool = True) -> dict[str, Tensor]:
 
     Args:
         path: A checkpoint folder.
-        verify: Hash the weight files first.
+        verify: Verify the hashes of the weight files first.
 
     Returns:
-        Tensors by full name; experts that lay in slices `NAME@first:last` are one tensor `NAME`
-        again, `[experts, ...]` in the order of their global numbers.
+        Tensors by full name. Slices `NAME@first:last` of experts are concatenated to one tensor
+        `NAME`, `[experts, ...]` in the order of their global indices.
 
     Raises:
-        DamagedCheckpointError: A file is missing or changed, or experts are missing or there twice.
+        CorruptCheckpointError: A file is missing or modified, or experts are missing or duplicated.
     """
     meta = read_meta(path)
     check_sizes(path, meta)
@@ -62,14 +61,14 @@ def load_model_weights(path: Path, *, verify: bool = True) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     slices: dict[str, list[tuple[int, int]]] = {}
     for name in tensors:
-        base, at, span = name.rpartition("@")
-        if at:
-            first, last = (int(number) for number in span.split(":"))
+        base, separator, span = name.rpartition("@")
+        if separator:
+            first, last = (int(index) for index in span.split(":"))
             slices.setdefault(base, []).append((first, last))
         else:
             weights[name] = tensors[name]
     for base, spans in slices.items():
-        weights[base] = _join_experts(base, sorted(spans), tensors, meta)
+        weights[base] = _concatenate_experts(base, sorted(spans), tensors, meta)
     return weights
 
 
@@ -78,24 +77,25 @@ def weight_files(path: Path, meta: Meta) -> list[Path]:
     return [path / name for name in sorted(meta.files) if name.startswith(WEIGHTS_PREFIX)]
 
 
-def _join_experts(
+def _concatenate_experts(
     base: str, spans: list[tuple[int, int]], tensors: TensorFiles, meta: Meta
 ) -> Tensor:
     parts = [tensors[f"{base}@{first}:{last}"] for first, last in spans]
-    expected = 0
+    end = 0
     for (first, last), part in zip(spans, parts, strict=True):
-        if first != expected or part.shape[0] != last - first:
-            raise DamagedCheckpointError(
-                f"experts of {base}: expected slices one after the other from 0, found {spans} "
-                f"with {[part.shape[0] for part in parts]} experts in them"
+        if first != end or part.shape[0] != last - first:
+            raise CorruptCheckpointError(
+                f"experts of {base}: expected contiguous slices from 0, but the checkpoint has "
+                f"{spans} with {[part.shape[0] for part in parts]} experts"
             )
-        expected = last
-    experts = meta.layout.get("num_experts", expected)
-    if expected != experts:
-        raise DamagedCheckpointError(
-            f"experts of {base}: {experts} were trained, found slices {spans} only"
+        end = last
+    num_experts = meta.layout.get("num_experts", end)
+    if end != num_experts:
+        raise CorruptCheckpointError(
+            f"experts of {base}: expected {num_experts} experts, but the checkpoint only has "
+            f"slices {spans}"
         )
-    whole = parts[0].new_empty((expected, *parts[0].shape[1:]))
+    full = parts[0].new_empty((end, *parts[0].shape[1:]))
     for (first, last), part in zip(spans, parts, strict=True):
-        whole[first:last] = part
-    return whole
+        full[first:last] = part
+    return full

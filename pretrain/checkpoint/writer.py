@@ -1,13 +1,12 @@
-"""Saves a checkpoint so that a kill, a power cut or a full disk at any moment costs at most this
-one.
+"""Atomic saving: if a save is interrupted or fails, the previous checkpoint stays valid.
 
-    every rank   writes its files into .writing-step-N and forces them to the disk
-    all ranks    tell each other sizes, hashes and errors
-    rank 0       writes meta.json, renames the folder to step-N, then points `latest` at it
-    all ranks    learn how that went
+    every rank   writes its files into .writing-step-N and fsyncs them
+    all ranks    exchange sizes, hashes and errors
+    rank 0       writes meta.json, renames the folder to step-N, then updates `latest`
+    all ranks    exchange the result
 
-Until the folder has its name it is nothing, and until `latest` is replaced the previous checkpoint
-is the one to go on from. If anything fails on any rank, every rank raises the same error.
+A folder is not a checkpoint before it is renamed, and runs resume from the previous checkpoint
+until `latest` is replaced. If anything fails on any rank, every rank raises the same error.
 """
 
 from __future__ import annotations
@@ -23,25 +22,27 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.common.errors import CheckpointError
+from pretrain.checkpoint.files import (
+    FileRecord,
+    fsync_folder,
+    write_file,
+    write_json,
+    write_tensors,
+)
 from pretrain.checkpoint.format import (
     LATEST,
     META,
     REPLACED_PREFIX,
     WRITING_PREFIX,
     CheckpointEngine,
-    FileRecord,
     Meta,
     model_file,
     optimizer_file,
     rank_file,
     step_name,
-    sync_folder,
-    write_file,
-    write_json,
-    write_tensors,
 )
 from pretrain.checkpoint.reader import find_latest
-from pretrain.checkpoint.retention import clear_leftovers, remove_old
+from pretrain.checkpoint.retention import remove_incomplete, remove_old_checkpoints
 
 logger = logging.getLogger(__name__)
 
@@ -55,128 +56,139 @@ def save(
     rank_state: dict[str, Any],
     keep: int = 2,
 ) -> Path:
-    """Save one checkpoint; collective over all ranks.
+    """Save one checkpoint. Collective.
 
     Args:
-        engine: Gives this rank's tensors and talks to the other ranks.
-        root: The `checkpoints` folder of the run, on a disk that all ranks share.
-        step: Optimizer steps done.
-        state_json: What the training loop wants back; rank 0's counts.
-        rank_state: What this rank wants back, random states for example.
-        keep: Newest checkpoints that stay.
+        engine: Provides this rank's tensors and the collectives.
+        root: The `checkpoints` folder of the run, on a file system that all ranks share.
+        step: Number of completed optimizer steps.
+        state_json: State of the training loop; the one of rank 0 is saved.
+        rank_state: State of this rank, such as random states.
+        keep: Number of newest checkpoints to keep.
 
     Returns:
         The folder of the new checkpoint.
 
     Raises:
-        CheckpointError: On every rank alike, when any rank could not write. Nothing of this
-            checkpoint stays, and `latest` is as it was.
+        CheckpointError: Writing failed on some rank; raised on every rank. All files of this
+            checkpoint are removed, and `latest` is unchanged.
     """
     started = time.monotonic()
     writing, final = root / (WRITING_PREFIX + step_name(step)), root / step_name(step)
-    attempt = _Attempt(engine, root=root, step=step)
+    attempt = _SaveAttempt(engine, root=root, step=step)
     if engine.rank == 0:
-        attempt.run(str(writing), lambda: _open_folder(writing))
-    attempt.settle(writing)
+        attempt.run(writing, lambda: _create_folder(writing))
+    attempt.synchronize(writing)
 
-    files: dict[str, FileRecord] = {}
+    files = _write_rank_files(engine, attempt, writing, rank_state)
+    gathered = attempt.synchronize(writing, result=files)
 
-    def keep_record(name: str, write: Callable[[Path], FileRecord]) -> None:
-        record = attempt.run(str(writing / name), lambda: write(writing / name))
-        if record is not None:
-            files[name] = record
-
-    # Both calls are collective, so they are made even where the disk already failed.
-    model = engine.model_tensors()
-    if model:
-        keep_record(model_file(engine.rank), lambda path: write_tensors(path, model))
-    optimizer = engine.optimizer_tensors()
-    if optimizer:
-        keep_record(optimizer_file(engine.rank), lambda path: write_tensors(path, optimizer))
-    keep_record(rank_file(engine.rank), lambda path: write_json(path, rank_state))
-    gathered = attempt.settle(
-        writing, result={name: record._asdict() for name, record in files.items()}
-    )
-
+    records: dict[str, FileRecord] = {}
     if engine.rank == 0:
-        records = {name: FileRecord(**record) for part in gathered for name, record in part.items()}
+        for rank_files in gathered:
+            records |= {name: FileRecord(**record) for name, record in rank_files.items()}
         meta = Meta(step=step, layout=engine.layout.to_json(), files=records, state=state_json)
-        attempt.run(str(final), lambda: _publish(writing, final, meta))
-    attempt.settle(writing)
+        attempt.run(final, lambda: _publish(writing, final, meta))
+    attempt.synchronize(writing)
 
     if engine.rank == 0:
-        remove_old(root, keep)
+        remove_old_checkpoints(root, keep)
         gib = sum(record.bytes for record in records.values()) / 2**30
         logger.info("saved %s: %.2f GiB in %.1f s", final, gib, time.monotonic() - started)
     return final
 
 
-class _Attempt:
-    """Collects what goes wrong on this rank until all ranks compare notes."""
+def _write_rank_files(
+    engine: CheckpointEngine, attempt: _SaveAttempt, writing: Path, rank_state: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Write this rank's files; returns the JSON of their `FileRecord`s by name."""
+    files: dict[str, dict[str, Any]] = {}
+
+    def write(name: str, write_to: Callable[[Path], FileRecord]) -> None:
+        record = attempt.run(writing / name, lambda: write_to(writing / name))
+        if record is not None:
+            files[name] = record._asdict()
+
+    # Both calls are collective, so they are made even if writing has already failed.
+    model = engine.model_tensors()
+    if model:
+        write(model_file(engine.rank), lambda path: write_tensors(path, model))
+    optimizer = engine.optimizer_tensors()
+    if optimizer:
+        write(optimizer_file(engine.rank), lambda path: write_tensors(path, optimizer))
+    write(rank_file(engine.rank), lambda path: write_json(path, rank_state))
+    return files
+
+
+class _SaveAttempt:
+    """Collects the errors of this rank until all ranks exchange them."""
 
     def __init__(self, engine: CheckpointEngine, *, root: Path, step: int) -> None:
         self._engine, self._root, self._step = engine, root, step
         self._problem: str | None = None
         self._cause: Exception | None = None
 
-    def run(self, what: str, write: Callable[[], Any]) -> Any:
-        """Do one thing unless an earlier one failed; give its result, or None after a failure."""
+    def run(self, path: Path, write: Callable[[], Any]) -> Any:
+        """Run one operation unless an earlier one failed; returns None after a failure."""
         if self._problem is not None:
             return None
         try:
             return write()
-        except Exception as error:  # noqa: BLE001 - a rank that left here alone would hang the others
+        except Exception as error:  # noqa: BLE001 - if this rank raised alone, the others would hang
             self._cause = error
-            reason = _explain(error, self._root)
-            self._problem = f"rank {self._engine.rank} could not write {what}: {reason}"
+            reason = _describe_error(error, self._root)
+            self._problem = f"rank {self._engine.rank} could not write {path}: {reason}"
             return None
 
-    def settle(self, writing: Path, result: Any = None) -> list[Any]:
-        """Let all ranks compare notes: give their results in rank order, or raise on all of
-        them."""
-        notes = self._engine.gather_json({"problem": self._problem, "result": result})
-        problems = [note["problem"] for note in notes if note["problem"] is not None]
+    def synchronize(self, writing: Path, result: Any = None) -> list[Any]:
+        """Exchange results and errors; returns the results in rank order. Collective.
+
+        Raises:
+            CheckpointError: An operation failed on some rank; raised on every rank.
+        """
+        reports = self._engine.all_gather_json({"problem": self._problem, "result": result})
+        problems = [report["problem"] for report in reports if report["problem"] is not None]
         if not problems:
-            return [note["result"] for note in notes]
+            return [report["result"] for report in reports]
+
         previous = ""
         if self._engine.rank == 0:
             shutil.rmtree(writing, ignore_errors=True)
-            previous = _previous(self._root)
-        # The second round says what rank 0 found, and that the folder is gone before anybody goes
-        # on.
-        previous = self._engine.gather_json(previous)[0]
-        more = f" (and {len(problems) - 1} more ranks failed)" if len(problems) > 1 else ""
+            previous = _describe_previous(self._root)
+        # Also ensures that the folder is removed before any rank continues.
+        previous = self._engine.all_gather_json(previous)[0]
+        others = f" (and {len(problems) - 1} more ranks failed)" if len(problems) > 1 else ""
         raise CheckpointError(
-            f"checkpoint of step {self._step} was not saved: {problems[0]}{more}. {previous}"
+            f"checkpoint of step {self._step} was not saved: {problems[0]}{others}. {previous}"
         ) from self._cause
 
 
-def _open_folder(writing: Path) -> None:
+def _create_folder(writing: Path) -> None:
     writing.parent.mkdir(parents=True, exist_ok=True)
-    clear_leftovers(writing.parent)
+    remove_incomplete(writing.parent)
     os.mkdir(writing)
 
 
 def _publish(writing: Path, final: Path, meta: Meta) -> None:
-    """Give the folder its name and point `latest` at it; undo the first if the second fails."""
+    """Rename the folder to its final name and update `latest`; undo the rename if that fails."""
     write_json(writing / META, meta.to_json())
-    sync_folder(writing)
+    fsync_folder(writing)
     root = final.parent
-    aside = root / (REPLACED_PREFIX + final.name)
+    replaced = root / (REPLACED_PREFIX + final.name)
     if final.exists():
-        # After a step back to an older checkpoint the same step is reached a second time.
-        os.rename(final, aside)
+        # After a rollback to an older checkpoint, the same step is reached a second time.
+        os.rename(final, replaced)
     try:
         os.rename(writing, final)
-        sync_folder(root)
+        fsync_folder(root)
         _replace_latest(root, final.name)
     except Exception:
         if final.exists():
             os.rename(final, writing)
-        if aside.exists():
-            os.rename(aside, final)
+        if replaced.exists():
+            os.rename(replaced, final)
         raise
-    shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _replace_latest(root: Path, name: str) -> None:
@@ -189,35 +201,31 @@ def _replace_latest(root: Path, name: str) -> None:
         temporary.unlink(missing_ok=True)
         raise
     try:
-        sync_folder(root)
+        fsync_folder(root)
     except OSError as error:
-        # Too late to undo: both names are in place, and a power cut now brings back the older one.
+        # Both names are already replaced; after a power failure now, the old `latest` may be back.
         logger.warning(
-            "%s names %s, but the disk did not confirm it: %s", root / LATEST, name, error
+            "%s names %s, but fsync of its folder failed: %s", root / LATEST, name, error
         )
 
 
-def _explain(error: Exception, root: Path) -> str:
-    """What went wrong, and what to do about it."""
+def _describe_error(error: Exception, root: Path) -> str:
+    """The reason of a failed write, and what to do about it."""
     if not isinstance(error, OSError):
         return str(error) if isinstance(error, CheckpointError) else repr(error)
     reason = f"{error.strerror or error}"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         with contextlib.suppress(OSError):
-            reason += f" ({shutil.disk_usage(root).free / 2**20:,.1f} MiB free there)"
-        return f"{reason}; free some, or lower checkpoint.keep, and start the run again to go on"
+            reason += f" ({shutil.disk_usage(root).free / 2**20:,.1f} MiB free)"
+        return f"{reason}; free some space or lower checkpoint.keep, then rerun to resume"
     if error.errno == errno.ENOENT:
-        return f"{reason}; is the run folder on a disk that all ranks share?"
-    return f"{reason}; see to that disk and start the run again to go on"
+        return f"{reason}; is the run folder on a file system that all ranks share?"
+    return f"{reason}; fix the file system, then rerun to resume"
 
 
-def _previous(root: Path) -> str:
+def _describe_previous(root: Path) -> str:
     try:
         path = find_latest(root)
     except CheckpointError as error:
-        return f"There is no whole earlier checkpoint: {error}"
-    return (
-        f"The previous checkpoint {path} is untouched and good"
-        if path
-        else "There is no earlier one"
-    )
+        return f"There is no intact earlier checkpoint: {error}"
+    return f"The previous checkpoint {path} is intact" if path else "There is no earlier checkpoint"

@@ -1,4 +1,4 @@
-"""Engines without machines: ranks are threads, and tensors are small."""
+"""Fake engines for checkpoint tests: ranks are threads, and tensors are small."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -26,35 +27,35 @@ class FakeLayout:
         return asdict(self)
 
 
-class World:
-    """What the ranks of one fake world share."""
+class FakeWorld:
+    """State shared by the ranks of one fake process group."""
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.notes: list[Any] = [None] * size
+        self.values: list[Any] = [None] * size
         self.barrier = threading.Barrier(size, timeout=20)
 
     def run(self, work: Callable[[int], R]) -> list[R | BaseException]:
-        """What `work(rank)` gave or raised, for every rank, each in a thread of its own."""
+        """The result or exception of `work(rank)` for every rank, each run in its own thread."""
 
-        def guarded(rank: int) -> R | BaseException:
+        def run_rank(rank: int) -> R | BaseException:
             try:
                 return work(rank)
-            except BaseException as error:  # noqa: BLE001 - tests look at it
+            except BaseException as error:  # noqa: BLE001 - the tests check it
                 return error
 
         with ThreadPoolExecutor(self.size) as pool:
-            return list(pool.map(guarded, range(self.size)))
+            return list(pool.map(run_rank, range(self.size)))
 
 
 class FakeEngine:
-    """Dense weights on rank 0, two of the experts on each rank, an optimizer shard on each."""
+    """Dense weights on rank 0, two experts and an optimizer shard on each rank."""
 
-    def __init__(self, world_size: World, rank: int, *, value: float = 0.0, **layout: Any) -> None:
-        self.rank, self.world_size = rank, world_size.size
-        usual = {"expert_parallel_size": world_size.size, "num_experts": 2 * world_size.size}
-        self.layout = FakeLayout(world_size=world_size.size, **(usual | layout))
-        self._shared = world_size
+    def __init__(self, world: FakeWorld, rank: int, *, value: float = 0.0, **layout: Any) -> None:
+        self.rank, self.world_size = rank, world.size
+        defaults = {"expert_parallel_size": world.size, "num_experts": 2 * world.size}
+        self.layout = FakeLayout(world_size=world.size, **(defaults | layout))
+        self._world = world
         self.dense = torch.arange(6.0).reshape(2, 3) + value
         self.experts = torch.full((2, 3), 10.0 * rank + value)
         self.moments = {
@@ -67,8 +68,8 @@ class FakeEngine:
 
     def model_tensors(self) -> Mapping[str, Tensor]:
         first = 2 * self.rank
-        mine = {f"block.experts.w1@{first}:{first + 2}": self.experts}
-        return mine | ({"dense": self.dense} if self.rank == 0 else {})
+        tensors = {f"block.experts.w1@{first}:{first + 2}": self.experts}
+        return tensors | ({"dense": self.dense} if self.rank == 0 else {})
 
     def optimizer_tensors(self) -> Mapping[str, Tensor]:
         return self.moments
@@ -82,14 +83,21 @@ class FakeEngine:
     def load_optimizer_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         self.moments = dict(tensors)
 
-    def gather_json(self, value: Any) -> list[Any]:
-        self._shared.notes[self.rank] = value
-        self._shared.barrier.wait()
-        notes = list(self._shared.notes)
-        self._shared.barrier.wait()
-        return notes
+    def all_gather_json(self, value: Any) -> list[Any]:
+        self._world.values[self.rank] = value
+        self._world.barrier.wait()
+        values = list(self._world.values)
+        self._world.barrier.wait()
+        return values
 
 
 def one_rank(*, value: float = 0.0, **layout: Any) -> FakeEngine:
-    """An engine that is alone."""
-    return FakeEngine(World(1), 0, value=value, **layout)
+    """An engine with a world size of 1."""
+    return FakeEngine(FakeWorld(1), 0, value=value, **layout)
+
+
+def flip_last_bit(path: Path) -> None:
+    """Corrupt a file in its last bit."""
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
