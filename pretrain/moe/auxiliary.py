@@ -1,14 +1,14 @@
-"""Losses that keep routers healthy, as functions of the global batch, with exact gradients on any
-split.
+"""Auxiliary losses of the routers: functions of the global batch, with exact gradients for any
+data-parallel split.
 
-Every term is a function g(S) of sums S over all tokens of the global batch. The sums are added up
-over ranks and micro-batches first; there g is evaluated and differentiated once, on small tensors.
-What a rank then adds to its loss is linear in its own sums:
+Every term is a function g(S) of statistics S that are sums over all tokens of the global batch. S
+is all-reduced over ranks and micro-batches first; g is then evaluated and differentiated once, on
+small tensors. Each rank adds to its loss a term that is linear in its local sums:
 
-    share = <c, S_rank>,  c = d(sum_i weight_i g_i) / dS  at the global S
+    local term = <c, S_rank>,  c = d(sum_i weight_i g_i) / dS  evaluated at the global S
 
-Summed over the ranks it has the gradient of sum_i weight_i g_i(S), whatever the split. The *values*
-are g_i(S) themselves, the same on every rank.
+Summed over ranks, the local terms have the gradient of sum_i weight_i g_i(S) for any split. The
+reported *values* are g_i(S), which are the same on every rank.
 
 Shapes: E experts, L MoE layers, M modalities.
 """
@@ -29,27 +29,29 @@ class Term(NamedTuple):
     """One auxiliary loss."""
 
     value: Tensor
-    """Unweighted, float64 scalar."""
+    """Unweighted value, float64 scalar."""
     weight: float
+    """Its weight in the total loss."""
 
 
-class Linearized(NamedTuple):
-    """The terms of a step, and what each rank multiplies its sums with."""
+class LinearizedLosses(NamedTuple):
+    """All auxiliary losses of a step, linearized at the global statistics."""
 
     values: dict[str, Tensor]
-    """Each term, unweighted, without gradient."""
+    """Unweighted value of each term, without gradient."""
     weights: dict[str, float]
+    """Weight of each term in the total loss."""
     coefficients: dict[str, Tensor]
-    """Derivative of the weighted sum of all terms, by field of `RouterStats`; of the field's
-    shape."""
+    """Derivative of the weighted sum of all terms with respect to each field of `RouterStats`; same
+    shape as the field."""
 
-    def share(self, mine: RouterStats) -> Tensor:
-        """What a rank adds to its loss for its own statistics; a scalar with their gradient."""
-        parts = [
-            (c.to(getattr(mine, name).dtype) * getattr(mine, name)).sum()
-            for name, c in self.coefficients.items()
-        ]
-        return torch.stack(parts).sum()
+    def local_term(self, local_stats: RouterStats) -> Tensor:
+        """Contribution of one rank's statistics to its loss; a scalar with gradient."""
+        products = []
+        for name, coefficient in self.coefficients.items():
+            local_sums = getattr(local_stats, name)
+            products.append((coefficient.to(local_sums.dtype) * local_sums).sum())
+        return torch.stack(products).sum()
 
 
 def linearize(
@@ -60,40 +62,42 @@ def linearize(
     *,
     expert_copies: float = 1.0,
     router_copies: float = 1.0,
-) -> Linearized:
-    """Evaluate and differentiate all terms at the sums of the global batch.
+) -> LinearizedLosses:
+    """Evaluate and differentiate all auxiliary losses at the statistics of the global batch.
 
     Args:
         total: Sums over the global batch, float64, `[layers, ...]`.
-        tokens_M: Tokens of each modality, float64.
-        moe: Experts and pools.
-        balance: Weights.
-        expert_copies: How often `total.expert_l1` counts each expert: in every copy, in every
+        tokens_M: Number of tokens of each modality, float64.
+        moe: Experts and expert pools.
+        balance: Weights of the terms.
+        expert_copies: How many times `total.expert_l1` counts each expert: once per replica and
             micro-batch.
-        router_copies: The same for the routers.
+        router_copies: The same for `total.router_l1`.
     """
     leaves = {name: getattr(total, name).detach().requires_grad_() for name in GRADIENT_FIELDS}
+    gradients: tuple[Tensor | None, ...] = (None,) * len(leaves)
+
     with torch.enable_grad():
-        found = terms(
+        terms = auxiliary_terms(
             total._replace(**leaves), tokens_M, moe, balance, expert_copies, router_copies
         )
-        weighted = [term.weight * term.value for term in found.values() if term.weight]
-        gradients: tuple[Tensor | None, ...] = (None,) * len(leaves)
+        weighted = [term.weight * term.value for term in terms.values() if term.weight]
         if weighted and total.z_sum_M.numel():
-            summed = torch.stack(weighted).sum()
-            gradients = torch.autograd.grad(summed, list(leaves.values()), allow_unused=True)
-    coefficients = {
-        name: torch.zeros_like(leaf) if gradient is None else gradient
-        for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True)
-    }
-    return Linearized(
-        {name: term.value.detach() for name, term in found.items()},
-        {name: term.weight for name, term in found.items()},
-        {name: c.detach() for name, c in coefficients.items()},
+            weighted_sum = torch.stack(weighted).sum()
+            gradients = torch.autograd.grad(weighted_sum, list(leaves.values()), allow_unused=True)
+
+    coefficients = {}
+    for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True):
+        coefficients[name] = torch.zeros_like(leaf) if gradient is None else gradient
+
+    return LinearizedLosses(
+        {name: term.value.detach() for name, term in terms.items()},
+        {name: term.weight for name, term in terms.items()},
+        {name: coefficient.detach() for name, coefficient in coefficients.items()},
     )
 
 
-def terms(
+def auxiliary_terms(
     total: RouterStats,
     tokens_M: Tensor,
     moe: MoEConfig,
@@ -101,104 +105,142 @@ def terms(
     expert_copies: float = 1.0,
     router_copies: float = 1.0,
 ) -> dict[str, Term]:
-    """Every term that has a weight, and always balance and z; means over the layers, the L1 terms
-    sums."""
-    tokens = tokens_M.sum().clamp(min=1)
-    even_L = balance_loss(total.prob_sum_ME, total.choices_ME, tokens_M, moe)
-    found = {
-        "balance": Term(_mean(even_L), balance.balance_weight),
-        "router_z": Term(_mean(total.z_sum_M.sum(dim=1) / tokens), balance.router_z_weight),
+    """All terms with a nonzero weight; `balance` and `router_z` are always included.
+
+    Terms are means over the MoE layers, except the L1 terms, which are sums. Arguments as for
+    `linearize`.
+
+    Sources: router z-loss: Zoph et al. 2022 (ST-MoE), arXiv:2202.08906; importance and load:
+    Riquelme et al. 2021 (V-MoE), arXiv:2106.05974, appendix A; local and global entropy: Mustafa et
+    al. 2022 (LIMoE), arXiv:2206.02770.
+    """
+    num_tokens = tokens_M.sum().clamp(min=1)
+    balance_L = balance_loss(total.prob_sum_ME, total.assignments_ME, tokens_M, moe)
+    router_z_L = total.z_sum_M.sum(dim=1) / num_tokens
+
+    terms = {
+        "balance": Term(_mean(balance_L), balance.balance_weight),
+        "router_z": Term(_mean(router_z_L), balance.router_z_weight),
     }
     if balance.importance_weight:
-        found["importance"] = Term(
-            _mean(uneven(total.prob_sum_ME.sum(dim=1), moe)), balance.importance_weight
-        )
+        importance_L = squared_cv(total.prob_sum_ME.sum(dim=1), moe)
+        terms["importance"] = Term(_mean(importance_L), balance.importance_weight)
     if balance.load_weight:
-        found["load"] = Term(_mean(uneven(total.load_sum_ME.sum(dim=1), moe)), balance.load_weight)
-    for index, modality in enumerate(MODALITIES):
-        count = tokens_M[index].clamp(min=1)
-        local = getattr(balance.local_entropy_weight, modality)
-        if local:
-            found[f"local_entropy_{modality}"] = Term(
-                _mean(total.entropy_sum_M[:, index] / count), local
-            )
-        spread = getattr(balance.global_entropy_weight, modality)
-        if spread:
-            mean_LE = total.prob_sum_ME[:, index] / count
-            short_L = short_of_experts(mean_LE, wanted_experts(balance, moe, index))
-            # Without a token the mean is no distribution and says nothing.
-            found[f"global_entropy_{modality}"] = Term(
-                _mean(short_L) * (tokens_M[index] > 0), spread
-            )
+        load_L = squared_cv(total.load_sum_ME.sum(dim=1), moe)
+        terms["load"] = Term(_mean(load_L), balance.load_weight)
+
+    terms |= _entropy_terms(total, tokens_M, moe, balance)
+
     if balance.expert_l1_weight:
-        found["expert_l1"] = Term(total.expert_l1.sum() / expert_copies, balance.expert_l1_weight)
+        terms["expert_l1"] = Term(total.expert_l1.sum() / expert_copies, balance.expert_l1_weight)
     if balance.router_l1_weight:
-        found["router_l1"] = Term(total.router_l1.sum() / router_copies, balance.router_l1_weight)
-    return found
+        terms["router_l1"] = Term(total.router_l1.sum() / router_copies, balance.router_l1_weight)
+    return terms
+
+
+def _entropy_terms(
+    total: RouterStats, tokens_M: Tensor, moe: MoEConfig, balance: BalanceConfig
+) -> dict[str, Term]:
+    """LIMoE's local and global entropy losses of each modality that has a weight for them."""
+    terms = {}
+    for index, modality in enumerate(MODALITIES):
+        num_tokens = tokens_M[index].clamp(min=1)
+        local_weight = getattr(balance.local_entropy_weight, modality)
+        global_weight = getattr(balance.global_entropy_weight, modality)
+
+        if local_weight:
+            local_L = total.entropy_sum_M[:, index] / num_tokens
+            terms[f"local_entropy_{modality}"] = Term(_mean(local_L), local_weight)
+        if global_weight:
+            mean_LE = total.prob_sum_ME[:, index] / num_tokens
+            global_L = global_entropy_loss(mean_LE, target_num_experts(balance, moe, index))
+            # Without tokens of this modality, mean_LE is all zeros, which is not a distribution.
+            terms[f"global_entropy_{modality}"] = Term(
+                _mean(global_L) * (tokens_M[index] > 0), global_weight
+            )
+    return terms
 
 
 def balance_loss(
-    prob_sum_LME: Tensor, choices_LME: Tensor, tokens_M: Tensor, moe: MoEConfig
+    prob_sum_LME: Tensor, assignments_LME: Tensor, tokens_M: Tensor, moe: MoEConfig
 ) -> Tensor:
-    """Balance loss of each layer: 1.0 when experts are evenly used, `experts / k` when all tokens
-    pick the same k.
+    """Load-balancing loss of each layer: 1.0 for uniform routing, `experts / k` if all tokens are
+    routed to the same k experts.
 
-    E x sum_e f_e P_e, with f_e the share of the choices that expert e got and P_e its mean gate
-    score. With a pool for each modality it is the mean over the pools that have tokens, each with
-    its own experts and tokens.
+    E x sum_e f_e P_e, where f_e is the fraction of assignments that go to expert e and P_e its mean
+    gate probability. With one expert pool per modality, the result is the mean over the pools that
+    have tokens; each pool uses its own experts and tokens.
 
-    Source: Fedus et al. 2021, arXiv:2101.03961, equations 4-6, for any top-k.
+    Args:
+        prob_sum_LME: Gate probabilities summed over tokens, `[layers, modalities, experts]`; the
+            gradient flows through these.
+        assignments_LME: Number of assignments, `[layers, modalities, experts]`; constants.
+        tokens_M: Number of tokens of each modality.
+        moe: Expert pools.
+
+    Returns:
+        `[layers]`.
+
+    Source: Fedus et al. 2021 (Switch Transformer), arXiv:2101.03961, equations 4-6, for any top-k.
     """
     if moe.pools == "shared":
-        return _pool_balance(prob_sum_LME.sum(dim=1), choices_LME.sum(dim=1), tokens_M.sum())
-    pools = [
-        _pool_balance(prob_sum_LME[:, m, moe.pool(m)], choices_LME[:, m, moe.pool(m)], tokens_M[m])
-        for m in (0, 1)
-    ]
-    return torch.stack(pools).sum(dim=0) / (tokens_M > 0).sum().clamp(min=1)
+        return _pool_balance_loss(
+            prob_sum_LME.sum(dim=1), assignments_LME.sum(dim=1), tokens_M.sum()
+        )
+    pool_losses = []
+    for modality in (0, 1):
+        pool = moe.pool(modality)
+        pool_losses.append(
+            _pool_balance_loss(
+                prob_sum_LME[:, modality, pool],
+                assignments_LME[:, modality, pool],
+                tokens_M[modality],
+            )
+        )
+    return torch.stack(pool_losses).sum(dim=0) / (tokens_M > 0).sum().clamp(min=1)
 
 
-def _pool_balance(prob_sum_LE: Tensor, choices_LE: Tensor, tokens: Tensor) -> Tensor:
-    share_LE = choices_LE / choices_LE.sum(dim=-1, keepdim=True).clamp(min=1)
-    return prob_sum_LE.shape[-1] * (share_LE * prob_sum_LE).sum(dim=-1) / tokens.clamp(min=1)
+def _pool_balance_loss(prob_sum_LE: Tensor, assignments_LE: Tensor, num_tokens: Tensor) -> Tensor:
+    fraction_LE = assignments_LE / assignments_LE.sum(dim=-1, keepdim=True).clamp(min=1)
+    num_experts = prob_sum_LE.shape[-1]
+    return num_experts * (fraction_LE * prob_sum_LE).sum(dim=-1) / num_tokens.clamp(min=1)
 
 
-def uneven(sums_LE: Tensor, moe: MoEConfig) -> Tensor:
-    """Squared coefficient of variation over the experts of each layer; mean over pools. 0 is even.
+def squared_cv(sums_LE: Tensor, moe: MoEConfig) -> Tensor:
+    """Squared coefficient of variation over the experts of each layer, `[layers]`; mean over the
+    expert pools. 0 for uniform load.
 
     Source: Riquelme et al. 2021 (V-MoE), arXiv:2106.05974, appendix A.
     """
-    parts = [
-        _variance(sums_LE[:, pool]) / sums_LE[:, pool].mean(dim=1).square().clamp(min=1e-20)
-        for pool in moe.pool_slices()
-    ]
-    return torch.stack(parts).mean(dim=0)
+    per_pool = []
+    for pool in moe.pool_slices():
+        squared_mean_L = sums_LE[:, pool].mean(dim=1).square().clamp(min=1e-20)
+        per_pool.append(_variance(sums_LE[:, pool]) / squared_mean_L)
+    return torch.stack(per_pool).mean(dim=0)
 
 
 def _variance(x_LE: Tensor) -> Tensor:
     return (x_LE - x_LE.mean(dim=1, keepdim=True)).square().mean(dim=1)
 
 
-def short_of_experts(mean_LE: Tensor, wanted: float) -> Tensor:
-    """max(0, log wanted - entropy) of each layer's mean distribution: 0 when at least about
-    `wanted` experts are used.
+def global_entropy_loss(mean_LE: Tensor, target: float) -> Tensor:
+    """max(0, log target - entropy) of each layer's mean distribution, `[layers]`: 0 if about
+    `target` or more experts are used.
 
     Source: Mustafa et al. 2022 (LIMoE), arXiv:2206.02770, section 3.2.
     """
-    # The clamp keeps the gradient finite where a pool's probability is 0.
+    # The clamp keeps the gradient finite where a probability is 0.
     entropy_L = -(mean_LE * mean_LE.clamp(min=1e-20).log()).sum(dim=-1)
-    return (math.log(wanted) - entropy_L).clamp(min=0)
+    return (math.log(target) - entropy_L).clamp(min=0)
 
 
-def wanted_experts(balance: BalanceConfig, moe: MoEConfig, modality: int) -> float:
-    """S of a modality: what is set, or half of all experts for patches and a quarter for text,
-    within its pool."""
-    set_by_hand = (balance.global_entropy_experts.image, balance.global_entropy_experts.text)[
-        modality
-    ]
+def target_num_experts(balance: BalanceConfig, moe: MoEConfig, modality: int) -> float:
+    """Number of experts S that a modality should use at least: the configured value; by default
+    half of all experts for patches and a quarter for text, at most the size of its pool."""
+    targets = (balance.global_entropy_experts.image, balance.global_entropy_experts.text)
     pool = moe.pool(modality)
-    usual = moe.num_experts / (2, 4)[modality]
-    return set_by_hand or max(1.0, min(usual, pool.stop - pool.start))
+    default = moe.num_experts / (2, 4)[modality]
+    return targets[modality] or max(1.0, min(default, pool.stop - pool.start))
 
 
 def _mean(per_layer_L: Tensor) -> Tensor:

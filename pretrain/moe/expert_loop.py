@@ -1,28 +1,29 @@
-"""SwiGLU experts one after the other, with the backward pass written out: the fast way on CPU.
+"""SwiGLU experts computed one after the other, with a custom backward pass: the fast path on CPU.
 
-Each expert takes its tokens from the activations and adds its answers back, so the rows of all
-experts never exist side by side, and an expert's rows are still in the cache when they are needed
-next. Its weight gradients are written straight into their place in the stack. Autograd would hold
-more, copy more, and add up a full-size gradient for every slice.
+Each expert gathers its tokens from the activations and adds its outputs to the result. The rows of
+all experts never exist at the same time, and the rows of one expert are still in the cache when
+they are used again. Weight gradients are written directly into the stacked tensors; autograd would
+store more, copy more, and accumulate a full-size gradient for every slice.
 
-The gradient of a choice's weight is taken as <h, g W2>, which the way back to h needs anyway,
-instead of <h W2^T, g>, for which the answers would have to be kept. On that way g is weighted
-already, and the weight is divided out again.
+The gradient of an assignment's weight is computed as <h, g W2>, because g W2 is needed for the
+gradient of h anyway. The direct form <h W2^T, g> would require storing the expert outputs. At that
+point g already includes the weight, so the result is divided by it.
 
 Shapes: T tokens, N rows, n rows of one expert, D trunk width, F expert width, L experts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-SMALLEST = 1e-20
-"""Least weight in the backward pass, which divides by it. A softmax or sigmoid so far down has no
-slope left."""
+MIN_WEIGHT = 1e-20
+"""Lower bound of the weights in the backward pass, which divides by them. The slope of a softmax or
+sigmoid with such a small value is zero."""
 
 
 def loop_swiglu(
@@ -37,17 +38,16 @@ def loop_swiglu(
     """Apply each expert to its rows.
 
     Args:
-        x: Rows sorted by expert `[rows, width]`; or tokens `[tokens, width]`, with `token_N`.
-        rows_per_expert_L: Rows of each expert, int64.
-        w1: Gate weights `[experts, F, width]`, of the type of `x`; so are `w2` (down) and `w3`
-            (up).
-        w2: Down weights `[experts, width, F]`.
-        w3: Up weights `[experts, F, width]`.
-        token_N: The token of each row, sorted by expert, int64.
-        weights_N: The weight of each row.
+        x: Rows sorted by expert, `[rows, width]`; or tokens, `[tokens, width]`, with `token_N`.
+        rows_per_expert_L: Number of rows of each expert, int64.
+        w1: Gate weights `[experts, F, width]`; same dtype as `x`, like `w2` and `w3`.
+        w2: Down-projection weights `[experts, width, F]`.
+        w3: Up-projection weights `[experts, F, width]`.
+        token_N: Token index of each row, rows sorted by expert, int64.
+        weights_N: Gate weight of each row; required with `token_N`.
 
     Returns:
-        `[rows, width]`; or the weighted sums over each token's rows, `[tokens, width]`.
+        `[rows, width]`; with `token_N` the weighted sums over each token's rows, `[tokens, width]`.
     """
     sizes = tuple(rows_per_expert_L.tolist())
     return _Loop.apply(x, weights_N, w1, w2, w3, token_N, sizes)  # type: ignore[no-any-return]
@@ -65,21 +65,22 @@ class _Loop(torch.autograd.Function):
         token_N: Tensor | None,
         sizes: tuple[int, ...],
     ) -> Tensor:
-        rows, hidden = sum(sizes), w1.shape[1]
-        gate_NF, up_NF = x.new_empty(rows, hidden), x.new_empty(rows, hidden)
-        out = torch.zeros_like(x) if token_N is None else _sums(x)
-        for expert, at in _pieces(sizes):
-            mine = slice(at, at + sizes[expert])
-            x_nD = x[mine] if token_N is None else x.index_select(0, token_N[mine])
-            gate_nF = torch.mm(x_nD, w1[expert].t(), out=gate_NF[mine])
-            up_nF = torch.mm(x_nD, w3[expert].t(), out=up_NF[mine])
+        num_rows, hidden = sum(sizes), w1.shape[1]
+        gate_NF, up_NF = x.new_empty(num_rows, hidden), x.new_empty(num_rows, hidden)
+        out = torch.zeros_like(x) if token_N is None else _accumulator(x)
+
+        for expert, rows in _nonempty_experts(sizes):
+            x_nD = x[rows] if token_N is None else x.index_select(0, token_N[rows])
+            gate_nF = torch.mm(x_nD, w1[expert].t(), out=gate_NF[rows])
+            up_nF = torch.mm(x_nD, w3[expert].t(), out=up_NF[rows])
             h_nF = torch.nn.functional.silu(gate_nF).mul_(up_nF)
             if token_N is None:
-                torch.mm(h_nF, w2[expert].t(), out=out[mine])
+                torch.mm(h_nF, w2[expert].t(), out=out[rows])
             else:
                 y_nD = torch.mm(h_nF, w2[expert].t()).to(out.dtype)
                 assert weights_N is not None
-                out.index_add_(0, token_N[mine], y_nD.mul_(weights_N[mine].unsqueeze(1)))
+                out.index_add_(0, token_N[rows], y_nD.mul_(weights_N[rows].unsqueeze(1)))
+
         ctx.save_for_backward(x, weights_N, w1, w2, w3, token_N, gate_NF, up_NF)
         ctx.sizes = sizes
         return out.to(x.dtype)
@@ -88,56 +89,62 @@ class _Loop(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weights_N, w1, w2, w3, token_N, gate_NF, up_NF = ctx.saved_tensors
-        sizes: tuple[int, ...] = ctx.sizes
         grad = grad.contiguous()
-        grads = [torch.empty_like(w) for w in (w1, w2, w3)]
-        for expert, size in enumerate(sizes):
-            if not size:
-                for g in grads:
-                    g[expert].zero_()
-        grad_x = torch.zeros_like(x) if token_N is None else _sums(x)
+        grad_w1, grad_w2, grad_w3 = _weight_gradients((w1, w2, w3), ctx.sizes)
+        grad_x = torch.zeros_like(x) if token_N is None else _accumulator(x)
         grad_weights = None if weights_N is None else torch.zeros_like(weights_N)
-        for expert, at in _pieces(sizes):
-            mine = slice(at, at + sizes[expert])
-            x_nD = x[mine] if token_N is None else x.index_select(0, token_N[mine])
-            grad_nD = grad[mine] if token_N is None else grad.index_select(0, token_N[mine])
-            gate_nF, up_nF = gate_NF[mine], up_NF[mine]
+
+        for expert, rows in _nonempty_experts(ctx.sizes):
+            x_nD = x[rows] if token_N is None else x.index_select(0, token_N[rows])
+            grad_nD = grad[rows] if token_N is None else grad.index_select(0, token_N[rows])
+            gate_nF, up_nF = gate_NF[rows], up_NF[rows]
             if weights_N is not None:
-                weight_n1 = weights_N[mine].clamp(min=SMALLEST).unsqueeze(1)
+                weight_n1 = weights_N[rows].clamp(min=MIN_WEIGHT).unsqueeze(1)
                 grad_nD = (grad_nD * weight_n1).to(x.dtype)
+
             silu_nF = torch.nn.functional.silu(gate_nF)
-            torch.mm(grad_nD.t(), silu_nF * up_nF, out=grads[1][expert])
+            torch.mm(grad_nD.t(), silu_nF * up_nF, out=grad_w2[expert])
             grad_h_nF = torch.mm(grad_nD, w2[expert])
             grad_up_nF = silu_nF * grad_h_nF
             grad_silu_nF = grad_h_nF.mul_(up_nF)
             if weights_N is not None and grad_weights is not None:
-                # <h, g W2>, where g holds the weight already.
-                found_n = silu_nF.mul_(grad_silu_nF).sum(dim=1)
-                grad_weights[mine] = found_n.to(grad_weights.dtype) / weight_n1.squeeze(1)
+                # <h, g W2>, where g already includes the weight.
+                product_n = silu_nF.mul_(grad_silu_nF).sum(dim=1)
+                grad_weights[rows] = product_n.to(grad_weights.dtype) / weight_n1.squeeze(1)
+
             grad_gate_nF = torch.ops.aten.silu_backward(grad_silu_nF, gate_nF)
-            torch.mm(grad_gate_nF.t(), x_nD, out=grads[0][expert])
-            torch.mm(grad_up_nF.t(), x_nD, out=grads[2][expert])
+            torch.mm(grad_gate_nF.t(), x_nD, out=grad_w1[expert])
+            torch.mm(grad_up_nF.t(), x_nD, out=grad_w3[expert])
             grad_nD = torch.mm(grad_gate_nF, w1[expert]).addmm_(grad_up_nF, w3[expert])
             if token_N is None:
-                grad_x[mine] = grad_nD
+                grad_x[rows] = grad_nD
             else:
-                grad_x.index_add_(0, token_N[mine], grad_nD.to(grad_x.dtype))
-        return grad_x.to(x.dtype), grad_weights, *grads, None, None
+                grad_x.index_add_(0, token_N[rows], grad_nD.to(grad_x.dtype))
+
+        return grad_x.to(x.dtype), grad_weights, grad_w1, grad_w2, grad_w3, None, None
 
 
-def _pieces(sizes: tuple[int, ...]) -> list[tuple[int, int]]:
-    """(expert, its first row) of the experts that have rows."""
-    pieces, at = [], 0
+def _nonempty_experts(sizes: tuple[int, ...]) -> Iterator[tuple[int, slice]]:
+    """(expert, its rows) for the experts that have rows."""
+    start = 0
     for expert, size in enumerate(sizes):
         if size:
-            pieces.append((expert, at))
-        at += size
-    return pieces
+            yield expert, slice(start, start + size)
+        start += size
 
 
-def _sums(x: Tensor) -> Tensor:
-    """Zeros to add rows into: float32 for 16-bit activations, whose sums over experts would round
-    at each one."""
-    return torch.zeros_like(
-        x, dtype=torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
-    )
+def _weight_gradients(weights: tuple[Tensor, ...], sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """Uninitialized gradients of the stacked weights, with zeros for experts without rows."""
+    gradients = tuple(torch.empty_like(weight) for weight in weights)
+    for expert, size in enumerate(sizes):
+        if not size:
+            for gradient in gradients:
+                gradient[expert].zero_()
+    return gradients
+
+
+def _accumulator(x: Tensor) -> Tensor:
+    """Zeros of the shape of `x` to accumulate rows in: float32 for 16-bit activations, which would
+    round after each expert."""
+    is_16_bit = x.dtype in (torch.bfloat16, torch.float16)
+    return torch.zeros_like(x, dtype=torch.float32 if is_16_bit else x.dtype)

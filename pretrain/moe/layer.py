@@ -1,9 +1,9 @@
-"""The sparse feed-forward layer: score, choose, limit, send, compute, bring back, add the shared
-experts.
+"""The sparse feed-forward layer: router, expert selection, capacity limit, dispatch, experts,
+combination, shared experts.
 
-MoE(x) = sum over the chosen experts of w_e(x) f_e(x) (+ shared experts). The layer sees one flat
-list of valid tokens; padding never reaches it. It knows no machines: the dispatcher it is given
-does.
+MoE(x) = sum over the selected experts of w_e(x) f_e(x) (+ shared experts). The input is one flat
+list of valid tokens; padding never reaches the layer. Communication between processes is the task
+of the dispatcher.
 
 Shapes: T tokens, D trunk width, E experts.
 """
@@ -15,14 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.config.experts import BalanceConfig, MoEConfig
-from pretrain.moe.bias import make_bias, moved_bias
-from pretrain.moe.capacity import limit
+from pretrain.moe.bias import build_expert_bias, updated_bias
+from pretrain.moe.capacity import apply_capacity
 from pretrain.moe.caption_gate import CaptionGate
 from pretrain.moe.dispatch import Dispatcher, LocalDispatcher
-from pretrain.moe.experts import StackedExperts, absolute_sum
-from pretrain.moe.routing import Routing, Scores, choose, score_tokens
+from pretrain.moe.experts import StackedExperts, l1_norm
+from pretrain.moe.routing import Routing, Scores, assign_experts, score_tokens
 from pretrain.moe.statistics import RouterStats, router_stats
-from pretrain.moe.tokens import RouterTokens
+from pretrain.moe.token_metadata import TokenMetadata
 
 
 class SwiGLU(nn.Module):
@@ -40,23 +40,23 @@ class SwiGLU(nn.Module):
 
 
 class Router(nn.Module):
-    """Logits of every expert for every token, in float32 whatever the activations are."""
+    """Linear map from tokens to expert logits, in float32 for any dtype of the activations."""
 
     def __init__(self, width: int, num_experts: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, width))
 
     def forward(self, x_TD: Tensor | None = None) -> Tensor:
-        """Return logits `[tokens, experts]`, float32; without tokens the sum of all absolute
-        weights."""
+        """Return logits `[tokens, experts]`, float32; without tokens, the sum of all absolute
+        weights, a float32 scalar."""
         if x_TD is None:
-            return absolute_sum(self.weight)
+            return l1_norm(self.weight)
         with torch.autocast(x_TD.device.type, enabled=False):
             return F.linear(x_TD.float(), self.weight.float())
 
 
 class MoELayer(nn.Module):
-    """Routed and shared experts in place of a feed-forward network."""
+    """Routed and shared experts in place of a dense feed-forward network."""
 
     def __init__(
         self,
@@ -69,52 +69,52 @@ class MoELayer(nn.Module):
         num_local_experts: int | None = None,
         dispatcher: Dispatcher | None = None,
     ) -> None:
-        """Make a layer.
+        """Create a layer with uninitialized parameters.
 
         Args:
-            width: Of the trunk.
+            width: Width of the trunk.
             config: Experts and routing.
-            balance: Which biases and statistics there are; the usual ones by default.
-            block: Number of the block, a part of what its random choices are drawn from.
-            fused: Whether the block's text sees patches; only there may the router read the
-                caption.
-            num_local_experts: For expert parallelism: the layer holds only so many of the experts,
-            dispatcher: and this one knows where the others are.
+            balance: Selects the biases and statistics; None means the default configuration.
+            block: Index of the block; part of the seed of its random routing decisions.
+            fused: Whether text attends to patches in this block; only there does
+                `router_input: caption` apply.
+            num_local_experts: With expert parallelism, the number of experts that this rank holds.
+            dispatcher: With expert parallelism, exchanges tokens with the ranks that hold the other
+                experts.
         """
         super().__init__()
         self.config = config
         self.balance = balance or BalanceConfig()
         self.block = block
+
         self.gate = Router(width, config.num_experts)
-        self.caption_gate = (
-            CaptionGate(width, config.num_experts)
-            if config.router_input == "caption" and fused
-            else None
-        )
-        self.bias = make_bias(config, self.balance)
+        self.caption_gate = None
+        if config.router_input == "caption" and fused:
+            self.caption_gate = CaptionGate(width, config.num_experts)
+        self.bias = build_expert_bias(config, self.balance)
+
         self.experts = StackedExperts(
             width,
             config.expert_width,
             num_local_experts or config.num_experts,
-            # What DeepSpeed's layer has learned is judged by ours, which computes the same.
+            # Models trained with DeepSpeed's MoE layer are evaluated with this one, which computes
+            # the same function.
             "auto" if config.backend == "deepspeed" else config.backend,
         )
-        self.shared = (
-            SwiGLU(width, config.shared_experts * config.expert_width)
-            if config.shared_experts
-            else None
-        )
+        self.shared = None
+        if config.shared_experts:
+            self.shared = SwiGLU(width, config.shared_experts * config.expert_width)
         self.dispatcher: Dispatcher = dispatcher or LocalDispatcher()
 
-    def forward(self, x_TD: Tensor, tokens: RouterTokens) -> tuple[Tensor, RouterStats]:
+    def forward(self, x_TD: Tensor, tokens: TokenMetadata) -> tuple[Tensor, RouterStats]:
         """Apply the layer.
 
-        While training, choices may be drawn and places be short; in evaluation mode every token
-        gets its best experts, whatever else is in the batch.
+        During training, routing may be random and the capacity limited. In evaluation mode every
+        token is processed by its best experts, independently of the rest of the batch.
 
         Args:
             x_TD: Valid tokens of the micro-batch, patches first, `[tokens, width]`.
-            tokens: Where they come from.
+            tokens: Metadata of the tokens.
 
         Returns:
             Output `[tokens, width]` and the router's statistics.
@@ -123,23 +123,25 @@ class MoELayer(nn.Module):
         y_TD = self.dispatcher.run(x_TD, routing, self.experts, self.shared)
         return y_TD, self._statistics(logits_TE, scored, routing, tokens)
 
-    def route(self, x_TD: Tensor, tokens: RouterTokens) -> tuple[Tensor, Scores, Routing]:
-        """What `forward` decides before it computes: router logits `[tokens, experts]`, scores, and
-        the choice."""
+    def route(self, x_TD: Tensor, tokens: TokenMetadata) -> tuple[Tensor, Scores, Routing]:
+        """Compute the router logits `[tokens, experts]`, the gate scores and the assignments."""
         config, split = self.config, tokens.num_patch_tokens
         logits_TE = self.gate(x_TD)
         if self.caption_gate is not None and tokens.context_length:
-            said = self.caption_gate(x_TD[split:], tokens)
-            logits_TE = torch.cat([logits_TE[:split], logits_TE[split:] + said])
+            caption_logits_TE = self.caption_gate(x_TD[split:], tokens)
+            logits_TE = torch.cat([logits_TE[:split], logits_TE[split:] + caption_logits_TE])
+
         scored = score_tokens(logits_TE, config, tokens, block=self.block, noise=self.training)
         bias_ME = None if self.bias is None else self.bias.value
-        routing = choose(scored, config, tokens, bias_ME, block=self.block, noise=self.training)
+        routing = assign_experts(
+            scored, config, tokens, bias_ME, block=self.block, noise=self.training
+        )
         if config.capacity_factor and self.training:
-            routing = limit(routing, scored.gates_TE, config, tokens, block=self.block)
+            routing = apply_capacity(routing, scored.gates_TE, config, tokens, block=self.block)
         return logits_TE, scored, routing
 
     def _statistics(
-        self, logits_TE: Tensor, scored: Scores, routing: Routing, tokens: RouterTokens
+        self, logits_TE: Tensor, scored: Scores, routing: Routing, tokens: TokenMetadata
     ) -> RouterStats:
         return router_stats(
             logits_TE,
@@ -152,9 +154,9 @@ class MoELayer(nn.Module):
             router_l1=self.gate() if self.training and self.balance.router_l1_weight else None,
         )
 
-    def move_bias(self, choices_ME: Tensor, rate: float) -> None:
-        """Move the biases after a step, by the choices of the global batch."""
+    def update_bias(self, assignments_ME: Tensor, rate: float) -> None:
+        """Update the expert biases after a step, given the assignments of the global batch."""
         if self.bias is not None and rate:
             self.bias.value.copy_(
-                moved_bias(self.bias.value, choices_ME, self.config, self.balance, rate)
+                updated_bias(self.bias.value, assignments_ME, self.config, self.balance, rate)
             )

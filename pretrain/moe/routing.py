@@ -1,9 +1,11 @@
-"""Which experts each token visits, and with what weight. Pure functions of the router's logits.
+"""Expert assignment: which experts process each token, and with which weights.
 
-A choice is a (token, expert, weight). Where every token has the same number K of choices they stand
-in the order token x K + k; patches that are chosen *by* experts have any number of choices each.
+Pure functions of the router's logits. An assignment is a (token, expert, weight) triple. If every
+token has the same number K of assignments, they are stored in the order token x K + k. With expert
+choice, patches have varying numbers of assignments.
 
-Shapes: T tokens, E experts, K experts per token, N choices, M modalities, B pairs, P patches.
+Shapes: T tokens, E experts, K experts per token, N assignments, M modalities, B pairs, P patches,
+C patches per expert.
 """
 
 from __future__ import annotations
@@ -15,234 +17,237 @@ from torch import Tensor
 
 from pretrain.config.experts import MoEConfig
 from pretrain.moe.noise import gumbel, normal
-from pretrain.moe.tokens import RouterTokens
+from pretrain.moe.token_metadata import TokenMetadata
+from pretrain.moe.topk import topk_indices
 
 
 class Routing(NamedTuple):
-    """The choices of a forward pass."""
+    """The assignments of a forward pass."""
 
     weights_N: Tensor
-    """Gate weight of each choice, float32; gradient flows through these. 0 for one that found no
-    place."""
+    """Gate weight of each assignment, float32, with gradient; 0 for dropped assignments."""
     expert_ids_N: Tensor
-    """Expert of each choice by global number, int64; the number of experts for one that found no
-    place."""
-    choices_ME: Tensor
-    """Choices by modality and expert, int64, also those that found no place."""
+    """Global expert index of each assignment, int64; the number of experts for dropped
+    assignments."""
+    assignments_ME: Tensor
+    """Number of assignments by modality and expert, int64, dropped ones included."""
     kept_ME: Tensor
-    """Choices that found a place; `choices_ME` itself without capacity."""
+    """Number of assignments within the capacity; `assignments_ME` itself without a capacity
+    limit."""
     k: int
-    """Choices of every token; 0 where tokens have different numbers of them."""
+    """Assignments per token; 0 if it varies."""
     token_N: Tensor | None = None
-    """Token of each choice, int64; None where it is n // k."""
+    """Token index of each assignment, int64; None if it is n // k."""
 
     @property
     def tokens_per_expert_E(self) -> Tensor:
-        """Rows that each expert has to compute, int64."""
+        """Number of rows that each expert computes, int64."""
         return self.kept_ME.sum(dim=0)
 
 
 class Scores(NamedTuple):
-    """What a choice is made from; all float32 `[tokens, experts]`."""
+    """Inputs of expert selection; all float32 `[tokens, experts]`."""
 
     logits_TE: Tensor
     """Router logits times temperature; -inf for experts of the other modality's pool."""
     scores_TE: Tensor
-    """Gate scores in [0, 1] without noise."""
+    """Gate scores in [0, 1], without noise."""
     gates_TE: Tensor
-    """Gate scores that choose and weigh: those of the noisy logits where there is noise, else
-    `scores_TE` itself."""
+    """Gate scores that select the experts and give the weights: those of the noisy logits if there
+    is noise, otherwise `scores_TE` itself."""
     noisy_logits_TE: Tensor | None = None
-    """Logits with this step's noise (`noisy` while training)."""
+    """Logits with the noise of this step (`noisy_top_k` during training)."""
 
 
 def gate_scores(logits_TE: Tensor, score: Literal["softmax", "sigmoid"]) -> Tensor:
-    """Turn logits into gate scores: `softmax` competes between experts, `sigmoid` judges each
-    alone."""
+    """Gate scores from logits: `softmax` normalizes over experts, `sigmoid` scores each expert
+    independently."""
     return torch.softmax(logits_TE, dim=-1) if score == "softmax" else torch.sigmoid(logits_TE)
 
 
 def score_tokens(
-    logits_TE: Tensor, config: MoEConfig, tokens: RouterTokens, *, block: int, noise: bool
+    logits_TE: Tensor, config: MoEConfig, tokens: TokenMetadata, *, block: int, noise: bool
 ) -> Scores:
-    """Scores of every expert for every token.
+    """Compute the gate scores of every token for every expert.
 
     Args:
         logits_TE: Router logits, float32.
-        config: `temperature`, `pools`, `score`, `choice`.
-        tokens: Where the tokens come from.
-        block: The layer's block, a part of what its noise is drawn from.
-        noise: Training: noisy choices get their noise.
+        config: Uses `temperature`, `pools`, `score_func`, `routing` and `noise_std`.
+        tokens: Metadata of the tokens.
+        block: Index of the layer's block; part of the seed of its noise.
+        noise: True during training: `noisy_top_k` adds noise to the logits.
     """
-    logits_TE = keep_to_pools(logits_TE * config.temperature, config, tokens.num_patch_tokens)
+    logits_TE = mask_pools(logits_TE * config.temperature, config, tokens.num_patch_tokens)
     scores_TE = gate_scores(logits_TE, config.score_func)
     if not (noise and config.routing == "noisy_top_k"):
         return Scores(logits_TE, scores_TE, scores_TE)
-    assert tokens.identity_T is not None
-    noise_TE = normal(tokens.identity_T, draw=tokens.draw, block=block, size=config.num_experts)
-    noisy_TE = logits_TE + noise_TE * config.noise_deviation
+
+    assert tokens.token_hash_T is not None
+    noise_TE = normal(
+        tokens.token_hash_T, step_seed=tokens.step_seed, block=block, size=config.num_experts
+    )
+    noisy_TE = logits_TE + noise_TE * config.logit_noise_std
     return Scores(logits_TE, scores_TE, gate_scores(noisy_TE, config.score_func), noisy_TE)
 
 
-def keep_to_pools(logits_TE: Tensor, config: MoEConfig, num_patch_tokens: int) -> Tensor:
-    """-inf where an expert belongs to the other modality's pool; a probability of 0, without
-    gradient."""
+def mask_pools(logits_TE: Tensor, config: MoEConfig, num_patch_tokens: int) -> Tensor:
+    """Set logits to -inf for experts of the other modality's pool: probability 0, no gradient."""
     if config.pools == "shared":
         return logits_TE
     patches, text = logits_TE.split([num_patch_tokens, logits_TE.shape[0] - num_patch_tokens])
-    image, rest = config.pool(0), config.pool(1)
+    image_pool, text_pool = config.pool(0), config.pool(1)
     minus_inf = torch.full_like(logits_TE, float("-inf"))
-    patch_rows = torch.cat([patches[:, image], minus_inf[:num_patch_tokens, rest]], dim=1)
-    text_rows = torch.cat([minus_inf[num_patch_tokens:, image], text[:, rest]], dim=1)
+
+    patch_rows = torch.cat([patches[:, image_pool], minus_inf[:num_patch_tokens, text_pool]], dim=1)
+    text_rows = torch.cat([minus_inf[num_patch_tokens:, image_pool], text[:, text_pool]], dim=1)
     return torch.cat([patch_rows, text_rows])
 
 
-def choose(
+def assign_experts(
     scored: Scores,
     config: MoEConfig,
-    tokens: RouterTokens,
+    tokens: TokenMetadata,
     bias_ME: Tensor | None,
     *,
     block: int,
     noise: bool,
 ) -> Routing:
-    """Choose experts for every token, or, with `choice: expert`, patches for every expert.
+    """Assign experts to every token or, with `routing: expert_choice`, patches to every expert.
 
-    The bias of the loss-free balancing steers the choice and not the weight (Wang et al. 2024,
-    arXiv:2408.15664). Evaluation (`noise=False`) takes the best, whatever training draws.
+    Args:
+        scored: Gate scores.
+        config: Uses `routing`, `top_k`, `norm_topk_prob`, `score_func` and `pools`.
+        tokens: Metadata of the tokens.
+        bias_ME: Expert biases, `[M or 1, experts]`; they affect the selection, not the weights.
+        block: Index of the layer's block; part of the seed of sampled routing.
+        noise: True during training; evaluation always takes the best experts.
+
+    Sources: bias for selection only: Wang et al. 2024, arXiv:2408.15664; sampling without
+    replacement as the k largest of log p + Gumbel noise: Kool et al. 2019, arXiv:1903.06059.
     """
     if config.routing == "expert_choice" and tokens.num_patch_tokens:
-        return _experts_choose_patches(scored, config, tokens, bias_ME)
+        return _expert_choice(scored, config, tokens, bias_ME)
+
     key_TE = scored.gates_TE.detach()
     if noise and config.routing == "sampled":
-        assert tokens.identity_T is not None
-        # The k largest of log p + Gumbel are k draws without replacement from p (Vieira 2014; Kool
-        # et al. 2019, arXiv:1903.06059).
-        drawn_TE = gumbel(tokens.identity_T, draw=tokens.draw, block=block, size=config.num_experts)
-        key_TE = _log_scores(scored.logits_TE.detach(), config.score_func) + drawn_TE
-    key_TE = own_pool(_biased(key_TE, bias_ME, tokens.num_patch_tokens), scored, config)
-    weights_TK, ids_TK = _best(scored.gates_TE, key_TE, config)
-    choices_ME = count_choices(
-        ids_TK.flatten(), tokens.num_patch_tokens * ids_TK.shape[1], config.num_experts
+        assert tokens.token_hash_T is not None
+        gumbel_TE = gumbel(
+            tokens.token_hash_T, step_seed=tokens.step_seed, block=block, size=config.num_experts
+        )
+        key_TE = _log_scores(scored.logits_TE.detach(), config.score_func) + gumbel_TE
+    key_TE = mask_other_pool(_add_bias(key_TE, bias_ME, tokens.num_patch_tokens), scored, config)
+
+    weights_TK, ids_TK = _select_top_k(scored.gates_TE, key_TE, config)
+    k = ids_TK.shape[1]
+    assignments_ME = count_assignments(
+        ids_TK.flatten(), tokens.num_patch_tokens * k, config.num_experts
     )
-    return Routing(weights_TK.flatten(), ids_TK.flatten(), choices_ME, choices_ME, ids_TK.shape[1])
+    return Routing(weights_TK.flatten(), ids_TK.flatten(), assignments_ME, assignments_ME, k)
 
 
 def _log_scores(logits_TE: Tensor, score: str) -> Tensor:
-    logs = torch.log_softmax if score == "softmax" else None
-    return logs(logits_TE, dim=-1) if logs else torch.nn.functional.logsigmoid(logits_TE)
+    if score == "softmax":
+        return torch.log_softmax(logits_TE, dim=-1)
+    return torch.nn.functional.logsigmoid(logits_TE)
 
 
-def _biased(key_TE: Tensor, bias_ME: Tensor | None, num_patch_tokens: int) -> Tensor:
-    """The key of the choice with the bias of each token's modality."""
+def _add_bias(key_TE: Tensor, bias_ME: Tensor | None, num_patch_tokens: int) -> Tensor:
+    """Add to the selection keys the bias of each token's modality."""
     if bias_ME is None:
         return key_TE
-    first, last = bias_ME[0], bias_ME[-1]
-    return torch.cat([key_TE[:num_patch_tokens] + first, key_TE[num_patch_tokens:] + last])
+    image_bias, text_bias = bias_ME[0], bias_ME[-1]
+    return torch.cat(
+        [key_TE[:num_patch_tokens] + image_bias, key_TE[num_patch_tokens:] + text_bias]
+    )
 
 
-def own_pool(key_TE: Tensor, scored: Scores, config: MoEConfig) -> Tensor:
-    """The key with -inf for experts of the other modality's pool.
+def mask_other_pool(key_TE: Tensor, scored: Scores, config: MoEConfig) -> Tensor:
+    """Set selection keys to -inf for experts of the other modality's pool.
 
-    Their score of 0 is not enough: a sure router's scores underflow to 0 in the token's own pool as
-    well, and a bias may lift any of them.
+    A score of 0 is not enough: the scores of a confident router may underflow to 0 inside the
+    token's pool as well, and a bias may raise any of them.
     """
     if config.pools == "shared":
         return key_TE
     return key_TE.masked_fill(scored.logits_TE == float("-inf"), float("-inf"))
 
 
-def _best(weight_TE: Tensor, key_TE: Tensor, config: MoEConfig) -> tuple[Tensor, Tensor]:
-    """Weights and numbers of the k experts with the largest keys.
+def _select_top_k(weight_TE: Tensor, key_TE: Tensor, config: MoEConfig) -> tuple[Tensor, Tensor]:
+    """Weights and indices of the k experts with the largest keys.
 
-    Renormalized, the weights of a token sum to one. With k = 1 that would make every weight the
-    constant 1 and leave the router without a gradient, so a single choice keeps its raw score
-    (Fedus et al. 2021, arXiv:2101.03961).
+    With `norm_topk_prob`, the weights of a token sum to 1. For k = 1 that would make every weight
+    the constant 1 and leave the router without a gradient, so the raw score is kept (Fedus et al.
+    2021, arXiv:2101.03961).
     """
-    ids_TK = _largest(key_TE, config.top_k)
+    ids_TK = topk_indices(key_TE, config.top_k)
     weights_TK = weight_TE.gather(1, ids_TK)
     if config.norm_topk_prob and config.top_k > 1:
         weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True).clamp(min=1e-20)
     return weights_TK, ids_TK
 
 
-def _largest(key_TE: Tensor, k: int) -> Tensor:
-    """The columns of the k largest keys of each row, the largest first, int64 `[tokens, k]`."""
-    if key_TE.is_cuda or k > FEW:
-        return key_TE.topk(k, dim=-1).indices
-    # The CPU's topk sorts; taking the largest one away k times is several times faster while k is
-    # small.
-    left_TE = key_TE.clone()
-    taken = []
-    for _ in range(k):
-        best_T1 = left_TE.argmax(dim=-1, keepdim=True)
-        left_TE.scatter_(1, best_T1, float("-inf"))
-        taken.append(best_T1)
-    return torch.cat(taken, dim=1)
-
-
-FEW = 4
-"""Up to so many choices of a token the CPU takes the largest one by one. 4096 tokens, 64 experts,
-milliseconds on one core against `top_k`: k = 2: 0.7 and 2.2, k = 4: 1.4 and 2.3, k = 8: 2.8 and
-2.6."""
-
-
-def _experts_choose_patches(
-    scored: Scores, config: MoEConfig, tokens: RouterTokens, bias_ME: Tensor | None
+def _expert_choice(
+    scored: Scores, config: MoEConfig, tokens: TokenMetadata, bias_ME: Tensor | None
 ) -> Routing:
-    """Every expert takes its best patches of each image; text chooses as ever.
+    """Assign to every expert its best patches of each image; text tokens use top-k routing.
 
-    Each image is a group of its own, so a picture does not depend on its batch. Text cannot be
-    chosen so: which tokens an expert takes would tell earlier ones of later ones. The weight is the
-    raw score (Zhou et al. 2022, arXiv:2202.09368).
+    Each image is routed separately, so it does not depend on the rest of the batch. Expert choice
+    would not be causal for text: whether an expert takes a token depends on later tokens. The
+    weight of a patch is the raw score.
+
+    Source: Zhou et al. 2022 (expert choice routing), arXiv:2202.09368.
     """
     pool = config.pool(0)
     split = tokens.num_patch_tokens
-    scores_BPE = scored.scores_TE[:split].view(tokens.num_pairs, tokens.num_patches, -1)[:, :, pool]
-    taken = config.patches_per_expert(tokens.num_patches)
-    weights_BEC, places_BEC = scores_BPE.transpose(1, 2).topk(taken, dim=-1)
-    device = places_BEC.device
-    pairs = torch.arange(tokens.num_pairs, device=device).view(-1, 1, 1) * tokens.num_patches
-    experts = (
-        torch.arange(pool.start, pool.stop, device=device).view(1, -1, 1).expand_as(places_BEC)
-    )
+    device = scored.scores_TE.device
+
+    scores_TE = scored.scores_TE[:split]
+    scores_BPE = scores_TE.view(tokens.num_pairs, tokens.num_patches, -1)[:, :, pool]
+    patches_per_expert = config.patches_per_expert(tokens.num_patches)
+    weights_BEC, patch_BEC = scores_BPE.transpose(1, 2).topk(patches_per_expert, dim=-1)
+    first_token_B11 = torch.arange(tokens.num_pairs, device=device).view(-1, 1, 1)
+    first_token_B11 = first_token_B11 * tokens.num_patches
+    expert_BEC = torch.arange(pool.start, pool.stop, device=device).view(1, -1, 1)
+    expert_BEC = expert_BEC.expand_as(patch_BEC)
+
     text = Scores(scored.logits_TE[split:], scored.scores_TE[split:], scored.gates_TE[split:])
     text_bias = None if bias_ME is None else bias_ME[-1:]
-    key_TE = own_pool(_biased(text.gates_TE.detach(), text_bias, 0), text, config)
-    weights_TK, ids_TK = _best(text.gates_TE, key_TE, config)
-    text_tokens = torch.arange(split, split + len(ids_TK), device=device).repeat_interleave(
-        ids_TK.shape[1]
-    )
-    ids_N = torch.cat([experts.flatten(), ids_TK.flatten()])
-    choices_ME = count_choices(ids_N, places_BEC.numel(), config.num_experts)
+    key_TE = mask_other_pool(_add_bias(text.gates_TE.detach(), text_bias, 0), text, config)
+    weights_TK, ids_TK = _select_top_k(text.gates_TE, key_TE, config)
+    text_token_N = torch.arange(split, split + len(ids_TK), device=device)
+    text_token_N = text_token_N.repeat_interleave(ids_TK.shape[1])
+
+    ids_N = torch.cat([expert_BEC.flatten(), ids_TK.flatten()])
+    assignments_ME = count_assignments(ids_N, patch_BEC.numel(), config.num_experts)
     return Routing(
-        torch.cat([weights_BEC.flatten(), weights_TK.flatten()]),
-        ids_N,
-        choices_ME,
-        choices_ME,
-        0,
-        torch.cat([(pairs + places_BEC).flatten(), text_tokens]),
+        weights_N=torch.cat([weights_BEC.flatten(), weights_TK.flatten()]),
+        expert_ids_N=ids_N,
+        assignments_ME=assignments_ME,
+        kept_ME=assignments_ME,
+        k=0,
+        token_N=torch.cat([(first_token_B11 + patch_BEC).flatten(), text_token_N]),
     )
 
 
-def count_choices(ids_N: Tensor, num_patch_choices: int, num_experts: int) -> Tensor:
-    """Choices by modality and expert, int64; numbers from `num_experts` on are left out."""
+def count_assignments(ids_N: Tensor, num_patch_assignments: int, num_experts: int) -> Tensor:
+    """Number of assignments by modality and expert, int64 `[modalities, experts]`.
+
+    The first `num_patch_assignments` belong to patches. The index `num_experts` (dropped) is not
+    counted.
+    """
     return torch.stack(
         [
-            count_ids(ids_N[:num_patch_choices], num_experts + 1)[:num_experts],
-            count_ids(ids_N[num_patch_choices:], num_experts + 1)[:num_experts],
+            count_ids(ids_N[:num_patch_assignments], num_experts + 1)[:num_experts],
+            count_ids(ids_N[num_patch_assignments:], num_experts + 1)[:num_experts],
         ]
     )
 
 
 def count_ids(ids_N: Tensor, size: int) -> Tensor:
-    """How often each of `0..size-1` occurs, int64 `[size]`.
-
-    On a GPU `bincount` would stop the host to learn the largest id; adding ones does not, and
-    integers add up to the same sum in any order.
-    """
+    """Number of occurrences of each of `0..size-1`, int64 `[size]`."""
     if ids_N.is_cuda:
-        return torch.zeros(size, dtype=torch.int64, device=ids_N.device).index_add_(
-            0, ids_N, torch.ones_like(ids_N)
-        )
+        # `bincount` would synchronize with the host to determine the largest index. Adding ones
+        # does not, and integer sums do not depend on the order.
+        counts = torch.zeros(size, dtype=torch.int64, device=ids_N.device)
+        return counts.index_add_(0, ids_N, torch.ones_like(ids_N))
     return torch.bincount(ids_N, minlength=size)

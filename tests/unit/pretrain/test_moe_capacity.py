@@ -1,83 +1,99 @@
-"""Places of experts: how many there are, and who gets them."""
+"""Capacity limit: its size, and which assignments are kept."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from pretrain.config.experts import MoEConfig
-from pretrain.moe.capacity import capacity, limit
+from pretrain.moe.capacity import apply_capacity, capacity
 from pretrain.moe.layer import MoELayer
-from pretrain.moe.routing import choose, score_tokens
-from tests.support.slow_moe import make_tokens, slow_choices, slow_logits
+from pretrain.moe.routing import assign_experts, score_tokens
+from tests.support.reference_moe import (
+    ReferenceRouting,
+    Token,
+    make_tokens,
+    reference_logits,
+    reference_routing,
+)
 
 WIDTH = 16
 
 
 @pytest.mark.parametrize("priority", ["position", "random", "batch"])
-def test_capacity_is_respected_and_priority_is_right(priority: str) -> None:
+def test_capacity_and_priority(priority: str) -> None:
     torch.manual_seed(3)
     config = MoEConfig(num_experts=4, top_k=2, capacity_factor=0.5, capacity_priority=priority)  # type: ignore[arg-type]
     layer = MoELayer(WIDTH, config)
     torch.nn.init.normal_(layer.gate.weight)
-    tokens, listed = make_tokens([4] * 6, 6, groups=[0, 0, 0, 1, 1, 1], draw=5)
-    scored = score_tokens(
-        layer.gate(torch.randn(len(listed), WIDTH)), config, tokens, block=0, noise=True
-    )
-    free = choose(scored, config, tokens, None, block=0, noise=True)
-    routing = limit(free, scored.gates_TE, config, tokens, block=0)
-    places = capacity(config, tokens)
-    assert places.tolist() == [[8] * 4] * 2  # 0.5 x 2 x 30 / 4 = 7.5
-    ids, kept = free.expert_ids_N.view(-1, 2), (routing.expert_ids_N < 4).view(-1, 2)
-    assert torch.equal(routing.expert_ids_N[kept.flatten()], free.expert_ids_N[kept.flatten()])
-    assert (routing.weights_N.view(-1, 2)[~kept] == 0).all() and (~kept).any()
-    surety = scored.scores_TE.amax(1)
+    tokens, listed = make_tokens([4] * 6, 6, groups=[0, 0, 0, 1, 1, 1], step_seed=5)
+    logits_TE = layer.gate(torch.randn(len(listed), WIDTH))
+    scored = score_tokens(logits_TE, config, tokens, block=0, noise=True)
+    unlimited = assign_experts(scored, config, tokens, None, block=0, noise=True)
+    limited = apply_capacity(unlimited, scored.gates_TE, config, tokens, block=0)
+
+    assert capacity(config, tokens).tolist() == [[8] * 4] * 2  # 0.5 x 2 x 30 / 4 = 7.5
+    ids_TK = unlimited.expert_ids_N.view(-1, 2)
+    kept_TK = (limited.expert_ids_N < 4).view(-1, 2)
+    kept_N = kept_TK.flatten()
+    assert torch.equal(limited.expert_ids_N[kept_N], unlimited.expert_ids_N[kept_N])
+    assert (limited.weights_N.view(-1, 2)[~kept_TK] == 0).all() and (~kept_TK).any()
+
+    max_score_T = scored.scores_TE.amax(1)
     for group in (0, 1):
-        mine = torch.tensor([token.group == group for token in listed])
+        in_group_T = torch.tensor([token.group == group for token in listed])
         for expert in range(4):
-            wants = (ids == expert) & mine.unsqueeze(1)
-            count = int((kept & wants).sum())
-            assert count == min(8, int(wants.sum()))  # no place stays empty while somebody wants it
-            for k in (0, 1):
-                if not kept[:, k][
-                    wants[:, k]
-                ].all():  # a first choice lost: then no second one found a place
-                    assert k == 1 or not kept[:, 1][wants[:, 1]].any()
-                if priority == "batch" and kept[:, k][wants[:, k]].any():
-                    lost = surety[wants[:, k] & ~kept[:, k]]
-                    assert (lost <= surety[wants[:, k] & kept[:, k]].min()).all()
-                if priority == "position":
-                    wanting = wants[:, k].nonzero().flatten().tolist()
-                    in_order = sorted(
-                        wanting,
-                        key=lambda i: (listed[i].pair, listed[i].modality, listed[i].position),
-                    )
-                    found = kept[in_order, k].int()
-                    assert torch.equal(found, found.sort(descending=True).values)
+            assigned_TK = (ids_TK == expert) & in_group_T.unsqueeze(1)
+            # Every slot is used if there are enough assignments.
+            assert int((kept_TK & assigned_TK).sum()) == min(8, int(assigned_TK.sum()))
+            check_order(priority, kept_TK, assigned_TK, max_score_T, listed)
+
+
+def check_order(
+    priority: str, kept_TK: Tensor, assigned_TK: Tensor, max_score_T: Tensor, listed: list[Token]
+) -> None:
+    """The assignments kept by one expert in one group come first in the priority order."""
+    first_dropped = not kept_TK[:, 0][assigned_TK[:, 0]].all()
+    if first_dropped:
+        assert not kept_TK[:, 1][assigned_TK[:, 1]].any()
+
+    for k in (0, 1):
+        kept_T, assigned_T = kept_TK[:, k], assigned_TK[:, k]
+        if priority == "batch" and kept_T[assigned_T].any():
+            dropped_scores = max_score_T[assigned_T & ~kept_T]
+            assert (dropped_scores <= max_score_T[assigned_T & kept_T].min()).all()
+        if priority == "position":
+            in_order = sorted(
+                assigned_T.nonzero().flatten().tolist(),
+                key=lambda i: (listed[i].pair, listed[i].modality, listed[i].position),
+            )
+            is_kept = kept_T[in_order].int()
+            assert torch.equal(is_kept, is_kept.sort(descending=True).values)
 
 
 @pytest.mark.parametrize(
-    ("factor", "k", "experts", "count", "places"),
+    ("factor", "k", "experts", "count", "expected"),
     [
         (1.1, 1, 1, 50, 55),  # 55.00000000000001 in float64
         (1.1, 2, 4, 100, 55),
         (1.2, 1, 1, 25, 30),  # 30.000002 in float32, exact in float64
         (1.05, 3, 4, 80, 63),  # 63.00000000000001 in float64
-        (1.25, 2, 8, 8, 3),
-        (0.5, 1, 4, 9, 2),  # 2.5 and 1.125: rounded up indeed
+        (1.25, 2, 8, 8, 3),  # 2.5 is rounded up
+        (0.5, 1, 4, 9, 2),  # 1.125 is rounded up
     ],
 )
-def test_places_are_those_of_exact_arithmetic(
-    factor: float, k: int, experts: int, count: int, places: int
+def test_capacity_equals_exact_arithmetic(
+    factor: float, k: int, experts: int, count: int, expected: int
 ) -> None:
     config = MoEConfig(num_experts=experts, top_k=k, capacity_factor=factor)
     tokens, _ = make_tokens([count], 0, columns=count)
-    assert capacity(config, tokens).tolist() == [[places] * experts]
+    assert capacity(config, tokens).tolist() == [[expected] * experts]
 
 
-def test_the_surest_tokens_are_those_of_the_gates_that_weigh() -> None:
-    """With noise these are the noisy ones: no choice is left out for one of a token whose gate is
-    smaller."""
+def test_batch_priority_uses_noisy_gates() -> None:
+    """With noisy routing, batch priority orders tokens by their noisy gates: no assignment is
+    dropped in favor of one whose token has a smaller largest gate."""
     torch.manual_seed(4)
     config = MoEConfig(
         num_experts=4,
@@ -91,37 +107,40 @@ def test_the_surest_tokens_are_those_of_the_gates_that_weigh() -> None:
     layer = MoELayer(WIDTH, config, block=2)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    tokens, listed = make_tokens([4] * 6, 6, groups=[0, 0, 0, 1, 1, 1], draw=5)
+    tokens, listed = make_tokens([4] * 6, 6, groups=[0, 0, 0, 1, 1, 1], step_seed=5)
     x_TD = torch.randn(len(listed), WIDTH)
     _, _, routing = layer.route(x_TD, tokens)
-    slow = slow_choices(layer, slow_logits(layer, x_TD, listed), listed, 5)
+    reference = reference_routing(layer, reference_logits(layer, x_TD, listed), listed, 5)
     kept = (routing.expert_ids_N < 4).view(-1, 2).tolist()
-    noisy, clean = (
-        [float(row.detach().max()) for row in gates] for gates in (slow.gates, slow.scores)
-    )
+    noisy = [float(row.detach().max()) for row in reference.gates]
+    clean = [float(row.detach().max()) for row in reference.scores]
 
-    def unfair(surety: list[float]) -> int:
-        """Choices that were dropped although a less sure one of the same expert, group and rank was
-        kept."""
-        count = 0
-        for rank in (0, 1):
-            wanted = [
-                (slow.choices[i][rank][0], listed[i].group, kept[i][rank], surety[i])
-                for i in range(len(listed))
-            ]
-            for expert, group, found, mine in wanted:
-                rivals = [
-                    s
-                    for e, g, other_found, s in wanted
-                    if (e, g, other_found) == (expert, group, True)
-                ]
-                count += not found and any(mine > s for s in rivals)
-        return count
+    assert count_inversions(noisy, kept, reference, listed) == 0
+    # Noise of this size changes the order, so the assertion above does distinguish the two.
+    assert count_inversions(clean, kept, reference, listed) > 5
+    # The weight of a first assignment is the token's largest gate.
+    first_weights = [float(token[0][1].detach()) for token in reference.choices]
+    assert first_weights == noisy
 
-    assert unfair(noisy) == 0
-    assert (
-        unfair(clean) > 5
-    )  # noise of this size makes another order, so that the two are told apart
-    # Of a first choice the token's largest gate is its own weight.
-    weights = [[float(weight.detach()) for _, weight in mine] for mine in slow.choices]
-    assert [mine[0] for mine in weights] == noisy
+
+def count_inversions(
+    priority: list[float],
+    kept: list[list[bool]],
+    reference: ReferenceRouting,
+    listed: list[Token],
+) -> int:
+    """Dropped assignments with a higher priority than a kept one of the same expert, group and
+    rank."""
+    inversions = 0
+    for rank in (0, 1):
+        kept_priorities: dict[tuple[int, int], list[float]] = {}
+        dropped: list[tuple[tuple[int, int], float]] = []
+        for i, token in enumerate(listed):
+            cell = (reference.choices[i][rank][0], token.group)
+            if kept[i][rank]:
+                kept_priorities.setdefault(cell, []).append(priority[i])
+            else:
+                dropped.append((cell, priority[i]))
+        for cell, value in dropped:
+            inversions += any(value > other for other in kept_priorities.get(cell, []))
+    return inversions

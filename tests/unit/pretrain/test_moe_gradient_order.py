@@ -1,5 +1,5 @@
-"""Gradients of experts come in one order, however their rows are computed: ZeRO adds them up as
-they come."""
+"""Gradients of the expert weights become available in one order for every implementation: ZeRO
+reduces them in the order of arrival."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from pretrain.moe.experts import StackedExperts, synchronize_grads
 
 
-def _order(backend: str, rows: int) -> list[str]:
-    """Names of the weights in the order in which their gradients are there."""
+def gradient_order(backend: str, rows: int) -> list[str]:
+    """Names of the weights in the order in which their gradients are accumulated."""
     experts = StackedExperts(16, 8, 4, backend)  # type: ignore[arg-type]
     order: list[str] = []
     for name, weight in experts.named_parameters():
@@ -24,25 +24,22 @@ def _order(backend: str, rows: int) -> list[str]:
 @pytest.mark.parametrize(
     ("backend", "rows"), [("loop", 5), ("grouped", 5), ("auto", 5), ("auto", 1000), ("auto", 0)]
 )
-def test_every_way_to_compute_gives_gradients_in_one_order(backend: str, rows: int) -> None:
-    assert _order(backend, rows) == ["w3", "w2", "w1"]
+def test_gradient_order_is_the_same_for_all_backends(backend: str, rows: int) -> None:
+    assert gradient_order(backend, rows) == ["w3", "w2", "w1"]
 
 
-def test_weights_that_go_together_keep_values_and_gradients() -> None:
+def test_synchronize_grads_is_the_identity() -> None:
     weights = [torch.randn(3, requires_grad=True) for _ in range(3)]
     out = synchronize_grads(*weights)
     assert all(torch.equal(a, b) for a, b in zip(out, weights, strict=True))
     (out[0] + 2 * out[2]).sum().backward()
-    assert [weight.grad.tolist() for weight in weights if weight.grad is not None] == [
-        [1.0] * 3,
-        [0.0] * 3,
-        [2.0] * 3,
-    ]
+    gradients = [weight.grad.tolist() for weight in weights if weight.grad is not None]
+    assert gradients == [[1.0] * 3, [0.0] * 3, [2.0] * 3]
 
 
-def test_choosing_how_to_compute_does_not_look_at_the_weights() -> None:
-    """Under ZeRO-3 a look gathers them, which every rank would have to do."""
+def test_selecting_the_backend_does_not_access_the_weights() -> None:
+    """Under ZeRO-3, accessing a weight gathers it, which all ranks would have to do."""
     experts = StackedExperts(16, 8, 4)
     x = torch.randn(3, 16)
     del experts.w1, experts.w2, experts.w3
-    assert [experts.looped(x, rows) for rows in (0, 3, 1000)] == [True, False, True]
+    assert [experts.uses_loop(x, rows) for rows in (0, 3, 1000)] == [True, False, True]
