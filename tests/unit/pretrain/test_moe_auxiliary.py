@@ -1,5 +1,5 @@
-"""The routers' auxiliary losses: values against their definitions, gradients against autograd on the
-whole batch."""
+"""The routers' auxiliary losses: values against their definitions, gradients against autograd on
+the whole batch."""
 
 from __future__ import annotations
 
@@ -67,6 +67,26 @@ def detached_double(stats: RouterStats) -> RouterStats:
     return RouterStats(*(field.detach().double() for field in stats))
 
 
+def rank_statistics(
+    split: list[int], logits_LTE: Tensor, config: MoEConfig, experts: Tensor, routers: Tensor
+) -> list[RouterStats]:
+    """Statistics of each rank, with `split` pairs per rank; with several ranks, the expert weights
+    are split over two of them, in half as many replicas as ranks."""
+    _, listed = make_tokens(LENGTHS, PATCHES)
+    local_stats, start = [], 0
+    for rank, num_pairs in enumerate(split):
+        pairs = range(start, start + num_pairs)
+        local_tokens, _ = make_tokens(
+            [LENGTHS[b] for b in pairs], PATCHES, ids=[IDS[b] for b in pairs], step_seed=8
+        )
+        rows = [i for i, token in enumerate(listed) if token.pair in pairs]
+        local_experts = experts if len(split) == 1 else experts.chunk(2, dim=1)[rank % 2]
+        l1 = (local_experts.abs().sum(1), routers.abs().sum(1))
+        local_stats.append(compute_stats(logits_LTE[:, rows], local_tokens, config, l1))
+        start += num_pairs
+    return local_stats
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -99,21 +119,11 @@ def test_values_and_gradients_for_any_split(settings: dict[str, Any], split: lis
     expected_loss = sum(weights[name] * value for name, value in expected.items())
     expected_gradients = torch.autograd.grad(expected_loss, inputs)
 
-    # Statistics of each rank. The experts are split over two ranks, in count / 2 replicas.
-    local_stats, start, count = [], 0, len(split)
-    for rank, num_pairs in enumerate(split):
-        pairs = range(start, start + num_pairs)
-        local_tokens, _ = make_tokens(
-            [LENGTHS[b] for b in pairs], PATCHES, ids=[IDS[b] for b in pairs], step_seed=8
-        )
-        rows = [i for i, token in enumerate(listed) if token.pair in pairs]
-        local_experts = experts if count == 1 else experts.chunk(2, dim=1)[rank % 2]
-        l1 = (local_experts.abs().sum(1), routers.abs().sum(1))
-        local_stats.append(compute_stats(logits[:, rows], local_tokens, config, l1))
-        start += num_pairs
+    local_stats = rank_statistics(split, logits, config, experts, routers)
     total = RouterStats(
         *(sum(s.detach().double() for s in fields) for fields in zip(*local_stats, strict=True))
     )
+    count = len(split)
     losses = linearize(
         total,
         tokens_M,
