@@ -1,17 +1,24 @@
-"""The oracle to ask before a big job: does this run, laid over ranks, compute what one process
-computes?
+"""Parity check: does every parallel layout of a run compute what a single process computes?
 
-The same weights and the same global batch go through every way of spreading the run that is asked
-for (a cell: expert parallelism, ZeRO stage, accumulation, recomputation, number format, missing
-pairs) and through one process of plain torch. Losses, terms, gradient norm, every gradient, weights
-after one and three steps, biases and choices are compared.
+The same initial weights and the same global batch are trained for three steps in each cell of a
+test matrix (expert parallelism, ZeRO stage, gradient accumulation, activation checkpointing,
+precision, missing pairs) and in one process of plain torch. Losses, loss terms, the gradient norm,
+all gradients, weights after the first and third step, router biases and expert assignments are
+compared.
 
-    cells     which cells there are, and why one cannot run
-    small     a run scaled down to a laptop
-    batches   the synthetic global batch
-    tracing   three steps of an engine as named tensors
-    compare   two such traces: how far apart, and whether that is too far
-    worker    what every rank does
-    launch    ranks on this machine, and what is done when they hang
-    report    the table for people and the JSON for programs
+    cells             one cell of the matrix: its axes and their values
+    cell_selection    `--cells` to cells
+    cell_runs         the run configuration of a cell, and why a cell is unsupported
+    scale_down        a run scaled down to a laptop (`--small`)
+    batches           the synthetic global batch
+    tracing           three steps of an engine as named tensors
+    compare           differences between two traces
+    tolerances        which differences exceed their tolerance
+    job               the input and output of the ranks, as JSON
+    deadline          time limit and error report of one rank
+    worker            the program of each rank
+    launch            starts ranks on this machine
+    report            table and JSON report
+    collector         collects outcomes while cells run
+    command           `vlmoe check-parallel`
 """

@@ -1,9 +1,6 @@
-"""How far a trace is from the reference's, and whether that is too far. Pure.
+"""Differences between a rank's trace and the reference trace.
 
-Differences are judged by quantity. Those of the first step show what is wrong; those of later steps
-only tell that something was: Adam makes steps of full size from gradients that are nothing but
-rounding, so weights part ways where a gradient is nearly 0, and a choice between two nearly equal
-experts may fall the other way.
+Which differences are too large is decided in `pretrain.check.tolerances`.
 """
 
 from __future__ import annotations
@@ -23,145 +20,111 @@ QUANTITIES = (
     "gradient",
     "statistics",
     "counts",
-    "choices",
+    "assignments",
     "biases",
     "parameters",
     "update",
     "later",
-    "later-choices",
+    "later-assignments",
     "later-biases",
     "later-parameters",
 )
-"""What is judged. `start` are the weights before the first step, `loss` is the total, `term` every
-term before and after its weight and the contrastive scale, `norm` the gradient's before clipping,
-`statistics` the routers' sums, `counts` pairs and tokens, `choices` those that another expert got,
-`biases` those of the choice, `parameters` the weights and `update` the same beside the way they
-have come; `later...` the same of the steps after the first, `later` alone for numbers."""
+"""Compared quantities.
 
-TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
-LATER = 1e-4
-"""Of losses, terms and norms after the first step, in float32. Bfloat16 is judged on the first
-step: its rounding moves weights whose gradient is nearly 0 by a full step of Adam, and with them
-tokens to other experts."""
-WEIGHTS = 1e-3
-"""Of weights after the first step, in float32."""
-UPDATE = {"fp32": 2e-2, "bf16": 0.5}
-"""Of weights after the first step, beside the way from where they began: an element whose gradient
-is nothing but rounding goes a whole step of Adam anywhere, so weights cannot be judged by their own
-size alone. A step that was not made, or was twice as long, is 1 off; 6 % of elements that went the
-other way are 0.5."""
-FEW_ELEMENTS = 256
-"""Of smaller weights a handful that went the other way would be too large a share."""
-BIAS = 1e-6
-"""Absolute; biases follow from counts alone, so they are equal where choices are."""
-TIES = {"fp32": 1e-4, "bf16": 5e-3}
-"""Share of the choices that may fall to another expert because two had nearly equal scores."""
-SMALLEST_TERM = 1e-2
-"""A term nearer to 0, such as a shortfall of entropy, is judged by the digits that it was made
-of."""
-SMALLEST_GRADIENT = 1e-6
-"""A gradient that is a smaller share of the whole gradient's norm is judged as if it were this
-large."""
+Of the first step: `start` are the initial weights, `loss` is the total, `term` every loss term
+before and after its weight and the contrastive scale, `norm` the gradient norm before clipping,
+`statistics` the routers' sums, `counts` pairs and tokens, `assignments` the number of expert
+assignments that differ, `biases` the routers' biases, `parameters` the weights after the step, and
+`update` the difference of these weights relative to the norm of their change.
+
+`later...` are the same quantities of later steps; `later` stands for all scalars.
+"""
+
+MIN_UPDATE_ELEMENTS = 256
+"""`update` ignores smaller weights, in which a few elements could dominate."""
+MIN_TERM = 1e-2
+"""Differences of smaller terms are relative to this value: such a term (an entropy shortfall, for
+example) is the difference of much larger numbers."""
+MIN_GRADIENT_RATIO = 1e-6
+"""Differences of smaller gradients are relative to this fraction of the global gradient norm."""
+UNSPLIT_END = 1 << 62
+"""End of the range of a tensor that is not sharded over ranks."""
 
 
 class Difference(NamedTuple):
-    """How far one thing is off."""
+    """The difference of one tensor."""
 
     value: float
-    """Relative; absolute for biases; a number for choices and counts; infinite for what is no
-    number or missing."""
+    """Relative; absolute for biases; a count for assignments and counts; infinite for a NaN, a
+    shape mismatch or a missing tensor."""
     name: str = ""
-    """Of the term, weight or statistic."""
+    """Name of the term, weight or statistic."""
 
 
-Worst = dict[str, Difference]
+WorstDifferences = dict[str, Difference]
 """The largest difference of each quantity."""
 
 
-class Miss(NamedTuple):
-    """A difference above its limit."""
-
-    quantity: str
-    value: float
-    name: str
-    limit: float
-
-
-class Verdict(NamedTuple):
-    """What the differences of a cell mean."""
-
-    misses: tuple[Miss, ...]
-    ties: int
-    """Choices of the first step that fell to another expert, few enough to be near ties."""
-    later_ties: int = 0
-    """The same of later steps."""
-
-    @property
-    def is_rough(self) -> bool:
-        """Whether ties kept things from being judged strictly."""
-        return bool(self.ties or self.later_ties)
-
-
 class Comparison:
-    """One rank's trace against the reference's, one tensor after the other, so that none need be
-    kept."""
+    """Compares one rank's trace with the reference, one tensor at a time, without storing it."""
 
-    def __init__(self, truth: Mapping[str, Tensor]) -> None:
-        self._whole = _by_plain_name(truth)
-        self._norm = float(truth["0/norm/norm"])
-        self.worst: Worst = {}
+    def __init__(self, reference: Mapping[str, Tensor]) -> None:
+        self._reference = _by_plain_name(reference)
+        self._gradient_norm = float(reference["0/norm/norm"])
+        self.worst: WorstDifferences = {}
         """The largest difference of each quantity."""
-        self.each: dict[str, dict[str, float]] = {"term": {}, "gradient": {}}
-        """How far every term and every gradient of the first step is off, by its name; of split
-        experts the worst."""
+        self.by_name: dict[str, dict[str, float]] = {"term": {}, "gradient": {}}
+        """Difference of every term and every gradient of the first step; of sharded experts the
+        largest."""
         self.seen: list[str] = []
-        """Names of what was compared."""
+        """Names of the compared tensors."""
 
-    def add(self, name: str, found: Tensor) -> None:
+    def add(self, name: str, actual: Tensor) -> None:
         """Compare one tensor of the trace."""
         step, quantity, leaf = name.split("/", 2)
         self.seen.append(name)
-        expected = _expected(name, self._whole)
+
+        expected = _expected(name, self._reference)
         value = math.inf
-        if expected is not None and expected.shape == found.shape:
-            value = _distance(quantity, found.double(), expected.double(), self._norm)
-        key = _key(step, quantity)
-        if key not in self.worst or value > self.worst[key].value:
-            where = leaf if step in ("start", "0") else f"{leaf} (step {int(step) + 1})"
-            self.worst[key] = Difference(value, where)
+        if expected is not None and expected.shape == actual.shape:
+            value = _distance(quantity, actual.double(), expected.double(), self._gradient_norm)
+
+        location = leaf if step in ("start", "0") else f"{leaf} (step {int(step) + 1})"
+        self._keep_worst(_key(step, quantity), value, location)
         if step == "0" and quantity == "parameters" and math.isfinite(value):
-            self._add_update(name, leaf, found)
-        if step == "0" and quantity in self.each:
-            by_name = self.each[quantity]
-            by_name[_plain(leaf)] = max(value, by_name.get(_plain(leaf), 0.0))
+            self._add_update(name, leaf, actual)
+        if step == "0" and quantity in self.by_name:
+            values = self.by_name[quantity]
+            values[_plain(leaf)] = max(value, values.get(_plain(leaf), 0.0))
 
-    def _add_update(self, name: str, leaf: str, found: Tensor) -> None:
-        """How far a weight is off beside the way that it has come in the first step."""
-        end, start = (
-            _expected(name, self._whole),
-            _expected(f"start/parameters/{leaf}", self._whole),
-        )
-        if end is None or start is None or end.numel() < FEW_ELEMENTS:
+    def _keep_worst(self, key: str, value: float, name: str) -> None:
+        if key not in self.worst or value > self.worst[key].value:
+            self.worst[key] = Difference(value, name)
+
+    def _add_update(self, name: str, leaf: str, actual: Tensor) -> None:
+        """Difference of a weight relative to the norm of its change in the first step."""
+        end = _expected(name, self._reference)
+        start = _expected(f"start/parameters/{leaf}", self._reference)
+        if end is None or start is None or end.numel() < MIN_UPDATE_ELEMENTS:
             return
-        way = float((end.double() - start.double()).norm())
-        value = float((found.double() - end.double()).norm()) / max(
-            way, 1e-6 * float(end.double().norm()), 1e-30
-        )
-        if "update" not in self.worst or value > self.worst["update"].value:
-            self.worst["update"] = Difference(value, leaf)
+
+        update_norm = float((end.double() - start.double()).norm())
+        min_norm = max(1e-6 * float(end.double().norm()), 1e-30)
+        value = float((actual.double() - end.double()).norm()) / max(update_norm, min_norm)
+        self._keep_worst("update", value, leaf)
 
 
-def compared(mine: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> Comparison:
-    """A whole trace against the reference's."""
-    comparison = Comparison(truth)
-    for name, found in mine.items():
-        comparison.add(name, found)
+def compare_traces(actual: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> Comparison:
+    """Compares a whole trace with the reference."""
+    comparison = Comparison(reference)
+    for name, tensor in actual.items():
+        comparison.add(name, tensor)
     return comparison
 
 
-def merge(ranks: Iterable[Mapping[str, Iterable[Any]]]) -> Worst:
+def merge(ranks: Iterable[Mapping[str, Iterable[Any]]]) -> WorstDifferences:
     """The largest difference of each quantity over ranks."""
-    merged: Worst = {}
+    merged: WorstDifferences = {}
     for rank in ranks:
         for quantity, (value, name) in rank.items():
             if quantity not in merged or value > merged[quantity].value:
@@ -169,142 +132,8 @@ def merge(ranks: Iterable[Mapping[str, Iterable[Any]]]) -> Worst:
     return {quantity: merged[quantity] for quantity in QUANTITIES if quantity in merged}
 
 
-def missing_names(seen: Iterable[str], truth: Mapping[str, Tensor]) -> Worst:
-    """Things of the reference that no rank has, as infinite differences; of split experts each one
-    counts."""
-    spans: dict[str, list[tuple[int, int]]] = {}
-    for name in set(seen):
-        plain, _, span = name.partition("@")
-        spans.setdefault(plain, []).append(_first_and_last(span) if span else (0, WHOLE))
-    worst: Worst = {}
-    for name, tensor in sorted(_by_plain_name(truth).items()):
-        step, quantity, leaf = name.split("/", 2)
-        found = spans.get(name, [])
-        gap = _gap(found, tensor.shape[0] if tensor.dim() else 1)
-        if not found:
-            worst[_key(step, quantity)] = Difference(math.inf, f"no {leaf}")
-        elif gap is not None:
-            worst[_key(step, quantity)] = Difference(math.inf, f"no {leaf} of expert {gap}")
-    return worst
-
-
-WHOLE = 1 << 62
-"""End of the span of a tensor that is not split."""
-
-
-def _gap(spans: Iterable[tuple[int, int]], count: int) -> int | None:
-    """The first of 0..count-1 that lies in none of the spans."""
-    reached = 0
-    for first, last in sorted(spans):
-        if first > reached:
-            break
-        reached = max(reached, last)
-    return reached if reached < count else None
-
-
-def judge(
-    worst: Mapping[str, Difference], precision: str, choices: float, *, other_rounding: bool = False
-) -> Verdict:
-    """Which differences are too large.
-
-    Args:
-        worst: Of a cell, over all ranks.
-        precision: `fp32` or `bf16`.
-        choices: Choices of all tokens in the first step.
-        other_rounding: The cell's layers round at other places than the reference's, which counts
-            in bfloat16.
-    """
-    changed = worst["choices"].value
-    ties = 0 < changed <= TIES[precision] * choices
-    later = worst["later-choices"].value
-    later_ties = 0 < later <= TIES[precision] * choices
-    first = TOLERANCE["bf16"] if ties else TOLERANCE[precision]
-    if precision == "bf16" and other_rounding:
-        first *= 2
-    limits = dict.fromkeys(("loss", "term", "norm", "gradient", "statistics"), first)
-    strict = precision == "fp32" and not ties
-    limits |= (
-        {"parameters": WEIGHTS, "update": UPDATE["fp32"]} if strict else {"update": UPDATE["bf16"]}
-    )
-    limits |= {"start": 0.0, "counts": 0.0, "choices": TIES[precision] * choices}
-    if not changed:
-        limits["biases"] = BIAS
-    # Once a token has gone to another expert, two runs are two runs.
-    if strict and not later_ties:
-        limits |= {
-            "later": LATER,
-            "later-parameters": WEIGHTS,
-            "later-choices": 0.0,
-            "later-biases": BIAS,
-        }
-    misses = [
-        Miss(quantity, worst[quantity].value, worst[quantity].name, limit)
-        for quantity, limit in limits.items()
-        if quantity in worst and not worst[quantity].value <= limit
-    ]
-    return Verdict(tuple(misses), int(changed) if ties else 0, int(later) if later_ties else 0)
-
-
-def relative(a: Tensor, b: Tensor, smallest: float = 1e-30) -> float:
-    """||a - b|| / ||b||; infinite when something is no number."""
-    value = float((a.double() - b.double()).norm()) / max(float(b.double().norm()), smallest)
-    return value if math.isfinite(value) else math.inf
-
-
-def _distance(quantity: str, found: Tensor, expected: Tensor, norm: float) -> float:
-    if quantity == "choices":
-        # One that moves leaves one expert and comes to another; one too many has only come.
-        apart = (found - expected).flatten(1) if found.dim() > 1 else found - expected
-        value = max(float(apart.clamp(min=0).sum()), float((-apart).clamp(min=0).sum()))
-    elif quantity in ("biases", "counts"):
-        value = float((found - expected).abs().max()) if found.numel() else 0.0
-    elif quantity == "gradient":
-        return relative(found, expected, SMALLEST_GRADIENT * norm)
-    elif quantity in ("parameters", "statistics", "norm"):
-        return relative(found, expected, 1e-12)
-    else:
-        value = float((found - expected).abs()) / max(float(expected.abs()), SMALLEST_TERM)
-    return value if math.isfinite(value) else math.inf
-
-
-def _expected(name: str, whole: Mapping[str, Tensor]) -> Tensor | None:
-    """The reference's tensor of this name; of stacked experts the slice."""
-    expected = whole.get(_plain(name))
-    _, _, span = name.partition("@")
-    if expected is None or not span:
-        return expected
-    first, last = _first_and_last(span)
-    return expected[first:last]
-
-
-def _first_and_last(span: str) -> tuple[int, int]:
-    first, last = map(int, span.split(":"))
-    return first, last
-
-
-def _by_plain_name(truth: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A reference holds all experts, so its names need not say which."""
-    return {_plain(name): tensor for name, tensor in truth.items()}
-
-
-def _plain(name: str) -> str:
-    return name.partition("@")[0]
-
-
-def _key(step: str, quantity: str) -> str:
-    """Of `QUANTITIES`."""
-    if step in ("start", "0"):
-        return "start" if step == "start" else quantity
-    return f"later-{quantity}" if quantity in ("choices", "biases", "parameters") else "later"
-
-
-def all_choices(truth: Mapping[str, Tensor]) -> float:
-    """Choices of all tokens in the reference's first step."""
-    return float(truth["0/choices/chosen"].sum())
-
-
-def merge_each(ranks: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """The largest difference of each name over ranks, the largest first."""
+def merge_by_name(ranks: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """The largest difference of each name over ranks, in descending order."""
     merged: dict[str, float] = {}
     for rank in ranks:
         for name, value in rank.items():
@@ -312,29 +141,129 @@ def merge_each(ranks: Iterable[Mapping[str, float]]) -> dict[str, float]:
     return dict(sorted(merged.items(), key=lambda item: (-item[1], item[0])))
 
 
-def facts(truth: Mapping[str, Tensor], clip_norm: float) -> dict[str, Any]:
-    """What the reference's three steps met, so that a comparison that compared nothing can be
-    told."""
-    steps = range(sum(name.endswith("/norm/norm") for name in truth))
-    dropped = sum(
-        float((truth[f"{s}/choices/chosen"] - truth[f"{s}/choices/kept"]).sum()) for s in steps
-    )
-    biases = truth["0/biases/biases"]
-    clipped = [bool(clip_norm) and float(truth[f"{s}/norm/norm"]) > clip_norm for s in steps]
+def missing_names(seen: Iterable[str], reference: Mapping[str, Tensor]) -> WorstDifferences:
+    """Tensors of the reference that no rank reported, as infinite differences.
+
+    Every expert must be reported by some rank; an expert missing from all reports counts as a
+    failure.
+    """
+    ranges: dict[str, list[tuple[int, int]]] = {}
+    for name in set(seen):
+        plain, _, span = name.partition("@")
+        ranges.setdefault(plain, []).append(_parse_span(span) if span else (0, UNSPLIT_END))
+
+    worst: WorstDifferences = {}
+    for name, tensor in sorted(_by_plain_name(reference).items()):
+        step, quantity, leaf = name.split("/", 2)
+        reported = ranges.get(name, [])
+        gap = _first_gap(reported, tensor.shape[0] if tensor.dim() else 1)
+        if not reported:
+            worst[_key(step, quantity)] = Difference(math.inf, f"missing: {leaf}")
+        elif gap is not None:
+            worst[_key(step, quantity)] = Difference(math.inf, f"missing: {leaf} of expert {gap}")
+    return worst
+
+
+def _first_gap(ranges: Iterable[tuple[int, int]], count: int) -> int | None:
+    """The first index of 0..count-1 outside of all ranges."""
+    reached = 0
+    for first, end in sorted(ranges):
+        if first > reached:
+            break
+        reached = max(reached, end)
+    return reached if reached < count else None
+
+
+def relative(actual: Tensor, expected: Tensor, min_norm: float = 1e-30) -> float:
+    """||actual - expected|| / ||expected||; infinite if the result is NaN or infinite."""
+    norm = float((actual.double() - expected.double()).norm())
+    value = norm / max(float(expected.double().norm()), min_norm)
+    return value if math.isfinite(value) else math.inf
+
+
+def _distance(quantity: str, actual: Tensor, expected: Tensor, gradient_norm: float) -> float:
+    if quantity == "gradient":
+        return relative(actual, expected, MIN_GRADIENT_RATIO * gradient_norm)
+    if quantity in ("parameters", "statistics", "norm"):
+        return relative(actual, expected, 1e-12)
+
+    difference = actual - expected
+    if quantity == "assignments":
+        # A token that changes its expert is one more for one expert and one less for another.
+        per_layer = difference.flatten(1) if actual.dim() > 1 else difference
+        added, removed = per_layer.clamp(min=0).sum(), (-per_layer).clamp(min=0).sum()
+        value = max(float(added), float(removed))
+    elif quantity in ("biases", "counts"):
+        value = float(difference.abs().max()) if actual.numel() else 0.0
+    else:
+        value = float(difference.abs()) / max(float(expected.abs()), MIN_TERM)
+    return value if math.isfinite(value) else math.inf
+
+
+def _expected(name: str, reference: Mapping[str, Tensor]) -> Tensor | None:
+    """The reference tensor of this name; for a shard of the experts, its slice."""
+    expected = reference.get(_plain(name))
+    _, _, span = name.partition("@")
+    if expected is None or not span:
+        return expected
+    first, end = _parse_span(span)
+    return expected[first:end]
+
+
+def _parse_span(span: str) -> tuple[int, int]:
+    first, end = map(int, span.split(":"))
+    return first, end
+
+
+def _by_plain_name(reference: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The reference holds all experts, so the ranges in its names are dropped."""
+    return {_plain(name): tensor for name, tensor in reference.items()}
+
+
+def _plain(name: str) -> str:
+    return name.partition("@")[0]
+
+
+def _key(step: str, quantity: str) -> str:
+    """The entry of `QUANTITIES`."""
+    if step == "start":
+        return "start"
+    if step == "0":
+        return quantity
+    if quantity in ("assignments", "biases", "parameters"):
+        return f"later-{quantity}"
+    return "later"
+
+
+def num_assignments(reference: Mapping[str, Tensor]) -> float:
+    """Expert assignments of all tokens in the first step."""
+    return float(reference["0/assignments/chosen"].sum())
+
+
+def reference_stats(reference: Mapping[str, Tensor], clip_norm: float) -> dict[str, Any]:
+    """Events in the reference's steps; shows whether clipping, dropping and biases were covered."""
+    steps = range(sum(name.endswith("/norm/norm") for name in reference))
+    dropped, clipped = 0.0, 0
+    for step in steps:
+        chosen, kept = (reference[f"{step}/assignments/{leaf}"] for leaf in ("chosen", "kept"))
+        dropped += float((chosen - kept).sum())
+        clipped += bool(clip_norm) and float(reference[f"{step}/norm/norm"]) > clip_norm
+
+    biases = reference["0/biases/biases"]
     moved = bool(biases.numel()) and bool(torch.stack([layer.any() for layer in biases]).all())
     return {
-        "pairs": int(truth["0/counts/pairs"]),
-        "choices": int(all_choices(truth)),
+        "pairs": int(reference["0/counts/pairs"]),
+        "assignments": int(num_assignments(reference)),
         "dropped": int(dropped),
         "biases_moved": moved,
-        "clipped_steps": sum(clipped),
+        "clipped_steps": clipped,
     }
 
 
-def float64_floor(
-    truth: Mapping[str, Tensor], exact: Mapping[str, Tensor]
+def float64_errors(
+    reference: Mapping[str, Tensor], exact: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Difference]]:
-    """How far the float32 reference itself is from float64 in the first step, by quantity."""
-    for quantity, difference in compared(truth, exact).worst.items():
+    """Rounding error of the float32 reference in the first step: its difference from float64."""
+    for quantity, difference in compare_traces(reference, exact).worst.items():
         if not quantity.startswith("later"):
             yield quantity, difference

@@ -1,4 +1,4 @@
-"""What ranks are given to do, as one JSON file, and what they answer, as lines of JSON. Pure."""
+"""The input of the ranks, one JSON file, and their output, JSON lines."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pretrain.check.cells import Cell
-from pretrain.check.compare import Difference, Miss, Verdict, Worst
+from pretrain.check.compare import Difference, WorstDifferences
+from pretrain.check.tolerances import ComparisonResult, Mismatch
 
-AFTER_THE_CASES = -1
-"""Stands for the number of a case in the last words of ranks that were past all cases."""
+AFTER_ALL_CASES = -1
+"""Replaces the index of a case in the error report of ranks that had finished all cases."""
+
+FAILURES = ("mismatch", "error", "hang", "not-run")
+"""Statuses of an `Outcome` that make the check fail."""
 
 
 class Case(NamedTuple):
@@ -25,30 +29,30 @@ class Case(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """Cells for the ranks of one world."""
+    """Cases for the ranks of one world size."""
 
     runs: dict[str, str]
-    """Run files, every setting written out, by name."""
+    """Paths of resolved run files, by name."""
     cases: tuple[Case, ...]
     pairs: int
-    """Of the global batch."""
+    """Pairs of the global batch."""
     folder: str
-    """Where references, answers and last words are written; on this node's disk."""
+    """Folder of references, messages and error reports; on a disk of this node."""
     seconds: float
-    """Longest time for one cell, and for one reference."""
+    """Time limit of one case, and of one reference."""
     first: int = 0
-    """Number of the first case; those before it are done."""
+    """Index of the first case to run; earlier ones are finished."""
     float64: bool = True
     """Also train the reference in float64."""
 
     def to_json(self) -> str:
-        """The job as text."""
+        """The job as JSON text."""
         cases = [[case.run, case.cell.to_json()] for case in self.cases]
         return json.dumps(vars(self) | {"cases": cases})
 
     @staticmethod
     def from_json(text: str) -> Job:
-        """What `to_json` wrote."""
+        """The inverse of `to_json`."""
         values = json.loads(text)
         cases = tuple(Case(run, Cell(**cell)) for run, cell in values.pop("cases"))
         return Job(**values, cases=cases)
@@ -56,32 +60,34 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What became of one cell."""
+    """The result of one cell."""
 
     run: str
     world_size: int
     cell: Cell
     status: str
-    """`ok`, `miss`, `unsupported`, `error` (a rank failed), `hang` (it took too long) or
-    `not-run`."""
+    """`ok`, `mismatch`, `unsupported`, `error` (a rank failed), `hang` (a rank exceeded the time
+    limit) or `not-run`."""
     reason: str = ""
-    """Why it was not compared, in words."""
-    worst: Worst = field(default_factory=dict)
-    verdict: Verdict | None = None
+    """Why the cell was not compared."""
+    worst: WorstDifferences = field(default_factory=dict)
+    result: ComparisonResult | None = None
+    """None if the cell was not compared."""
     seconds: float = 0.0
-    facts: dict[str, Any] = field(default_factory=dict)
-    """What the reference met: pairs, choices, dropped ones, moved biases, clipped steps."""
-    each: dict[str, dict[str, float]] = field(default_factory=dict)
-    """How far every `term` and every `gradient` of the first step is off, the largest first."""
+    reference_stats: dict[str, Any] = field(default_factory=dict)
+    """Pairs, assignments, dropped assignments, moved biases and clipped steps of the reference."""
+    by_name: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Difference of every `term` and every `gradient` of the first step, in descending order."""
 
     @property
-    def is_bad(self) -> bool:
-        """Whether it must not pass unnoticed."""
-        return self.status in ("miss", "error", "hang", "not-run")
+    def is_failure(self) -> bool:
+        """Whether this outcome makes the check fail."""
+        return self.status in FAILURES
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; infinite numbers as text, which JSON lacks."""
-        verdict = self.verdict
+        """A JSON object; infinite numbers become text, because JSON has none."""
+        result = self.result
+        mismatches = result.mismatches if result else ()
         return {
             "run": self.run,
             "world_size": self.world_size,
@@ -89,76 +95,85 @@ class Outcome:
             "status": self.status,
             "reason": self.reason,
             "seconds": round(self.seconds, 3),
-            "facts": self.facts,
+            "reference_stats": self.reference_stats,
             "worst": {
-                quantity: {"value": plain_number(d.value), "name": d.name}
-                for quantity, d in self.worst.items()
+                quantity: {"value": json_number(difference.value), "name": difference.name}
+                for quantity, difference in self.worst.items()
             },
-            "misses": [m._asdict() | {"value": plain_number(m.value)} for m in verdict.misses]
-            if verdict
-            else [],
-            "ties": verdict.ties if verdict else 0,
-            "later_ties": verdict.later_ties if verdict else 0,
-            "each": {
-                quantity: {name: plain_number(value) for name, value in found.items()}
-                for quantity, found in self.each.items()
-            },
+            "mismatches": [
+                mismatch._asdict() | {"value": json_number(mismatch.value)}
+                for mismatch in mismatches
+            ],
+            "ties": result.ties if result else 0,
+            "later_ties": result.later_ties if result else 0,
+            "by_name": by_name_to_json(self.by_name),
         }
 
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> Outcome:
-        """What `to_json` gave."""
-        plain = dict(values)
-        misses = tuple(
-            Miss(m["quantity"], float(m["value"]), m["name"], m["limit"])
-            for m in plain.pop("misses")
+        """The inverse of `to_json`."""
+        fields = dict(values)
+        mismatches = tuple(
+            Mismatch(m["quantity"], float(m["value"]), m["name"], m["tolerance"])
+            for m in fields.pop("mismatches")
         )
-        verdict = Verdict(misses, plain.pop("ties"), plain.pop("later_ties"))
+        result = ComparisonResult(mismatches, fields.pop("ties"), fields.pop("later_ties"))
         worst = {
-            quantity: Difference(float(d["value"]), d["name"])
-            for quantity, d in plain.pop("worst").items()
+            quantity: Difference(float(difference["value"]), difference["name"])
+            for quantity, difference in fields.pop("worst").items()
         }
-        plain["each"] = {
-            q: {name: float(far) for name, far in found.items()}
-            for q, found in plain["each"].items()
+        by_name = {
+            quantity: {name: float(value) for name, value in values_by_name.items()}
+            for quantity, values_by_name in fields.pop("by_name").items()
         }
+        cell = Cell(**fields.pop("cell"))
         return Outcome(
-            **plain
-            | {"cell": Cell(**plain["cell"]), "worst": worst, "verdict": verdict if worst else None}
+            **fields, cell=cell, worst=worst, by_name=by_name, result=result if worst else None
         )
 
 
-class Answers:
-    """The ranks' answers: one file that rank 0 adds lines to."""
+class MessageLog:
+    """Messages of a rank: a file of JSON lines."""
 
-    FILE = "answers.jsonl"
+    FILE = "messages.jsonl"
 
     def __init__(self, folder: str | Path) -> None:
         self.path = Path(folder) / self.FILE
 
-    def add(self, value: dict[str, Any]) -> None:
-        """One more line."""
+    def add(self, message: dict[str, Any]) -> None:
+        """Append one message."""
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(value) + "\n")
+            file.write(json.dumps(message) + "\n")
 
     def read(self) -> list[dict[str, Any]]:
-        """All whole lines so far."""
+        """All complete lines so far."""
         if not self.path.exists():
             return []
         text = self.path.read_text(encoding="utf-8")
         return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
-def plain_worst(worst: Worst) -> dict[str, list[Any]]:
-    """As JSON has it."""
-    return {quantity: [plain_number(d.value), d.name] for quantity, d in worst.items()}
+def worst_to_json(worst: WorstDifferences) -> dict[str, list[Any]]:
+    """Differences as JSON values."""
+    return {
+        quantity: [json_number(difference.value), difference.name]
+        for quantity, difference in worst.items()
+    }
 
 
-def read_worst(plain: dict[str, list[Any]]) -> Worst:
-    """What `plain_worst` made."""
-    return {quantity: Difference(float(value), name) for quantity, (value, name) in plain.items()}
+def worst_from_json(values: dict[str, list[Any]]) -> WorstDifferences:
+    """The inverse of `worst_to_json`."""
+    return {quantity: Difference(float(value), name) for quantity, (value, name) in values.items()}
 
 
-def plain_number(value: float) -> float | str:
-    """As JSON has it, which knows no infinity."""
+def by_name_to_json(by_name: dict[str, dict[str, float]]) -> dict[str, dict[str, float | str]]:
+    """Differences by quantity and name as JSON values."""
+    return {
+        quantity: {name: json_number(value) for name, value in values.items()}
+        for quantity, values in by_name.items()
+    }
+
+
+def json_number(value: float) -> float | str:
+    """A JSON value for a number that may be infinite."""
     return value if abs(value) < float("inf") else "inf"

@@ -1,7 +1,7 @@
-"""Starts the ranks of a world on this machine's CPU, takes their answers, and goes on when a cell
-ends them.
+"""Starts ranks on this machine's CPU, forwards their messages, and restarts them after a failure.
 
-A cell whose ranks hang or fail is told as such; the cells after it get fresh ranks.
+If a rank fails or hangs, all ranks are terminated, the case is reported with that status, and the
+remaining cases run in new processes.
 """
 
 from __future__ import annotations
@@ -10,127 +10,142 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from pretrain.check.job import AFTER_THE_CASES, Answers, Job, Outcome
+from pretrain.check.job import AFTER_ALL_CASES, Job, MessageLog, Outcome
 
 WORKER = ("-m", "pretrain.check.worker")
-MOST_ENDS = 3
-"""So often ranks are started anew after a cell ended them."""
-MOST_TOLD = 4
-"""Ranks whose last words are shown."""
-LAST_WORDS_SECONDS, GRACE_SECONDS = 0.7, 3.0
-"""How long ranks have for their last words when one has ended, and for ending when they are asked
-to."""
+MAX_FAILURES = 3
+"""After this many failed cases the remaining ones are not run."""
+MAX_REPORTED_RANKS = 4
+"""Ranks whose error reports are shown."""
+REPORT_SECONDS, TERMINATE_SECONDS = 0.7, 3.0
+"""Time that ranks have to write their error reports once one of them has exited, and to exit after
+SIGTERM."""
 
-Tell = Callable[[dict[str, Any]], None]
+OnMessage = Callable[[dict[str, Any]], None]
 
 
-def run_on_this_machine(
+class RankFailure(NamedTuple):
+    """Why ranks exited before all cases were done."""
+
+    case: int
+    """Index of the case in the rank's error report, or `AFTER_ALL_CASES`."""
+    status: str
+    """`error` or `hang`."""
+    reason: str
+
+
+def launch_local_ranks(
     job: Job,
     world_size: int,
-    tell: Tell,
+    on_message: OnMessage,
     *,
     worker: Sequence[str] = WORKER,
     variables: Mapping[str, str] | None = None,
 ) -> None:
-    """Let `world` new processes do a job.
+    """Run a job in `world_size` new processes.
 
     Args:
-        job: What to do.
-        world_size: Ranks, each a process with gloo on CPU.
-        tell: Gets every answer as soon as it is there (see `pretrain.check.worker.work`); each case
-            has one.
-        worker: What Python runs in each rank, before the path of the job.
-        variables: Added to the ranks' environment.
+        job: The cases.
+        world_size: Number of ranks, each a process with gloo on CPU.
+        on_message: Called with every message as soon as it is written (see
+            `pretrain.check.worker.run_job`); there is one message for each case.
+        worker: Arguments of the Python interpreter for each rank, before the path of the job.
+        variables: Environment variables added for the ranks.
     """
     path = Path(job.folder) / f"job-{world_size}.json"
-    ends = 0
+    failures = 0
     while job.first < len(job.cases):
         path.write_text(job.to_json(), encoding="utf-8")
-        done, trouble = _one_start(job, path, world_size, tell, worker, dict(variables or {}))
-        if trouble is None:
+        done, failure = _run_once(
+            job, [*worker, str(path)], rank_variables(world_size, variables or {}), on_message
+        )
+        if failure is None:
             return
-        case, status, reason = trouble
-        if case == AFTER_THE_CASES:
-            tell({"no_floor": reason})
+        if failure.case == AFTER_ALL_CASES:
+            on_message({"float32_error_unavailable": failure.reason})
             return
         if done == len(job.cases):
-            tell({"trouble": reason})
+            on_message({"rank_failure": failure.reason})
             return
-        tell({"case": done, "outcome": _without_end(job, done, world_size, status, reason)})
-        ends += 1
+
+        on_message(_failed_case(job, done, world_size, failure.status, failure.reason))
+        failures += 1
         job = replace(job, first=done + 1)
-        if ends == MOST_ENDS:
-            for number in range(job.first, len(job.cases)):
-                why = f"not tried: {ends} cells before it ended the ranks"
-                tell(
-                    {
-                        "case": number,
-                        "outcome": _without_end(job, number, world_size, "not-run", why),
-                    }
-                )
+        if failures == MAX_FAILURES:
+            reason = f"not run: {failures} earlier cells failed or hung"
+            for index in range(job.first, len(job.cases)):
+                on_message(_failed_case(job, index, world_size, "not-run", reason))
             return
 
 
-Trouble = tuple[int, str, str]
-"""Number of the case, status and reason."""
-
-
-def _one_start(
+def _run_once(
     job: Job,
-    path: Path,
-    world_size: int,
-    tell: Tell,
-    worker: Sequence[str],
-    variables: dict[str, str],
-) -> tuple[int, Trouble | None]:
-    """Start ranks once. How many cases are done then, and what ended the ranks before the last
-    one."""
+    arguments: Sequence[str],
+    environments: Sequence[Mapping[str, str]],
+    on_message: OnMessage,
+) -> tuple[int, RankFailure | None]:
+    """Start the ranks once.
+
+    Returns:
+        The number of finished cases, and the failure that ended the ranks early, if any.
+    """
     folder = Path(job.folder)
-    for old in (Answers(folder).path, *folder.glob(f"rank-*/{Answers.FILE}")):
+    for old in (MessageLog(folder).path, *folder.glob(f"rank-*/{MessageLog.FILE}")):
         old.unlink(missing_ok=True)
-    environments = rank_variables(world_size, variables)
-    logs = [(folder / f"rank-{rank:05d}.log").open("wb") for rank in range(world_size)]
-    command = [sys.executable, *worker, str(path)]
-    children = [
+
+    with _processes(arguments, environments, folder) as processes:
+        num_forwarded, last_message = 0, time.monotonic()
+        while True:
+            codes = [process.poll() for process in processes]
+            messages = MessageLog(folder).read()
+            for message in messages[num_forwarded:]:
+                on_message(message)
+                last_message = time.monotonic()
+            num_forwarded = len(messages)
+
+            if all(code == 0 for code in codes):
+                return len(job.cases), None
+            is_silent = time.monotonic() - last_message > 2 * job.seconds + 180
+            if is_silent or any(codes):
+                time.sleep(REPORT_SECONDS)
+                codes = [process.poll() for process in processes]
+                done = job.first + sum("case" in message for message in messages)
+                return done, _find_failure(folder, done, codes, is_silent)
+            time.sleep(0.05)
+
+
+@contextmanager
+def _processes(
+    arguments: Sequence[str], environments: Sequence[Mapping[str, str]], folder: Path
+) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """One Python process per environment, terminated at the end; output goes to log files."""
+    logs = [_log_path(folder, rank).open("wb") for rank in range(len(environments))]
+    processes = [
         subprocess.Popen(
-            command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+            [sys.executable, *arguments],
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
         )
         for env, log in zip(environments, logs, strict=True)
     ]
-    told = 0
-    moved = time.monotonic()
     try:
-        while True:
-            codes = [child.poll() for child in children]
-            answers = Answers(folder).read()
-            for answer in answers[told:]:
-                tell(answer)
-                moved = time.monotonic()
-            told = len(answers)
-            silent = time.monotonic() - moved > 2 * job.seconds + 180
-            if all(code == 0 for code in codes):
-                break
-            if silent or any(codes):
-                time.sleep(LAST_WORDS_SECONDS)
-                codes = [child.poll() for child in children]
-                done = job.first + sum("case" in answer for answer in answers)
-                return done, _trouble(folder, done, codes, silent)
-            time.sleep(0.05)
+        yield processes
     finally:
-        _end(children)
+        _terminate(processes)
         for log in logs:
             log.close()
-    return len(job.cases), None
 
 
 def rank_variables(world_size: int, variables: Mapping[str, str]) -> list[dict[str, str]]:
-    """The environment of each rank: torchrun's variables, CPU only, and a fair share of the
-    cores."""
+    """The environment of each rank: torchrun's variables, no GPU, an equal number of threads."""
     from pretrain.parallel.environment import free_port
 
     threads = max(1, (os.cpu_count() or 1) // world_size)
@@ -149,56 +164,57 @@ def rank_variables(world_size: int, variables: Mapping[str, str]) -> list[dict[s
     ]
 
 
-def _trouble(folder: Path, done: int, codes: Sequence[int | None], silent: bool) -> Trouble:
-    """What ended the ranks: one that ended without a word, else their last words."""
-    words = [Answers(folder / f"rank-{rank:05d}").read() for rank in range(len(codes))]
-    for rank, (code, said) in enumerate(zip(codes, words, strict=True)):
-        if code and not said:
-            return (
-                done,
-                "error",
-                f"rank {rank} ended with {code}; its last output: {_end_of_log(folder, rank)}",
-            )
-    lines = [line for said in words for line in said]
-    for status in ("error", "hang"):  # one that failed makes the others wait
-        reasons = [line for line in lines if line["status"] == status]
-        if reasons:
-            told = [line["reason"] for line in reasons[:MOST_TOLD]]
-            more = (
-                [f"and {len(reasons) - MOST_TOLD} more ranks"] if len(reasons) > MOST_TOLD else []
-            )
-            return reasons[0]["case"], status, "; ".join(told + more)
-    assert silent
-    return (
-        done,
-        "hang",
-        f"the ranks said nothing for too long; the last output of rank 0: {_end_of_log(folder, 0)}",
-    )
+def _find_failure(
+    folder: Path, done: int, codes: Sequence[int | None], is_silent: bool
+) -> RankFailure:
+    """The cause: a rank that exited without an error report, otherwise the error reports."""
+    reports_by_rank = [MessageLog(folder / f"rank-{rank:05d}").read() for rank in range(len(codes))]
+    for rank, (code, reports) in enumerate(zip(codes, reports_by_rank, strict=True)):
+        if code and not reports:
+            reason = f"rank {rank} exited with status {code}; its last output: "
+            return RankFailure(done, "error", reason + _end_of_log(folder, rank))
+
+    reports = [report for of_rank in reports_by_rank for report in of_rank]
+    for status in ("error", "hang"):  # errors first: a failed rank makes the others hang
+        matching = [report for report in reports if report["status"] == status]
+        if matching:
+            reasons = [report["reason"] for report in matching[:MAX_REPORTED_RANKS]]
+            if len(matching) > MAX_REPORTED_RANKS:
+                reasons.append(f"and {len(matching) - MAX_REPORTED_RANKS} more ranks")
+            return RankFailure(matching[0]["case"], status, "; ".join(reasons))
+
+    assert is_silent
+    reason = "no rank reported progress for too long; the last output of rank 0: "
+    return RankFailure(done, "hang", reason + _end_of_log(folder, 0))
+
+
+def _log_path(folder: Path, rank: int) -> Path:
+    return folder / f"rank-{rank:05d}.log"
 
 
 def _end_of_log(folder: Path, rank: int) -> str:
-    text = (folder / f"rank-{rank:05d}.log").read_text(encoding="utf-8", errors="replace").strip()
+    text = _log_path(folder, rank).read_text(encoding="utf-8", errors="replace").strip()
     return text[-1500:] or "none"
 
 
-def _without_end(
-    job: Job, number: int, world_size: int, status: str, reason: str
-) -> dict[str, Any]:
-    case = job.cases[number]
-    return Outcome(
+def _failed_case(job: Job, index: int, world_size: int, status: str, reason: str) -> dict[str, Any]:
+    """The message for a case that the ranks did not finish."""
+    case = job.cases[index]
+    outcome = Outcome(
         run=case.run, world_size=world_size, cell=case.cell, status=status, reason=reason
-    ).to_json()
+    )
+    return {"case": index, "outcome": outcome.to_json()}
 
 
-def _end(children: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Ask those that still run to end, then insist."""
-    deadline = time.monotonic() + GRACE_SECONDS
-    for child in children:
-        if child.poll() is None:
-            child.terminate()
-    for child in children:
+def _terminate(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """SIGTERM to all running processes, then SIGKILL."""
+    deadline = time.monotonic() + TERMINATE_SECONDS
+    for process in processes:
+        if process.poll() is None:
+            process.terminate()
+    for process in processes:
         try:
-            child.wait(max(0.05, deadline - time.monotonic()))
+            process.wait(max(0.05, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
+            process.kill()
+            process.wait()

@@ -1,4 +1,4 @@
-"""Outcomes as a table for people, row by row as they come, and as JSON for programs. Pure."""
+"""The report of a check: a table, one row per cell as it finishes, and JSON."""
 
 from __future__ import annotations
 
@@ -6,225 +6,194 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from pretrain.check.compare import (
-    BIAS,
-    LATER,
-    SMALLEST_GRADIENT,
-    SMALLEST_TERM,
-    TIES,
-    TOLERANCE,
-    UPDATE,
-    WEIGHTS,
-    Difference,
-    Worst,
-)
+from pretrain.check.compare import MIN_GRADIENT_RATIO, MIN_TERM, Difference, WorstDifferences
 from pretrain.check.job import Outcome
+from pretrain.check.tolerances import (
+    BIAS_TOLERANCE,
+    FIRST_STEP_TOLERANCE,
+    LATER_TOLERANCE,
+    MAX_TIE_FRACTION,
+    UPDATE_TOLERANCE,
+    WEIGHT_TOLERANCE,
+)
 
-WHOLE_WIDTH = 142
-"""Letters that the table with all its columns takes at least; names are cut to fit, and whole under
-a miss and in the JSON. A narrower terminal gets fewer columns."""
-MOST_OTHERS = 4
-"""Further terms or weights that are named under a miss."""
-_CELL, _NUMBER = 34, 5
+FULL_WIDTH = 144
+"""Characters of the table with all columns. Names are shortened to fit; they are complete below a
+mismatch and in the JSON. A narrower terminal gets fewer columns."""
+MAX_OTHER_NAMES = 4
+"""Further terms or weights listed below a mismatch."""
+_LABEL, _NUMBER = 36, 5
+_STATUSES = ("ok", "mismatch", "error", "hang", "not-run", "unsupported")
 
 
-def head(width: int) -> list[str]:
-    """The names of the columns, and a line under them."""
-    if width < WHOLE_WIDTH:
-        line = " ".join(
-            ["cell".ljust(_CELL), " loss", " term", " norm", "gradient", "weights", "verdict"]
-        )
-        return [line, "-" * len(line)]
+def header(width: int) -> list[str]:
+    """The column names and a separator line."""
     term, gradient = _name_widths(width)
-    words = [
-        "cell".ljust(_CELL),
-        " loss",
-        " term",
-        "which".ljust(term),
-        " norm",
-        "gradient",
-        "of".ljust(gradient),
-        "later",
-        "weights",
-        "biases",
-        "choices",
-        "  sec",
-        "verdict",
-    ]
-    line = " ".join(words)
+    columns = ["cell".ljust(_LABEL), " loss", " term"]
+    if width < FULL_WIDTH:
+        columns += [" norm", "gradient", "weights", "result"]
+    else:
+        columns += ["(name)".ljust(term), " norm", "gradient", "(name)".ljust(gradient)]
+        columns += ["later", "weights", "biases", "assigns", "  sec", "result"]
+    line = " ".join(columns)
     return [line, "-" * len(line)]
 
 
 def row(outcome: Outcome, width: int) -> str:
-    """One outcome in one line; how far everything is off, at most."""
-    label = _cut(outcome.cell.label(outcome.world_size), _CELL).ljust(_CELL)
-    if outcome.verdict is None:
-        return f"{label} {outcome.status.upper() if outcome.is_bad else outcome.status}: {outcome.reason}"
-    found = outcome.worst
+    """One outcome in one line: the largest difference of each quantity."""
+    label = _shorten(outcome.cell.label(outcome.world_size), _LABEL).ljust(_LABEL)
+    if outcome.result is None:
+        status = outcome.status.upper() if outcome.is_failure else outcome.status
+        return f"{label} {status}: {outcome.reason}"
 
-    def number(quantity: str, room: int = _NUMBER) -> str:
-        return _short(found.get(quantity, Difference(0.0)).value).rjust(room)
+    worst = outcome.worst
 
-    if width < WHOLE_WIDTH:
-        return " ".join(
-            [
-                label,
-                number("loss"),
-                number("term"),
-                number("norm"),
-                number("gradient", 8),
-                number("parameters", 7),
-                _verdict(outcome),
-            ]
-        )
+    def number(quantity: str, column_width: int = _NUMBER) -> str:
+        return _format(worst.get(quantity, Difference(0.0)).value).rjust(column_width)
+
     term, gradient = _name_widths(width)
-    return " ".join(
-        [
-            label,
-            number("loss"),
-            number("term"),
-            _name(found, "term", term),
-            number("norm"),
-            number("gradient", 8),
-            _name(found, "gradient", gradient),
-            number("later"),
-            number("parameters", 7),
-            number("biases", 6),
-            number("choices", 7),
-            f"{outcome.seconds:5.1f}",
-            _verdict(outcome),
-        ]
-    )
+    columns = [label, number("loss"), number("term")]
+    if width < FULL_WIDTH:
+        columns += [number("norm"), number("gradient", 8), number("parameters", 7)]
+    else:
+        columns += [_name(worst, "term", term), number("norm"), number("gradient", 8)]
+        columns += [_name(worst, "gradient", gradient), number("later"), number("parameters", 7)]
+        columns += [number("biases", 6), number("assignments", 7), f"{outcome.seconds:5.1f}"]
+    return " ".join([*columns, _result(outcome)])
 
 
-def details(outcome: Outcome) -> list[str]:
-    """Under the row of a miss: every quantity that is too far off, where most, and what was
-    allowed."""
-    if outcome.verdict is None:
+def mismatch_lines(outcome: Outcome) -> list[str]:
+    """Lines below the row of a mismatch: each quantity with its difference and tolerance."""
+    if outcome.result is None:
         return []
+
     lines = []
-    for miss in outcome.verdict.misses:
+    for mismatch in outcome.result.mismatches:
         lines.append(
-            f"    {miss.quantity}: {miss.value:.2g} off in {miss.name}; allowed {miss.limit:.2g}"
+            f"    {mismatch.quantity}: difference {mismatch.value:.2g} in {mismatch.name}, "
+            f"tolerance {mismatch.tolerance:.2g}"
         )
-        too_far = [
-            name
-            for name, value in outcome.each.get(miss.quantity, {}).items()
-            if not value <= miss.limit
-        ]
-        others = [name for name in too_far if name != miss.name.partition("@")[0]]
+        by_name = outcome.by_name.get(mismatch.quantity, {})
+        above = [name for name, value in by_name.items() if not value <= mismatch.tolerance]
+        others = [name for name in above if name != mismatch.name.partition("@")[0]]
         if others:
-            more = f" and {len(others) - MOST_OTHERS} more" if len(others) > MOST_OTHERS else ""
+            hidden = len(others) - MAX_OTHER_NAMES
+            more = f" and {hidden} more" if hidden > 0 else ""
             lines.append(
-                f"        also {', '.join(others[:MOST_OTHERS])}{more}, of "
-                f"{len(outcome.each[miss.quantity])}"
+                f"        also {', '.join(others[:MAX_OTHER_NAMES])}{more}, of {len(by_name)}"
             )
     return lines
 
 
-def foot(
-    outcomes: Sequence[Outcome], floors: Mapping[str, Worst], width: int = WHOLE_WIDTH
+def summary(
+    outcomes: Sequence[Outcome],
+    float32_errors: Mapping[str, WorstDifferences],
+    width: int = FULL_WIDTH,
 ) -> list[str]:
-    """How it was judged, and what came of it."""
-    by_status = {
-        status: sum(outcome.status == status for outcome in outcomes)
-        for status in ("ok", "miss", "error", "hang", "not-run", "unsupported")
-    }
-    lines = [
-        "",
-        *textwrap.wrap(
-            f"Differences are relative to one process of plain torch in the cell's own precision, on the same weights "
-            f"and batch; biases are absolute, choices a count. Weights must begin as equals. Allowed in the first step: "
-            f"{TOLERANCE['fp32']:g} in fp32 and {TOLERANCE['bf16']:g} in bf16, biases {BIAS:g} where choices agree, "
-            f"weights after it (`weights`) {WEIGHTS:g} in fp32, and of the way that they have come {UPDATE['fp32']:g} in "
-            f"fp32 and {UPDATE['bf16']:g} in bf16. Later steps are judged in fp32 and "
-            f"where choices agree: {LATER:g}. Of all choices a share of {TIES['fp32']:g} in fp32 and "
-            f"{TIES['bf16']:g} in bf16 may fall to another expert, as near ties do; an fp32 cell with ties is tried on "
-            f"other weights and pairs, and at last judged as a bf16 one. Terms below {SMALLEST_TERM:g} count as that "
-            f"large, and so do gradients below {SMALLEST_GRADIENT:g} of the whole norm.",
-            min(width, WHOLE_WIDTH),
-        ),
-    ]
-    for name, worst in floors.items():
-        far = ", ".join(
-            f"{quantity} {_short(d.value)}"
-            for quantity, d in worst.items()
-            if quantity in ("loss", "term", "norm", "gradient", "choices")
-        )
-        lines.append(f"The float32 reference ({name}) is itself this far from float64: {far}.")
-        if any(
-            worst[q].value > TOLERANCE["fp32"]
-            for q in ("loss", "term", "norm", "gradient")
-            if q in worst
-        ):
-            lines.append(
-                "That is more than fp32 is allowed: here rounding alone may look like a miss."
-            )
-    told = ", ".join(f"{count} {status}" for status, count in by_status.items() if count)
-    compared = by_status["ok"] + by_status["miss"]
-    nothing = (
-        []
-        if compared
-        else ["Nothing was compared, so nothing is known: choose cells that this world can run."]
+    """Lines below the table: tolerances, error of the reference, number of cells by status."""
+    lines = ["", *textwrap.wrap(_tolerances(), min(width, FULL_WIDTH))]
+    for name, worst in float32_errors.items():
+        lines += _reference_error(name, worst)
+
+    counts = {status: sum(outcome.status == status for outcome in outcomes) for status in _STATUSES}
+    if not counts["ok"] + counts["mismatch"]:
+        lines.append("No cell was compared; select cells that this number of ranks supports.")
+    listed = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
+    return [*lines, f"{len(outcomes)} cells: {listed or 'none'}"]
+
+
+def _tolerances() -> str:
+    return (
+        "Differences are relative to one process of plain torch with the same precision, initial "
+        "weights and batch; those of biases are absolute, those of assignments are counts. "
+        "Initial weights must be equal. "
+        f"Tolerances of the first step: {FIRST_STEP_TOLERANCE['fp32']:g} in fp32, "
+        f"{FIRST_STEP_TOLERANCE['bf16']:g} in bf16; biases {BIAS_TOLERANCE:g} if assignments are "
+        f"equal. After it, weights may differ by {WEIGHT_TOLERANCE:g} in fp32, and by "
+        f"{UPDATE_TOLERANCE['fp32']:g} (fp32) or {UPDATE_TOLERANCE['bf16']:g} (bf16) of the norm "
+        f"of their update. Later steps are compared in fp32 if assignments are equal: "
+        f"{LATER_TOLERANCE:g}. A fraction of {MAX_TIE_FRACTION['fp32']:g} (fp32) or "
+        f"{MAX_TIE_FRACTION['bf16']:g} (bf16) of the assignments may differ, as experts with "
+        "nearly equal scores (ties) do; an fp32 cell with ties is repeated with other seeds, and "
+        "compared with the tolerances of bf16 if ties remain. Terms below "
+        f"{MIN_TERM:g} are compared as if they were {MIN_TERM:g}, gradients below "
+        f"{MIN_GRADIENT_RATIO:g} of the global norm as if they had that norm."
     )
-    return [*lines, *nothing, f"{len(outcomes)} cells: {told or 'none'}"]
+
+
+def _reference_error(name: str, worst: WorstDifferences) -> list[str]:
+    shown = ("loss", "term", "norm", "gradient", "assignments")
+    errors = ", ".join(
+        f"{quantity} {_format(difference.value)}"
+        for quantity, difference in worst.items()
+        if quantity in shown
+    )
+    lines = [f"Rounding error of the float32 reference ({name}), relative to float64: {errors}."]
+    tolerance = FIRST_STEP_TOLERANCE["fp32"]
+    relative = [worst[quantity] for quantity in shown[:-1] if quantity in worst]
+    if any(difference.value > tolerance for difference in relative):
+        lines.append("It exceeds the fp32 tolerance: rounding alone may cause a mismatch.")
+    return lines
 
 
 def as_json(
     outcomes: Iterable[Outcome],
-    floors: Mapping[str, Worst],
-    about: Mapping[str, Any],
+    float32_errors: Mapping[str, WorstDifferences],
+    metadata: Mapping[str, Any],
     *,
     complete: bool,
 ) -> dict[str, Any]:
-    """Everything, as plain values."""
+    """The report as a JSON object; `complete` is false until all cells are done."""
     return {
         "version": 1,
-        **about,
+        **metadata,
         "complete": complete,
         "tolerance": {
-            "first": TOLERANCE,
-            "later": LATER,
-            "weights": WEIGHTS,
-            "update": UPDATE,
-            "biases": BIAS,
-            "ties": TIES,
-            "smallest_term": SMALLEST_TERM,
-            "smallest_gradient": SMALLEST_GRADIENT,
+            "first": FIRST_STEP_TOLERANCE,
+            "later": LATER_TOLERANCE,
+            "weights": WEIGHT_TOLERANCE,
+            "update": UPDATE_TOLERANCE,
+            "biases": BIAS_TOLERANCE,
+            "ties": MAX_TIE_FRACTION,
+            "min_term": MIN_TERM,
+            "min_gradient_ratio": MIN_GRADIENT_RATIO,
         },
         "float64": {
-            name: {quantity: d._asdict() for quantity, d in worst.items()}
-            for name, worst in floors.items()
+            name: {quantity: difference._asdict() for quantity, difference in worst.items()}
+            for name, worst in float32_errors.items()
         },
         "cells": [outcome.to_json() for outcome in outcomes],
     }
 
 
-def _verdict(outcome: Outcome) -> str:
-    assert outcome.verdict is not None
-    if outcome.verdict.misses:
-        return "MISS: " + ", ".join(miss.quantity for miss in outcome.verdict.misses)
-    ties = outcome.verdict.ties or outcome.verdict.later_ties
-    return f"ok, {ties} {'ties' if outcome.verdict.ties else 'later ties'}" if ties else "ok"
+def _result(outcome: Outcome) -> str:
+    assert outcome.result is not None
+    if outcome.result.mismatches:
+        return "MISMATCH: " + ", ".join(m.quantity for m in outcome.result.mismatches)
+    if outcome.result.ties:
+        return f"ok, {outcome.result.ties} ties"
+    if outcome.result.later_ties:
+        return f"ok, {outcome.result.later_ties} later ties"
+    return "ok"
 
 
 def _name_widths(width: int) -> tuple[int, int]:
-    """Room for the names of a term and of a weight."""
-    spare = width - WHOLE_WIDTH
+    """Widths of the columns with the names of a term and of a weight."""
+    spare = width - FULL_WIDTH
     return 13 + spare // 3, 22 + spare // 3
 
 
-def _name(worst: Worst, quantity: str, width: int) -> str:
-    return _cut(worst.get(quantity, Difference(0.0)).name, width).ljust(width)
+def _name(worst: WorstDifferences, quantity: str, width: int) -> str:
+    return _shorten(worst.get(quantity, Difference(0.0)).name, width).ljust(width)
 
 
-def _short(value: float) -> str:
-    """One digit and the power of ten; small whole numbers as they are."""
+def _format(value: float) -> str:
+    """One digit and the power of ten; integers below 1e5 as they are."""
     return str(int(value)) if value < 1e5 and value == int(value) else f"{value:.0e}"
 
 
-def _cut(text: str, width: int) -> str:
-    """The text with its middle left out where it is too long."""
+def _shorten(text: str, width: int) -> str:
+    """The text, with `..` in its middle if it is too long."""
     if len(text) <= width:
         return text
     tail = (width - 2) * 2 // 3

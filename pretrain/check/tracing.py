@@ -1,8 +1,8 @@
-"""Three optimizer steps of an engine, written down as named tensors.
+"""Three optimizer steps of an engine, recorded as named tensors.
 
-A trace is a mapping from `STEP/QUANTITY/NAME` to a tensor: `start/parameters/...`,
-`0/term/balance`, `0/gradient/blocks.1.ffn.gate.weight`, `2/parameters/...`. Experts that are split
-over ranks appear as `NAME@first:last`, so a rank's trace holds its slice.
+A trace maps `STEP/QUANTITY/NAME` to a tensor: `start/parameters/...`, `0/term/balance`,
+`0/gradient/blocks.1.ffn.gate.weight`, `2/parameters/...`. Experts that are sharded over ranks
+appear as `NAME@first:last`, so the trace of a rank holds its slice.
 """
 
 from __future__ import annotations
@@ -22,39 +22,30 @@ from pretrain.model import build_model
 from pretrain.model.vision_language import VisionLanguageModel
 from pretrain.parallel.engine import TrainEngine
 from pretrain.parallel.layout import Layout
-from pretrain.parallel.masters import master_weights
+from pretrain.parallel.master_weights import master_weights
 from pretrain.parallel.plain_engine import PlainEngine
 from pretrain.train.step import StepResult, train_step
 
 STEPS = 3
-KEPT = (0, STEPS - 1)
-"""Steps after which the weights are written down."""
+WEIGHT_STEPS = (0, STEPS - 1)
+"""Steps after which weights are recorded."""
 
 Trace = dict[str, Tensor]
+Record = Callable[[str, Tensor], None]
+"""Receives the name and the value of each tensor of a trace."""
 
 
-Write = Callable[[str, Tensor], None]
-
-
-def trace(engine: TrainEngine, run: RunConfig, missing: Collection[int], write: Write) -> None:
-    """Train three steps and write down what happens. Collective.
+def trace(engine: TrainEngine, run: RunConfig, missing: Collection[int], record: Record) -> None:
+    """Train three steps and record them. Collective.
 
     Args:
-        engine: Of this rank.
-        run: Says how the batch is split.
-        missing: Bad rows of the global batch.
-        write: Gets every name and tensor, on CPU.
+        engine: This rank's engine.
+        run: Defines how the batch is split.
+        missing: Missing rows of the global batch.
+        record: Called with every name and tensor, on CPU.
     """
-    take_step, gradients_wanted = engine.step, [True]
-
-    def write_gradients_and_step(rate: float) -> float:
-        if gradients_wanted:
-            gradients_wanted.clear()
-            _write_all(write, "0/gradient", engine.gradients())
-        return take_step(rate)
-
-    engine.step = write_gradients_and_step  # type: ignore[method-assign, assignment]
-    _write_all(write, "start/parameters", _weights(engine))
+    _record_first_gradients(engine, record)
+    _record_all(record, "start/parameters", _weights(engine))
     for step in range(STEPS):
         result = train_step(
             engine,
@@ -63,39 +54,50 @@ def trace(engine: TrainEngine, run: RunConfig, missing: Collection[int], write: 
             step=step,
             learning_rate=learning_rate(run, step),
         )
-        _write_all(write, str(step), _facts(result))
-        if step in KEPT:
-            _write_all(write, f"{step}/parameters", _weights(engine))
+        _record_all(record, str(step), _step_tensors(result))
+        if step in WEIGHT_STEPS:
+            _record_all(record, f"{step}/parameters", _weights(engine))
 
 
-def _write_all(write: Write, head: str, tensors: Mapping[str, Tensor]) -> None:
+def _record_first_gradients(engine: TrainEngine, record: Record) -> None:
+    """Wraps `engine.step` so that gradients are recorded before the first optimizer step."""
+    original_step, is_first = engine.step, [True]
+
+    def step(rate: float) -> float:
+        if is_first:
+            is_first.clear()
+            _record_all(record, "0/gradient", engine.gradients())
+        return original_step(rate)
+
+    engine.step = step  # type: ignore[method-assign, assignment]
+
+
+def _record_all(record: Record, prefix: str, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
-        write(f"{head}/{name}", tensor.cpu())
+        record(f"{prefix}/{name}", tensor.cpu())
 
 
 def _weights(engine: TrainEngine) -> Trace:
-    return (
-        engine.masters_by_file_name()
-        if isinstance(engine, _RoundedEngine)
-        else master_weights(engine)
-    )
+    if isinstance(engine, _RoundedEngine):
+        return engine.master_weights()
+    return master_weights(engine)
 
 
 def learning_rate(run: RunConfig, step: int) -> float:
-    """Another rate at each step, none of them the run's own: it must reach the optimizer."""
+    """A different rate at each step, never the run's: detects a rate that is not applied."""
     return run.optim.lr / (step + 2)
 
 
 def micro_batches(
     engine: TrainEngine, run: RunConfig, step: int, missing: Collection[int]
 ) -> list[Batch]:
-    """This rank's micro-batches of a step, cut as the loader cuts the global batch."""
-    per_forward, pairs = run.batch.micro_batch_size, run.batch.global_batch_size
-    whole = GlobalBatch(run.model, run.seed, step, pairs, missing)
-    per_round = per_forward * engine.world_size
+    """This rank's micro-batches of a step, split as the data loader splits the global batch."""
+    micro_batch_size, pairs = run.batch.micro_batch_size, run.batch.global_batch_size
+    global_batch = GlobalBatch(run.model, run.seed, step, pairs, missing)
+    pairs_per_round = micro_batch_size * engine.world_size
     return [
-        whole.rows(first + engine.rank * per_forward, per_forward)
-        for first in range(0, pairs, per_round)
+        global_batch.rows(first + engine.rank * micro_batch_size, micro_batch_size)
+        for first in range(0, pairs, pairs_per_round)
     ]
 
 
@@ -110,16 +112,15 @@ def reference(
     """The trace of one process of plain torch with the whole batch in one forward pass.
 
     Args:
-        run: A cell's run; of its layout only batch size and number format matter. Activations are
-            computed again only where `model.activation_checkpointing` says so.
-        missing: Bad rows.
-        device: Where to train.
-        rounded: The forward pass reads all weights rounded to bfloat16, as it does with DeepSpeed's
-            ZeRO stages 1 to 3 in bfloat16.
+        run: Run configuration of a cell; of its layout only batch size and precision are used.
+        missing: Missing rows.
+        device: Device to train on.
+        rounded: The forward pass uses all weights rounded to bfloat16, as with DeepSpeed's ZeRO
+            stages 1 to 3 in bfloat16.
         float64: Weights, activations and gradients in float64.
     """
     pairs = run.batch.global_batch_size
-    run_alone = replace(run, batch=BatchConfig(global_batch_size=pairs, micro_batch_size=pairs))
+    run = replace(run, batch=BatchConfig(global_batch_size=pairs, micro_batch_size=pairs))
     layout = Layout(
         world_size=1,
         expert_parallel_size=1,
@@ -127,30 +128,32 @@ def reference(
         precision=run.precision.compute,
         num_experts=run.moe.num_experts,
     )
-    model, found = build_model(run_alone), Trace()
+    model, tensors = build_model(run), Trace()
+
     if not float64:
-        kind = _RoundedEngine if rounded else PlainEngine
-        trace(kind(model, run.optim, layout, device), run_alone, missing, found.__setitem__)
-        return found
+        engine_class = _RoundedEngine if rounded else PlainEngine
+        engine = engine_class(model, run.optim, layout, device)
+        trace(engine, run, missing, tensors.__setitem__)
+        return tensors
+
     model.compute_dtype = torch.float64
     with _KeepFloat64():
-        trace(
-            PlainEngine(model.double(), run.optim, layout, device),
-            run_alone,
-            missing,
-            found.__setitem__,
-        )
-    return found
+        engine = PlainEngine(model.double(), run.optim, layout, device)
+        trace(engine, run, missing, tensors.__setitem__)
+    return tensors
 
 
 class _RoundedEngine(PlainEngine):
-    """Computes with weights rounded to bfloat16 and updates unrounded ones, which begin as rounded
-    ones do."""
+    """Computes with weights rounded to bfloat16 and updates unrounded master weights.
+
+    The initial master weights are rounded too, as in DeepSpeed.
+    """
 
     def __init__(
         self, model: VisionLanguageModel, optim: OptimConfig, layout: Layout, device: torch.device
     ) -> None:
         super().__init__(model, optim, layout, device)
+        # Twice: the second call stores the rounded weights as masters.
         self._round()
         self._round()
 
@@ -162,11 +165,12 @@ class _RoundedEngine(PlainEngine):
         self._round()
         return norm
 
-    def masters_by_file_name(self) -> dict[str, Tensor]:
-        """The unrounded weights, named as in files."""
+    def master_weights(self) -> dict[str, Tensor]:
+        """The unrounded weights by their names in checkpoints."""
         names = zip(self.model_tensors(), self.model.named_parameters(), strict=False)
         return {
-            file_name: self.masters[name].to("cpu", copy=True) for file_name, (name, _) in names
+            checkpoint_name: self.masters[name].to("cpu", copy=True)
+            for checkpoint_name, (name, _) in names
         }
 
     def _round(self) -> None:
@@ -178,11 +182,11 @@ class _RoundedEngine(PlainEngine):
                 weight.copy_(weight.bfloat16())
 
 
-def _facts(result: StepResult) -> Trace:
-    """What a step returned, by quantity and name; float64."""
+def _step_tensors(result: StepResult) -> Trace:
+    """The results of a step by quantity and name, float64."""
     numbers = {
-        f"loss/{name}" if name == "total" else f"term/{name}": v
-        for name, v in result.losses.items()
+        f"loss/{name}" if name == "total" else f"term/{name}": value
+        for name, value in result.losses.items()
     }
     numbers |= {
         "norm/norm": result.grad_norm,
@@ -192,23 +196,22 @@ def _facts(result: StepResult) -> Trace:
     router = result.router
     tensors = {
         "counts/tokens": result.tokens_M,
-        "choices/chosen": router.choices_ME,
-        "choices/kept": router.kept_ME,
-        "choices/best": router.first_ME,
+        "assignments/chosen": router.assignments_ME,
+        "assignments/kept": router.kept_ME,
+        "assignments/top1": router.top1_ME,
         "statistics/probability": router.prob_sum_ME,
         "statistics/load": router.load_sum_ME,
         "statistics/z": router.z_sum_M,
         "statistics/entropy": router.entropy_sum_M,
-        "statistics/top_probability": router.top_sum_M,
+        "statistics/top_probability": router.top1_prob_sum_M,
         "biases/biases": result.biases,
     }
-    return {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()} | {
-        name: tensor.double() for name, tensor in tensors.items()
-    }
+    named = {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
+    return named | {name: tensor.double() for name, tensor in tensors.items()}
 
 
 class _KeepFloat64(TorchFunctionMode):
-    """`x.float()` leaves float64 as it is: there it is meant as "at least float32"."""
+    """`x.float()` returns a float64 tensor unchanged: the model uses it for "at least float32"."""
 
     def __torch_function__(
         self,

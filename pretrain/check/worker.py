@@ -1,24 +1,18 @@
-"""What every rank does: train each cell, compare with the reference, tell rank 0.
+"""The program of each rank: trains each cell, compares it with the reference, reports to rank 0.
 
-One set of ranks goes through all cells of a world, because starting DeepSpeed takes longer than
-training a small model. The reference is trained by one rank of each node, kept in a file, and read
-by all of them.
+One set of processes runs all cells of a world size, because importing DeepSpeed takes longer than
+training a small model. The reference is trained by one rank of each node, stored in a file, and
+read by all ranks of the node.
 
-    python -m pretrain.check.worker JOB.json      with the variables that torchrun sets
+    python -m pretrain.check.worker JOB.json      with the environment variables of torchrun
 """
 
 from __future__ import annotations
 
 import argparse
-import faulthandler
 import gc
-import os
-import sys
-import threading
 import time
-import traceback
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,211 +20,197 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from pretrain.check.cells import Cell, cell_run, missing_rows, stage_of
+from pretrain.check.cell_runs import missing_rows, run_for_cell
+from pretrain.check.cells import Cell, stage_of
 from pretrain.check.compare import (
     Comparison,
-    all_choices,
-    facts,
-    float64_floor,
-    judge,
+    float64_errors,
     merge,
-    merge_each,
+    merge_by_name,
     missing_names,
+    num_assignments,
+    reference_stats,
 )
+from pretrain.check.deadline import Deadline
 from pretrain.check.job import (
-    AFTER_THE_CASES,
-    Answers,
+    AFTER_ALL_CASES,
     Case,
     Job,
+    MessageLog,
     Outcome,
-    plain_number,
-    plain_worst,
+    by_name_to_json,
+    worst_to_json,
 )
-from pretrain.check.tracing import Trace, Write, reference, trace
+from pretrain.check.tolerances import find_mismatches
+from pretrain.check.tracing import Record, Trace, reference, trace
 from pretrain.config.batch import plan_batch
 from pretrain.config.presets import load_run
 from pretrain.config.schema import RunConfig
 from pretrain.parallel.environment import (
     RankEnvironment,
-    keep_freed_memory,
     rank_environment,
+    retain_freed_memory,
     start_process_group,
     stop_process_group,
 )
-from pretrain.parallel.masters import release
+from pretrain.parallel.master_weights import destroy_engine
 from pretrain.train.build import build_engine
 
 START_SECONDS = 120.0
-"""Importing DeepSpeed on every rank, and meeting."""
-DRAWS = 3
-"""So many weights and batches are tried in a float32 cell until no choice falls to another
-expert."""
-LATE, FAILED = 3, 4
-"""Exit statuses of a rank whose cell took too long, or failed."""
+"""Minimum timeout of the process group; ranks import DeepSpeed before the first collective."""
+MAX_ATTEMPTS = 3
+"""Seeds tried for a float32 cell until no assignment differs because of a tie."""
+
+OnMessage = Callable[[dict[str, Any]], None]
 
 
-class Ranks:
-    """This rank's part of a job."""
+class RankWorker:
+    """One rank of a job."""
 
     def __init__(self, job: Job, environment: RankEnvironment) -> None:
         self.job, self.environment = job, environment
         self.runs = {name: load_run(path) for name, path in job.runs.items()}
+        self._deadline = Deadline(environment.rank, job.folder, job.seconds)
         self._references: dict[str, Trace] = {}
-        # Ranks that torchrun started have a folder each; a node's ranks share that of its first
-        # one.
-        self._folder = Path(
-            self.all_gather_json(job.folder)[environment.rank - environment.local_rank]
-        )
+        # With torchrun each rank has a temporary folder; the ranks of a node share that of the
+        # node's first rank.
+        folders = self.all_gather_json(job.folder)
+        self._folder = Path(folders[environment.rank - environment.local_rank])
 
     def outcomes(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Number and answer of every case, in order; the same on every rank."""
-        for number, case in list(enumerate(self.job.cases))[self.job.first :]:
-            yield number, self._compare(number, case)
+        """Index and outcome of every case, in order; the same on every rank."""
+        for index, case in list(enumerate(self.job.cases))[self.job.first :]:
+            yield index, self._compare(index, case)
 
-    def floors(self) -> Iterator[dict[str, Any]]:
-        """How far the float32 reference of each run is from float64; on rank 0 alone, others give
-        nothing."""
+    def float32_errors(self) -> Iterator[dict[str, Any]]:
+        """Messages with the rounding error of each run's float32 reference; only on rank 0."""
         for name, run in self.runs.items() if self.environment.rank == 0 else ():
-            with self._deadline(AFTER_THE_CASES, f"the reference of {name} in float64"):
+            with self._deadline.limit(AFTER_ALL_CASES, f"the reference of {name} in float64"):
                 try:
-                    yield {"floor": name, "worst": self._floor(run)}
-                except (
-                    RuntimeError,
-                    MemoryError,
-                ) as error:  # does not fit, or an operation knows no float64
-                    _forget()
-                    yield {"no_floor": f"{name}: {str(error).splitlines()[0]}"}
+                    yield {"float32_error": name, "worst": self._float32_error(run)}
+                except (RuntimeError, MemoryError) as error:
+                    # Out of memory, or an operation without a float64 implementation.
+                    _free_memory()
+                    reason = f"{name}: {str(error).splitlines()[0]}"
+                    yield {"float32_error_unavailable": reason}
 
-    def _compare(self, number: int, case: Case) -> dict[str, Any]:
-        """The answer of a case; on other weights and pairs again while near ties make it a rough
-        comparison."""
-        began = time.perf_counter()
-        for draw in range(DRAWS):
-            outcome = self._compare_drawn(number, case, draw)
-            assert outcome.verdict is not None
-            # Alike on all ranks, since each has merged the differences of all.
-            if not (case.cell.precision == "fp32" and outcome.verdict.is_rough):
+    def _compare(self, index: int, case: Case) -> dict[str, Any]:
+        """The outcome of a case; a float32 case with ties is repeated with other seeds."""
+        start = time.perf_counter()
+        for attempt in range(MAX_ATTEMPTS):
+            outcome = self._compare_once(index, case, attempt)
+            assert outcome.result is not None
+            # The same decision on all ranks: each has merged the differences of all ranks.
+            if not (case.cell.precision == "fp32" and outcome.result.has_ties):
                 break
-        return replace(outcome, seconds=time.perf_counter() - began).to_json()
+        return replace(outcome, seconds=time.perf_counter() - start).to_json()
 
-    def _compare_drawn(self, number: int, case: Case, draw: int) -> Outcome:
-        world_size = self.environment.world_size
+    def _compare_once(self, index: int, case: Case, attempt: int) -> Outcome:
+        world_size, pairs = self.environment.world_size, self.job.pairs
         label = case.cell.label(world_size)
-        of_run = replace(self.runs[case.run], seed=self.runs[case.run].seed + draw)
-        run = cell_run(of_run, case.cell, world_size, self.job.pairs)
-        with self._deadline(number, f"the reference for {label}"):
-            truth = self._reference(case, run)
-        with self._deadline(number, label):
-            found = Comparison(truth)
-            trace_cell(
-                run,
-                self.environment,
-                missing_rows(case.cell, world_size, self.job.pairs),
-                found.add,
+        base = replace(self.runs[case.run], seed=self.runs[case.run].seed + attempt)
+        run = run_for_cell(base, case.cell, world_size, pairs)
+
+        with self._deadline.limit(index, f"the reference for {label}"):
+            expected = self._reference(case, run)
+        with self._deadline.limit(index, label):
+            comparison = Comparison(expected)
+            missing = missing_rows(case.cell, world_size, pairs)
+            trace_cell(run, self.environment, missing, comparison.add)
+            ranks = self.all_gather_json(
+                [
+                    worst_to_json(comparison.worst),
+                    comparison.seen,
+                    by_name_to_json(comparison.by_name),
+                ]
             )
-            everyone = self.all_gather_json(
-                [plain_worst(found.worst), found.seen, _plain_each(found.each)]
-            )
-        seen = {name for _, names, _ in everyone for name in names}
-        worst = merge([*(of_rank for of_rank, _, _ in everyone), missing_names(seen, truth)])
-        verdict = judge(
-            worst, case.cell.precision, all_choices(truth), other_rounding=_rounds_elsewhere(run)
+
+        seen = {name for _, names, _ in ranks for name in names}
+        worst = merge([*(of_rank for of_rank, _, _ in ranks), missing_names(seen, expected)])
+        result = find_mismatches(
+            worst,
+            case.cell.precision,
+            num_assignments(expected),
+            other_rounding=_has_other_rounding(run),
         )
         return Outcome(
             run=case.run,
             world_size=world_size,
             cell=case.cell,
             worst=worst,
-            verdict=verdict,
-            status="miss" if verdict.misses else "ok",
-            facts=facts(truth, run.optim.clip_norm),
-            each={q: merge_each(of_rank[q] for _, _, of_rank in everyone) for q in found.each},
+            result=result,
+            status="mismatch" if result.mismatches else "ok",
+            reference_stats=reference_stats(expected, run.optim.clip_norm),
+            by_name={
+                quantity: merge_by_name(of_rank[quantity] for _, _, of_rank in ranks)
+                for quantity in comparison.by_name
+            },
         )
 
     def _reference(self, case: Case, run: RunConfig) -> Trace:
-        """The reference of a case: trained by the node's first rank unless its file is there
-        already."""
-        missing = missing_rows(case.cell, self.environment.world_size, self.job.pairs)
-        rounded = case.cell.precision == "bf16" and stage_of(case.cell) > 0
-        # With the rows of a rank missing, the number of micro-batches decides which ones those are.
-        rows = f"rank{case.cell.accumulation}" if case.cell.missing == "rank" else case.cell.missing
-        name = f"{case.run}-{run.seed}-{case.cell.terms}-{case.cell.precision}{'-rounded' if rounded else ''}-{rows}"
+        """The reference of a case, trained by the node's first rank unless its file exists."""
+        name = self._reference_name(case, run)
         if name not in self._references:
             path = self._folder / f"{name}.safetensors"
             if self.environment.local_rank == 0 and not path.exists():
-                of_run = replace(self.runs[case.run], seed=run.seed)
-                alone = Cell(
-                    precision=case.cell.precision,
-                    recompute=of_run.model.activation_checkpointing,
-                    terms=case.cell.terms,
-                )
-                whole = cell_run(of_run, alone, 1, self.job.pairs)
-                found = reference(whole, missing, self.environment.device, rounded=rounded)
-                half = path.with_suffix(".part")
-                save_file({key: tensor.contiguous() for key, tensor in found.items()}, half)
-                half.rename(path)
-                _forget()
+                self._train_reference(case, run, path)
             self.all_gather_json(None)
-            self._references[name] = load_file(
-                path
-            )  # mapped: all ranks of a node share these pages
+            # Memory-mapped: all ranks of a node share these pages.
+            self._references[name] = load_file(path)
         return self._references[name]
 
-    def _floor(self, run: RunConfig) -> dict[str, list[Any]]:
-        whole = cell_run(run, Cell(recompute=run.model.activation_checkpointing), 1, self.job.pairs)
-        single = reference(whole, (), self.environment.device)
-        exact = reference(whole, (), self.environment.device, float64=True)
-        return plain_worst(dict(float64_floor(single, exact)))
+    def _reference_name(self, case: Case, run: RunConfig) -> str:
+        """File name of the reference: everything that determines it."""
+        cell = case.cell
+        # The rows that `missing=rank` removes depend on the number of micro-batches.
+        rows = f"rank{cell.accumulation}" if cell.missing == "rank" else cell.missing
+        rounded = "-rounded" if _is_rounded(cell) else ""
+        return f"{case.run}-{run.seed}-{cell.terms}-{cell.precision}{rounded}-{rows}"
+
+    def _train_reference(self, case: Case, run: RunConfig, path: Path) -> None:
+        base = replace(self.runs[case.run], seed=run.seed)
+        cell = Cell(
+            precision=case.cell.precision,
+            recompute=base.model.activation_checkpointing,
+            terms=case.cell.terms,
+        )
+        tensors = reference(
+            run_for_cell(base, cell, 1, self.job.pairs),
+            missing_rows(case.cell, self.environment.world_size, self.job.pairs),
+            self.environment.device,
+            rounded=_is_rounded(case.cell),
+        )
+
+        temporary = path.with_suffix(".part")
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+        temporary.rename(path)
+        _free_memory()
+
+    def _float32_error(self, run: RunConfig) -> dict[str, list[Any]]:
+        cell = Cell(recompute=run.model.activation_checkpointing)
+        single_process = run_for_cell(run, cell, 1, self.job.pairs)
+        float32 = reference(single_process, (), self.environment.device)
+        exact = reference(single_process, (), self.environment.device, float64=True)
+        return worst_to_json(dict(float64_errors(float32, exact)))
 
     def all_gather_json(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order. Collective."""
-        # Imported late: DeepSpeed takes seconds to import and wants the accelerator chosen first.
-        from pretrain.parallel.deepspeed_engine import gather_json
+        # Imported late: DeepSpeed takes seconds to import and requires DS_ACCELERATOR to be set.
+        from pretrain.parallel.deepspeed_engine import all_gather_json
 
-        return gather_json(value, self.environment.device)
-
-    @contextmanager
-    def _deadline(self, number: int, what: str) -> Iterator[None]:
-        """End this process with its last words when the block takes too long or fails: others wait
-        for it."""
-        timer = threading.Timer(self.job.seconds, self._give_up, (number, what))
-        timer.daemon = True
-        timer.start()
-        try:
-            yield
-        except BaseException as error:  # noqa: BLE001 - whatever it is, the other ranks wait for this one
-            reason = f"{type(error).__name__}: {error}"
-            self._last_words(number, "error", f"rank {self.environment.rank}, {what}: {reason}")
-            traceback.print_exc()
-            sys.stderr.flush()
-            os._exit(FAILED)  # the group's threads may hang too
-        finally:
-            timer.cancel()
-
-    def _give_up(self, number: int, what: str) -> None:
-        place = _innermost(sys._current_frames()[threading.main_thread().ident or 0])
-        self._last_words(
-            number,
-            "hang",
-            f"rank {self.environment.rank}, {what}: no end after "
-            f"{self.job.seconds:g} s; it stood in {place}",
-        )
-        faulthandler.dump_traceback(all_threads=True)
-        os._exit(LATE)
-
-    def _last_words(self, number: int, status: str, reason: str) -> None:
-        reason = reason if len(reason) < 2000 else reason[:2000] + " ..."
-        print(f"error: {reason}", file=sys.stderr, flush=True)
-        folder = Path(self.job.folder) / f"rank-{self.environment.rank:05d}"
-        folder.mkdir(exist_ok=True)
-        Answers(folder).add({"case": number, "status": status, "reason": reason})
+        return all_gather_json(value, self.environment.device)
 
 
-def _rounds_elsewhere(run: RunConfig) -> bool:
-    """Whether a cell's layers round at other places than the reference's, which counts in bfloat16.
+def _is_rounded(cell: Cell) -> bool:
+    """Whether the forward pass uses weights rounded to bfloat16."""
+    return cell.precision == "bf16" and stage_of(cell) > 0
 
-    DeepSpeed's layer does, and so does our loop over the experts where rows travel: at home it adds
-    in float32.
+
+def _has_other_rounding(run: RunConfig) -> bool:
+    """Whether the cell's MoE layers round at other points than the reference's, in bfloat16.
+
+    DeepSpeed's layer does, and so does the loop backend with expert parallelism; without it, the
+    loop accumulates in float32.
     """
     return run.moe.backend == "deepspeed" or (
         run.moe.backend == "loop" and run.parallel.expert_parallel_size > 1
@@ -238,7 +218,7 @@ def _rounds_elsewhere(run: RunConfig) -> bool:
 
 
 def trace_cell(
-    run: RunConfig, environment: RankEnvironment, missing: Collection[int], write: Write
+    run: RunConfig, environment: RankEnvironment, missing: Collection[int], record: Record
 ) -> None:
     """This rank's trace of a cell. Collective."""
     plan = plan_batch(
@@ -246,70 +226,55 @@ def trace_cell(
     )
     engine = build_engine(run, environment, plan)
     try:
-        trace(engine, run, missing, write)
+        trace(engine, run, missing, record)
     finally:
-        release(engine)
+        destroy_engine(engine)
         del engine
-        _forget()
+        _free_memory()
 
 
-def work(job: Job, environment: RankEnvironment, tell: Callable[[dict[str, Any]], None]) -> None:
-    """Do a job; `tell` gets every answer. Collective.
+def run_job(job: Job, environment: RankEnvironment, on_message: OnMessage) -> None:
+    """Run all cases of a job. Collective.
 
-    Answers are `{"case": number, "outcome": {...}}`, on every rank, and on rank 0 `{"floor": run,
-    "worst": {...}}` or `{"no_floor": reason}`.
+    Args:
+        job: The cases.
+        environment: This rank.
+        on_message: Called on every rank with `{"case": index, "outcome": {...}}`, and on rank 0
+            with `{"float32_error": run, "worst": {...}}` or
+            `{"float32_error_unavailable": reason}`.
     """
     if environment.device.type == "cpu":
-        keep_freed_memory()
-    # Longer than a cell may take: who is late is told by the rank's own clock, and not by its
-    # peers.
+        retain_freed_memory()
+    # Longer than the limit of a case, so that the slow rank reports the hang and not its peers.
     start_process_group(environment, max(START_SECONDS, 2 * job.seconds + 60))
-    ranks = Ranks(job, environment)
-    for number, outcome in ranks.outcomes():
-        tell({"case": number, "outcome": outcome})
-    for floor in ranks.floors() if job.float64 else ():
-        tell(floor)
-    ranks.all_gather_json(None)
-    stop_process_group()  # or its threads may still run when the process ends, which C++ calls a crash
+    worker = RankWorker(job, environment)
+    for index, outcome in worker.outcomes():
+        on_message({"case": index, "outcome": outcome})
+    for message in worker.float32_errors() if job.float64 else ():
+        on_message(message)
+    worker.all_gather_json(None)
+    # Otherwise threads of the group may still run at exit, which crashes the process.
+    stop_process_group()
 
 
 def main() -> None:
-    """One rank of `launch`."""
+    """One rank started by `pretrain.check.launch`."""
     parser = argparse.ArgumentParser(description="one rank of vlmoe check-parallel")
     parser.add_argument("job", type=Path)
     job = Job.from_json(parser.parse_args().job.read_text(encoding="utf-8"))
     environment = rank_environment()
-    work(job, environment, Answers(job.folder).add if environment.rank == 0 else _ignore_answer)
+    is_rank_zero = environment.rank == 0
+    run_job(job, environment, MessageLog(job.folder).add if is_rank_zero else _ignore_message)
 
 
-def _ignore_answer(answer: dict[str, Any]) -> None:
-    """Other ranks than the first."""
+def _ignore_message(message: dict[str, Any]) -> None:
+    """Used on all ranks but rank 0."""
 
 
-def _plain_each(each: dict[str, dict[str, float]]) -> dict[str, dict[str, float | str]]:
-    """As JSON has it."""
-    return {
-        quantity: {name: plain_number(value) for name, value in found.items()}
-        for quantity, found in each.items()
-    }
-
-
-def _forget() -> None:
+def _free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _innermost(frame: Any) -> str:
-    """Where a thread stands in our own code, or at all."""
-    frames = traceback.extract_stack(frame)
-    own = [
-        entry
-        for entry in frames
-        if "/pretrain/" in entry.filename and "/check/" not in entry.filename
-    ]
-    entry = (own or frames)[-1]
-    return f"{entry.name} ({Path(entry.filename).name}:{entry.lineno})"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,166 @@
+"""Which cells to check: parses `--cells`.
+
+    all                        every value of every axis (see `all_cells`)
+    own                        the run file's layout, with and without gradient accumulation,
+                               and with the routers' auxiliary terms alone
+    ep=1,2 zero=1,3 accum=4    all combinations of these values; other axes keep one value
+
+Several selections give the union of their cells.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from data_pipeline.common.errors import ConfigError
+from pretrain.check.cells import MISSING, PRECISIONS, STAGES, TERMS, Cell, stage_of
+from pretrain.config.schema import RunConfig
+
+AXES: Mapping[str, str] = {
+    "ep": "expert_parallel_size",
+    "zero": "zero",
+    "accum": "accumulation",
+    "recompute": "recompute",
+    "precision": "precision",
+    "missing": "missing",
+    "terms": "terms",
+}
+"""Field of `Cell` for each axis of the command line."""
+
+_EXAMPLE = (
+    "'ep=1,2 zero=0,1,2,3 accum=1,4 recompute=off,on precision=fp32,bf16 missing=none,pairs,rank "
+    "terms=all,aux'"
+)
+
+_ALLOWED: Mapping[str, Mapping[str, Any]] = {
+    "recompute": {"off": False, "on": True},
+    "precision": {name: name for name in PRECISIONS},
+    "missing": {name: name for name in MISSING},
+    "terms": {name: name for name in TERMS},
+}
+"""Value of the field for each value of the command line."""
+
+
+def parse_cells(selections: Sequence[str], run: RunConfig, world_size: int) -> list[Cell]:
+    """The selected cells without duplicates, in the order of selection.
+
+    Args:
+        selections: Such as `all`, `own`, `ep=1,2 zero=0,3`; axes may also be separated by
+            semicolons.
+        run: Defines `own`, and the values of axes that a selection does not name.
+        world_size: Number of ranks.
+
+    Raises:
+        ConfigError: An axis or a value is unknown.
+    """
+    selected: dict[Cell, None] = {}
+    for selection in selections:
+        words = selection.replace(";", " ").split()
+        if words == ["all"]:
+            cells = all_cells(run, world_size)
+        elif words == ["own"]:
+            own = cell_of_run(run)
+            cells = [own, replace(own, accumulation=4), replace(own, terms="aux")]
+        elif words and all("=" in word for word in words):
+            cells = _product(words, run)
+        else:
+            raise ConfigError(
+                f"--cells {selection!r}: expected all, own, or axes such as {_EXAMPLE}"
+            )
+        selected |= dict.fromkeys(cells)
+    return list(selected)
+
+
+def cell_of_run(run: RunConfig) -> Cell:
+    """The layout of the run file, with one micro-batch per step."""
+    return Cell(
+        expert_parallel_size=run.parallel.expert_parallel_size,
+        zero=zero_of_run(run),
+        recompute=run.model.activation_checkpointing,
+        precision=run.precision.compute,
+    )
+
+
+def zero_of_run(run: RunConfig) -> str:
+    """The run's DeepSpeed profile as a value of `Cell.zero`."""
+    return run.parallel.deepspeed.removeprefix("zero")
+
+
+def all_cells(run: RunConfig, world_size: int) -> list[Cell]:
+    """The whole test matrix.
+
+    All combinations of expert parallelism, ZeRO stage, precision, accumulation (1, 4) and
+    activation checkpointing, with some pairs missing. In addition, for each expert parallelism and
+    stage: float32 with no pairs missing and with those of one rank missing, and bfloat16 with the
+    routers' auxiliary terms alone.
+
+    Expert parallelism takes the powers of two up to 8 and the run's value. The stage of the run's
+    profile is checked with that profile, the other stages with the profiles of `ds_configs/`.
+    """
+    powers = {size for size in (1, 2, 4, 8) if size <= world_size}
+    layouts = [
+        Cell(expert_parallel_size=size, zero=zero)
+        for size in sorted(powers | {run.parallel.expert_parallel_size})
+        for zero in _profiles(run)
+    ]
+    grid = [
+        replace(layout, precision=precision, accumulation=accumulation, recompute=recompute)
+        for layout in layouts
+        for precision in PRECISIONS
+        for accumulation in (1, 4)
+        for recompute in (False, True)
+    ]
+    # With a single rank, a step must keep some pairs, but one of its micro-batches can be empty.
+    accumulation = 4 if world_size == 1 else 1
+    others = [
+        replace(layout, missing=missing, accumulation=accumulation)
+        for layout in layouts
+        for missing in MISSING
+        if missing != "pairs"
+    ]
+    auxiliary = [replace(layout, precision="bf16", terms="aux") for layout in layouts]
+    return grid + others + auxiliary
+
+
+def _profiles(run: RunConfig) -> list[str]:
+    """A profile for each ZeRO stage: the run's profile for its stage, the default for others."""
+    own = cell_of_run(run)
+    own_stage = str(stage_of(own))
+    return [own.zero if stage == own_stage else stage for stage in STAGES]
+
+
+def _product(words: Sequence[str], run: RunConfig) -> list[Cell]:
+    values: dict[str, list[Any]] = {}
+    for word in words:
+        axis, _, text = word.partition("=")
+        if axis not in AXES:
+            raise ConfigError(
+                f"--cells: unknown axis {axis!r}; expected one of {', '.join(AXES)}, such as "
+                f"{_EXAMPLE}"
+            )
+        values[AXES[axis]] = [_value(axis, part, run) for part in text.split(",")]
+
+    default = Cell(
+        expert_parallel_size=run.parallel.expert_parallel_size,
+        zero=zero_of_run(run),
+        precision=run.precision.compute,
+    )
+    return [
+        replace(default, **dict(zip(values, combination, strict=True)))
+        for combination in itertools.product(*values.values())
+    ]
+
+
+def _value(axis: str, text: str, run: RunConfig) -> Any:
+    if axis in ("ep", "accum"):
+        if text.isdigit() and int(text) > 0:
+            return int(text)
+        raise ConfigError(f"--cells: {axis}={text}: expected a positive integer")
+    if axis == "zero":
+        return zero_of_run(run) if text == "own" else text.removeprefix("zero")
+    if text not in _ALLOWED[axis]:
+        raise ConfigError(f"--cells: {axis}={text!r}: expected one of {', '.join(_ALLOWED[axis])}")
+    return _ALLOWED[axis][text]

@@ -1,0 +1,88 @@
+"""Traces and outcomes for tests of `pretrain.check`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pretrain.check.cells import Cell
+from pretrain.check.compare import compare_traces, merge, missing_names, num_assignments
+from pretrain.check.job import Outcome
+from pretrain.check.tolerances import find_mismatches
+
+Change = Callable[[Tensor], Tensor]
+
+
+def make_trace() -> dict[str, Tensor]:
+    """The trace of a single process for a model with four experts."""
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.tensor([[[10.0, 20.0, 30.0, 40.0]]]).expand(1, 2, 4)
+    tensors: dict[str, Tensor] = {
+        "start/parameters/w": torch.ones(300),
+        "0/parameters/w": torch.ones(300) * 2,
+    }
+    for step in (0, 1, 2):
+        tensors |= {
+            f"{step}/loss/total": torch.tensor(2.0),
+            f"{step}/term/balance": torch.tensor(1.0),
+            f"{step}/term/shortfall": torch.tensor(1e-7),
+            f"{step}/norm/norm": torch.tensor(3.0),
+            f"{step}/counts/pairs": torch.tensor(8.0),
+            f"{step}/biases/biases": torch.zeros(1, 2, 4),
+            f"{step}/assignments/chosen": chosen.clone(),
+            f"{step}/statistics/z": torch.tensor([1.0, 2.0]),
+        }
+    tensors["2/parameters/w"] = torch.ones(300) * 3
+    tensors["0/gradient/a.experts.w1@0:4"] = torch.randn(4, 3, generator=generator)
+    tensors["0/gradient/gate"] = torch.randn(5, generator=generator)
+    return tensors
+
+
+def changed_trace(name: str, change: Change) -> dict[str, Tensor]:
+    """The trace with one tensor changed."""
+    tensors = make_trace()
+    tensors[name] = change(tensors[name].clone())
+    return tensors
+
+
+def move_assignments(count: int) -> Change:
+    """Moves assignments of the first layer from expert 0 to expert 1."""
+
+    def change(chosen: Tensor) -> Tensor:
+        chosen[0, 0, 0] -= count
+        chosen[0, 0, 1] += count
+        return chosen
+
+    return change
+
+
+def mismatches(actual: dict[str, Tensor], precision: str = "fp32") -> dict[str, str]:
+    """Name of the largest difference of each mismatching quantity."""
+    reference = make_trace()
+    worst = merge([compare_traces(actual, reference).worst, missing_names(actual, reference)])
+    result = find_mismatches(worst, precision, num_assignments(reference))
+    return {mismatch.quantity: mismatch.name for mismatch in result.mismatches}
+
+
+def make_outcome(
+    status: str = "ok", actual: dict[str, Tensor] | None = None, **fields: Any
+) -> Outcome:
+    """An outcome with this status, or that of comparing `actual` with `make_trace()`."""
+    if status not in ("ok", "mismatch"):
+        return Outcome(run="run", world_size=2, cell=Cell(), status=status, **fields)
+    reference = make_trace()
+    comparison = compare_traces(actual or make_trace(), reference)
+    result = find_mismatches(comparison.worst, "fp32", num_assignments(reference))
+    return Outcome(
+        run="run",
+        world_size=2,
+        cell=Cell(),
+        status="mismatch" if result.mismatches else "ok",
+        worst=comparison.worst,
+        result=result,
+        by_name=comparison.by_name,
+        **fields,
+    )

@@ -1,0 +1,130 @@
+"""`vlmoe check-parallel`: exit status, JSON report, rejected runs, failing ranks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_pipeline.common.errors import LayoutError
+from pretrain.check import command
+from pretrain.check.cells import Cell
+from pretrain.check.job import Case, Job, Outcome
+from pretrain.check.launch import launch_local_ranks
+from pretrain.cli.main import main
+from pretrain.parallel.environment import rank_environment
+from tests.unit.pretrain.check_support import changed_trace, make_outcome
+
+
+def launcher_with(*outcomes: Outcome) -> Callable[..., None]:
+    """A replacement for `launch_local_ranks` that reports these outcomes."""
+
+    def launch(job: Job, world_size: int, on_message: Callable[[dict[str, Any]], None]) -> None:
+        for index, outcome in enumerate(outcomes):
+            on_message({"case": index, "outcome": outcome.to_json()})
+        on_message({"float32_error": "run", "worst": {"gradient": [2e-6, "gate"]}})
+
+    return launch
+
+
+MISMATCH = make_outcome("mismatch", changed_trace("0/loss/total", lambda t: t * 2))
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "status"),
+    [
+        ((make_outcome(),), 0),
+        ((make_outcome(), make_outcome("unsupported", reason="no")), 0),
+        ((make_outcome(), MISMATCH), 1),
+        ((make_outcome(), make_outcome("hang", reason="late")), 1),
+        ((make_outcome(), make_outcome("error", reason="broken")), 1),
+        ((make_outcome(), make_outcome("not-run", reason="three failures")), 1),
+        ((make_outcome("unsupported", reason="no"),), 2),
+    ],
+)
+def test_exit_status_and_json_report(
+    outcomes: tuple[Outcome, ...],
+    status: int,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(command, "launch_local_ranks", launcher_with(*outcomes))
+    out = tmp_path / "parity.json"
+    arguments = ["tiny", "--small", "--world-size", "2", "--cells", "zero=1", "--out", str(out)]
+    assert main(["check-parallel", *arguments]) == status
+
+    report = json.loads(out.read_text(encoding="utf-8"))
+    assert report["complete"]
+    assert [cell["status"] for cell in report["cells"]] == [outcome.status for outcome in outcomes]
+    assert report["tolerance"]["first"] == {"fp32": 1e-5, "bf16": 2e-2}
+    assert report["float64"]["run"]["gradient"] == {"value": 2e-6, "name": "gate"}
+    assert f"{len(outcomes)} cells: " in capsys.readouterr().out
+
+
+def test_unsupported_cells_start_no_rank(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "launch_local_ranks", None)
+    arguments = ["tiny", "--small", "--world-size", "2", "--cells", "ep=3,5"]
+    assert main(["check-parallel", *arguments]) == 2
+    printed, error = capsys.readouterr()
+    assert error.startswith("error: ") and "--cells" in error
+    assert printed.count("unsupported: parallel.expert_parallel_size is") == 2
+    assert "No cell was compared" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part", "prints_table"),
+    [
+        (["--cells", "zeros=1"], "'zeros'", False),
+        (["balance.load_weight=0.1"], "balance.load_weight is 0.1", True),
+        (["optim.lr=-1"], "optim.lr is -1", True),
+    ],
+)
+def test_an_invalid_run_is_an_error(
+    arguments: list[str], part: str, prints_table: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check-parallel", "tiny", "--small", *arguments]) == 2
+    printed, error = capsys.readouterr()
+    assert part in error
+    assert prints_table or not printed
+
+
+def test_srun_tasks_without_torchrun_are_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "16")
+    monkeypatch.setattr(command, "launch_local_ranks", None)
+    assert main(["check-parallel", "tiny", "--small"]) == 2
+    error = capsys.readouterr().err
+    assert "srun" in error and "16 tasks" in error
+    with pytest.raises(LayoutError, match="torchrun"):
+        rank_environment()
+
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    assert rank_environment().world_size == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--world-size", "0"], ["--world-size", "2,x"], ["--timeout", "0"], ["--pairs", "-4"]],
+)
+def test_invalid_numbers_are_usage_errors(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["check-parallel", "tiny", *arguments])
+
+
+def test_after_three_failures_the_remaining_cases_are_not_run(tmp_path: Path) -> None:
+    job = Job(runs={}, cases=(Case("run", Cell()),) * 5, pairs=8, folder=str(tmp_path), seconds=5)
+    messages: list[dict[str, Any]] = []
+    worker = ["-c", "raise SystemExit('no such module')"]
+    launch_local_ranks(job, 2, messages.append, worker=worker)
+
+    outcomes = [Outcome.from_json(message["outcome"]) for message in messages]
+    assert [outcome.status for outcome in outcomes] == ["error"] * 3 + ["not-run"] * 2
+    assert "no such module" in outcomes[0].reason
