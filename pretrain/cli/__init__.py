@@ -1,1 +1,1 @@
-"""The command line: one thin module per sub-command, each a parser and a call."""
+"""The command line: one module for each sub-command, which parses arguments and calls the code."""

@@ -1,4 +1,4 @@
-"""`vlmoe caption`: write captions for a person's own pictures."""
+"""`vlmoe caption`: generates captions for image files."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ def add(subparsers: Subparsers) -> None:
     parser = add_command(
         subparsers,
         "caption",
-        summary="write captions for pictures",
+        summary="generate captions for image files",
         examples=_EXAMPLES,
-        description="Write a caption for each picture with a trained model, word by word (greedily).",
+        description="Generate a caption for each image with a trained model (greedy decoding).",
     )
     parser.add_argument(
-        "run_dir", metavar="RUN_DIR", type=Path, help="folder of a run that has a checkpoint"
+        "run_dir", metavar="RUN_DIR", type=Path, help="run folder that contains a checkpoint"
     )
-    parser.add_argument("images", metavar="IMAGE", type=Path, nargs="+", help="picture files")
+    parser.add_argument("images", metavar="IMAGE", type=Path, nargs="+", help="image files")
     parser.set_defaults(handle=handle)
 
 
 def handle(args: argparse.Namespace) -> None:
-    """Write and print."""
+    """Run the command."""
     from pretrain.evaluate.command import caption_command
 
     caption_command(args.run_dir, args.images)

@@ -1,5 +1,4 @@
-"""`vlmoe check-parallel`: ask, before a big job, whether many ranks compute what one process
-computes."""
+"""`vlmoe check-parallel`: compares parallel layouts of a run with a single process."""
 
 from __future__ import annotations
 
@@ -8,25 +7,36 @@ import os
 from pathlib import Path
 
 from data_pipeline.common.commands import Subparsers, add_command
-from pretrain.cli.common import add_run
+from pretrain.cli.common import add_run_arguments
 
 _EXAMPLES = """\
   vlmoe check-parallel run.yaml --small --world-size 1,2,4
-  vlmoe check-parallel run.yaml --small --world-size 4 --cells "ep=1,2,4 zero=1,3 accum=1,4" --out parity.json
+  vlmoe check-parallel run.yaml --small --world-size 4 --cells "ep=1,2,4 zero=1,3" --out parity.json
   vlmoe check-parallel b16 --world-size 2 --cells own model.num_layers=4
   torchrun --nproc-per-node 8 -m pretrain check-parallel run.yaml --cells own --out parity.json
 
-Started by itself it starts its own ranks on this machine's CPU; under torchrun it uses the ranks (and GPUs) that
-are there, and a cell that fails or hangs ends the check. On SLURM: sbatch slurm/check_parallel.sbatch. The run
-file's model, losses, balancing and optimizer are taken as they are; pairs are made up, some of them missing, so no
-data is needed.
+Without torchrun, the command starts ranks on the CPUs of this machine; a cell that fails or hangs
+is reported, and the other cells still run. Under torchrun, it uses the launched ranks and their
+GPUs, and a cell that fails or hangs ends the check. On SLURM: sbatch slurm/check_parallel.sbatch.
 
-Cells: `all` (the default), `own` (the run file's layout), or axes: ep, zero (0, 1, 2, 3, 2_offload, own, or a
-profile), accum, recompute (off, on), precision (fp32, bf16), missing (none, pairs, rank), terms (all, aux: the
-routers' losses alone). Several --cells add up.
+The model, losses, balancing and optimizer are those of the run file. The batch is synthetic, with
+some pairs missing, so no data is needed.
 
-Exit status: 0 when every cell agrees with one process, 1 when one does not (or failed, or hung), 2 when the run
-cannot be checked. Cells that cannot run are listed with the reason."""
+Cells (--cells):
+  all         every value of every axis (default)
+  own         the layout of the run file
+  AXIS=V,...  all combinations of the given values; axes:
+    ep         expert parallel size
+    zero       ZeRO stage (0, 1, 2, 3), 2_offload, own (the run file's profile) or a profile's path
+    accum      gradient accumulation steps
+    recompute  activation checkpointing: off, on
+    precision  fp32, bf16
+    missing    missing pairs: none, pairs (every fifth), rank (all pairs of one rank)
+    terms      loss terms: all, aux (only the auxiliary losses of the routers)
+In the table, `recomp` is recompute=on, `gaps` missing=pairs, `empty` missing=rank.
+
+Exit status: 0 if every cell agrees with a single process; 1 if a cell does not agree, fails or
+hangs; 2 if the run cannot be checked. Unsupported cells are listed with the reason."""
 
 
 def add(subparsers: Subparsers) -> None:
@@ -35,82 +45,84 @@ def add(subparsers: Subparsers) -> None:
         subparsers,
         "check-parallel",
         examples=_EXAMPLES,
-        summary="compare a run on many ranks with one process: losses, gradients, weights",
-        description="Train the same weights on the same batch in every way of spreading the run over ranks, and in "
-        "one process of plain torch, and compare everything.",
+        summary="compare parallel layouts of a run with a single process",
+        description="Train the same weights on the same batch with every parallel layout and in\n"
+        "one process of plain torch, and compare losses, gradients, weights and routing.",
     )
-    add_run(parser)
+    add_run_arguments(parser)
     parser.add_argument(
         "--world-size",
         metavar="N[,N...]",
-        type=_numbers,
+        type=_positive_integers,
         default=None,
-        help="numbers of ranks to start here, one world after the other (default: 2)",
+        help="numbers of ranks to start, one after the other (default: 2)",
     )
     parser.add_argument(
         "--cells",
         metavar="CELLS",
         action="append",
         default=None,
-        help="which cells to check; may be given several times (default: all)",
+        help="cells to check, see below; may be repeated (default: all)",
     )
     parser.add_argument(
         "--small",
         action="store_true",
-        help="scale the model down: the same options on fewer blocks, experts and numbers",
+        help="scale the model down: the same options with fewer layers and experts",
     )
     parser.add_argument(
         "--pairs",
         metavar="N",
         type=int,
         default=None,
-        help="pairs of the global batch (default: as few as the cells can split)",
+        help="global batch size (default: the smallest that all cells can split)",
     )
     parser.add_argument(
         "--timeout",
         metavar="SECONDS",
         type=float,
         default=300.0,
-        help="longest time for one cell (default: 300)",
+        help="time limit of one cell, in seconds (default: 300)",
     )
     parser.add_argument(
-        "--out", metavar="FILE", type=Path, default=None, help="write everything there as JSON"
+        "--out", metavar="FILE", type=Path, default=None, help="write a JSON report to FILE"
     )
     parser.set_defaults(handle=handle)
 
 
 def handle(args: argparse.Namespace) -> int:
-    """Check and print; 1 when a cell misses."""
+    """Run the command; exit status 1 if a cell does not agree."""
     for name, value in (("--timeout", args.timeout), ("--pairs", args.pairs)):
         if value is not None and value <= 0:
             args.parser.error(f"{name} is {value:g}, but must be above 0")
-    if (
-        args.world_size
-        and "RANK" in os.environ
-        and args.world_size != [int(os.environ.get("WORLD_SIZE", "1"))]
-    ):
-        args.parser.error(
-            f"--world-size is {', '.join(map(str, args.world_size))}, but the launcher started "
-            f"{os.environ.get('WORLD_SIZE')} ranks; leave --world-size out there"
-        )
-    from pretrain.check.command import check_parallel
+    _check_world_size(args)
 
-    good = check_parallel(
-        args.run,
-        args.overrides,
-        worlds=args.world_size or [2],
+    from pretrain.check.command import CheckOptions, check_parallel
+
+    options = CheckOptions(
+        world_sizes=args.world_size or [2],
         cells=args.cells or ["all"],
         small=args.small,
         pairs=args.pairs,
-        seconds=args.timeout,
+        timeout_seconds=args.timeout,
         out=args.out,
     )
-    return 0 if good else 1
+    return 0 if check_parallel(args.run, args.overrides, options) else 1
 
 
-def _numbers(text: str) -> list[int]:
-    """Whole numbers above 0, divided by commas."""
-    words = text.split(",")
-    if not all(word.isdigit() and int(word) > 0 for word in words):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected whole numbers above 0, such as 1,2,4")
-    return [int(word) for word in words]
+def _check_world_size(args: argparse.Namespace) -> None:
+    """Reject a `--world-size` other than the number of launched ranks."""
+    if not args.world_size or "RANK" not in os.environ:
+        return
+    if args.world_size != [int(os.environ.get("WORLD_SIZE", "1"))]:
+        args.parser.error(
+            f"--world-size is {', '.join(map(str, args.world_size))}, but the launcher started "
+            f"{os.environ.get('WORLD_SIZE')} ranks; omit --world-size under torchrun"
+        )
+
+
+def _positive_integers(text: str) -> list[int]:
+    """Comma-separated integers above 0."""
+    parts = text.split(",")
+    if not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected positive integers, such as 1,2,4")
+    return [int(part) for part in parts]

@@ -1,4 +1,4 @@
-"""`vlmoe data`: the data pipeline's own commands, and those that need a run."""
+"""`vlmoe data`: the commands of the data pipeline, and `order`, which also reads a run file."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ from pretrain.cli import order
 
 def add(subparsers: Subparsers) -> None:
     """Add the group and its commands."""
-    commands = add_group(subparsers, "data", summary="make, check and look at shards")
+    commands = add_group(subparsers, "data", summary="create, check and inspect shards")
     add_all(commands)
     order.add(commands)

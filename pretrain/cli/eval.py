@@ -1,4 +1,4 @@
-"""`vlmoe eval`: judge a trained model on held-out pairs."""
+"""`vlmoe eval`: evaluates a trained model on held-out pairs."""
 
 from __future__ import annotations
 
@@ -18,37 +18,45 @@ def add(subparsers: Subparsers) -> None:
     parser = add_command(
         subparsers,
         "eval",
-        summary="judge a trained model on held-out pairs",
+        summary="evaluate a trained model on held-out pairs",
         examples=_EXAMPLES,
-        description="Retrieval in both directions at 1, 5 and 10 against chance, and how many captions and "
-        "caption tokens are right, for the run's held-out sets or for shards named here.",
+        description="Print recall at 1, 5 and 10 of image-to-text and text-to-image retrieval\n"
+        "with the recall of a random order, the percentage of exactly matching generated\n"
+        "captions, and the accuracy of caption tokens.",
     )
     parser.add_argument(
-        "run_dir", metavar="RUN_DIR", type=Path, help="folder of a run that has a checkpoint"
+        "run_dir", metavar="RUN_DIR", type=Path, help="run folder that contains a checkpoint"
     )
     parser.add_argument(
         "--shards",
         metavar="MANIFEST",
         nargs="+",
         default=None,
-        help="manifests, or folders that hold one, instead of the run's held-out sets",
+        help="manifests, or folders that contain one (default: the evaluation sets of the run)",
     )
     parser.add_argument(
         "--labels",
         metavar="FILE",
         default=None,
-        help="one caption a line to rank each picture against, instead of the set's own captions",
+        help="candidate captions for retrieval, one per line; requires --shards "
+        "(default: the distinct captions of each set)",
     )
     parser.add_argument(
-        "--json", metavar="FILE", type=Path, default=None, help="write the results there too"
+        "--json",
+        metavar="FILE",
+        type=Path,
+        default=None,
+        help="also write the results to FILE as JSON",
     )
     parser.set_defaults(handle=handle)
 
 
 def handle(args: argparse.Namespace) -> None:
-    """Judge and print."""
+    """Run the command."""
     if args.labels and not args.shards:
-        args.parser.error("--labels needs --shards: the run's own sets have their labels already")
+        args.parser.error(
+            "--labels requires --shards: labels of the run's sets are set in eval.sets"
+        )
     from pretrain.evaluate.command import eval_command
 
     eval_command(args.run_dir, args.shards, args.labels, args.json)

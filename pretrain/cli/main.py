@@ -1,6 +1,6 @@
-"""The command `vlmoe`: finds the sub-command, and turns errors a person can mend into one line.
+"""The `vlmoe` command: dispatches to sub-commands and prints expected errors as one line.
 
-Heavy imports (torch, DeepSpeed) happen inside the handlers, so that help and `plan` answer at once.
+Heavy imports (torch, DeepSpeed) happen inside the handlers, so that `--help` and `plan` are fast.
 """
 
 from __future__ import annotations
@@ -16,38 +16,40 @@ from typing import NoReturn
 
 from data_pipeline.commands import tokenizer
 from data_pipeline.common.errors import LostRankError, VlmError
-from data_pipeline.common.logs import note_in_files, setup_logging
+from data_pipeline.common.logs import log_to_files_only, setup_logging
 from pretrain.cli import caption, check_parallel, data, eval, plan, routing, settings, train
-from pretrain.cli.common import started_as
+from pretrain.cli.common import launched_rank_and_world_size
 
 _COMMANDS = (train, plan, settings, check_parallel, eval, caption, routing, data, tokenizer)
 
-_RANK_ZERO_FIRST_SECONDS, _CAUSE_FIRST_SECONDS = 2.0, 5.0
-"""How long an error waits for one that says more. Ranks usually fail alike, and the launcher ends
-the others as soon as one has ended: so a person reads rank 0's error and not the same a hundred
-times."""
+_OTHER_RANK_DELAY_SECONDS, _LOST_RANK_DELAY_SECONDS = 2.0, 5.0
+"""Delays before printing an error: on ranks other than 0, and of a `LostRankError`.
 
-_DISK_ERRORS = {
+Ranks usually fail with the same error, and the launcher terminates the others as soon as one has
+exited. The delay gives rank 0, or the rank that caused the error, time to print it first.
+"""
+
+_FILE_ERRORS = {
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some space",
     errno.EACCES: "check its permissions",
-    errno.EROFS: "choose a folder that can be written",
+    errno.EROFS: "choose a writable folder",
     errno.ENOTDIR: "choose another path",
     errno.EISDIR: "choose another path",
     errno.EEXIST: "choose another path",
 }
-"""What the system says about files that a person can mend, and how."""
+"""Operating system errors that are not bugs, with advice."""
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of the whole command."""
+    """The parser of all commands."""
     parser = argparse.ArgumentParser(
         prog="vlmoe",
         allow_abbrev=False,
         description="Pretrain sparse mixture-of-experts vision-language models.",
-        epilog="`vlmoe COMMAND --help` says more about a command, with examples.",
+        epilog="`vlmoe COMMAND --help` shows the options and examples of a command.",
     )
-    parser.add_argument("-v", "--verbose", action="store_true", help="log details too")
+    parser.add_argument("-v", "--verbose", action="store_true", help="log at level DEBUG")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in _COMMANDS:
         command.add(subparsers)
@@ -58,44 +60,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        argv: Arguments without the program's name; None takes those of the process.
+        argv: Arguments without the program's name; None uses those of the process.
 
     Returns:
-        The exit status: 0, or 2 when something outside the program is wrong. Other errors are bugs
-        and are raised.
+        The exit status: that of the command (0 by default), or 2 for an expected error
+        (`VlmError`, full disk, missing permission). Other exceptions are bugs and propagate.
     """
     args = _parse(argv)
-    rank = started_as()[0]
+    rank = launched_rank_and_world_size()[0]
     setup_logging(rank, logging.DEBUG if args.verbose else None)
     try:
         return int(args.handle(args) or 0)
     except VlmError as error:
-        _tell(str(error), rank, _CAUSE_FIRST_SECONDS if isinstance(error, LostRankError) else 0.0)
+        is_consequence = isinstance(error, LostRankError)
+        _print_error(str(error), rank, _LOST_RANK_DELAY_SECONDS if is_consequence else 0.0)
         return 2
     except OSError as error:
-        if error.errno not in _DISK_ERRORS:
+        if error.errno not in _FILE_ERRORS:
             raise
-        _tell(
-            f"{error.filename or 'a file'}: {error.strerror}; {_DISK_ERRORS[error.errno]}",
-            rank,
-            0.0,
-        )
+        message = f"{error.filename or 'a file'}: {error.strerror}; {_FILE_ERRORS[error.errno]}"
+        _print_error(message, rank, 0.0)
         return 2
 
 
-def _tell(message: str, rank: int, wait_seconds: float) -> None:
-    """Print an error: at once on rank 0, on others when rank 0 had its time to do so."""
-    note_in_files(message)  # also if the launcher ends this rank while it waits
-    time.sleep(max(wait_seconds, _RANK_ZERO_FIRST_SECONDS if rank else 0.0))
-    who = f" (rank {rank})" if started_as()[1] > 1 else ""
-    print(f"error{who}: {message}", file=sys.stderr)
+def _print_error(message: str, rank: int, delay_seconds: float) -> None:
+    """Print an error, on ranks other than 0 after a delay."""
+    log_to_files_only(message)  # before the delay: the launcher may terminate this rank during it
+    time.sleep(max(delay_seconds, _OTHER_RANK_DELAY_SECONDS if rank else 0.0))
+    suffix = f" (rank {rank})" if launched_rank_and_world_size()[1] > 1 else ""
+    print(f"error{suffix}: {message}", file=sys.stderr)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args, rest = build_parser().parse_known_args(argv)
-    # argparse closes a list of positional arguments at the first option after it, but
-    # `train run.yaml --out DIR optim.lr=1e-4` is what people write.
-    if rest and args.takes_overrides and not any(word.startswith("-") for word in rest):
+    # argparse ends a list of positional arguments at the first option after it, but overrides
+    # are also accepted after options: `train run.yaml --out DIR optim.lr=1e-4`.
+    if rest and args.takes_overrides and not any(argument.startswith("-") for argument in rest):
         args.overrides = [*args.overrides, *rest]
     elif rest:
         args.parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -103,12 +103,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run() -> NoReturn:
-    """The console command: `main`, with the manners of a program in a pipe."""
+    """Entry point of the console command: `main`, with closed pipes and Ctrl-C handled."""
     try:
         status = main()
         sys.stdout.flush()
     except BrokenPipeError:
-        # The reader (`| head`) has enough. Python would complain once more when it closes stdout.
+        # The reader (`| head`) has exited. Without the redirection Python would print another
+        # error when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
     except KeyboardInterrupt:

@@ -1,5 +1,7 @@
-"""`vlmoe settings`: every setting of a run with its default and its meaning, from the code that
-owns it."""
+"""`vlmoe settings`: prints every setting of a run file with its default and description.
+
+The text is generated from the configuration dataclasses.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,9 @@ _EXAMPLES = """\
   vlmoe settings
   vlmoe settings data
   vlmoe settings data.augment
-  vlmoe settings data.train          # what a source of a mixture may have
+  vlmoe settings data.train          # settings of one source of a mixture
 
-What is printed is a valid run file with all defaults."""
+The output is a valid run file with all defaults."""
 
 
 def add(subparsers: Subparsers) -> None:
@@ -21,19 +23,23 @@ def add(subparsers: Subparsers) -> None:
     parser = add_command(
         subparsers,
         "settings",
-        summary="every setting with its default and its meaning",
+        summary="print every setting of a run file with its default and description",
         examples=_EXAMPLES,
-        description="Print what a run file may hold: all settings, or those of one section.",
+        description="Print the settings of a run file: all of them, or those of one section.",
     )
     parser.add_argument(
-        "section", metavar="SECTION", nargs="?", default="", help="such as data or data.augment"
+        "section",
+        metavar="SECTION",
+        nargs="?",
+        default="",
+        help="such as data or data.augment (default: all sections)",
     )
     parser.set_defaults(handle=handle)
 
 
 def handle(args: argparse.Namespace) -> None:
-    """Print the section."""
-    from data_pipeline.common.explain import explain
+    """Run the command."""
+    from data_pipeline.common.describe_settings import describe_settings
     from pretrain.config.schema import RunConfig
 
-    print(explain(RunConfig, args.section), end="")
+    print(describe_settings(RunConfig, args.section), end="")
