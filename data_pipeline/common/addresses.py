@@ -1,7 +1,7 @@
-"""Secrets in addresses: a user and password, or the signature of a presigned query.
+"""Secrets in addresses: user and password, or the signature of a presigned query.
 
-What a run writes (manifests, its settings, ledgers) is copied and shown to others, so no address in
-it holds any.
+Files that a run writes (manifests, resolved settings, ledgers) are copied and shared, so addresses
+are stored in them without secrets.
 """
 
 from __future__ import annotations
@@ -9,42 +9,46 @@ from __future__ import annotations
 import re
 
 from data_pipeline.common.errors import ConfigError
-from data_pipeline.common.harmless import harmless
+from data_pipeline.common.escaping import escape_control
 
-_USER = re.compile(r"([a-z0-9+.-]+://)[^/?]*@", re.IGNORECASE)
+_USERINFO = re.compile(r"([a-z0-9+.-]+://)[^/?]*@", re.IGNORECASE)
 _QUERY = re.compile(r"(https?://[^?]*)\?.*", re.IGNORECASE | re.DOTALL)
 
-WHERE_KEYS_GO = (
-    "put them into ~/.netrc or the file that NETRC names (http), or into the environment: AWS_ACCESS_KEY_ID and "
-    "AWS_SECRET_ACCESS_KEY (s3), GOOGLE_APPLICATION_CREDENTIALS (gs), AZURE_STORAGE_ACCOUNT_NAME and "
-    "AZURE_STORAGE_ACCOUNT_KEY (az)"
+CREDENTIALS_HINT = (
+    "put credentials into ~/.netrc or the file that NETRC names (http), or into the environment: "
+    "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (s3), GOOGLE_APPLICATION_CREDENTIALS (gs), "
+    "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY (az)"
 )
 
 
-def has_user(address: str) -> bool:
-    """Whether an address, or one in its braces, says who asks (`user:password@`)."""
-    return _USER.search(address) is not None
+def has_userinfo(address: str) -> bool:
+    """Whether an address, or an address inside its braces, contains `user:password@`."""
+    return _USERINFO.search(address) is not None
 
 
 def has_query(address: str) -> bool:
-    """Whether a web address has a query; in names of a store's objects a question mark is a
-    wildcard."""
+    """Whether an http(s) address has a query; in object names a question mark is a wildcard."""
     return _QUERY.search(address) is not None
 
 
 def without_secrets(address: str) -> str:
-    """An address as it may be written down: without user, password and a web address's query."""
-    return _QUERY.sub(r"\1", _USER.sub(r"\1", address))
+    """The address without user, password and http(s) query, safe to write to a file."""
+    return _QUERY.sub(r"\1", _USERINFO.sub(r"\1", address))
 
 
-def refuse_user(address: str, where: str) -> None:
-    """Settings are written into the run's folder, so an address in them must not say who asks.
+def reject_userinfo(address: str, setting: str) -> None:
+    """Check that an address in the settings has no user or password: settings are saved with runs.
+
+    Args:
+        address: The address to check.
+        setting: Name of the setting that contains it, for the message.
 
     Raises:
-        ConfigError: It does; the message has the address without.
+        ConfigError: It has one; the message shows the address without it.
     """
-    if has_user(address):
+    if has_userinfo(address):
         raise ConfigError(
-            f"{where}: {harmless(without_secrets(address))} was given with a user or password, which "
-            f"would be written into files of the run; leave them out, and {WHERE_KEYS_GO}"
+            f"{setting}: the address {escape_control(without_secrets(address))} contains a user or "
+            f"password, which would be written to files of the run; remove it and "
+            f"{CREDENTIALS_HINT}"
         )

@@ -1,4 +1,4 @@
-"""What command lines share: how help looks, and how sub-commands are added."""
+"""Helpers for command lines: help formatting and sub-commands."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import argparse
 from typing import Any
 
 Subparsers = Any
-"""argparse's own type for the set of sub-commands has no public name."""
+"""The return type of `ArgumentParser.add_subparsers`, which has no public name."""
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps examples as they are written, and gives long options room."""
+    """Keeps the layout of examples and leaves enough width for long options."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=28, width=100)
@@ -19,14 +19,14 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 def add_command(
     subparsers: Subparsers, name: str, *, summary: str, description: str, examples: str = ""
 ) -> argparse.ArgumentParser:
-    """Add a sub-command.
+    """Add a sub-command and return its parser.
 
     Args:
-        subparsers: What it is added to.
-        name: How it is called.
+        subparsers: Where to add it.
+        name: Name of the command.
         summary: One line for the list of commands.
-        description: What it does, at the head of its own help.
-        examples: Command lines, at the foot of its help.
+        description: What it does, shown at the top of its help.
+        examples: Command lines, shown at the end of its help.
     """
     parser: argparse.ArgumentParser = subparsers.add_parser(
         name,
@@ -41,6 +41,6 @@ def add_command(
 
 
 def add_group(subparsers: Subparsers, name: str, *, summary: str) -> Subparsers:
-    """Add a command that only holds further ones, such as `vlmoe data index`."""
+    """Add a command that only contains sub-commands, such as `vlmoe data`."""
     parser = add_command(subparsers, name, summary=summary, description=summary)
     return parser.add_subparsers(title="commands", metavar="COMMAND", required=True)

@@ -1,39 +1,39 @@
-"""The errors that a person, a file or a cluster can cause: one family, one class per kind.
+"""Exceptions for problems with input, files or the cluster: one base class, one class per kind.
 
-A message says what was found, what was expected, where it was set and what to do. The command
-line prints `error: ...` for these and leaves with status 2; anything else is a bug and shows a
-traceback.
+A message states what was given, what was expected, where it was set and what to do. The command
+line prints `error: ...` for these and exits with status 2; any other exception is a bug and is
+shown with its traceback.
 """
 
 
 class VlmError(Exception):
-    """Something outside the program is wrong, and the message says how to mend it."""
+    """Base class: the problem is outside the program, and the message says how to fix it."""
 
 
 class ConfigError(VlmError):
-    """A setting is unknown, impossible, or contradicts another."""
+    """A setting is unknown, out of range, or contradicts another one."""
 
 
 def require(condition: bool, message: str) -> None:
-    """What a setting must fulfil.
+    """Check a setting.
 
     Raises:
-        ConfigError: It does not; `message` says what was found and what is possible.
+        ConfigError: `condition` is false; `message` states the value and what is allowed.
     """
     if not condition:
         raise ConfigError(message)
 
 
 class DataError(VlmError):
-    """A shard, manifest, picture or caption is missing or damaged."""
+    """A shard, manifest, image or caption is missing or corrupt."""
 
     def __init__(self, message: str, *, slug: str = "") -> None:
-        """Say what is damaged.
+        """Create the error.
 
         Args:
-            message: What was found, where, and what to do.
-            slug: The kind of damage in one word of lower case and dashes (`bad-image`), by which
-                bad samples are counted; empty where nothing is counted.
+            message: What is wrong, where, and what to do.
+            slug: Machine-readable reason in lower case and dashes (`corrupt-image`), by which
+                skipped samples are counted; empty where nothing is counted.
         """
         super().__init__(message)
         self.slug = slug
@@ -43,29 +43,28 @@ class StorageError(DataError):
     """A file or object cannot be read or written."""
 
     def __init__(self, message: str, *, slug: str = "", kind: str = "") -> None:
-        """Say what cannot be read or written.
+        """Create the error.
 
         Args:
             message: As for `DataError`.
             slug: As for `DataError`.
-            kind: One of `store_errors.Kind` where a store is the cause, for programs; empty
-                otherwise.
+            kind: The `store_errors.ErrorKind` if an object store caused the error, else empty.
         """
         super().__init__(message, slug=slug)
         self.kind = kind
 
 
 class TokenizerError(DataError):
-    """The tokenizer is missing, damaged, or not the one this run was trained with."""
+    """The tokenizer is missing, corrupt, or not the one that this run was trained with."""
 
 
 class CheckpointError(VlmError):
-    """A checkpoint cannot be written, is damaged, or belongs to another layout."""
+    """A checkpoint cannot be written, is corrupt, or belongs to another model or layout."""
 
 
 class LayoutError(VlmError):
-    """The ranks that were started do not fit the run."""
+    """The number or arrangement of the started ranks does not fit the run."""
 
 
 class LostRankError(VlmError):
-    """Ranks cannot talk to each other any more, most often because one of them has ended."""
+    """Communication between ranks failed, usually because one of them exited."""

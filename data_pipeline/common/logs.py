@@ -1,7 +1,7 @@
-"""What a person at the console sees: short log lines, and one progress line per long job.
+"""Console output: short log lines, and one progress line per long job.
 
-Rank 0 tells the story (INFO); other ranks speak only when something is wrong (WARNING), with their
-number in front. Everything goes to standard error, so that results on standard output can be piped.
+Rank 0 logs from INFO; other ranks log from WARNING, with their rank in front. Everything goes to
+standard error, so that results on standard output can be piped.
 """
 
 from __future__ import annotations
@@ -14,33 +14,33 @@ from pathlib import Path
 from typing import TextIO
 
 TTY_SECONDS = 0.1
-"""Least time between two redraws of a progress line on a terminal."""
+"""Minimum time between two redraws of a progress line on a terminal."""
 PLAIN_SECONDS = 5.0
-"""Least time between two progress lines in a file or a pipe, where a line cannot be redrawn."""
+"""Minimum time between two progress lines in a file or a pipe, where a line cannot be redrawn."""
 
 
 def setup_logging(rank: int = 0, level: int | str | None = None) -> None:
-    """Send this process's log lines to standard error; calling it again replaces the set-up.
+    """Log to standard error; another call replaces the previous setup.
 
     Args:
-        rank: Number of this process in the run; rank 0 logs from INFO, others from WARNING.
-        level: Overrides that choice, e.g. `"DEBUG"`.
+        rank: Rank of this process; rank 0 logs from INFO, others from WARNING.
+        level: Overrides that default, e.g. `"DEBUG"`.
     """
-    chosen = level if level is not None else (logging.INFO if rank == 0 else logging.WARNING)
-    who = "" if rank == 0 else f"[rank {rank}] "
+    default_level = logging.INFO if rank == 0 else logging.WARNING
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_ShortFormatter(who))
+    handler.setFormatter(_ShortFormatter("" if rank == 0 else f"[rank {rank}] "))
+
     root = logging.getLogger()
     for old in list(root.handlers):
         if getattr(old, "_vlm_console", False):
             root.removeHandler(old)
     handler._vlm_console = True  # type: ignore[attr-defined]
     root.addHandler(handler)
-    root.setLevel(chosen)
+    root.setLevel(default_level if level is None else level)
 
 
 def log_to_file(path: Path, rank: int = 0) -> None:
-    """Send this process's log lines to a file too, added at its end; for looking back after a run.
+    """Append the log of this process to a file as well.
 
     Raises:
         OSError: The file cannot be opened.
@@ -51,8 +51,8 @@ def log_to_file(path: Path, rank: int = 0) -> None:
     logging.getLogger().addHandler(handler)
 
 
-def note_in_files(message: str) -> None:
-    """Write a line only to what `log_to_file` opened, where the console is told in other words."""
+def log_to_files_only(message: str) -> None:
+    """Log an error to the files of `log_to_file`, not to the console."""
     record = logging.makeLogRecord({"levelno": logging.ERROR, "levelname": "ERROR", "msg": message})
     for handler in logging.getLogger().handlers:
         if isinstance(handler, _LogFile):
@@ -60,7 +60,7 @@ def note_in_files(message: str) -> None:
 
 
 class _LogFile(logging.FileHandler):
-    """A log file whose own trouble, such as a full disk, is not told at every line."""
+    """A log file whose write errors, such as a full disk, are not reported for every line."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         if not isinstance(sys.exc_info()[1], OSError):
@@ -70,23 +70,23 @@ class _LogFile(logging.FileHandler):
 class _ShortFormatter(logging.Formatter):
     """`12:34:56 message` for INFO; other levels are named."""
 
-    def __init__(self, who: str, datefmt: str = "%H:%M:%S") -> None:
+    def __init__(self, prefix: str, datefmt: str = "%H:%M:%S") -> None:
         super().__init__(datefmt=datefmt)
-        self._who = who
+        self._prefix = prefix
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         level = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
-        return f"{self.formatTime(record, self.datefmt)} {self._who}{level}{record.message}"
+        return f"{self.formatTime(record, self.datefmt)} {self._prefix}{level}{record.message}"
 
     def usesTime(self) -> bool:
         return True
 
 
 class Progress:
-    """One console line about a long job: how far, how fast, how much longer.
+    """One console line for a long job: units done, rate and remaining time.
 
-    On a terminal the line is redrawn in place; elsewhere a new one appears every few seconds, so a
-    log file stays readable. Use as a context manager: leaving it prints the last line.
+    On a terminal the line is redrawn in place; elsewhere a new line is printed every few seconds,
+    so that a log file stays readable. As a context manager, it prints the final line on exit.
     """
 
     def __init__(
@@ -99,15 +99,15 @@ class Progress:
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Start counting.
+        """Start the clock.
 
         Args:
-            label: What is being done, e.g. `"rendering"`.
-            total: How many units there are; 0 means unknown.
-            unit: What is counted, in the plural, e.g. `"pictures"`.
-            done: How many of them were already done before (a resumed job); not part of the rate.
-            stream: Where to write; standard error if None.
-            clock: Seconds from any start; replaced in tests.
+            label: Name of the job, e.g. `"rendering"`.
+            total: Number of units; 0 means unknown.
+            unit: What is counted, in the plural, e.g. `"images"`.
+            done: Units completed earlier (a resumed job); they do not count for the rate.
+            stream: Where to write; None is standard error.
+            clock: Returns seconds; replaced in tests.
         """
         self.label, self.total, self.unit = label, total, unit
         self.done = self._first = done
@@ -118,7 +118,7 @@ class Progress:
         self._width = 0
 
     def update(self, count: int = 1) -> None:
-        """Say that `count` more units are done; prints only now and then."""
+        """Count `count` more units; prints only if the last line is old enough."""
         self.done += count
         now = self._clock()
         if now - self._last >= (TTY_SECONDS if self._tty else PLAIN_SECONDS):
@@ -126,19 +126,20 @@ class Progress:
             self._write(self.line(now), end="\r" if self._tty else "\n")
 
     def line(self, now: float | None = None) -> str:
-        """The line as it would be printed now."""
+        """The current progress line."""
         seconds = max((self._clock() if now is None else now) - self._start, 1e-9)
         rate = (self.done - self._first) / seconds
-        of = f"/{self.total}" if self.total else ""
-        share = f" ({100 * self.done // self.total}%)" if self.total else ""
+
+        total = f"/{self.total}" if self.total else ""
+        percent = f" ({100 * self.done // self.total}%)" if self.total else ""
         parts = [
-            f"{self.label}: {self.done}{of} {self.unit}{share}",
+            f"{self.label}: {self.done}{total} {self.unit}{percent}",
             f"{rate:,.{0 if rate >= 10 else 1}f}/s",
         ]
         if self.total and rate > 0 and self.done < self.total:
-            parts.append(f"{clock_text((self.total - self.done) / rate)} left")
+            parts.append(f"{format_duration((self.total - self.done) / rate)} left")
         else:
-            parts.append(clock_text(seconds))
+            parts.append(format_duration(seconds))
         return ", ".join(parts)
 
     def close(self) -> None:
@@ -146,7 +147,7 @@ class Progress:
         self._write(self.line(), end="\n")
 
     def _write(self, text: str, *, end: str) -> None:
-        # Blanks cover what a longer line before left on the terminal.
+        # Pad to the width of the previous line, to overwrite it completely.
         padded = text.ljust(self._width) if self._tty else text
         self._width = len(text)
         self._stream.write(padded + end)
@@ -159,13 +160,13 @@ class Progress:
         self.close()
 
 
-def clock_text(seconds: float) -> str:
-    """Seconds as a person would say them: `4.2 s`, `3m05s`, `2h07m`."""
+def format_duration(seconds: float) -> str:
+    """A duration for humans: `4.2 s`, `3m05s`, `2h07m`."""
     if seconds < 10:
         return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    rounded = round(seconds)
+    if rounded < 60:
+        return f"{rounded} s"
+    if rounded < 3600:
+        return f"{rounded // 60}m{rounded % 60:02d}s"
+    return f"{rounded // 3600}h{rounded % 3600 // 60:02d}m"

@@ -1,18 +1,19 @@
-"""Object stores through obstore: s3, gs, az and http(s), with the care that the library leaves to
-us.
+"""Object stores (s3, gs, az) and http(s) through obstore, with retries and checks.
 
-Large objects come in parts of `PART_BYTES`, a few at a time, so memory stays bounded whatever their
-length. Every answer is checked for its length, and all parts of an object for one ETag: when it
-changes in between, the copy begins again. What can heal is tried again until `timeout_seconds` are
-over ; a part that does not come in time is asked for in halves, so that a slow line still gets
-through. Errors say what kind they are (`StorageError.kind`) and never hold secrets.
+Large objects are read in parts of `PART_BYTES`, a few at a time, so memory stays bounded. Every
+response is checked for its length, and all parts of an object for the same ETag: if the object
+changes during a download, the download starts again. Temporary failures are retried until
+`timeout_seconds` are over; after a timeout, a part is requested in halves, so that slow connections
+still make progress. Errors have a kind (`StorageError.kind`) and never contain secrets.
 
-    store_answers.py      one request, and what is checked about its answer
-    store_copy.py         parts of an object, several at a time
-    retries.py            when to try again
-    store_clients.py      the clients, and why a forked child may not use them
-    store_credentials.py  where keys come from
-    store_errors.py       kinds of trouble, and how they are said
+    deadline.py           time limits of an operation
+    retries.py            which failures are retried, and when
+    store_requests.py     one request, and the checks of its response
+    store_download.py     the parts of an object, several at a time
+    download_target.py    where a download is written, and its hash
+    store_clients.py      the clients, which do not survive a fork
+    store_credentials.py  where credentials are read from
+    store_errors.py       kinds of errors and their messages
 """
 
 from __future__ import annotations
@@ -25,21 +26,23 @@ from threading import Event
 
 import obstore
 
-from data_pipeline.common import store_copy
+from data_pipeline.common import store_download
+from data_pipeline.common.deadline import Deadline
+from data_pipeline.common.download_target import FetchResult, Target
 from data_pipeline.common.errors import StorageError
-from data_pipeline.common.retries import Patience, Tries, ask
-from data_pipeline.common.store_answers import ObjectInfo, checked_info
-from data_pipeline.common.store_clients import SCHEMES, client_of, forget_clients
-from data_pipeline.common.store_copy import PART_BYTES, Fetched
-from data_pipeline.common.store_errors import Kind, WrongAnswerError, redact
+from data_pipeline.common.retries import RetryState, call_with_retries
+from data_pipeline.common.store_clients import SCHEMES, clear_clients, get_client
+from data_pipeline.common.store_download import PART_BYTES
+from data_pipeline.common.store_errors import ErrorKind, InvalidResponseError, redact
+from data_pipeline.common.store_requests import ObjectInfo, validate_info
 
 __all__ = [
     "PART_BYTES",
     "SCHEMES",
-    "Fetched",
+    "FetchResult",
     "ObjectInfo",
+    "clear_clients",
     "fetch",
-    "forget_clients",
     "head",
     "list_names",
     "list_tree",
@@ -51,13 +54,13 @@ __all__ = [
 ]
 
 REQUEST_SECONDS = 20.0
-"""Longest wait for one request, where the caller names none."""
+"""Default timeout of one request."""
 UPLOAD_PARTS = 4
-"""Parts of an upload at a time."""
-MOST_PARTS = 9000
-"""Of an upload; stores allow 10,000."""
-WHOLE_PUT_SECONDS = 600.0
-"""Longest time for a file put on a web server, which takes it in one piece."""
+"""Parts of an upload in flight."""
+MAX_PARTS = 9000
+"""Maximum number of parts of an upload; stores allow 10,000."""
+HTTP_PUT_SECONDS = 600.0
+"""Timeout for a PUT to a web server, which takes a file in one request."""
 
 
 def head(
@@ -67,21 +70,21 @@ def head(
     missing_ok: bool = False,
     request_seconds: float = REQUEST_SECONDS,
 ) -> ObjectInfo | None:
-    """Length and ETag of an object; None for a missing one where that is allowed.
+    """Size and ETag of an object; None for a missing one if `missing_ok`.
 
     Raises:
-        StorageError: Missing, refused, or no answer within `timeout_seconds`.
+        StorageError: It is missing, access is refused, or `timeout_seconds` are over.
     """
 
     def request(seconds: float) -> ObjectInfo:
-        store, name = client_of(url, seconds)
+        store, name = get_client(url, seconds)
         meta = obstore.head(store, name)
-        return checked_info(url, meta["size"], meta["e_tag"])
+        return validate_info(url, meta["size"], meta["e_tag"])
 
     try:
-        return ask("read", url, Patience(timeout_seconds, request_seconds), request)
+        return call_with_retries("read", url, Deadline(timeout_seconds, request_seconds), request)
     except StorageError as error:
-        if missing_ok and error.kind == Kind.MISSING:
+        if missing_ok and error.kind == ErrorKind.MISSING:
             return None
         raise
 
@@ -89,33 +92,31 @@ def head(
 def read_all(
     url: str, timeout_seconds: float, *, sha256: str = "", request_seconds: float = REQUEST_SECONDS
 ) -> bytes:
-    """A whole object that fits into memory.
+    """Read a whole object into memory.
 
-    Where nothing says what it must be (no `sha256`, no ETag that is its MD5), it is read until two
-    readings agree: a gateway's page with status 200, or a flipped bit, would look like the object.
+    If the contents cannot be verified (no `sha256`, and the ETag is not their MD5), the object is
+    read until two reads agree: otherwise an error page with status 200 or a flipped bit would be
+    taken for the object.
 
     Raises:
-        StorageError: Missing, refused, not readable within `timeout_seconds`, or never the right
-        one.
+        StorageError: It is missing, access is refused, `timeout_seconds` are over, or no read gave
+            the right contents.
     """
-    patience = Patience(timeout_seconds, request_seconds)
-    tries, seen = Tries("read", url, patience), Counter[str]()
+    deadline = Deadline(timeout_seconds, request_seconds)
+    retries, counts = RetryState("read", url, deadline), Counter[str]()
     while True:
-        data, etag = _read_once(url, patience)
-        found = hashlib.sha256(data).hexdigest()
-        seen[found] += 1
-        if sha256 and found == sha256:
+        data, etag = _read_once(url, deadline)
+        digest = hashlib.sha256(data).hexdigest()
+        counts[digest] += 1
+        if sha256 and digest == sha256:
             return data
-        if not sha256 and (
-            seen[found] > 1
-            or etag.strip('"') == hashlib.md5(data, usedforsecurity=False).hexdigest()
-        ):
+        md5 = hashlib.md5(data, usedforsecurity=False).hexdigest()
+        if not sha256 and (counts[digest] > 1 or etag.strip('"') == md5):
             return data
-        if sha256 or seen.total() > 2:
-            wrong = (
-                f"it has SHA-256 {found}, but {sha256 or 'another the time before'} was expected"
-            )
-            tries.failed(WrongAnswerError(Kind.CHANGED, wrong))
+        if sha256 or counts.total() > 2:
+            expected = f"{sha256} was expected" if sha256 else "earlier reads differed"
+            problem = f"it has SHA-256 {digest}, but {expected}"
+            retries.record_failure(InvalidResponseError(ErrorKind.CHANGED, problem))
 
 
 def read_range(
@@ -129,29 +130,29 @@ def read_range(
     size: int = -1,
     cancel: Event | None = None,
 ) -> bytes:
-    """Bytes `start` to `end` (exclusive) of an object, in one request where that comes in time.
+    """Bytes `start` to `end` (exclusive) of an object, in one request unless that times out.
 
     Args:
         url: The object.
         start: First byte.
-        end: After the last.
-        timeout_seconds: Longest time for all tries together.
-        request_seconds: Longest time for one request.
-        etag: What it must have; another is an error of kind `changed`. Empty accepts any, but all
-            pieces of this range have the same.
-        size: Length of the object that is expected; -1 accepts any.
-        cancel: Set by another thread to give up.
+        end: End, exclusive.
+        timeout_seconds: Limit for all attempts together.
+        request_seconds: Timeout of one request.
+        etag: Expected ETag; another one is an error of kind `changed`. Empty accepts any, but all
+            requests for this range must see the same.
+        size: Expected size of the object; -1 accepts any.
+        cancel: Set by another thread to stop.
 
     Raises:
-        StorageError: As for `head`, and kind `no-ranges` when a web server gives only whole files.
+        StorageError: As for `head`, and kind `no-ranges` if a web server does not support ranges.
     """
-    patience = Patience(timeout_seconds, request_seconds, cancel)
+    deadline = Deadline(timeout_seconds, request_seconds, cancel)
     buffer = bytearray(end - start)
 
-    def sink(at: int, data: memoryview) -> None:
-        buffer[at - start : at - start + len(data)] = data
+    def sink(offset: int, data: memoryview) -> None:
+        buffer[offset - start : offset - start + len(data)] = data
 
-    store_copy.copy_range(url, (start, end), ObjectInfo(size, etag), patience, sink)
+    store_download.download_range(url, (start, end), ObjectInfo(size, etag), deadline, sink)
     return bytes(buffer)
 
 
@@ -163,80 +164,79 @@ def fetch(
     request_seconds: float = REQUEST_SECONDS,
     expected_bytes: int | None = None,
     cancel: Event | None = None,
-) -> Fetched:
-    """Copy an object into an open, empty file; memory stays bounded. Its SHA-256 is taken in
-    passing.
+) -> FetchResult:
+    """Download an object into an open, empty file with bounded memory, and compute its SHA-256.
 
     Args:
         url: The object.
         fd: Open for reading and writing.
-        timeout_seconds: Longest time without progress, all tries together.
-        request_seconds: Longest time for one request of `PART_BYTES`.
-        expected_bytes: Its length if known; another one, seen three times, is an error of kind
+        timeout_seconds: Maximum time without progress, all attempts together.
+        request_seconds: Timeout of one request of `PART_BYTES`.
+        expected_bytes: Its size if known; another one in three responses is an error of kind
             `changed`.
-        cancel: Set by another thread to give up.
+        cancel: Set by another thread to stop.
 
     Raises:
-        StorageError: Missing, refused, too slow, or another each time.
+        StorageError: It is missing, access is refused, it is too slow, or it keeps changing.
         OSError: The file cannot be written.
     """
-    patience = Patience(timeout_seconds, request_seconds, cancel)
+    deadline = Deadline(timeout_seconds, request_seconds, cancel)
 
-    def sink(at: int, data: memoryview) -> None:
+    def sink(offset: int, data: memoryview) -> None:
         while data:
-            written = os.pwrite(fd, data, at)
-            data, at = data[written:], at + written
+            written = os.pwrite(fd, data, offset)
+            data, offset = data[written:], offset + written
 
-    def read_back(at: int, count: int) -> bytes:
-        return os.pread(fd, count, at)
+    def read_back(offset: int, count: int) -> bytes:
+        return os.pread(fd, count, offset)
 
-    target = store_copy.Target(sink, lambda size: os.ftruncate(fd, size), read_back)
-    return store_copy.copy_object(url, patience, target, expected_bytes=expected_bytes)
+    target = Target(sink, lambda size: os.ftruncate(fd, size), read_back)
+    return store_download.download_object(url, deadline, target, expected_bytes=expected_bytes)
 
 
 def write(
     url: str, data: bytes, timeout_seconds: float, *, request_seconds: float = REQUEST_SECONDS
 ) -> None:
-    """Put an object; stores make it visible only when it is whole. A large one goes up in parts.
+    """Write an object, in parts if it is large; it becomes visible only when it is complete.
 
     Raises:
-        StorageError: Refused, or not done within `timeout_seconds`.
+        StorageError: Access is refused, or `timeout_seconds` are over.
     """
-    _put(url, data, len(data), Patience(timeout_seconds, request_seconds))
+    _put(url, data, len(data), Deadline(timeout_seconds, request_seconds))
 
 
 def upload(
     path: Path, url: str, timeout_seconds: float, *, request_seconds: float = REQUEST_SECONDS
 ) -> None:
-    """Put a local file, in parts if it is large; memory stays bounded.
+    """Upload a local file, in parts if it is large, with bounded memory.
 
     Raises:
         StorageError: As for `write`.
         OSError: The file cannot be read.
     """
-    _put(url, path, path.stat().st_size, Patience(timeout_seconds, request_seconds))
+    _put(url, path, path.stat().st_size, Deadline(timeout_seconds, request_seconds))
 
 
 def list_names(folder_url: str, timeout_seconds: float) -> list[str]:
     """Names of the objects directly under a prefix, sorted."""
 
     def request(seconds: float) -> list[str]:
-        store, prefix = client_of(_listable(folder_url), seconds)
-        answer = obstore.list_with_delimiter(store, prefix or None)
-        return sorted(str(found["path"]).rpartition("/")[2] for found in answer["objects"])
+        store, prefix = get_client(_listable(folder_url), seconds)
+        listing = obstore.list_with_delimiter(store, prefix or None)
+        return sorted(str(meta["path"]).rpartition("/")[2] for meta in listing["objects"])
 
-    return ask("list", folder_url, Patience(timeout_seconds), request)
+    return call_with_retries("list", folder_url, Deadline(timeout_seconds), request)
 
 
 def list_tree(folder_url: str, timeout_seconds: float) -> list[str]:
     """Names of all objects under a prefix, relative to it, sorted."""
 
     def request(seconds: float) -> list[str]:
-        store, prefix = client_of(_listable(folder_url), seconds)
+        store, prefix = get_client(_listable(folder_url), seconds)
         pages = obstore.list(store, prefix or None)
-        return sorted(str(found["path"]).removeprefix(prefix) for page in pages for found in page)
+        return sorted(str(meta["path"]).removeprefix(prefix) for page in pages for meta in page)
 
-    return ask("list", folder_url, Patience(timeout_seconds), request)
+    return call_with_retries("list", folder_url, Deadline(timeout_seconds), request)
 
 
 def _listable(folder_url: str) -> str:
@@ -245,34 +245,33 @@ def _listable(folder_url: str) -> str:
     return folder_url.rstrip("/") + "/"
 
 
-def _read_once(url: str, patience: Patience) -> tuple[bytes, str]:
-    """An object and its ETag."""
+def _read_once(url: str, deadline: Deadline) -> tuple[bytes, str]:
+    """The contents of an object and its ETag."""
     buffer = bytearray()
 
     def resize(size: int) -> None:
         buffer[:] = bytes(size)
 
-    def sink(at: int, data: memoryview) -> None:
-        buffer[at : at + len(data)] = data
+    def sink(offset: int, data: memoryview) -> None:
+        buffer[offset : offset + len(data)] = data
 
-    found = store_copy.copy_object(url, patience, store_copy.Target(sink, resize))
-    return bytes(buffer), found.etag
+    result = store_download.download_object(url, deadline, Target(sink, resize))
+    return bytes(buffer), result.etag
 
 
-def _put(url: str, content: bytes | Path, size: int, patience: Patience) -> None:
-    part = max(PART_BYTES, -(-size // MOST_PARTS))
-    in_parts = size > 2 * part and not url.startswith("http")
+def _put(url: str, content: bytes | Path, size: int, deadline: Deadline) -> None:
+    is_http = url.startswith("http")
+    part_bytes = max(PART_BYTES, -(-size // MAX_PARTS))
 
     def request(seconds: float) -> None:
-        # A web server takes only whole files, which may be long.
-        store, name = client_of(url, WHOLE_PUT_SECONDS if url.startswith("http") else seconds)
+        store, name = get_client(url, HTTP_PUT_SECONDS if is_http else seconds)
         obstore.put(
             store,
             name,
             content,
-            use_multipart=in_parts,
-            chunk_size=part,
+            use_multipart=size > 2 * part_bytes and not is_http,
+            chunk_size=part_bytes,
             max_concurrency=UPLOAD_PARTS,
         )
 
-    ask("write", url, patience, request)
+    call_with_retries("write", url, deadline, request)

@@ -1,8 +1,7 @@
-"""Trying again: which failures of a store may heal, how long to wait in between, and when to give
-up.
+"""Retries of storage requests: which failures are temporary, how long to wait, when to give up.
 
-Waits grow exponentially with full jitter (anything from nothing to the limit), so that a thousand
-workers that failed together do not come back together.
+Waits grow exponentially with full jitter (uniform between zero and the limit), so that many workers
+that failed at the same time do not all retry at the same time.
 """
 
 from __future__ import annotations
@@ -10,176 +9,140 @@ from __future__ import annotations
 import logging
 import math
 import random
-import threading
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from data_pipeline.common.deadline import MIN_REQUEST_SECONDS, Deadline
 from data_pipeline.common.errors import StorageError
-from data_pipeline.common.open_files import is_out_of_files
+from data_pipeline.common.open_files import is_too_many_open_files
 from data_pipeline.common.store_errors import (
-    ASKING_ERRORS,
-    Kind,
-    WrongAnswerError,
-    explained,
-    kind_of,
+    CLIENT_ERRORS,
+    ErrorKind,
+    InvalidResponseError,
+    error_kind,
     lacks_credentials,
     redact,
     status_of,
+    to_storage_error,
 )
 
 logger = logging.getLogger(__name__)
 
 FIRST_WAIT_SECONDS = 0.1
 THROTTLED_WAIT_SECONDS = 0.5
-"""First wait after "slow down" (429, 503); the library does not show what the store proposes
-(`Retry-After`)."""
+"""First wait after status 429 or 503; obstore does not expose the `Retry-After` header."""
 MAX_WAIT_SECONDS = 8.0
 MISSING_TRIES = 4
-"""Some stores show a new object late, and some gateways lie: a 404 is believed at the fourth time
-in a row."""
+"""A 404 is accepted only after this many in a row: some stores list new objects with a delay, and
+some gateways return false ones."""
 NO_RANGES_TRIES = CHANGED_TRIES = 3
 CREDENTIAL_TRIES, CREDENTIAL_SECONDS = 3, 5.0
-SHORTEST_REQUEST_SECONDS = 0.25
-_LEAST_SECONDS = 0.01
-_TOLD_SECONDS = 10.0
+_WARNING_SECONDS = 10.0
+"""Log a warning when retries take longer than this."""
 
 Result = TypeVar("Result")
-_jitter = random.SystemRandom()  # never the run's own generators
+_jitter = random.SystemRandom()  # never the seeded generators of the run
 
 
-class Patience:
-    """How long to wait: for one request, and for all tries together since the beginning or the last
-    progress."""
+def call_with_retries(
+    verb: str, url: str, deadline: Deadline, request: Callable[[float], Result]
+) -> Result:
+    """Call `request(time_limit_seconds)`, again after temporary failures, and return its result.
 
-    def __init__(
-        self,
-        total_seconds: float,
-        request_seconds: float = 20.0,
-        cancel: threading.Event | None = None,
-    ) -> None:
-        """From now on; `cancel` is set by another thread when the result is no longer wanted."""
-        # At most a third for one request, so that there is always a second try.
-        self.request_seconds = _halved(request_seconds, total_seconds / 3)
-        self.total_seconds, self.cancel = total_seconds, cancel
-        self._end = time.monotonic() + total_seconds
-
-    @property
-    def left(self) -> float:
-        """Seconds."""
-        return self._end - time.monotonic()
-
-    def moved(self) -> None:
-        """Something came: the time begins anew."""
-        self._end = time.monotonic() + self.total_seconds
-
-    def check_wanted(self, url: str) -> None:
-        """Raise StorageError when the result is no longer wanted."""
-        if self.cancel is not None and self.cancel.is_set():
-            raise StorageError(f"{redact(url)} is no longer wanted")
-
-    def next_request_seconds(self) -> float:
-        """Longest wait for a request that begins now.
-
-        One of few lengths (halves of what was given), because each needs a client of its own.
-        """
-        return _halved(self.request_seconds, max(self.left, SHORTEST_REQUEST_SECONDS))
-
-
-class Tries:
-    """The failures of one piece of work so far."""
-
-    def __init__(self, verb: str, url: str, patience: Patience) -> None:
-        self._verb, self._url, self.patience = verb, url, patience
-        self._failed, self._in_a_row, self._last = 0, 0, ""
-        self.too_slow = False
-        """Whether the last failure was that it took too long."""
-        self.status = 0
-        """HTTP status of the last failure, 0 if it had none."""
-        self._started, self._told = time.monotonic(), False
-
-    def failed(self, error: Exception) -> None:
-        """Wait until it is time to try again.
-
-        Raises:
-            StorageError: It is not worth trying again, time is up, or the result is no longer
-            wanted.
-        """
-        kind = kind_of(error)
-        self._failed += 1
-        self._in_a_row = self._in_a_row + 1 if kind == self._last else 1
-        self._last, self.too_slow, self.status = kind, kind is Kind.TOO_SLOW, status_of(error)
-        room = self.patience.left - SHORTEST_REQUEST_SECONDS
-        wait = min(self._wait(error, kind), room)
-        if self._is_final(error, kind) or room < 0:
-            raise explained(self._verb, self._url, error) from None
-        logger.debug("%s: %s, try %d; again in %.2f s", redact(self._url), kind, self._failed, wait)
-        if not self._told and time.monotonic() - self._started > _TOLD_SECONDS:
-            self._told = True
-            logger.warning(
-                "%s; trying for another %.0f s",
-                explained(self._verb, self._url, error),
-                self.patience.left,
-            )
-        if self.patience.cancel is None:
-            time.sleep(wait)
-        else:
-            self.patience.cancel.wait(wait)
-        self.patience.check_wanted(self._url)
-
-    def _wait(self, error: Exception, kind: Kind) -> float:
-        if kind is Kind.MISSING:
-            return math.ldexp(_jitter.uniform(0.025, 0.05), self._in_a_row)
-        if kind is Kind.TOO_SLOW:
-            return 0.0  # it has been waited for already
-        first = THROTTLED_WAIT_SECONDS if self.status in (429, 503) else FIRST_WAIT_SECONDS
-        return _jitter.uniform(
-            0.0, min(MAX_WAIT_SECONDS, math.ldexp(first, min(self._failed - 1, 10)))
-        )
-
-    def _is_final(self, error: Exception, kind: Kind) -> bool:
-        if is_out_of_files(error):
-            return True  # the caller has some to close
-        if kind is Kind.MISSING:
-            return self._in_a_row >= MISSING_TRIES or isinstance(error, ValueError)
-        if kind is Kind.CHANGED:
-            return self._in_a_row >= CHANGED_TRIES
-        if kind is Kind.NO_RANGES:
-            # Object stores all know ranges: without one this was somebody else's answer.
-            return self._url.startswith("http") and self._in_a_row >= NO_RANGES_TRIES
-        # Other errors of the client's own (400, 405 ...) stay; 408 and 429 heal.
-        wrong = 400 <= self.status < 500 and self.status not in (408, 416, 425, 429)
-        if kind is Kind.REFUSED and lacks_credentials(error):
-            # A cloud's own service for credentials is asked by every process at once, and may not
-            # answer each.
-            return (
-                self._in_a_row >= CREDENTIAL_TRIES
-                or time.monotonic() - self._started > CREDENTIAL_SECONDS
-            )
-        return kind is Kind.REFUSED or (wrong and self._in_a_row >= MISSING_TRIES)
-
-
-def _halved(seconds: float, most: float) -> float:
-    """`seconds`, halved until they are at most `most`: what is left of a time differs with each
-    call."""
-    while seconds > max(most, _LEAST_SECONDS):
-        seconds /= 2
-    return seconds
-
-
-def ask(verb: str, url: str, patience: Patience, request: Callable[[float], Result]) -> Result:
-    """The answer to `request`, which is given the seconds that it may take.
+    Args:
+        verb: What the request does with `url`, for messages: `read`, `write`, `list`.
+        url: The object or folder.
+        deadline: Time limits.
+        request: Called with the seconds that it may take.
 
     Raises:
-        StorageError: It failed for good; `kind` says how.
+        StorageError: It failed permanently, or time ran out; `kind` is the reason.
     """
-    tries = Tries(verb, url, patience)
+    retries = RetryState(verb, url, deadline)
     while True:
         try:
-            return request(patience.next_request_seconds())
+            return request(deadline.next_request_seconds())
         except StorageError:
             raise
-        except (*ASKING_ERRORS, WrongAnswerError) as error:
-            # `from None` in there: the library's own text may quote signed requests, so it must not
-            # be printed.
-            tries.failed(error)
+        except (*CLIENT_ERRORS, InvalidResponseError) as error:
+            # Raises without a cause: obstore's message can quote signed requests and must not be
+            # printed.
+            retries.record_failure(error)
+
+
+class RetryState:
+    """The failures so far of one operation."""
+
+    def __init__(self, verb: str, url: str, deadline: Deadline) -> None:
+        self._verb, self._url, self.deadline = verb, url, deadline
+        self._failures, self._same_kind, self._last_kind = 0, 0, ""
+        self.too_slow = False
+        """Whether the last failure was a timeout."""
+        self.status = 0
+        """HTTP status of the last failure; 0 if it had none."""
+        self._start, self._warned = time.monotonic(), False
+
+    def record_failure(self, error: Exception) -> None:
+        """Wait before the next attempt.
+
+        Raises:
+            StorageError: The failure is permanent, time ran out, or the operation was cancelled.
+        """
+        kind = error_kind(error)
+        self._failures += 1
+        self._same_kind = self._same_kind + 1 if kind == self._last_kind else 1
+        self._last_kind, self.too_slow = kind, kind is ErrorKind.TOO_SLOW
+        self.status = status_of(error)
+
+        max_wait = self.deadline.remaining_seconds - MIN_REQUEST_SECONDS
+        wait = min(self._wait(error, kind), max_wait)
+        if self._is_final(error, kind) or max_wait < 0:
+            raise to_storage_error(self._verb, self._url, error) from None
+
+        logger.debug(
+            "%s: %s, attempt %d; retry in %.2f s", redact(self._url), kind, self._failures, wait
+        )
+        if not self._warned and time.monotonic() - self._start > _WARNING_SECONDS:
+            self._warned = True
+            logger.warning(
+                "%s; retrying for another %.0f s",
+                to_storage_error(self._verb, self._url, error),
+                self.deadline.remaining_seconds,
+            )
+        if self.deadline.cancel is None:
+            time.sleep(wait)
+        else:
+            self.deadline.cancel.wait(wait)
+        self.deadline.check_cancelled(self._url)
+
+    def _wait(self, error: Exception, kind: ErrorKind) -> float:
+        """Seconds until the next attempt."""
+        if kind is ErrorKind.MISSING:
+            return math.ldexp(_jitter.uniform(0.025, 0.05), self._same_kind)
+        if kind is ErrorKind.TOO_SLOW:
+            return 0.0  # the timeout was a wait already
+        first = THROTTLED_WAIT_SECONDS if self.status in (429, 503) else FIRST_WAIT_SECONDS
+        limit = min(MAX_WAIT_SECONDS, math.ldexp(first, min(self._failures - 1, 10)))
+        return _jitter.uniform(0.0, limit)
+
+    def _is_final(self, error: Exception, kind: ErrorKind) -> bool:
+        """Whether another attempt is pointless."""
+        if is_too_many_open_files(error):
+            return True  # the caller can close some
+        if kind is ErrorKind.MISSING:
+            return self._same_kind >= MISSING_TRIES or isinstance(error, ValueError)
+        if kind is ErrorKind.CHANGED:
+            return self._same_kind >= CHANGED_TRIES
+        if kind is ErrorKind.NO_RANGES:
+            # All object stores support ranges: a response without one came from something else.
+            return self._url.startswith("http") and self._same_kind >= NO_RANGES_TRIES
+        if kind is ErrorKind.REFUSED and lacks_credentials(error):
+            # All processes ask the cloud's metadata service at once, which may reject some.
+            return (
+                self._same_kind >= CREDENTIAL_TRIES
+                or time.monotonic() - self._start > CREDENTIAL_SECONDS
+            )
+        # Other client errors (400, 405, ...) are permanent; 408 and 429 are temporary.
+        client_error = 400 <= self.status < 500 and self.status not in (408, 416, 425, 429)
+        return kind is ErrorKind.REFUSED or (client_error and self._same_kind >= MISSING_TRIES)

@@ -1,8 +1,8 @@
-"""Seeds by name, so that nothing random depends on the order in which things are asked for.
+"""Random seeds derived from names, so that results do not depend on the order of calls.
 
-A generator shared by many callers gives each of them numbers that depend on who came first. Here
-every random decision names itself instead (`rng(run_seed, "augment", epoch, sample)`): the same
-name gives the same numbers on any rank, in any worker, before and after a restart.
+With one shared generator, each caller's numbers depend on how many were drawn before. Here every
+random decision has a name instead (`rng(run_seed, "augment", epoch, sample)`): the same name gives
+the same numbers on any rank, in any worker, before and after a restart.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ import numpy as np
 
 
 def named_seed(*parts: int | str) -> int:
-    """A number in `[0, 2**63)` that depends on every part, its type and its place.
+    """A seed in `[0, 2**63)` that depends on the value, type and order of all parts.
 
     Args:
-        parts: What the seed is for, e.g. `(run_seed, "shuffle", epoch)`; whole numbers of any size
-            and strings.
+        parts: What the seed is for, e.g. `(run_seed, "shuffle", epoch)`; integers of any size and
+            strings.
 
     Raises:
-        TypeError: A part is neither; a float or an object has no one spelling to hash.
+        TypeError: A part is neither; floats and objects have no unique byte representation.
     """
     digest = hashlib.blake2b(digest_size=8)
     for part in parts:
         # Type tag and length before the bytes: without them ("ab", "c") and ("a", "bc"), or 1 and
-        # "1", would share a seed.
+        # "1", would give the same seed.
         if isinstance(part, str):
             tag, data = b"s", part.encode("utf-8", "surrogatepass")
         elif isinstance(part, (int, np.integer)) and not isinstance(part, bool):
@@ -39,5 +39,5 @@ def named_seed(*parts: int | str) -> int:
 
 
 def rng(*parts: int | str) -> np.random.Generator:
-    """A generator of its own for what `parts` name; see `named_seed`."""
+    """A new generator seeded with `named_seed(*parts)`."""
     return np.random.Generator(np.random.PCG64(named_seed(*parts)))

@@ -1,8 +1,8 @@
-"""Files and objects by address: one small set of verbs for disks and object stores.
+"""Files and objects by address: the same functions for local disks and object stores.
 
 An address is a path, `file:/path`, `s3://bucket/name`, `gs://bucket/name`, `az://container/name` or
-`http(s)://host/name`. Nothing here ever runs a shell (`pipe:` is no address), and what is written
-appears complete or not at all. Paths go through `os`; the rest through `object_store.py`.
+`http(s)://host/name`. No commands are ever run (`pipe:` addresses are rejected), and writes are
+atomic. Paths use `os`; everything else uses `object_store.py`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from data_pipeline.common.errors import StorageError
 from data_pipeline.common.object_store import redact
 
 __all__ = [
+    "atomic_write",
     "exists",
     "fetch_to_file",
     "is_local",
@@ -30,44 +31,46 @@ __all__ = [
     "parent",
     "read_bytes",
     "redact",
-    "replacing",
     "size",
     "upload_file",
     "write_bytes",
 ]
 
 TIMEOUT_SECONDS = 60.0
-"""Longest wait for one small request, where the caller names none."""
+"""Default time limit of an operation on a store."""
 
 
 def is_local(url: str) -> bool:
-    """Whether `url` is a path of this machine.
+    """Whether `url` is a local path.
 
     Raises:
-        StorageError: It is an address of a kind that is not known.
+        StorageError: The scheme of the address is not supported.
     """
     if url.startswith("file:"):
         return True
     scheme, separator, _ = url.partition("://")
     if not separator:
-        # A path may hold a colon, but these two prefixes ask for programs to be run.
+        # A path may contain a colon, but WebDataset runs a command for `pipe:` and reads standard
+        # input for `-`.
         if url.startswith(("pipe:", "-")):
             raise StorageError(f"{url!r} is not an address: commands are never run to read data")
         return True
     if scheme not in object_store.SCHEMES:
-        known = ", ".join(f"{name}://" for name in object_store.SCHEMES)
-        raise StorageError(f"{redact(url)}: no such kind of address; use a path, file:, {known}")
+        supported = ", ".join(f"{name}://" for name in object_store.SCHEMES)
+        raise StorageError(
+            f"{redact(url)}: unsupported kind of address; use a path, file:, {supported}"
+        )
     return False
 
 
 def local_path(url: str) -> Path:
-    """The path behind a local address.
+    """The path of a local address.
 
     Raises:
-        StorageError: It is not local.
+        StorageError: The address is not local.
     """
     if not is_local(url):
-        raise StorageError(f"{redact(url)} is not a path of this machine")
+        raise StorageError(f"{redact(url)} is not a local path")
     if not url.startswith("file:"):
         return Path(url)
     rest = url.removeprefix("file:")
@@ -75,7 +78,7 @@ def local_path(url: str) -> Path:
         host, slash, path = rest.removeprefix("//").partition("/")
         if host not in ("", "localhost") or not slash:
             raise StorageError(
-                f"{url} names the machine {host!r}; write file:/path or file:///path"
+                f"{url} contains the host {host!r}; write file:/path or file:///path"
             )
         rest = "/" + path
     return Path(rest)
@@ -87,20 +90,19 @@ def join(base_url: str, name: str) -> str:
 
 
 def parent(url: str) -> str:
-    """The address of the folder that holds `url`."""
+    """The address of the folder that contains `url`."""
     if is_local(url):
         return str(local_path(url).parent)
-    # The signature of a presigned address is for that file alone.
+    # The signature of a presigned address is valid only for that file.
     path = url.partition("?")[0] if url.startswith("http") else url
     return path.rstrip("/").rpartition("/")[0]
 
 
 def exists(url: str, *, timeout_seconds: float = TIMEOUT_SECONDS) -> bool:
-    """Whether there is a file or object at `url`; `timeout_seconds` is the longest wait for a
-    store.
+    """Whether a file or object exists; `timeout_seconds` applies to stores.
 
     Raises:
-        StorageError: The store does not answer or refuses.
+        StorageError: The store does not answer or refuses access.
     """
     if is_local(url):
         return local_path(url).exists()
@@ -108,17 +110,17 @@ def exists(url: str, *, timeout_seconds: float = TIMEOUT_SECONDS) -> bool:
 
 
 def size(url: str) -> int:
-    """Bytes of a file or object.
+    """Size of a file or object in bytes.
 
     Raises:
-        StorageError: It is missing or cannot be asked.
+        StorageError: It is missing or cannot be accessed.
     """
     if is_local(url):
-        with _explained("read", url):
+        with _os_errors("read", url):
             return local_path(url).stat().st_size
-    found = object_store.head(url, TIMEOUT_SECONDS)
-    assert found is not None
-    return found.size
+    info = object_store.head(url, TIMEOUT_SECONDS)
+    assert info is not None
+    return info.size
 
 
 def read_bytes(
@@ -128,20 +130,20 @@ def read_bytes(
     request_seconds: float = object_store.REQUEST_SECONDS,
     sha256: str = "",
 ) -> bytes:
-    """A whole small file or object.
+    """Read a whole small file or object.
 
     Args:
         url: What to read.
-        timeout_seconds: Longest time for all tries together.
-        request_seconds: Longest time for one request to a store.
-        sha256: What it must be, if that is known. An object of a store is read again a few times
-            until it is; a local file is not looked at.
+        timeout_seconds: Limit for all attempts together.
+        request_seconds: Timeout of one request to a store.
+        sha256: Expected SHA-256, if known. An object of a store is read again a few times until it
+            matches; a local file is not checked.
 
     Raises:
-        StorageError: It is missing, cannot be read in time, or is another.
+        StorageError: It is missing, cannot be read in time, or has another SHA-256.
     """
     if is_local(url):
-        with _explained("read", url):
+        with _os_errors("read", url):
             return local_path(url).read_bytes()
     return object_store.read_all(
         url, timeout_seconds, sha256=sha256, request_seconds=request_seconds
@@ -149,16 +151,15 @@ def read_bytes(
 
 
 def write_bytes(url: str, data: bytes, *, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
-    """Put `data` at `url`, replacing what was there; a reader sees the old or the new, never a
-    part.
+    """Write `data` to `url` atomically, replacing an existing file or object.
 
     Raises:
-        StorageError: The disk is full, or the store refuses.
+        StorageError: The disk is full, or the store refuses access.
     """
     if not is_local(url):
         object_store.write(url, data, timeout_seconds)
         return
-    with replacing(local_path(url)) as fd, open(fd, "wb", closefd=False) as file:
+    with atomic_write(local_path(url)) as fd, open(fd, "wb", closefd=False) as file:
         file.write(data)
 
 
@@ -170,25 +171,26 @@ def fetch_to_file(
     timeout_seconds: float = TIMEOUT_SECONDS,
     request_seconds: float = object_store.REQUEST_SECONDS,
 ) -> None:
-    """Copy a file or object to a local file, which appears only when it is whole.
+    """Copy a file or object to a local file, atomically.
 
     Args:
         url: What to copy.
-        path: Where to; its folder is made.
-        expected_bytes: Its length if known; another length is an error.
-        timeout_seconds: Longest time without progress, all tries together.
-        request_seconds: Longest time for one request to a store.
+        path: Destination; its folder is created.
+        expected_bytes: Its size if known; another size is an error.
+        timeout_seconds: Maximum time without progress, all attempts together.
+        request_seconds: Timeout of one request to a store.
 
     Raises:
-        StorageError: Missing, refused, too slow, of another length, or changed while it was copied.
+        StorageError: The source is missing, refused or too slow, has another size, or changed
+            while it was copied.
     """
-    found = size(url) if is_local(url) else None
-    with replacing(Path(path)) as fd:
-        if found is not None:
-            _check_length(url, found, expected_bytes)
+    local_bytes = size(url) if is_local(url) else None
+    with atomic_write(Path(path)) as fd:
+        if local_bytes is not None:
+            _check_size(url, local_bytes, expected_bytes)
             with open(local_path(url), "rb") as source, open(fd, "wb", closefd=False) as target:
                 shutil.copyfileobj(source, target, 1 << 20)
-            _check_length(url, os.fstat(fd).st_size, found)
+            _check_size(url, os.fstat(fd).st_size, local_bytes)
         else:
             object_store.fetch(
                 url,
@@ -202,28 +204,28 @@ def fetch_to_file(
 def upload_file(
     path: str | os.PathLike[str], url: str, *, timeout_seconds: float = TIMEOUT_SECONDS
 ) -> None:
-    """Copy a local file to `url`, which appears only when it is whole; large ones go up in parts.
+    """Copy a local file to `url`, atomically; large files are uploaded in parts.
 
     Raises:
-        StorageError: The file cannot be read, the disk is full, or the store refuses.
+        StorageError: The file cannot be read, the disk is full, or the store refuses access.
     """
     if is_local(url):
         fetch_to_file(os.fspath(path), local_path(url))
         return
-    with _explained("read", os.fspath(path)):
+    with _os_errors("read", os.fspath(path)):
         object_store.upload(Path(path), url, timeout_seconds)
 
 
 def list_names(folder_url: str, *, timeout_seconds: float = TIMEOUT_SECONDS) -> list[str]:
     """Names of the files directly in a folder, sorted; http(s) folders cannot be listed.
 
-    `timeout_seconds` is the longest wait for a store.
+    `timeout_seconds` applies to stores.
 
     Raises:
         StorageError: The folder cannot be read.
     """
     if is_local(folder_url):
-        with _explained("read", folder_url):
+        with _os_errors("read", folder_url):
             return sorted(
                 entry.name for entry in os.scandir(local_path(folder_url)) if entry.is_file()
             )
@@ -239,25 +241,25 @@ def list_tree(folder_url: str) -> list[str]:
     if not is_local(folder_url):
         return object_store.list_tree(folder_url, TIMEOUT_SECONDS)
     base = local_path(folder_url)
-    with _explained("read", folder_url):
-        os.scandir(base).close()
-        found = [Path(folder, name) for folder, _, names in os.walk(base) for name in names]
-    return sorted(path.relative_to(base).as_posix() for path in found)
+    with _os_errors("read", folder_url):
+        os.scandir(base).close()  # raises if the folder cannot be read; os.walk does not
+        paths = [Path(folder, name) for folder, _, names in os.walk(base) for name in names]
+    return sorted(path.relative_to(base).as_posix() for path in paths)
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[int]:
-    """A file descriptor whose contents become `path` at the end, or vanish after an error.
+def atomic_write(path: Path) -> Iterator[int]:
+    """A file descriptor of a temporary file that replaces `path` on exit; deleted after an error.
 
     Raises:
-        StorageError: The folder cannot be made, or the disk is full.
+        StorageError: The folder cannot be created, or the disk is full.
     """
-    with _explained("write", str(path)):
+    with _os_errors("write", str(path)):
         path.parent.mkdir(parents=True, exist_ok=True)
-        # In the same folder: a rename is atomic only within one file system.
+        # In the same folder, because a rename is atomic only within one file system.
         fd, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     try:
-        with _explained("write", str(path)):
+        with _os_errors("write", str(path)):
             yield fd
             os.fchmod(fd, 0o644)
             os.fsync(fd)
@@ -269,14 +271,14 @@ def replacing(path: Path) -> Iterator[int]:
         os.close(fd)
 
 
-def _check_length(url: str, found: int, expected: int | None) -> None:
-    if expected is not None and found != expected:
-        raise StorageError(f"{redact(url)} has {found} bytes, but {expected} were expected")
+def _check_size(url: str, actual: int, expected: int | None) -> None:
+    if expected is not None and actual != expected:
+        raise StorageError(f"{redact(url)} has {actual} bytes, but {expected} were expected")
 
 
 @contextmanager
-def _explained(verb: str, url: str) -> Iterator[None]:
-    """Turn an `OSError` into a message that names the address and what to do."""
+def _os_errors(verb: str, url: str) -> Iterator[None]:
+    """Convert an `OSError` to a `StorageError` with the address and what to do."""
     try:
         yield
     except OSError as error:
@@ -286,7 +288,5 @@ def _explained(verb: str, url: str) -> Iterator[None]:
             errno.ENOSPC: "the disk is full: free some space or choose another folder",
             errno.EDQUOT: "the quota is used up: free some space or choose another folder",
         }
-        hint = hints.get(error.errno or 0, "")
-        raise StorageError(
-            f"cannot {verb} {url}: {error.strerror or error}" + (f"; {hint}" if hint else "")
-        ) from error
+        hint = f"; {hints[error.errno]}" if error.errno in hints else ""
+        raise StorageError(f"cannot {verb} {url}: {error.strerror or error}{hint}") from error

@@ -1,8 +1,8 @@
-"""Clients of object stores: made on first use, kept per process, and never used by a forked child.
+"""Clients of object stores: created on first use, one set per process, unusable after a fork.
 
-A client's threads do not survive `fork`: a forked child that used one would wait for ever, so it is
-told so instead. Every client has explicit time-outs and tries nothing again by itself: `retries.py`
-does that, because only the caller knows how long a shard may take and what a right answer is.
+The threads of a client do not survive `fork`: a forked child that used one would hang, so it gets
+an error instead. Every client has explicit timeouts and no retries: `retries.py` does these,
+because only the caller knows how long an operation may take and what a valid response is.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from data_pipeline.common.store_credentials import (
     http_settings,
     s3_settings,
 )
-from data_pipeline.common.store_errors import ASKING_ERRORS, explained, redact
+from data_pipeline.common.store_errors import CLIENT_ERRORS, redact, to_storage_error
 
 SCHEMES = ("s3", "gs", "az", "http", "https")
 CONNECT_SECONDS = 10.0
 MAX_CLIENTS = 128
-"""Kept at a time; presigned addresses need one each."""
+"""Maximum number of cached clients; every presigned address needs its own."""
 
 _BUCKET = re.compile(r"[A-Za-z0-9._-]+")
 _HOST = re.compile(r"[][A-Za-z0-9._~!$&'()*+,;=:@%-]+")
@@ -39,49 +39,49 @@ _clients_pid: int | None = None
 _lock = threading.Lock()
 
 
-def client_of(
+def get_client(
     url: str, request_seconds: float, stall_seconds: float | None = None
 ) -> tuple[ObjectStore, str]:
-    """The client for an address, and the object's name in it.
+    """The client for an address, and the object's name for that client.
 
     Args:
         url: `scheme://host/name`.
-        request_seconds: Longest time for one request, its answer included.
-        stall_seconds: Longest time without a byte; as long as the request if not given.
+        request_seconds: Timeout of a request, including its response.
+        stall_seconds: Maximum time without receiving a byte; None is `request_seconds`.
 
     Raises:
-        StorageError: This is a forked child of a process that had clients, or the settings make no
-        client.
+        StorageError: This process was forked from one that had clients, the address is invalid, or
+            no client can be created from the settings.
     """
     _check_not_forked()
     scheme, host, name, query = split(url)
-    # The library would end in a panic over what cannot stand in an address.
-    if not (_HOST if scheme.startswith("http") else _BUCKET).fullmatch(
-        host
-    ) or not _QUERY.fullmatch(query):
+    # obstore panics on characters that are not allowed in an address.
+    valid_host = (_HOST if scheme.startswith("http") else _BUCKET).fullmatch(host)
+    if not valid_host or not _QUERY.fullmatch(query):
         raise StorageError(
-            f"{redact(url)} cannot be an address: look at the name of the bucket or host"
+            f"{redact(url)} is not a valid address: check the name of the bucket or host"
         )
-    times = (request_seconds, stall_seconds or request_seconds)
-    # Read each time: keys may be renewed while a run goes on. Much of it the library reads by
-    # itself.
+
+    timeouts = (request_seconds, stall_seconds or request_seconds)
+    # Read at every call, because credentials can be renewed during a run. The environment is part
+    # of the key because obstore reads many variables itself.
     settings, environment = _settings(scheme), _environment(scheme)
-    known = (scheme, host, query, times, tuple(sorted(settings.items())), environment)
+    cache_key = (scheme, host, query, timeouts, tuple(sorted(settings.items())), environment)
     with _lock:
-        if known in _clients:
-            _clients.move_to_end(known)
+        if cache_key in _clients:
+            _clients.move_to_end(cache_key)
         else:
             try:
-                _clients[known] = _client(scheme, host, query, settings, times)
-            except ASKING_ERRORS as error:
-                raise explained("open", f"{scheme}://{host}", error) from None
+                _clients[cache_key] = _client(scheme, host, query, settings, timeouts)
+            except CLIENT_ERRORS as error:
+                raise to_storage_error("open", f"{scheme}://{host}", error) from None
             if len(_clients) > MAX_CLIENTS:
                 _clients.popitem(last=False)
-        return _clients[known], name
+        return _clients[cache_key], name
 
 
-def forget_clients() -> None:
-    """Make new ones from now on, from the environment as it is then."""
+def clear_clients() -> None:
+    """Drop all cached clients; new ones are created from the current environment."""
     global _clients_pid
     with _lock:
         _clients.clear()
@@ -91,8 +91,8 @@ def forget_clients() -> None:
 def split(url: str) -> tuple[str, str, str, str]:
     """Scheme, host (or bucket), name and query of an address.
 
-    Names in web addresses are percent-encoded; the client does that again, so they are decoded
-    here. The names of objects in stores are taken as they are, also with a question mark.
+    Names in http(s) addresses are percent-encoded; they are decoded here because the client encodes
+    them again. Names of objects in stores are used unchanged, including question marks.
     """
     scheme, _, rest = url.partition("://")
     host, _, name = rest.partition("/")
@@ -108,8 +108,8 @@ def _check_not_forked() -> None:
         _clients_pid = os.getpid()
     elif _clients_pid != os.getpid():
         raise StorageError(
-            f"process {os.getpid()} was forked from {_clients_pid}, which had already used an object "
-            f"store; its client would wait for ever here: start workers with 'forkserver' or 'spawn'"
+            f"process {os.getpid()} was forked from {_clients_pid}, which had already used an "
+            f"object store; clients hang after a fork: start workers with 'forkserver' or 'spawn'"
         )
 
 
@@ -125,35 +125,35 @@ def _settings(scheme: str) -> dict[str, str]:
 
 
 def _environment(scheme: str) -> tuple[tuple[str, str], ...]:
-    """The variables that say who we are to a kind of store."""
+    """The environment variables that can hold credentials for a kind of store."""
     prefix = {"s3": "AWS_", "gs": "GOOGLE_", "az": "AZURE_"}.get(scheme)
     return tuple(pair for pair in os.environ.items() if prefix and pair[0].startswith(prefix))
 
 
 def _client(
-    scheme: str, host: str, query: str, settings: dict[str, str], times: tuple[float, float]
+    scheme: str, host: str, query: str, settings: dict[str, str], timeouts: tuple[float, float]
 ) -> ObjectStore:
     options: Any = {
-        "timeout": timedelta(seconds=times[0]),
-        "read_timeout": timedelta(seconds=times[1]),
-        "connect_timeout": timedelta(seconds=min(CONNECT_SECONDS, times[0])),
+        "timeout": timedelta(seconds=timeouts[0]),
+        "read_timeout": timedelta(seconds=timeouts[1]),
+        "connect_timeout": timedelta(seconds=min(CONNECT_SECONDS, timeouts[0])),
     }
     endpoint = settings.get("endpoint") or settings.get("base_url") or ""
     if scheme == "http" or endpoint.startswith("http://"):
         options["allow_http"] = True
-    # Their time-out also bounds the search for credentials.
-    retry: Any = {"max_retries": 0, "retry_timeout": timedelta(seconds=times[0])}
-    more: Any = dict(settings)
+    # The retry timeout also limits the search for credentials.
+    retry: Any = {"max_retries": 0, "retry_timeout": timedelta(seconds=timeouts[0])}
+    store_settings: Any = dict(settings)
     match scheme:
         case "s3":
-            return S3Store(host, client_options=options, retry_config=retry, **more)
+            return S3Store(host, client_options=options, retry_config=retry, **store_settings)
         case "gs":
-            return GCSStore(host, client_options=options, retry_config=retry, **more)
+            return GCSStore(host, client_options=options, retry_config=retry, **store_settings)
         case "az":
-            return AzureStore(host, client_options=options, retry_config=retry, **more)
+            return AzureStore(host, client_options=options, retry_config=retry, **store_settings)
     host, headers = http_settings(host)
     if headers:
         options["default_headers"] = headers
-    # The library adds names to the path of this address and leaves its query alone.
+    # obstore appends object names to the path of this address and keeps its query.
     base = f"{scheme}://{host}" + (f"/?{query}" if query else "")
     return HTTPStore(base, client_options=options, retry_config=retry)

@@ -1,16 +1,17 @@
-"""Who we are to a store: the settings of obstore's clients, from the places where people keep them.
+"""Credentials: settings of obstore's clients from the usual files and environment variables.
 
-- s3: `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_SESSION_TOKEN`; else the profile `AWS_PROFILE` (or
-  `default`) of `~/.aws/credentials` and `~/.aws/config`; else web identity or the machine's role,
-  which the library asks for. `AWS_REGION`, and `AWS_ENDPOINT_URL_S3` or `AWS_ENDPOINT_URL` for
-  other stores than Amazon's.
-- gs: `GOOGLE_APPLICATION_CREDENTIALS`, what `gcloud auth application-default login` left, or the machine's
-  account; `STORAGE_EMULATOR_HOST` for a server that asks for none.
+- s3: `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_SESSION_TOKEN`; else the profile
+  `AWS_PROFILE` (or `default`) of `~/.aws/credentials` and `~/.aws/config`; else web identity or the
+  machine's role, which obstore requests. `AWS_REGION`, and `AWS_ENDPOINT_URL_S3` or
+  `AWS_ENDPOINT_URL` for stores other than Amazon's.
+- gs: `GOOGLE_APPLICATION_CREDENTIALS`, the file of `gcloud auth application-default login`, or the
+  machine's service account; `STORAGE_EMULATOR_HOST` for a server without authentication.
 - az: `AZURE_STORAGE_ACCOUNT_NAME` with `AZURE_STORAGE_ACCOUNT_KEY` or `AZURE_STORAGE_SAS_TOKEN`, or
   `AZURE_STORAGE_CONNECTION_STRING`; `AZURE_STORAGE_ENDPOINT` for another server.
-- http(s): user and password in the address, or the host's in `~/.netrc` or the file that `NETRC` names.
+- http(s): user and password in the address, or those of the host in `~/.netrc` or the file that
+  `NETRC` names.
 
-What is read here never enters a message or a log.
+Values read here are never part of a message or a log.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from data_pipeline.common.errors import StorageError
-from data_pipeline.common.store_errors import Kind
+from data_pipeline.common.store_errors import ErrorKind
 
 _PROFILE_KEYS = {
     "aws_access_key_id": "access_key_id",
@@ -36,17 +37,18 @@ _PROFILE_KEYS = {
     "web_identity_token_file": "web_identity_token_file",
     "role_session_name": "role_session_name",
 }
-_NOT_READ = ("credential_process", "sso_session", "sso_start_url", "source_profile")
+_UNSUPPORTED_KEYS = ("credential_process", "sso_session", "sso_start_url", "source_profile")
 
 
 def s3_settings(env: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Settings of a client for s3.
+    """Settings of an s3 client.
 
     Raises:
-        StorageError: `AWS_PROFILE` names no profile, or one that needs a program to be run.
+        StorageError: `AWS_PROFILE` is not the name of a profile, or that profile runs a program or
+            refers to another source of credentials.
     """
     profile = _profile(env)
-    if env.get("AWS_ACCESS_KEY_ID"):  # and the library reads the rest of these itself
+    if env.get("AWS_ACCESS_KEY_ID"):  # obstore reads the other variables itself
         for name in (
             "access_key_id",
             "secret_access_key",
@@ -68,16 +70,16 @@ def s3_settings(env: Mapping[str, str] = os.environ) -> dict[str, str]:
 
 
 def gs_settings(env: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Settings of a client for gs; the library finds the usual credentials itself."""
+    """Settings of a gs client; obstore reads the usual credentials itself."""
     host = env.get("STORAGE_EMULATOR_HOST", "")
     if not host:
         return {}
-    # A token that stands for nobody: without one the library looks for an account before it writes.
+    # A dummy token: without one obstore looks for an account before it writes.
     return {"base_url": host if "://" in host else f"http://{host}", "bearer_token": "anonymous"}
 
 
 def az_settings(env: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Settings of a client for az; the library finds the other usual credentials itself."""
+    """Settings of an az client; obstore reads the other usual credentials itself."""
     parts = (
         part.partition("=")
         for part in env.get("AZURE_STORAGE_CONNECTION_STRING", "").split(";")
@@ -90,85 +92,86 @@ def az_settings(env: Mapping[str, str] = os.environ) -> dict[str, str]:
         "SharedAccessSignature": "sas_key",
         "BlobEndpoint": "endpoint",
     }
-    found = {names[name]: value for name, value in given.items() if name in names}
+    settings = {names[name]: value for name, value in given.items() if name in names}
     for name in ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"):
         if env.get(name):
-            found["endpoint"] = env[name]
+            settings["endpoint"] = env[name]
     if sas := env.get("AZURE_STORAGE_SAS_TOKEN"):
-        found["sas_key"] = sas.removeprefix("?")
-    return found
+        settings["sas_key"] = sas.removeprefix("?")
+    return settings
 
 
 def http_settings(
     authority: str, env: Mapping[str, str] = os.environ
 ) -> tuple[str, dict[str, str]]:
-    """Host and port of `user:password@host:port`, and the headers that say who we are.
+    """Host and port of `user:password@host:port`, and the headers for authentication.
 
     Raises:
-        StorageError: The netrc file is none.
+        StorageError: The netrc file is invalid.
     """
-    who, at, host = authority.rpartition("@")
-    who = urllib.parse.unquote(who) if at else _from_netrc(host, env)
-    if not who:
+    userinfo, at, host = authority.rpartition("@")
+    userinfo = urllib.parse.unquote(userinfo) if at else _from_netrc(host, env)
+    if not userinfo:
         return host, {}
-    return host, {"Authorization": "Basic " + base64.b64encode(who.encode()).decode()}
+    return host, {"Authorization": "Basic " + base64.b64encode(userinfo.encode()).decode()}
 
 
 def _from_netrc(host: str, env: Mapping[str, str]) -> str:
-    """`user:password` for a host; empty where the file, if there is one, does not name it."""
+    """`user:password` of a host; empty if there is no netrc file or it does not list the host."""
     path = Path(env.get("NETRC") or f"{env.get('HOME', '~')}/.netrc").expanduser()
     try:
         hosts = netrc.netrc(str(path)).hosts
     except (OSError, UnicodeDecodeError):
         return ""
     except netrc.NetrcParseError:
-        # Its text quotes the line, which may be a password.
-        raise StorageError(
-            f"{path} is not in the form of a netrc file", kind=Kind.REFUSED
-        ) from None
-    # Only for a host that is named: `default` would send a password to every server that shards
-    # come from.
-    found = hosts.get(urllib.parse.urlsplit(f"//{host}").hostname or "")
-    return f"{found[0]}:{found[2] or ''}" if found and host != "default" else ""
+        # No cause: the message of netrc quotes the line, which may contain a password.
+        raise StorageError(f"{path} is not a valid netrc file", kind=ErrorKind.REFUSED) from None
+    # Only for a listed host: `default` would send a password to every server that has shards.
+    entry = hosts.get(urllib.parse.urlsplit(f"//{host}").hostname or "")
+    return f"{entry[0]}:{entry[2] or ''}" if entry and host != "default" else ""
 
 
 def _profile(env: Mapping[str, str]) -> dict[str, str]:
-    """What the chosen profile says, under the library's names."""
-    asked = env.get("AWS_PROFILE") or env.get("AWS_DEFAULT_PROFILE") or ""
-    name, home = asked or "default", env.get("HOME", "~")
-    config = _ini(env.get("AWS_CONFIG_FILE") or f"{home}/.aws/config")
-    keys = _ini(env.get("AWS_SHARED_CREDENTIALS_FILE") or f"{home}/.aws/credentials")
+    """The settings of the selected AWS profile, under obstore's names."""
+    selected = env.get("AWS_PROFILE") or env.get("AWS_DEFAULT_PROFILE") or ""
+    name, home = selected or "default", env.get("HOME", "~")
+    config = _read_ini(env.get("AWS_CONFIG_FILE") or f"{home}/.aws/config")
+    keys = _read_ini(env.get("AWS_SHARED_CREDENTIALS_FILE") or f"{home}/.aws/credentials")
+
     settings = config.get(f"profile {name}") or (config.get(name) if name == "default" else None)
-    if asked and settings is None and name not in keys:
-        known = sorted({*keys, *(section.removeprefix("profile ") for section in config)})
+    if selected and settings is None and name not in keys:
+        profiles = sorted({*keys, *(section.removeprefix("profile ") for section in config)})
         raise StorageError(
-            f"AWS_PROFILE is {asked!r}, but ~/.aws/credentials and ~/.aws/config have {', '.join(known) or 'none'}",
-            kind=Kind.REFUSED,
+            f"AWS_PROFILE is {selected!r}, but the profiles in ~/.aws/credentials and "
+            f"~/.aws/config are: {', '.join(profiles) or 'none'}",
+            kind=ErrorKind.REFUSED,
         )
-    found = (settings or {}) | keys.get(name, {})
-    needs = [key for key in _NOT_READ if key in found]
-    if asked and needs and "aws_access_key_id" not in found and not env.get("AWS_ACCESS_KEY_ID"):
+
+    values = (settings or {}) | keys.get(name, {})
+    unsupported = [key for key in _UNSUPPORTED_KEYS if key in values]
+    has_keys = "aws_access_key_id" in values or env.get("AWS_ACCESS_KEY_ID")
+    if selected and unsupported and not has_keys:
         raise StorageError(
-            f"the AWS profile {name!r} has {needs[0]}, which is not read here; put keys into the environment "
-            f"with `aws configure export-credentials --format env`",
-            kind=Kind.REFUSED,
+            f"the AWS profile {name!r} has {unsupported[0]}, which is not supported; put keys into "
+            f"the environment with `aws configure export-credentials --format env`",
+            kind=ErrorKind.REFUSED,
         )
-    return {_PROFILE_KEYS[key]: value for key, value in found.items() if key in _PROFILE_KEYS}
+    return {_PROFILE_KEYS[key]: value for key, value in values.items() if key in _PROFILE_KEYS}
 
 
-def _ini(path: str) -> dict[str, dict[str, str]]:
-    """Sections of a file; none where it cannot be read, because not everybody has one."""
-    # No interpolation: a key may hold `%`. `default_section`: their `[default]` is a section like
-    # others.
+def _read_ini(path: str) -> dict[str, dict[str, str]]:
+    """Sections of an INI file; empty if it does not exist or cannot be read."""
+    # No interpolation: a key may contain `%`. `default_section` is disabled because `[default]` is
+    # an ordinary section in AWS files.
     parser = configparser.RawConfigParser(default_section="", strict=False, allow_no_value=True)
     try:
         parser.read_string(Path(path).expanduser().read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError):
         return {}
     except configparser.Error:
-        # Its text quotes the line, which may be a key.
+        # No cause: the message of configparser quotes the line, which may be a key.
         raise StorageError(
-            f"{path} is not in the form of an AWS profile file", kind=Kind.REFUSED
+            f"{path} is not a valid AWS profile file", kind=ErrorKind.REFUSED
         ) from None
     return {
         name: {key: value or "" for key, value in parser.items(name)} for name in parser.sections()

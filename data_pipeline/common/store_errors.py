@@ -1,8 +1,7 @@
-"""What went wrong in a store: which kind of trouble, whether waiting can heal it, and how it is
-said.
+"""Errors of object stores: their kinds, and messages without secrets.
 
-The library's own text quotes requests, which can hold keys and signatures; it is looked at, never
-shown.
+obstore's own messages quote requests, which can contain keys and signatures. They are searched for
+known phrases, but never shown.
 """
 
 from __future__ import annotations
@@ -14,31 +13,31 @@ from obstore.exceptions import BaseError
 
 from data_pipeline.common.errors import StorageError
 
-ASKING_ERRORS = (BaseError, OSError, ValueError)
-"""What obstore raises."""
+CLIENT_ERRORS = (BaseError, OSError, ValueError)
+"""The exceptions of obstore."""
 
 
-class Kind(StrEnum):
-    """Of trouble; the `kind` of a `StorageError`."""
+class ErrorKind(StrEnum):
+    """What went wrong; the `kind` of a `StorageError`."""
 
     MISSING = "missing"
-    """There is no such object."""
+    """The object does not exist."""
     REFUSED = "refused"
-    """Wrong or no credentials, or an account that may not."""
+    """Credentials are missing or wrong, or lack permission."""
     UNREACHABLE = "unreachable"
-    """No connection, or answers that are errors or cut off."""
+    """No connection, error responses, or truncated responses."""
     TOO_SLOW = "too-slow"
-    """No answer, or not enough of it, in time."""
+    """No response, or not enough of it, within the time limit."""
     CHANGED = "changed"
-    """The object is another one than it was a moment ago."""
+    """The object was replaced while it was read, or is not the expected one."""
     NO_RANGES = "no-ranges"
-    """A web server that only gives whole files."""
+    """The web server does not support range requests."""
 
 
-class WrongAnswerError(Exception):
-    """An answer that came, but cannot be right; another may be."""
+class InvalidResponseError(Exception):
+    """A response that cannot be right; another attempt may succeed."""
 
-    def __init__(self, kind: Kind, reason: str) -> None:
+    def __init__(self, kind: ErrorKind, reason: str) -> None:
         super().__init__(reason)
         self.kind, self.reason = kind, reason
 
@@ -53,61 +52,61 @@ _ENDPOINTS = {
     "gs": "STORAGE_EMULATOR_HOST",
     "az": "AZURE_STORAGE_ENDPOINT",
 }
-_ASKED_FOR_CREDENTIALS = (
+_CREDENTIAL_PHRASES = (
     "169.254.169.254",
     "/latest/api/token",
     "metadata.google",
     "/metadata/identity",
     "redential",
 )
+_CONNECTION_PHRASES = ("Connection refused", "ConnectionRefused", "dns error", "tcp connect")
 _REFUSALS = ("PermissionDeniedError", "UnauthenticatedError")
 _STATUS = re.compile(r"\b(?:status[^0-9]{1,12}|Server returned non-2xx status code: )([1-5]\d\d)\b")
 
 
 def status_of(error: Exception) -> int:
-    """The HTTP status in an error of the library; 0 where there is none."""
-    found = _STATUS.search(str(error))
-    return int(found[1]) if found else 0
+    """The HTTP status in an exception of obstore; 0 if there is none."""
+    match = _STATUS.search(str(error))
+    return int(match[1]) if match else 0
 
 
 def lacks_credentials(error: Exception) -> bool:
-    """Whether there was nothing to sign a request with, as far as the library's words tell."""
+    """Whether no credentials were found, according to obstore's message."""
     text = str(error)
     if type(error).__name__ in _REFUSALS:
         return False
     return (
-        any(part in text for part in _ASKED_FOR_CREDENTIALS) or "must be specified" in text.lower()
+        any(phrase in text for phrase in _CREDENTIAL_PHRASES) or "must be specified" in text.lower()
     )
 
 
-def kind_of(error: Exception) -> Kind:
-    """Which kind of trouble an error of the library, or a `WrongAnswerError`, stands for."""
-    if isinstance(error, WrongAnswerError):
+def error_kind(error: Exception) -> ErrorKind:
+    """The kind of an exception of obstore or an `InvalidResponseError`."""
+    if isinstance(error, InvalidResponseError):
         return error.kind
     text, name = str(error), type(error).__name__
     if isinstance(error, (FileNotFoundError, ValueError)):
-        return Kind.MISSING
+        return ErrorKind.MISSING
     if name in _REFUSALS or lacks_credentials(error):
-        return Kind.REFUSED
+        return ErrorKind.REFUSED
     if name == "NotSupportedError":
-        return Kind.NO_RANGES
+        return ErrorKind.NO_RANGES
     if status_of(error) == 416:
-        return Kind.CHANGED  # it is shorter than expected
-    # Looked for in the library's own words alone: a body of an error page may say anything.
+        return ErrorKind.CHANGED  # the object is shorter than the range
+    # Phrases of obstore itself; the body of an error page can contain any text.
     if "TimedOut" in text or "kind: Timeout" in text or "timed out" in text.lower():
-        return Kind.TOO_SLOW
-    return Kind.UNREACHABLE
+        return ErrorKind.TOO_SLOW
+    return ErrorKind.UNREACHABLE
 
 
-def explained(verb: str, url: str, error: Exception) -> StorageError:
-    """The error for a person: one line, without quoting the library beyond known-harmless words."""
-    kind = kind_of(error)
+def to_storage_error(verb: str, url: str, error: Exception) -> StorageError:
+    """A one-line error for users that does not quote obstore."""
+    kind = error_kind(error)
     return StorageError(f"cannot {verb} {redact(url)}: {_reason(url, error, kind)}", kind=kind)
 
 
 def redact(url: str) -> str:
-    """An address as it may be shown: without user, password and query (presigned URLs carry
-    keys)."""
+    """An address without user, password and query (presigned URLs contain a signature)."""
     scheme, separator, rest = url.partition("://")
     if not separator:
         return url
@@ -116,39 +115,41 @@ def redact(url: str) -> str:
     return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
 
 
-def _reason(url: str, error: Exception, kind: Kind) -> str:
+def _reason(url: str, error: Exception, kind: ErrorKind) -> str:
     text, scheme = str(error), url.partition("://")[0]
-    status = f" (status {found})" if (found := status_of(error)) else ""
-    if isinstance(error, WrongAnswerError):
+    number = status_of(error)
+    status = f" (status {number})" if number else ""
+    if isinstance(error, InvalidResponseError):
         return error.reason
     if isinstance(error, ValueError):
         return "no object can have that name; names with empty parts or `..` are not supported"
-    if kind is Kind.MISSING:
+    if kind is ErrorKind.MISSING:
         return "there is no such object; check the address"
-    if kind is Kind.REFUSED and "must be specified" in text.lower():
-        return f"an account is needed; set {_CREDENTIALS.get(scheme, 'it')} in the environment"
-    if kind is Kind.REFUSED and type(error).__name__ in _REFUSALS:
-        return f"the store refused access{status}; check the credentials and the bucket's rules"
-    if kind is Kind.REFUSED:
-        # Without keys the library asks the cloud's own service for some, which other machines do
-        # not have.
+    if kind is ErrorKind.REFUSED:
+        return _refusal(scheme, error, status)
+    if kind is ErrorKind.NO_RANGES:
+        return "the server does not support range requests"
+    if kind is ErrorKind.TOO_SLOW:
         return (
-            f"no credentials were found; set {_CREDENTIALS.get(scheme, 'them')} in the environment"
+            "the store did not answer in time; check the network, or raise data.request_seconds "
+            "and data.shard_seconds"
         )
-    if kind is Kind.NO_RANGES:
-        return "the server gives no ranges of a file, only whole ones"
-    if kind is Kind.TOO_SLOW:
-        return "the store did not answer in time; look at the network, or raise data.request_seconds and shard_seconds"
-    if kind is Kind.CHANGED:
+    if kind is ErrorKind.CHANGED:
         return f"it is shorter than expected{status}"
-    if any(
-        part in text
-        for part in ("Connection refused", "ConnectionRefused", "dns error", "tcp connect")
-    ):
+    if any(phrase in text for phrase in _CONNECTION_PHRASES):
         endpoint = f" ({_ENDPOINTS[scheme]})" if scheme in _ENDPOINTS else ""
         return f"the store cannot be reached; check the network and the endpoint{endpoint}"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if "response body" in text or "error sending request" in text:
-        return "the connection broke again and again; look at the network or the store"
+        return "the connection broke repeatedly; check the network and the store"
     return f"the store answered with {type(error).__name__}{status}"
+
+
+def _refusal(scheme: str, error: Exception, status: str) -> str:
+    if "must be specified" in str(error).lower():
+        return f"an account is needed; set {_CREDENTIALS.get(scheme, 'it')} in the environment"
+    if type(error).__name__ in _REFUSALS:
+        return f"the store refused access{status}; check the credentials and the bucket's policy"
+    # Without keys, obstore asks the cloud's metadata service, which exists only on cloud machines.
+    return f"no credentials were found; set {_CREDENTIALS.get(scheme, 'them')} in the environment"

@@ -1,10 +1,10 @@
 """Reads YAML files into plain mappings, strictly.
 
-Three differences from PyYAML's safe loader, each because the usual behavior bites somebody who
-writes settings: a key given twice is an error; `3e-4` is a number (YAML 1.1 reads it as text); and
-`yes`, `no`, `on`, `off`, dates and `1:30` stay text. A file may start from another one with
-`extends: OTHER`, a path relative to the file or a name that the caller's `resolve` knows; of a
-list, `extends: [FIRST, SECOND]`, each is laid over the ones before it.
+Three differences from PyYAML's safe loader avoid common mistakes in settings: a duplicate key is
+an error; `3e-4` is a number (YAML 1.1 reads a string); and `yes`, `no`, `on`, `off`, dates and
+`1:30` stay strings. A file can inherit from another one with `extends: OTHER`, a path relative to
+the file or a name that the caller's `resolve` knows; in a list, `extends: [FIRST, SECOND]`, later
+files override earlier ones.
 """
 
 from __future__ import annotations
@@ -21,52 +21,52 @@ from data_pipeline.common.errors import ConfigError
 
 Resolve = Callable[[str], Path | None]
 
-_NUMBER = re.compile(
+_FLOAT = re.compile(
     r"[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?$"
     r"|[-+]?[0-9]+[eE][-+]?[0-9]+$"
     r"|[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$"
 )
-_WHOLE = re.compile(r"[-+]?(?:0|[1-9][0-9_]*)$|0x[0-9a-fA-F]+$")
+_INTEGER = re.compile(r"[-+]?(?:0|[1-9][0-9_]*)$|0x[0-9a-fA-F]+$")
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader with YAML 1.2's idea of what a scalar is."""
+    """The safe loader with scalars as in YAML 1.2."""
 
-    # Set, because PyYAML's own table would be inherited.
+    # Overrides the table of PyYAML, which would be inherited.
     yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}  # type: ignore[misc]
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes text that `_Loader` would take for a number."""
+    """Quotes strings that `_Loader` would read as numbers."""
 
 
 for _tag, _pattern, _first in (
     ("bool", re.compile(r"true$|True$|TRUE$|false$|False$|FALSE$"), "tTfF"),
-    ("int", _WHOLE, "-+0123456789"),
-    ("float", _NUMBER, "-+0123456789."),
+    ("int", _INTEGER, "-+0123456789"),
+    ("float", _FLOAT, "-+0123456789."),
     ("null", re.compile(r"~$|null$|Null$|NULL$|$"), ("~", "n", "N", "")),
     ("merge", re.compile(r"<<$"), "<"),
 ):
     # PyYAML keys its table by a scalar's first character; "" stands for an empty scalar.
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _pattern, list(_first))
-_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+0123456789."))
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 
 
 def _construct_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    """A mapping in which every key is text and is given once."""
+    """A mapping in which every key is a string and occurs once."""
     seen: set[str] = set()
     for key_node, _ in node.value:
-        where = f"line {key_node.start_mark.line + 1}"
+        line = f"line {key_node.start_mark.line + 1}"
         if key_node.tag == "tag:yaml.org,2002:merge":
             continue
         key = loader.construct_object(key_node)
         if not isinstance(key, str):
             raise yaml.constructor.ConstructorError(
-                problem=f"{where}: the key {key!r} is not text; put it in quotes"
+                problem=f"{line}: the key {key!r} is not a string; put it in quotes"
             )
         if key in seen:
             raise yaml.constructor.ConstructorError(
-                problem=f"{where}: the key {key!r} is given twice; keep one of them"
+                problem=f"{line}: the key {key!r} is given twice; keep one of them"
             )
         seen.add(key)
     loader.flatten_mapping(node)
@@ -79,39 +79,39 @@ _Loader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
 
 
 def parse_yaml(text: str, *, source: str) -> Any:
-    """The value of a YAML text.
+    """Parse a YAML document.
 
     Args:
-        text: YAML, one document.
-        source: Named in errors.
+        text: One YAML document.
+        source: Where it comes from, for error messages.
 
     Raises:
-        ConfigError: The text is not YAML, or a key occurs twice.
+        ConfigError: The text is not valid YAML, or a key occurs twice.
     """
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ConfigError(
-            f"{source}{where}: not usable YAML: {getattr(error, 'problem', error)}"
-        ) from error
+        position = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        problem = getattr(error, "problem", error)
+        raise ConfigError(f"{source}{position}: not usable YAML: {problem}") from error
 
 
 def to_yaml(mapping: dict[str, Any]) -> str:
-    """YAML text that `parse_yaml` reads back to an equal mapping, keys in their own order."""
+    """YAML that `parse_yaml` reads back to an equal mapping; keys keep their order."""
     return yaml.dump(mapping, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
 def load_yaml(path: str | Path, resolve: Resolve | None = None) -> dict[str, Any]:
-    """The mapping in a YAML file, laid over the files it extends.
+    """Read the mapping in a YAML file, merged over the files that it extends.
 
     Args:
         path: A local file.
-        resolve: Turns a name in `extends:` that is no file into a path, or None when it is unknown.
+        resolve: Returns the path for a name in `extends:` that is not a file, or None if the name
+            is unknown.
 
     Returns:
-        A fresh mapping without the key `extends`.
+        A new mapping without the key `extends`.
 
     Raises:
         ConfigError: A file is missing, is not YAML, is not a mapping, or extends itself.
@@ -120,10 +120,11 @@ def load_yaml(path: str | Path, resolve: Resolve | None = None) -> dict[str, Any
 
 
 def _load(path: Path, resolve: Resolve | None, chain: tuple[Path, ...]) -> dict[str, Any]:
-    here = path.resolve()
-    if here in chain:
-        loop = " -> ".join(str(p) for p in (*chain, here))
-        raise ConfigError(f"{path}: `extends` goes round in a circle: {loop}")
+    resolved = path.resolve()
+    if resolved in chain:
+        cycle = " -> ".join(str(p) for p in (*chain, resolved))
+        raise ConfigError(f"{path}: `extends` is circular: {cycle}")
+
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -132,57 +133,59 @@ def _load(path: Path, resolve: Resolve | None, chain: tuple[Path, ...]) -> dict[
     if mapping is None:
         mapping = {}
     if not isinstance(mapping, dict):
-        raise ConfigError(f"{path}: expected a mapping of settings, found {_kind(mapping)}")
+        raise ConfigError(f"{path}: expected a mapping of settings, found {_value_text(mapping)}")
+
     names = mapping.pop("extends", [])
     names = names if isinstance(names, list) else [names]
     if not all(isinstance(name, str) for name in names):
         raise ConfigError(
             f"{path}: `extends` must be a path or a name, or a list of them, found {names!r}"
         )
+
     base: dict[str, Any] = {}
     for name in names:
-        base = merge(base, _load(_base_path(path, name, resolve), resolve, (*chain, here)))
+        base = merge(base, _load(_base_path(path, name, resolve), resolve, (*chain, resolved)))
     return merge(base, mapping)
 
 
 def _base_path(path: Path, name: str, resolve: Resolve | None) -> Path:
-    """The file that `extends: name` in `path` means."""
+    """The file that `extends: name` in `path` refers to."""
     relative = path.parent / name
     if relative.is_file():
         return relative
-    known = resolve(name) if resolve else None
-    if known is None:
+    preset = resolve(name) if resolve else None
+    if preset is None:
         raise ConfigError(
             f"{path}: extends {name!r}, but there is no file {relative}"
             + (" and no preset of that name" if resolve else "")
         )
-    return known
+    return preset
 
 
 def merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
-    """`top` laid over `base`: mappings are merged key by key, anything else is replaced."""
+    """`top` merged over `base`: mappings are merged key by key, other values are replaced."""
     merged = deepcopy(base)
     for key, value in top.items():
         merged[key] = _merged(merged.get(key), value)
     return merged
 
 
-def _merged(under: Any, value: Any) -> Any:
-    both = isinstance(under, dict) and isinstance(value, dict)
-    return merge(under, value) if both else deepcopy(value)
+def _merged(old: Any, value: Any) -> Any:
+    both = isinstance(old, dict) and isinstance(value, dict)
+    return merge(old, value) if both else deepcopy(value)
 
 
 def apply_overrides(mapping: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A copy of `mapping` with settings of the form `optim.lr=3e-4` put in.
+    """A copy of `mapping` with overrides of the form `optim.lr=3e-4` applied.
 
     Args:
-        mapping: Settings as read from YAML; left as it is.
+        mapping: Settings as read from YAML; not modified.
         overrides: `dotted.key=value`, the value in YAML (`[1, 2]` is a list, nothing after `=` is
-            empty text). Later ones win. Whether a key exists is judged by `from_mapping`.
+            an empty string). Later ones win. `from_mapping` checks whether the keys exist.
 
     Raises:
-        ConfigError: An override has no `=`, an empty key, a value that is not YAML, or goes
-            through a setting that is not a section.
+        ConfigError: An override has no `=`, an empty key, a value that is not YAML, or a prefix
+            that is not a section.
     """
     result = deepcopy(mapping)
     for override in overrides:
@@ -190,7 +193,7 @@ def apply_overrides(mapping: dict[str, Any], overrides: Sequence[str]) -> dict[s
         parts = key.strip().split(".")
         if not equals or not all(parts):
             raise ConfigError(
-                f"{override!r} is no setting; write it as key=value, such as optim.lr=3e-4"
+                f"{override!r} is not a setting; write it as key=value, such as optim.lr=3e-4"
             )
         value = parse_yaml(text, source=f"the value of {override!r}") if text.strip() else ""
         section = result
@@ -204,5 +207,5 @@ def apply_overrides(mapping: dict[str, Any], overrides: Sequence[str]) -> dict[s
     return result
 
 
-def _kind(value: object) -> str:
+def _value_text(value: object) -> str:
     return "a list" if isinstance(value, list) else f"{value!r}"

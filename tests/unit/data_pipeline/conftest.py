@@ -1,11 +1,17 @@
-"""Thirty samples in small shards, and loaders over them."""
+"""Fixtures: small shards and loaders over them, and object stores."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 
+from data_pipeline.common import object_store, store_download
 from data_pipeline.shards.manifest import Manifest
-from tests.support.loaders import COUNT, Setup
+from tests.support.http_server import http_server
+from tests.support.loaders import NUM_SAMPLES, LoaderFactory
+from tests.support.s3_server import S3Server
 from tests.support.small_shards import make_shards, make_tokenizer
 
 
@@ -16,9 +22,32 @@ def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
-    return make_shards(tmp_path_factory.mktemp("shards"), count=COUNT)
+    return make_shards(tmp_path_factory.mktemp("shards"), count=NUM_SAMPLES)
 
 
 @pytest.fixture
-def setup(manifest: Manifest, tokenizer_path: str) -> Setup:
-    return Setup(manifest, tokenizer_path)
+def setup(manifest: Manifest, tokenizer_path: str) -> LoaderFactory:
+    return LoaderFactory(manifest, tokenizer_path)
+
+
+@pytest.fixture
+def new_clients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No cached clients of object stores, and nothing remembered about servers."""
+    object_store.clear_clients()
+    monkeypatch.setattr(store_download, "_hosts_without_ranges", {})
+
+
+@pytest.fixture
+def s3(new_clients: None, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+    """The S3 server, with its credentials in the environment."""
+    for name, value in s3_server.env.items():
+        monkeypatch.setenv(name, value)
+    return s3_server
+
+
+@pytest.fixture
+def web(new_clients: None, tmp_path: Path) -> Iterator[str]:
+    """Address of a web server without range support that serves `tmp_path/www`."""
+    (tmp_path / "www").mkdir()
+    with http_server(tmp_path / "www", ranges=False) as server:
+        yield server.endpoint

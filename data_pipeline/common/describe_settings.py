@@ -1,0 +1,123 @@
+"""Describes the settings of a dataclass: YAML with all defaults, with docstrings as comments."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import json
+import textwrap
+import typing
+from typing import Any
+
+from data_pipeline.common.config import to_mapping
+from data_pipeline.common.errors import ConfigError
+from data_pipeline.common.yaml_file import to_yaml
+
+_WIDTH = 110
+
+
+def describe_settings(cls: type, section: str = "") -> str:
+    """The settings of a dataclass, or of one of its sections, as commented YAML.
+
+    Args:
+        cls: The root dataclass.
+        section: Dotted name of a section; for a list of sections, one entry is described.
+
+    Raises:
+        ConfigError: There is no such section.
+    """
+    section_cls, path = cls, list[str]()
+    for name in filter(None, section.split(".")):
+        hints = typing.get_type_hints(section_cls)
+        inner = _section_type(hints.get(name))
+        if inner is None:
+            sections = [key for key, hint in hints.items() if _section_type(hint)]
+            raise _no_such_section(".".join([*path, name]), name, sections)
+        section_cls, path = inner, [*path, name]
+    return "\n".join(_lines(section_cls, 0)) + "\n"
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """The docstring below each field of a dataclass, as one line."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    docs: dict[str, str] = {}
+    for statement, following in zip(body.body, body.body[1:], strict=False):
+        if (
+            isinstance(statement, ast.AnnAssign)
+            and isinstance(statement.target, ast.Name)
+            and isinstance(following, ast.Expr)
+            and isinstance(following.value, ast.Constant)
+        ):
+            docs[statement.target.id] = " ".join(str(following.value.value).split())
+    return docs
+
+
+def _no_such_section(full_name: str, name: str, sections: list[str]) -> ConfigError:
+    matches = difflib.get_close_matches(name, sections, n=1)
+    if matches:
+        hint = f"did you mean {matches[0]!r}?"
+    elif sections:
+        hint = f"the sections are {', '.join(sections)}"
+    else:
+        hint = "it contains no sections"
+    return ConfigError(f"{full_name}: no such section; {hint}")
+
+
+def _lines(cls: type, depth: int) -> list[str]:
+    indent, hints, docs = "  " * depth, typing.get_type_hints(cls), field_docs(cls)
+    lines: list[str] = []
+    for field in dataclasses.fields(cls):
+        hint = hints[field.name]
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            doc = docs.get(field.name) or (inspect.getdoc(hint) or "").splitlines()[0]
+            lines += ["", *_comment(doc, indent), f"{indent}{field.name}:"]
+            lines += _lines(hint, depth + 1)
+            continue
+        lines += _comment(docs.get(field.name, "") + _allowed_values(hint), indent)
+        if _has_default(field):
+            lines += [indent + line for line in _setting(field.name, _default(field))]
+        else:
+            lines.append(f"{indent}# {field.name}: required")
+    return lines
+
+
+def _comment(text: str, indent: str) -> list[str]:
+    return [f"{indent}# {line}" for line in textwrap.wrap(text, _WIDTH - len(indent))]
+
+
+def _allowed_values(hint: Any) -> str:
+    """The values of a `Literal`; empty for other types."""
+    if typing.get_origin(hint) is not typing.Literal:
+        return ""
+    return f" One of {', '.join(map(str, typing.get_args(hint)))}."
+
+
+def _setting(name: str, value: Any) -> list[str]:
+    """`name: value` in YAML; lists of scalars on one line."""
+    if isinstance(value, list) and all(isinstance(item, int | float | str) for item in value):
+        return [f"{name}: {json.dumps(value)}"]
+    return to_yaml({name: value}).splitlines()
+
+
+def _section_type(hint: Any) -> type | None:
+    """The dataclass that a type is, or that it contains (as a list of sections does)."""
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return hint
+    return next(filter(None, map(_section_type, typing.get_args(hint))), None)
+
+
+def _has_default(field: dataclasses.Field[Any]) -> bool:
+    return (
+        field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+    )
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    factory = field.default_factory
+    value = field.default if factory is dataclasses.MISSING else factory()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return to_mapping(value)
+    return list(value) if isinstance(value, tuple) else value
