@@ -1,4 +1,4 @@
-"""`python -m pretrain` is the command `vlmoe`."""
+"""`python -m pretrain` runs the command `vlmoe`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The model: what is computed, without a word about machines.
+"""The vision-language model, independent of parallelism and hardware.
 
-Names are fetched when they are first used: `pretrain.model.count` is arithmetic that a person asks
-for at the console, and must not wait for torch.
+Public names are imported on first use: `pretrain.model.count` is plain arithmetic for commands such
+as `vlmoe plan`, which should not wait for the import of torch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ModelOutput", "VisionLanguageModel", "build_model"]
 
-_HOMES = {
+_MODULES = {
     "ModelOutput": "pretrain.model.vision_language",
     "VisionLanguageModel": "pretrain.model.vision_language",
     "build_model": "pretrain.model.build",
@@ -23,6 +23,6 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_MODULES[name]), name)

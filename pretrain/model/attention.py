@@ -1,13 +1,14 @@
 """Self-attention over one flat list of tokens: all patches, then all valid text tokens.
 
-Patches see the patches of their image. Text sees earlier text of its caption and, in a fused block,
-also every patch of its image. Patches never see text: the image embedding is exact without a
-caption.
+Patches attend to the patches of their image. Text attends to earlier text of its caption and, in a
+fused block, also to all patches of its image. Patches never attend to text, so an image embedding
+does not depend on a caption.
 
-Text is padded on the right for the kernel only. Attention is causal there, so no valid query ever
-sees padding, and no mask of padding need exist.
+Text is padded on the right for the attention kernel only. Attention is causal there, so no valid
+query attends to padding, and no padding mask is needed.
 
-Shapes: B pairs, P patches, S text positions, T tokens = B x P + valid text, H heads, Q head width.
+Shapes: B pairs, P patches, S text positions, T tokens = B x P + valid text, H heads, Q head width,
+R = Q / 2 rotary frequencies.
 """
 
 from __future__ import annotations
@@ -19,31 +20,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
-from pretrain.model.layers import Linear, RMSNorm, rotate
-from pretrain.moe.tokens import RouterTokens
+from pretrain.model.layers import Linear, RMSNorm, apply_rotary
+from pretrain.moe.token_metadata import TokenMetadata
 
 
 class TokenLayout(NamedTuple):
-    """Where the tokens of a flat list come from; the same for every block of a forward pass."""
+    """Layout of the flat token list; shared by all blocks of a forward pass."""
 
     num_pairs: int
     """B"""
     num_patches: int
-    """P; 0 when there are only captions."""
+    """P; 0 for a batch without images."""
     context_length: int
-    """S, the padded length; 0 when there are only images."""
+    """S, the padded length; 0 for a batch without captions."""
     text_positions: Tensor
     """Flat indices b x S + s of the valid text tokens, int64."""
     cos_T1R: Tensor
     """Rotary cosines of every token, `[tokens, 1, head_width / 2]`."""
     sin_T1R: Tensor
-    """Rotary sines, likewise."""
-    router: RouterTokens
-    """What the routers are told about the tokens."""
+    """Rotary sines of every token, `[tokens, 1, head_width / 2]`."""
+    metadata: TokenMetadata
+    """Metadata of the tokens for the routers."""
 
     @property
     def num_patch_tokens(self) -> int:
-        """Tokens of the flat list that are patches; the text follows them."""
+        """Number of patch tokens in the flat list; text tokens follow them."""
         return self.num_pairs * self.num_patches
 
 
@@ -61,51 +62,54 @@ class Attention(nn.Module):
     def forward(self, x_TD: Tensor, layout: TokenLayout) -> Tensor:
         """Return `[tokens, width]`."""
         tokens, width = x_TD.shape
+        split = layout.num_patch_tokens
         qkv_T3HQ = self.qkv(x_TD).view(tokens, 3, self.num_heads, width // self.num_heads)
         q, k, v = qkv_T3HQ.unbind(1)
-        q = rotate(self.query_norm(q), layout.cos_T1R, layout.sin_T1R)
-        k = rotate(self.key_norm(k), layout.cos_T1R, layout.sin_T1R)
-        split = layout.num_patch_tokens
-        parts = []
+        q = apply_rotary(self.query_norm(q), layout.cos_T1R, layout.sin_T1R)
+        k = apply_rotary(self.key_norm(k), layout.cos_T1R, layout.sin_T1R)
+
+        outputs = []
         patch_keys = patch_values = None
         if split:
             patch_queries, patch_keys, patch_values = (
-                _patches(t[:split], layout) for t in (q, k, v)
+                _split_pairs(t[:split], layout) for t in (q, k, v)
             )
             y_BHPQ = F.scaled_dot_product_attention(patch_queries, patch_keys, patch_values)
-            parts.append(y_BHPQ.transpose(1, 2).reshape(split, width))
+            outputs.append(y_BHPQ.transpose(1, 2).reshape(split, width))
+
         if layout.context_length:
             text_queries, text_keys, text_values = (_pad_text(t[split:], layout) for t in (q, k, v))
             if self.fused and patch_keys is not None and patch_values is not None:
                 text_keys = torch.cat([patch_keys, text_keys], dim=2)
                 text_values = torch.cat([patch_values, text_values], dim=2)
             y_BHSQ = _causal_attention(text_queries, text_keys, text_values)
-            flat = y_BHSQ.transpose(1, 2).reshape(layout.num_pairs * layout.context_length, width)
-            parts.append(flat.index_select(0, layout.text_positions))
-        return self.out(torch.cat(parts) if len(parts) > 1 else parts[0])  # type: ignore[no-any-return]
+            padded = y_BHSQ.transpose(1, 2).reshape(layout.num_pairs * layout.context_length, width)
+            outputs.append(padded.index_select(0, layout.text_positions))
+
+        return self.out(torch.cat(outputs) if len(outputs) > 1 else outputs[0])  # type: ignore[no-any-return]
 
 
-def _patches(x_THQ: Tensor, layout: TokenLayout) -> Tensor:
-    """`[B x P, heads, q]` -> `[B, heads, P, q]`."""
+def _split_pairs(x_THQ: Tensor, layout: TokenLayout) -> Tensor:
+    """Patch tokens `[B x P, heads, q]` -> `[B, heads, P, q]`."""
     return x_THQ.view(layout.num_pairs, layout.num_patches, *x_THQ.shape[1:]).transpose(1, 2)
 
 
 def _pad_text(x_THQ: Tensor, layout: TokenLayout) -> Tensor:
-    """Valid text tokens -> `[B, heads, S, q]`, zeros at the padding."""
+    """Valid text tokens `[text tokens, heads, q]` -> `[B, heads, S, q]`, zeros at the padding."""
     padded = x_THQ.new_zeros(layout.num_pairs * layout.context_length, *x_THQ.shape[1:])
     padded = padded.index_copy(0, layout.text_positions, x_THQ)
     return padded.view(layout.num_pairs, layout.context_length, *x_THQ.shape[1:]).transpose(1, 2)
 
 
 def _causal_attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Causal attention aligned lower-right: the last query sees every key."""
+    """Causal attention aligned lower-right: the last query attends to all keys."""
     num_queries, num_keys = queries.shape[2], keys.shape[2]
     if num_queries == num_keys:
         return F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
     if queries.is_cuda:
         bias = causal_lower_right(num_queries, num_keys)
         return F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias)
-    # The CPU kernel knows no lower-right alignment; one small [S, P + S] mask serves the whole
-    # batch.
-    sees = torch.ones(num_queries, num_keys, dtype=torch.bool).tril(num_keys - num_queries)
-    return F.scaled_dot_product_attention(queries, keys, values, attn_mask=sees)
+
+    # The CPU kernel does not support lower-right alignment; all pairs share one [S, P + S] mask.
+    mask = torch.ones(num_queries, num_keys, dtype=torch.bool).tril(num_keys - num_queries)
+    return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)

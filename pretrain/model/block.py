@@ -1,4 +1,4 @@
-"""One pre-norm transformer block: attention, then a dense or a sparse feed-forward network."""
+"""Pre-norm transformer block: attention, then a dense or a sparse feed-forward network."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from pretrain.moe.layer import MoELayer, SwiGLU
 from pretrain.moe.statistics import RouterStats
 
 
-class MakeMoELayer(Protocol):
-    """Makes the sparse layer of a block; `MoELayer` itself is one."""
+class MoELayerFactory(Protocol):
+    """Creates the sparse layer of a block; the class `MoELayer` is one."""
 
     def __call__(
         self, width: int, config: MoEConfig, balance: BalanceConfig, *, block: int, fused: bool
     ) -> MoELayer:
-        """See `MoELayer`."""
+        """Arguments as for `MoELayer`."""
         ...
 
 
 class Block(nn.Module):
-    """Block `index` of the trunk; text sees patches from `fusion_layer` on."""
+    """Block `index` of the trunk; text attends to patches from block `model.fusion_layer` on."""
 
     def __init__(
         self,
@@ -33,25 +33,26 @@ class Block(nn.Module):
         model: ModelConfig,
         moe: MoEConfig,
         balance: BalanceConfig,
-        make_moe_layer: MakeMoELayer,
+        make_moe_layer: MoELayerFactory,
     ) -> None:
         super().__init__()
         fused = index >= model.fusion_layer
         self.attention_norm = RMSNorm(model.width)
         self.attention = Attention(model.width, model.num_heads, fused=fused)
         self.ffn_norm = RMSNorm(model.width)
+
         self.is_sparse = index in moe.blocks(model.num_layers)
-        self.ffn: nn.Module = (
-            make_moe_layer(model.width, moe, balance, block=index, fused=fused)
-            if self.is_sparse
-            else SwiGLU(model.width, model.ffn_width)
-        )
+        self.ffn: nn.Module
+        if self.is_sparse:
+            self.ffn = make_moe_layer(model.width, moe, balance, block=index, fused=fused)
+        else:
+            self.ffn = SwiGLU(model.width, model.ffn_width)
 
     def forward(self, x_TD: Tensor, layout: TokenLayout) -> tuple[Tensor, RouterStats | None]:
-        """Return the tokens after the block and, from a sparse block, what its router did."""
+        """Return the tokens `[tokens, width]` and, for a sparse block, the router's statistics."""
         x_TD = x_TD + self.attention(self.attention_norm(x_TD), layout)
         normed_TD = self.ffn_norm(x_TD)
         if self.is_sparse:
-            y_TD, stats = self.ffn(normed_TD, layout.router)
+            y_TD, stats = self.ffn(normed_TD, layout.metadata)
             return x_TD + y_TD, stats
         return x_TD + self.ffn(normed_TD), None

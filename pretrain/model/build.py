@@ -1,11 +1,11 @@
-"""From a run to a model with its first values."""
+"""Construction of the model of a run, with initialized parameters."""
 
 from __future__ import annotations
 
 import torch
 
 from pretrain.config.schema import RunConfig
-from pretrain.model.block import MakeMoELayer
+from pretrain.model.block import MoELayerFactory
 from pretrain.model.init import initialize
 from pretrain.model.vision_language import VisionLanguageModel
 from pretrain.moe.layer import MoELayer
@@ -14,15 +14,14 @@ COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def build_model(
-    run: RunConfig, *, make_moe_layer: MakeMoELayer = MoELayer, first_expert: int = 0
+    run: RunConfig, *, make_moe_layer: MoELayerFactory = MoELayer, first_expert: int = 0
 ) -> VisionLanguageModel:
-    """Build the model of a run with its first values.
+    """Build and initialize the model of a run, on CPU in float32.
 
     Args:
         run: The run.
-        make_moe_layer: Makes a sparse layer of (width, config); expert-parallel layers come in
-            here.
-        first_expert: Global number of the first expert this rank holds.
+        make_moe_layer: Creates the sparse layers; for expert-parallel layers.
+        first_expert: Global index of the first expert on this rank.
     """
     model = VisionLanguageModel(
         run.model,

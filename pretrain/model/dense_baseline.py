@@ -1,8 +1,7 @@
-"""The dense twin of a sparse run: the same trunk without experts, as much arithmetic for every
-pair.
+"""The dense baseline of a sparse run: the same trunk without experts, with equal FLOPs per pair.
 
-It answers what the experts are worth: two models that see the same pairs and compute as much for
-each. Arithmetic alone, as in `pretrain.model.count`.
+Comparing both measures what the experts contribute: two models that see the same pairs and spend
+the same compute on each. Plain arithmetic, like `pretrain.model.count`.
 """
 
 from __future__ import annotations
@@ -22,72 +21,75 @@ from pretrain.model.count import count_flops
 logger = logging.getLogger(__name__)
 
 TOLERANCE = 0.01
-"""Largest difference of the FLOPs of a pair, as a share."""
+"""Largest relative difference of the FLOPs per pair."""
 
-USUAL_TEXT_TOKENS = 16
-"""Tokens of a usual caption; FLOPs depend on it."""
+DEFAULT_TEXT_TOKENS = 16
+"""Assumed mean number of text tokens per caption; the FLOPs depend on it."""
 
-_ALIGNED = 8
-"""Widths that are a multiple of this suit matrix units."""
+_ALIGNMENT = 8
+"""Widths that are multiples of this are efficient on matrix units."""
 
 
-def caption_tokens(asked: float | None, context_length: int) -> float:
-    """Average text tokens of a caption that FLOPs are counted for; no caption is longer than
+def resolve_text_tokens(requested: float | None, context_length: int) -> float:
+    """Mean number of text tokens per caption for which FLOPs are counted, at most
     `context_length`.
 
     Args:
-        asked: What a person gave as `--text-tokens`; None means `USUAL_TEXT_TOKENS`.
+        requested: Value of `--text-tokens`; None means `DEFAULT_TEXT_TOKENS`.
         context_length: The run's `model.context_length`.
 
     Raises:
-        ConfigError: It is below 0, or no finite number.
+        ConfigError: `requested` is negative or not finite.
     """
-    if asked is None:
-        return min(USUAL_TEXT_TOKENS, context_length)
-    if not (math.isfinite(asked) and asked >= 0):
+    if requested is None:
+        return min(DEFAULT_TEXT_TOKENS, context_length)
+    if not (math.isfinite(requested) and requested >= 0):
         raise ConfigError(
-            f"--text-tokens is {asked:g}, but must be a finite number of tokens, at least 0; it is the "
-            f"average of a caption, usually about {USUAL_TEXT_TOKENS}"
+            f"--text-tokens is {requested:g}, but must be a finite number of at least 0; it is the "
+            f"mean number of tokens per caption, typically about {DEFAULT_TEXT_TOKENS}"
         )
-    if asked > context_length:
+    if requested > context_length:
         logger.warning(
-            "--text-tokens is %g, but captions end at model.context_length (%d): counting %d",
-            asked,
+            "--text-tokens is %g, but captions are truncated to model.context_length (%d); using "
+            "%d",
+            requested,
             context_length,
             context_length,
         )
-    return min(asked, context_length)
+    return min(requested, context_length)
 
 
 def dense_baseline(run: RunConfig, *, text_tokens: float) -> RunConfig:
-    """The run with dense blocks only, of one width, chosen so that a pair costs as many FLOPs.
+    """The run with dense blocks only, whose FFN width gives the same FLOPs per pair.
 
-    Everything else stays: data, batch, schedule, optimizer, seed. What only experts need is turned
-    off.
+    Data, batch, schedule, optimizer and seed do not change. Settings that apply to experts only are
+    turned off.
 
     Args:
-        run: A run with experts.
-        text_tokens: Average valid text tokens of a caption; the router's and the experts' share
-            depend on it.
+        run: A run with sparse blocks.
+        text_tokens: Mean number of valid text tokens per caption; the cost of router and experts
+            depends on it.
 
     Raises:
-        ConfigError: The run has no experts, or no whole width comes within `TOLERANCE`.
+        ConfigError: The run has no sparse blocks, or no integer width is within `TOLERANCE`.
     """
     if not run.moe.blocks(run.model.num_layers):
         raise ConfigError(
-            f"{run.name} has no block with experts (moe.start {run.moe.start}, moe.stop "
-            f"{run.moe.stop}): it is dense already and has no twin"
+            f"{run.name} is dense already: no block has experts (moe.start {run.moe.start}, "
+            f"moe.stop {run.moe.stop}); a dense baseline needs a run with experts"
         )
+
     moe = replace(run.moe, stop=0, router_input="token", backend="auto")
-    wanted = _flops(run.model, run.moe, text_tokens)
-    model = replace(run.model, ffn_width=_width(run.model, moe, wanted, text_tokens))
-    difference = _flops(model, moe, text_tokens) / wanted - 1
+    target_flops = _flops(run.model, run.moe, text_tokens)
+    model = replace(run.model, ffn_width=_ffn_width(run.model, moe, target_flops, text_tokens))
+    difference = _flops(model, moe, text_tokens) / target_flops - 1
     if abs(difference) > TOLERANCE:
         raise ConfigError(
-            f"a dense twin of {run.name} with model.ffn_width={model.ffn_width} has "
-            f"{difference:+.1%} FLOPs of a pair, and no whole width comes nearer than "
-            f"{TOLERANCE:.0%}; the experts (moe.expert_width {run.moe.expert_width}) are too small"
+            f"a dense baseline of {run.name} with model.ffn_width={model.ffn_width} has "
+            f"{difference:+.1%} FLOPs per pair, and no integer width is within {TOLERANCE:.0%}; "
+            f"the experts are too small (moe.expert_width {run.moe.expert_width})"
         )
+
     return replace(
         run,
         name=f"{run.name}-dense",
@@ -98,22 +100,23 @@ def dense_baseline(run: RunConfig, *, text_tokens: float) -> RunConfig:
     )
 
 
-def settings_that_differ(run: RunConfig, other: RunConfig) -> list[str]:
-    """Settings of the command line that turn one run into another, such as
-    `model.ffn_width=352`."""
-    settings = []
+def config_overrides(run: RunConfig, other: RunConfig) -> list[str]:
+    """Command-line overrides that turn `run` into `other`, such as `model.ffn_width=352`."""
+    before = to_mapping(run)
+    overrides = []
     for section, values in to_mapping(other).items():
-        before = to_mapping(run)[section]
         if not isinstance(values, dict):
-            settings += [f"{section}={_as_yaml(values)}"] if values != before else []
+            if values != before[section]:
+                overrides.append(f"{section}={_as_yaml(values)}")
             continue
-        changed = {key: value for key, value in values.items() if value != before[key]}
-        settings += [f"{section}.{key}={_as_yaml(value)}" for key, value in changed.items()]
-    return settings
+        for key, value in values.items():
+            if value != before[section][key]:
+                overrides.append(f"{section}.{key}={_as_yaml(value)}")
+    return overrides
 
 
 def _as_yaml(value: Any) -> str:
-    """A value as a person writes it: text without quotes where it can go without."""
+    """A value for the command line; strings without quotes where YAML permits."""
     if isinstance(value, str) and parse_yaml(value, source="") == value:
         return value
     return json.dumps(value)
@@ -123,14 +126,21 @@ def _flops(model: ModelConfig, moe: MoEConfig, text_tokens: float) -> float:
     return count_flops(model, moe, text_tokens=text_tokens).forward
 
 
-def _width(model: ModelConfig, dense: MoEConfig, wanted: float, text_tokens: float) -> int:
-    """FLOPs are linear in the width: two points give the line. Aligned where that is near
-    enough."""
-    at = {width: _flops(replace(model, ffn_width=width), dense, text_tokens) for width in (1, 2)}
-    exact = 1 + (wanted - at[1]) / (at[2] - at[1])
-    aligned = max(1, round(exact / _ALIGNED)) * _ALIGNED
-    off = abs(at[1] + (aligned - 1) * (at[2] - at[1]) - wanted) / wanted
-    # Half of what is allowed leaves room for captions of another length. Not for every one: what a
-    # caption gate costs grows with the text alone, and with 64 experts a twin made for 16 tokens is
-    # 1.06 % off at 3.
-    return aligned if off <= TOLERANCE / 2 else max(1, round(exact))
+def _ffn_width(
+    model: ModelConfig, dense: MoEConfig, target_flops: float, text_tokens: float
+) -> int:
+    """FFN width with the target FLOPs, aligned if that is close enough.
+
+    FLOPs are linear in the width, so two widths determine the line.
+    """
+    flops_at_1, flops_at_2 = (
+        _flops(replace(model, ffn_width=width), dense, text_tokens) for width in (1, 2)
+    )
+    slope = flops_at_2 - flops_at_1
+    exact = 1 + (target_flops - flops_at_1) / slope
+    aligned = max(1, round(exact / _ALIGNMENT)) * _ALIGNMENT
+    error = abs(flops_at_1 + (aligned - 1) * slope - target_flops) / target_flops
+    # Half of the tolerance is kept for captions of another length. It does not cover all lengths:
+    # the cost of a caption gate grows with the text only, and with 64 experts a baseline made for
+    # 16 tokens is 1.06 % off at 3.
+    return aligned if error <= TOLERANCE / 2 else max(1, round(exact))

@@ -1,4 +1,4 @@
-"""From trunk states to embeddings: attention pooling for images, the end token for captions.
+"""Embedding heads: attention pooling for images, the end-of-text token for captions.
 
 Shapes: B pairs, P patches, D trunk width, H pooling heads, Q pooling head width.
 """
@@ -13,7 +13,7 @@ from pretrain.model.layers import Linear, RMSNorm
 
 
 class ImageHead(nn.Module):
-    """One learned query attends to the patches; the answer is projected and normalized."""
+    """Attention pooling with one learned query per head, then projection and normalization."""
 
     def __init__(self, width: int, num_heads: int, embed_dim: int) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class ImageHead(nn.Module):
 
 
 class TextHead(nn.Module):
-    """The state at the end-of-text token, projected and normalized."""
+    """Projection and normalization of the hidden state at the end-of-text token."""
 
     def __init__(self, width: int, embed_dim: int) -> None:
         super().__init__()

@@ -1,8 +1,10 @@
-"""The small parts of a block: linear maps, root-mean-square norm, rotary positions.
+"""Basic layers: linear maps, RMSNorm, token embedding, rotary positions.
 
-Weights are cast to the type of the activations where they are used. So a model whose parameters are
-float32 computes in bfloat16 as soon as its activations are bfloat16, and one whose parameters are
-bfloat16 already pays nothing.
+Weights are cast to the dtype of the activations where they are used. A model with float32
+parameters therefore computes in bfloat16 if its activations are bfloat16, and with bfloat16
+parameters the cast is free.
+
+Shapes: T tokens, H heads, Q head width, R = Q / 2 rotary frequencies.
 """
 
 from __future__ import annotations
@@ -33,12 +35,12 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalize the last dimension; the type stays."""
+        """Normalize the last dimension; the dtype does not change."""
         return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
 
 
 class TextEmbedding(nn.Module):
-    """Token embedding, and the tied head that turns hidden states back into logits.
+    """Token embedding, also used as the tied LM head.
 
     Both uses go through `forward`, so that a partitioned weight (ZeRO-3) is gathered for each.
     """
@@ -55,7 +57,7 @@ class TextEmbedding(nn.Module):
         return F.embedding(ids, self.weight)
 
 
-def rotary_text(num_positions: int, head_width: int, theta: float) -> Tensor:
+def rotary_angles_1d(num_positions: int, head_width: int, theta: float) -> Tensor:
     """Angles of one-dimensional rotary positions, float32 `[positions, head_width / 2]`.
 
     Source: Su et al. 2021 (RoFormer), arXiv:2104.09864.
@@ -64,24 +66,24 @@ def rotary_text(num_positions: int, head_width: int, theta: float) -> Tensor:
     return torch.outer(torch.arange(num_positions, dtype=torch.float32), frequencies)
 
 
-def rotary_patches(side: int, head_width: int, theta: float) -> Tensor:
+def rotary_angles_2d(side: int, head_width: int, theta: float) -> Tensor:
     """Angles of two-dimensional rotary positions, float32 `[side^2, head_width / 2]`.
 
-    Half of the frequencies turn with the row, half with the column.
+    The first half of the frequencies encodes the row, the second half the column.
     """
-    angles_1d = rotary_text(side, head_width // 2, theta)
+    angles_1d = rotary_angles_1d(side, head_width // 2, theta)
     rows = angles_1d.repeat_interleave(side, dim=0)
     columns = angles_1d.repeat(side, 1)
     return torch.cat([rows, columns], dim=1)
 
 
-def rotate(x_THQ: Tensor, cos_T1R: Tensor, sin_T1R: Tensor) -> Tensor:
-    """Turn pairs (i, i + Q/2) of each head by their position's angle.
+def apply_rotary(x_THQ: Tensor, cos_T1R: Tensor, sin_T1R: Tensor) -> Tensor:
+    """Rotate the channel pairs (i, i + Q/2) of each head by the angles of the position.
 
     Args:
         x_THQ: Queries or keys, `[tokens, heads, head_width]`.
-        cos_T1R: Cosines `[tokens, 1, head_width / 2]`, in the type of `x_THQ`.
-        sin_T1R: Sines, likewise.
+        cos_T1R: Cosines `[tokens, 1, head_width / 2]`, same dtype as `x_THQ`.
+        sin_T1R: Sines, same shape and dtype.
     """
     first, second = x_THQ.chunk(2, dim=-1)
     return torch.cat(
