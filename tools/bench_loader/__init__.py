@@ -1,0 +1,1 @@
+"""Benchmark of the data loader: `python -m tools.bench_loader --help`."""

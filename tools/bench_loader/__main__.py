@@ -1,5 +1,5 @@
-"""`python -m tools.bench_loader`: how fast the loader is, against others and against what is
-possible."""
+"""`python -m tools.bench_loader`: speed of the data loader, compared with other loaders and with
+decoding alone."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import argparse
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
-from tools.bench_loader.figures import HEAD, Figure, Measure, Options
-from tools.benchmark import MIN_REPEATS, machine, note, table, write_json
+from tools.bench_loader.options import Benchmark, Options
+from tools.measurements import HEADER, Measurement
+from tools.reporting import describe_machine, format_table, log_progress, write_json
+from tools.timing import MIN_REPEATS
 
 PACKAGES = (
     "torch",
@@ -24,65 +27,88 @@ PACKAGES = (
 
 EXAMPLES = """\
 examples:
-  python -m tools.bench_loader                               everything, ten to fifteen minutes
-  python -m tools.bench_loader --only loader --only raw      some measures
-  python -m tools.bench_loader --quick                       does it run at all? (the figures mean nothing)
-  pip install --target peers --no-deps mosaicml-streaming ... && python -m tools.bench_loader --peers peers
+  python -m tools.bench_loader                            all benchmarks, ten to fifteen minutes
+  python -m tools.bench_loader --only loader --only raw   selected benchmarks
+  python -m tools.bench_loader --quick                    check that it runs (meaningless numbers)
+  pip install --target peers --no-deps mosaicml-streaming ...
+  python -m tools.bench_loader --peers peers              compare with packages in a folder
 """
 
 
-def _measures() -> dict[str, tuple[str, Measure]]:
-    """By name, what it tells and what runs it; imported here, so that `--help` answers at once."""
-    from tools.bench_loader import loading, memory, raw, seek, soak, store, waiting, workers
+class Entry(NamedTuple):
+    """A benchmark that `--only` can select."""
+
+    description: str
+    measure: Benchmark
+
+
+def _benchmarks() -> dict[str, Entry]:
+    """Benchmarks by name; their imports take seconds, so `--help` must not trigger them."""
+    from tools.bench_loader import (
+        data_wait,
+        memory,
+        object_store,
+        raw,
+        seek,
+        soak,
+        throughput,
+        workers,
+    )
 
     return {
-        "loader": (
-            "samples/s/core against other loaders, and against decoding alone",
-            loading.measure,
+        "loader": Entry(
+            "samples/s/core against other loaders, and against decoding alone", throughput.measure
         ),
-        "workers": ("samples/s/core with two worker processes", workers.measure),
-        "raw": ("samples/s/core read and checked, without decoding", raw.measure),
-        "waiting": ("share of a training step that waits for data", waiting.measure),
-        "seek": ("time to the first batch in a long epoch", seek.measure),
-        "store": ("indexing and seeking in an object store", store.measure),
-        "memory": ("peak memory of a worker with small and large shards", memory.measure),
-        "soak": ("growth over a million samples", soak.measure),
+        "workers": Entry("samples/s/core with two worker processes", workers.measure),
+        "raw": Entry("samples/s/core read and verified, without decoding", raw.measure),
+        "waiting": Entry("fraction of a training step that waits for data", data_wait.measure),
+        "seek": Entry("time to the first batch in a long epoch", seek.measure),
+        "store": Entry("indexing and seeking in an object store", object_store.measure),
+        "memory": Entry("peak memory of a worker with small and large shards", memory.measure),
+        "soak": Entry("resource growth over a million samples", soak.measure),
     }
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure, print a table, write JSON; returns the exit status."""
+    """Run the benchmarks, print tables, write a JSON report; returns the exit status."""
     options = _parse(arguments)
-    measures = _measures()
-    names = options.only or list(measures)
-    if unknown := [name for name in names if name not in measures]:
+    benchmarks = _benchmarks()
+    names = options.only or list(benchmarks)
+    if unknown := [name for name in names if name not in benchmarks]:
         print(
-            f"error: --only {unknown[0]}: no such measure; there are {', '.join(measures)}",
+            f"error: --only {unknown[0]}: unknown benchmark; expected one of "
+            f"{', '.join(benchmarks)}",
             file=sys.stderr,
         )
         return 2
+
     for folder in options.peers:
-        sys.path.append(str(folder))  # behind everything: the versions that are installed win
-    about = machine(PACKAGES)
-    note(f"{about['cpu']}, {about['cores']} cores, load {about['load'][0]}, nice {about['nice']}")
+        sys.path.append(str(folder))  # at the end, so that installed versions take precedence
+    machine = describe_machine(PACKAGES)
+    log_progress(
+        f"{machine['cpu']}, {machine['cores']} cores, load {machine['load'][0]}, "
+        f"nice {machine['nice']}"
+    )
+    repeats = options.repeats or (2 if options.quick else MIN_REPEATS)
     with tempfile.TemporaryDirectory(prefix="vlmoe-bench-") as scratch:
         root = Path(scratch) if options.quick else options.data
-        repeats = options.repeats or (2 if options.quick else MIN_REPEATS)
         settings = Options(root=root, repeats=repeats, quick=options.quick)
-        found: dict[str, list[Figure]] = {}
+        results: dict[str, list[Measurement]] = {}
         for name in names:
-            note(f"== {name}: {measures[name][0]}")
-            found[name] = list(measures[name][1](settings))
-    for name, figures in found.items():
-        print(f"\n{name}: {measures[name][0]}\n\n{table([each.row() for each in figures], HEAD)}")
+            log_progress(f"== {name}: {benchmarks[name].description}")
+            results[name] = list(benchmarks[name].measure(settings))
+
+    for name, rows in results.items():
+        print(f"\n{name}: {benchmarks[name].description}\n")
+        print(format_table([row.row() for row in rows], HEADER))
     report = {
-        "machine": about,
+        "machine": machine,
         "repeats": repeats,
         "quick": settings.quick,
-        "measures": {name: [each.to_json() for each in figures] for name, figures in found.items()},
+        "benchmarks": {name: [row.to_json() for row in rows] for name, rows in results.items()},
     }
     write_json(options.out, report)
-    note(f"\nalso in {options.out}")
+    log_progress(f"\nwrote {options.out}")
     return 0
 
 
@@ -94,19 +120,26 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--only", action="append", metavar="NAME", help="a measure to run; may be given again"
+        "--only", action="append", metavar="NAME", help="run this benchmark (repeatable)"
+    )
+    parser.add_argument("--quick", action="store_true", help="minimal data in a temporary folder")
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=0,
+        help=f"rounds of each comparison (default: {MIN_REPEATS})",
     )
     parser.add_argument(
-        "--quick", action="store_true", help="hardly any data, in a temporary folder"
+        "--data",
+        type=Path,
+        default=Path("data/bench"),
+        help="folder of generated data (default: %(default)s)",
     )
     parser.add_argument(
-        "--repeats", type=int, default=0, help=f"rounds of each comparison (default {MIN_REPEATS})"
-    )
-    parser.add_argument(
-        "--data", type=Path, default=Path("data/bench"), help="where data are kept (%(default)s)"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("data/bench/report.json"), help="the report (%(default)s)"
+        "--out",
+        type=Path,
+        default=Path("data/bench/report.json"),
+        help="JSON report (default: %(default)s)",
     )
     parser.add_argument(
         "--peers",
@@ -114,7 +147,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="FOLDER",
-        help="a folder of packages (pip install --target) in which to look for other loaders",
+        help="folder with other loaders (made by pip install --target); repeatable",
     )
     return parser.parse_args(arguments)
 

@@ -1,4 +1,4 @@
-"""Samples a second of one core without decoding: found by the manifest's index, read, checked, cut
+"""Samples per second of one core without decoding: located by the index, read, verified, and split
 into files."""
 
 from __future__ import annotations
@@ -13,80 +13,87 @@ from data_pipeline.reading.reader import Reader
 from data_pipeline.reading.store import ShardStore
 from data_pipeline.samples import RawSample
 from tools.bench_loader import peers
-from tools.bench_loader.figures import Figure, Options
-from tools.bench_loader.workloads import SEED, SMALL, WEB, DataSet, Workload, prepare
-from tools.benchmark import Quartiles, interleave, note, one_thread, ratio
+from tools.bench_loader.options import Options
+from tools.bench_loader.workloads import SEED, SMALL, WEB, BenchmarkData, Workload, prepare
+from tools.measurements import Measurement
+from tools.reporting import log_progress
+from tools.timing import Quartiles, interleave, ratio, use_one_thread
 
 CHUNK = 64
-"""Samples that are asked for at once, as for a micro-batch."""
+"""Samples per read request, as for a micro-batch."""
 OURS = "ours, in the order of training"
 
 Files = dict[str, bytes]
+ReadAll = Callable[[], Iterator[tuple[str, Files]]]
 
 
-def measure(options: Options) -> Iterator[Figure]:
-    """Small and middling samples."""
-    one_thread()
+def measure(options: Options) -> Iterator[Measurement]:
+    """Measure small and medium-sized samples."""
+    use_one_thread()
     for workload in (SMALL, WEB):
-        note(f"raw: {workload.name}")
+        log_progress(f"raw: {workload.name}")
         yield from _measure(workload.quick() if options.quick else workload, options)
 
 
-def _measure(workload: Workload, options: Options) -> Iterator[Figure]:
-    data = prepare(workload, options.root)
-    manifest = data.manifest()
-    reader = Reader(ShardStore([manifest], workload.settings(), max_open=64))
-    straight = [
-        (shard, place)
-        for shard, entry in enumerate(manifest.shards)
-        for place in range(entry.samples)
-    ]
-    mixed = [straight[number] for number in np.random.default_rng(SEED).permutation(len(straight))]
-    readers: dict[str, Callable[[], Iterator[tuple[str, Files]]]] = {
-        OURS: lambda: _ours(reader, mixed),
-        "ours, one after the other": lambda: _ours(reader, straight),
-        "webdataset": lambda: _webdataset(data),
-        "tarfile": lambda: _tarfile(data),
-    }
+def _measure(workload: Workload, options: Options) -> Iterator[Measurement]:
+    readers = _readers(workload, prepare(workload, options.root))
     expected = dict(readers["tarfile"]())
     assert len(expected) == workload.samples
     for name, read in readers.items():
-        assert dict(read()) == expected, f"{name} gives other files"
-    work = {name: _drain(read) for name, read in readers.items()}
+        assert dict(read()) == expected, f"{name}: sample contents differ"
+
+    work = {name: _consume(read) for name, read in readers.items()}
     seconds = interleave(work, repeats=options.repeats)
-    for name, found in seconds.items():
+    for name, rounds in seconds.items():
         floor, goal = (20_000, 40_000) if name == OURS else (None, None)
-        yield Figure(
+        yield Measurement(
             name=f"{workload.name}: {name}",
             unit="samples/s/core",
             floor=floor,
             goal=goal,
-            value=Quartiles.of([workload.samples / cpu for cpu in found]),
+            value=Quartiles.of([workload.samples / cpu for cpu in rounds]),
         )
     for name in ("webdataset", "tarfile"):
-        yield Figure(
+        yield Measurement(
             name=f"{workload.name}: ours / {name}",
             unit="x",
             value=ratio(seconds[name], seconds[OURS]),
         )
 
 
-def _ours(reader: Reader, wanted: list[tuple[int, int]]) -> Iterator[tuple[str, Files]]:
-    for first in range(0, len(wanted), CHUNK):
-        for sample in reader.read_many(wanted[first : first + CHUNK]):
+def _readers(workload: Workload, data: BenchmarkData) -> dict[str, ReadAll]:
+    """Functions that read all samples, by name."""
+    manifest = data.manifest()
+    reader = Reader(ShardStore([manifest], workload.settings(), max_open=64))
+    sequential = [
+        (shard, index)
+        for shard, entry in enumerate(manifest.shards)
+        for index in range(entry.samples)
+    ]
+    permutation = np.random.default_rng(SEED).permutation(len(sequential))
+    shuffled = [sequential[index] for index in permutation]
+    return {
+        OURS: lambda: _read_ours(reader, shuffled),
+        "ours, sequential": lambda: _read_ours(reader, sequential),
+        "webdataset": lambda: _read_webdataset(data),
+        "tarfile": lambda: _read_tarfile(data),
+    }
+
+
+def _read_ours(reader: Reader, locations: list[tuple[int, int]]) -> Iterator[tuple[str, Files]]:
+    for start in range(0, len(locations), CHUNK):
+        for sample in reader.read_many(locations[start : start + CHUNK]):
             assert isinstance(sample, RawSample), sample
             yield sample.key, dict(sample.members)
 
 
-def _webdataset(data: DataSet) -> Iterator[tuple[str, Files]]:
+def _read_webdataset(data: BenchmarkData) -> Iterator[tuple[str, Files]]:
     for sample in peers.raw_webdataset(data):
-        yield (
-            sample["__key__"],
-            {name: value for name, value in sample.items() if not name.startswith("__")},
-        )
+        files = {name: value for name, value in sample.items() if not name.startswith("__")}
+        yield sample["__key__"], files
 
 
-def _tarfile(data: DataSet) -> Iterator[tuple[str, Files]]:
+def _read_tarfile(data: BenchmarkData) -> Iterator[tuple[str, Files]]:
     for path in data.shards():
         with tarfile.open(path) as archive:
             key, files = "", Files()
@@ -101,7 +108,7 @@ def _tarfile(data: DataSet) -> Iterator[tuple[str, Files]]:
             yield key, files
 
 
-def _drain(read: Callable[[], Iterator[tuple[str, Files]]]) -> Callable[[], None]:
+def _consume(read: ReadAll) -> Callable[[], None]:
     def run() -> None:
         for _ in read():
             pass

@@ -1,8 +1,9 @@
-"""A long run of the loader with two workers: does memory, or anything else that is counted, grow?
+"""Soak test: a long run of the loader with two workers, to detect growth of memory or other
+resources.
 
-Small pictures and a small set of shards, epoch after epoch, with a window of shards so small that
-files are opened and closed all the time. Every so often all processes are looked at; what matters
-is the slope of a straight line through their resident sets after the warm-up.
+Images and shards are small and repeat for many epochs. A small shuffle window forces files to be
+opened and closed continuously. All processes are sampled at intervals; the result is the slope of a
+line fitted to each resource after the warm-up.
 """
 
 from __future__ import annotations
@@ -16,129 +17,141 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tools.bench_loader.figures import Figure, Options
-from tools.bench_loader.loading import batches_of, our_loader
-from tools.bench_loader.workloads import SMALL, DataSet, prepare
-from tools.benchmark import Quartiles, family, one_thread, resident_bytes
+from tools.bench_loader.options import Options
+from tools.bench_loader.throughput import batches_of, our_loader
+from tools.bench_loader.workloads import SMALL, BenchmarkData, prepare
+from tools.measurements import Measurement
+from tools.process_stats import process_tree, resident_bytes
+from tools.timing import Quartiles, use_one_thread
 
-SAMPLES, WORKERS, LOOKS = 1_000_000, 2, 50
-WARM_UP = 0.25
-"""Share of the run in which allocators and caches may still fill."""
+SAMPLES, WORKERS, NUM_SNAPSHOTS = 1_000_000, 2, 50
+WARMUP_FRACTION = 0.25
+"""Initial fraction of the run, excluded because allocators and caches still fill."""
 LIMIT_MIB = 1.0
 TINY = replace(
     SMALL,
     name="tiny",
-    what="16 px, 0.7 KB -> 16 px",
-    sides=((16, 16),),
+    description="16 px, 0.7 KB -> 16 px",
+    sizes=((16, 16),),
     image_size=16,
     samples=2400,
     shards=24,
     batch=256,
 )
-WINDOW = 4
+SHUFFLE_WINDOW = 4
 
 
-class Look(NamedTuple):
-    """One process at one moment."""
+class Snapshot(NamedTuple):
+    """Resources of one process at one time."""
 
     samples: int
-    """Samples that were delivered by then."""
+    """Samples that the loader has delivered so far."""
     resident: int
-    """Bytes."""
+    """Resident set size, bytes."""
     files: int
     """Open file descriptors."""
     threads: int
-    shared: int
-    """Pieces of /dev/shm that it has mapped."""
+    shm_mappings: int
+    """Mapped files of /dev/shm."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Soak:
-    """What was seen."""
+    """Result of a soak test."""
 
-    looks: dict[int, list[Look]]
-    """By process: the trainer first, then what descends from it."""
+    snapshots: dict[int, list[Snapshot]]
+    """By process ID, of the trainer and all of its descendants."""
     samples: int
     problems: int
+    """Samples that could not be read."""
     seconds: float
-    left_in_shm: tuple[str, ...]
-    """Entries of /dev/shm with the number of one of the processes, after all have ended."""
+    leaked_shm: tuple[str, ...]
+    """Entries of /dev/shm named after one of the processes that remain after all have ended."""
 
-    def per_100k(self, pid: int, count: str) -> float:
-        """Slope of a straight line through one count of a process after the warm-up.
+    def growth_per_100k(self, pid: int, resource: str) -> float:
+        """Growth of one resource of a process per 100,000 samples of the whole loader.
 
         Args:
-            pid: Which process.
-            count: Field of `Look`.
+            pid: Process ID.
+            resource: Field of `Snapshot`.
 
         Returns:
-            How much it grows while the whole loader delivers 100,000 samples.
+            Slope of a least-squares line through the snapshots after the warm-up.
         """
-        looks = [look for look in self.looks[pid] if look.samples >= WARM_UP * self.samples]
-        line = np.polyfit(
-            [look.samples / 1e5 for look in looks], [getattr(look, count) for look in looks], 1
-        )
-        return float(line[0])
+        first = WARMUP_FRACTION * self.samples
+        snapshots = [snapshot for snapshot in self.snapshots[pid] if snapshot.samples >= first]
+        samples = [snapshot.samples / 1e5 for snapshot in snapshots]
+        values = [getattr(snapshot, resource) for snapshot in snapshots]
+        return float(np.polyfit(samples, values, 1)[0])
 
-    def steepest(self, count: str) -> float:
-        """The largest `per_100k` of all processes."""
-        return max(self.per_100k(pid, count) for pid in self.looks)
+    def max_growth(self, resource: str) -> float:
+        """Maximum of `growth_per_100k` over all processes."""
+        return max(self.growth_per_100k(pid, resource) for pid in self.snapshots)
 
 
-def measure(options: Options) -> Iterator[Figure]:
-    """The slope of the process that grows fastest."""
+def measure(options: Options) -> Iterator[Measurement]:
+    """Measure the memory growth of the fastest-growing process."""
     data = prepare(TINY, options.root)
     soak = run(data, 20_000 if options.quick else SAMPLES)
-    slopes = [soak.per_100k(pid, "resident") / 2**20 for pid in soak.looks]
+    slopes = [soak.growth_per_100k(pid, "resident") / 2**20 for pid in soak.snapshots]
     others = ", ".join(
-        f"{name} {soak.steepest(name):+.2f}" for name in ("files", "threads", "shared")
+        f"{name} {soak.max_growth(name):+.2f}" for name in ("files", "threads", "shm_mappings")
     )
-    yield Figure(
+    yield Measurement(
         name=f"memory growth over {soak.samples:,} samples, {WORKERS} workers",
         unit="MiB/100k samples",
         value=Quartiles(min(slopes), max(slopes), max(slopes)),
         floor=LIMIT_MIB,
         less_is_better=True,
-        note=f"the steepest of {len(slopes)} processes; others the same way: {others}; "
+        note=f"maximum of {len(slopes)} processes; likewise {others}; "
         f"{soak.samples / soak.seconds:,.0f} samples/s",
     )
 
 
-def run(data: DataSet, samples: int) -> Soak:
-    """Deliver that many samples (rounded up to whole batches) and look at the processes all the
-    while."""
-    one_thread()
-    loader = our_loader(data, TINY, workers=WORKERS, shuffle_window=WINDOW)
+def run(data: BenchmarkData, samples: int) -> Soak:
+    """Load `samples` samples (rounded up to whole batches), taking snapshots of all processes."""
+    use_one_thread()
+    loader = our_loader(data, TINY, workers=WORKERS, shuffle_window=SHUFFLE_WINDOW)
     stream, start = batches_of(loader), time.perf_counter()
     next(stream)
-    pids = family()
-    looks: dict[int, list[Look]] = {pid: [] for pid in pids}
-    delivered, problems, due = TINY.batch, 0, 0
+
+    pids = process_tree()
+    snapshots: dict[int, list[Snapshot]] = {pid: [] for pid in pids}
+    delivered, problems, next_snapshot = TINY.batch, 0, 0
     while delivered < samples:
         batch = next(stream)
         delivered += len(batch.images)
         problems += len(batch.problems)
-        if delivered >= due:
-            due += samples // LOOKS
+        if delivered >= next_snapshot:
+            next_snapshot += samples // NUM_SNAPSHOTS
             for pid in pids:
-                looks[pid].append(look(pid, delivered))
+                snapshots[pid].append(take_snapshot(pid, delivered))
+
     seconds = time.perf_counter() - start
     loader.close()
-    marks = [f"_{pid}_" for pid in pids]
-    left = tuple(name for name in os.listdir("/dev/shm") if any(mark in name for mark in marks))
     return Soak(
-        looks=looks, samples=delivered, problems=problems, seconds=seconds, left_in_shm=left
+        snapshots=snapshots,
+        samples=delivered,
+        problems=problems,
+        seconds=seconds,
+        leaked_shm=_shm_entries_of(pids),
     )
 
 
-def look(pid: int, samples: int) -> Look:
-    """Look at a process now."""
+def take_snapshot(pid: int, samples: int) -> Snapshot:
+    """Read the current resources of a process."""
     folder = Path(f"/proc/{pid}")
     status = dict(line.split(":", 1) for line in (folder / "status").read_text().splitlines())
-    return Look(
+    return Snapshot(
         samples=samples,
         resident=resident_bytes(pid),
         files=len(os.listdir(folder / "fd")),
         threads=int(status["Threads"]),
-        shared=(folder / "maps").read_text().count("/dev/shm/"),
+        shm_mappings=(folder / "maps").read_text().count("/dev/shm/"),
     )
+
+
+def _shm_entries_of(pids: list[int]) -> tuple[str, ...]:
+    patterns = [f"_{pid}_" for pid in pids]
+    names = os.listdir("/dev/shm")
+    return tuple(name for name in names if any(pattern in name for pattern in patterns))

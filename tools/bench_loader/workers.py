@@ -1,8 +1,8 @@
-"""With worker processes, as in training: CPU seconds a sample of all processes together.
+"""CPU seconds per sample with worker processes, as in training, summed over all processes.
 
-What comes on top of making a batch is handing it to the trainer. Both loaders use torch's
-DataLoader with two workers; counted is the time of the whole family of processes from one moment in
-which all batches made ahead are there to the next.
+Compared with loading in one process, this adds the transfer of batches to the trainer. All loaders
+use torch's DataLoader with two workers. CPU time of the process tree is measured from a point where
+all prefetched batches are ready to the next such point.
 """
 
 from __future__ import annotations
@@ -13,23 +13,32 @@ from typing import Any
 import torch
 
 from tools.bench_loader import peers
-from tools.bench_loader.figures import Figure, Options
-from tools.bench_loader.loading import BOUNDS, batches_of, our_loader, taker
+from tools.bench_loader.options import Options
+from tools.bench_loader.throughput import BOUNDS, batches_of, consume, our_loader
 from tools.bench_loader.workloads import PHOTO, SMALL, WEB, Workload, prepare
-from tools.benchmark import FAMILY, Quartiles, cpu_seconds, interleave, note, one_thread, ratio
+from tools.measurements import Measurement
+from tools.reporting import log_progress
+from tools.timing import (
+    PROCESS_TREE_CLOCK,
+    Quartiles,
+    cpu_seconds,
+    interleave,
+    ratio,
+    use_one_thread,
+)
 
 WORKERS, PREFETCH, ROUND_SECONDS = 2, 4, 1.0
 
 
-def measure(options: Options) -> Iterator[Figure]:
-    """Every kind of picture."""
-    one_thread()
+def measure(options: Options) -> Iterator[Measurement]:
+    """Measure every image size."""
+    use_one_thread()
     for workload in (SMALL,) if options.quick else (SMALL, WEB, PHOTO):
-        note(f"workers: {workload.name}")
+        log_progress(f"workers: {workload.name}")
         yield from _measure(workload.quick() if options.quick else workload, options)
 
 
-def _measure(workload: Workload, options: Options) -> Iterator[Figure]:
+def _measure(workload: Workload, options: Options) -> Iterator[Measurement]:
     data = prepare(workload, options.root)
     loader = our_loader(data, workload, workers=WORKERS, prefetch=PREFETCH)
     streams: dict[str, Iterator[Any]] = {
@@ -37,20 +46,21 @@ def _measure(workload: Workload, options: Options) -> Iterator[Figure]:
         "webdataset": _in_workers(peers.webdataset_pipeline(data, workload, shuffle=True)),
         "webdataset and Pillow": _in_workers(peers.pillow_pipeline(data, workload)),
     }
-    batches = 2 if options.quick else _batches_a_round(streams["webdataset"])
-    work = {name: taker(stream, batches) for name, stream in streams.items()}
-    seconds = interleave(work, repeats=options.repeats, warmup=1, clock=FAMILY)
+    batches = 2 if options.quick else _batches_per_round(streams["webdataset"])
+    work = {name: consume(stream, batches) for name, stream in streams.items()}
+    seconds = interleave(work, repeats=options.repeats, warmup=1, clock=PROCESS_TREE_CLOCK)
     loader.close()
     del streams, work
-    for name, found in seconds.items():
-        yield Figure(
+
+    for name, rounds in seconds.items():
+        yield Measurement(
             name=f"{workload.name}: {name}",
             unit="samples/s/core",
-            value=Quartiles.of([batches * workload.batch / each for each in found]),
+            value=Quartiles.of([batches * workload.batch / cpu for cpu in rounds]),
         )
     for name in ("webdataset", "webdataset and Pillow"):
         floor, goal = BOUNDS[name]
-        yield Figure(
+        yield Measurement(
             name=f"{workload.name}: ours / {name}",
             unit="x",
             floor=floor,
@@ -60,7 +70,7 @@ def _measure(workload: Workload, options: Options) -> Iterator[Figure]:
 
 
 def _in_workers(pipeline: Any) -> Iterator[Any]:
-    """Whole batches from torch's workers, as webdataset's manual has it."""
+    """Batches made in torch's workers, as webdataset's documentation recommends."""
     return iter(
         torch.utils.data.DataLoader(
             pipeline,
@@ -68,17 +78,19 @@ def _in_workers(pipeline: Any) -> Iterator[Any]:
             num_workers=WORKERS,
             prefetch_factor=PREFETCH,
             multiprocessing_context="forkserver",
-            worker_init_fn=_one_thread,
+            worker_init_fn=_use_one_thread,
         )
     )
 
 
-def _batches_a_round(stream: Iterator[Any]) -> int:
-    """Batches that take both workers about `ROUND_SECONDS` together; ticks of 10 ms are then one in
-    a hundred."""
-    spent = cpu_seconds(taker(stream, 16), FAMILY)
-    return max(4, round(16 * ROUND_SECONDS / spent))
+def _batches_per_round(stream: Iterator[Any]) -> int:
+    """Number of batches that take about `ROUND_SECONDS` of CPU time in total.
+
+    A clock tick of 10 ms is then about 1 % of a round.
+    """
+    seconds = cpu_seconds(consume(stream, 16), PROCESS_TREE_CLOCK)
+    return max(4, round(16 * ROUND_SECONDS / seconds))
 
 
-def _one_thread(_worker: int) -> None:
-    one_thread()
+def _use_one_thread(_worker: int) -> None:
+    use_one_thread()

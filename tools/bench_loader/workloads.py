@@ -1,4 +1,4 @@
-"""The kinds of data that are measured, written once into a folder and found again there."""
+"""Data sets of the loader benchmarks, generated once per folder and then reused."""
 
 from __future__ import annotations
 
@@ -12,55 +12,54 @@ from data_pipeline.content.tokenizer import train_tokenizer
 from data_pipeline.settings import AugmentConfig, DataConfig
 from data_pipeline.shards.manifest import Manifest, load_manifest
 from data_pipeline.shards.writer import write_shards
-from tools.bench_loader.pictures import caption, samples
+from tools.bench_loader.synthetic_images import caption, samples
 
 VERSION = 1
-"""Counted up when the same settings give other pictures: older folders are then written again."""
-TEXT_LENGTH, VOCAB_SIZE, SEED = 32, 512, 0
+"""Increment when the same settings produce different images; existing folders are rewritten."""
+CONTEXT_LENGTH, VOCAB_SIZE, SEED = 32, 512, 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """One kind of pictures, and what is made of them."""
+    """Images of one kind, and how they are loaded."""
 
     name: str
-    what: str
-    """For the table: what stands in the files, and what the model gets."""
-    sides: tuple[tuple[int, int], ...]
-    """Width and height of the pictures, which take turns."""
+    description: str
+    """File contents and model input, for tables."""
+    sizes: tuple[tuple[int, int], ...]
+    """Width and height of the images, used in turn."""
     quality: int
-    """Of the JPEG files."""
+    """JPEG quality."""
     grain: float
-    """See `pictures.pixels`."""
+    """See `synthetic_images.pixels`."""
     image_size: int
-    """Side of the square that a batch holds."""
+    """Side of the square model input, pixels."""
     samples: int
-    """Different samples."""
+    """Distinct samples."""
     shards: int = 4
     batch: int = 64
-    """Pairs of a batch."""
+    """Pairs per batch."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def quick(self) -> Workload:
-        """The same with hardly any samples, to try the machinery."""
+        """The same workload with minimal data, to test that a benchmark runs."""
         return replace(self, samples=48, shards=3, batch=8)
 
     @property
     def augments(self) -> bool:
-        """Whether anything is drawn: then two loaders make different pictures of a sample."""
+        """Whether augmentation is random: two loaders then produce different pixels."""
         return self.augment != AugmentConfig()
 
     def settings(self, **changes: Any) -> DataConfig:
-        """The loader's settings: all shards shuffled together, in this process unless told
-        otherwise."""
-        given: dict[str, Any] = {"augment": self.augment, "workers": 0}
-        return DataConfig(**given | changes)
+        """The loader's settings: all shards shuffled, no worker processes, with `changes`."""
+        settings: dict[str, Any] = {"augment": self.augment, "workers": 0}
+        return DataConfig(**settings | changes)
 
 
 SMALL = Workload(
     name="small",
-    what="64-96 px, 3 KB -> 64 px",
-    sides=((64, 64), (80, 80), (96, 96)),
+    description="64-96 px, 3 KB -> 64 px",
+    sizes=((64, 64), (80, 80), (96, 96)),
     quality=85,
     grain=2.0,
     image_size=64,
@@ -68,8 +67,8 @@ SMALL = Workload(
 )
 WEB = Workload(
     name="web",
-    what="256 px, 20 KB -> 224 px",
-    sides=((256, 256),),
+    description="256 px, 20 KB -> 224 px",
+    sizes=((256, 256),),
     quality=90,
     grain=4.0,
     image_size=224,
@@ -77,8 +76,8 @@ WEB = Workload(
 )
 PHOTO = Workload(
     name="photo",
-    what="640x480, 75 KB -> 224 px",
-    sides=((640, 480), (480, 640)),
+    description="640x480, 75 KB -> 224 px",
+    sizes=((640, 480), (480, 640)),
     quality=90,
     grain=4.0,
     image_size=224,
@@ -87,54 +86,55 @@ PHOTO = Workload(
 CROPPED = replace(
     WEB,
     name="web-augmented",
-    what="256 px, 20 KB -> random crop and flip -> 224 px",
+    description="256 px, 20 KB -> random crop and flip -> 224 px",
     augment=AugmentConfig(flip=True, crop_scale=(0.35, 1.0)),
 )
 WORKLOADS = (SMALL, WEB, PHOTO, CROPPED)
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataSet:
-    """A workload's files."""
+class BenchmarkData:
+    """Files of a workload."""
 
     folder: Path
-    """Of the shards."""
+    """Folder of the shards."""
     tokenizer: Path
 
     def manifest(self) -> Manifest:
-        """Of the shards."""
+        """Load the manifest of the shards."""
         return load_manifest(str(self.folder))
 
     def shards(self) -> list[str]:
-        """Paths of the archives, for readers that know no manifest."""
+        """Paths of the tar files, for readers without manifests."""
         return [str(path) for path in sorted(self.folder.glob("*.tar"))]
 
 
-def prepare(workload: Workload, root: Path) -> DataSet:
-    """The files of a workload below `root`; written if they are not there as asked for."""
-    settings = {
-        "version": VERSION,
-        "sides": workload.sides,
-        "quality": workload.quality,
-        "grain": workload.grain,
-        "samples": workload.samples,
-        "shards": workload.shards,
-    }
-    wanted = json.dumps(settings)
-    # Workloads that differ only in what is made of the pictures share them.
-    folder = root / f"{workload.sides[0][0]}x{workload.sides[0][1]}-{workload.samples}"
+def prepare(workload: Workload, root: Path) -> BenchmarkData:
+    """Return the files of a workload below `root`; write them if missing or outdated."""
+    contents = json.dumps(
+        {
+            "version": VERSION,
+            "sizes": workload.sizes,
+            "quality": workload.quality,
+            "grain": workload.grain,
+            "samples": workload.samples,
+            "shards": workload.shards,
+        }
+    )
+    # Workloads that differ only in how images are loaded use the same files.
+    width, height = workload.sizes[0]
+    folder = root / f"{width}x{height}-{workload.samples}"
     stamp = folder / "stamp.json"
-    if not stamp.exists() or stamp.read_text() != wanted:
+    if not stamp.exists() or stamp.read_text() != contents:
         shutil.rmtree(folder, ignore_errors=True)
         write_shards(
             samples(
-                workload.samples, workload.sides, quality=workload.quality, grain=workload.grain
+                workload.samples, workload.sizes, quality=workload.quality, grain=workload.grain
             ),
             folder / "shards",
             samples_per_shard=-(-workload.samples // workload.shards),
         )
-        train_tokenizer(
-            map(caption, range(2000)), folder / "tokenizer.model", vocab_size=VOCAB_SIZE
-        )
-        stamp.write_text(wanted)
-    return DataSet(folder=folder / "shards", tokenizer=folder / "tokenizer.model")
+        captions = map(caption, range(2000))
+        train_tokenizer(captions, folder / "tokenizer.model", vocab_size=VOCAB_SIZE)
+        stamp.write_text(contents)
+    return BenchmarkData(folder=folder / "shards", tokenizer=folder / "tokenizer.model")

@@ -1,1 +1,1 @@
-"""How fast the MoE layer is: `python -m tools.bench_moe --help`."""
+"""Benchmark of the MoE layer: `python -m tools.bench_moe --help`."""

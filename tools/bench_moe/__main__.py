@@ -1,9 +1,8 @@
-"""`python -m tools.bench_moe`: the MoE layer, forward and backward, against others and against what
-is possible.
+"""`python -m tools.bench_moe`: forward and backward pass of the MoE layer, compared with other
+implementations and with the roofline.
 
-On a GPU in bfloat16, by events of the device; on CPU in float32, CPU seconds of one thread. In all
-arms on CPU the memory of freed tensors is kept by the process (`keep_freed_memory`, as every run
-does).
+On a GPU in bfloat16, timed by CUDA events; on a CPU in float32, in CPU seconds of one thread. On a
+CPU the process keeps the memory of freed tensors (`retain_freed_memory`), as training runs do.
 """
 
 from __future__ import annotations
@@ -13,123 +12,170 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from tools.bench_moe.shapes import CPU_MEAN, CPU_SHAPES, GPU_SHAPES, LOADS, QUICK_SHAPES
-from tools.benchmark import MIN_REPEATS, machine, note, one_thread, table, write_json
+from tools.bench_moe.shapes import CPU_MEAN, CPU_SHAPES, GPU_SHAPES, LOADS, QUICK_SHAPES, Shape
+from tools.measurements import HEADER, Measurement
+from tools.reporting import describe_machine, format_table, log_progress, write_json
+from tools.timing import MIN_REPEATS, use_one_thread
 
 if TYPE_CHECKING:
-    from tools.bench_moe.measure import Measured
-    from tools.figures import Figure
+    import torch
+
+    from tools.bench_moe.limits import Limits
+    from tools.bench_moe.results import ShapeResult
 
 PACKAGES = ("torch", "deepspeed", "torchtitan", "triton")
 
 EXAMPLES = """\
 examples:
-  python -m tools.bench_moe                             every shape of this machine's device
+  python -m tools.bench_moe                             all shapes for this machine's device
   python -m tools.bench_moe --only many --repeats 40    one shape, more rounds
   python -m tools.bench_moe --device cpu --dtype bf16   on the CPU in bfloat16
-  python -m tools.bench_moe --quick                     does it run at all? (the figures mean nothing)
-  pip install --target peers --no-deps torchtitan ... && python -m tools.bench_moe --peers peers
+  python -m tools.bench_moe --quick                     check that it runs (meaningless numbers)
+  pip install --target peers --no-deps torchtitan ...
+  python -m tools.bench_moe --peers peers               compare with packages in a folder
 """
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure, print a table, write JSON; returns 1 when our layer gives wrong answers."""
+    """Run the benchmark, print a table, write JSON; returns 1 if this project's layer is incorrect.
+
+    Invalid options return 2.
+    """
     options = _parse(arguments)
     for folder in options.peers:
-        sys.path.append(str(folder))  # behind everything: the versions that are installed win
-    # What the profiler says of itself, and of memory that it did not see from the start.
+        sys.path.append(str(folder))  # at the end, so that installed versions take precedence
+    # torch's profiler logs warnings, for example about memory allocated before it started.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     import torch
 
-    from tools.bench_moe.limits import measure_limits
-    from tools.bench_moe.measure import OURS, figures, mean_figures, measure
-
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     on_gpu = device.type == "cuda"
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[
-        options.dtype or ("bf16" if on_gpu else "fp32")
-    ]
+    dtype_name = options.dtype or ("bf16" if on_gpu else "fp32")
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype_name]
     shapes = QUICK_SHAPES if options.quick else GPU_SHAPES if on_gpu else CPU_SHAPES
-    if unknown := [name for name in options.only if name not in [shape.name for shape in shapes]]:
-        print(
-            f"error: --only {unknown[0]}: no such shape; there are {', '.join(s.name for s in shapes)}",
-            file=sys.stderr,
-        )
-        return 2
-    if on_gpu and not torch.cuda.is_available():
-        print("error: --device cuda: torch sees no GPU here; use --device cpu", file=sys.stderr)
-        return 2
-    if options.repeats is not None and options.repeats < 1:
-        print(
-            f"error: --repeats is {options.repeats}, but must be at least 1; leave it out for the usual number",
-            file=sys.stderr,
-        )
+    if problem := _option_problem(options, shapes, on_gpu=on_gpu):
+        print(f"error: {problem}", file=sys.stderr)
         return 2
     if not on_gpu:
         prepare_cpu()
-    about = machine(PACKAGES) | (
-        {"gpu": torch.cuda.get_device_name()} if on_gpu else {"threads": 1}
-    )
-    note(
-        f"{about.get('gpu') or about['cpu']}, {str(dtype).removeprefix('torch.')}, load {about['load'][0]}"
+    return _run(options, shapes, device, dtype)
+
+
+def _option_problem(options: argparse.Namespace, shapes: tuple[Shape, ...], *, on_gpu: bool) -> str:
+    """What is wrong with the options; empty if they are valid."""
+    import torch
+
+    names = [shape.name for shape in shapes]
+    if unknown := [name for name in options.only if name not in names]:
+        return f"--only {unknown[0]}: unknown shape; expected one of {', '.join(names)}"
+    if on_gpu and not torch.cuda.is_available():
+        return "--device cuda: torch finds no GPU; use --device cpu"
+    if options.repeats is not None and options.repeats < 1:
+        return (
+            f"--repeats is {options.repeats}, but must be at least 1; omit it for the default of "
+            f"{MIN_REPEATS}"
+        )
+    return ""
+
+
+def _run(
+    options: argparse.Namespace,
+    shapes: tuple[Shape, ...],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> int:
+    """Measure the selected shapes and report the results; returns the exit status."""
+    import torch
+
+    from tools.bench_moe.limits import measure_limits
+    from tools.bench_moe.results import OURS
+
+    on_gpu = device.type == "cuda"
+    machine = describe_machine(PACKAGES)
+    machine |= {"gpu": torch.cuda.get_device_name()} if on_gpu else {"threads": 1}
+    log_progress(
+        f"{machine.get('gpu') or machine['cpu']}, {str(dtype).removeprefix('torch.')}, "
+        f"load {machine['load'][0]}"
     )
     limits = measure_limits(device, dtype, quick=options.quick)
-    note(
-        f"one product: {limits.flops_per_second / 1e9:,.0f} GFLOP/s; "
-        f"one copy: {limits.bytes_per_second / 1e9:,.1f} GB/s"
+    log_progress(
+        f"matrix product: {limits.flops_per_second / 1e9:,.0f} GFLOP/s; "
+        f"copy: {limits.bytes_per_second / 1e9:,.1f} GB/s"
     )
     repeats = options.repeats or (2 if options.quick else MIN_REPEATS)
-    chosen = [shape for shape in shapes if not options.only or shape.name in options.only]
-    found: list[Measured] = []
-    lines: list[Figure] = []
-    for load in options.load:
-        of_load = [
-            measured
-            for shape in chosen
-            for measured in measure(shape._replace(load=load), device, dtype, repeats=repeats)
-        ]
-        for measured in of_load:
-            lines += figures(measured, limits, dtype, on_gpu=on_gpu)
-        if shapes is CPU_SHAPES and chosen == list(shapes):
-            lines += mean_figures(
-                [each for each in of_load if not each.shape.whole_tokens], *CPU_MEAN
-            )
-        found += of_load
-    from tools.figures import HEAD
+    selected = [shape for shape in shapes if not options.only or shape.name in options.only]
+    all_shapes = shapes is CPU_SHAPES and selected == list(shapes)
 
-    print("\n".join(f"{shape.name}: {shape.words()}" for shape in chosen))
+    results: list[ShapeResult] = []
+    rows: list[Measurement] = []
+    for load in options.load:
+        loaded = [shape._replace(load=load) for shape in selected]
+        load_results, load_rows = _measure_all(
+            loaded, limits, device, dtype, repeats=repeats, means=all_shapes
+        )
+        results += load_results
+        rows += load_rows
+
+    print("\n".join(f"{shape.name}: {shape.describe()}" for shape in selected))
     print("\n".join(f"{load}: {LOADS[load]}" for load in options.load))
-    print("\n" + table([line.row() for line in lines], HEAD))
+    print("\n" + format_table([row.row() for row in rows], HEADER))
     write_json(
         options.out,
         {
-            "machine": about,
+            "machine": machine,
             "dtype": str(dtype),
             "repeats": repeats,
             "quick": options.quick,
             "limits": limits._asdict(),
-            "shapes": [shape._asdict() for shape in chosen],
-            "measured": [
-                asdict(each)
-                | {"shape": each.shape.name, "load": each.shape.load, "tokens": each.shape.tokens}
-                for each in found
-            ],
-            "figures": [line.to_json() for line in lines],
+            "shapes": [shape._asdict() for shape in selected],
+            "results": [_to_json(result) for result in results],
+            "measurements": [row.to_json() for row in rows],
         },
     )
-    note(f"\nalso in {options.out}")
-    return int(any(OURS in each.wrong for each in found))
+    log_progress(f"\nwrote {options.out}")
+    return int(any(OURS in result.incorrect for result in results))
+
+
+def _measure_all(
+    shapes: list[Shape],
+    limits: Limits,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    repeats: int,
+    means: bool,
+) -> tuple[list[ShapeResult], list[Measurement]]:
+    """Results and report rows of shapes with one load, with means over the shapes if asked."""
+    from tools.bench_moe.measure import measure
+    from tools.bench_moe.results import mean_measurements, measurements
+
+    results: list[ShapeResult] = []
+    for shape in shapes:
+        results += measure(shape, device, dtype, repeats=repeats)
+
+    rows: list[Measurement] = []
+    for result in results:
+        rows += measurements(result, limits, dtype, on_gpu=device.type == "cuda")
+    if means:
+        full = [result for result in results if not result.shape.full_tokens]
+        rows += mean_measurements(full, *CPU_MEAN)
+    return results, rows
+
+
+def _to_json(result: ShapeResult) -> dict[str, Any]:
+    shape = result.shape
+    return asdict(result) | {"shape": shape.name, "load": shape.load, "tokens": shape.tokens}
 
 
 def prepare_cpu() -> None:
-    """One thread, and freed memory is kept, for every arm alike."""
-    from pretrain.parallel.environment import keep_freed_memory
+    """Use one thread and keep freed memory, for every implementation alike."""
+    from pretrain.parallel.environment import retain_freed_memory
 
-    one_thread()
-    keep_freed_memory()
+    use_one_thread()
+    retain_freed_memory()
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -140,27 +186,34 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--only", action="append", default=[], metavar="SHAPE", help="a shape; may be given again"
+        "--only",
+        action="append",
+        default=[],
+        metavar="SHAPE",
+        help="measure this shape (repeatable)",
     )
     parser.add_argument(
         "--load",
         nargs="+",
         choices=tuple(LOADS),
         default=list(LOADS),
-        help="how tokens are spread over the experts (default: each way)",
+        help="distribution of tokens over the experts (default: all)",
     )
     parser.add_argument(
-        "--device", choices=("cpu", "cuda"), help="default: the GPU if there is one"
+        "--device", choices=("cpu", "cuda"), help="default: cuda if available, otherwise cpu"
     )
     parser.add_argument(
-        "--dtype", choices=("bf16", "fp32"), help="default: bf16 on GPU, fp32 on CPU"
+        "--dtype", choices=("bf16", "fp32"), help="default: bf16 on a GPU, fp32 on a CPU"
     )
-    parser.add_argument("--quick", action="store_true", help="tiny layers, two rounds")
+    parser.add_argument("--quick", action="store_true", help="minimal layers, two rounds")
     parser.add_argument(
-        "--repeats", type=int, help=f"rounds of each comparison (default {MIN_REPEATS})"
+        "--repeats", type=int, help=f"rounds of each comparison (default: {MIN_REPEATS})"
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("data/bench/moe.json"), help="the report (%(default)s)"
+        "--out",
+        type=Path,
+        default=Path("data/bench/moe.json"),
+        help="JSON report (default: %(default)s)",
     )
     parser.add_argument(
         "--peers",
@@ -168,7 +221,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="FOLDER",
-        help="a folder of packages (pip install --target) in which to look for torchtitan",
+        help="folder with torchtitan (made by pip install --target); repeatable",
     )
     return parser.parse_args(arguments)
 

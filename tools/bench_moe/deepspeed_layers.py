@@ -1,25 +1,34 @@
-"""DeepSpeed's two MoE layers as contestants: `deepspeed.moe.layer.MoE`, and that of AutoEP, in one
-process."""
+"""DeepSpeed's two MoE layers in one process: `deepspeed.moe.layer.MoE` and AutoEP's layer."""
 
 from __future__ import annotations
 
 import logging
 import os
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tools.bench_moe.arms import Arm, Missing, Weights, copy, gradients_of
+from tools.bench_moe.implementations import (
+    Implementation,
+    Unavailable,
+    Weights,
+    copy_weights,
+    gradients_of,
+)
 from tools.bench_moe.shapes import Shape
 
 
-def native(shape: Shape, weights: Weights) -> Arm:
-    """`deepspeed.moe.layer.MoE`, dropless; its experts are gated networks of our shape, run one by
-    one."""
-    layers = _deepspeed("pretrain.parallel.deepspeed_native_moe", weights.w1.device)
-    layer = layers.native_layer(shape.width, shape.hidden, shape.experts, shape.k)
+def native(shape: Shape, weights: Weights) -> Implementation:
+    """`deepspeed.moe.layer.MoE`, dropless, with SwiGLU experts that run one after another.
+
+    Raises:
+        Unavailable: DeepSpeed cannot be imported.
+    """
+    deepspeed_moe = _import("pretrain.parallel.deepspeed_native_moe", weights.w1.device)
+    layer = deepspeed_moe.make_native_moe(shape.width, shape.hidden, shape.experts, shape.k)
     layer = layer.to(weights.w1.device, weights.w1.dtype)
     experts = layer.deepspeed_moe.experts.deepspeed_experts
     with torch.no_grad():
@@ -28,27 +37,32 @@ def native(shape: Shape, weights: Weights) -> Arm:
             for parameter, weight in ((expert.w1, w1), (expert.w2, w2), (expert.w3, w3)):
                 parameter[0].copy_(weight)
 
-    def stacked(name: str) -> Tensor:
+    def stacked_gradients(name: str) -> Tensor:
         return torch.cat([getattr(expert, name).grad for expert in experts])
 
     def gradients() -> Weights:
         return Weights(
-            layer.deepspeed_moe.gate.wg.weight.grad, stacked("w1"), stacked("w2"), stacked("w3")
+            layer.deepspeed_moe.gate.wg.weight.grad,
+            stacked_gradients("w1"),
+            stacked_gradients("w2"),
+            stacked_gradients("w3"),
         )
 
-    return Arm(layer, lambda x_TD: layer(x_TD)[0], gradients)
+    return Implementation(layer, lambda x_TD: layer(x_TD)[0], gradients)
 
 
-def auto_ep(shape: Shape, weights: Weights) -> Arm:
-    """AutoEP's layer, made from a block of the usual form as AutoEP would.
+def auto_ep(shape: Shape, weights: Weights) -> Implementation:
+    """AutoEP's layer, constructed from a Mixtral-style block as AutoEP does.
 
-    Its grouped product goes with a kernel that only GPUs have, so on CPU it is its loop over the
-    experts.
+    Its grouped matrix product requires a GPU kernel; on CPU it loops over the experts.
+
+    Raises:
+        Unavailable: DeepSpeed cannot be imported.
     """
     device, dtype = weights.w1.device, weights.w1.dtype
-    theirs = _deepspeed("deepspeed.module_inject.auto_ep_layer", device)
-    config = theirs.AutoEPConfig(use_grouped_mm=device.type == "cuda")
-    spec = theirs.MoELayerSpec(
+    auto_ep_layer = _import("deepspeed.module_inject.auto_ep_layer", device)
+    config = auto_ep_layer.AutoEPConfig(use_grouped_mm=device.type == "cuda")
+    spec = auto_ep_layer.MoELayerSpec(
         moe_module_name="block",
         model_family="mixtral",
         router_name="gate",
@@ -73,19 +87,20 @@ def auto_ep(shape: Shape, weights: Weights) -> Arm:
         shared_experts_name="",
     )
     with torch.device(device):
-        block = _Block(shape).to(dtype)
-        layer = theirs.AutoEPMoELayer(spec, block, ep_size=1, ep_rank=0, config=config).to(dtype)
+        block = _MixtralBlock(shape).to(dtype)
+        layer = auto_ep_layer.AutoEPMoELayer(spec, block, ep_size=1, ep_rank=0, config=config)
+        layer = layer.to(dtype)
     parameters = Weights(
         layer.router.gate.weight, layer.experts.w1, layer.experts.w2, layer.experts.w3
     )
-    copy(parameters, weights)
-    return Arm(
+    copy_weights(parameters, weights)
+    return Implementation(
         layer, lambda x_TD: layer(x_TD.unsqueeze(0)).squeeze(0), lambda: gradients_of(parameters)
     )
 
 
-class _Block(nn.Module):
-    """What AutoEP replaces: a gate, and a list of experts with linear maps w1, w2, w3."""
+class _MixtralBlock(nn.Module):
+    """The block that AutoEP replaces: a gate, and experts with linear layers w1, w2, w3."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -103,16 +118,14 @@ class _Block(nn.Module):
         self.experts = nn.ModuleList(expert() for _ in range(shape.experts))
 
 
-def _deepspeed(module: str, device: torch.device) -> Any:
-    """A module that needs DeepSpeed, which wants its accelerator chosen before it is imported."""
-    from importlib import import_module
-
+def _import(module: str, device: torch.device) -> Any:
+    """Import a module that uses DeepSpeed; DeepSpeed reads DS_ACCELERATOR at import."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DS_LOG_LEVEL", "warning")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     try:
-        found: ModuleType = import_module(module)
+        imported: ModuleType = import_module(module)
     except ImportError as error:
-        raise Missing(f"DeepSpeed cannot be imported: {error}") from error
-    return found
+        raise Unavailable(f"DeepSpeed cannot be imported: {error}") from error
+    return imported

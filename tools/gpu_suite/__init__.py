@@ -1,1 +1,1 @@
-"""Everything that only a GPU can tell, in a few minutes: `python -m tools.gpu_suite --help`."""
+"""Checks and benchmarks that require a GPU: `python -m tools.gpu_suite --help`."""

@@ -1,4 +1,4 @@
-"""What every part is told."""
+"""Options of one part of the GPU suite."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import torch
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How a part is to run."""
+    """Device, time limit and folder of a part."""
 
     device: torch.device
     deadline: float
-    """`time.monotonic()` after which nothing new is begun."""
+    """Value of `time.monotonic()` after which nothing new is started."""
     scratch: Path
-    """A folder for data, kept from part to part."""
+    """Folder for data; all parts of a run use the same one."""
 
     @property
     def on_gpu(self) -> bool:
-        """Whether sizes are real; on CPU the machinery is tried on hardly anything."""
+        """Whether sizes are realistic; on a CPU they are minimal, to test that the part runs."""
         return self.device.type == "cuda"
 
-    def left(self) -> float:
-        """Seconds to the deadline."""
+    def seconds_left(self) -> float:
+        """Seconds until the deadline."""
         return self.deadline - time.monotonic()

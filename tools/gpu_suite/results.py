@@ -1,4 +1,4 @@
-"""What a part has to tell: checks that pass or fail, and figures."""
+"""Results of a part of the GPU suite: checks that pass or fail, and measurements."""
 
 from __future__ import annotations
 
@@ -6,104 +6,113 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tools.benchmark import figure, write_json
-from tools.figures import Figure
+from tools.measurements import Measurement
+from tools.reporting import format_number, write_json
+from tools.timing import Quartiles
 
-HEAD = ["part", "what", "measured", "asked", "verdict", "note"]
+HEADER = ["part", "name", "measured", "expected", "verdict", "note"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """Something that must hold."""
+    """The outcome of one check."""
 
     name: str
     passed: bool
     measured: str = ""
-    asked: str = ""
+    expected: str = ""
     note: str = ""
 
     def row(self, part: str) -> list[str]:
-        """Cells of the table under `HEAD`."""
-        return [
-            part,
-            self.name,
-            self.measured,
-            self.asked,
-            "passed" if self.passed else "FAILED",
-            self.note,
-        ]
+        """Table cells in the order of `HEADER`."""
+        verdict = "passed" if self.passed else "FAILED"
+        return [part, self.name, self.measured, self.expected, verdict, self.note]
 
 
-def at_most(name: str, value: float, limit: float, note: str = "") -> Check:
-    """A check that a number is finite and small enough."""
+def check_at_most(name: str, value: float, limit: float, note: str = "") -> Check:
+    """A check that `value` is at most `limit`; NaN fails."""
     return Check(
         name=name,
         passed=value <= limit,
         measured=f"{value:.1e}",
-        asked=f"at most {limit:.0e}",
+        expected=f"at most {limit:.0e}",
         note=note,
     )
 
 
-def figure_row(part: str, line: Figure) -> list[str]:
-    """A figure's cells under `HEAD`."""
-    kind = "at most" if line.less_is_better else "at least"
-    bounds = [
-        f"{kind} {figure(line.floor)}" if line.floor is not None else "",
-        f"goal {figure(line.goal)}" if line.goal is not None else "",
+def measurement_row(part: str, measurement: Measurement) -> list[str]:
+    """Table cells of a measurement in the order of `HEADER`."""
+    relation = "at most" if measurement.less_is_better else "at least"
+    bounds = []
+    if measurement.floor is not None:
+        bounds.append(f"{relation} {format_number(measurement.floor)}")
+    if measurement.goal is not None:
+        bounds.append(f"goal {format_number(measurement.goal)}")
+    value = "-"
+    if measurement.value is not None:
+        value = f"{measurement.value} {measurement.unit}".strip()
+    return [
+        part,
+        measurement.name,
+        value,
+        ", ".join(bounds),
+        measurement.verdict(),
+        measurement.note,
     ]
-    value = "-" if line.value is None else f"{line.value} {line.unit}".strip()
-    return [part, line.name, value, ", ".join(filter(None, bounds)), line.verdict(), line.note]
 
 
 @dataclass
 class Report:
-    """Results of one part, written to a file after each one: a part that is ended leaves what it
-    has."""
+    """Results of one part.
+
+    The file at `path` is updated after each result, so a part that is killed leaves its results so
+    far.
+    """
 
     path: Path | None = None
     checks: list[Check] = field(default_factory=list)
-    figures: list[Figure] = field(default_factory=list)
+    measurements: list[Measurement] = field(default_factory=list)
     skipped: str = ""
-    """Why the part could not run at all."""
+    """Reason why the part did not run."""
 
-    def add(self, *results: Check | Figure) -> None:
-        """Keep results."""
-        self.checks += [each for each in results if isinstance(each, Check)]
-        self.figures += [each for each in results if isinstance(each, Figure)]
+    def add(self, *results: Check | Measurement) -> None:
+        """Append results and update the file."""
+        for result in results:
+            if isinstance(result, Check):
+                self.checks.append(result)
+            else:
+                self.measurements.append(result)
         self.write()
 
-    def skip(self, why: str) -> None:
-        """Say why the part could not run."""
-        self.skipped = why
+    def skip(self, reason: str) -> None:
+        """Mark the part as skipped and update the file."""
+        self.skipped = reason
         self.write()
 
     def write(self) -> None:
-        """Bring the file up to date."""
+        """Write the file, if there is a path."""
         if self.path is not None:
             write_json(self.path, self.to_json())
 
     def to_json(self) -> dict[str, Any]:
-        """For the file; `from_json` turns it back."""
+        """JSON object; the inverse of `from_json`."""
         return {
             "skipped": self.skipped,
             "checks": [asdict(check) for check in self.checks],
-            "figures": [line.to_json() for line in self.figures],
+            "measurements": [measurement.to_json() for measurement in self.measurements],
         }
 
     @staticmethod
-    def from_json(value: dict[str, Any]) -> Report:
-        """What `to_json` gave."""
-        from tools.benchmark import Quartiles
-
-        figures = []
-        for line in value["figures"]:
-            given = {key: item for key, item in line.items() if key != "verdict"}
-            figures.append(
-                Figure(**given | {"value": Quartiles(**line["value"]) if line["value"] else None})
-            )
+    def from_json(contents: dict[str, Any]) -> Report:
+        """Restore a report from `to_json`."""
+        measurements = []
+        for row in contents["measurements"]:
+            fields = {key: value for key, value in row.items() if key != "verdict"}
+            if row["value"] is not None:
+                fields["value"] = Quartiles(**row["value"])
+            measurements.append(Measurement(**fields))
         return Report(
-            checks=[Check(**check) for check in value["checks"]],
-            figures=figures,
-            skipped=value["skipped"],
+            checks=[Check(**check) for check in contents["checks"]],
+            measurements=measurements,
+            skipped=contents["skipped"],
         )

@@ -1,4 +1,4 @@
-"""The layer's speed against its peers, as `tools.bench_moe` measures it."""
+"""Speed of the MoE layer compared with other implementations, measured by `tools.bench_moe`."""
 
 from __future__ import annotations
 
@@ -7,44 +7,47 @@ import time
 import torch
 
 from tools.bench_moe.limits import measure_limits
-from tools.bench_moe.measure import OURS, figures, measure
+from tools.bench_moe.measure import measure
+from tools.bench_moe.reference import TOLERANCES
+from tools.bench_moe.results import OURS, ShapeResult, measurements
 from tools.bench_moe.shapes import GPU_SHAPES, LOADS, QUICK_SHAPES
-from tools.benchmark import MIN_REPEATS
-from tools.figures import skipped
 from tools.gpu_suite.options import Options
 from tools.gpu_suite.results import Check, Report
+from tools.measurements import not_measured
+from tools.timing import MIN_REPEATS
 
 
 def layer_speed(options: Options, report: Report) -> None:
-    """Shape by shape, while there is time for one more; the last one tells how long a FLOP
-    takes."""
+    """Measure shape after shape while time is left; the last one predicts the next one's time."""
     dtype = torch.bfloat16
     limits = measure_limits(options.device, dtype, quick=not options.on_gpu)
-    seconds_per_flop = 0.0
+    repeats = MIN_REPEATS if options.on_gpu else 2
     shapes = GPU_SHAPES if options.on_gpu else QUICK_SHAPES[:1]
+    seconds_per_flop = 0.0
     for shape in [shape._replace(load=load) for load in LOADS for shape in shapes]:
-        needed = shape.flops * seconds_per_flop
-        if options.left() < needed:
-            why = (
-                f"no time left for its {needed:.0f} s or so; python -m tools.bench_moe measures it"
+        predicted = shape.flops * seconds_per_flop
+        if options.seconds_left() < predicted:
+            reason = (
+                f"no time left: it takes about {predicted:.0f} s; measure it with "
+                f"python -m tools.bench_moe"
             )
-            report.add(skipped(f"{shape.label}: {shape.words()}", why))
+            report.add(not_measured(f"{shape.label}: {shape.describe()}", reason))
             continue
-        began = time.monotonic()
-        for found in measure(
-            shape, options.device, dtype, repeats=MIN_REPEATS if options.on_gpu else 2
-        ):
-            if OURS in found.off:
-                off = found.off[OURS]
-                worst = max(off, key=off.__getitem__)
-                report.add(
-                    Check(
-                        name=f"{found.shape.label}: right answers",
-                        passed=OURS not in found.wrong,
-                        measured=f"{off[worst]:.1e}",
-                        asked="at most 2e-02",
-                        note=f"most: {worst}",
-                    )
-                )
-            report.add(*figures(found, limits, dtype, on_gpu=options.on_gpu))
-        seconds_per_flop = (time.monotonic() - began) / shape.flops
+        start = time.monotonic()
+        for result in measure(shape, options.device, dtype, repeats=repeats):
+            if OURS in result.errors:
+                report.add(_check_errors(result, TOLERANCES[dtype]))
+            report.add(*measurements(result, limits, dtype, on_gpu=options.on_gpu))
+        seconds_per_flop = (time.monotonic() - start) / shape.flops
+
+
+def _check_errors(result: ShapeResult, tolerance: float) -> Check:
+    errors = result.errors[OURS]
+    worst = max(errors, key=errors.__getitem__)
+    return Check(
+        name=f"{result.shape.label}: agrees with the reference",
+        passed=OURS not in result.incorrect,
+        measured=f"{errors[worst]:.1e}",
+        expected=f"at most {tolerance:.0e}",
+        note=f"largest: {worst}",
+    )

@@ -1,31 +1,31 @@
-"""Figures with their spread and bounds, or the reason why there is none: what every benchmark
-reports."""
+"""A benchmark result: quartiles with a floor and a goal, or the reason why it was not measured."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from tools.benchmark import Quartiles, figure
+from tools.reporting import format_number
+from tools.timing import Quartiles
 
 
 @dataclass(frozen=True, kw_only=True)
-class Figure:
-    """One line of the report."""
+class Measurement:
+    """One row of a benchmark report."""
 
     name: str
     value: Quartiles | None
-    """None: it could not be measured here, and `note` says why."""
+    """None if it was not measured; `note` gives the reason."""
     unit: str = ""
     floor: float | None = None
-    """What it must reach."""
+    """Required value: a minimum, or a maximum with `less_is_better`."""
     goal: float | None = None
-    """What it should reach."""
+    """Desired value, stricter than `floor`."""
     less_is_better: bool = False
     note: str = ""
 
     def verdict(self) -> str:
-        """How the median stands to floor and goal."""
+        """Compare the median with `floor` and `goal`."""
         if self.value is None:
             return "not measured"
         sign = -1 if self.less_is_better else 1
@@ -36,19 +36,18 @@ class Figure:
         return "floor" if sign * self.value.median >= sign * self.floor else "MISSED"
 
     def row(self) -> list[str]:
-        """Cells of the table under `HEAD`."""
+        """Table cells in the order of `HEADER`."""
         bounds = [
-            f"{figure(bound)}" if bound is not None else "" for bound in (self.floor, self.goal)
+            "" if bound is None else format_number(bound) for bound in (self.floor, self.goal)
         ]
-        value = "-" if self.value is None else f"{self.value}"
+        value = "-" if self.value is None else str(self.value)
         return [self.name, value, self.unit, *bounds, self.verdict(), self.note]
 
     def to_json(self) -> dict[str, Any]:
-        """For the report in a file."""
-        value = None if self.value is None else self.value._asdict()
+        """JSON object for the report file."""
         return {
             "name": self.name,
-            "value": value,
+            "value": None if self.value is None else self.value._asdict(),
             "unit": self.unit,
             "floor": self.floor,
             "goal": self.goal,
@@ -58,9 +57,9 @@ class Figure:
         }
 
 
-HEAD = ["figure", "median (quartiles)", "unit", "floor", "goal", "reaches", "note"]
+HEADER = ["measurement", "median (quartiles)", "unit", "floor", "goal", "verdict", "note"]
 
 
-def skipped(name: str, why: str) -> Figure:
-    """A figure that cannot be had here."""
-    return Figure(name=name, value=None, note=why)
+def not_measured(name: str, reason: str) -> Measurement:
+    """A row for something that could not be measured."""
+    return Measurement(name=name, value=None, note=reason)
