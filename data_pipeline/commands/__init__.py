@@ -1,7 +1,7 @@
 """The commands of the data pipeline: `vlmoe data ...`, or `python -m data_pipeline ...` without the
 trainer.
 
-Heavy imports happen inside the handlers, so that help answers at once.
+Heavy imports are inside the handlers, so that `--help` is fast.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from data_pipeline.commands import check, dedup, filter, index, ledger, peek, st
 from data_pipeline.common.commands import Subparsers
 
 _COMMANDS = (write, index, check, peek, stats, dedup, filter, ledger)
-"""In the order in which they are used."""
+"""In the order of a typical workflow."""
 
 
 def add_all(subparsers: Subparsers) -> None:
-    """Add every command that works on shards."""
+    """Add all commands for shards."""
     for command in _COMMANDS:
         command.add(subparsers)

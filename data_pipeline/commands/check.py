@@ -1,28 +1,33 @@
-"""`vlmoe data check`: is every sample what the manifest says?"""
+"""`vlmoe data check`: verifies every sample against the manifest."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from typing import TYPE_CHECKING
 
 from data_pipeline.commands.options import (
     add_caption_keys,
     add_datasets,
     add_parts,
     add_workers,
-    report_unread,
+    report_unavailable,
     workers_of,
 )
 from data_pipeline.common.commands import Subparsers, add_command
 
+if TYPE_CHECKING:
+    from data_pipeline.preparing.check import CheckReport
+
 _EXAMPLES = """\
   vlmoe data check shards/
-  vlmoe data check s3://bucket/pairs --decode --drop-list bad.json
+  vlmoe data check s3://bucket/pairs --decode --drop-list corrupt.json
   vlmoe data check 's3://bucket/{cc3m,coco}' --workers 16 --json report.json
 
-Compares the length and SHA-256 of every shard, its index, and the CRC-32 of every sample; --decode also reads
-every picture and caption. The exit status is 1 if anything is wrong. With the drop-list as a source's `drop`,
-training never reads what is bad. Shards that cannot be had are named, and do not enter the drop-list."""
+Compares the size and SHA-256 of every shard, its index, and the CRC-32 of every sample; --decode
+also decodes every image and reads every caption. The exit status is 1 if there are any findings.
+With the drop-list as a source's `drop`, training does not read the corrupt samples. Unavailable
+shards are listed, but not added to the drop-list."""
 
 
 def add(subparsers: Subparsers) -> None:
@@ -30,21 +35,19 @@ def add(subparsers: Subparsers) -> None:
     check = add_command(
         subparsers,
         "check",
-        summary="compare every sample with the manifest, and decode it",
+        summary="verify every sample against the manifest, and decode it",
         examples=_EXAMPLES,
-        description="Look at every sample of datasets, and list what is damaged or missing.",
+        description="Verify every sample of datasets, and list corrupt and missing ones.",
     )
     add_datasets(check)
-    check.add_argument(
-        "--decode", action="store_true", help="decode pictures and read captions too"
-    )
+    check.add_argument("--decode", action="store_true", help="also decode images and read captions")
     add_caption_keys(check)
     check.add_argument(
-        "--first", metavar="N", type=int, default=10, help="bad samples to name (default: 10)"
+        "--first", metavar="N", type=int, default=10, help="findings to print (default: 10)"
     )
     check.add_argument("--json", metavar="FILE", default="", help="write all findings as JSON")
     check.add_argument(
-        "--drop-list", metavar="FILE", default="", help="write a drop-list of the bad samples"
+        "--drop-list", metavar="FILE", default="", help="write a drop-list of the corrupt samples"
     )
     add_workers(check)
     add_parts(check)
@@ -52,58 +55,69 @@ def add(subparsers: Subparsers) -> None:
 
 
 def handle(args: argparse.Namespace) -> int:
-    """Check, and print a table."""
+    """Check the datasets and print a table."""
     from data_pipeline.common import storage
-    from data_pipeline.common.harmless import harmless
-    from data_pipeline.common.processes import WHOLE, parse_part
-    from data_pipeline.preparing.check import check, where_of
+    from data_pipeline.common.processes import SINGLE_PART, parse_part
+    from data_pipeline.preparing.check import check
     from data_pipeline.preparing.drop_lists import write_drop_lists
-    from data_pipeline.preparing.tables import shortened, table
-    from data_pipeline.preparing.visit import need_work_for, open_datasets
+    from data_pipeline.preparing.shard_map import require_work_dir
+    from data_pipeline.preparing.tasks import open_datasets
 
     part = parse_part(args.part)
-    need_work_for(part, args.work)
+    require_work_dir(part, args.work_dir)
     manifests = open_datasets(args.datasets)
-    done = check(
+    report = check(
         manifests,
-        contents=args.decode,
+        decode=args.decode,
         caption_keys=args.caption_key or ["txt"],
         workers=workers_of(args),
         part=part,
-        work=args.work,
+        work_dir=args.work_dir,
     )
-    seen = f"{done.samples:,} samples of {done.shards:,} shards"
-    if part != WHOLE:
+    if part != SINGLE_PART:
         print(
-            f"part {args.part}: {seen}, {len(done.findings):,} findings; the same line without --part reports all"
+            f"part {args.part}: {_counts(report)}, {len(report.findings):,} findings; run without "
+            f"--part to report all"
         )
-        return report_unread(done.unread)
-    if done.findings:
-        print(f"{seen}:\n" + table(["wrong", "samples", "shards"], done.reasons()))
-        named = [
-            found for found in done.findings if found.detail
-        ]  # not each sample of a missing shard
-        for found in named[: args.first]:
-            print(
-                f"  {harmless(where_of(found))}: {found.reason}: {shortened(harmless(found.detail), 200)}"
-            )
-        if len(named) > args.first:
-            print(
-                f"  and {len(named) - args.first:,} more"
-                + ("" if args.json else "; --json FILE lists all")
-            )
-    else:
-        print(
-            f"{seen}: all as the manifest says"
-            + (", pictures and captions readable" if args.decode else "")
-        )
+        return report_unavailable(report.unavailable)
+
+    _print_report(report, args)
     if args.json:
-        rows = [found._asdict() for found in done.findings]
-        content = {"samples": done.samples, "shards": done.shards, "findings": rows}
+        rows = [finding._asdict() for finding in report.findings]
+        content = {"samples": report.samples, "shards": report.shards, "findings": rows}
         storage.write_bytes(args.json, json.dumps(content, indent=1).encode())
     if args.drop_list:
         about = {"made by": "vlmoe data check" + (" --decode" if args.decode else "")}
-        bad = [done.bad(number) for number in range(len(manifests))]
-        print("\n".join(write_drop_lists(args.drop_list, manifests, bad, about)))
-    report_unread(done.unread)
-    return 1 if done.findings else 0
+        corrupt = [report.corrupt_samples(index) for index in range(len(manifests))]
+        print("\n".join(write_drop_lists(args.drop_list, manifests, corrupt, about)))
+
+    report_unavailable(report.unavailable)
+    return 1 if report.findings else 0
+
+
+def _counts(report: CheckReport) -> str:
+    return f"{report.samples:,} samples of {report.shards:,} shards"
+
+
+def _print_report(report: CheckReport, args: argparse.Namespace) -> None:
+    from data_pipeline.common.escaping import escape_control
+    from data_pipeline.preparing.check import describe_location
+    from data_pipeline.preparing.text_format import format_table, truncate
+
+    if not report.findings:
+        decoded = "; all images and captions are readable" if args.decode else ""
+        print(f"{_counts(report)}: all match the manifest{decoded}")
+        return
+
+    table = format_table(["finding", "samples", "shards"], report.counts_by_reason())
+    print(f"{_counts(report)}:\n{table}")
+
+    # The samples of a missing shard have no detail and are not printed one by one.
+    detailed = [finding for finding in report.findings if finding.detail]
+    for finding in detailed[: args.first]:
+        location = escape_control(describe_location(finding))
+        detail = truncate(escape_control(finding.detail), 200)
+        print(f"  {location}: {finding.reason}: {detail}")
+    if len(detailed) > args.first:
+        hint = "" if args.json else "; --json FILE writes all"
+        print(f"  and {len(detailed) - args.first:,} more{hint}")

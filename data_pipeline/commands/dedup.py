@@ -1,4 +1,4 @@
-"""`vlmoe data dedup`: the same picture, nearly the same picture, the same caption."""
+"""`vlmoe data dedup`: finds duplicate images, near-duplicate images and duplicate captions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from data_pipeline.commands.options import (
     add_datasets,
     add_parts,
     add_workers,
-    report_unread,
+    report_unavailable,
     workers_of,
 )
 from data_pipeline.common.commands import Subparsers, add_command
@@ -20,18 +20,22 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from data_pipeline.preparing.dedup import Groups
-    from data_pipeline.preparing.hashing import Hashes
+    from data_pipeline.preparing.sample_hashes import Hashes
     from data_pipeline.shards.manifest import Manifest
 
 _EXAMPLES = """\
   vlmoe data dedup shards/ --drop-list drop.json --html groups.html
-  vlmoe data dedup shards/ --by pair --distance 5 --work hashes/
+  vlmoe data dedup shards/ --by pair --distance 5 --work-dir hashes/
   vlmoe data dedup train/ --against held-out/ --drop-list leaked.json
 
---by exact: the same file; near: that, or perceptual hashes of 64 bits that differ in --distance bits at most;
-caption: the same caption whatever its capitals and blanks; pair: near, and the same caption. The first sample of
-each group is kept. Samples of --against are kept always, and what is like them is dropped. Give the drop-list to
-training as a source's `drop`. The exit status is 1 if a shard could not be had."""
+--by exact: equal image files; near: equal files, or 64-bit perceptual hashes that differ in at most
+--distance bits; caption: equal captions, ignoring case and whitespace; pair: near, and equal
+captions. The first sample of each group is kept. Samples of --against are always kept, and their
+duplicates are dropped. Set the drop-list as a source's `drop` for training. The exit status is 1
+if a shard is unavailable."""
+
+_MAX_SHOWN = 8
+"""Samples of a group on the HTML page."""
 
 
 def add(subparsers: Subparsers) -> None:
@@ -39,9 +43,9 @@ def add(subparsers: Subparsers) -> None:
     dedup = add_command(
         subparsers,
         "dedup",
-        summary="find samples that come more than once, and drop them",
+        summary="find duplicate samples, and write a drop-list",
         examples=_EXAMPLES,
-        description="Compare the pictures and captions of all samples, within and across datasets.",
+        description="Compare the images and captions of all samples, within and across datasets.",
     )
     add_datasets(dedup)
     dedup.add_argument(
@@ -49,20 +53,21 @@ def add(subparsers: Subparsers) -> None:
         metavar="DATASET",
         action="append",
         default=[],
-        help="a dataset to compare with that loses nothing, such as held-out data; may be repeated",
+        help="compare with this dataset, such as held-out data, but keep all its samples; may be "
+        "repeated",
     )
     dedup.add_argument(
         "--by",
         choices=("exact", "near", "caption", "pair"),
         default="near",
-        help="what makes two samples alike (default: near)",
+        help="criterion for duplicates (default: near)",
     )
     dedup.add_argument(
         "--distance",
         metavar="BITS",
         type=int,
         default=3,
-        help="most bits in which nearly equal pictures differ, 0 to 15 (default: 3)",
+        help="maximum Hamming distance of near-duplicate images, 0 to 15 (default: 3)",
     )
     add_caption_keys(dedup)
     dedup.add_argument(
@@ -70,7 +75,7 @@ def add(subparsers: Subparsers) -> None:
     )
     dedup.add_argument("--json", metavar="FILE", default="", help="write the groups as JSON")
     dedup.add_argument(
-        "--html", metavar="FILE", default="", help="write a page that shows the largest groups"
+        "--html", metavar="FILE", default="", help="write an HTML page with the largest groups"
     )
     dedup.add_argument(
         "--groups", metavar="N", type=int, default=50, help="groups on the page (default: 50)"
@@ -81,103 +86,124 @@ def add(subparsers: Subparsers) -> None:
 
 
 def handle(args: argparse.Namespace) -> int:
-    """Compare, and say what comes more than once."""
-    from data_pipeline.common import storage
-    from data_pipeline.common.processes import WHOLE, parse_part
-    from data_pipeline.preparing.dedup import KINDS, drops, find_groups
-    from data_pipeline.preparing.drop_lists import write_drop_lists
-    from data_pipeline.preparing.hashing import READABLE, hash_samples
-    from data_pipeline.preparing.tables import table
-    from data_pipeline.preparing.visit import need_work_for, open_datasets
+    """Find duplicates and print a table."""
+    from data_pipeline.common.processes import SINGLE_PART, parse_part
+    from data_pipeline.preparing.dedup import CRITERIA, find_groups
+    from data_pipeline.preparing.sample_hashes import hash_samples
+    from data_pipeline.preparing.shard_map import require_work_dir
+    from data_pipeline.preparing.tasks import open_datasets
 
-    part, keys = parse_part(args.part), args.caption_key or ["txt"]
-    need_work_for(part, args.work)
-    against, given = open_datasets(args.against), open_datasets(args.datasets)
-    manifests = [*against, *given]
+    part = parse_part(args.part)
+    require_work_dir(part, args.work_dir)
+    against, datasets = open_datasets(args.against), open_datasets(args.datasets)
+    manifests = [*against, *datasets]
     hashes = hash_samples(
-        manifests, caption_keys=keys, workers=workers_of(args), part=part, work=args.work
+        manifests,
+        caption_keys=args.caption_key or ["txt"],
+        workers=workers_of(args),
+        part=part,
+        work_dir=args.work_dir,
     )
-    if part != WHOLE:
+    if part != SINGLE_PART:
         print(
-            f"part {args.part}: {len(hashes):,} samples hashed; the same line without --part compares all"
+            f"part {args.part}: {len(hashes):,} samples hashed; run without --part to compare all"
         )
-        return report_unread(hashes.unread)
-    found = {
-        kind: find_groups(hashes, kind, distance=args.distance, against=len(against))
-        for kind in KINDS
+        return report_unavailable(hashes.unavailable)
+
+    groups = {
+        criterion: find_groups(hashes, criterion, distance=args.distance, against=len(against))
+        for criterion in CRITERIA
     }
-    rows = [(kind, *_counts(found[kind])) for kind in KINDS]
+    _print_counts(hashes, groups)
+    _write_files(args, hashes, groups[args.by], manifests, len(against))
+    return report_unavailable(hashes.unavailable)
+
+
+def _print_counts(hashes: Hashes, groups: dict[Any, Groups]) -> None:
+    from data_pipeline.preparing.sample_hashes import READABLE
+    from data_pipeline.preparing.text_format import format_table
+
     unreadable = int((~hashes.has(READABLE)).sum())
-    print(
-        f"{len(hashes):,} samples"
-        + (f", {unreadable:,} of them unreadable and left alone" if unreadable else "")
-    )
-    print(table(["alike by", "groups", "largest", "to drop"], rows))
-    chosen = found[args.by]
-    about = {"made by": f"vlmoe data dedup --by {args.by} --distance {args.distance}"}
-    if args.drop_list:
-        dropped = [drops(hashes, chosen, len(against) + number) for number in range(len(given))]
-        print("\n".join(write_drop_lists(args.drop_list, given, dropped, about)))
-    if args.json:
-        content = about | {"groups": _groups(hashes, chosen, manifests)}
-        storage.write_bytes(args.json, json.dumps(content, indent=1).encode())
-    if args.html:
-        title = f"{len(chosen.members()):,} groups of samples that are alike by {args.by}"
-        storage.write_bytes(args.html, _page(title, hashes, chosen, manifests, keys, args.groups))
-        print(storage.redact(args.html))
-    return report_unread(hashes.unread)
+    ignored = f", {unreadable:,} of them unreadable and ignored" if unreadable else ""
+    print(f"{len(hashes):,} samples{ignored}")
+
+    rows = []
+    for criterion, of_criterion in groups.items():
+        members = of_criterion.members()
+        largest = max(map(len, members), default=0)
+        rows.append((criterion, len(members), largest, len(of_criterion.dropped)))
+    print(format_table(["criterion", "groups", "largest", "to drop"], rows))
 
 
-def _counts(groups: Groups) -> tuple[int, int, int]:
-    members = groups.members()
-    return len(members), max(map(len, members), default=0), len(groups.dropped)
-
-
-def _groups(
-    hashes: Hashes, groups: Groups, manifests: Sequence[Manifest]
-) -> list[list[dict[str, Any]]]:
-    """All groups, the kept sample first."""
-    from data_pipeline.common.storage import redact
-    from data_pipeline.preparing.dedup import where
-
-    def row(number: int) -> dict[str, Any]:
-        place = where(hashes, number)
-        manifest = manifests[place.dataset]
-        return {
-            "dataset": redact(manifest.url),
-            "shard": manifest.shards[place.shard].name,
-            "sample": place.sample,
-        }
-
-    return [[row(number) for number in members] for members in groups.members()]
-
-
-def _page(
-    title: str,
+def _write_files(
+    args: argparse.Namespace,
     hashes: Hashes,
     groups: Groups,
     manifests: Sequence[Manifest],
-    keys: Sequence[str],
-    limit: int,
-) -> bytes:
-    """The largest groups, up to eight samples of each."""
-    from data_pipeline.preparing.dedup import where
-    from data_pipeline.preparing.page import page, paragraph, row_of
-    from data_pipeline.preparing.show import read_places, sample_card
+    num_against: int,
+) -> None:
+    """Write the requested drop-list, JSON file and HTML page."""
+    from data_pipeline.common import storage
+    from data_pipeline.preparing.dedup import dropped_samples
+    from data_pipeline.preparing.drop_lists import write_drop_lists
 
-    shown = groups.members()[:limit]
-    places = {number: where(hashes, number) for members in shown for number in members[:8]}
-    raws = read_places(manifests, list(places.values()))
-    parts = [paragraph("The first of each group is kept.")]
-    for members in shown:
-        cards = [
-            sample_card(
-                raws[place],
-                keys,
-                f"{manifests[place.dataset].shards[place.shard].name} #{place.sample}",
-            )
-            for place in (places[number] for number in members[:8])
-        ]
-        more = paragraph(f"and {len(members) - 8:,} more") if len(members) > 8 else ""
-        parts.append(f'<div class="group">{row_of(cards)}{more}</div>')
-    return page(title, parts)
+    about = {"made by": f"vlmoe data dedup --by {args.by} --distance {args.distance}"}
+    if args.drop_list:
+        indices = range(num_against, len(manifests))
+        dropped = [dropped_samples(hashes, groups, index) for index in indices]
+        datasets = manifests[num_against:]
+        print("\n".join(write_drop_lists(args.drop_list, datasets, dropped, about)))
+    if args.json:
+        content = about | {"groups": _groups_json(hashes, groups, manifests)}
+        storage.write_bytes(args.json, json.dumps(content, indent=1).encode())
+    if args.html:
+        storage.write_bytes(args.html, _html(args, hashes, groups, manifests))
+        print(storage.redact(args.html))
+
+
+def _groups_json(
+    hashes: Hashes, groups: Groups, manifests: Sequence[Manifest]
+) -> list[list[dict[str, Any]]]:
+    """The samples of all groups, the kept sample first."""
+    from data_pipeline.common.storage import redact
+    from data_pipeline.preparing.dedup import sample_location
+
+    def sample(row: int) -> dict[str, Any]:
+        location = sample_location(hashes, row)
+        manifest = manifests[location.dataset]
+        return {
+            "dataset": redact(manifest.url),
+            "shard": manifest.shards[location.shard].name,
+            "sample": location.sample,
+        }
+
+    return [[sample(row) for row in members] for members in groups.members()]
+
+
+def _html(
+    args: argparse.Namespace, hashes: Hashes, groups: Groups, manifests: Sequence[Manifest]
+) -> bytes:
+    """The largest groups, with up to eight samples of each."""
+    from data_pipeline.preparing.dedup import sample_location
+    from data_pipeline.preparing.html_report import flex_row, html_page, paragraph
+    from data_pipeline.preparing.sample_views import read_samples_at, sample_card
+
+    members = groups.members()
+    shown = [
+        [sample_location(hashes, row) for row in rows[:_MAX_SHOWN]]
+        for rows in members[: args.groups]
+    ]
+    samples = read_samples_at(manifests, [location for group in shown for location in group])
+
+    parts = [paragraph("The first sample of each group is kept.")]
+    for rows, locations in zip(members, shown, strict=False):
+        cards = []
+        for location in locations:
+            shard = manifests[location.dataset].shards[location.shard].name
+            label = f"{shard} #{location.sample}"
+            cards.append(sample_card(samples[location], args.caption_key or ["txt"], label))
+        hidden = len(rows) - len(locations)
+        more = paragraph(f"and {hidden:,} more") if hidden else ""
+        parts.append(f'<div class="group">{flex_row(cards)}{more}</div>')
+
+    return html_page(f"{len(members):,} groups of duplicates by {args.by}", parts)

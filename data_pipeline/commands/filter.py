@@ -1,4 +1,4 @@
-"""`vlmoe data filter`: which samples the filters leave out, as a drop-list."""
+"""`vlmoe data filter`: finds the samples that filters exclude, and writes a drop-list."""
 
 from __future__ import annotations
 
@@ -12,23 +12,27 @@ from data_pipeline.commands.options import (
     add_datasets,
     add_parts,
     add_workers,
-    report_unread,
+    report_unavailable,
     workers_of,
 )
 from data_pipeline.common.commands import Subparsers, add_command
 from data_pipeline.common.errors import ConfigError
 
 if TYPE_CHECKING:
+    from data_pipeline.preparing.filtering import FilterReport
     from data_pipeline.settings import FilterConfig
 
 _EXAMPLES = """\
   vlmoe data filter shards/ --min-side 64 --max-aspect 3 --drop-list drop.json
-  vlmoe data filter s3://bucket/laion --require 'json:similarity >= 0.28' --require 'json:NSFW == "UNLIKELY"'
+  vlmoe data filter s3://bucket/laion --require 'json:similarity >= 0.28' \\
+      --require 'json:NSFW == "UNLIKELY"'
   vlmoe data filter shards/ --config run.yaml --drop-list drop.json       the filters of a run
 
-Training applies the same filters (data.filters) to every sample that it reads. With the drop-list as a
-source's `drop` it does not even read those that would be left out. Damaged samples are left out as well. The exit
-status is 1 if a shard could not be had."""
+Training applies the same filters (data.filters) to every sample that it reads. With the drop-list
+as a source's `drop`, it does not read the excluded samples at all. Corrupt samples are also
+excluded. The exit status is 1 if a shard is unavailable."""
+
+_FILTER_OPTIONS = ("min_side", "max_aspect", "min_caption_chars", "max_caption_chars", "require")
 
 
 def add(subparsers: Subparsers) -> None:
@@ -36,39 +40,19 @@ def add(subparsers: Subparsers) -> None:
     filters = add_command(
         subparsers,
         "filter",
-        summary="find what filters leave out, and write a drop-list",
+        summary="find samples that filters exclude, and write a drop-list",
         examples=_EXAMPLES,
-        description="Ask filters about every sample, from headers and texts, without decoding pictures.",
+        description="Apply filters to every sample, using image headers and text, without decoding "
+        "images.",
     )
     add_datasets(filters)
-    filters.add_argument(
-        "--min-side", metavar="PIXELS", type=int, default=None, help="shortest side of a picture"
-    )
-    filters.add_argument(
-        "--max-aspect",
-        metavar="RATIO",
-        type=float,
-        default=None,
-        help="largest ratio of the longer to the shorter side",
-    )
-    filters.add_argument(
-        "--min-caption-chars", metavar="N", type=int, default=None, help="shortest caption"
-    )
-    filters.add_argument(
-        "--max-caption-chars", metavar="N", type=int, default=None, help="longest caption"
-    )
-    filters.add_argument(
-        "--require",
-        metavar="CONDITION",
-        action="append",
-        default=None,
-        help="a condition on a field of the .json member; may be repeated",
-    )
+    _add_filter_options(filters)
     filters.add_argument(
         "--config",
         metavar="FILE",
         default="",
-        help="YAML with filters: a run file or a section `filters:`; options above win over it",
+        help="YAML file with filters: a run file or a section `filters:`; the options above take "
+        "precedence",
     )
     add_caption_keys(filters)
     filters.add_argument("--drop-list", metavar="FILE", default="", help="write a drop-list")
@@ -77,59 +61,109 @@ def add(subparsers: Subparsers) -> None:
     filters.set_defaults(handle=handle)
 
 
+def _add_filter_options(parser: argparse.ArgumentParser) -> None:
+    """Add `_FILTER_OPTIONS`; None means not given."""
+    parser.add_argument(
+        "--min-side",
+        metavar="PIXELS",
+        type=int,
+        default=None,
+        help="minimum of an image's shorter side",
+    )
+    parser.add_argument(
+        "--max-aspect",
+        metavar="RATIO",
+        type=float,
+        default=None,
+        help="maximum ratio of the longer to the shorter side",
+    )
+    parser.add_argument(
+        "--min-caption-chars",
+        metavar="N",
+        type=int,
+        default=None,
+        help="minimum length of a caption",
+    )
+    parser.add_argument(
+        "--max-caption-chars",
+        metavar="N",
+        type=int,
+        default=None,
+        help="maximum length of a caption",
+    )
+    parser.add_argument(
+        "--require",
+        metavar="CONDITION",
+        action="append",
+        default=None,
+        help="condition on a field of the .json member; may be repeated",
+    )
+
+
 def handle(args: argparse.Namespace) -> int:
-    """Filter, and print a table."""
+    """Filter the datasets and print a table."""
     from data_pipeline.common.config import to_mapping
-    from data_pipeline.common.harmless import harmless
-    from data_pipeline.common.processes import WHOLE, parse_part
+    from data_pipeline.common.processes import SINGLE_PART, parse_part
     from data_pipeline.preparing.drop_lists import write_drop_lists
     from data_pipeline.preparing.filtering import filter_samples
-    from data_pipeline.preparing.tables import shortened, table
-    from data_pipeline.preparing.visit import need_work_for, open_datasets
+    from data_pipeline.preparing.shard_map import require_work_dir
+    from data_pipeline.preparing.tasks import open_datasets
 
     part = parse_part(args.part)
-    need_work_for(part, args.work)
+    require_work_dir(part, args.work_dir)
     filters, keys = _filters(args)
     manifests = open_datasets(args.datasets)
-    done = filter_samples(
-        manifests, filters, caption_keys=keys, workers=workers_of(args), part=part, work=args.work
+    report = filter_samples(
+        manifests,
+        filters,
+        caption_keys=keys,
+        workers=workers_of(args),
+        part=part,
+        work_dir=args.work_dir,
     )
-    if part != WHOLE:
-        print(
-            f"part {args.part}: {done.samples:,} samples; the same line without --part puts all together"
-        )
-        return report_unread(done.unread)
-    rows = [
-        (reason, count, f"{count / max(1, done.samples):.2%}")
-        for reason, count in done.reasons.most_common()
-    ]
-    total = done.reasons.total()
-    rows.append(("kept", done.samples - total, f"{1 - total / max(1, done.samples):.2%}"))
-    print(table(["left out by", "samples", "share"], rows))
-    for reason, example in done.examples.items():
-        print(f"  first {reason}: {shortened(harmless(example), 160)}")
+    if part != SINGLE_PART:
+        print(f"part {args.part}: {report.samples:,} samples; run without --part to combine all")
+        return report_unavailable(report.unavailable)
+
+    _print_report(report)
     if args.drop_list:
         about: dict[str, Any] = {"made by": "vlmoe data filter", "filters": to_mapping(filters)}
-        print("\n".join(write_drop_lists(args.drop_list, manifests, done.dropped, about)))
-    return report_unread(done.unread)
+        print("\n".join(write_drop_lists(args.drop_list, manifests, report.dropped, about)))
+    return report_unavailable(report.unavailable)
+
+
+def _print_report(report: FilterReport) -> None:
+    from data_pipeline.common.escaping import escape_control
+    from data_pipeline.preparing.text_format import format_table, truncate
+
+    num_samples, excluded = max(1, report.samples), report.reasons.total()
+    rows = [
+        (reason, count, f"{count / num_samples:.2%}")
+        for reason, count in report.reasons.most_common()
+    ]
+    rows.append(("kept", report.samples - excluded, f"{1 - excluded / num_samples:.2%}"))
+    print(format_table(["excluded by", "samples", "ratio"], rows))
+    for reason, example in report.examples.items():
+        print(f"  first {reason}: {truncate(escape_control(example), 160)}")
 
 
 def _filters(args: argparse.Namespace) -> tuple[FilterConfig, list[str]]:
-    """The filters of the file with the options over them, and the caption keys."""
+    """The filters of the config file overridden by the options, and the caption keys."""
     from data_pipeline.common.config import from_mapping, load_yaml, to_mapping
-    from data_pipeline.preparing.filtering import filters_in
+    from data_pipeline.preparing.filtering import filters_from_mapping
     from data_pipeline.settings import FilterConfig
 
     base, keys = FilterConfig(), None
     if args.config:
-        # A preset that the file extends is the trainer's, and has no filters: it is read as an
-        # empty file.
-        base, keys = filters_in(
-            load_yaml(Path(args.config), lambda name: Path(os.devnull)), args.config
-        )
-    names = ("min_side", "max_aspect", "min_caption_chars", "max_caption_chars", "require")
-    given = {name: value for name in names if (value := getattr(args, name)) is not None}
-    filters = from_mapping(FilterConfig, to_mapping(base) | given)
+        # A preset that the file extends belongs to the trainer and has no filters, so it is
+        # replaced by an empty file.
+        content = load_yaml(Path(args.config), lambda name: Path(os.devnull))
+        base, keys = filters_from_mapping(content, args.config)
+
+    options = {
+        name: value for name in _FILTER_OPTIONS if (value := getattr(args, name)) is not None
+    }
+    filters = from_mapping(FilterConfig, to_mapping(base) | options)
     if filters == FilterConfig():
-        raise ConfigError("there is no filter; give --min-side, --require ... or --config FILE")
+        raise ConfigError("no filter is given; use --min-side, --require ... or --config FILE")
     return filters, args.caption_key or list(keys or ["txt"])

@@ -1,4 +1,4 @@
-"""`vlmoe data index`: the manifest of shards that are there."""
+"""`vlmoe data index`: writes the manifest of existing shards."""
 
 from __future__ import annotations
 
@@ -7,19 +7,21 @@ import argparse
 from data_pipeline.commands.options import add_parts, add_workers, workers_of
 from data_pipeline.common.commands import Subparsers, add_command
 
-_INDEX_EXAMPLES = """\
+_EXAMPLES = """\
   vlmoe data index shards/
   vlmoe data index 's3://bucket/pairs/train-{000..127}.tar'
   vlmoe data index 's3://bucket/pairs/**' --workers 16
   vlmoe data index s3://read-only/pairs --out /data/indices/pairs
   vlmoe data index @shards.txt --out /data/indices --part 3/8          one task of a job array
 
-The manifest names each shard with its samples, bytes and SHA-256, and stands beside the shards with
-one index file a shard: the place, files and CRC-32 of each sample. Training reads shards through it.
-Shards of img2dataset, open_clip, webdataset and GNU tar will do. Other files beside them are passed over.
+The manifest lists the samples, bytes and SHA-256 of each shard. It is written next to the shards,
+with one index file per shard: the offset, members and CRC-32 of each sample. Training reads shards
+through them. Shards written by img2dataset, open_clip, webdataset and GNU tar are supported. Other
+files beside the shards are ignored.
 
-What was done is kept: the same line again goes on where it was stopped, and reads only new or changed
-shards. After the tasks of a job array, the same line without --part writes the manifest."""
+The command is resumable: run the same command again to continue after an interruption; only new or
+changed shards are read. After the tasks of a job array, run it without --part to write the
+manifest."""
 
 
 def add(subparsers: Subparsers) -> None:
@@ -28,36 +30,36 @@ def add(subparsers: Subparsers) -> None:
         subparsers,
         "index",
         summary="write the manifest of WebDataset shards",
-        examples=_INDEX_EXAMPLES,
-        description="Read every shard once, strictly, and write what training needs to know about it. The "
-        "shards themselves are not changed.",
+        examples=_EXAMPLES,
+        description="Read and validate every shard once, and write the metadata that training "
+        "needs. The shards are not changed.",
     )
     index.add_argument(
         "shards",
         metavar="SHARD",
         nargs="+",
-        help="folders or tar files, local or in a store, with braces or wildcards; or @FILE, a list "
-        "of them",
+        help="folders or tar files, local or in an object store, with braces or wildcards; or "
+        "@FILE, a list of them",
     )
     index.add_argument(
         "--out",
         metavar="FOLDER",
         default="",
-        help="folder of the manifest and the indices (default: the one that holds all the shards)",
+        help="folder of the manifest and the indices (default: the common folder of the shards)",
     )
     index.add_argument(
         "--salvage",
         action="store_true",
-        help="keep what can be read of damaged shards; the manifest says what is lost",
+        help="keep the readable samples of corrupt shards; the manifest lists what is lost",
     )
     add_workers(index)
-    add_parts(index, work=False)
+    add_parts(index, work_dir=False)
     index.set_defaults(handle=handle_index)
 
 
 def handle_index(args: argparse.Namespace) -> None:
-    """Index the shards and say what was found."""
-    from data_pipeline.common.processes import WHOLE, parse_part
+    """Index the shards and print a summary."""
+    from data_pipeline.common.processes import SINGLE_PART, parse_part
     from data_pipeline.common.storage import join, redact
     from data_pipeline.shards.indexing import index_shards
     from data_pipeline.shards.manifest import MANIFEST_NAME
@@ -66,12 +68,16 @@ def handle_index(args: argparse.Namespace) -> None:
     manifest = index_shards(
         args.shards, args.out, workers=workers_of(args), part=part, salvage=args.salvage
     )
-    counts = f"{len(manifest.shards):,} shards, {manifest.total_samples:,} samples"
-    damaged = sum(bool(shard.damage) for shard in manifest.shards)
-    lost = f"; {damaged:,} shards are damaged, see `damage` in the manifest" if damaged else ""
-    if part == WHOLE:
-        print(f"{redact(join(manifest.url, MANIFEST_NAME))}: {counts}{lost}")
+
+    summary = f"{len(manifest.shards):,} shards, {manifest.total_samples:,} samples"
+    corrupt = sum(bool(shard.corruption) for shard in manifest.shards)
+    if corrupt:
+        summary += f"; {corrupt:,} shards are corrupt, see `corruption` in the manifest"
+    if part == SINGLE_PART:
+        print(f"{redact(join(manifest.url, MANIFEST_NAME))}: {summary}")
     else:
+        index, count = part
         print(
-            f"part {part[0]} of {part[1]} is indexed: {counts}{lost}; when all parts are, call this without --part"
+            f"part {index} of {count} is indexed: {summary}; when all parts are done, run without "
+            f"--part"
         )

@@ -1,4 +1,4 @@
-"""Options that several commands share."""
+"""Command-line options shared by several commands."""
 
 from __future__ import annotations
 
@@ -10,65 +10,67 @@ from data_pipeline.common.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from data_pipeline.preparing.visit import Unread
+    from data_pipeline.preparing.shard_map import UnavailableShard
 
-_NAMED_SHARDS = 20
+_MAX_LISTED = 20
 
 
 def add_datasets(parser: argparse.ArgumentParser) -> None:
-    """The datasets that a command reads."""
+    """Add the positional argument for datasets."""
     parser.add_argument(
         "datasets",
         metavar="DATASET",
         nargs="+",
-        help="a folder with a manifest.json, or that file; local or in a store; braces may be used",
+        help="folder with a manifest.json, or that file; local or in an object store; braces are "
+        "expanded",
     )
 
 
 def add_workers(parser: argparse.ArgumentParser) -> None:
-    """Processes."""
+    """Add `--workers`."""
     parser.add_argument(
         "--workers",
         metavar="N",
         type=int,
         default=None,
-        help="processes (default: one a CPU; 0: no others)",
+        help="number of processes (default: one per CPU; 0: no worker processes)",
     )
 
 
-def add_parts(parser: argparse.ArgumentParser, *, work: bool = True) -> None:
-    """Shares of the work, for job arrays."""
+def add_parts(parser: argparse.ArgumentParser, *, work_dir: bool = True) -> None:
+    """Add `--part`, and `--work-dir` for commands that store results per shard."""
     parser.add_argument(
         "--part",
         metavar="I/N",
         default="0/1",
-        help="only share I (from 0) of N; afterwards the same line without --part ends the work",
+        help="process only part I (from 0) of N; run without --part afterwards to combine the "
+        "results",
     )
-    if work:
+    if work_dir:
         parser.add_argument(
-            "--work",
+            "--work-dir",
             metavar="FOLDER",
             default="",
-            help="where each shard's result is kept: a second call goes on, and parts meet",
+            help="folder for the results of each shard, to resume a run and to combine parts",
         )
 
 
 def add_caption_keys(parser: argparse.ArgumentParser) -> None:
-    """Where captions are."""
+    """Add `--caption-key`."""
     parser.add_argument(
         "--caption-key",
         metavar="KEY",
         action="append",
         default=None,
-        help="where captions are: txt, or json:FIELD; may be repeated (default: txt)",
+        help="where to find captions: txt, or json:FIELD; may be repeated (default: txt)",
     )
 
 
 def workers_of(args: argparse.Namespace) -> int:
-    """Processes to use.
+    """The number of processes to use.
 
     Raises:
-        ConfigError: Fewer than none.
+        ConfigError: The number is negative.
     """
     from data_pipeline.common.processes import usable_cpus
 
@@ -79,23 +81,24 @@ def workers_of(args: argparse.Namespace) -> int:
     return int(args.workers)
 
 
-def report_unread(unread: Sequence[Unread]) -> int:
-    """Name the shards that could not be had.
+def report_unavailable(shards: Sequence[UnavailableShard]) -> int:
+    """Print the shards that could not be read.
 
     Returns:
         The exit status: 1 if there are any.
     """
-    from data_pipeline.common.harmless import harmless
+    from data_pipeline.common.escaping import escape_control
     from data_pipeline.common.storage import redact
 
-    for row in unread[:_NAMED_SHARDS]:
-        where = f"{redact(row.task.manifest.base)}: {row.task.entry.name}"
-        print(f"  not looked at: {harmless(where)}: {row.reason}: {harmless(row.detail)}")
-    if len(unread) > _NAMED_SHARDS:
-        print(f"  and {len(unread) - _NAMED_SHARDS:,} more")
-    if unread:
+    for row in shards[:_MAX_LISTED]:
+        location = escape_control(f"{redact(row.task.manifest.base)}: {row.task.entry.name}")
+        print(f"  unavailable: {location}: {row.reason}: {escape_control(row.detail)}")
+    if len(shards) > _MAX_LISTED:
+        print(f"  and {len(shards) - _MAX_LISTED:,} more")
+    if shards:
         print(
-            f"{len(unread):,} shards could not be had, so no sample of them is counted or dropped; mend what is "
-            f"named above and call the same line again (with --work, it asks for these alone)"
+            f"{len(shards):,} shards are unavailable; none of their samples are counted or "
+            f"dropped. Fix the problems listed above and run the same command again (with "
+            f"--work-dir, it reads only these shards)"
         )
-    return 1 if unread else 0
+    return 1 if shards else 0

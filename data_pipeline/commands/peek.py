@@ -1,4 +1,4 @@
-"""`vlmoe data peek`: look at samples, as text or as a sheet of pictures."""
+"""`vlmoe data peek`: shows samples as text, as an HTML page or as a contact sheet."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _EXAMPLES = """\
   vlmoe data peek shards/ --key 000123
   vlmoe data peek s3://bucket/pairs --shard shard-000007.tar --index 41
 
-Of a store, only the samples that are shown are asked for. Control characters in texts are spelt out."""
+From an object store, only the selected samples are read. Control characters in text are escaped."""
 
 
 def add(subparsers: Subparsers) -> None:
@@ -23,46 +23,60 @@ def add(subparsers: Subparsers) -> None:
     peek = add_command(
         subparsers,
         "peek",
-        summary="show samples, in the terminal or as a sheet of pictures",
+        summary="show samples, in the terminal or as an HTML or PNG sheet",
         examples=_EXAMPLES,
-        description="Show the files, picture and captions of some samples.",
+        description="Show the files, image and captions of some samples.",
     )
     add_datasets(peek)
     peek.add_argument(
         "--shard",
         metavar="NAME|N",
         default="",
-        help="of this shard: its name, or its number from 0",
+        help="only this shard: its name, or its index from 0",
     )
-    which = peek.add_mutually_exclusive_group()
-    which.add_argument("--key", metavar="KEY", default="", help="the sample of this key")
-    which.add_argument(
-        "--index", metavar="N", type=int, default=None, help="the sample of this number, from 0"
+    selection = peek.add_mutually_exclusive_group()
+    selection.add_argument("--key", metavar="KEY", default="", help="the sample with this key")
+    selection.add_argument(
+        "--index", metavar="N", type=int, default=None, help="the sample with this index, from 0"
     )
-    which.add_argument("--random", metavar="N", type=int, default=0, help="so many drawn at random")
-    which.add_argument(
-        "--first", metavar="N", type=int, default=5, help="the first ones (default: 5)"
+    selection.add_argument(
+        "--random", metavar="N", type=int, default=0, help="this number of random samples"
     )
-    peek.add_argument("--seed", metavar="N", type=int, default=0, help="of --random (default: 0)")
+    selection.add_argument(
+        "--first",
+        metavar="N",
+        type=int,
+        default=5,
+        help="this number of first samples (default: 5)",
+    )
+    peek.add_argument(
+        "--seed", metavar="N", type=int, default=0, help="seed of --random (default: 0)"
+    )
     add_caption_keys(peek)
     peek.add_argument(
-        "--out", metavar="FILE", default="", help="write a sheet instead: .html or .png"
+        "--out", metavar="FILE", default="", help="write a sheet of images: .html or .png"
     )
     peek.set_defaults(handle=handle)
 
 
 def handle(args: argparse.Namespace) -> None:
-    """Show them."""
+    """Print the samples, or write a sheet."""
     from data_pipeline.common import storage
-    from data_pipeline.preparing.choose import Choice, choose_samples
-    from data_pipeline.preparing.page import page, row_of
-    from data_pipeline.preparing.show import contact_sheet, read_samples, sample_card, sample_text
-    from data_pipeline.preparing.visit import open_datasets
+    from data_pipeline.preparing.html_report import flex_row, html_page
+    from data_pipeline.preparing.sample_views import (
+        contact_sheet,
+        read_samples,
+        sample_card,
+        sample_text,
+    )
+    from data_pipeline.preparing.selection import SampleSelection, select_samples
+    from data_pipeline.preparing.tasks import open_datasets
 
     if args.out and not args.out.endswith((".html", ".png")):
-        raise ConfigError(f"--out {args.out}: a sheet ends in .html or .png")
+        raise ConfigError(f"--out {args.out}: the file name must end in .html or .png")
+
     keys = args.caption_key or ["txt"]
-    choice = Choice(
+    selection = SampleSelection(
         shard=args.shard,
         key=args.key,
         index=args.index,
@@ -70,21 +84,18 @@ def handle(args: argparse.Namespace) -> None:
         seed=args.seed,
         count=args.first,
     )
-    shown = [
-        (f"{task.entry.name} #{number}", raw)
-        for task, number, raw in read_samples(choose_samples(open_datasets(args.datasets), choice))
-    ]
+    tasks = select_samples(open_datasets(args.datasets), selection)
+    samples = [(f"{task.entry.name} #{index}", raw) for task, index, raw in read_samples(tasks)]
     if not args.out:
-        print("\n\n".join(sample_text(raw, keys, where) for where, raw in shown))
+        print("\n\n".join(sample_text(raw, keys, location) for location, raw in samples))
         return
+
     if args.out.endswith(".html"):
-        data = page(
-            f"{len(shown)} samples",
-            [row_of([sample_card(raw, keys, where) for where, raw in shown])],
-        )
+        cards = [sample_card(raw, keys, location) for location, raw in samples]
+        data = html_page(f"{len(samples)} samples", [flex_row(cards)])
     else:
         buffer = io.BytesIO()
-        contact_sheet(shown, keys).save(buffer, "PNG")
+        contact_sheet(samples, keys).save(buffer, "PNG")
         data = buffer.getvalue()
     storage.write_bytes(args.out, data)
-    print(f"{storage.redact(args.out)}: {len(shown)} samples")
+    print(f"{storage.redact(args.out)}: {len(samples)} samples")

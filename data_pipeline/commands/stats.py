@@ -1,18 +1,18 @@
-"""`vlmoe data stats`: what datasets are made of, as tables, JSON and a page to look at."""
+"""`vlmoe data stats`: dataset statistics as tables, JSON and an HTML page."""
 
 from __future__ import annotations
 
 import argparse
 import json
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from data_pipeline.commands.options import (
     add_caption_keys,
     add_datasets,
     add_parts,
     add_workers,
-    report_unread,
+    report_unavailable,
     workers_of,
 )
 from data_pipeline.common.commands import Subparsers, add_command
@@ -26,10 +26,22 @@ if TYPE_CHECKING:
 _EXAMPLES = """\
   vlmoe data stats shards/
   vlmoe data stats shards/ --tokenizer tokenizer.model --html stats.html
-  vlmoe data stats 's3://bucket/{cc3m,coco}' --samples 0 --caption-key txt --caption-key json:captions
+  vlmoe data stats 's3://bucket/{a,b}' --samples 0 --caption-key txt --caption-key json:captions
 
-Looks at samples drawn at random (20,000 unless told otherwise; --samples 0 is all). Scripts are those of
-Unicode (Latin, Han, Cyrillic ...): a first look at languages, which does not tell English from German."""
+Measures a random subset of the samples (default: 20,000; --samples 0 measures all). Scripts are
+Unicode scripts (Latin, Han, Cyrillic ...), a coarse indicator of language that does not separate
+English from German."""
+
+_SAMPLES_ON_PAGE = 48
+_MAX_ROWS = 12
+
+_Row = tuple[object, ...]
+
+
+class _Table(NamedTuple):
+    title: str
+    headings: list[str]
+    rows: list[_Row]
 
 
 def add(subparsers: Subparsers) -> None:
@@ -37,22 +49,31 @@ def add(subparsers: Subparsers) -> None:
     stats = add_command(
         subparsers,
         "stats",
-        summary="sizes, shapes, caption lengths, scripts and repeats",
+        summary="image sizes, caption lengths, scripts and duplicates",
         examples=_EXAMPLES,
-        description="Measure pictures and captions.",
+        description="Measure images and captions.",
     )
     add_datasets(stats)
     stats.add_argument(
-        "--samples", metavar="N", type=int, default=20_000, help="samples to draw (default: 20000)"
+        "--samples",
+        metavar="N",
+        type=int,
+        default=20_000,
+        help="number of random samples (default: 20000)",
     )
-    stats.add_argument("--seed", metavar="N", type=int, default=0, help="of the draw (default: 0)")
+    stats.add_argument(
+        "--seed", metavar="N", type=int, default=0, help="seed for choosing samples (default: 0)"
+    )
     add_caption_keys(stats)
     stats.add_argument(
-        "--tokenizer", metavar="FILE", default="", help="count the tokens of captions too"
+        "--tokenizer", metavar="FILE", default="", help="also count the tokens of captions"
     )
-    stats.add_argument("--json", metavar="FILE", default="", help="write all figures as JSON")
+    stats.add_argument("--json", metavar="FILE", default="", help="write all statistics as JSON")
     stats.add_argument(
-        "--html", metavar="FILE", default="", help="write a page with histograms and pictures"
+        "--html",
+        metavar="FILE",
+        default="",
+        help="write an HTML page with histograms and sample images",
     )
     add_workers(stats)
     add_parts(stats)
@@ -60,17 +81,18 @@ def add(subparsers: Subparsers) -> None:
 
 
 def handle(args: argparse.Namespace) -> int:
-    """Measure, and print tables."""
+    """Measure the datasets and print tables."""
     from data_pipeline.common import storage
-    from data_pipeline.common.processes import WHOLE, parse_part
-    from data_pipeline.preparing.stats import measure
-    from data_pipeline.preparing.tables import table
-    from data_pipeline.preparing.visit import need_work_for, open_datasets
+    from data_pipeline.common.processes import SINGLE_PART, parse_part
+    from data_pipeline.preparing.shard_map import require_work_dir
+    from data_pipeline.preparing.stats import compute_stats
+    from data_pipeline.preparing.tasks import open_datasets
+    from data_pipeline.preparing.text_format import format_table
 
     part, keys = parse_part(args.part), args.caption_key or ["txt"]
-    need_work_for(part, args.work)
+    require_work_dir(part, args.work_dir)
     manifests = open_datasets(args.datasets)
-    stats = measure(
+    stats = compute_stats(
         manifests,
         samples=args.samples,
         seed=args.seed,
@@ -78,114 +100,116 @@ def handle(args: argparse.Namespace) -> int:
         tokenizer=args.tokenizer,
         workers=workers_of(args),
         part=part,
-        work=args.work,
+        work_dir=args.work_dir,
     )
-    if part != WHOLE:
-        print(
-            f"part {args.part}: {stats.looked_at:,} samples; the same line without --part puts all together"
-        )
-        return report_unread(stats.unread)
+    if part != SINGLE_PART:
+        print(f"part {args.part}: {stats.num_samples:,} samples; run without --part to combine all")
+        return report_unavailable(stats.unavailable)
+
     total = sum(manifest.total_samples for manifest in manifests)
-    looked = _looked_at(stats, total, args.seed)
-    tables = [(title, head, rows) for title, head, rows in _tables(stats, manifests, keys) if rows]
-    print(
-        "\n\n".join(
-            [
-                *(table(head, rows) for _, head, rows in tables[:1]),
-                looked,
-                *(table(head, rows) for _, head, rows in tables[1:]),
-            ]
-        )
-    )
+    note = _subset_note(stats, total, args.seed)
+    datasets, *tables = [table for table in _tables(stats, manifests, keys) if table.rows]
+    sections = [format_table(table.headings, table.rows) for table in tables]
+    print("\n\n".join([format_table(datasets.headings, datasets.rows), note, *sections]))
+
     if args.json:
-        content = {"samples": total, "shards": sum(len(manifest.shards) for manifest in manifests)}
-        storage.write_bytes(args.json, json.dumps(content | stats.to_json(keys), indent=1).encode())
+        shards = sum(len(manifest.shards) for manifest in manifests)
+        content = {"samples": total, "shards": shards} | stats.to_json(keys)
+        storage.write_bytes(args.json, json.dumps(content, indent=1).encode())
     if args.html:
-        storage.write_bytes(args.html, _page(stats, manifests, keys, tables, looked, args.seed))
+        page = _html(stats, manifests, keys, [datasets, *tables], note, args.seed)
+        storage.write_bytes(args.html, page)
         print(f"\n{storage.redact(args.html)}")
-    return report_unread(stats.unread)
+    return report_unavailable(stats.unavailable)
 
 
-def _looked_at(stats: Stats, total: int, seed: int) -> str:
-    if stats.looked_at == total:
-        return f"looked at all {total:,} samples"
+def _subset_note(stats: Stats, total: int, seed: int) -> str:
+    if stats.num_samples == total:
+        return f"measured all {total:,} samples"
     return (
-        f"looked at {stats.looked_at:,} of {total:,} samples, drawn with --seed {seed}; repeats are those among "
-        f"the drawn ones (`vlmoe data dedup` looks at all)"
+        f"measured {stats.num_samples:,} of {total:,} samples, chosen at random with --seed "
+        f"{seed}; duplicates are counted among these (`vlmoe data dedup` compares all)"
     )
-
-
-_Table = tuple[str, list[str], list[tuple[object, ...]]]
 
 
 def _tables(stats: Stats, manifests: Sequence[Manifest], keys: Sequence[str]) -> list[_Table]:
-    """Title, headings and rows of each."""
+    summary = stats.to_json(keys)
+    quantities: list[_Row] = [
+        (name, *(_format_number(value) for value in row.values()))
+        for name, row in summary["quantities"].items()
+    ]
+    quantity_headings = list(next(iter(summary["quantities"].values()), {}))
+
+    num_samples = max(1, stats.num_samples)
+    duplicates: list[_Row] = [
+        (name, count, f"{count / num_samples:.2%}") for name, count in summary["duplicates"].items()
+    ]
+    unreadable = _count_rows(list(stats.corrupt.elements()), num_samples)
+    return [
+        _datasets_table(manifests),
+        _Table("Quantities", ["", *quantity_headings], quantities),
+        _Table("Image formats", ["format", "images", "ratio"], _count_rows(stats.formats)),
+        _Table("Scripts", ["script", "captions", "ratio"], _count_rows(stats.scripts)),
+        _Table("Duplicates", ["duplicates", "samples", "ratio"], duplicates),
+        _Table("Unreadable samples", ["unreadable", "samples", "ratio"], unreadable),
+    ]
+
+
+def _datasets_table(manifests: Sequence[Manifest]) -> _Table:
     from data_pipeline.common.storage import redact
-    from data_pipeline.preparing.tables import bytes_text
+    from data_pipeline.preparing.text_format import format_bytes
 
-    figures = stats.to_json(keys)
-    datasets: list[tuple[object, ...]] = []
+    rows: list[_Row] = []
     for manifest in manifests:
-        sizes, count = (
-            [entry.samples for entry in manifest.shards],
-            sum(entry.bytes for entry in manifest.shards),
-        )
-        per_shard = (
-            f"{min(sizes):,}" if min(sizes) == max(sizes) else f"{min(sizes):,} to {max(sizes):,}"
-        )
-        datasets.append(
-            (redact(manifest.url), len(sizes), sum(sizes), per_shard, bytes_text(count))
-        )
-    quantities: list[tuple[object, ...]] = [
-        (name, *(_figure(value) for value in row.values()))
-        for name, row in figures["quantities"].items()
-    ]
-    heads = list(next(iter(figures["quantities"].values()), {}))
-    seen = max(1, stats.looked_at)
-    repeats = [(name, count, f"{count / seen:.2%}") for name, count in figures["repeats"].items()]
-    return [
-        ("Datasets", ["dataset", "shards", "samples", "a shard", "bytes"], datasets),
-        ("Quantities", ["", *heads], quantities),
-        ("Kinds of file", ["kind of file", "pictures", "share"], _shares(stats.formats)),
-        ("Scripts", ["script", "captions", "share"], _shares(stats.scripts)),
-        ("Repeats", ["repeats", "samples", "share"], list(repeats)),
-        (
-            "Not readable",
-            ["not readable", "samples", "share"],
-            _shares(list(stats.bad.elements()), seen),
-        ),
-    ]
+        samples = [entry.samples for entry in manifest.shards]
+        size = format_bytes(sum(entry.bytes for entry in manifest.shards))
+        per_shard = f"{min(samples):,}"
+        if min(samples) != max(samples):
+            per_shard += f" to {max(samples):,}"
+        rows.append((redact(manifest.url), len(samples), sum(samples), per_shard, size))
+
+    headings = ["dataset", "shards", "samples", "samples per shard", "bytes"]
+    return _Table("Datasets", headings, rows)
 
 
-def _shares(values: list[str], total: int = 0) -> list[tuple[object, ...]]:
-    count = total or max(1, len(values))
-    return [
-        (value, number, f"{number / count:.1%}")
-        for value, number in Counter(values).most_common(12)
-    ]
+def _count_rows(values: list[str], total: int = 0) -> list[_Row]:
+    """The most frequent values, with their counts and ratios."""
+    total = total or max(1, len(values))
+    most_common = Counter(values).most_common(_MAX_ROWS)
+    return [(value, count, f"{count / total:.1%}") for value, count in most_common]
 
 
-def _figure(value: float) -> str:
+def _format_number(value: float) -> str:
     return f"{value:,.0f}" if float(value).is_integer() or abs(value) >= 100 else f"{value:.3g}"
 
 
-def _page(
+def _html(
     stats: Stats,
     manifests: Sequence[Manifest],
     keys: Sequence[str],
-    tables: list[_Table],
-    looked: str,
+    tables: Sequence[_Table],
+    note: str,
     seed: int,
 ) -> bytes:
-    """Histograms, the tables, and some samples."""
-    from data_pipeline.preparing.page import heading, histogram, html_table, page, paragraph, row_of
-    from data_pipeline.preparing.show import read_samples, sample_card
-    from data_pipeline.preparing.visit import draw
+    """Histograms, the tables, and some random samples."""
+    from data_pipeline.preparing.html_report import (
+        flex_row,
+        heading,
+        histogram,
+        html_page,
+        html_table,
+        paragraph,
+    )
+    from data_pipeline.preparing.sample_views import read_samples, sample_card
+    from data_pipeline.preparing.tasks import sample_tasks
 
-    shown = read_samples(draw(manifests, 48, seed))
-    cards = [sample_card(raw, keys, f"{task.entry.name} #{number}") for task, number, raw in shown]
     histograms = [histogram(name, values) for name, values in stats.quantities(keys).items()]
-    parts = [paragraph(looked), row_of(histograms)]
-    for title, head, rows in tables:
-        parts += [heading(title), html_table(head, rows)]
-    return page("What the data are made of", [*parts, heading("Samples"), row_of(cards)])
+    parts = [paragraph(note), flex_row(histograms)]
+    for table in tables:
+        parts += [heading(table.title), html_table(table.headings, table.rows)]
+
+    cards = []
+    for task, index, raw in read_samples(sample_tasks(manifests, _SAMPLES_ON_PAGE, seed)):
+        cards.append(sample_card(raw, keys, f"{task.entry.name} #{index}"))
+    parts += [heading("Samples"), flex_row(cards)]
+    return html_page("Dataset statistics", parts)

@@ -1,79 +1,98 @@
-"""`vlmoe tokenizer`: learn a vocabulary from captions, and see what it makes of text."""
+"""`vlmoe tokenizer`: trains a vocabulary on captions, and shows how it encodes text."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from data_pipeline.commands.options import add_caption_keys, add_workers, workers_of
 from data_pipeline.common.commands import Subparsers, add_command, add_group
 from data_pipeline.common.errors import ConfigError
 
+if TYPE_CHECKING:
+    from data_pipeline.content.tokenizer import Tokenizer
+    from data_pipeline.preparing.tokenizer_stats import EncodingStats
+
 _TRAIN_EXAMPLES = """\
-  vlmoe tokenizer train data/quickstart/train --out data/quickstart/tokenizer.model --vocab-size 4000
+  vlmoe tokenizer train data/quickstart/train --out tokenizer.model --vocab-size 4000
   vlmoe tokenizer train shards/ --out t.model --caption-key txt --caption-key json:tags
   vlmoe tokenizer train s3://bucket/pairs --out t.model --samples 1000000
 
-The size must equal model.vocab_size of the runs that use it. The same captions give the same file."""
+The size must equal model.vocab_size of the runs that use it. Training is deterministic: the same
+captions give the same file."""
 _ENCODE_EXAMPLES = """\
   vlmoe tokenizer encode t.model 'a red fox in the snow'
   vlmoe tokenizer encode t.model --shards shards/ --samples 5
 
-Pieces are shown with _ for the blank before them, ids below. A character that the vocabulary lacks is spelt
-in bytes, such as <0xE7>."""
+Prints the pieces, with _ for a word boundary, and below them the ids. Characters outside the
+vocabulary are encoded as bytes, such as <0xE7>."""
 _INSPECT_EXAMPLES = """\
   vlmoe tokenizer inspect t.model
   vlmoe tokenizer inspect t.model --shards shards/ --caption-key txt
 
-With shards it says how many tokens captions take, and which model.context_length holds how many of them whole."""
+With --shards, it also prints the number of tokens per caption, and how many captions fit into a
+given model.context_length."""
+
+_LINE_WIDTH = 100
 
 
 def add(subparsers: Subparsers) -> None:
     """Add the group and its commands."""
     commands = add_group(subparsers, "tokenizer", summary="vocabularies: train, encode, inspect")
+    _add_train(commands)
+
+    encode = add_command(
+        commands,
+        "encode",
+        summary="print the pieces and ids of text",
+        examples=_ENCODE_EXAMPLES,
+        description="Print how a vocabulary encodes given text, or captions from shards.",
+    )
+    _add_model(encode, samples=10)
+    encode.add_argument("text", metavar="TEXT", nargs="*", help="text to encode")
+    encode.set_defaults(handle=handle_encode)
+
+    inspect = add_command(
+        commands,
+        "inspect",
+        summary="describe a vocabulary and the context length it needs",
+        examples=_INSPECT_EXAMPLES,
+        description="Print a vocabulary's size, ids, pieces, and statistics of encoded captions.",
+    )
+    _add_model(inspect, samples=20_000)
+    inspect.set_defaults(handle=handle_inspect)
+
+
+def _add_train(commands: Subparsers) -> None:
     train = add_command(
         commands,
         "train",
-        summary="learn a vocabulary from the captions of shards",
+        summary="train a vocabulary on the captions of shards",
         examples=_TRAIN_EXAMPLES,
-        description="Train a SentencePiece model (unigram, with bytes for what it does not know) on the captions of "
-        "the shards.",
+        description="Train a SentencePiece unigram model with byte fallback on the captions of the "
+        "shards.",
     )
     train.add_argument(
-        "manifests", metavar="DATASET", nargs="+", help="folders with a manifest.json, or that file"
+        "manifests",
+        metavar="DATASET",
+        nargs="+",
+        help="folders with a manifest.json, or that file",
     )
     train.add_argument(
         "--out", metavar="FILE", type=Path, required=True, help="model file to write"
     )
     train.add_argument(
-        "--vocab-size", metavar="N", type=int, default=32000, help="pieces (default: 32000)"
+        "--vocab-size",
+        metavar="N",
+        type=int,
+        default=32000,
+        help="vocabulary size (default: 32000)",
     )
-    train.add_argument(
-        "--samples", metavar="N", type=int, default=0, help="samples to draw (default: 0, all)"
-    )
-    train.add_argument("--seed", metavar="N", type=int, default=0, help="of the draw (default: 0)")
+    _add_sampling(train, samples=0, default="0, all")
     add_caption_keys(train)
     add_workers(train)
     train.set_defaults(handle=handle_train)
-    encode = add_command(
-        commands,
-        "encode",
-        summary="show the pieces and ids of text",
-        examples=_ENCODE_EXAMPLES,
-        description="Show what a vocabulary makes of given text, or of captions in shards.",
-    )
-    _add_model(encode, samples=10)
-    encode.add_argument("text", metavar="TEXT", nargs="*", help="text to encode")
-    encode.set_defaults(handle=handle_encode)
-    inspect = add_command(
-        commands,
-        "inspect",
-        summary="a vocabulary, and the text length it needs",
-        examples=_INSPECT_EXAMPLES,
-        description="Show a vocabulary's size, ids and pieces, and how it fits captions.",
-    )
-    _add_model(inspect, samples=20_000)
-    inspect.set_defaults(handle=handle_inspect)
 
 
 def _add_model(parser: argparse.ArgumentParser, *, samples: int) -> None:
@@ -83,27 +102,33 @@ def _add_model(parser: argparse.ArgumentParser, *, samples: int) -> None:
         metavar="DATASET",
         action="append",
         default=[],
-        help="captions of this dataset; may be repeated",
+        help="use captions of this dataset; may be repeated",
     )
+    _add_sampling(parser, samples=samples, default=f"{samples}; 0: all")
+    add_caption_keys(parser)
+    add_workers(parser)
+
+
+def _add_sampling(parser: argparse.ArgumentParser, *, samples: int, default: str) -> None:
     parser.add_argument(
         "--samples",
         metavar="N",
         type=int,
         default=samples,
-        help=f"samples to draw from the shards; 0 is all (default: {samples})",
+        help=f"number of random samples from the shards (default: {default})",
     )
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the draw (default: 0)")
-    add_caption_keys(parser)
-    add_workers(parser)
+    parser.add_argument(
+        "--seed", metavar="N", type=int, default=0, help="seed for choosing samples (default: 0)"
+    )
 
 
 def handle_train(args: argparse.Namespace) -> None:
-    """Train, and say what was made."""
+    """Train a vocabulary and print a summary."""
     from data_pipeline.content.tokenizer import train_tokenizer
-    from data_pipeline.preparing.corpus import captions_of
-    from data_pipeline.preparing.visit import open_datasets
+    from data_pipeline.preparing.caption_stream import iter_captions
+    from data_pipeline.preparing.tasks import open_datasets
 
-    captions = captions_of(
+    captions = iter_captions(
         open_datasets(args.manifests),
         args.caption_key or ["txt"],
         samples=args.samples,
@@ -115,101 +140,105 @@ def handle_train(args: argparse.Namespace) -> None:
 
 
 def handle_encode(args: argparse.Namespace) -> None:
-    """Show pieces and ids."""
-    from data_pipeline.common.harmless import harmless
+    """Print pieces and ids."""
     from data_pipeline.content.tokenizer import Tokenizer
-    from data_pipeline.preparing.vocabulary import byte_ids, encode_all
+    from data_pipeline.preparing.tokenizer_stats import byte_ids, encoding_stats
 
     tokenizer = Tokenizer.load(args.model)
     texts = args.text or _captions(args)
     if not texts:
         raise ConfigError("there is nothing to encode; give TEXT, or --shards")
+
     bytes_of = set(byte_ids(tokenizer))
     for text in texts:
-        ids = tokenizer.encode(text, 1 << 20)
-        pieces = [harmless(tokenizer.piece(token)).replace("\u2581", "_") for token in ids]
-        widths = [
-            max(len(piece), len(str(token))) for piece, token in zip(pieces, ids, strict=True)
-        ]
-        spelt = sum(token in bytes_of for token in ids)
-        print(
-            f"{harmless(text)}\n  {len(ids)} tokens" + (f", {spelt} of them bytes" if spelt else "")
-        )
-        for first, end in _lines(widths, 100):
-            for row in (pieces[first:end], ids[first:end]):
-                cells = (
-                    str(cell).ljust(width)
-                    for cell, width in zip(row, widths[first:end], strict=True)
-                )
-                print("  " + " ".join(cells).rstrip())
+        _print_encoding(tokenizer, text, bytes_of)
     if len(texts) > 1:
-        print(_shares(encode_all(tokenizer, texts)))
+        print(_summary(encoding_stats(tokenizer, texts)))
+
+
+def _print_encoding(tokenizer: Tokenizer, text: str, bytes_of: set[int]) -> None:
+    from data_pipeline.common.escaping import escape_control
+    from data_pipeline.preparing.tokenizer_stats import MAX_TOKENS
+
+    ids = tokenizer.encode(text, MAX_TOKENS)
+    num_bytes = sum(token in bytes_of for token in ids)
+    byte_note = f", {num_bytes} of them bytes" if num_bytes else ""
+    print(f"{escape_control(text)}\n  {len(ids)} tokens{byte_note}")
+
+    pieces = [escape_control(tokenizer.piece(token)).replace("\u2581", "_") for token in ids]
+    widths = [max(len(piece), len(str(token))) for piece, token in zip(pieces, ids, strict=True)]
+    for start, end in _line_ranges(widths, _LINE_WIDTH):
+        for row in (pieces[start:end], ids[start:end]):
+            cells = zip(row, widths[start:end], strict=True)
+            print("  " + " ".join(str(cell).ljust(width) for cell, width in cells).rstrip())
+
+
+def _line_ranges(widths: list[int], limit: int) -> list[tuple[int, int]]:
+    """Ranges of columns that fit into a line."""
+    ranges, start, used = [], 0, 0
+    for column, width in enumerate(widths):
+        if used + width + 1 > limit and column > start:
+            ranges.append((start, column))
+            start, used = column, 0
+        used += width + 1
+    return [*ranges, (start, len(widths))]
 
 
 def handle_inspect(args: argparse.Namespace) -> None:
     """Describe a vocabulary."""
-    from data_pipeline.common.harmless import harmless
+    from data_pipeline.common.escaping import escape_control
     from data_pipeline.content.tokenizer import Tokenizer
-    from data_pipeline.preparing.tables import table
-    from data_pipeline.preparing.vocabulary import NUM_BYTES, NUM_MARKS, encode_all, longest_pieces
+    from data_pipeline.preparing.text_format import format_table
+    from data_pipeline.preparing.tokenizer_stats import (
+        NUM_BYTE_TOKENS,
+        NUM_SPECIAL_TOKENS,
+        encoding_stats,
+        longest_pieces,
+    )
 
     tokenizer = Tokenizer.load(args.model)
+    num_pieces = tokenizer.vocab_size - NUM_SPECIAL_TOKENS - NUM_BYTE_TOKENS
     print(
-        f"vocabulary   {tokenizer.vocab_size:,} ids: {NUM_MARKS} marks, {NUM_BYTES} bytes, "
-        f"{tokenizer.vocab_size - NUM_MARKS - NUM_BYTES:,} pieces of text"
+        f"vocabulary   {tokenizer.vocab_size:,} ids: {NUM_SPECIAL_TOKENS} special tokens, "
+        f"{NUM_BYTE_TOKENS} bytes, {num_pieces:,} pieces\n"
+        f"special      pad {tokenizer.pad_id}, start {tokenizer.start_id}, "
+        f"end {tokenizer.end_id}, unknown {tokenizer.unk_id}\n"
+        f"fingerprint  {tokenizer.fingerprint}"
     )
-    print(
-        f"marks        pad {tokenizer.pad_id}, start {tokenizer.start_id}, end {tokenizer.end_id}, "
-        f"unknown {tokenizer.unk_id}"
-    )
-    print(f"fingerprint  {tokenizer.fingerprint}")
-    print("longest      " + " ".join(harmless(piece) for piece in longest_pieces(tokenizer, 12)))
+    print("longest      " + " ".join(map(escape_control, longest_pieces(tokenizer, 12))))
+
     captions = _captions(args)
     if not captions:
         return
-    found = encode_all(tokenizer, captions)
-    print(_shares(found))
-    print(f"used         {found.used:,} pieces of text occur in these captions\n")
-    rows = [(f"{share:.1%}", longest, length) for share, longest, length in found.text_lengths()]
-    print(table(["captions kept whole", "tokens", "model.context_length"], rows))
+    stats = encoding_stats(tokenizer, captions)
+    print(_summary(stats))
+    print(f"used         {stats.used:,} pieces occur in these captions\n")
+    rows = [(f"{ratio:.1%}", longest, length) for ratio, longest, length in stats.context_lengths()]
+    print(format_table(["captions that fit", "tokens", "model.context_length"], rows))
 
 
-def _shares(found: object) -> str:
-    """Figures over several captions."""
-    from data_pipeline.preparing.vocabulary import Encoded
-
-    assert isinstance(found, Encoded)
-    tokens = max(1, found.tokens)
+def _summary(stats: EncodingStats) -> str:
+    tokens = max(1, stats.tokens)
     return (
-        f"captions     {len(found.lengths):,}: {found.lengths.mean():.1f} tokens each with marks, "
-        f"{found.tokens / max(1, found.words):.2f} tokens a word, {found.characters / tokens:.2f} characters a token\n"
-        f"bytes        {found.byte_tokens / tokens:.2%} of tokens, unknown {found.unknown_tokens / tokens:.2%}"
+        f"captions     {len(stats.lengths):,}: {stats.lengths.mean():.1f} tokens per caption "
+        f"(with start and end), {stats.tokens / max(1, stats.words):.2f} tokens per word, "
+        f"{stats.characters / tokens:.2f} characters per token\n"
+        f"bytes        {stats.byte_tokens / tokens:.2%} of tokens, "
+        f"unknown {stats.unknown_tokens / tokens:.2%}"
     )
 
 
 def _captions(args: argparse.Namespace) -> list[str]:
-    from data_pipeline.preparing.corpus import captions_of
-    from data_pipeline.preparing.visit import open_datasets
+    from data_pipeline.preparing.caption_stream import iter_captions
+    from data_pipeline.preparing.tasks import open_datasets
 
     if not args.shards:
         return []
-    return list(
-        captions_of(
-            open_datasets(args.shards),
-            args.caption_key or ["txt"],
-            samples=args.samples,
-            seed=args.seed,
-            workers=workers_of(args),
-        )
+    captions = iter_captions(
+        open_datasets(args.shards),
+        args.caption_key or ["txt"],
+        samples=args.samples,
+        seed=args.seed,
+        workers=workers_of(args),
     )
-
-
-def _lines(widths: list[int], limit: int) -> list[tuple[int, int]]:
-    """Ranges of columns that fit into a line."""
-    ranges, first, used = [], 0, 0
-    for place, width in enumerate(widths):
-        if used + width + 1 > limit and place > first:
-            ranges.append((first, place))
-            first, used = place, 0
-        used += width + 1
-    return [*ranges, (first, len(widths))]
+    return list(captions)

@@ -1,8 +1,9 @@
-"""`vlmoe data write`: shards from tables, folders, COCO, Flickr and parquet files."""
+"""`vlmoe data write`: writes shards from tables, folders, COCO, Flickr and parquet files."""
 
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from data_pipeline.common.errors import ConfigError
 
 if TYPE_CHECKING:
     from data_pipeline.preparing.importers.records import Importer
+    from data_pipeline.preparing.write import WriteResult
 
 _EXAMPLES = """\
   vlmoe data write csv pairs.csv --out shards/                        columns image and caption
@@ -22,9 +24,10 @@ _EXAMPLES = """\
   vlmoe data write flickr results.csv --images flickr30k-images/ --out flickr30k/
   vlmoe data write parquet laion/*.parquet --out laion-shards/ --workers 8
 
-Pictures are packed as they are. What becomes no sample (missing or damaged pictures, empty captions) is
-listed in OUT/left-out.jsonl; more than --max-left-out of it is an error. The same line again goes on where
-it was stopped. The same source gives the same bytes."""
+Image files are stored unchanged. Rows that do not become a sample (missing or corrupt images, empty
+captions) are listed in OUT/skipped.jsonl; a higher ratio than --max-skipped-ratio is an error. The
+command is resumable: run the same command again to continue after an interruption. The output is
+deterministic: the same source gives the same bytes."""
 
 _KINDS = ("csv", "folder", "coco", "flickr", "parquet")
 
@@ -47,130 +50,167 @@ def add(subparsers: Subparsers) -> None:
     write.add_argument(
         "sources", metavar="SOURCE", nargs="+", help="files or folders of that kind, in order"
     )
+    _add_output(write)
+    _add_columns(write)
+    _add_folders(write)
+    add_workers(write)
+    add_parts(write, work_dir=False)
+    write.set_defaults(handle=handle)
+
+
+def _add_output(write: argparse.ArgumentParser) -> None:
     write.add_argument(
-        "--out", metavar="FOLDER", required=True, help="folder of the shards; local or in a store"
+        "--out",
+        metavar="FOLDER",
+        required=True,
+        help="folder of the shards; local or in an object store",
     )
     write.add_argument(
         "--images",
         metavar="FOLDER",
         default="",
-        help="folder of the pictures; local or in a store (csv: the table's own; coco, flickr: needed)",
+        help="folder of the images; local or in an object store (csv: default is the folder of "
+        "the table; coco, flickr: required)",
     )
     write.add_argument(
         "--samples-per-shard",
         metavar="N",
         type=int,
         default=1000,
-        help="pairs of a shard; all get the same, give or take one (default: 1000)",
+        help="maximum number of pairs per shard; shard sizes differ by at most one (default: 1000)",
     )
     write.add_argument(
-        "--max-left-out",
-        metavar="SHARE",
+        "--max-skipped-ratio",
+        metavar="RATIO",
         type=float,
         default=0.01,
-        help="largest share of the source that may become no sample (default: 0.01)",
+        help="maximum ratio of rows that may be skipped (default: 0.01)",
     )
     write.add_argument(
-        "--decode", action="store_true", help="decode every picture, and leave out damaged ones"
+        "--decode", action="store_true", help="decode every image, and skip corrupt ones"
     )
     write.add_argument(
-        "--overwrite", action="store_true", help="replace a dataset of another source in the folder"
+        "--overwrite",
+        action="store_true",
+        help="replace a dataset in the folder that was written from another source",
     )
     write.add_argument(
-        "--prefix", metavar="NAME", default="shard", help="how shards' names begin (default: shard)"
+        "--prefix",
+        metavar="NAME",
+        default="shard",
+        help="first part of the shard names (default: shard)",
     )
+
+
+def _add_columns(write: argparse.ArgumentParser) -> None:
     columns = write.add_argument_group("columns (csv, parquet)")
     columns.add_argument(
         "--image-column",
         metavar="NAME",
         default="",
-        help="the picture: a path, or in parquet bytes",
+        help="column of the image: a path, or bytes in parquet",
     )
     columns.add_argument(
         "--caption-column",
         metavar="NAME",
         action="append",
         default=None,
-        help="a caption; may be repeated: all go to the field `captions`, the first also to .txt",
+        help="column of a caption; may be repeated: all go to the field `captions`, the first also "
+        "to .txt",
     )
     columns.add_argument(
-        "--key-column", metavar="NAME", default="", help="the key (default: the picture's name)"
+        "--key-column",
+        metavar="NAME",
+        default="",
+        help="column of the key (default: derived from the image name)",
     )
     columns.add_argument(
-        "--header", metavar="A,B,...", default="", help="names of the columns, if line 1 has none"
+        "--header",
+        metavar="A,B,...",
+        default="",
+        help="column names, if the first line has none",
     )
     columns.add_argument(
         "--delimiter",
         metavar="CHAR",
         default="",
-        help="between the fields (default: a tab for .tsv and .tab, else a comma)",
+        help="field delimiter (default: a tab for .tsv and .tab, else a comma)",
     )
     columns.add_argument(
         "--group",
         action="store_true",
-        help="neighboring rows with the same picture are captions of one sample",
+        help="merge consecutive rows with the same image into one sample with several captions",
     )
+
+
+def _add_folders(write: argparse.ArgumentParser) -> None:
     folders = write.add_argument_group("folders")
     folders.add_argument(
         "--caption-from",
         choices=("text", "folder"),
         default="text",
-        help="the .txt file beside each picture, or the name of its folder (default: text)",
+        help="source of captions: the .txt file beside each image, or the name of its folder "
+        "(default: text)",
     )
     folders.add_argument(
-        "--template", metavar="TEXT", default="{}", help="around a folder's name, at {}"
+        "--template",
+        metavar="TEXT",
+        default="{}",
+        help="caption template; {} is replaced by the folder name",
     )
-    add_workers(write)
-    add_parts(write, work=False)
-    write.set_defaults(handle=handle)
 
 
 def handle(args: argparse.Namespace) -> None:
-    """Write, and say what was written."""
+    """Write shards and print a summary."""
     from data_pipeline.common.processes import parse_part
-    from data_pipeline.common.storage import join, redact
-    from data_pipeline.preparing.tables import bytes_text, table
-    from data_pipeline.preparing.write import LEFT_OUT_NAME, WritePlan, write_dataset
+    from data_pipeline.preparing.write import WritePlan, write_dataset
 
     plan = WritePlan(
         source=_importer(args),
         out=args.out,
         prefix=args.prefix,
         samples_per_shard=args.samples_per_shard,
-        max_left_out=args.max_left_out,
-        check=args.decode,
+        max_skipped_ratio=args.max_skipped_ratio,
+        decode=args.decode,
         overwrite=args.overwrite,
     )
-    part = parse_part(args.part)
-    done = write_dataset(plan, workers=workers_of(args), part=part)
-    reused = f", {done.reused:,} of them already there" if done.reused else ""
-    what = f"{done.shards:,} shards{reused}, {done.samples:,} samples, {bytes_text(done.bytes)}"
-    if done.manifest is None:
+    result = write_dataset(plan, workers=workers_of(args), part=parse_part(args.part))
+    _print_result(result, args)
+
+
+def _print_result(result: WriteResult, args: argparse.Namespace) -> None:
+    from data_pipeline.common.storage import join, redact
+    from data_pipeline.preparing.text_format import format_bytes, format_table
+    from data_pipeline.preparing.write import SKIPPED_NAME
+
+    reused = f", {result.reused:,} of them already written" if result.reused else ""
+    size = format_bytes(result.bytes)
+    summary = f"{result.shards:,} shards{reused}, {result.samples:,} samples, {size}"
+    if result.manifest is None:
         print(
-            f"part {args.part} of {redact(args.out)}: {what}; the same line without --part writes the manifest"
+            f"part {args.part} of {redact(args.out)}: {summary}; run without --part to write the "
+            f"manifest"
         )
     else:
-        print(f"{redact(join(args.out, 'manifest.json'))}: {what}")
-    if done.left_out:
-        reasons = sorted({row.reason for row in done.left_out})
-        counts = [
-            (reason, sum(row.reason == reason for row in done.left_out)) for reason in reasons
-        ]
-        print(table(["left out", "pairs"], counts))
-        if done.manifest:
-            print(f"listed in {redact(join(args.out, LEFT_OUT_NAME))}")
+        print(f"{redact(join(args.out, 'manifest.json'))}: {summary}")
+
+    if result.skipped:
+        counts = Counter(row.reason for row in result.skipped)
+        print(format_table(["skipped", "pairs"], sorted(counts.items())))
+        if result.manifest:
+            print(f"listed in {redact(join(args.out, SKIPPED_NAME))}")
 
 
 def _importer(args: argparse.Namespace) -> Importer:
-    """What reads the source."""
-    makers: dict[str, Callable[[argparse.Namespace, tuple[str, ...]], Importer]] = {
+    """The importer for the source."""
+    factories: dict[str, Callable[[argparse.Namespace, tuple[str, ...]], Importer]] = {
         "csv": _table,
         "folder": _folder,
         "coco": _coco,
         "flickr": _flickr,
         "parquet": _parquet,
     }
-    return makers[args.kind](args, tuple(args.sources))
+    return factories[args.kind](args, tuple(args.sources))
 
 
 def _table(args: argparse.Namespace, files: tuple[str, ...]) -> Importer:
@@ -178,11 +218,11 @@ def _table(args: argparse.Namespace, files: tuple[str, ...]) -> Importer:
 
     delimiter = args.delimiter.replace("\\t", "\t")
     if len(delimiter) > 1:
-        raise ConfigError(f"--delimiter {args.delimiter!r}: give one character")
+        raise ConfigError(f"--delimiter {args.delimiter!r}: must be one character")
     return Table(
         files=files,
-        pictures=args.images,
-        picture_column=args.image_column,
+        image_folder=args.images,
+        image_column=args.image_column,
         caption_columns=tuple(args.caption_column or ()),
         key_column=args.key_column,
         header=tuple(name.strip() for name in args.header.split(",") if name.strip()),
@@ -200,13 +240,13 @@ def _folder(args: argparse.Namespace, folders: tuple[str, ...]) -> Importer:
 def _coco(args: argparse.Namespace, files: tuple[str, ...]) -> Importer:
     from data_pipeline.preparing.importers.coco import Coco
 
-    return Coco(files=files, pictures=_images(args))
+    return Coco(files=files, image_folder=_image_folder(args))
 
 
 def _flickr(args: argparse.Namespace, files: tuple[str, ...]) -> Importer:
     from data_pipeline.preparing.importers.flickr import Flickr
 
-    return Flickr(files=files, pictures=_images(args))
+    return Flickr(files=files, image_folder=_image_folder(args))
 
 
 def _parquet(args: argparse.Namespace, files: tuple[str, ...]) -> Importer:
@@ -215,17 +255,18 @@ def _parquet(args: argparse.Namespace, files: tuple[str, ...]) -> Importer:
     captions = args.caption_column or [""]
     if len(captions) > 1:
         raise ConfigError(
-            "--caption-column can be given once for parquet; a column of lists holds several captions"
+            "--caption-column can be given only once for parquet; for several captions, use a "
+            "column of lists"
         )
     return Parquet(
         files=files,
-        picture_column=args.image_column,
+        image_column=args.image_column,
         caption_column=captions[0],
         key_column=args.key_column,
     )
 
 
-def _images(args: argparse.Namespace) -> str:
+def _image_folder(args: argparse.Namespace) -> str:
     if not args.images:
-        raise ConfigError(f"{args.kind} needs --images, the folder of the pictures")
+        raise ConfigError(f"{args.kind} needs --images, the folder of the images")
     return str(args.images)

@@ -1,9 +1,9 @@
-"""Looks at every sample of a dataset: is it what the manifest says, and can it be used?
+"""Verifies every sample of a dataset against its manifest.
 
-One pass over each shard: its length and SHA-256 against the manifest, its index against the
-manifest, every sample's CRC-32 against the index; with `contents` also the picture and the
-captions. A shard can be bad where no sample is (its end mark was cut off), and the other way round
-never.
+One pass over each shard: its size and SHA-256 against the manifest, its index against the manifest,
+and each sample's CRC-32 against the index; with `decode` also the image and the captions. A shard
+can be corrupt although all its samples are intact, for example if its end-of-archive marker is
+missing.
 """
 
 from __future__ import annotations
@@ -18,128 +18,139 @@ from typing import NamedTuple
 
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError
-from data_pipeline.common.processes import WHOLE, Part
-from data_pipeline.content.images import decode
-from data_pipeline.content.recipe import picture_of
-from data_pipeline.preparing.captions import all_captions
-from data_pipeline.preparing.visit import (
+from data_pipeline.common.processes import SINGLE_PART, Part
+from data_pipeline.content.images import decode_image
+from data_pipeline.content.sample_processor import image_bytes
+from data_pipeline.preparing.sample_captions import all_captions
+from data_pipeline.preparing.shard_access import (
     MAX_SAMPLE_BYTES,
     OpenShard,
-    ShardTask,
-    Unread,
-    UnreadError,
-    Visits,
-    opened,
-    tasks_of,
+    ShardUnavailableError,
+    open_shard,
 )
+from data_pipeline.preparing.shard_map import ShardMap, UnavailableShard
+from data_pipeline.preparing.tasks import ShardTask, shard_tasks
 from data_pipeline.samples import RawSample
 from data_pipeline.shards.manifest import Manifest
 
-_PIECE_BYTES = 8 << 20
+_CHUNK_BYTES = 8 << 20
+_WHOLE_SHARD = -1
+"""In place of a sample index: the finding concerns the shard as a whole."""
 
 
 class Finding(NamedTuple):
-    """Something that is wrong."""
+    """A defect of a shard or a sample."""
 
     dataset: int
-    """Number among the datasets that were checked."""
+    """Index among the checked datasets."""
     shard: int
-    """Number in its dataset."""
+    """Index in its dataset."""
     sample: int
-    """Number in its shard; -1 where the shard as a whole is meant."""
+    """Index in its shard; -1 for the shard as a whole."""
     name: str
-    """The shard's."""
+    """Name of the shard."""
     key: str
     reason: str
-    """One word by which it is counted."""
+    """Short identifier, as in `DataError.slug`."""
     detail: str
 
 
-class Checked(NamedTuple):
-    """What a check found."""
+class CheckReport(NamedTuple):
+    """Result of a check."""
 
     samples: int
     shards: int
     findings: list[Finding]
-    unread: list[Unread]
-    """Shards that could not be had; their samples are findings, too."""
+    unavailable: list[UnavailableShard]
+    """Shards that could not be read; their samples are also listed as findings."""
 
-    def reasons(self) -> list[tuple[str, int, int]]:
-        """Reason, samples and whole shards, most frequent first."""
-        samples = Counter(found.reason for found in self.findings if found.sample >= 0)
-        shards = Counter(found.reason for found in self.findings if found.sample < 0)
+    def counts_by_reason(self) -> list[tuple[str, int, int]]:
+        """Reason, number of samples and number of shards, most frequent first."""
+        samples = Counter(finding.reason for finding in self.findings if finding.sample >= 0)
+        shards = Counter(finding.reason for finding in self.findings if finding.sample < 0)
         order = sorted(
             {*samples, *shards}, key=lambda reason: (-samples[reason], -shards[reason], reason)
         )
         return [(reason, samples[reason], shards[reason]) for reason in order]
 
-    def bad(self, dataset: int) -> dict[int, set[int]]:
-        """Numbers of samples that are proven bad, by number of their shard, of one dataset."""
-        unread = {(row.task.dataset, row.task.shard) for row in self.unread}
-        bad: dict[int, set[int]] = {}
-        for found in self.findings:
-            if (
-                found.dataset == dataset
-                and found.sample >= 0
-                and (dataset, found.shard) not in unread
-            ):
-                bad.setdefault(found.shard, set()).add(found.sample)
-        return bad
+    def corrupt_samples(self, dataset: int) -> dict[int, set[int]]:
+        """Indices of the corrupt samples of a dataset, by shard index.
+
+        Samples of unavailable shards are not included: they may be intact.
+        """
+        unavailable = {(row.task.dataset, row.task.shard) for row in self.unavailable}
+        corrupt: dict[int, set[int]] = {}
+        for finding in self.findings:
+            if finding.dataset != dataset or finding.sample < 0:
+                continue
+            if (dataset, finding.shard) not in unavailable:
+                corrupt.setdefault(finding.shard, set()).add(finding.sample)
+
+        return corrupt
 
 
 def check(
     manifests: Sequence[Manifest],
     *,
-    contents: bool = False,
+    decode: bool = False,
     caption_keys: Sequence[str] = ("txt",),
     workers: int = 0,
-    part: Part = WHOLE,
-    work: str = "",
-) -> Checked:
+    part: Part = SINGLE_PART,
+    work_dir: str = "",
+) -> CheckReport:
     """Check datasets.
 
     Args:
         manifests: The datasets.
-        contents: Decode pictures and read captions too.
-        caption_keys: Where a caption must be, if `contents`: under one of them.
-        workers: Processes.
-        part: Share of the shards to check.
-        work: Where results are kept; empty checks all anew.
+        decode: Also decode images and read captions.
+        caption_keys: With `decode`, a sample needs a caption under at least one of these keys.
+        workers: Number of processes.
+        part: Part of the shards to check.
+        work_dir: Folder for results; empty checks all shards again.
     """
-    checker = _Checker(contents, tuple(caption_keys))
-    visits = Visits(
-        label="checking", workers=workers, work=work, settings=repr(("check", 2, checker))
+    checker = _Checker(decode, tuple(caption_keys))
+    shard_map = ShardMap(
+        label="checking", workers=workers, work_dir=work_dir, settings=repr(("check", 2, checker))
     )
-    findings, unread, samples, shards = list[Finding](), list[Unread](), 0, 0
-    for task, result in visits.each(tasks_of(manifests, part), checker):
+
+    findings, unavailable, samples, shards = list[Finding](), list[UnavailableShard](), 0, 0
+    for task, result in shard_map.run(shard_tasks(manifests, part), checker):
         samples, shards = samples + task.num_samples, shards + 1
-        if isinstance(result, Unread):
-            unread.append(result)
-            rows: list[_Row] = list(_all_of(task, result.reason, result.detail))
+        if isinstance(result, UnavailableShard):
+            unavailable.append(result)
+            rows: list[_Row] = list(_all_samples(task, result.reason, result.detail))
         else:
             rows = json.loads(result)
-        for number, key, reason, detail in rows:
+
+        for sample, key, reason, detail in rows:
             findings.append(
-                Finding(task.dataset, task.shard, number, task.entry.name, key, reason, detail)
+                Finding(task.dataset, task.shard, sample, task.entry.name, key, reason, detail)
             )
-    return Checked(samples, shards, findings, unread)
+
+    return CheckReport(samples, shards, findings, unavailable)
+
+
+def describe_location(finding: Finding) -> str:
+    """Shard, sample index and key of a finding, for messages."""
+    name = storage.redact(finding.name)
+    return name if finding.sample < 0 else f"{name} #{finding.sample} {finding.key}"
 
 
 _Row = tuple[int, str, str, str]
-"""Number, key, reason, detail."""
+"""Sample index, key, reason, detail."""
 
 
-def _all_of(task: ShardTask, reason: str, detail: str) -> Iterator[_Row]:
-    """A shard of which nothing can be read, and each of its samples."""
-    yield -1, "", reason, detail
-    yield from ((number, f"#{number}", reason, "") for number in range(task.entry.samples))
+def _all_samples(task: ShardTask, reason: str, detail: str) -> Iterator[_Row]:
+    """Rows of an unreadable shard and each of its samples."""
+    yield _WHOLE_SHARD, "", reason, detail
+    yield from ((sample, f"#{sample}", reason, "") for sample in range(task.entry.samples))
 
 
 @dataclass(frozen=True)
 class _Checker:
-    """Checks one shard; its result is JSON rows `[number, key, reason, detail]`."""
+    """Checks one shard; the result is a JSON list of `_Row`."""
 
-    contents: bool
+    decode: bool
     caption_keys: tuple[str, ...]
 
     def __call__(self, task: ShardTask) -> bytes:
@@ -147,88 +158,84 @@ class _Checker:
 
     def _rows(self, task: ShardTask) -> Iterator[_Row]:
         try:
-            with opened(task) as shard:
-                yield from self._shard(shard)
-        except UnreadError:
+            with open_shard(task) as shard:
+                yield from self._check_shard(shard)
+        except ShardUnavailableError:
             raise
         except DataError as error:
-            yield from _all_of(task, error.slug, str(error))
+            yield from _all_samples(task, error.slug, str(error))
 
-    def _shard(self, shard: OpenShard) -> Iterator[_Row]:
-        entry, index, sha256, position = shard.task.entry, shard.index, hashlib.sha256(), 0
-        for number in range(len(index)):
-            offset, extent = int(index.offsets[number]), int(index.extents[number])
-            for piece in _pieces(shard, position, offset):
-                sha256.update(piece)
-            crc, pieces, found = 0, list[bytes](), 0
-            for piece in _pieces(shard, offset, offset + extent):
-                sha256.update(piece)
-                crc, found = zlib.crc32(piece, crc), found + len(piece)
-                if self.contents and extent <= MAX_SAMPLE_BYTES:
-                    pieces.append(piece)
+    def _check_shard(self, shard: OpenShard) -> Iterator[_Row]:
+        index, sha256, position = shard.index, hashlib.sha256(), 0
+        for sample in range(len(index)):
+            offset, extent = int(index.offsets[sample]), int(index.extents[sample])
+            for chunk in _chunks(shard, position, offset):
+                sha256.update(chunk)
+
+            crc, size, kept = 0, 0, list[bytes]()
+            for chunk in _chunks(shard, offset, offset + extent):
+                sha256.update(chunk)
+                crc, size = zlib.crc32(chunk, crc), size + len(chunk)
+                if self.decode and extent <= MAX_SAMPLE_BYTES:
+                    kept.append(chunk)
+
             position = offset + extent
-            problem = self._sample(shard, number, found, crc, b"".join(pieces))
-            if problem:
-                yield number, index.key(number), *problem
-        for piece in _pieces(shard, position, shard.size):
-            sha256.update(piece)
-        if shard.size != entry.bytes:
-            yield (
-                -1,
-                "",
-                "length",
-                f"it has {shard.size} bytes, but its manifest expects {entry.bytes}",
-            )
-        elif sha256.hexdigest() != entry.sha256:
-            yield (
-                -1,
-                "",
-                "sha256",
-                f"its SHA-256 is {sha256.hexdigest()}, but its manifest expects {entry.sha256}",
-            )
+            defect = self._check_sample(shard, sample, size, crc, b"".join(kept))
+            if defect:
+                yield sample, index.key(sample), *defect
 
-    def _sample(
-        self, shard: OpenShard, number: int, found: int, crc: int, extent: bytes
+        for chunk in _chunks(shard, position, shard.size):
+            sha256.update(chunk)
+        yield from _compare_with_manifest(shard, sha256.hexdigest())
+
+    def _check_sample(
+        self, shard: OpenShard, sample: int, size: int, crc: int, extent: bytes
     ) -> tuple[str, str] | None:
-        """Reason and detail if a sample is bad."""
-        expected_bytes, expected = int(shard.index.extents[number]), int(shard.index.crc32[number])
-        if found < expected_bytes:
-            return "truncated", f"{found} of {expected_bytes} bytes"
-        if crc != expected:
-            return "crc-mismatch", f"CRC-32 {crc:08x}, but the index expects {expected:08x}"
-        if expected_bytes > MAX_SAMPLE_BYTES:
-            return "oversize", f"{expected_bytes} bytes, more than {MAX_SAMPLE_BYTES}"
-        if not self.contents:
+        """Reason and detail if the sample is corrupt."""
+        expected_size = int(shard.index.extents[sample])
+        expected_crc = int(shard.index.crc32[sample])
+        if size < expected_size:
+            return "truncated", f"{size} of {expected_size} bytes"
+        if crc != expected_crc:
+            return "crc-mismatch", f"CRC-32 {crc:08x}, but the index has {expected_crc:08x}"
+        if expected_size > MAX_SAMPLE_BYTES:
+            return "oversize", f"{expected_size} bytes; the limit is {MAX_SAMPLE_BYTES}"
+        if not self.decode:
             return None
-        members = {
-            m.extension: extent[m.start : m.start + m.size] for m in shard.index.members(number)
-        }
-        return self._contents(RawSample(shard.task.entry.name, shard.index.key(number), members))
 
-    def _contents(self, raw: RawSample) -> tuple[str, str] | None:
+        members = {
+            m.extension: extent[m.start : m.start + m.size] for m in shard.index.members(sample)
+        }
+        return self._check_content(
+            RawSample(shard.task.entry.name, shard.index.key(sample), members)
+        )
+
+    def _check_content(self, raw: RawSample) -> tuple[str, str] | None:
         try:
-            decode(picture_of(raw))
+            decode_image(image_bytes(raw))
             if not any(all_captions(raw, self.caption_keys)):
-                return (
-                    "no-caption",
-                    f"none under {', '.join(self.caption_keys)}; it has {', '.join(raw.members)}",
-                )
+                keys, members = ", ".join(self.caption_keys), ", ".join(raw.members)
+                return "no-caption", f"no caption under {keys}; the sample has {members}"
         except DataError as error:
-            return error.slug or "bad-text", str(error)
+            return error.slug or "invalid-text", str(error)
         return None
 
 
-def _pieces(shard: OpenShard, start: int, end: int) -> Iterator[bytes]:
-    """The shard's bytes from `start` to `end`, fewer where it ends before."""
+def _compare_with_manifest(shard: OpenShard, sha256: str) -> Iterator[_Row]:
+    entry = shard.task.entry
+    if shard.size != entry.bytes:
+        detail = f"{shard.size} bytes, but the manifest has {entry.bytes}"
+        yield _WHOLE_SHARD, "", "length", detail
+    elif sha256 != entry.sha256:
+        detail = f"SHA-256 {sha256}, but the manifest has {entry.sha256}"
+        yield _WHOLE_SHARD, "", "sha256", detail
+
+
+def _chunks(shard: OpenShard, start: int, end: int) -> Iterator[bytes]:
+    """The shard's bytes from `start` to `end`, fewer if the shard is truncated."""
     while start < end:
-        piece = shard.pread(min(_PIECE_BYTES, end - start), start)
-        if not piece:
+        chunk = shard.pread(min(_CHUNK_BYTES, end - start), start)
+        if not chunk:
             return
-        yield piece
-        start += len(piece)
-
-
-def where_of(found: Finding) -> str:
-    """A finding's place in words."""
-    name = storage.redact(found.name)
-    return name if found.sample < 0 else f"{name} #{found.sample} {found.key}"
+        yield chunk
+        start += len(chunk)

@@ -1,5 +1,4 @@
-"""Drop-lists of several datasets: each gets a file of its own, as shards of two may have the same
-name."""
+"""Writes drop-lists, one file per dataset, because shards of two datasets may share names."""
 
 from __future__ import annotations
 
@@ -7,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from data_pipeline.common import storage
-from data_pipeline.order.drop import make_drop_list, write_drop_list
+from data_pipeline.order.drop_list import make_drop_list, write_drop_list
 from data_pipeline.shards.manifest import Manifest
 
 
@@ -17,29 +16,34 @@ def write_drop_lists(
     dropped: Sequence[Mapping[int, Iterable[int]]],
     about: Mapping[str, Any],
 ) -> list[str]:
-    """Write a drop-list for each dataset; of several, `drop.json` becomes `drop-0.json`,
-    `drop-1.json`, ...
+    """Write a drop-list for each dataset.
+
+    With several datasets, `drop.json` becomes `drop-0.json`, `drop-1.json`, ...
 
     Args:
-        url: The file; local or in a store.
+        url: The file; local or in an object store.
         manifests: The datasets.
-        dropped: For each of them, numbers of samples by number of their shard.
-        about: Who made it and why.
+        dropped: For each dataset, sample indices by shard index.
+        about: Metadata: the command and its settings.
 
     Returns:
-        What was written, one line a file.
+        A summary line for each file.
     """
     lines = []
-    for number, (manifest, samples) in enumerate(zip(manifests, dropped, strict=True)):
-        stem, dot, extension = url.rpartition(".")
-        target = (
-            url if len(manifests) == 1 else f"{stem or url}-{number}{dot}{extension if dot else ''}"
-        )
-        drop = make_drop_list(manifest, samples, about)
-        write_drop_list(target, drop)
-        share = drop.total_samples / max(1, manifest.total_samples)
+    for index, (manifest, samples) in enumerate(zip(manifests, dropped, strict=True)):
+        target = url if len(manifests) == 1 else _numbered(url, index)
+        drop_list = make_drop_list(manifest, samples, about)
+        write_drop_list(target, drop_list)
+
+        ratio = drop_list.total_samples / max(1, manifest.total_samples)
         lines.append(
-            f"{storage.redact(target)}: drops {drop.total_samples:,} of {manifest.total_samples:,} samples "
-            f"({share:.2%}) of {storage.redact(manifest.url)}"
+            f"{storage.redact(target)}: drops {drop_list.total_samples:,} of "
+            f"{manifest.total_samples:,} samples ({ratio:.2%}) of {storage.redact(manifest.url)}"
         )
+
     return lines
+
+
+def _numbered(url: str, index: int) -> str:
+    stem, dot, extension = url.rpartition(".")
+    return f"{stem or url}-{index}{dot}{extension if dot else ''}"

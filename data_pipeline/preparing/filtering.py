@@ -1,5 +1,7 @@
-"""Which samples training would leave out: the same filters, in the same order, without decoding a
-picture."""
+"""Finds the samples that training filters exclude.
+
+Applies the same checks as training, in the same order, but does not decode images.
+"""
 
 from __future__ import annotations
 
@@ -12,37 +14,40 @@ from typing import Any, NamedTuple
 
 from data_pipeline.common.config import from_mapping
 from data_pipeline.common.errors import ConfigError, DataError
-from data_pipeline.common.processes import WHOLE, Part
-from data_pipeline.content.captions import Texts, choose
+from data_pipeline.common.processes import SINGLE_PART, Part
+from data_pipeline.content.captions import SampleTexts, select_caption
 from data_pipeline.content.filters import (
     Condition,
+    caption_length_allowed,
+    caption_length_error,
     check_fields,
-    check_size,
-    compile_conditions,
-    fits,
-    unfit_caption,
+    check_image_size,
+    parse_conditions,
 )
-from data_pipeline.content.headers import read_header
+from data_pipeline.content.image_header import read_header
 from data_pipeline.content.images import check_pixels
-from data_pipeline.content.recipe import picture_of
-from data_pipeline.preparing.visit import ShardTask, Unread, UnreadError, Visits, opened, tasks_of
+from data_pipeline.content.sample_processor import image_bytes
+from data_pipeline.preparing.shard_access import ShardUnavailableError, open_shard
+from data_pipeline.preparing.shard_map import ShardMap, UnavailableShard
+from data_pipeline.preparing.tasks import ShardTask, shard_tasks
 from data_pipeline.samples import RawSample
 from data_pipeline.settings import FilterConfig, LimitConfig
 from data_pipeline.shards.manifest import Manifest
 
 
-class Filtered(NamedTuple):
-    """What filters leave out."""
+class FilterReport(NamedTuple):
+    """Samples that the filters exclude."""
 
     samples: int
+    """Number of samples that were read."""
     reasons: Counter[str]
-    """Samples by reason; `filter:...` is left out on purpose, anything else is bad."""
+    """Number of excluded samples by reason: `filter:...` by a filter, anything else corrupt."""
     examples: dict[str, str]
-    """For each reason the first sample and why."""
+    """The first excluded sample for each reason, with details."""
     dropped: list[dict[int, list[int]]]
-    """For each dataset, numbers of the samples by number of their shard."""
-    unread: list[Unread]
-    """Shards that could not be had; nothing of them is counted."""
+    """For each dataset, indices of the excluded samples by shard index."""
+    unavailable: list[UnavailableShard]
+    """Shards that could not be read; they are not counted."""
 
 
 def filter_samples(
@@ -52,71 +57,82 @@ def filter_samples(
     caption_keys: Sequence[str] = ("txt",),
     limits: LimitConfig | None = None,
     workers: int = 0,
-    part: Part = WHOLE,
-    work: str = "",
-) -> Filtered:
-    """Ask the filters about every sample.
+    part: Part = SINGLE_PART,
+    work_dir: str = "",
+) -> FilterReport:
+    """Apply the filters to every sample.
 
     Args:
         manifests: The datasets.
-        filters: What to leave out.
-        caption_keys: Where captions are.
-        limits: What a sample may ask for at most; beyond it is bad.
-        workers: Processes.
-        part: Share of the shards.
-        work: Where results are kept.
+        filters: Which samples to exclude.
+        caption_keys: Where to find captions.
+        limits: Resource limits of a sample; a sample beyond them counts as corrupt.
+        workers: Number of processes.
+        part: Part of the shards.
+        work_dir: Folder for results.
 
     Raises:
-        ConfigError: A condition is none.
+        ConfigError: A condition is invalid.
     """
-    compile_conditions(filters.require)  # so that a bad one is found now
-    judge = _Judge(filters, tuple(caption_keys), limits or LimitConfig())
-    visits = Visits(
-        label="filtering", workers=workers, work=work, settings=repr(("filter", 2, judge))
+    parse_conditions(filters.require)  # raise for an invalid condition before reading any shard
+    shard_filter = _ShardFilter(filters, tuple(caption_keys), limits or LimitConfig())
+    shard_map = ShardMap(
+        label="filtering",
+        workers=workers,
+        work_dir=work_dir,
+        settings=repr(("filter", 2, shard_filter)),
     )
-    done = Filtered(0, Counter(), {}, [{} for _ in manifests], [])
+
+    report = FilterReport(0, Counter(), {}, [{} for _ in manifests], [])
     samples = 0
-    for task, result in visits.each(tasks_of(manifests, part), judge):
-        if isinstance(result, Unread):
-            done.unread.append(result)
+    for task, result in shard_map.run(shard_tasks(manifests, part), shard_filter):
+        if isinstance(result, UnavailableShard):
+            report.unavailable.append(result)
             continue
+
         samples += task.num_samples
-        for number, reason, detail in json.loads(result):
-            done.reasons[reason] += 1
-            done.examples.setdefault(reason, f"{task.entry.name} #{number}: {detail}")
-            done.dropped[task.dataset].setdefault(task.shard, []).append(number)
-    return done._replace(samples=samples)
+        for sample, reason, detail in json.loads(result):
+            report.reasons[reason] += 1
+            report.examples.setdefault(reason, f"{task.entry.name} #{sample}: {detail}")
+            report.dropped[task.dataset].setdefault(task.shard, []).append(sample)
+
+    return report._replace(samples=samples)
 
 
-def filters_in(
+def filters_from_mapping(
     mapping: Mapping[str, Any], source: str
 ) -> tuple[FilterConfig, tuple[str, ...] | None]:
-    """The filters of a settings file: a run's (`data: {filters: ...}`), `filters: ...`, or only the
-    settings.
+    """The filters in the content of a YAML file.
+
+    Args:
+        mapping: A run configuration (`data: {filters: ...}`), a section `filters: ...`, or the
+            filter settings alone.
+        source: Name of the file, for error messages.
 
     Returns:
-        The filters, and `data.caption_keys` if the file has them.
+        The filters, and `data.caption_keys` if the file sets it.
 
     Raises:
-        ConfigError: There are none, or one is no filter.
+        ConfigError: The file has no filters, or a filter is invalid.
     """
     section: Any = mapping.get("data", mapping)
     if not isinstance(section, Mapping):
-        raise ConfigError(f"{source}: `data` is no section")
-    keys = section.get("caption_keys")
-    found = section.get("filters", {} if "data" in mapping else section)
-    if not isinstance(found, Mapping) or not found:
+        raise ConfigError(f"{source}: `data` must be a section")
+
+    filters = section.get("filters", {} if "data" in mapping else section)
+    if not isinstance(filters, Mapping) or not filters:
         raise ConfigError(
-            f"{source} has no filters; write them under `filters:`, such as `min_side: 64`"
+            f"{source} has no filters; add them under `filters:`, for example `min_side: 64`"
         )
-    return from_mapping(FilterConfig, found, source=source), tuple(map(str, keys)) if isinstance(
-        keys, list
-    ) else None
+
+    keys = section.get("caption_keys")
+    caption_keys = tuple(map(str, keys)) if isinstance(keys, list) else None
+    return from_mapping(FilterConfig, filters, source=source), caption_keys
 
 
 @dataclass(frozen=True)
-class _Judge:
-    """Asks about the samples of one shard; its result is JSON rows `[number, reason, detail]`."""
+class _ShardFilter:
+    """Filters the samples of one shard; the result is JSON rows `[sample, reason, detail]`."""
 
     filters: FilterConfig
     caption_keys: tuple[str, ...]
@@ -127,38 +143,43 @@ class _Judge:
 
     def _rows(self, task: ShardTask) -> Iterator[tuple[int, str, str]]:
         try:
-            with opened(task) as shard:
-                for number, raw in shard.samples():
+            with open_shard(task) as shard:
+                for sample, raw in shard.samples():
                     try:
                         if isinstance(raw, DataError):
                             raise raw
                         self._check(raw)
                     except DataError as error:
-                        yield number, error.slug, str(error)
-        except UnreadError:
+                        yield sample, error.slug, str(error)
+        except ShardUnavailableError:
             raise
         except DataError as error:
-            yield from ((number, error.slug, str(error)) for number in range(task.entry.samples))
+            yield from ((sample, error.slug, str(error)) for sample in range(task.entry.samples))
 
     def _check(self, raw: RawSample) -> None:
-        """As `Recipe.make` does, but for the pixels."""
-        texts = Texts(raw.members, self.limits)
+        """The checks of `SampleProcessor`, except those that need pixels."""
+        texts = SampleTexts(raw.members, self.limits)
         if self._conditions:
             check_fields(texts.fields(), self._conditions)
         self._check_caption(texts)
-        header = read_header(picture_of(raw))
+        header = read_header(image_bytes(raw))
         check_pixels(header, self.limits.pixels)
-        check_size(header.width, header.height, self.filters)
+        check_image_size(header.width, header.height, self.filters)
 
-    def _check_caption(self, texts: Texts) -> None:
+    def _check_caption(self, texts: SampleTexts) -> None:
         weights = [1.0] * len(self.caption_keys)
-        if choose(texts, self.caption_keys, weights, None, lambda text: fits(text, self.filters)):
+
+        def is_allowed(text: str) -> bool:
+            return caption_length_allowed(text, self.filters)
+
+        if select_caption(texts, self.caption_keys, weights, None, is_allowed):
             return
-        unfit = choose(texts, self.caption_keys, weights, None)
-        if unfit:
-            raise unfit_caption(unfit, self.filters)
+
+        caption = select_caption(texts, self.caption_keys, weights, None)
+        if caption:
+            raise caption_length_error(caption, self.filters)
         raise DataError(f"no caption under {', '.join(self.caption_keys)}", slug="no-caption")
 
     @cached_property
     def _conditions(self) -> tuple[Condition, ...]:
-        return compile_conditions(self.filters.require)
+        return parse_conditions(self.filters.require)

@@ -1,8 +1,8 @@
-"""What datasets are made of: sizes, shapes and kinds of pictures, lengths and scripts of captions,
-repeats.
+"""Dataset statistics: image sizes and formats, caption lengths and scripts, duplicates.
 
-Numbers of samples and bytes come from the manifests and are exact. The rest is measured on samples
-drawn at random, unless all are asked for; repeats among a drawn few are far fewer than among all.
+Numbers of samples and bytes come from the manifests and are exact. All other statistics are
+measured on a random subset unless all samples are requested; a subset contains far fewer duplicates
+than the whole dataset.
 """
 
 from __future__ import annotations
@@ -17,84 +17,92 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.common.errors import DataError
-from data_pipeline.common.processes import WHOLE, Part
-from data_pipeline.content.captions import clean_hash
-from data_pipeline.content.headers import read_header
-from data_pipeline.content.recipe import picture_of
+from data_pipeline.common.processes import SINGLE_PART, Part
+from data_pipeline.content.captions import hash_clean_caption
+from data_pipeline.content.image_header import read_header
+from data_pipeline.content.sample_processor import image_bytes
 from data_pipeline.content.tokenizer import Tokenizer
-from data_pipeline.preparing.captions import all_captions
-from data_pipeline.preparing.pictures import format_of
-from data_pipeline.preparing.scripts import script_of
-from data_pipeline.preparing.visit import ShardTask, Unread, UnreadError, Visits, draw, opened
+from data_pipeline.preparing.image_files import image_format
+from data_pipeline.preparing.sample_captions import all_captions
+from data_pipeline.preparing.shard_access import ShardUnavailableError, open_shard
+from data_pipeline.preparing.shard_map import ShardMap, UnavailableShard
+from data_pipeline.preparing.tasks import ShardTask, sample_tasks
+from data_pipeline.preparing.unicode_scripts import script_of
 from data_pipeline.samples import RawSample
 from data_pipeline.shards.manifest import Manifest
 
-_LONGEST = 1 << 20
-"""More tokens than any caption has."""
+_MAX_TOKENS = 1 << 20
+"""More tokens than any caption has, so that no caption is truncated."""
+_QUANTILES = {"min": 0, "1%": 0.01, "25%": 0.25, "median": 0.5, "75%": 0.75, "99%": 0.99, "max": 1}
 
 
 @dataclass(kw_only=True)
 class Stats:
-    """What was measured; one entry a sample (or caption) in each list."""
+    """Measurements; each list has one entry per readable sample, or per caption."""
 
-    looked_at: int = 0
-    """Samples."""
+    num_samples: int = 0
+    """Number of measured samples, unreadable ones included."""
     widths: list[int] = field(default_factory=list)
     heights: list[int] = field(default_factory=list)
     formats: list[str] = field(default_factory=list)
-    picture_bytes: list[int] = field(default_factory=list)
-    pictures: list[int] = field(default_factory=list)
-    """Hashes of the files."""
+    file_bytes: list[int] = field(default_factory=list)
+    """Sizes of the image files."""
+    file_hashes: list[int] = field(default_factory=list)
+    """Hashes of the image files."""
     captions_per_key: list[list[int]] = field(default_factory=list)
-    """For each sample the number of captions under each key."""
-    chars: list[int] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    """Start and end marks included; -1 without a tokenizer."""
+    """For each sample, the number of captions under each key."""
+    caption_chars: list[int] = field(default_factory=list)
+    caption_tokens: list[int] = field(default_factory=list)
+    """Including start and end tokens; -1 without a tokenizer."""
     scripts: list[str] = field(default_factory=list)
-    captions: list[int] = field(default_factory=list)
+    caption_hashes: list[int] = field(default_factory=list)
     """Hashes of the first caption of each sample that has one."""
-    bad: Counter[str] = field(default_factory=Counter)
-    """Samples that cannot be read, by reason."""
-    unread: list[Unread] = field(default_factory=list)
-    """Shards that could not be had; nothing of them is counted."""
+    corrupt: Counter[str] = field(default_factory=Counter)
+    """Number of unreadable samples by reason."""
+    unavailable: list[UnavailableShard] = field(default_factory=list)
+    """Shards that could not be read; they are not counted."""
 
     def quantities(self, keys: Sequence[str]) -> dict[str, np.ndarray]:
-        """Everything that is a number, by the name that people see."""
+        """All numeric measurements by display name."""
         widths, heights = np.array(self.widths, np.int64), np.array(self.heights, np.int64)
-        per_key = np.array(self.captions_per_key, np.int64).reshape(-1, len(keys))
-        found = {
-            "picture width": widths,
-            "picture height": heights,
+        tokens = [count for count in self.caption_tokens if count >= 0]
+        quantities = {
+            "image width": widths,
+            "image height": heights,
             "shorter side": np.minimum(widths, heights),
             "width / height": widths / np.maximum(heights, 1),
-            "picture bytes": np.array(self.picture_bytes, np.int64),
-            "caption characters": np.array(self.chars, np.int64),
-            "caption tokens": np.array([count for count in self.tokens if count >= 0], np.int64),
-        } | {f"captions in {key}": per_key[:, number] for number, key in enumerate(keys)}
-        return {name: values for name, values in found.items() if len(values)}
+            "image bytes": np.array(self.file_bytes, np.int64),
+            "caption characters": np.array(self.caption_chars, np.int64),
+            "caption tokens": np.array(tokens, np.int64),
+        }
 
-    def repeats(self) -> dict[str, int]:
-        """Samples that come again among those looked at, beyond the first of each."""
+        per_key = np.array(self.captions_per_key, np.int64).reshape(-1, len(keys))
+        for index, key in enumerate(keys):
+            quantities[f"captions in {key}"] = per_key[:, index]
+
+        return {name: values for name, values in quantities.items() if len(values)}
+
+    def duplicates(self) -> dict[str, int]:
+        """Number of duplicates among the measured samples, not counting each first occurrence."""
         return {
-            "equal picture files": len(self.pictures) - len(set(self.pictures)),
-            "equal first captions": len(self.captions) - len(set(self.captions)),
+            "equal image files": len(self.file_hashes) - len(set(self.file_hashes)),
+            "equal first captions": len(self.caption_hashes) - len(set(self.caption_hashes)),
         }
 
     def to_json(self, keys: Sequence[str]) -> dict[str, Any]:
-        """All figures."""
+        """All statistics as JSON values."""
+        quantities = {name: _summarize(values) for name, values in self.quantities(keys).items()}
         return {
-            "looked_at": self.looked_at,
-            "quantities": {
-                name: _figures(values) for name, values in self.quantities(keys).items()
-            },
+            "measured_samples": self.num_samples,
+            "quantities": quantities,
             "formats": dict(Counter(self.formats).most_common()),
             "scripts": dict(Counter(self.scripts).most_common()),
-            "repeats": self.repeats(),
-            "bad": dict(self.bad.most_common()),
+            "duplicates": self.duplicates(),
+            "corrupt": dict(self.corrupt.most_common()),
         }
 
 
-def measure(
+def compute_stats(
     manifests: Sequence[Manifest],
     *,
     samples: int = 20_000,
@@ -102,55 +110,55 @@ def measure(
     caption_keys: Sequence[str] = ("txt",),
     tokenizer: str = "",
     workers: int = 0,
-    part: Part = WHOLE,
-    work: str = "",
+    part: Part = SINGLE_PART,
+    work_dir: str = "",
 ) -> Stats:
-    """Look at samples of datasets.
+    """Measure samples of datasets.
 
     Args:
         manifests: The datasets.
-        samples: How many to draw; 0 is all.
-        seed: Of the draw.
-        caption_keys: Where captions are.
+        samples: Number of random samples; 0 measures all.
+        seed: Random seed for choosing samples.
+        caption_keys: Where to find captions.
         tokenizer: SentencePiece model file; empty counts no tokens.
-        workers: Processes.
-        part: Share of the shards.
-        work: Where results are kept.
+        workers: Number of processes.
+        part: Part of the shards.
+        work_dir: Folder for results.
 
     Raises:
         TokenizerError: The tokenizer cannot be read.
     """
     fingerprint = Tokenizer.load(tokenizer).fingerprint if tokenizer else ""
-    meter = _Meter(tuple(caption_keys), tokenizer)
-    settings = repr(("stats", 2, meter.caption_keys, fingerprint))
-    visits = Visits(label="measuring", workers=workers, work=work, settings=settings)
+    measure = _ShardStats(tuple(caption_keys), tokenizer)
+    settings = repr(("stats", 2, measure.caption_keys, fingerprint))
+    shard_map = ShardMap(label="measuring", workers=workers, work_dir=work_dir, settings=settings)
+
     stats = Stats()
-    for _, result in visits.each(draw(manifests, samples, seed)[part[0] :: part[1]], meter):
-        if isinstance(result, Unread):
-            stats.unread.append(result)
+    index, count = part
+    tasks = sample_tasks(manifests, samples, seed)[index::count]
+    for _, result in shard_map.run(tasks, measure):
+        if isinstance(result, UnavailableShard):
+            stats.unavailable.append(result)
             continue
-        found = json.loads(result)
-        stats.bad.update(found.pop("bad"))
-        stats.looked_at += found.pop("looked_at")
-        for name, values in found.items():
+
+        shard_stats = json.loads(result)
+        stats.corrupt.update(shard_stats.pop("corrupt"))
+        stats.num_samples += shard_stats.pop("num_samples")
+        for name, values in shard_stats.items():
             getattr(stats, name).extend(values)
+
     return stats
 
 
-QUANTILES = (0, 0.01, 0.25, 0.5, 0.75, 0.99, 1)
-
-
-def _figures(values: np.ndarray) -> dict[str, float]:
-    names = ("min", "1%", "25%", "median", "75%", "99%", "max")
-    quantiles = np.quantile(values, QUANTILES).tolist()
-    return {name: round(value, 4) for name, value in zip(names, quantiles, strict=True)} | {
-        "mean": round(float(values.mean()), 4)
-    }
+def _summarize(values: np.ndarray) -> dict[str, float]:
+    quantiles = np.quantile(values, list(_QUANTILES.values())).tolist()
+    summary = {name: round(value, 4) for name, value in zip(_QUANTILES, quantiles, strict=True)}
+    return summary | {"mean": round(float(values.mean()), 4)}
 
 
 @dataclass(frozen=True)
-class _Meter:
-    """Measures the samples of one shard; its result is `Stats` as JSON."""
+class _ShardStats:
+    """Measures the samples of one shard; the result is `Stats` as JSON."""
 
     caption_keys: tuple[str, ...]
     tokenizer: str
@@ -158,39 +166,41 @@ class _Meter:
     def __call__(self, task: ShardTask) -> bytes:
         stats, tokenizer = Stats(), Tokenizer.load(self.tokenizer) if self.tokenizer else None
         try:
-            with opened(task) as shard:
+            with open_shard(task) as shard:
                 for _, raw in shard.samples():
                     self._add(raw, stats, tokenizer)
-        except UnreadError:
+        except ShardUnavailableError:
             raise
         except DataError as error:
-            stats.bad[error.slug] += task.num_samples - stats.looked_at
-            stats.looked_at = task.num_samples
+            stats.corrupt[error.slug] += task.num_samples - stats.num_samples
+            stats.num_samples = task.num_samples
         return json.dumps(stats.__dict__).encode()
 
     def _add(self, raw: RawSample | DataError, stats: Stats, tokenizer: Tokenizer | None) -> None:
-        stats.looked_at += 1
+        stats.num_samples += 1
         try:
             if isinstance(raw, DataError):
                 raise raw
-            data = picture_of(raw)
+            data = image_bytes(raw)
             header = read_header(data)
             captions = all_captions(raw, self.caption_keys)
         except DataError as error:
-            stats.bad[error.slug] += 1
+            stats.corrupt[error.slug] += 1
             return
+
         stats.widths.append(header.width)
         stats.heights.append(header.height)
-        stats.formats.append(format_of(data))
-        stats.picture_bytes.append(len(data))
-        stats.pictures.append(
-            int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
-        )
-        stats.captions_per_key.append([len(found) for found in captions])
-        texts = [caption for found in captions for caption in found]
-        stats.chars += map(len, texts)
-        stats.tokens += [
-            len(tokenizer.encode(text, _LONGEST)) if tokenizer else -1 for text in texts
-        ]
-        stats.scripts += map(script_of, texts)
-        stats.captions += [clean_hash(text) for text in texts[:1]]
+        stats.formats.append(image_format(data))
+        stats.file_bytes.append(len(data))
+        file_hash = hashlib.blake2b(data, digest_size=8).digest()
+        stats.file_hashes.append(int.from_bytes(file_hash, "little"))
+
+        stats.captions_per_key.append([len(of_key) for of_key in captions])
+        for caption in (caption for of_key in captions for caption in of_key):
+            stats.caption_chars.append(len(caption))
+            tokens = len(tokenizer.encode(caption, _MAX_TOKENS)) if tokenizer else -1
+            stats.caption_tokens.append(tokens)
+            stats.scripts.append(script_of(caption))
+        first = next((caption for of_key in captions for caption in of_key), None)
+        if first is not None:
+            stats.caption_hashes.append(hash_clean_caption(first))

@@ -1,12 +1,9 @@
-"""Writes shards from what an importer yields: balanced, reproducible, resumable, in several
-processes.
+"""Writes the rows of a source as shards: balanced, reproducible and resumable.
 
-The source is read twice: to count (so that all shards get the same number of samples, give or take
-one), and to hand out the records of each shard. A shard's records, and nothing else, decide its
-bytes. What was written is noted in `OUT/.parts/`, with a fingerprint of the records: a later call
-skips those shards, unless a picture that could not be had is there now. So the tasks of a job array
-may write a share each, and a call without a share ends the work: it writes the manifest, and
-`left-out.jsonl` with all that became no sample.
+The source is read twice: once to count its rows, so that shard sizes differ by at most one, and
+once to assign rows to shards. A shard's bytes depend only on its records. The tasks of a job array
+can each write a part of the shards; a call without `part` completes the work and writes the
+manifest and `skipped.jsonl`, the list of all rows that did not become a sample.
 """
 
 from __future__ import annotations
@@ -16,295 +13,218 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from data_pipeline.common import storage
 from data_pipeline.common.errors import ConfigError, DataError
 from data_pipeline.common.logs import Progress
-from data_pipeline.common.processes import WHOLE, Part, in_processes
-from data_pipeline.preparing.importers.fill import Sample, samples_of
-from data_pipeline.preparing.importers.records import Importer, Keys, LeftOut, Record
+from data_pipeline.common.processes import SINGLE_PART, Part, map_in_processes
+from data_pipeline.preparing.importers.records import Importer, Record, SkippedRow, UniqueKeys
+from data_pipeline.preparing.resumable_shards import ShardPlan, ShardWriter
 from data_pipeline.shards.manifest import MANIFEST_NAME, Manifest, ShardEntry, write_manifest
-from data_pipeline.shards.writer import put_shard
 
 logger = logging.getLogger(__name__)
 
-PARTS_FOLDER = ".parts"
-LEFT_OUT_NAME = "left-out.jsonl"
-_MAY_COME_BACK = ("missing-picture", "unreadable")
-"""Pictures left out for these reasons are asked for again: a store or a file server may have been
-away."""
-_FORMAT = 1
-"""Raise it when the same records would become other bytes."""
-
-
-WRITTEN_FROM = "written_from"
-"""Names the source in the manifest."""
+SKIPPED_NAME = "skipped.jsonl"
+SOURCE_FIELD = "source_fingerprint"
+"""Field of the manifest with the fingerprint of the source."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WritePlan:
-    """What is written, and how."""
+    """What to write, and how."""
 
     source: Importer
     out: str
-    """Folder of the shards; local or in a store."""
+    """Folder of the shards; local or in an object store."""
     prefix: str = "shard"
     samples_per_shard: int = 1000
-    """Wanted samples of a shard; the last one is no smaller than the others."""
-    max_left_out: float = 0.01
-    """Largest share of the source that may become no sample."""
-    check: bool = False
-    """Decode every picture."""
+    """Maximum number of samples per shard; shard sizes differ by at most one."""
+    max_skipped_ratio: float = 0.01
+    """Maximum ratio of rows that may be skipped, 0..1."""
+    decode: bool = False
+    """Decode every image and skip corrupt ones."""
     overwrite: bool = False
-    """Replace a dataset of another source that is in the folder."""
+    """Replace a dataset in the folder that was written from another source."""
 
     def __post_init__(self) -> None:
         if self.samples_per_shard < 1:
             raise ConfigError(f"--samples-per-shard {self.samples_per_shard}: must be at least 1")
-        if not 0 <= self.max_left_out <= 1:
-            raise ConfigError(f"--max-left-out {self.max_left_out}: must lie in 0..1")
+        if not 0 <= self.max_skipped_ratio <= 1:
+            raise ConfigError(f"--max-skipped-ratio {self.max_skipped_ratio}: must be in 0..1")
 
 
-class Written(NamedTuple):
-    """What a call did."""
+class WriteResult(NamedTuple):
+    """Summary of a call."""
 
     manifest: Manifest | None
-    """None for a share of the work."""
+    """None if only a part of the shards was written."""
     samples: int
     bytes: int
     shards: int
     reused: int
-    """Shards that were there already."""
-    left_out: list[LeftOut]
-
-
-class ShardPlan(NamedTuple):
-    """One shard to write."""
-
-    name: str
-    records: list[Record]
-
-
-class _Result(NamedTuple):
-    entry: ShardEntry | None
-    left_out: list[LeftOut]
-    reused: bool
+    """Number of shards that were already written."""
+    skipped: list[SkippedRow]
 
 
 def write_dataset(
-    plan: WritePlan, *, workers: int = 0, part: Part = WHOLE, about: Mapping[str, Any] | None = None
-) -> Written:
-    """Write a source as shards; see above.
+    plan: WritePlan,
+    *,
+    workers: int = 0,
+    part: Part = SINGLE_PART,
+    about: Mapping[str, Any] | None = None,
+) -> WriteResult:
+    """Write a source as shards.
+
+    Args:
+        plan: What to write.
+        workers: Number of processes.
+        part: Part of the shards to write.
+        about: Metadata for the manifest.
 
     Raises:
-        DataError: The source cannot be read, holds nothing, or too much of it becomes no sample.
+        DataError: The source cannot be read, is empty, or too many rows are skipped.
         StorageError: The folder cannot be written.
     """
-    total, refused = _count(plan.source)
-    if not total:
-        raise DataError(f"the source has no pair to write{_examples(refused)}")
+    num_records, rejected = _count(plan.source)
+    total = num_records + len(rejected)
+    if not num_records:
+        raise DataError(f"the source has no pair to write{_examples(rejected)}")
     _check_folder(plan)
-    allowed = int(plan.max_left_out * (total + len(refused)))
-    left_out = list(refused) if part[0] == 0 else []
-    _check_share(left_out, allowed, total + len(refused), plan)
+
+    index, count = part
+    skipped = list(rejected) if index == 0 else []
+    _check_ratio(skipped, total, plan)
+    sizes = list(_shard_sizes(num_records, plan.samples_per_shard))
+    sizes_of_part = sizes[index::count]
+    workers = min(workers, len(sizes_of_part)) if len(sizes_of_part) > 1 else 0
+
+    writer = ShardWriter(source=plan.source, out=plan.out, decode=plan.decode)
     entries: list[ShardEntry] = []
     reused = 0
-    jobs = list(_shard_sizes(total, plan.samples_per_shard))
-    mine = jobs[part[0] :: part[1]]
-    workers = min(workers, len(mine)) if len(mine) > 1 else 0
-    with Progress("writing", sum(mine), "samples") as progress:
-        for _, result in in_processes(partial(_write, plan), _shards(plan, jobs, part), workers):
+    with Progress("writing", sum(sizes_of_part), "samples") as progress:
+        for _, result in map_in_processes(writer, _shard_plans(plan, sizes, part), workers):
             if result.entry and result.entry.samples:
                 entries.append(result.entry)
-            left_out += result.left_out
+            skipped += result.skipped
             reused += result.reused
-            progress.update((result.entry.samples if result.entry else 0) + len(result.left_out))
-            _check_share(left_out, allowed, total + len(refused), plan)
-    manifest = None
-    if part == WHOLE:
-        if not entries:
-            raise DataError(f"no sample was left to write{_examples(left_out)}")
-        said = _about(about, left_out) | {WRITTEN_FROM: _name_of(plan.source)}
-        manifest = write_manifest(plan.out, entries, said)
-        _write_report(plan.out, left_out)
-        _warn_of_others(plan, {entry.name for entry in entries})
-    return Written(
-        manifest,
-        sum(e.samples for e in entries),
-        sum(e.bytes for e in entries),
-        len(entries),
-        reused,
-        left_out,
-    )
+            progress.update((result.entry.samples if result.entry else 0) + len(result.skipped))
+            _check_ratio(skipped, total, plan)
+
+    manifest = _finish(plan, entries, skipped, about) if part == SINGLE_PART else None
+    samples, size = sum(entry.samples for entry in entries), sum(entry.bytes for entry in entries)
+    return WriteResult(manifest, samples, size, len(entries), reused, skipped)
 
 
-def _count(source: Importer) -> tuple[int, list[LeftOut]]:
-    total, refused = 0, []
+def _count(source: Importer) -> tuple[int, list[SkippedRow]]:
+    """Number of records, and the rows that the importer rejects."""
+    num_records, rejected = 0, []
     with Progress("counting", 0, "rows") as progress:
         for row in source():
-            if isinstance(row, LeftOut):
-                refused.append(row)
+            if isinstance(row, SkippedRow):
+                rejected.append(row)
             else:
-                total += 1
+                num_records += 1
             progress.update()
-    return total, refused
+    return num_records, rejected
 
 
-def _shard_sizes(total: int, wanted: int) -> Iterator[int]:
-    """Sizes that differ by one at most."""
-    count = -(-total // wanted)
-    for number in range(count):
-        yield total * (number + 1) // count - total * number // count
+def _shard_sizes(total: int, samples_per_shard: int) -> Iterator[int]:
+    """Sizes that differ by at most one."""
+    count = -(-total // samples_per_shard)
+    for index in range(count):
+        yield total * (index + 1) // count - total * index // count
 
 
-def _shards(plan: WritePlan, sizes: list[int], part: Part) -> Iterator[ShardPlan]:
-    """The shards of a share, with their records."""
-    keys = Keys()
+def _shard_plans(plan: WritePlan, sizes: list[int], part: Part) -> Iterator[ShardPlan]:
+    """The shards of a part, with their records."""
+    keys = UniqueKeys()
     records = (
         row._replace(key=keys.make(row.key)) for row in plan.source() if isinstance(row, Record)
     )
-    for number, size in enumerate(sizes):
-        chosen = [record for _, record in zip(range(size), records, strict=False)]
-        if number % part[1] == part[0]:
-            yield ShardPlan(f"{plan.prefix}-{number:06d}.tar", chosen)
+    for index, size in enumerate(sizes):
+        shard_records = [record for _, record in zip(range(size), records, strict=False)]
+        if index % part[1] == part[0]:
+            yield ShardPlan(f"{plan.prefix}-{index:06d}.tar", shard_records)
 
 
-def _write(plan: WritePlan, shard: ShardPlan) -> _Result:
-    """Write one shard, unless it is there."""
-    fingerprint = _fingerprint(plan, shard)
-    note = storage.join(plan.out, f"{PARTS_FOLDER}/{shard.name}.json")
-    if (found := _noted(note, fingerprint, plan.out)) and _is_still_left_out(
-        plan, shard, found.left_out
-    ):
-        return found
-    left_out: list[LeftOut] = []
-    entry = put_shard(
-        _kept(samples_of(shard.records, plan.source, check=plan.check), left_out),
-        plan.out,
-        shard.name,
-    )
-    content = {"fingerprint": fingerprint, "entry": asdict(entry), "left_out": left_out}
-    storage.write_bytes(
-        note, json.dumps(content, ensure_ascii=False).encode("utf-8", "surrogatepass")
-    )
-    return _Result(entry, left_out, False)
+def _finish(
+    plan: WritePlan,
+    entries: list[ShardEntry],
+    skipped: list[SkippedRow],
+    about: Mapping[str, Any] | None,
+) -> Manifest:
+    """Write the manifest and the list of skipped rows."""
+    if not entries:
+        raise DataError(f"all rows were skipped; no sample to write{_examples(skipped)}")
+
+    counts = dict(sorted(Counter(row.reason for row in skipped).items()))
+    metadata = dict(about or {}) | ({"skipped": counts} if counts else {})
+    metadata |= {SOURCE_FIELD: _source_fingerprint(plan.source)}
+    manifest = write_manifest(plan.out, entries, metadata)
+
+    url = storage.join(plan.out, SKIPPED_NAME)
+    if skipped or storage.exists(url):
+        lines = [json.dumps(row._asdict(), ensure_ascii=False) + "\n" for row in skipped]
+        storage.write_bytes(url, "".join(lines).encode("utf-8", "backslashreplace"))
+
+    _warn_about_other_shards(plan, {entry.name for entry in entries})
+    return manifest
 
 
-def _is_still_left_out(plan: WritePlan, shard: ShardPlan, left_out: list[LeftOut]) -> bool:
-    """Whether none of the pictures that could not be had is there now."""
-    before = {(row.origin, row.reason) for row in left_out if row.reason in _MAY_COME_BACK}
-    origins = {origin for origin, _ in before}
-    asked = [record for record in shard.records if record.origin in origins]
-    for row in samples_of(asked, plan.source, check=plan.check):
-        if not isinstance(row, LeftOut) or (row.origin, row.reason) not in before:
-            return False
-    return True
-
-
-def _kept(samples: Iterator[Sample | LeftOut], left_out: list[LeftOut]) -> Iterator[Sample]:
-    for sample in samples:
-        if isinstance(sample, LeftOut):
-            left_out.append(sample)
-        else:
-            yield sample
-
-
-def _fingerprint(plan: WritePlan, shard: ShardPlan) -> str:
-    digest = hashlib.sha256(
-        repr((_FORMAT, plan.check, plan.source)).encode("utf-8", "surrogatepass")
-    )
-    for record in shard.records:
-        digest.update(repr(record).encode("utf-8", "surrogatepass"))
-    return digest.hexdigest()
-
-
-def _noted(note: str, fingerprint: str, out: str) -> _Result | None:
-    """What an earlier call noted about a shard of the same records, if the shard is still there."""
-    try:
-        if not storage.exists(note):
-            return None
-        found = json.loads(storage.read_bytes(note))
-        if found["fingerprint"] != fingerprint:
-            return None
-        entry = ShardEntry(**found["entry"])
-        for name, size in ((entry.name, entry.bytes), (entry.index, None)):
-            url = storage.join(out, name)
-            if not storage.exists(url) or (size is not None and storage.size(url) != size):
-                return None
-        return _Result(entry, [LeftOut(*row) for row in found["left_out"]], True)
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-    ):  # a note of another version, or half of one: write again
-        return None
-
-
-def _check_share(left_out: list[LeftOut], allowed: int, total: int, plan: WritePlan) -> None:
-    if len(left_out) > allowed:
+def _check_ratio(skipped: list[SkippedRow], total: int, plan: WritePlan) -> None:
+    if len(skipped) > int(plan.max_skipped_ratio * total):
         raise DataError(
-            f"{len(left_out):,} of the source's {total:,} pairs became no sample, more than --max-left-out "
-            f"{plan.max_left_out:g} allows{_examples(left_out)}"
+            f"{len(skipped):,} of {total:,} pairs in the source were skipped, more than "
+            f"--max-skipped-ratio {plan.max_skipped_ratio:g} allows{_examples(skipped)}"
         )
 
 
-def _warn_of_others(plan: WritePlan, written: set[str]) -> None:
-    """Shards of an earlier, larger write would come back with the next `vlmoe data index`."""
-    names = storage.list_names(plan.out)
+def _examples(skipped: list[SkippedRow]) -> str:
+    if not skipped:
+        return ""
+    reasons = Counter(row.reason for row in skipped).most_common()
+    counts = ", ".join(f"{reason} {count:,}" for reason, count in reasons)
+    first = "; ".join(f"{row.origin}: {row.reason}: {row.detail}" for row in skipped[:3])
+    return f" ({counts}). First: {first}"
+
+
+def _check_folder(plan: WritePlan) -> None:
+    """Reject a folder with a dataset written from another source, as shard names would collide."""
+    url = storage.join(plan.out, MANIFEST_NAME)
+    if plan.overwrite or not storage.exists(url):
+        return
+
+    try:
+        existing = dict(json.loads(storage.read_bytes(url)))
+    except (ValueError, TypeError, RecursionError):
+        existing = {}
+    if existing.get("shards") and existing.get(SOURCE_FIELD) != _source_fingerprint(plan.source):
+        raise DataError(
+            f"{storage.redact(plan.out)} contains a dataset written from another source "
+            f"({len(existing['shards'])} shards, {existing.get('total_samples')} samples); use "
+            f"another --out, or replace it with --overwrite"
+        )
+
+
+def _source_fingerprint(source: Importer) -> str:
+    """Identifies the source's files and options, not its content."""
+    return hashlib.sha256(repr(source).encode()).hexdigest()[:16]
+
+
+def _warn_about_other_shards(plan: WritePlan, written: set[str]) -> None:
+    """Warn about shards of an earlier, larger write: `vlmoe data index` would include them."""
     others = [
         name
-        for name in names
+        for name in storage.list_names(plan.out)
         if name.startswith(f"{plan.prefix}-") and name.endswith(".tar") and name not in written
     ]
     if others:
         logger.warning(
-            "%s holds %d other shards, such as %s, which are not in its manifest; remove them if they are "
-            "of an earlier write",
+            "%s contains %d other shards, such as %s, that are not in its manifest; delete them if "
+            "they are from an earlier write",
             storage.redact(plan.out),
             len(others),
             others[0],
         )
-
-
-def _examples(left_out: list[LeftOut]) -> str:
-    if not left_out:
-        return ""
-    counts = Counter(row.reason for row in left_out)
-    named = "; ".join(f"{row.origin}: {row.reason}: {row.detail}" for row in left_out[:3])
-    return f" ({', '.join(f'{reason} {count:,}' for reason, count in counts.most_common())}). The first: {named}"
-
-
-def _check_folder(plan: WritePlan) -> None:
-    """Refuse a folder that holds the shards of something else: their names would be taken."""
-    url = storage.join(plan.out, MANIFEST_NAME)
-    if plan.overwrite or not storage.exists(url):
-        return
-    try:
-        there = dict(json.loads(storage.read_bytes(url)))
-    except (ValueError, TypeError, RecursionError):
-        there = {}
-    if there.get("shards") and there.get(WRITTEN_FROM) != _name_of(plan.source):
-        raise DataError(
-            f"{storage.redact(plan.out)} holds a dataset that was made of something else ({len(there['shards'])} "
-            f"shards, {there.get('total_samples')} samples); choose another --out, or replace it with --overwrite"
-        )
-
-
-def _name_of(source: Importer) -> str:
-    """A name for what is written and how it is read, whatever its rows are today."""
-    return hashlib.sha256(repr(source).encode()).hexdigest()[:16]
-
-
-def _about(about: Mapping[str, Any] | None, left_out: list[LeftOut]) -> dict[str, Any]:
-    counts = dict(sorted(Counter(row.reason for row in left_out).items()))
-    return dict(about or {}) | ({"left_out": counts} if counts else {})
-
-
-def _write_report(out: str, left_out: list[LeftOut]) -> None:
-    url = storage.join(out, LEFT_OUT_NAME)
-    if left_out or storage.exists(url):
-        lines = [json.dumps(row._asdict(), ensure_ascii=False) + "\n" for row in left_out]
-        storage.write_bytes(url, "".join(lines).encode("utf-8", "backslashreplace"))

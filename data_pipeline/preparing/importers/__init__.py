@@ -1,1 +1,1 @@
-"""One file a kind of source: what others wrote, as a stream of `Record`s (see `records.py`)."""
+"""Importers, one module per source format: each reads a source as a stream of `Record`s."""

@@ -1,5 +1,4 @@
-"""Folders of pictures: the caption lies beside each as text, or is the name of the folder it lies
-in."""
+"""Image folders: captions from text files beside the images, or from the folder names."""
 
 from __future__ import annotations
 
@@ -10,99 +9,102 @@ from dataclasses import dataclass
 
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError
-from data_pipeline.preparing.importers.records import LeftOut, Record, stem_of
+from data_pipeline.preparing.importers.records import Record, SkippedRow, strip_extension
 
-PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Folder:
-    """An importer of folders, with all folders in them."""
+    """Importer for folders, including their subfolders."""
 
     folders: tuple[str, ...]
     caption_from: str = "text"
-    """`text`: the file of the same name that ends in `.txt`; `folder`: the innermost folder's
-    name."""
+    """`text`: the `.txt` file with the image's name; `folder`: the name of the innermost folder."""
     template: str = "{}"
-    """Around the folder's name: `a photo of a {}`."""
+    """Caption template for a folder name: `a photo of a {}`."""
 
-    def __call__(self) -> Iterator[Record | LeftOut]:
-        """Every picture, sorted by path."""
+    def __call__(self) -> Iterator[Record | SkippedRow]:
+        """Every image, sorted by path."""
         for folder in self.folders:
-            found = False
-            for below, names in _walk(folder):
-                texts = set(names)
+            is_empty = True
+            for subfolder, names in _walk(folder):
+                name_set = set(names)
                 for name in names:
-                    if name.rpartition(".")[2].lower() in PICTURES and "." in name:
-                        found = True
-                        yield self._record(folder, below, name, texts)
-            if not found:
-                raise DataError(
-                    f"there is no picture in {storage.redact(folder)} (.{', .'.join(PICTURES)})"
-                )
+                    if "." in name and name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS:
+                        is_empty = False
+                        yield self._record(folder, subfolder, name, name_set)
 
-    def _record(self, folder: str, below: str, name: str, names: set[str]) -> Record | LeftOut:
-        path = f"{below}/{name}" if below else name
-        address, stem = storage.join(folder, path), stem_of(name)
+            if is_empty:
+                extensions = ", .".join(IMAGE_EXTENSIONS)
+                raise DataError(f"there is no image in {storage.redact(folder)} (.{extensions})")
+
+    def _record(
+        self, folder: str, subfolder: str, name: str, names: set[str]
+    ) -> Record | SkippedRow:
+        path = f"{subfolder}/{name}" if subfolder else name
+        stem = strip_extension(name)
+        path_stem = strip_extension(path)
         fields: dict[str, object] = {}
         try:
             if f"{stem}.json" in names:
-                fields = _fields(storage.join(folder, stem_of(path) + ".json"))
+                fields = _read_fields(storage.join(folder, f"{path_stem}.json"))
             if self.caption_from == "folder":
-                label = (below or storage.redact(folder).rstrip("/")).rpartition("/")[2]
-                caption = self.template.replace(
-                    "{}", label.replace("_", " ").replace("-", " ").strip()
-                )
+                caption = self._folder_caption(subfolder or storage.redact(folder).rstrip("/"))
             elif f"{stem}.txt" in names:
-                caption = _text(storage.join(folder, stem_of(path) + ".txt"))
+                caption = _read_text(storage.join(folder, f"{path_stem}.txt"))
             else:
-                return LeftOut(path, "no-caption", f"there is no {stem}.txt beside it")
+                return SkippedRow(path, "no-caption", f"there is no {stem}.txt beside the image")
         except DataError as error:
-            return LeftOut(path, error.slug or "unreadable", str(error))
+            return SkippedRow(path, error.slug or "unreadable", str(error))
+
         if not caption.strip():
-            return LeftOut(path, "no-caption", f"{stem}.txt is empty")
-        return Record(stem_of(path), address, (caption.strip(),), fields, path)
+            return SkippedRow(path, "no-caption", "the caption is empty")
+        return Record(path_stem, storage.join(folder, path), (caption.strip(),), fields, path)
+
+    def _folder_caption(self, path: str) -> str:
+        label = path.rpartition("/")[2]
+        return self.template.replace("{}", label.replace("_", " ").replace("-", " ").strip())
 
 
 def _walk(folder: str) -> Iterator[tuple[str, list[str]]]:
-    """Folders below `folder` (relative, with `/`) and the names of their files, sorted."""
+    """Subfolders (relative paths with `/`) and the names of their files, sorted."""
     if not storage.is_local(folder):
-        yield from _grouped(storage.list_tree(folder))
+        yield from _group_by_folder(storage.list_tree(folder))
         return
+
     root = storage.local_path(folder)
     if not root.is_dir():
-        raise DataError(f"{folder} is no folder; check the path")
-    for base, folders, names in os.walk(root):
-        folders.sort()
-        below = os.path.relpath(base, root).replace(os.sep, "/")
-        yield (
-            "" if below == "." else below,
-            sorted(name for name in names if not name.startswith(".")),
-        )
+        raise DataError(f"{folder} is not a folder; check the path")
+    for base, subfolders, names in os.walk(root):
+        subfolders.sort()
+        subfolder = os.path.relpath(base, root).replace(os.sep, "/")
+        visible = sorted(name for name in names if not name.startswith("."))
+        yield "" if subfolder == "." else subfolder, visible
 
 
-def _grouped(paths: list[str]) -> Iterator[tuple[str, list[str]]]:
-    """The same of paths in a store, which has no folders."""
+def _group_by_folder(paths: list[str]) -> Iterator[tuple[str, list[str]]]:
+    """Group the object names of a store, which has no folders, like `_walk`."""
     names: dict[str, list[str]] = {}
     for path in paths:
-        below, _, name = path.rpartition("/")
-        names.setdefault(below, []).append(name)
-    for below in sorted(names):
-        yield below, sorted(names[below])
+        subfolder, _, name = path.rpartition("/")
+        names.setdefault(subfolder, []).append(name)
+    for subfolder in sorted(names):
+        yield subfolder, sorted(names[subfolder])
 
 
-def _text(url: str) -> str:
+def _read_text(url: str) -> str:
     try:
         return storage.read_bytes(url).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"its text is not UTF-8: {error}", slug="bad-text") from error
+        raise DataError(f"the .txt file is not UTF-8: {error}", slug="invalid-text") from error
 
 
-def _fields(url: str) -> dict[str, object]:
+def _read_fields(url: str) -> dict[str, object]:
     try:
         value = json.loads(storage.read_bytes(url))
     except (ValueError, RecursionError) as error:
-        raise DataError(f"its .json is not JSON: {error}", slug="bad-json") from error
+        raise DataError(f"the .json file is not JSON: {error}", slug="invalid-json") from error
     if not isinstance(value, dict):
-        raise DataError("its .json holds no object with fields", slug="bad-json")
+        raise DataError("the .json file must contain a JSON object", slug="invalid-json")
     return value

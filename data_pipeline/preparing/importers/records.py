@@ -1,8 +1,7 @@
-"""What every importer yields: one pair that is to become a sample, or why something is none.
+"""The output of importers: records that become samples, and skipped rows with the reason.
 
-An importer is a function without arguments that can be called again and then gives the same stream.
-It reads tables and lists, never pictures: those are read later, by whoever writes the shard
-(`fill.py`).
+An importer is a callable without arguments; every call returns the same stream. It reads tables and
+lists, but not images: those are read when a shard is written (`load_samples.py`).
 """
 
 from __future__ import annotations
@@ -13,78 +12,79 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 MAX_KEY_BYTES = 90
-"""Longest key. The oldest kind of tar header has 100 bytes for a name, extension included."""
+"""Maximum length of a key. The oldest tar header format has 100 bytes for a member's name,
+extension included."""
 
 
 class Record(NamedTuple):
-    """One pair. Captions and fields are known; the picture is only named."""
+    """An image-text pair: captions and fields are loaded, the image is only referenced."""
 
     key: str
-    """As the source names it; `Keys` makes it safe and unique."""
-    picture: str
-    """Path or address of the picture's file; empty for a row of a table that holds the bytes."""
+    """Key from the source; `UniqueKeys` makes it valid and unique."""
+    image: str
+    """Path or URL of the image file; empty for a parquet row, which contains the image."""
     captions: tuple[str, ...]
-    """The first becomes the `.txt` member; several go to the field `captions` of the `.json`
+    """The first becomes the `.txt` member; several also go to the field `captions` of the `.json`
     member."""
     fields: Mapping[str, object]
-    """More to keep in the `.json` member."""
+    """Further content of the `.json` member."""
     origin: str
-    """Where it stands in the source, for reports: `pairs.csv line 17`."""
+    """Location in the source, for reports: `pairs.csv line 17`."""
     row: tuple[str, int] | None = None
-    """Parquet file and row that hold picture, captions and fields; those are then empty here."""
+    """Parquet file and row that contain image, captions and fields; these are then empty here."""
 
 
-class LeftOut(NamedTuple):
-    """Something of the source that becomes no sample."""
+class SkippedRow(NamedTuple):
+    """A row of the source that does not become a sample."""
 
     origin: str
     reason: str
-    """One word by which it is counted: `no-caption`, `missing-picture` ..."""
+    """Short identifier, as in `DataError.slug`: `no-caption`, `missing-image` ..."""
     detail: str
 
 
-Importer = Callable[[], Iterator[Record | LeftOut]]
+Importer = Callable[[], Iterator[Record | SkippedRow]]
 
 
-class Keys:
-    """Makes keys that WebDataset can hold, each once."""
+class UniqueKeys:
+    """Makes keys that are valid in WebDataset and unique."""
 
     def __init__(self) -> None:
-        self._seen: set[str] = set()
+        self._used: set[str] = set()
 
-    def make(self, wanted: str) -> str:
-        """A key like `wanted`: letters, digits, `_`, `-` and `/`; another number behind it if it is
-        taken."""
-        key = base = safe_key(wanted)
+    def make(self, key: str) -> str:
+        """The key with invalid characters replaced, and a number appended if it is in use."""
+        unique = base = safe_key(key)
         number = 1
-        while key in self._seen:
+        while unique in self._used:
             number += 1
-            key = f"{base}-{number}"
-        self._seen.add(key)
-        return key
+            unique = f"{base}-{number}"
+        self._used.add(unique)
+        return unique
 
 
-def safe_key(wanted: str) -> str:
-    """`wanted` with every other character as `_`; long or emptied names end in a hash of the whole.
+def safe_key(key: str) -> str:
+    """A key of letters, digits, `_`, `-` and `/`, with other characters replaced by `_`.
 
-    There is no dot (WebDataset ends a key at the first one), no leading slash and no way up.
+    Keys that are long or have no letter or digit end in a hash of the original. There is no dot
+    (WebDataset ends a key at the first one), no leading slash and no `..`.
     """
     parts = [
         re.sub(r"[^A-Za-z0-9_-]", "_", part)
-        for part in wanted.split("/")
+        for part in key.split("/")
         if part not in ("", ".", "..")
     ]
-    key = "/".join(parts)
-    if len(key) > MAX_KEY_BYTES - 8 or not re.search(
-        "[A-Za-z0-9]", key
-    ):  # room for what makes it unique
-        digest = hashlib.sha256(wanted.encode("utf-8", "surrogatepass")).hexdigest()[:12]
-        key = f"{key[: MAX_KEY_BYTES - 24].rstrip('/_') or 'sample'}-{digest}"
-    return key
+    safe = "/".join(parts)
+
+    # Eight bytes remain for the number that makes a key unique.
+    if len(safe) > MAX_KEY_BYTES - 8 or not re.search("[A-Za-z0-9]", safe):
+        digest = hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+        safe = f"{safe[: MAX_KEY_BYTES - 24].rstrip('/_') or 'sample'}-{digest}"
+    return safe
 
 
-def stem_of(name: str) -> str:
-    """A path without its extension: `a/b.c.jpg` is `a/b.c`."""
+def strip_extension(name: str) -> str:
+    """A path without its extension: `a/b.c.jpg` becomes `a/b.c`."""
     folder, slash, base = name.rpartition("/")
     stem, dot, _ = base.rpartition(".")
     return folder + slash + (stem if dot and stem else base)

@@ -1,5 +1,4 @@
-"""CSV and TSV files: a column names the picture, one or more hold captions, the others are kept as
-JSON."""
+"""CSV and TSV files: an image column, one or more caption columns; other columns become JSON."""
 
 from __future__ import annotations
 
@@ -12,10 +11,10 @@ from dataclasses import dataclass
 
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError
-from data_pipeline.preparing.importers.pictures_at import picture_address
-from data_pipeline.preparing.importers.records import LeftOut, Record, stem_of
+from data_pipeline.preparing.importers.image_url import resolve_image_url
+from data_pipeline.preparing.importers.records import Record, SkippedRow, strip_extension
 
-PICTURE_COLUMNS = (
+IMAGE_COLUMNS = (
     "image",
     "filepath",
     "file_name",
@@ -26,85 +25,93 @@ PICTURE_COLUMNS = (
     "img",
     "picture",
 )
+"""Default names of the image column, in order of priority; case does not matter."""
 CAPTION_COLUMNS = ("caption", "captions", "title", "text", "txt", "description", "raw")
-"""Names that are understood without being told, in this order; capitals do not matter."""
+"""Default names of the caption column, in order of priority; case does not matter."""
 _NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,14})(\.[0-9]{1,17})?([eE][-+]?[0-9]{1,3})?")
 _MAX_FIELD_CHARS = 10_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """An importer of CSV or TSV files."""
+    """Importer for CSV or TSV files."""
 
     files: tuple[str, ...]
-    pictures: str = ""
-    """Folder of the pictures; empty is the folder of each file."""
-    picture_column: str = ""
+    image_folder: str = ""
+    """Folder of the images; empty uses the folder of each file."""
+    image_column: str = ""
     caption_columns: tuple[str, ...] = ()
     key_column: str = ""
-    """Column of the key; empty names a sample after its picture."""
+    """Column of the key; empty derives the key from the image name."""
     header: tuple[str, ...] = ()
-    """Names of the columns, for files without a first line that says so."""
+    """Column names, for files without a header line."""
     delimiter: str = ""
-    """Empty is a tab for .tsv and .tab, else a comma."""
+    """Empty uses a tab for .tsv and .tab, else a comma."""
     group: bool = False
-    """Rows that follow each other with the same picture are one sample with several captions."""
+    """Merge consecutive rows with the same image into one sample with several captions."""
 
-    def __call__(self) -> Iterator[Record | LeftOut]:
+    def __call__(self) -> Iterator[Record | SkippedRow]:
         """Every row, in order."""
         for url in self.files:
             rows = _rows(url, self.delimiter)
             names = self.header or next(rows, (0, []))[1]
             columns = _Columns.find(names, self, storage.redact(url))
-            folder = self.pictures or storage.parent(url)
+            folder = self.image_folder or storage.parent(url)
             records = (_record(row, line, url, folder, columns) for line, row in rows)
-            yield from grouped(records) if self.group else records
+            yield from group_by_image(records) if self.group else records
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Columns:
+    """Column names and the indices of the image, captions and key."""
+
     names: tuple[str, ...]
-    picture: int
+    image: int
     captions: tuple[int, ...]
     key: int | None
 
     @staticmethod
-    def find(names: Sequence[str], wanted: Table, where: str) -> _Columns:
-        """The columns by name, or by what names they usually have."""
-        names = tuple(name.strip().lstrip("\ufeff") for name in names)
-        lower = [name.lower() for name in names]
+    def find(header: Sequence[str], table: Table, label: str) -> _Columns:
+        """The columns named by the options of `table`, or by default names."""
+        names = tuple(name.strip().lstrip("\ufeff") for name in header)
 
-        def index(name: str) -> int:
-            if name not in names:
-                raise DataError(
-                    f"{where} has no column {name!r}; its columns are {', '.join(names) or 'none'}"
-                )
-            return names.index(name)
+        if table.image_column:
+            image = _index_of(table.image_column, names, label)
+        else:
+            image = _default_index(IMAGE_COLUMNS, names, f"{label}: no image column", "image")
 
-        def guess(known: Sequence[str], what: str, option: str) -> int:
-            for name in known:
-                if name in lower:
-                    return lower.index(name)
-            raise DataError(
-                f"{where}: no column is called like {what} ({', '.join(known)}); its columns are "
-                f"{', '.join(names)[:300] or 'none'}. Say which with {option}, or name them all with --header"
-            )
+        captions = tuple(_index_of(name, names, label) for name in table.caption_columns)
+        if not captions:
+            problem = f"{label}: no caption column"
+            captions = (_default_index(CAPTION_COLUMNS, names, problem, "caption"),)
 
-        picture = (
-            index(wanted.picture_column)
-            if wanted.picture_column
-            else guess(PICTURE_COLUMNS, "a picture", "--image-column")
+        key = _index_of(table.key_column, names, label) if table.key_column else None
+        return _Columns(names=names, image=image, captions=captions, key=key)
+
+
+def _index_of(name: str, names: tuple[str, ...], label: str) -> int:
+    if name not in names:
+        raise DataError(
+            f"{label} has no column {name!r}; its columns are {', '.join(names) or 'none'}"
         )
-        captions = tuple(map(index, wanted.caption_columns)) or (
-            guess(CAPTION_COLUMNS, "a caption", "--caption-column"),
-        )
-        key = index(wanted.key_column) if wanted.key_column else None
-        return _Columns(names=names, picture=picture, captions=captions, key=key)
+    return names.index(name)
+
+
+def _default_index(
+    defaults: Sequence[str], names: tuple[str, ...], problem: str, option: str
+) -> int:
+    lower = [name.lower() for name in names]
+    for name in defaults:
+        if name in lower:
+            return lower.index(name)
+    raise DataError(
+        f"{problem} ({', '.join(defaults)}); the columns are {', '.join(names)[:300] or 'none'}. "
+        f"Set --{option}-column, or name all columns with --header"
+    )
 
 
 def _rows(url: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """Line numbers and fields, blank lines left out."""
-    where = storage.redact(url)
+    """Line numbers and fields, without blank lines."""
     delimiter = delimiter or ("\t" if url.endswith((".tsv", ".tab")) else ",")
     old_limit = csv.field_size_limit(_MAX_FIELD_CHARS)
     try:
@@ -115,17 +122,20 @@ def _rows(url: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
                     yield reader.line_num, row
     except (csv.Error, UnicodeDecodeError) as error:
         raise DataError(
-            f"{where} cannot be read as a table: {error}; it must be UTF-8 with {delimiter!r} between the fields"
+            f"{storage.redact(url)} cannot be read as a table: {error}; it must be UTF-8 with "
+            f"{delimiter!r} between the fields"
         ) from error
     finally:
         csv.field_size_limit(old_limit)
 
 
 def open_text(url: str) -> io.TextIOBase:
-    """A text file by address, UTF-8, with or without a byte-order mark; of a store it comes whole.
+    """Open a UTF-8 text file, with or without a byte-order mark.
+
+    A file in an object store is read completely into memory.
 
     Raises:
-        DataError: It cannot be read.
+        DataError: The file cannot be read.
     """
     if not storage.is_local(url):
         return io.StringIO(storage.read_bytes(url).decode("utf-8-sig"), newline="")
@@ -137,38 +147,39 @@ def open_text(url: str) -> io.TextIOBase:
 
 def _record(
     row: list[str], line: int, url: str, folder: str, columns: _Columns
-) -> Record | LeftOut:
+) -> Record | SkippedRow:
     origin = f"{storage.redact(url).rpartition('/')[2]} line {line}"
     if len(row) != len(columns.names):
-        return LeftOut(
-            origin, "bad-row", f"{len(row)} fields, but there are {len(columns.names)} columns"
-        )
-    captions = tuple(text for number in columns.captions if (text := row[number].strip()))
+        detail = f"{len(row)} fields, but there are {len(columns.names)} columns"
+        return SkippedRow(origin, "malformed-row", detail)
+
+    captions = tuple(text for index in columns.captions if (text := row[index].strip()))
     if not captions:
-        return LeftOut(origin, "no-caption", "its caption is empty")
-    name = row[columns.picture]
+        return SkippedRow(origin, "no-caption", "the caption is empty")
+
+    name = row[columns.image]
     try:
-        address = picture_address(name, folder)
+        image = resolve_image_url(name, folder)
     except DataError as error:
-        return LeftOut(origin, error.slug, str(error))
-    used = {columns.picture, *columns.captions, columns.key}
-    fields = {columns.names[i]: value_of(text) for i, text in enumerate(row) if i not in used}
-    key = row[columns.key] if columns.key is not None else stem_of(key_name(name))
-    return Record(key, address, captions, fields, origin)
+        return SkippedRow(origin, error.slug, str(error))
+
+    used = {columns.image, *columns.captions, columns.key}
+    fields = {columns.names[i]: parse_value(text) for i, text in enumerate(row) if i not in used}
+    key = row[columns.key] if columns.key is not None else strip_extension(_key_name(name))
+    return Record(key, image, captions, fields, origin)
 
 
-def key_name(name: str) -> str:
-    """What of a picture's address may name its sample: a relative path whole, else the last
-    part."""
+def _key_name(name: str) -> str:
+    """The part of an image name used as the key: a relative path, else the base name."""
     name = name.strip()
-    absolute = name.startswith(("/", "file:")) or "://" in name
-    return name.rpartition("/")[2] if absolute else name
+    is_absolute = name.startswith(("/", "file:")) or "://" in name
+    return name.rpartition("/")[2] if is_absolute else name
 
 
-def value_of(text: str) -> object:
-    """A field as JSON: numbers and true/false as such, an empty one as null, all else as text.
+def parse_value(text: str) -> object:
+    """A field as a JSON value: a number, true or false, null if empty, else text.
 
-    `007` stays text, as do numbers of more digits than a float keeps.
+    `007` stays text, as do numbers with more digits than a float can represent.
     """
     if text in ("true", "false", "True", "False"):
         return text.lower() == "true"
@@ -178,18 +189,17 @@ def value_of(text: str) -> object:
     return text or None
 
 
-def grouped(records: Iterator[Record | LeftOut]) -> Iterator[Record | LeftOut]:
-    """Neighbors with the same picture as one record with all their captions; fields are the first
-    one's."""
-    waiting: Record | None = None
+def group_by_image(records: Iterator[Record | SkippedRow]) -> Iterator[Record | SkippedRow]:
+    """Merge consecutive records of the same image: all captions, fields of the first record."""
+    current: Record | None = None
     for record in records:
-        if isinstance(record, LeftOut):
+        if isinstance(record, SkippedRow):
             yield record
-        elif waiting and record.picture == waiting.picture:
-            waiting = waiting._replace(captions=(*waiting.captions, *record.captions))
+        elif current and record.image == current.image:
+            current = current._replace(captions=(*current.captions, *record.captions))
         else:
-            if waiting:
-                yield waiting
-            waiting = record
-    if waiting:
-        yield waiting
+            if current:
+                yield current
+            current = record
+    if current:
+        yield current

@@ -7,226 +7,213 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.common.errors import ConfigError, DataError
-from data_pipeline.preparing.visit import opened, tasks_of
+from data_pipeline.preparing.shard_access import open_shard
+from data_pipeline.preparing.tasks import shard_tasks
 from data_pipeline.samples import RawSample
 from data_pipeline.shards.manifest import Manifest, load_manifest
-from tests.support.data_commands import data
-from tests.support.small_shards import caption, picture
+from tests.support.data_commands import run_data_command
+from tests.support.small_shards import make_caption, make_png
 
 
 def make_source(folder: Path, count: int = 23) -> Path:
-    """A table of pictures; returns the CSV file."""
-    (folder / "pics").mkdir(parents=True)
+    """Write images and a table of them; returns the CSV file."""
+    (folder / "images").mkdir(parents=True)
     lines = ["image,caption,score"]
     for number in range(count):
-        (folder / "pics" / f"p.{number:02d}.png").write_bytes(picture(number))
-        lines.append(f"pics/p.{number:02d}.png,{caption(number)},{number}")
+        image_path(folder, number).write_bytes(make_png(number))
+        lines.append(f"images/p.{number:02d}.png,{make_caption(number)},{number}")
     (folder / "pairs.csv").write_text("\n".join(lines) + "\n")
     return folder / "pairs.csv"
 
 
-def contents(manifest: Manifest) -> list[RawSample]:
-    found = []
-    for task in tasks_of([manifest]):
-        with opened(task) as shard:
-            found += [raw for _, raw in shard.samples() if isinstance(raw, RawSample)]
-    return found
+def image_path(folder: Path, number: int) -> Path:
+    return folder / "images" / f"p.{number:02d}.png"
 
 
-def bytes_of(folder: Path) -> dict[str, bytes]:
+def write_csv(table: Path, out: Path, *options: str | float | Path) -> int:
+    words = [str(option) for option in options]
+    return run_data_command("write", "csv", table, "--out", out, "--workers", 0, *words)
+
+
+def read_samples(manifest: Manifest) -> list[RawSample]:
+    samples = []
+    for task in shard_tasks([manifest]):
+        with open_shard(task) as shard:
+            samples += [raw for _, raw in shard.samples() if isinstance(raw, RawSample)]
+    return samples
+
+
+def read_files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-def test_what_goes_in_comes_out_in_balanced_shards(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_samples_match_the_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table = make_source(tmp_path)
-    assert (
-        data(
-            "write",
-            "csv",
-            table,
-            "--out",
-            tmp_path / "out",
-            "--samples-per-shard",
-            10,
-            "--workers",
-            0,
-        )
-        == 0
-    )
+    assert write_csv(table, tmp_path / "out", "--samples-per-shard", 10) == 0
     assert "3 shards, 23 samples" in capsys.readouterr().out
+
     manifest = load_manifest(tmp_path / "out")
     assert [entry.samples for entry in manifest.shards] == [7, 8, 8]
-    for number, raw in enumerate(contents(manifest)):
-        assert raw.key == f"pics/p_{number:02d}"
+    for number, raw in enumerate(read_samples(manifest)):
+        assert raw.key == f"images/p_{number:02d}"
         assert raw.members == {
             "json": json.dumps({"score": number}).encode(),
-            "png": picture(number),
-            "txt": caption(number).encode(),
+            "png": make_png(number),
+            "txt": make_caption(number).encode(),
         }
 
 
-def test_any_way_of_writing_gives_the_same_bytes(tmp_path: Path) -> None:
+def test_bytes_do_not_depend_on_workers_and_parts(tmp_path: Path) -> None:
     table, options = make_source(tmp_path), ("--samples-per-shard", 5, "--prefix", "train")
-    data("write", "csv", table, "--out", tmp_path / "one", *options, "--workers", 0)
-    data("write", "csv", table, "--out", tmp_path / "two", *options, "--workers", 2)
+    write_csv(table, tmp_path / "one", *options)
+    run_data_command("write", "csv", table, "--out", tmp_path / "two", *options, "--workers", 2)
     for part in (2, 0, 1):
-        data(
-            "write",
-            "csv",
-            table,
-            "--out",
-            tmp_path / "parts",
-            *options,
-            "--workers",
-            0,
-            "--part",
-            f"{part}/3",
-        )
+        write_csv(table, tmp_path / "parts", *options, "--part", f"{part}/3")
         assert not (tmp_path / "parts" / "manifest.json").exists()
-    data("write", "csv", table, "--out", tmp_path / "parts", *options, "--workers", 0)
-    expected = bytes_of(tmp_path / "one")
+    write_csv(table, tmp_path / "parts", *options)
+
+    expected = read_files(tmp_path / "one")
     assert len(expected) == 2 * 5 + 1
-    assert bytes_of(tmp_path / "two") == expected
-    assert bytes_of(tmp_path / "parts") == expected
+    assert read_files(tmp_path / "two") == expected
+    assert read_files(tmp_path / "parts") == expected
 
 
-def test_goes_on_where_it_was_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table, out = make_source(tmp_path), tmp_path / "out"
-    line = ("write", "csv", table, "--out", out, "--samples-per-shard", 8, "--workers", 0)
-    data(*line)
-    expected = bytes_of(out)
+    options = ("--samples-per-shard", 8)
+    write_csv(table, out, *options)
+    expected = read_files(out)
     (out / "manifest.json").unlink()
     (out / "shard-000001.tar").write_bytes(b"half")
     (out / "shard-000002.tar.index").unlink()
     capsys.readouterr()
-    data(*line)
-    assert "3 shards, 1 of them already there" in capsys.readouterr().out
-    assert bytes_of(out) == expected
+    write_csv(table, out, *options)
+    assert "3 shards, 1 of them already written" in capsys.readouterr().out
+    assert read_files(out) == expected
 
-    # One caption changes: its shard is written again, the others are not.
-    table.write_text(table.read_text().replace(caption(0), "another caption"))
-    data(*line)
-    assert "2 of them already there" in capsys.readouterr().out
-    assert contents(load_manifest(out))[0].members["txt"] == b"another caption"
+    # One caption changes: only its shard is written again.
+    table.write_text(table.read_text().replace(make_caption(0), "another caption"))
+    write_csv(table, out, *options)
+    assert "2 of them already written" in capsys.readouterr().out
+    assert read_samples(load_manifest(out))[0].members["txt"] == b"another caption"
 
 
-def test_what_becomes_no_sample_is_listed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    table, out = make_source(tmp_path), tmp_path / "out"
-    (tmp_path / "pics" / "p.03.png").unlink()
-    (tmp_path / "pics" / "p.04.png").write_bytes(b"<html>")
-    (tmp_path / "pics" / "p.05.png").write_bytes(picture(5)[:200])
-    (tmp_path / "pics" / "p.06.png").write_bytes(b"")
-    table.write_text(table.read_text() + "pics/p.01.png,,5\n")
-    line = ("write", "csv", table, "--out", out, "--samples-per-shard", 8, "--workers", 0)
-    with pytest.raises(
-        DataError, match=r"1 of the source's 24 pairs.*--max-left-out 0.01.*no-caption 1"
-    ):
-        data(*line)
+def make_invalid_source(folder: Path) -> Path:
+    """A source whose images 3 to 6 are invalid, and whose last row has no caption."""
+    table = make_source(folder)
+    image_path(folder, 3).unlink()
+    image_path(folder, 4).write_bytes(b"<html>")
+    image_path(folder, 5).write_bytes(make_png(5)[:200])
+    image_path(folder, 6).write_bytes(b"")
+    table.write_text(table.read_text() + "images/p.01.png,,5\n")
+    return table
+
+
+def test_max_skipped_ratio(tmp_path: Path) -> None:
+    table, out = make_invalid_source(tmp_path), tmp_path / "out"
+    message = r"1 of 24 pairs.*--max-skipped-ratio 0.01.*no-caption 1"
+    with pytest.raises(DataError, match=message):
+        write_csv(table, out, "--samples-per-shard", 8)
     assert not (out / "manifest.json").exists()
-    data(*line, "--max-left-out", 0.3)
-    # Without decoding, half a picture still looks like one.
-    assert load_manifest(out).about["left_out"] == {
-        "missing-picture": 1,
-        "no-caption": 1,
-        "no-picture": 2,
-    }
-    data(*line, "--max-left-out", 0.3, "--decode")
-    assert "bad-image" in capsys.readouterr().out
-    left = [json.loads(line) for line in (out / "left-out.jsonl").read_text().splitlines()]
-    assert sorted((row["reason"], row["origin"]) for row in left) == [
-        ("bad-image", "pairs.csv line 7"),
-        ("missing-picture", "pairs.csv line 5"),
-        ("no-caption", "pairs.csv line 25"),
-        ("no-picture", "pairs.csv line 6"),
-        ("no-picture", "pairs.csv line 8"),
-    ]
-    keys = [raw.key for raw in contents(load_manifest(out))]
-    assert keys == [f"pics/p_{number:02d}" for number in range(23) if number not in (3, 4, 5, 6)]
 
-    # Mended, and nothing is left out any more.
+    # Without --decode, a truncated image is not detected.
+    write_csv(table, out, "--samples-per-shard", 8, "--max-skipped-ratio", 0.3)
+    assert load_manifest(out).metadata["skipped"] == {
+        "missing-image": 1,
+        "no-caption": 1,
+        "not-an-image": 2,
+    }
+
+
+def test_skipped_rows_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table, out = make_invalid_source(tmp_path), tmp_path / "out"
+    options = ("--samples-per-shard", 8, "--max-skipped-ratio", 0.3, "--decode")
+    write_csv(table, out, *options)
+    assert "corrupt-image" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]
+    assert sorted((row["reason"], row["origin"]) for row in rows) == [
+        ("corrupt-image", "pairs.csv line 7"),
+        ("missing-image", "pairs.csv line 5"),
+        ("no-caption", "pairs.csv line 25"),
+        ("not-an-image", "pairs.csv line 6"),
+        ("not-an-image", "pairs.csv line 8"),
+    ]
+    valid = [number for number in range(23) if number not in (3, 4, 5, 6)]
+    keys = [raw.key for raw in read_samples(load_manifest(out))]
+    assert keys == [f"images/p_{number:02d}" for number in valid]
+
+    # After the images and the table are fixed, nothing is skipped.
     for number in (3, 4, 5, 6):
-        (tmp_path / "pics" / f"p.{number:02d}.png").write_bytes(picture(number))
+        image_path(tmp_path, number).write_bytes(make_png(number))
     shutil.rmtree(out / ".parts")
     table.write_text("".join(table.read_text().splitlines(keepends=True)[:-1]))
-    data(*line)
-    assert len(contents(load_manifest(out))) == 23
-    assert (out / "left-out.jsonl").read_text() == ""
+    write_csv(table, out, "--samples-per-shard", 8)
+    assert len(read_samples(load_manifest(out))) == 23
+    assert (out / "skipped.jsonl").read_text() == ""
 
 
-def test_shards_of_an_earlier_write_are_pointed_out(
+def test_shards_of_an_earlier_write_are_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     table, out = make_source(tmp_path), tmp_path / "out"
-    line = ("write", "csv", table, "--out", out, "--workers", 0, "--samples-per-shard")
-    data(*line, 5)
+    write_csv(table, out, "--samples-per-shard", 5)
     assert "other shards" not in caplog.text
-    data(*line, 10)
-    assert "holds 2 other shards, such as shard-000003.tar" in caplog.text
+    write_csv(table, out, "--samples-per-shard", 10)
+    assert "2 other shards, such as shard-000003.tar" in caplog.text
 
 
-def test_a_shard_of_which_nothing_is_left_is_passed_over(tmp_path: Path) -> None:
+def test_empty_shards_are_omitted(tmp_path: Path) -> None:
     table, out = make_source(tmp_path, 6), tmp_path / "out"
     for number in (2, 3):
-        (tmp_path / "pics" / f"p.{number:02d}.png").unlink()
-    line = (
-        "write",
-        "csv",
-        table,
-        "--out",
-        out,
-        "--samples-per-shard",
-        2,
-        "--workers",
-        0,
-        "--max-left-out",
-    )
-    data(*line, 0.5)
-    assert [entry.name for entry in load_manifest(out).shards] == [
-        "shard-000000.tar",
-        "shard-000002.tar",
-    ]
-    shutil.rmtree(tmp_path / "pics")
+        image_path(tmp_path, number).unlink()
+    write_csv(table, out, "--samples-per-shard", 2, "--max-skipped-ratio", 0.5)
+    names = [entry.name for entry in load_manifest(out).shards]
+    assert names == ["shard-000000.tar", "shard-000002.tar"]
+
+    shutil.rmtree(tmp_path / "images")
     shutil.rmtree(out)
-    with pytest.raises(DataError, match="no sample was left to write"):
-        data(*line, 1)
+    with pytest.raises(DataError, match=r"no sample to write.*missing-image 6"):
+        write_csv(table, out, "--samples-per-shard", 2, "--max-skipped-ratio", 1)
 
 
-def test_options_that_make_no_sense_are_refused(tmp_path: Path) -> None:
-    table = make_source(tmp_path, 2)
-    for more, message in (
-        (["--part", "2/2"], "give I/N with I from 0 to N - 1"),
-        (["--samples-per-shard", "0"], "must be at least 1"),
-        (["--max-left-out", "2"], r"must lie in 0\.\.1"),
-        (["--delimiter", "ab"], "give one character"),
-        (["--workers", "-1"], "must be 0 or more"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            data("write", "csv", table, "--out", tmp_path / "out", *more)
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--part", "2/2", "--part 2/2"),
+        ("--samples-per-shard", "0", "--samples-per-shard 0: .*at least 1"),
+        ("--max-skipped-ratio", "2", r"--max-skipped-ratio 2.0: .*0\.\.1"),
+        ("--delimiter", "ab", "--delimiter 'ab': .*one character"),
+        ("--workers", "-1", "--workers -1: .*0 or more"),
+    ],
+)
+def test_invalid_options(tmp_path: Path, option: str, value: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        write_csv(make_source(tmp_path, 2), tmp_path / "out", option, value)
+
+
+def test_coco_needs_an_image_folder(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="coco needs --images"):
-        data("write", "coco", table, "--out", tmp_path / "out")
+        run_data_command("write", "coco", tmp_path / "x.json", "--out", tmp_path / "out")
 
 
-def test_another_dataset_is_not_written_over(tmp_path: Path) -> None:
+def test_another_dataset_is_not_overwritten(tmp_path: Path) -> None:
     for name, count in (("first", 3), ("second", 4)):
         folder = tmp_path / name
         folder.mkdir()
         for number in range(count):
-            (folder / f"{number}.png").write_bytes(picture(number))
+            (folder / f"{number}.png").write_bytes(make_png(number))
             (folder / f"{number}.txt").write_text(f"caption {number}")
     out = tmp_path / "out"
-    data("write", "folder", tmp_path / "first", "--out", out, "--workers", 0)
-    data(
-        "write", "folder", tmp_path / "first", "--out", out, "--workers", 0
-    )  # the same again is welcome
+
+    def write(name: str, *options: str) -> None:
+        command = ("write", "folder", tmp_path / name, "--out", out, "--workers", 0)
+        run_data_command(*command, *options)
+
+    write("first")
+    write("first")  # the same source may be written again
     before = (out / "manifest.json").read_bytes()
-    with pytest.raises(
-        DataError, match=r"holds a dataset that was made of something else \(1 shards, 3 samples\)"
-    ):
-        data("write", "folder", tmp_path / "second", "--out", out, "--workers", 0)
+    with pytest.raises(DataError, match=r"another source \(1 shards, 3 samples\).*--overwrite"):
+        write("second")
     assert (out / "manifest.json").read_bytes() == before
-    data("write", "folder", tmp_path / "second", "--out", out, "--workers", 0, "--overwrite")
+    write("second", "--overwrite")
     assert load_manifest(out).total_samples == 4

@@ -1,5 +1,4 @@
-"""What can be said of a picture without looking at all of it: its kind, and small copies to
-show."""
+"""Image files: their format by signature, thumbnails, and data URIs."""
 
 from __future__ import annotations
 
@@ -8,10 +7,10 @@ import base64
 import cv2
 import numpy as np
 
-from data_pipeline.content.images import decode
+from data_pipeline.content.images import decode_image
 from data_pipeline.content.transforms import composite
 
-_BEGINNINGS = (
+_SIGNATURES = (
     (b"\xff\xd8\xff", "jpg"),
     (b"\x89PNG\r\n\x1a\n", "png"),
     (b"GIF8", "gif"),
@@ -21,23 +20,23 @@ _BEGINNINGS = (
 )
 
 
-def format_of(data: bytes) -> str:
-    """`jpg`, `png`, `webp`, `gif`, `tif` or `bmp` by the file's first bytes; empty for anything
-    else."""
+def image_format(data: bytes) -> str:
+    """`jpg`, `png`, `webp`, `gif`, `tif` or `bmp` by the file's signature; empty if unknown."""
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "webp"
-    return next((kind for beginning, kind in _BEGINNINGS if data.startswith(beginning)), "")
+    return next((name for signature, name in _SIGNATURES if data.startswith(signature)), "")
 
 
 def thumbnail(data: bytes, side: int) -> np.ndarray:
-    """A small copy on white, uint8 `[height, width, 3]`, RGB; its longer side is `side` pixels.
+    """A copy scaled to a longer side of `side` pixels, on white: uint8 `[height, width, 3]`, RGB.
 
     Raises:
-        DataError: It cannot be decoded (slug `bad-image`).
+        DataError: The image cannot be decoded (slug `corrupt-image`).
     """
-    pixels = decode(data, at_least=(side, side))
+    pixels = decode_image(data, min_size=(side, side))
     if pixels.shape[2] == 4:
         pixels = composite(pixels, (255, 255, 255))
+
     height, width = pixels.shape[:2]
     scale = side / max(height, width)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
@@ -47,8 +46,7 @@ def thumbnail(data: bytes, side: int) -> np.ndarray:
 
 
 def data_uri(pixels: np.ndarray) -> str:
-    """A picture as part of a page: `data:image/jpeg;base64,...`."""
-    coded = cv2.imencode(
-        ".jpg", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 82]
-    )[1]
-    return "data:image/jpeg;base64," + base64.b64encode(coded.tobytes()).decode()
+    """RGB pixels as a JPEG data URI: `data:image/jpeg;base64,...`."""
+    bgr = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
+    encoded = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, 82])[1]
+    return "data:image/jpeg;base64," + base64.b64encode(encoded.tobytes()).decode()

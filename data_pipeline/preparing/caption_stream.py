@@ -1,0 +1,95 @@
+"""Iterates over the captions of datasets, to train or evaluate a tokenizer."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from data_pipeline.common.errors import DataError
+from data_pipeline.common.escaping import escape_control
+from data_pipeline.content.captions import check_caption_key
+from data_pipeline.preparing.sample_captions import all_captions
+from data_pipeline.preparing.shard_access import open_shard
+from data_pipeline.preparing.shard_map import ShardMap, UnavailableShard
+from data_pipeline.preparing.tasks import ShardTask, sample_tasks
+from data_pipeline.shards.manifest import Manifest
+
+logger = logging.getLogger(__name__)
+
+_MAX_LOGGED = 10
+"""Corrupt samples that are logged individually; the rest are only counted."""
+
+
+def iter_captions(
+    manifests: Sequence[Manifest],
+    keys: Sequence[str],
+    *,
+    samples: int = 0,
+    seed: int = 0,
+    workers: int = 0,
+) -> Iterator[str]:
+    """Every caption of every sample, cleaned, in the order of the shards.
+
+    Corrupt samples are skipped, logged and counted.
+
+    Args:
+        manifests: The datasets.
+        keys: Where to find captions: `txt`, or `json:FIELD`.
+        samples: Number of random samples; 0 uses all.
+        seed: Random seed for choosing samples.
+        workers: Number of processes; does not change the order of the captions.
+
+    Raises:
+        DataError: A shard or its index is missing or unavailable.
+        ConfigError: A key is not a caption key.
+    """
+    for key in keys:
+        check_caption_key(key)
+
+    num_corrupt, total = 0, 0
+    shard_map = ShardMap(label="reading captions", workers=workers)
+    for task, result in shard_map.run(sample_tasks(manifests, samples, seed), _Reader(tuple(keys))):
+        if isinstance(result, UnavailableShard):
+            raise DataError(
+                f"shard {task.entry.name} is unavailable ({result.reason}): {result.detail}"
+            )
+
+        content = json.loads(result)
+        total += task.num_samples
+        for key, slug, detail in content["corrupt"]:
+            num_corrupt += 1
+            if num_corrupt <= _MAX_LOGGED:
+                _log_corrupt(task, key, slug, detail)
+        yield from content["captions"]
+
+    if num_corrupt:
+        logger.warning("skipped %d corrupt samples of %d", num_corrupt, total)
+
+
+def _log_corrupt(task: ShardTask, key: str, slug: str, detail: str) -> None:
+    key, detail = escape_control(key), escape_control(detail)
+    logger.warning("skipped sample %s of %s: %s: %s", key, task.entry.name, slug, detail)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Reads the captions of one shard; the result is JSON."""
+
+    keys: tuple[str, ...]
+
+    def __call__(self, task: ShardTask) -> bytes:
+        captions: list[str] = []
+        corrupt: list[tuple[str, str, str]] = []
+        with open_shard(task) as shard:
+            for sample, raw in shard.samples():
+                try:
+                    if isinstance(raw, DataError):
+                        raise raw
+                    for of_key in all_captions(raw, self.keys):
+                        captions += of_key
+                except DataError as error:
+                    corrupt.append((shard.index.key(sample), error.slug, str(error)))
+
+        return json.dumps({"captions": captions, "corrupt": corrupt}).encode()

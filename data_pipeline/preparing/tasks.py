@@ -1,0 +1,110 @@
+"""Tasks: shards, or selected samples of shards, for a command to process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+
+from data_pipeline.common import storage
+from data_pipeline.common.errors import DataError
+from data_pipeline.common.processes import SINGLE_PART, Part
+from data_pipeline.common.seeds import rng
+from data_pipeline.shards.manifest import Manifest, ShardEntry, load_manifest
+
+
+class ShardTask(NamedTuple):
+    """One shard to process; small enough to send to a worker process."""
+
+    manifest: Manifest
+    """The dataset's manifest, reduced to this shard."""
+    dataset: int
+    """Index of the dataset among the given ones."""
+    shard: int
+    """Index of the shard in its dataset."""
+    samples: tuple[int, ...] | None = None
+    """Indices of the samples to read; None reads all."""
+
+    @property
+    def entry(self) -> ShardEntry:
+        """The shard's entry in the manifest."""
+        return self.manifest.shards[0]
+
+    @property
+    def num_samples(self) -> int:
+        """Number of samples to read."""
+        return self.entry.samples if self.samples is None else len(self.samples)
+
+
+def open_datasets(addresses: Sequence[str]) -> list[Manifest]:
+    """Load the manifests of datasets.
+
+    Args:
+        addresses: Folders or `manifest.json` files, local or in an object store; brace patterns are
+            expanded.
+
+    Raises:
+        DataError: A dataset has no manifest, or an address is a tar file or a malformed pattern.
+    """
+    from braceexpand import braceexpand
+
+    manifests = []
+    for address in addresses:
+        try:
+            urls = list(braceexpand(address))
+        except ValueError as error:
+            raise DataError(f"{storage.redact(address)}: unbalanced braces") from error
+
+        for url in urls:
+            if url.endswith(".tar"):
+                raise DataError(
+                    f"{storage.redact(url)} is a shard; give the folder of its manifest "
+                    f"(create one with `vlmoe data index`)"
+                )
+            manifests.append(load_manifest(url))
+
+    return manifests
+
+
+def shard_tasks(manifests: Sequence[Manifest], part: Part = SINGLE_PART) -> list[ShardTask]:
+    """A task for every shard of the datasets, or for every N-th one of part I of N."""
+    tasks = [
+        ShardTask(replace(manifest, shards=(entry,), metadata={}), dataset, shard)
+        for dataset, manifest in enumerate(manifests)
+        for shard, entry in enumerate(manifest.shards)
+    ]
+    index, count = part
+    return tasks[index::count]
+
+
+def tasks_for(
+    manifests: Sequence[Manifest], samples: Mapping[tuple[int, int], Sequence[int]]
+) -> list[ShardTask]:
+    """Tasks for given sample indices by (dataset, shard)."""
+    tasks = {(task.dataset, task.shard): task for task in shard_tasks(manifests)}
+    return [
+        tasks[location]._replace(samples=tuple(sorted(samples[location])))
+        for location in sorted(samples)
+    ]
+
+
+def sample_tasks(manifests: Sequence[Manifest], count: int, seed: int) -> list[ShardTask]:
+    """Tasks for `count` samples, chosen uniformly without replacement over all datasets.
+
+    All samples if `count` is 0 or at least their number.
+    """
+    tasks = shard_tasks(manifests)
+    total = sum(task.num_samples for task in tasks)
+    if not 0 < count < total:
+        return tasks
+
+    indices = np.sort(rng("samples", seed).choice(total, count, replace=False))
+    starts = np.cumsum([0, *(task.num_samples for task in tasks)])
+    per_shard = np.split(indices, np.searchsorted(indices, starts[1:-1]))
+    return [
+        task._replace(samples=tuple((selected - start).tolist()))
+        for task, selected, start in zip(tasks, per_shard, starts, strict=False)
+        if len(selected)
+    ]
