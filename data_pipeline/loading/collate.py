@@ -1,12 +1,13 @@
-"""Items to tensors: pictures side by side, captions padded to the longest of the batch.
+"""Builds batches: images stacked, captions padded to the longest of the batch.
 
-All numbers of a batch lie in one piece of memory, and every tensor is a view of it: a tensor that a
-worker hands to the trainer costs a round of messages, whatever its size. In a worker that memory is
-shared with the trainer from the start, so that pictures are decoded where the trainer will read
-them; and it is lent: when the trainer holds no tensor of the batch any more, the worker fills it
-again. Fresh pages would cost more than anything but decoding (7 ms for 64 pictures of 224 pixels).
+All arrays of a batch are views of a single buffer, because every tensor that a worker sends to the
+trainer costs an exchange of messages, whatever its size. In a worker the buffer is in shared memory
+from the start, so images are decoded directly to where the trainer reads them. Buffers are pooled:
+when the trainer holds no tensor of the batch any more, the worker reuses its buffer. Newly mapped
+memory would cost more than anything except decoding (7 ms for 64 images of 224 pixels).
 
-    memory   [ pictures, most x 3 x s x s bytes | to 8 | int64: lengths, hashes, numbers, slots, ids, positions, lent ]
+    buffer   [ images: capacity x 3 x s x s bytes | padding to 8 bytes | int64: lengths, hashes,
+               sample ids, slots, token ids, positions, in-use flag ]
 """
 
 from __future__ import annotations
@@ -20,23 +21,23 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from data_pipeline.content.recipe import Item
+from data_pipeline.content.sample_processor import ProcessedSample
 from data_pipeline.samples import Batch, SampleProblem
 
 # Shapes: B pairs, S text positions, T valid text tokens.
 
-TEXT_MULTIPLE = 8
+TEXT_LENGTH_MULTIPLE = 8
 """S is a multiple of this, so that few different shapes reach the model."""
 
 
 class PackedBatch(NamedTuple):
-    """A batch on its way from a worker."""
+    """A batch as it is sent from a worker."""
 
-    memory: Tensor
-    """uint8: everything; see the module's text."""
+    buffer: Tensor
+    """uint8: all arrays; see the module docstring."""
     image_size: int
-    first_number: int
-    """Byte at which the int64 begin."""
+    int_offset: int
+    """Byte offset of the int64 section."""
     pairs: int
     width: int
     tokens: int
@@ -44,20 +45,21 @@ class PackedBatch(NamedTuple):
     captions: tuple[str, ...]
     problems: tuple[SampleProblem, ...]
     seconds: float
-    is_lent: bool = False
-    """Whether `memory` goes back to its worker after use; its last number is 1 until then."""
+    is_pooled: bool = False
+    """Whether the worker reuses `buffer` after use; its last int64 is 1 until then."""
 
     def unpack(self) -> Batch:
-        """The batch, as views of the memory."""
+        """The batch, as views of the buffer."""
         pairs, size = self.pairs, self.image_size
-        memory = self.memory
-        if self.is_lent:
-            # Every view of this tensor keeps the loan alive; the last one that goes ends it.
-            memory = torch.from_numpy(np.asarray(_Loan(memory)))
-        images = memory[: pairs * 3 * size * size].view(pairs, 3, size, size)
+        buffer = self.buffer
+        if self.is_pooled:
+            # Every view of this tensor keeps the lease alive; the last one to be freed ends it.
+            buffer = torch.from_numpy(np.asarray(_BufferLease(buffer)))
+
+        images = buffer[: pairs * 3 * size * size].view(pairs, 3, size, size)
         counts = [pairs, pairs, pairs, pairs, pairs * self.width, self.tokens]
-        numbers = memory[self.first_number :].view(torch.int64)[: sum(counts)]
-        lengths_B, hashes_B, ids_B, slots_B, text_ids, positions_T = numbers.split(counts)
+        integers = buffer[self.int_offset :].view(torch.int64)[: sum(counts)]
+        lengths_B, hashes_B, ids_B, slots_B, text_ids, positions_T = integers.split(counts)
         return Batch(
             images=images,
             text_ids=text_ids.view(pairs, self.width),
@@ -73,123 +75,127 @@ class PackedBatch(NamedTuple):
         )
 
 
-class BatchRows:
-    """A batch in the making: pictures are made at their place in it, one good item after the
-    other."""
+class BatchBuilder:
+    """A batch under construction; images are decoded into their place in its buffer."""
 
-    def __init__(self, most: int, *, image_size: int, context_length: int, pad_id: int) -> None:
-        """Make room for a batch.
+    def __init__(self, capacity: int, *, image_size: int, context_length: int, pad_id: int) -> None:
+        """Allocate a batch.
 
         Args:
-            most: Items at most.
-            image_size: Side of the square pictures, pixels.
-            context_length: Most text positions.
-            pad_id: Fills up shorter captions.
+            capacity: Maximum number of samples.
+            image_size: Side of the square images, pixels.
+            context_length: Maximum number of text positions.
+            pad_id: Token id that pads shorter captions.
         """
-        picture_bytes = most * 3 * image_size * image_size
-        self._first_number = -(-picture_bytes // 8) * 8
-        self._memory, self._is_lent = _memory(
-            self._first_number + 8 * most * (4 + 2 * context_length) + 8
+        image_bytes = capacity * 3 * image_size * image_size
+        self._int_offset = -(-image_bytes // 8) * 8
+        self._buffer, self._is_pooled = _allocate(
+            self._int_offset + 8 * capacity * (4 + 2 * context_length) + 8
         )
-        self._images = self._memory[:picture_bytes].view(most, 3, image_size, image_size).numpy()
-        self._size, self._text_length, self._pad_id = image_size, context_length, pad_id
-        self._items: list[Item] = []
-        self._numbers: list[int] = []
+        images = self._buffer[:image_bytes].view(capacity, 3, image_size, image_size)
+        self._images = images.numpy()
+        self._image_size, self._context_length, self._pad_id = image_size, context_length, pad_id
+        self._samples: list[ProcessedSample] = []
+        self._ids: list[int] = []
         self._slots: list[int] = []
 
     @property
-    def place(self) -> np.ndarray:
-        """Where the next picture goes, uint8 `[3, s, s]`; a picture that failed is written over."""
-        place: np.ndarray = self._images[len(self._items)]
-        return place
+    def image_slot(self) -> np.ndarray:
+        """Where the next image is written, uint8 `[3, s, s]`; a failed image is overwritten."""
+        slot: np.ndarray = self._images[len(self._samples)]
+        return slot
 
-    def add(self, item: Item, number: int, slot: int) -> None:
-        """Take one item.
+    def add(self, sample: ProcessedSample, sample_id: int, slot: int) -> None:
+        """Add a sample.
 
         Args:
-            item: Its picture was made at `place`.
-            number: The sample's number over all shards.
-            slot: Row of the sample among those that were asked for.
+            sample: Its image was written to `image_slot`.
+            sample_id: Index of the sample over all shards.
+            slot: Index of the sample among those that were requested for the batch.
         """
-        self._items.append(item)
-        self._numbers.append(number)
+        self._samples.append(sample)
+        self._ids.append(sample_id)
         self._slots.append(slot)
 
     def packed(self, problems: Sequence[SampleProblem], seconds: float = 0.0) -> PackedBatch:
-        """The batch of all items so far, in order; none at all gives tensors with `B = 0`.
+        """The batch of all samples so far, in order; without samples its tensors have `B = 0`.
 
         Args:
-            problems: The samples that are missing, to be handed on.
-            seconds: Time it took, to be handed on.
+            problems: The missing samples, for `Batch.problems`.
+            seconds: Time spent on the batch, for `Batch.seconds`.
         """
-        items, pairs = self._items, len(self._items)
-        lengths_B = np.array([len(item.ids) for item in items], dtype=np.int64)
+        samples, pairs = self._samples, len(self._samples)
+        lengths_B = np.array([len(sample.ids) for sample in samples], dtype=np.int64)
         longest = int(lengths_B.max(initial=1))
-        width = min(self._text_length, -(-longest // TEXT_MULTIPLE) * TEXT_MULTIPLE)
-        tokens = [token for item in items for token in item.ids]
+        rounded = -(-longest // TEXT_LENGTH_MULTIPLE) * TEXT_LENGTH_MULTIPLE
+        width = min(self._context_length, rounded)
+        tokens = [token for sample in samples for token in sample.ids]
 
-        numbers = self._memory[self._first_number :].view(torch.int64).numpy()
+        integers = self._buffer[self._int_offset :].view(torch.int64).numpy()
         ends = np.cumsum([pairs, pairs, pairs, pairs, pairs * width, len(tokens)]).tolist()
-        numbers[: ends[0]] = lengths_B
-        numbers[ends[0] : ends[1]] = [item.caption_hash for item in items]
-        numbers[ends[1] : ends[2]] = self._numbers
-        numbers[ends[2] : ends[3]] = self._slots
-        text_ids = numbers[ends[3] : ends[4]]
+        integers[: ends[0]] = lengths_B
+        integers[ends[0] : ends[1]] = [sample.caption_hash for sample in samples]
+        integers[ends[1] : ends[2]] = self._ids
+        integers[ends[2] : ends[3]] = self._slots
+        text_ids = integers[ends[3] : ends[4]]
         text_ids[:] = self._pad_id
         positions_T = np.flatnonzero(np.arange(width) < lengths_B[:, None])
         text_ids[positions_T] = tokens
-        numbers[ends[4] : ends[5]] = positions_T
+        integers[ends[4] : ends[5]] = positions_T
+
         return PackedBatch(
-            memory=self._memory,
-            image_size=self._size,
-            first_number=self._first_number,
+            buffer=self._buffer,
+            image_size=self._image_size,
+            int_offset=self._int_offset,
             pairs=pairs,
             width=width,
             tokens=len(tokens),
-            keys=tuple(item.key for item in items),
-            captions=tuple(item.caption for item in items),
+            keys=tuple(sample.key for sample in samples),
+            captions=tuple(sample.caption for sample in samples),
             problems=tuple(problems),
             seconds=seconds,
-            is_lent=self._is_lent,
+            is_pooled=self._is_pooled,
         )
 
 
-class _Loan:
-    """A worker's memory while the trainer reads it: an array made of this holds it until nobody
-    reads on."""
+class _BufferLease:
+    """The trainer's use of a worker's buffer: an array made from this object keeps it alive, and
+    its deletion marks the buffer as free."""
 
-    def __init__(self, memory: Tensor) -> None:
-        self._lent = memory[-8:].view(torch.int64)
+    def __init__(self, buffer: Tensor) -> None:
+        self._in_use = buffer[-8:].view(torch.int64)
         self._pid = os.getpid()
-        self.__array_interface__ = memory.numpy().__array_interface__
+        self.__array_interface__ = buffer.numpy().__array_interface__
 
     def __del__(self) -> None:
-        if os.getpid() == self._pid:  # a forked child forgets its copy while its parent still reads
-            self._lent[0] = 0
+        # A forked child deletes its copy while the parent still reads the buffer.
+        if os.getpid() == self._pid:
+            self._in_use[0] = 0
 
 
-MOST_KEPT_BYTES = 256 << 20
-"""Memory that a worker keeps; what it needs beyond, because the trainer holds many batches, goes
-back after use."""
-_kept: list[Tensor] = []
-"""Those of this worker."""
+MAX_POOL_BYTES = 256 << 20
+"""Maximum size of a worker's pool; buffers beyond it (the trainer holds many batches) are freed
+after use."""
+_pool: list[Tensor] = []
+"""Buffers of this worker."""
 
 
-def _memory(count: int) -> tuple[Tensor, bool]:
-    """`count` bytes, in a worker such as the trainer can see without a copy; and whether they are
-    lent."""
+def _allocate(num_bytes: int) -> tuple[Tensor, bool]:
+    """A buffer, and whether it is pooled; in a worker, in memory shared with the trainer."""
     if get_worker_info() is None:
-        return torch.empty(count, dtype=torch.uint8), False
-    for kept in _kept:
-        lent = kept[-8:].view(torch.int64)
-        if len(kept) == count and not lent[0]:
-            lent[0] = 1
-            return kept, True
-    # What torch's own collate function does in a worker.
-    storage = torch.UntypedStorage._new_shared(count)
-    made = torch.empty(0, dtype=torch.uint8).set_(storage)
-    if sum(len(kept) for kept in _kept) + count > MOST_KEPT_BYTES:
-        return made, False
-    made[-8:].view(torch.int64)[0] = 1
-    _kept.append(made)
-    return made, True
+        return torch.empty(num_bytes, dtype=torch.uint8), False
+
+    for buffer in _pool:
+        in_use = buffer[-8:].view(torch.int64)
+        if len(buffer) == num_bytes and not in_use[0]:
+            in_use[0] = 1
+            return buffer, True
+
+    # As in torch's default collate function in a worker.
+    storage = torch.UntypedStorage._new_shared(num_bytes)
+    buffer = torch.empty(0, dtype=torch.uint8).set_(storage)
+    if sum(len(pooled) for pooled in _pool) + num_bytes > MAX_POOL_BYTES:
+        return buffer, False
+    buffer[-8:].view(torch.int64)[0] = 1
+    _pool.append(buffer)
+    return buffer, True

@@ -1,9 +1,9 @@
-"""Compares a ledger with the order of training: every step must hold exactly the samples of its
+"""Compares a ledger with the order of training: every step must contain exactly the samples of its
 positions.
 
-For each step the records of all ranks that took part are put together. Rank r's micro-batch m has
-the positions that `micro_batch_positions` gives it, and must hold the samples of those positions,
-delivered ones in their order. A step must begin where the one before ended.
+For each step, the records of all participating ranks are combined. Micro-batch m of rank r has the
+positions given by `micro_batch_positions`, and must contain the samples at those positions, with
+the delivered ones in order. A step must begin at the position where the previous step ended.
 """
 
 from __future__ import annotations
@@ -16,50 +16,49 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.common.errors import DataError
-from data_pipeline.loading.ledger import BAD, FILTERED, Record, rank_files, read_records
+from data_pipeline.loading.ledger import CORRUPT, FILTERED, Record, rank_files, read_records
 from data_pipeline.order.order import Order
 from data_pipeline.order.plan import micro_batch_positions
-from data_pipeline.order.state import Ranges, delivered
+from data_pipeline.order.state import Ranges, delivered_positions
 
-_MOST_PROBLEMS = 20
+_MAX_PROBLEMS = 20
 
 
 @dataclass
 class LedgerReport:
-    """What a ledger proves."""
+    """Result of the comparison."""
 
     first_step: int = 1
-    """The first that is recorded: the ledger may have been switched on later."""
+    """First recorded step: the ledger may have been enabled during the run."""
     steps: int = 0
-    """Recorded, over all restarts."""
+    """Recorded steps, over all restarts."""
     begin: int = 0
-    """Position before the first of them."""
+    """Position before the first recorded step."""
     end: int = 0
-    """Position after the last of them."""
+    """Position after the last recorded step."""
     samples: int = 0
-    """Recorded, over all steps."""
-    bad: int = 0
+    """Recorded samples."""
+    corrupt: int = 0
     filtered: int = 0
     lost: int = 0
     """Samples of the order that no rank recorded in their step."""
-    surplus: int = 0
-    """Samples recorded that the order does not have in that step: duplicates and strangers."""
+    unexpected: int = 0
+    """Recorded samples that are not in their step's part of the order, e.g. duplicates."""
     misplaced: int = 0
-    """Micro-batches with the right samples in the wrong order, or of another rank or
-    micro-batch."""
-    worlds: list[int] = field(default_factory=list)
-    """Numbers of ranks, one after the other as they changed."""
+    """Steps with the right samples in the wrong order, rank or micro-batch."""
+    world_sizes: list[int] = field(default_factory=list)
+    """World size, and each one that it changed to."""
     problems: list[str] = field(default_factory=list)
-    """What is wrong, in words; the first of many."""
+    """Descriptions of the first problems."""
 
     @property
-    def is_whole(self) -> bool:
-        """Whether nothing is wrong."""
-        return not (self.lost or self.surplus or self.misplaced or self.problems)
+    def is_complete(self) -> bool:
+        """Whether the ledger matches the order."""
+        return not (self.lost or self.unexpected or self.misplaced or self.problems)
 
-    def say(self, problem: str) -> None:
-        """Note what is wrong, unless there is much already."""
-        if len(self.problems) < _MOST_PROBLEMS:
+    def add_problem(self, problem: str) -> None:
+        """Add a problem, up to a maximum number."""
+        if len(self.problems) < _MAX_PROBLEMS:
             self.problems.append(problem)
 
 
@@ -70,152 +69,175 @@ def check_ledger(
 
     Args:
         folder: The ledger.
-        order: Made again from the same data.
-        shard_starts: int64, number of the first sample of each shard over all sources.
+        order: Computed again from the same data.
+        shard_starts: int64, index of the first sample of each shard over all sources.
         skip: Positions that were not delivered.
 
     Raises:
-        DataError: There are no files of ranks, or one is damaged.
+        DataError: There are no rank files, or one is corrupt.
     """
     files = rank_files(folder)
     if not files:
-        raise DataError(f"there is no ledger in {folder}: train with data.ledger=true to keep one")
-    report = LedgerReport()
+        raise DataError(
+            f"there is no ledger in {folder}: train with data.ledger=true to record one"
+        )
+
+    checker = _Checker(order, shard_starts, skip)
     for step, records in _steps(files):
-        _check_step(report, step, records, order, shard_starts, skip)
-    if not report.steps:
-        report.say("the ledger holds no step")
-    return report
+        checker.check_step(step, records)
+
+    if not checker.report.steps:
+        checker.report.add_problem("the ledger contains no step")
+    return checker.report
 
 
 def _steps(files: dict[int, Path]) -> Iterator[tuple[int, dict[int, Record]]]:
-    """The records of each step by rank, steps rising; every file is read once, side by side."""
+    """The records of each step by rank, in order of steps; every file is read once, in parallel."""
     readers = {rank: read_records(path) for rank, path in files.items()}
-    heads = {rank: next(reader, None) for rank, reader in readers.items()}
-    while waiting := [record.step for record in heads.values() if record is not None]:
-        step = min(waiting)
-        found = {
+    current = {rank: next(reader, None) for rank, reader in readers.items()}
+    while steps := [record.step for record in current.values() if record is not None]:
+        step = min(steps)
+        records = {
             rank: record
-            for rank, record in heads.items()
+            for rank, record in current.items()
             if record is not None and record.step == step
         }
-        for rank, record in found.items():
-            heads[rank] = next(readers[rank], None)
-            following = heads[rank]
+        for rank, record in records.items():
+            following = next(readers[rank], None)
+            current[rank] = following
             if following is not None and following.step <= record.step:
                 raise DataError(
                     f"{files[rank]}: step {following.step} comes after step {record.step}"
                 )
-        yield step, found
+        yield step, records
 
 
-def _check_step(
-    report: LedgerReport,
-    step: int,
-    records: dict[int, Record],
-    order: Order,
-    shard_starts: np.ndarray,
-    skip: Ranges,
-) -> None:
-    first = next(iter(records.values()))
-    world_size, pairs, before, after = (
-        first.world_size,
-        first.micro_batch_size,
-        first.before,
-        first.after,
-    )
-    if not report.worlds:
-        report.first_step, report.begin, report.end = step, before, before
-    if step != report.first_step + report.steps:
-        report.say(f"step {report.first_step + report.steps} is missing; step {step} comes next")
-    if before != report.end:
-        report.say(
-            f"step {step} begins at position {before}, but the one before ended at {report.end}"
-        )
-        if before > report.end:
-            report.lost += before - report.end - _skipped(skip, report.end, before)
-    if any(
-        (r.before, r.after, r.world_size, r.micro_batch_size) != (before, after, world_size, pairs)
-        for r in records.values()
-    ):
-        report.say(f"step {step}: its ranks do not agree on its positions or their number")
-    if missing := sorted(set(range(world_size)) - set(records)):
-        report.say(f"step {step}: nothing from rank(s) {_some(missing)} of {world_size}")
-    if strangers := sorted(set(records) - set(range(world_size))):
-        report.say(
-            f"step {step}: rank(s) {_some(strangers)} took part, but there were only {world_size}"
-        )
-    report.steps, report.end = step - report.first_step + 1, after
-    if not report.worlds or report.worlds[-1] != world_size:
-        report.worlds.append(world_size)
+class _Checker:
+    """Compares steps with the order and fills a report."""
 
-    expected = _expected(order, shard_starts, before, after, skip)
-    found = np.concatenate([record.ids for record in records.values()])
-    report.samples += len(found)
-    marks = np.concatenate([record.samples for record in records.values()])
-    report.bad += int(np.count_nonzero(marks & BAD))
-    report.filtered += int(np.count_nonzero(marks & FILTERED))
-    if not np.array_equal(np.sort(expected), np.sort(found)):
-        wanted, got = Counter(expected.tolist()), Counter(found.tolist())
-        lost, surplus = wanted - got, got - wanted
-        report.lost += lost.total()
-        report.surplus += surplus.total()
-        report.say(
-            f"step {step}: {lost.total()} samples lost ({_some(sorted(lost))}), {surplus.total()} too many "
-            f"({_some(sorted(surplus))})"
-        )
-    elif not all(_in_place(record, rank, expected) for rank, record in records.items()):
-        report.misplaced += 1
-        report.say(f"step {step}: all samples are there, but not where the order has them")
+    def __init__(self, order: Order, shard_starts: np.ndarray, skip: Ranges) -> None:
+        self._order, self._shard_starts, self._skip = order, shard_starts, skip
+        self.report = LedgerReport()
+
+    def check_step(self, step: int, records: dict[int, Record]) -> None:
+        """Compare one step with the order.
+
+        Args:
+            step: The step.
+            records: Its record by rank.
+        """
+        report, first = self.report, next(iter(records.values()))
+        self._check_positions(step, first)
+        self._check_ranks(step, records)
+        report.steps, report.end = step - report.first_step + 1, first.after
+        if not report.world_sizes or report.world_sizes[-1] != first.world_size:
+            report.world_sizes.append(first.world_size)
+
+        flagged = np.concatenate([record.samples for record in records.values()])
+        report.samples += len(flagged)
+        report.corrupt += int(np.count_nonzero(flagged & CORRUPT))
+        report.filtered += int(np.count_nonzero(flagged & FILTERED))
+        self._check_samples(step, records, self._expected(first.before, first.after))
+
+    def _check_positions(self, step: int, record: Record) -> None:
+        """Check that the step follows the previous one."""
+        report, before = self.report, record.before
+        if not report.world_sizes:
+            report.first_step, report.begin, report.end = step, before, before
+
+        expected_step = report.first_step + report.steps
+        if step != expected_step:
+            report.add_problem(f"step {expected_step} is missing; the next one is step {step}")
+        if before != report.end:
+            report.add_problem(
+                f"step {step} begins at position {before}, but the previous step ended at position "
+                f"{report.end}"
+            )
+            if before > report.end:
+                report.lost += before - report.end - self._num_skipped(report.end, before)
+
+    def _check_ranks(self, step: int, records: dict[int, Record]) -> None:
+        """Check that all ranks took part and agree."""
+        report, first = self.report, next(iter(records.values()))
+        # Fields 1 to 4: positions, world size, micro-batch size.
+        if any(record[1:5] != first[1:5] for record in records.values()):
+            report.add_problem(
+                f"step {step}: the ranks do not agree on positions, world size or micro-batch size"
+            )
+
+        ranks = set(range(first.world_size))
+        if missing := sorted(ranks - set(records)):
+            report.add_problem(
+                f"step {step}: no record of rank(s) {_first_few(missing)} of {first.world_size}"
+            )
+        if unknown := sorted(set(records) - ranks):
+            report.add_problem(
+                f"step {step}: there are records of rank(s) {_first_few(unknown)}, but the world "
+                f"size was {first.world_size}"
+            )
+
+    def _check_samples(self, step: int, records: dict[int, Record], expected: np.ndarray) -> None:
+        """Compare the samples of all ranks with the expected ones."""
+        report = self.report
+        recorded = np.concatenate([record.ids for record in records.values()])
+        if not np.array_equal(np.sort(expected), np.sort(recorded)):
+            expected_counts = Counter(expected.tolist())
+            recorded_counts = Counter(recorded.tolist())
+            lost = expected_counts - recorded_counts
+            unexpected = recorded_counts - expected_counts
+            report.lost += lost.total()
+            report.unexpected += unexpected.total()
+            report.add_problem(
+                f"step {step}: {lost.total()} samples lost ({_first_few(sorted(lost))}), "
+                f"{unexpected.total()} unexpected ({_first_few(sorted(unexpected))})"
+            )
+        elif not all(_is_in_order(record, rank, expected) for rank, record in records.items()):
+            report.misplaced += 1
+            report.add_problem(f"step {step}: all samples are present, but in the wrong order")
+
+    def _expected(self, before: int, after: int) -> np.ndarray:
+        """Indices of the samples between two positions of the order."""
+        count = after - before - self._num_skipped(before, after)
+        refs = []
+        for positions in delivered_positions(before, self._skip, 0, count):
+            refs += self._order.samples(positions.start, len(positions))
+
+        ids: np.ndarray = self._shard_starts[[ref.shard for ref in refs]]
+        return ids + np.array([ref.sample for ref in refs], dtype=np.int64)
+
+    def _num_skipped(self, before: int, after: int) -> int:
+        """How many positions from `before` to `after - 1` are not delivered."""
+        return sum(max(0, min(end, after) - max(first, before)) for first, end in self._skip)
 
 
-def _expected(
-    order: Order, shard_starts: np.ndarray, before: int, after: int, skip: Ranges
-) -> np.ndarray:
-    """Numbers of the samples that the order has between two positions."""
-    refs = [
-        ref
-        for part in delivered(before, skip, 0, after - before - _skipped(skip, before, after))
-        for ref in order.samples(part.start, len(part))
-    ]
-    numbers: np.ndarray = shard_starts[[ref.shard for ref in refs]]
-    return numbers + np.array([ref.sample for ref in refs], dtype=np.int64)
-
-
-def _skipped(skip: Ranges, before: int, after: int) -> int:
-    """How many positions from `before` to `after - 1` are not delivered."""
-    return sum(max(0, min(end, after) - max(first, before)) for first, end in skip)
-
-
-def _in_place(record: Record, rank: int, expected: np.ndarray) -> bool:
-    """Whether each micro-batch of a rank holds the samples of its own places in the step."""
-    pairs, ids, good = record.micro_batch_size, record.ids, record.samples < FILTERED
-    if len(ids) * record.world_size != len(expected) or len(ids) % max(1, pairs):
+def _is_in_order(record: Record, rank: int, expected: np.ndarray) -> bool:
+    """Whether each micro-batch of a rank contains the samples of its positions, in order."""
+    size, ids, is_delivered = record.micro_batch_size, record.ids, record.samples < FILTERED
+    if len(ids) * record.world_size != len(expected) or len(ids) % max(1, size):
         return False
-    for micro in range(len(ids) // pairs):
-        places = micro_batch_positions(
-            0, micro, rank, micro_batch_size=pairs, world_size=record.world_size
+
+    for micro in range(len(ids) // size):
+        positions = micro_batch_positions(
+            0, micro, rank, micro_batch_size=size, world_size=record.world_size
         )
-        wanted = expected[places.start : places.stop]
-        mine = slice(micro * pairs, (micro + 1) * pairs)
-        delivered_ids = ids[mine][good[mine]]
-        # Those left out stand at the end of their micro-batch; without them the order must be the
-        # same.
-        left_out = Counter(ids[mine][~good[mine]].tolist())
-        rest = []
-        for number in wanted.tolist():
-            if left_out[number]:
-                left_out[number] -= 1
+        batch = slice(micro * size, (micro + 1) * size)
+        delivered = ids[batch][is_delivered[batch]].tolist()
+
+        # Samples that were not delivered are at the end of their micro-batch. Without them, the
+        # order must be the same.
+        not_delivered = Counter(ids[batch][~is_delivered[batch]].tolist())
+        remaining = []
+        for sample in expected[positions.start : positions.stop].tolist():
+            if not_delivered[sample]:
+                not_delivered[sample] -= 1
             else:
-                rest.append(number)
-        if rest != delivered_ids.tolist():
+                remaining.append(sample)
+        if remaining != delivered:
             return False
     return True
 
 
-def _some(numbers: Sequence[int]) -> str:
-    return (
-        ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
-        if numbers
-        else "none"
-    )
+def _first_few(values: Sequence[int]) -> str:
+    if not values:
+        return "none"
+    return ", ".join(map(str, values[:5])) + (", ..." if len(values) > 5 else "")

@@ -1,9 +1,10 @@
-"""From the settings of a mixture to its order: manifests, drop-lists, weights.
+"""Opens the sources of a mixture (manifests, drop-lists, weights) and computes their order.
 
     sources = open_sources(data.sources)             # reads manifests and drop-lists
     order = make_order(sources, seed, data.shuffle_window)
 
-All that decides the order of training is in a `Source` and the window; `data_fingerprint` names it.
+A `Source` and the shuffle window hold everything but the seed that determines the order of
+training; `data_fingerprint` is their hash.
 """
 
 from __future__ import annotations
@@ -15,28 +16,33 @@ from dataclasses import dataclass, field
 
 from data_pipeline.common import storage
 from data_pipeline.common.addresses import without_secrets
-from data_pipeline.order.drop import Dropped, apply_drop_list, dropped_fingerprint, read_drop_list
+from data_pipeline.order.drop_list import (
+    Dropped,
+    apply_drop_list,
+    dropped_fingerprint,
+    read_drop_list,
+)
 from data_pipeline.order.order import Order, OrderSource, weights_of
-from data_pipeline.order.shares import Shares
+from data_pipeline.order.source_fractions import SourceFractions
 from data_pipeline.settings import SourceConfig
 from data_pipeline.shards.manifest import MANIFEST_NAME, Manifest, load_manifest
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One dataset of a mixture, as it was found."""
+    """One dataset of a mixture."""
 
     manifest: Manifest
     config: SourceConfig
     """Its settings: weight, repeats, name."""
     dropped: Dropped = field(default_factory=dict)
-    """Numbers of samples that are never read, by shard."""
+    """Shard index -> indices of samples that are never read."""
     address: str = ""
     """Where the manifest was read, if not at `config.shards`."""
 
     @property
     def name(self) -> str:
-        """How tables call it: its own name, or the last part of its address."""
+        """Name for tables: the configured one, or the last component of the address."""
         if self.config.name:
             return self.config.name
         address = storage.redact(self.config.shards).rstrip("/").removesuffix(f"/{MANIFEST_NAME}")
@@ -44,86 +50,96 @@ class Source:
 
     @property
     def samples(self) -> int:
-        """Samples that are left after its drop-list."""
-        return self.manifest.total_samples - sum(len(gone) for gone in self.dropped.values())
+        """Number of samples that are not dropped."""
+        return self.manifest.total_samples - sum(len(ids) for ids in self.dropped.values())
 
 
-def plain_source(manifest: Manifest) -> Source:
-    """A manifest as a source of its own, without a weight."""
+def unweighted_source(manifest: Manifest) -> Source:
+    """A manifest as a source without a weight."""
     return Source(manifest=manifest, config=SourceConfig(shards=without_secrets(manifest.url)))
+
+
+def as_source(source: Source | Manifest) -> Source:
+    """A source; a manifest becomes a source without a weight."""
+    return source if isinstance(source, Source) else unweighted_source(source)
 
 
 def open_sources(
     configs: Iterable[SourceConfig],
     *,
     timeout_seconds: float = 60.0,
-    at: Mapping[str, str] | None = None,
+    manifest_urls: Mapping[str, str] | None = None,
 ) -> tuple[Source, ...]:
     """Read the manifests and drop-lists of a mixture.
 
     Args:
-        configs: Its sources.
-        timeout_seconds: Longest wait for one request to a store.
-        at: Where the manifests of some addresses lie, if elsewhere.
+        configs: The sources.
+        timeout_seconds: Maximum time for one request to a store.
+        manifest_urls: `SourceConfig.shards` -> where its manifest is, if it is elsewhere.
 
     Raises:
-        DataError: A manifest or drop-list is missing, damaged, or they do not belong together.
+        DataError: A manifest or drop-list is missing or corrupt, or they do not match.
     """
-    found = []
+    sources = []
     for config in configs:
-        address = (at or {}).get(config.shards, config.shards)
+        address = (manifest_urls or {}).get(config.shards, config.shards)
         manifest = load_manifest(address, timeout_seconds=timeout_seconds)
+
         dropped: Dropped = {}
         if config.drop:
             drop = read_drop_list(config.drop, timeout_seconds=timeout_seconds)
             dropped = apply_drop_list(drop, manifest, storage.redact(config.drop))
-        found.append(Source(manifest=manifest, config=config, dropped=dropped, address=address))
-    return tuple(found)
+        sources.append(Source(manifest=manifest, config=config, dropped=dropped, address=address))
+    return tuple(sources)
 
 
 def make_order(sources: Sequence[Source], seed: int, shuffle_window: int) -> Order:
     """The order of training.
 
     Raises:
-        ConfigError: A source that is drawn from has no samples, or all weights are 0.
+        ConfigError: A source with a weight above 0 has no samples, or all weights are 0.
     """
     return Order([_order_source(source) for source in sources], seed, shuffle_window)
 
 
 def data_fingerprint(sources: Sequence[Source | Manifest], shuffle_window: int) -> str:
-    """A name for everything but the seed that decides the order; folders may move.
+    """Hash of everything but the seed that determines the order; folders may be moved.
 
     Args:
-        sources: The mixture; a manifest alone is a source without a weight.
-        shuffle_window: Shards whose samples are shuffled together.
+        sources: The mixture; a manifest is a source without a weight.
+        shuffle_window: Number of shards whose samples are shuffled together.
     """
-    given = [source if isinstance(source, Source) else plain_source(source) for source in sources]
+    given = [as_source(source) for source in sources]
     shards = [
         [[shard.name, shard.samples, shard.sha256] for shard in source.manifest.shards]
         for source in given
     ]
+
     if len(given) == 1 and not given[0].dropped:
-        # Nothing but the shards and the window counts: neither a weight nor repeats change a source
-        # alone.
-        facts: list[object] = [shuffle_window, shards[0]]
+        # Neither a weight nor repeats change the order of a single source.
+        content: list[object] = [shuffle_window, shards[0]]
     else:
-        # Shares, not weights: 1 to 1 and 2 to 2 are the same order.
-        mixed = Shares([weights_of(_order_source(source)) for source in given]).described()
-        facts = [
+        # Normalized weights: 1 to 1 and 2 to 2 give the same order.
+        fractions = SourceFractions([weights_of(_order_source(source)) for source in given])
+        content = [
             shuffle_window,
-            mixed,
+            fractions.to_json(),
             [dropped_fingerprint(source.dropped) for source in given],
             shards,
         ]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
 
 
 def _order_source(source: Source) -> OrderSource:
     config = source.config
+    weights = config.weight_schedule
+    if not weights and config.weight is not None:
+        weights = ((0, config.weight),)
+
     return OrderSource(
         name=source.name,
         sizes=[shard.samples for shard in source.manifest.shards],
         dropped=source.dropped,
-        weights=config.weight_schedule or (() if config.weight is None else ((0, config.weight),)),
+        weights=weights,
         repeats=config.repeats,
     )

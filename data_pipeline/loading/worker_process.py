@@ -1,7 +1,7 @@
-"""The processes that make batches: how they are born, what they do with signals, and when they end.
+"""Worker processes that build batches: how they start, handle signals and exit.
 
-A scheduler signals every process of a job; the trainer still needs batches while it saves, so
-workers listen to their trainer alone, from their first moment on.
+A scheduler sends its signals to every process of a job, but the trainer still needs batches while
+it saves a checkpoint. From their start, workers therefore react only to signals of their trainer.
 """
 
 from __future__ import annotations
@@ -15,57 +15,60 @@ from multiprocessing.context import ForkServerContext
 
 import torch
 
-SIGNALS_OF_THE_JOB = frozenset((signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2))
-"""What a person or a scheduler sends to all processes of a job."""
+JOB_SIGNALS = frozenset((signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2))
+"""Signals that a user or a scheduler sends to all processes of a job."""
 
 
 def fork_server(*, preload: str) -> ForkServerContext:
-    """Where workers come from: a process that has imported `preload` once, with the job's signals
+    """A context that starts workers from a fork server with `preload` imported and `JOB_SIGNALS`
     blocked.
 
-    Its copies have them blocked from their birth. Without that, a job told to stop while it starts
-    would lose the workers that have not come to `prepare_worker` yet.
+    Workers inherit the blocked signals. Otherwise a job that is signaled during startup would lose
+    the workers that have not called `prepare_worker` yet.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([preload])
-    resource_tracker.ensure_running()  # first: whatever starts it unblocks some of these signals
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS_OF_THE_JOB)
+    # Started first, because starting it unblocks some of these signals.
+    resource_tracker.ensure_running()
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, JOB_SIGNALS)
     try:
         forkserver.ensure_running()
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
     return context
 
 
 def prepare_worker(worker: int) -> None:
-    """One thread a worker, deaf to the signals meant for the trainer, and no life without it."""
-    for name in SIGNALS_OF_THE_JOB - {signal.SIGTERM}:
+    """Set up a worker: one thread, no reaction to job signals, exit with the trainer."""
+    for name in JOB_SIGNALS - {signal.SIGTERM}:
         signal.signal(name, signal.SIG_IGN)
-    # Blocked before there are other threads, which inherit that: `_end_when_the_trainer_asks` takes
-    # it.
+    # Blocked before other threads start, which inherit the mask; `_exit_on_trainer_sigterm` waits
+    # for it.
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-    # A child of the fork server does not notice the end of the trainer by its parent's number.
-    for watch in (_end_with_the_trainer, _end_when_the_trainer_asks):
-        threading.Thread(target=watch, daemon=True).start()
+
+    # The parent of a worker is the fork server, so `getppid` does not show that the trainer ended.
+    for function in (_exit_with_trainer, _exit_on_trainer_sigterm):
+        threading.Thread(target=function, daemon=True).start()
+
     torch.set_num_threads(1)
     import cv2
 
     cv2.setNumThreads(0)
 
 
-def _end_with_the_trainer() -> None:
+def _exit_with_trainer() -> None:
     trainer = multiprocessing.parent_process()
     if trainer is not None:
         trainer.join()
         os._exit(1)
 
 
-def _end_when_the_trainer_asks() -> None:
-    """End by the trainer's SIGTERM, also in the middle of a read that never returns; others' are
-    ignored.
+def _exit_on_trainer_sigterm() -> None:
+    """Exit on SIGTERM from the trainer, even during a read that never returns; ignore SIGTERM from
+    other processes.
 
-    Python waits for its children before it exits: a worker that cannot be ended would keep it for
-    ever.
+    Python waits for its children at exit, so a worker that cannot be terminated would block it
+    forever.
     """
     trainer = multiprocessing.parent_process()
     while trainer is not None:

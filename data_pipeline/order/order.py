@@ -1,9 +1,10 @@
-"""The order of training: every source in its own shuffled epochs, mixed into one stream.
+"""The order of training: each source in its own shuffled epochs, mixed into one stream.
 
-Position `p` means: `p` samples came before, from all sources. A source alone is its `Plan`; several
-are mixed by weight (`mixture.py`), and each goes through its own epochs at its own pace. Without
-weights a source's weight is its samples x `repeats`, so that after the sum of those over all
-sources every sample came exactly `repeats` times, and every batch holds the sources in proportion.
+Position `p` is the sample that follows `p` others, over all sources. A single source is its `Plan`.
+Several sources are mixed by weight (`mixture.py`), and each runs through its epochs independently.
+Without weights, the weight of a source is its number of samples x `repeats`: after the sum of these
+over all sources, every sample was visited exactly `repeats` times, and every batch contains the
+sources in proportion.
 """
 
 from __future__ import annotations
@@ -20,33 +21,34 @@ import numpy as np
 from data_pipeline.common.errors import ConfigError
 from data_pipeline.common.seeds import named_seed
 from data_pipeline.order.mixture import Mixture
-from data_pipeline.order.plan import Plan
-from data_pipeline.order.shares import Points, Shares
+from data_pipeline.order.plan import Plan, Window
+from data_pipeline.order.source_fractions import SourceFractions, WeightSchedule
 from data_pipeline.samples import SampleRef
 
 
 @dataclass(frozen=True, kw_only=True)
 class OrderSource:
-    """What the order needs to know of one source."""
+    """The properties of one source that determine the order."""
 
     name: str
     """For messages and tables."""
     sizes: Sequence[int] | np.ndarray
     """Samples of each shard, dropped ones included."""
     dropped: Mapping[int, np.ndarray] = field(default_factory=dict)
-    """Numbers of dropped samples, rising, by shard."""
-    weights: Points = ()
-    """`(pairs, weight)`; one point is a constant weight, none means by samples x `repeats`."""
+    """Shard index -> indices of dropped samples, ascending."""
+    weights: WeightSchedule = ()
+    """Points `(pairs, weight)`. One point is a constant weight; without points the weight is the
+    number of samples x `repeats`."""
     repeats: int = 1
 
     @property
     def samples(self) -> int:
-        """Samples that are left."""
-        return int(np.sum(self.sizes)) - sum(len(gone) for gone in self.dropped.values())
+        """Number of samples that are not dropped."""
+        return int(np.sum(self.sizes)) - sum(len(samples) for samples in self.dropped.values())
 
 
 class Consumed(NamedTuple):
-    """How far a source has come."""
+    """Progress of one source."""
 
     name: str
     samples: int
@@ -54,18 +56,18 @@ class Consumed(NamedTuple):
 
 
 class Order:
-    """Which sample comes when; travels to other processes without what it remembers."""
+    """Maps positions to samples. Can be pickled; caches are not included."""
 
     def __init__(self, sources: Sequence[OrderSource], seed: int, shuffle_window: int) -> None:
         """Plan the sources and mix them.
 
         Args:
-            sources: In order; their shards are numbered through.
-            seed: Changes the order.
-            shuffle_window: Shards of a source whose samples are shuffled together.
+            sources: The sources; their shards are numbered consecutively.
+            seed: Seed of the shuffles.
+            shuffle_window: Number of shards of a source whose samples are shuffled together.
 
         Raises:
-            ConfigError: A source that is drawn from has no samples, or all weights are 0.
+            ConfigError: A source with a weight above 0 has no samples, or all weights are 0.
         """
         self.sources = tuple(sources)
         weighted = [bool(source.weights) for source in sources]
@@ -73,110 +75,155 @@ class Order:
             raise ConfigError("data.train needs sources, and a weight for all of them or for none")
         for source in sources:
             if not source.samples and not source.weights:
-                raise ConfigError(_empty(source))
-        self.shares = Shares([weights_of(source) for source in sources])
-        self._mixture = Mixture(self.shares)
-        self._plans: list[Plan | None] = []
-        shards = 0
-        for number, source in enumerate(sources):
-            drawn = self.shares.is_ever_drawn(number)
-            if drawn and not source.samples:
-                raise ConfigError(_empty(source))
-            # Two sources with as many shards must not be shuffled alike; the first keeps the run's
-            # seed.
-            own = named_seed(seed, "source", number) if number else seed
-            self._plans.append(
-                Plan(source.sizes, own, shuffle_window, dropped=source.dropped, first_shard=shards)
-                if drawn
-                else None
-            )
-            shards += len(source.sizes)
+                raise ConfigError(_no_samples_message(source))
+
+        self.fractions = SourceFractions([weights_of(source) for source in sources])
+        self._mixture = Mixture(self.fractions)
+        self._plans = self._make_plans(seed, shuffle_window)
 
     def samples(self, start: int, count: int) -> list[SampleRef]:
         """The samples at positions `start` to `start + count - 1`."""
         if len(self._plans) == 1:
             return self._plan(0).samples(start, count)
-        firsts, sources = self._mixture.stretch(start, count)
-        taken = (
-            np.bincount(sources, minlength=len(firsts)).tolist() if sources else [0] * len(firsts)
-        )
-        drawn = [
-            iter(self._plan(number).samples(first, share)) if share else iter(())
-            for number, (first, share) in enumerate(zip(firsts, taken, strict=True))
-        ]
-        return [next(drawn[source]) for source in sources]
+
+        firsts, sources = self._mixture.slice_at(start, count)
+        counts = [0] * len(firsts)
+        if sources:
+            counts = np.bincount(sources, minlength=len(firsts)).tolist()
+
+        sampled = []
+        for source, (first, source_count) in enumerate(zip(firsts, counts, strict=True)):
+            refs = self._plan(source).samples(first, source_count) if source_count else []
+            sampled.append(iter(refs))
+        return [next(sampled[source]) for source in sources]
 
     def sources_of(self, start: int, count: int) -> list[int]:
-        """From which source each of these positions takes its sample."""
-        return self._mixture.stretch(start, count).sources if len(self._plans) > 1 else [0] * count
+        """The source of each of the positions `start` to `start + count - 1`."""
+        return self._mixture.slice_at(start, count).sources if len(self._plans) > 1 else [0] * count
 
     def consumed(self, position: int) -> list[Consumed]:
-        """How many samples of each source lie before a position, and how many of its epochs that
-        is.
+        """How many samples and epochs of each source come before a position.
 
-        Positions that a state skips count as consumed.
+        Positions that a loader state skips count as consumed.
         """
-        before = self._mixture.before(position) if len(self._plans) > 1 else [position]
         return [
             Consumed(source.name, count, count / max(1, source.samples))
-            for source, count in zip(self.sources, before, strict=True)
+            for source, count in zip(self.sources, self._before(position), strict=True)
         ]
 
     def shards_from(self, position: int) -> Iterator[list[int]]:
-        """Shards in the order in which they are needed, without end.
+        """Shards in the order in which they are needed from a position on, without end.
 
-        Each list holds the shards that are in use together, one window of each source: first those
-        at `position`, then those after the first change of any source's window, and so on; what is
-        new comes first in a list.
+        Each list holds the shards that are in use at the same time, one window per source: first
+        those at `position`, then those after the first window change of any source, and so on.
+        Newly needed shards come first in a list.
         """
-        before = self._mixture.before(position) if len(self._plans) > 1 else [position]
-        coming = [
-            plan.windows_from(number) if plan else iter(())
-            for plan, number in zip(self._plans, before, strict=True)
+        before = self._before(position)
+        windows = [
+            plan.windows_from(first) if plan else iter(())
+            for plan, first in zip(self._plans, before, strict=True)
         ]
-        queue: list[tuple[int, int, list[int]]] = []
+        queue = _WindowQueue(self._mixture, windows, before)
 
-        def put(source: int) -> None:
-            window = next(coming[source], None)
-            needed = (
-                None
-                if window is None
-                else self._mixture.reached(source, max(window.first, before[source]))
-            )
-            if window is not None and needed is not None:
-                heapq.heappush(queue, (needed, source, window.shards))
+        while queue.has_next and (
+            not queue.in_use or queue.next_position <= position + len(windows)
+        ):
+            queue.advance()
 
-        def take() -> int:
-            _, source, in_use[source] = heapq.heappop(queue)
-            put(source)
-            return source
+        # The first windows interleaved: every source is needed at once.
+        interleaved = zip_longest(*queue.in_use.values())
+        yield [shard for row in interleaved for shard in row if shard is not None]
 
-        in_use: dict[int, list[int]] = {}
-        for source in range(len(coming)):
-            put(source)
-        while queue and (not in_use or queue[0][0] <= position + len(coming)):
-            take()
-        # The first lists side by side: each source is needed at once.
-        yield [shard for row in zip_longest(*in_use.values()) for shard in row if shard is not None]
-        while queue:
-            source = take()
+        while queue.has_next:
+            source = queue.advance()
             others = [
-                shard for other, shards in in_use.items() if other != source for shard in shards
+                shard
+                for other, shards in queue.in_use.items()
+                if other != source
+                for shard in shards
             ]
-            yield in_use[source] + others
+            yield queue.in_use[source] + others
+
+    def _make_plans(self, seed: int, shuffle_window: int) -> list[Plan | None]:
+        """One plan per source; None for a source that is never sampled."""
+        plans: list[Plan | None] = []
+        first_shard = 0
+        for index, source in enumerate(self.sources):
+            plan = None
+            if self.fractions.is_sampled(index):
+                if not source.samples:
+                    raise ConfigError(_no_samples_message(source))
+                # Sources with the same number of shards must not be shuffled identically. The
+                # first source keeps the seed of the run.
+                source_seed = named_seed(seed, "source", index) if index else seed
+                plan = Plan(
+                    source.sizes,
+                    source_seed,
+                    shuffle_window,
+                    dropped=source.dropped,
+                    first_shard=first_shard,
+                )
+            plans.append(plan)
+            first_shard += len(source.sizes)
+        return plans
+
+    def _before(self, position: int) -> list[int]:
+        """Number of samples of each source before a position."""
+        return self._mixture.before(position) if len(self._plans) > 1 else [position]
 
     def _plan(self, source: int) -> Plan:
         plan = self._plans[source]
-        assert plan is not None, "a source without a share was drawn"
+        assert plan is not None, "a source with fraction 0 was sampled"
         return plan
 
 
-def weights_of(source: OrderSource) -> Points:
-    """A source's weights: those that were given, or one by its samples and `repeats`."""
+class _WindowQueue:
+    """The next window of every source, ordered by the position that needs it first."""
+
+    def __init__(
+        self, mixture: Mixture, windows: Sequence[Iterator[Window]], before: Sequence[int]
+    ) -> None:
+        self._mixture, self._windows, self._before = mixture, windows, before
+        self._heap: list[tuple[int, int, list[int]]] = []
+        self.in_use: dict[int, list[int]] = {}
+        """Source -> shards of its current window."""
+        for source in range(len(windows)):
+            self._push_next(source)
+
+    @property
+    def has_next(self) -> bool:
+        return bool(self._heap)
+
+    @property
+    def next_position(self) -> int:
+        """First position that needs the next window."""
+        return self._heap[0][0]
+
+    def advance(self) -> int:
+        """Make the next window the current one of its source; returns the source."""
+        _, source, self.in_use[source] = heapq.heappop(self._heap)
+        self._push_next(source)
+        return source
+
+    def _push_next(self, source: int) -> None:
+        window = next(self._windows[source], None)
+        if window is None:
+            return
+
+        position = self._mixture.position_of(source, max(window.first, self._before[source]))
+        if position is not None:
+            heapq.heappush(self._heap, (position, source, window.shards))
+
+
+def weights_of(source: OrderSource) -> WeightSchedule:
+    """The weights of a source as configured, or its number of samples x `repeats`."""
     return source.weights or ((0, Fraction(source.samples * source.repeats)),)
 
 
-def _empty(source: OrderSource) -> str:
-    gone = sum(len(dropped) for dropped in source.dropped.values())
-    why = f"its drop-list leaves out all {gone}" if gone else "its manifest has none"
-    return f"data.train source {source.name!r} has no samples ({why}); leave it out, or set its weight to 0"
+def _no_samples_message(source: OrderSource) -> str:
+    dropped = sum(len(samples) for samples in source.dropped.values())
+    reason = f"its drop-list excludes all {dropped}" if dropped else "its manifest has none"
+    return (
+        f"data.train source {source.name!r} has no samples ({reason}); "
+        f"remove the source, or set its weight to 0"
+    )

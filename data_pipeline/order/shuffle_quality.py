@@ -1,21 +1,22 @@
-"""How close the shuffle of a source comes to a perfect one, measured on an epoch of its order.
+"""Shuffle quality of a source, measured on one epoch of its order.
 
-Shards are shuffled whole and samples only within a window of shards, so samples that lie side by
-side in a shard (often of one crawl, one class, one camera) come nearer to each other than in a
-perfect shuffle. How much nearer, and whether a batch notices, is measured by the same code on the
-plan and on a random permutation of the same samples:
+Shards are shuffled as a whole and samples only within a window of shards, so samples that are
+adjacent in a shard (often from one crawl, one class, one camera) stay closer to each other than in
+a perfect shuffle. The same metrics are computed for the plan and for a random permutation of the
+same samples:
 
-- **distance**: places between samples that are neighbors in storage, as a share of the epoch; 1/3 on
-  average in a perfect shuffle (and its 5 % and 50 % quantiles);
-- **unevenness**: how a shard's samples lie over the epoch: the Kolmogorov-Smirnov distance between their
-  places and even ones, mean over shards; 0 is even, 1 all in one place;
-- **same shard**: how often a sample is followed by one of its own shard;
-- **shards a batch**: effective number (1 / sum of squared shares) in a batch;
-- **class counts**: if samples had been sorted by class before shards were made (the worst case), the
-  variance of a class's count in a batch.
+- **distance**: positions between samples that are adjacent in storage, as a fraction of the epoch;
+  1/3 on average in a perfect shuffle (also its 5 % and 50 % quantiles);
+- **unevenness**: spread of a shard's samples over the epoch: the Kolmogorov-Smirnov distance
+  between their positions and a uniform distribution, mean over shards; 0 is uniform, 1 is all at
+  one position;
+- **same shard**: fraction of samples followed by a sample of the same shard;
+- **shards per batch**: effective number of shards (1 / sum of squared fractions) in a batch;
+- **class counts**: variance of a class's count in a batch if the samples had been sorted by class
+  before they were written to shards (the worst case).
 
-The first two concern the epoch as a whole: a large set is measured on a small one with the same
-share of shards in a window. The others are measured on batches of the real plan.
+The first two concern the whole epoch: for a large dataset they are computed on a smaller one with
+the same fraction of shards in a window. The others are computed on batches of the actual plan.
 """
 
 from __future__ import annotations
@@ -28,15 +29,16 @@ import numpy as np
 from data_pipeline.common.seeds import rng
 from data_pipeline.order.plan import Plan
 
-MOST_SAMPLES = 1 << 20
-"""A larger set is measured in part: see above."""
-_SMALL_SHARDS = 2048
-_CLASSES = 64
+MAX_SAMPLES = 1 << 20
+"""Larger datasets are measured in part; see the module docstring."""
+_MAX_SHARDS = 2048
+_NUM_CLASSES = 64
+_MAX_SHARDS_FOR_UNEVENNESS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShuffleQuality:
-    """What was measured on one order."""
+    """Metrics of one order; see the module docstring."""
 
     distance_mean: float
     distance_5_percent: float
@@ -48,13 +50,13 @@ class ShuffleQuality:
 
 
 LABELS = {
-    "distance_mean": "distance of neighbors in storage, mean (share of the epoch)",
-    "distance_5_percent": "  of the nearest 5 %, at most",
+    "distance_mean": "distance of samples adjacent in storage, mean (fraction of epoch)",
+    "distance_5_percent": "  5 % quantile",
     "distance_median": "  median",
     "unevenness": "unevenness of a shard over the epoch (0 to 1)",
-    "same_shard": "followed by a sample of the same shard",
-    "shards_per_batch": "shards in a batch, effective number",
-    "class_variance": "variance of class counts in a batch, were samples sorted by class",
+    "same_shard": "fraction followed by a sample of the same shard",
+    "shards_per_batch": "shards per batch, effective number",
+    "class_variance": "variance of class counts in a batch, samples sorted by class",
 }
 
 
@@ -65,130 +67,140 @@ def shuffle_quality(
 
     Args:
         shard_sizes: Samples of each shard.
-        seed: Of the plan.
-        shuffle_window: Shards whose samples are shuffled together.
-        batch: Samples of a global batch that come from this source.
+        seed: Seed of the plan.
+        shuffle_window: Number of shards whose samples are shuffled together.
+        batch: Samples of this source in a global batch.
     """
     sizes = np.asarray(shard_sizes, dtype=np.int64)
     sizes = sizes[sizes > 0]
     total = int(sizes.sum())
     batch = max(1, min(batch, total))
-    small, small_window = _small(sizes, shuffle_window)
-    epoch = _numbers(Plan(small, seed, small_window), small, 0, int(small.sum()))
-    firsts = _batch_starts(total, batch, shuffle_window * int(sizes.mean()))
-    plan = Plan(sizes, seed, shuffle_window)
-    batches = np.stack([_numbers(plan, sizes, first, batch) for first in firsts])
 
-    draw = rng(seed, "perfect shuffle")
-    if total <= MOST_SAMPLES:
-        perfect = draw.permutation(total)
-        perfect_batches = np.stack([perfect[first : first + batch] for first in firsts])
+    small, small_window = _reduced_sizes(sizes, shuffle_window)
+    epoch = _sample_ids(Plan(small, seed, small_window), small, 0, int(small.sum()))
+    starts = _batch_starts(total, batch, shuffle_window * int(sizes.mean()))
+    plan = Plan(sizes, seed, shuffle_window)
+    batches = np.stack([_sample_ids(plan, sizes, start, batch) for start in starts])
+
+    generator = rng(seed, "perfect shuffle")
+    if total <= MAX_SAMPLES:
+        perfect = generator.permutation(total)
+        perfect_batches = np.stack([perfect[start : start + batch] for start in starts])
     else:
-        # Of so many samples hardly any is drawn twice.
-        perfect_batches = draw.integers(0, total, size=batches.shape)
-    perfect_epoch = draw.permutation(len(epoch))
-    return measure(epoch, small, batches, sizes), measure(
-        perfect_epoch, small, perfect_batches, sizes
+        # With so many samples, duplicates are rare.
+        perfect_batches = generator.integers(0, total, size=batches.shape)
+    perfect_epoch = generator.permutation(len(epoch))
+
+    return (
+        measure(epoch, small, batches, sizes),
+        measure(perfect_epoch, small, perfect_batches, sizes),
     )
 
 
 def measure(
     epoch: np.ndarray, epoch_sizes: np.ndarray, batches: np.ndarray, batch_sizes: np.ndarray
 ) -> ShuffleQuality:
-    """Measure one order.
+    """Compute the metrics of one order.
 
     Args:
-        epoch: int64 `[samples]`, a permutation: which sample comes at each place; samples are
-        numbered
-            shard after shard.
-        epoch_sizes: Samples of each of its shards.
+        epoch: int64 `[samples]`, a permutation: the sample at each position. Samples are numbered
+            consecutively over the shards.
+        epoch_sizes: Samples of each shard of `epoch`.
         batches: int64 `[batches, batch]`: the samples of some batches.
-        batch_sizes: Samples of each shard that those are from.
+        batch_sizes: Samples of each shard of `batches`.
     """
     total = len(epoch)
-    place_of = np.empty(total, dtype=np.int64)
-    place_of[epoch] = np.arange(total)
+    position_of = np.empty(total, dtype=np.int64)
+    position_of[epoch] = np.arange(total)
+
     shard_of = np.repeat(np.arange(len(epoch_sizes)), epoch_sizes)
-    neighbors = shard_of[:-1] == shard_of[1:]
-    distances = (
-        np.abs(np.diff(place_of))[neighbors] / total if neighbors.any() else np.array([1 / 3])
-    )
+    adjacent = shard_of[:-1] == shard_of[1:]
+    distances = np.array([1 / 3])
+    if adjacent.any():
+        distances = np.abs(np.diff(position_of))[adjacent] / total
+
     shards = np.searchsorted(np.cumsum(batch_sizes), batches, side="right")
+    same_shard = 0.0
+    if shards.shape[1] > 1:
+        same_shard = float(np.mean(shards[:, 1:] == shards[:, :-1]))
+
     return ShuffleQuality(
         distance_mean=float(distances.mean()),
         distance_5_percent=float(np.quantile(distances, 0.05)),
         distance_median=float(np.median(distances)),
-        unevenness=_unevenness(place_of, epoch_sizes),
-        same_shard=float(np.mean(shards[:, 1:] == shards[:, :-1])) if shards.shape[1] > 1 else 0.0,
-        shards_per_batch=float(np.mean([_effective(row) for row in shards])),
+        unevenness=_unevenness(position_of, epoch_sizes),
+        same_shard=same_shard,
+        shards_per_batch=float(np.mean([_effective_number(row) for row in shards])),
         class_variance=_class_variance(batches, int(np.sum(batch_sizes))),
     )
 
 
-def quality_table(found: ShuffleQuality, perfect: ShuffleQuality) -> str:
-    """Both side by side, for a person."""
+def format_quality_table(measured: ShuffleQuality, perfect: ShuffleQuality) -> str:
+    """A table of both, side by side."""
     lines = [f"{'':<66} {'this order':>11} {'perfect':>11}"]
     for name, label in LABELS.items():
-        lines.append(f"{label:<66} {asdict(found)[name]:>11.4g} {asdict(perfect)[name]:>11.4g}")
+        value, perfect_value = asdict(measured)[name], asdict(perfect)[name]
+        lines.append(f"{label:<66} {value:>11.4g} {perfect_value:>11.4g}")
     return "\n".join(lines)
 
 
-def _small(sizes: np.ndarray, window: int) -> tuple[np.ndarray, int]:
-    """A set of at most about `MOST_SAMPLES` samples with the same share of its shards in a
-    window."""
-    if sizes.sum() <= MOST_SAMPLES:
+def _reduced_sizes(sizes: np.ndarray, window: int) -> tuple[np.ndarray, int]:
+    """Shard sizes and window of a dataset of at most about `MAX_SAMPLES` samples, with the same
+    fraction of its shards in a window."""
+    if sizes.sum() <= MAX_SAMPLES:
         return sizes, window
-    count = min(len(sizes), _SMALL_SHARDS)
-    chosen = sizes[np.linspace(0, len(sizes) - 1, count).astype(np.int64)]
-    shrunk = np.maximum(
-        1, np.round(chosen * min(1.0, MOST_SAMPLES / chosen.sum())).astype(np.int64)
-    )
-    return shrunk, max(1, round(window * count / len(sizes)))
+
+    count = min(len(sizes), _MAX_SHARDS)
+    selected = sizes[np.linspace(0, len(sizes) - 1, count).astype(np.int64)]
+    scale = min(1.0, MAX_SAMPLES / selected.sum())
+    reduced = np.maximum(1, np.round(selected * scale).astype(np.int64))
+    return reduced, max(1, round(window * count / len(sizes)))
 
 
 def _batch_starts(total: int, batch: int, window_samples: int) -> list[int]:
-    """First places of the batches to look at: all of them, or some over the whole epoch."""
+    """First positions of the batches to measure: all of them, or some over the whole epoch."""
     count = total // batch
-    if total > MOST_SAMPLES:
-        # Each costs the shuffling of a window, so there are fewer of large ones.
+    if total > MAX_SAMPLES:
+        # Each batch costs the shuffling of a window, so fewer are measured if windows are large.
         count = min(count, max(8, min(256, (1 << 25) // max(1, window_samples))))
-        return [int(first) for first in np.linspace(0, total - batch, count)]
-    return [batch * number for number in range(count)]
+        return [int(start) for start in np.linspace(0, total - batch, count)]
+    return [batch * index for index in range(count)]
 
 
-def _numbers(plan: Plan, sizes: np.ndarray, first: int, count: int) -> np.ndarray:
-    """Samples of a plan, numbered shard after shard."""
+def _sample_ids(plan: Plan, sizes: np.ndarray, first: int, count: int) -> np.ndarray:
+    """Samples of a plan, numbered consecutively over the shards."""
     refs = plan.samples(first, count)
     starts = np.cumsum(sizes) - sizes
-    found: np.ndarray = starts[[ref.shard for ref in refs]] + np.array(
-        [ref.sample for ref in refs], dtype=np.int64
-    )
-    return found
+    ids: np.ndarray = starts[[ref.shard for ref in refs]]
+    return ids + np.array([ref.sample for ref in refs], dtype=np.int64)
 
 
-def _effective(shards: np.ndarray) -> float:
+def _effective_number(shards: np.ndarray) -> float:
     counts = np.unique(shards, return_counts=True)[1]
     return float(counts.sum() ** 2 / np.square(counts, dtype=np.float64).sum())
 
 
-def _unevenness(place_of: np.ndarray, sizes: np.ndarray) -> float:
-    """Mean Kolmogorov-Smirnov distance of up to 256 shards' places from the uniform
-    distribution."""
-    starts, total = np.cumsum(sizes) - sizes, len(place_of)
-    found = []
-    for shard in np.linspace(0, len(sizes) - 1, min(256, len(sizes))).astype(np.int64):
+def _unevenness(position_of: np.ndarray, sizes: np.ndarray) -> float:
+    """Kolmogorov-Smirnov distance of a shard's positions from the uniform distribution, mean over
+    up to 256 shards."""
+    starts, total = np.cumsum(sizes) - sizes, len(position_of)
+    num_shards = min(_MAX_SHARDS_FOR_UNEVENNESS, len(sizes))
+    distances = []
+    for shard in np.linspace(0, len(sizes) - 1, num_shards).astype(np.int64):
         count = int(sizes[shard])
-        places = np.sort(place_of[starts[shard] : starts[shard] + count] + 0.5) / total
+        positions = position_of[starts[shard] : starts[shard] + count]
+        quantiles = np.sort(positions + 0.5) / total
         steps = np.arange(count + 1) / count
-        found.append(max(np.max(steps[1:] - places), np.max(places - steps[:-1])))
-    return float(np.mean(found))
+        distances.append(max(np.max(steps[1:] - quantiles), np.max(quantiles - steps[:-1])))
+    return float(np.mean(distances))
 
 
 def _class_variance(batches: np.ndarray, total: int) -> float:
-    """Mean squared distance of a class's count in a batch from what it should be, over batches and
-    classes."""
-    number = min(_CLASSES, total)
-    classes = batches * number // total
-    flat = classes + np.arange(len(classes))[:, None] * number
-    counts = np.bincount(flat.ravel(), minlength=len(classes) * number).reshape(-1, number)
-    return float(np.square(counts - batches.shape[1] / number).mean())
+    """Mean squared deviation of a class's count in a batch from its expected value, over batches
+    and classes."""
+    num_classes = min(_NUM_CLASSES, total)
+    classes = batches * num_classes // total
+    flat = classes + np.arange(len(classes))[:, None] * num_classes
+    counts = np.bincount(flat.ravel(), minlength=len(classes) * num_classes)
+    counts_per_batch = counts.reshape(-1, num_classes)
+    return float(np.square(counts_per_batch - batches.shape[1] / num_classes).mean())

@@ -1,13 +1,12 @@
-"""Where training is in its data, as a value; and how positions that must not be delivered are
-jumped.
+"""State of the data loader, and how excluded positions are skipped.
 
-Positions count the samples of the order from the start of training. Those in `skip` do not exist
-for a step: it takes the next ones instead, so that it always has its full number. What comes after
-a state is therefore a function of (position, skip) alone, and ranges before the position change
-nothing.
+Positions count the samples of the order from the start of training. Positions in `skip` are never
+delivered: a step takes the following positions instead, so every step has its full batch size.
+Everything after a state is therefore a function of (position, skip), and ranges before the position
+have no effect.
 
-    skip = ((8, 12),), 4 pairs a step, from position 4:   4 5 6 7 | 12 13 14 15 | 16 ...
-    positions of the states after the steps:                     8             16
+    skip = ((8, 12),), 4 pairs per step, from position 4:   4 5 6 7 | 12 13 14 15 | 16 ...
+    positions of the states after the steps:                       8             16
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ from data_pipeline.common.errors import DataError
 STATE_VERSION = 2
 
 Ranges = tuple[tuple[int, int], ...]
-"""Ranges of positions, each `(first, end)` with the end left out; rising and apart."""
+"""Ranges of positions `(first, end)`, end exclusive; ascending, disjoint and not adjacent."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderState:
-    """All that must be kept to go on with the next sample."""
+    """All state that is needed to resume with the next sample."""
 
     version: int = STATE_VERSION
     position: int = 0
@@ -35,18 +34,20 @@ class LoaderState:
     seed: int = 0
     """Seed of the order and of every sample's augmentation."""
     data: str = ""
-    """Fingerprint of all that makes the order (`loader.data_fingerprint`); empty before the first
-    step."""
+    """Fingerprint of everything that determines the order (`sources.data_fingerprint`); empty
+    before the first step."""
     skip: Ranges = ()
     """Positions that are never delivered."""
 
-    def skipping(self, first: int, end: int) -> LoaderState:
-        """The same state, but positions `first` to `end - 1` are never delivered; those before it
-        were already."""
-        return replace(self, skip=joined((*self.skip, (max(first, self.position), end))))
+    def with_skipped(self, first: int, end: int) -> LoaderState:
+        """A copy of the state that also skips positions `first` to `end - 1`.
+
+        Positions before the current one were already delivered and are not added.
+        """
+        return replace(self, skip=merge_ranges((*self.skip, (max(first, self.position), end))))
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object."""
+        """The state as a JSON object."""
         return {
             "version": self.version,
             "position": self.position,
@@ -57,81 +58,85 @@ class LoaderState:
 
     @staticmethod
     def from_json(value: str | dict[str, Any]) -> LoaderState:
-        """Read what `to_json` gave, as an object or as text; version 1 had no `skip`.
+        """Parse the output of `to_json`, as an object or as text; version 1 had no `skip`.
 
         Raises:
-            DataError: It is not such a state, or of another version.
+            DataError: The value is not a loader state, or has an unknown version.
         """
         try:
-            found = dict(json.loads(value) if isinstance(value, str) else value)
-            version = found.pop("version", None)
+            fields = dict(json.loads(value) if isinstance(value, str) else value)
+            version = fields.pop("version", None)
             if version not in (1, STATE_VERSION):
                 raise DataError(
-                    f"the loader state has version {version!r}, but this program reads 1 and {STATE_VERSION}"
+                    f"the loader state has version {version!r}, but this program reads versions "
+                    f"1 and {STATE_VERSION}"
                 )
-            if version == 1 and "skip" in found:
+            if version == 1 and "skip" in fields:
                 raise ValueError("version 1 has no `skip`")
-            state = LoaderState(
-                **found | {"skip": tuple((first, end) for first, end in found.get("skip", ()))}
-            )
+
+            skip = tuple((first, end) for first, end in fields.get("skip", ()))
+            state = LoaderState(**fields | {"skip": skip})
         except (TypeError, ValueError) as error:
             raise DataError(f"not a loader state: {error}") from error
-        _check(state)
+
+        _validate(state)
         return state
 
 
-def joined(ranges: Iterable[tuple[int, int]]) -> Ranges:
-    """Ranges sorted, with those that touch or overlap made one; empty ones vanish."""
-    done: list[tuple[int, int]] = []
+def merge_ranges(ranges: Iterable[tuple[int, int]]) -> Ranges:
+    """Sort ranges, merge those that overlap or touch, and remove empty ones."""
+    merged: list[tuple[int, int]] = []
     for first, end in sorted(pair for pair in ranges if pair[0] < pair[1]):
-        if done and first <= done[-1][1]:
-            done[-1] = (done[-1][0], max(done[-1][1], end))
+        if merged and first <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], end))
         else:
-            done.append((first, end))
-    return tuple(done)
+            merged.append((first, end))
+    return tuple(merged)
 
 
-def delivered(position: int, skip: Ranges, start: int, count: int) -> list[range]:
-    """Which positions are delivered as numbers `start` to `start + count - 1` from `position` on.
+def delivered_positions(position: int, skip: Ranges, start: int, count: int) -> list[range]:
+    """The delivered positions number `start` to `start + count - 1`, counted from `position`.
 
     Args:
         position: Where counting begins.
-        skip: Positions that are jumped.
-        start: First number, 0 for the first position delivered.
-        count: How many.
+        skip: Positions that are not delivered.
+        start: Index of the first delivered position; 0 is the first one at or after `position`.
+        count: Number of positions.
 
     Returns:
-        `count` positions in rising order, as ranges.
+        `count` positions in ascending order, as ranges.
     """
-    found: list[range] = []
-    at, ahead = position, start
+    ranges: list[range] = []
+    current, to_skip = position, start
     for first, end in (*skip, (None, None)):
-        if end is not None and end <= at:
+        if end is not None and end <= current:
             continue
-        room = ahead + count if first is None else max(0, first - at)
-        passed = min(ahead, room)
-        taken = min(count, room - passed)
+
+        available = to_skip + count if first is None else max(0, first - current)
+        skipped = min(to_skip, available)
+        taken = min(count, available - skipped)
         if taken:
-            found.append(range(at + passed, at + passed + taken))
-        ahead, count = ahead - passed, count - taken
+            ranges.append(range(current + skipped, current + skipped + taken))
+
+        to_skip, count = to_skip - skipped, count - taken
         if not count or end is None:
             break
-        at = end
-    return found
+        current = end
+    return ranges
 
 
-def _check(state: LoaderState) -> None:
-    numbers = (state.position, state.seed, *(number for pair in state.skip for number in pair))
-    if not all(type(number) is int for number in numbers) or not isinstance(state.data, str):
+def _validate(state: LoaderState) -> None:
+    integers = (state.position, state.seed, *(value for pair in state.skip for value in pair))
+    if not all(type(value) is int for value in integers) or not isinstance(state.data, str):
         raise DataError(
-            "not a loader state: its position, seed and skip must be whole numbers, its data text"
+            "not a loader state: `position`, `seed` and `skip` must be integers, "
+            "and `data` must be a string"
         )
-    if (
-        state.position < 0
-        or any(first < 0 for first, _ in state.skip)
-        or joined(state.skip) != state.skip
-    ):
+
+    negative = state.position < 0 or any(first < 0 for first, _ in state.skip)
+    if negative or merge_ranges(state.skip) != state.skip:
         raise DataError(
-            f"not a loader state: position {state.position} and skip {list(map(list, state.skip))} must not be "
-            f"negative, and the ranges must rise and lie apart"
+            f"not a loader state: position {state.position} and skip "
+            f"{list(map(list, state.skip))} must not be negative, and the ranges must be "
+            f"ascending and disjoint"
         )

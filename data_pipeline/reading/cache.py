@@ -1,17 +1,18 @@
-"""Copies of remote shards on a node's disk, shared by all its processes, within a limit.
+"""Cache of remote shards on a node's disk, shared by all processes of the node, limited in size.
 
-    FOLDER/shards/SHA-NAME          a whole copy (`SHA-NAME.other`: whole, but not what the manifest says)
-    FOLDER/shards/SHA-NAME.part     being made, and locked by whoever makes it
-    FOLDER/shards/.lock             held for moments: while room is made and reserved
-    FOLDER/slots/N                  locked by those who copy: so many copies at a time on a node
-    FOLDER/bad/SHA                  a shard that could not be had, and why; believed for a while
+    FOLDER/shards/SHA-NAME          a complete copy (`SHA-NAME.mismatch`: complete, but its size or
+                                    SHA-256 differ from the manifest)
+    FOLDER/shards/SHA-NAME.part     a copy in progress, locked by the process that writes it
+    FOLDER/shards/.lock             held briefly while space is freed and reserved
+    FOLDER/slots/N                  locked by processes that copy: limits concurrent copies per node
+    FOLDER/failures/SHA             a shard that is unavailable, and why (`shard_failures.py`)
 
-All locks are `flock`: the kernel frees those of a process that was killed. A copy gets its name
-when it is whole, so a half one is never taken for it; leftovers are removed when room is next made.
-Readers hold a shared lock on what they have open, so that copies in use are not removed; and if one
-is, its readers keep it until they close it. The copies unused longest go first (the time of
-modification is the time of last use). A full disk is taken as the limit. Nothing is forced to the
-disk: what a power failure leaves is noticed by the samples' checksums.
+All locks are `flock` locks: the kernel releases those of a killed process. A copy is renamed to its
+final name when it is complete, so an incomplete one is never used; leftovers are removed when space
+is freed next. Readers hold a shared lock on their open files, so copies in use are not removed; if
+one is removed anyway, its readers can read it until they close it. Copies are evicted in
+least-recently-used order (the modification time is the time of last use). A full disk counts as a
+full cache. Files are not fsynced: corruption after a power failure is detected by sample checksums.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ import errno
 import fcntl
 import logging
 import os
-import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -29,76 +29,77 @@ from pathlib import Path
 from threading import Event
 
 from data_pipeline.common import object_store
-from data_pipeline.common.open_files import is_out_of_files
+from data_pipeline.common.open_files import is_too_many_open_files
+from data_pipeline.reading.cache_eviction import MISMATCH_SUFFIX, PART_SUFFIX, free_space
+from data_pipeline.reading.file_locks import allocate, is_file_at, touch, try_lock
 from data_pipeline.shards.manifest import ShardEntry
 
 logger = logging.getLogger(__name__)
 
-COPIES_AT_ONCE = 8
+MAX_CONCURRENT_COPIES = 8
 """Shards that the processes of a node copy at a time, each with 4 connections."""
-COPY_TRIES = 3
-"""How often a shard is copied that is not what the manifest says, before it is kept as it came."""
-SPARE_SHARE = 0.01
-"""Part of the disk that is left free for others."""
-TOUCH_SECONDS = 60.0
+MAX_COPY_ATTEMPTS = 3
+"""Attempts to copy a shard that does not match its manifest, before it is kept as it is."""
 
 _GIB = 1 << 30
-_NO_PROMISES = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
-_OTHER, _PART = ".other", ".part"
 
 
-class Made(Enum):
-    """How an attempt to copy a shard ended."""
+class CopyResult(Enum):
+    """Result of an attempt to copy a shard."""
 
-    HERE = "it is in the cache"
-    BUSY = "another process copies it"
-    CROWDED = "enough others are being copied"
-    FULL = "there is no room: all that is there is in use"
+    CACHED = "the shard is in the cache"
+    BUSY = "another process is copying the shard"
+    SLOTS_TAKEN = "the maximum number of copies is in progress"
+    NO_SPACE = "the cache is full of shards in use"
 
 
 class ShardCache:
-    """The copies below one folder; any number of processes may use it at once."""
+    """The copies in one folder; any number of processes may use it concurrently."""
 
     def __init__(self, folder: str | os.PathLike[str], limit_gib: float) -> None:
-        """Know the folder; it is made with the first copy.
+        """Set the folder; it is created with the first copy.
 
         Args:
-            folder: On a disk of this machine.
-            limit_gib: Most that the copies may take together; 0 keeps none.
+            folder: On a local disk.
+            limit_gib: Maximum total size of the copies; 0 caches nothing.
         """
         self.folder = Path(folder)
         self._shards, self._limit = self.folder / "shards", int(limit_gib * _GIB)
-        self._told = False
+        self._warned = False
 
     def path(self, entry: ShardEntry) -> Path:
-        """Where the copy of a shard is, or would be; another shard never has the same place."""
-        name = os.fsencode(entry.name.rpartition("/")[2])[-100:]  # file systems count bytes
+        """Path of a shard's copy, whether or not it exists; unique per shard content."""
+        name = os.fsencode(entry.name.rpartition("/")[2])[-100:]  # file systems limit bytes
         return self._shards / f"{entry.sha256[:32]}-{name.decode(errors='ignore')}"
 
     def open(self, entry: ShardEntry) -> int | None:
-        """A file descriptor of a shard's copy, which stays in the cache as long as it is open; None
-        without one.
+        """File descriptor of a shard's copy; None if there is none.
+
+        The copy stays in the cache while the descriptor is open.
 
         Raises:
             OSError: There are too many open files.
         """
         path = self.path(entry)
-        for place in (path, Path(f"{path}{_OTHER}")):
+        for candidate in (path, _mismatch_path(path)):
             try:
-                fd = os.open(place, os.O_RDONLY | os.O_CLOEXEC)
+                fd = os.open(candidate, os.O_RDONLY | os.O_CLOEXEC)
             except OSError as error:
-                if is_out_of_files(error):
+                if is_too_many_open_files(error):
                     raise
                 continue
-            if place == path and os.fstat(fd).st_size != entry.bytes:
-                os.close(fd)  # a power failure; it will be made again
+
+            if candidate == path and os.fstat(fd).st_size != entry.bytes:
+                # Truncated, e.g. by a power failure: remove it, so that it is copied again.
+                os.close(fd)
                 with contextlib.suppress(OSError):
-                    place.unlink(missing_ok=True)
+                    candidate.unlink(missing_ok=True)
                 continue
-            with contextlib.suppress(OSError):  # without locks it can be read all the same
-                _try_lock(
-                    fd, fcntl.LOCK_SH
-                )  # if it is being removed this moment, it is still whole for us
+
+            # If the lock fails because the copy is being removed, the open file is still complete.
+            # File systems without locks can be read as well.
+            with contextlib.suppress(OSError):
+                try_lock(fd, fcntl.LOCK_SH)
             touch(fd)
             return fd
         return None
@@ -106,15 +107,15 @@ class ShardCache:
     def has(self, entry: ShardEntry) -> bool:
         """Whether there is a copy."""
         path = self.path(entry)
-        return path.exists() or Path(f"{path}{_OTHER}").exists()
+        return path.exists() or _mismatch_path(path).exists()
 
-    def drop(self, entry: ShardEntry) -> None:
-        """Remove a shard's copy, because it is damaged."""
+    def remove(self, entry: ShardEntry) -> None:
+        """Remove a shard's copy, e.g. because it is corrupt."""
         path = self.path(entry)
-        for place in (path, Path(f"{path}{_OTHER}")):
-            place.unlink(missing_ok=True)
+        for candidate in (path, _mismatch_path(path)):
+            candidate.unlink(missing_ok=True)
 
-    def make(
+    def fetch(
         self,
         entry: ShardEntry,
         url: str,
@@ -123,71 +124,73 @@ class ShardCache:
         request_seconds: float,
         keep: Collection[Path] = (),
         cancel: Event | None = None,
-    ) -> Made:
-        """Copy a shard, unless it is there or somebody else does.
+    ) -> CopyResult:
+        """Copy a shard, unless it is cached or another process copies it.
 
         Args:
             entry: The shard.
-            url: Where it is.
-            timeout_seconds: Longest time without progress.
-            request_seconds: Longest time for one request.
-            keep: Copies (by `path`) that are not removed to make room.
-            cancel: Set by another thread to give up.
+            url: Its address.
+            timeout_seconds: Maximum time without progress.
+            request_seconds: Maximum time per request.
+            keep: Copies (by `path`) that must not be removed to free space.
+            cancel: Set by another thread to abort.
 
         Raises:
-            StorageError: The shard cannot be had.
+            StorageError: The shard is unavailable.
             OSError: There are too many open files.
         """
         if self.has(entry):
-            return Made.HERE
+            return CopyResult.CACHED
         if not 0 < entry.bytes <= self._limit:
-            return Made.FULL
+            return CopyResult.NO_SPACE
+
         try:
-            with self._slot() as free:
-                if not free:
-                    return Made.CROWDED
+            with self._slot() as acquired:
+                if not acquired:
+                    return CopyResult.SLOTS_TAKEN
+
                 part = self._reserve(entry, keep)
-                if isinstance(part, Made):
+                if isinstance(part, CopyResult):
                     return part
                 return self._fill(part, entry, url, timeout_seconds, request_seconds, cancel)
         except OSError as error:
-            if is_out_of_files(error):
+            if is_too_many_open_files(error):
                 raise
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT) and not self._told:
-                self._told = True
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) and not self._warned:
+                self._warned = True
                 logger.warning(
-                    "no shard can be copied into %s: %s; samples come without copies",
+                    "cannot copy shards to %s: %s; samples are read from the store by range",
                     self._shards,
                     error,
                 )
-            return Made.FULL
+            return CopyResult.NO_SPACE
 
-    def _reserve(self, entry: ShardEntry, keep: Collection[Path]) -> int | Made:
-        """An empty, locked file of the shard's length, with room made for it."""
+    def _reserve(self, entry: ShardEntry, keep: Collection[Path]) -> int | CopyResult:
+        """A locked, allocated file of the shard's length, after freeing space for it."""
         path, part = self.path(entry), self._part(entry)
         with self._locked():
             if self.has(entry):
-                return Made.HERE
+                return CopyResult.CACHED
+
             fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             try:
-                if not _try_lock(fd, fcntl.LOCK_EX):
+                if not try_lock(fd, fcntl.LOCK_EX):
                     os.close(fd)
-                    return Made.BUSY
-                if self.has(entry):  # finished since the first look: what was opened is a new file
+                    return CopyResult.BUSY
+                if self.has(entry):  # finished since the check above: `part` is a new file
                     part.unlink(missing_ok=True)
                     os.close(fd)
-                    return Made.HERE
-                if not _is_at(
-                    fd, part
-                ):  # given up by somebody since it was opened: no others see this file
+                    return CopyResult.CACHED
+                if not is_file_at(fd, part):  # removed by its writer since it was opened
                     os.close(fd)
-                    return Made.BUSY
-                os.ftruncate(fd, 0)  # somebody who was killed may have left something
-                if not self._make_room(entry.bytes, {*keep, path}):
+                    return CopyResult.BUSY
+
+                os.ftruncate(fd, 0)  # a killed process may have left data
+                if not free_space(self._shards, self._limit, entry.bytes, {*keep, path}):
                     part.unlink()
                     os.close(fd)
-                    return Made.FULL
-                _allocate(fd, entry.bytes)  # the others count it as taken from now on
+                    return CopyResult.NO_SPACE
+                allocate(fd, entry.bytes)  # other processes count this space as used
             except OSError:
                 part.unlink(missing_ok=True)
                 os.close(fd)
@@ -202,86 +205,50 @@ class ShardCache:
         timeout_seconds: float,
         request_seconds: float,
         cancel: Event | None,
-    ) -> Made:
+    ) -> CopyResult:
+        """Download a shard into its reserved file and give it its final name."""
         part, path = self._part(entry), self.path(entry)
         try:
-            for _ in range(COPY_TRIES):
-                found = object_store.fetch(
+            for _ in range(MAX_COPY_ATTEMPTS):
+                result = object_store.fetch(
                     url,
                     fd,
                     timeout_seconds=timeout_seconds,
                     request_seconds=request_seconds,
                     cancel=cancel,
                 )
-                if right := (found.size, found.sha256) == (entry.bytes, entry.sha256):
+                matches = (result.size, result.sha256) == (entry.bytes, entry.sha256)
+                if matches:
                     break
-            if not right:
+
+            if not matches:
                 logger.warning(
-                    "%s: %d bytes with SHA-256 %s, but its manifest expects %d and %s; samples are checked one by one",
+                    "%s has %d bytes with SHA-256 %s, but its manifest expects %d and %s; "
+                    "each sample is verified by its checksum",
                     object_store.redact(url),
-                    found.size,
-                    found.sha256[:16],
+                    result.size,
+                    result.sha256[:16],
                     entry.bytes,
                     entry.sha256[:16],
                 )
-            if not _is_at(fd, part):
-                return Made.BUSY  # somebody removed it, and there may be another one's by now
-            os.rename(part, path if found.size == entry.bytes else f"{path}{_OTHER}")
+            if not is_file_at(fd, part):
+                # Removed by another process, which may have created a new one.
+                return CopyResult.BUSY
+            os.rename(part, path if result.size == entry.bytes else _mismatch_path(path))
         except BaseException:
-            if _is_at(fd, part):
+            if is_file_at(fd, part):
                 part.unlink(missing_ok=True)
             raise
         finally:
             os.close(fd)
-        return Made.HERE
-
-    def _make_room(self, wanted: int, keep: Collection[Path]) -> bool:
-        """Remove leftovers and what was unused longest until `wanted` bytes fit; whether they
-        do."""
-        copies, taken = [], 0
-        for found in os.scandir(self._shards):
-            with contextlib.suppress(FileNotFoundError):
-                status = found.stat()
-                if found.name.endswith(_PART) and self._remove(Path(found.path)):
-                    continue  # nobody is making it any more
-                if found.name == ".lock":
-                    continue
-                taken += status.st_size
-                if not found.name.endswith(_PART):
-                    copies.append((status.st_mtime_ns, status.st_size, Path(found.path)))
-        disk = os.statvfs(self._shards)
-        spare = int(disk.f_blocks * disk.f_frsize * SPARE_SHARE)
-        missing = max(taken + wanted - self._limit, wanted + spare - disk.f_bavail * disk.f_frsize)
-        copies = [copy for copy in copies if Path(str(copy[2]).removesuffix(_OTHER)) not in keep]
-        if missing > sum(size for _, size, _ in copies):
-            return False
-        for _, size, path in sorted(copies):
-            if missing <= 0:
-                break
-            if self._remove(path):
-                missing -= size
-        return missing <= 0
-
-    def _remove(self, path: Path) -> bool:
-        """Remove a file, unless somebody has it locked."""
-        try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return True
-        try:
-            if not _try_lock(fd, fcntl.LOCK_EX):
-                return False
-            path.unlink(missing_ok=True)
-            return True
-        finally:
-            os.close(fd)
+        return CopyResult.CACHED
 
     def _part(self, entry: ShardEntry) -> Path:
-        return Path(f"{self.path(entry)}{_PART}")
+        return Path(f"{self.path(entry)}{PART_SUFFIX}")
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Alone among all processes; held only for moments."""
+        """Exclusive among all processes; held only briefly."""
         self._shards.mkdir(parents=True, exist_ok=True)
         fd = os.open(self._shards / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
@@ -292,13 +259,13 @@ class ShardCache:
 
     @contextmanager
     def _slot(self) -> Iterator[bool]:
-        """One of the node's places for copying; False when all are taken."""
+        """One of the node's copy slots; False if all are taken."""
         folder = self.folder / "slots"
         folder.mkdir(parents=True, exist_ok=True)
-        for number in range(COPIES_AT_ONCE):
-            fd = os.open(folder / str(number), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        for slot in range(MAX_CONCURRENT_COPIES):
+            fd = os.open(folder / str(slot), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             try:
-                if _try_lock(fd, fcntl.LOCK_EX):
+                if try_lock(fd, fcntl.LOCK_EX):
                     yield True
                     return
             finally:
@@ -306,43 +273,5 @@ class ShardCache:
         yield False
 
 
-def touch(fd: int) -> None:
-    """Say that a copy is used, at most once in `TOUCH_SECONDS`."""
-    with contextlib.suppress(OSError):
-        if time.time() - os.fstat(fd).st_mtime > TOUCH_SECONDS:
-            os.utime(fd)
-
-
-def _try_lock(fd: int, kind: int) -> bool:
-    """Lock an open file; False when somebody else has it locked.
-
-    Raises:
-        OSError: The file system knows no locks.
-    """
-    try:
-        fcntl.flock(fd, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _is_at(fd: int, path: Path) -> bool:
-    """Whether a path still leads to an open file."""
-    try:
-        return os.path.samestat(os.fstat(fd), path.stat())
-    except OSError:
-        return False
-
-
-def _allocate(fd: int, size: int) -> None:
-    """Make a file so long, with room for it on the disk where the file system can promise that.
-
-    Raises:
-        OSError: The disk is full.
-    """
-    try:
-        os.posix_fallocate(fd, 0, size)
-    except OSError as error:
-        if error.errno not in _NO_PROMISES:
-            raise
-        os.ftruncate(fd, size)
+def _mismatch_path(path: Path) -> Path:
+    return Path(f"{path}{MISMATCH_SUFFIX}")

@@ -1,10 +1,10 @@
-"""Copies the shards that come next into the node's cache, in a thread of its own.
+"""Background thread that copies upcoming shards into the node's cache.
 
-Every process of a node has such a thread and knows the same order; whoever is free takes the next
-shard that nobody else copies, and no more than `cache.COPIES_AT_ONCE` are copied at a time on a
-node. All shards of the window that is read are wanted, and `data.fetch_ahead` beyond it. What is
-wanted is never removed to make room: when the cache is full of it, the thread waits, and samples
-come by ranged requests.
+Every process of a node runs such a thread with the same order of shards; each copies the next shard
+that no other process is copying, and at most `cache.MAX_CONCURRENT_COPIES` are copied at a time on
+a node. All shards of the current window are copied, and `data.fetch_ahead` shards beyond it. These
+shards are never removed to free space: when the cache is full of them, the thread waits, and
+samples are read by ranged requests.
 """
 
 from __future__ import annotations
@@ -17,125 +17,142 @@ from collections.abc import Callable, Collection, Iterator
 from itertools import islice
 
 from data_pipeline.common.errors import DataError, StorageError
-from data_pipeline.common.open_files import is_out_of_files
-from data_pipeline.common.store_errors import Kind
-from data_pipeline.reading.cache import Made
+from data_pipeline.common.open_files import is_too_many_open_files
+from data_pipeline.common.store_errors import ErrorKind
+from data_pipeline.reading.cache import CopyResult
 from data_pipeline.reading.store import ShardStore
 
 logger = logging.getLogger(__name__)
 
-SHORTEST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.1, 2.0
-"""Between two looks when there is nothing to do; the waits grow."""
-AGAIN_SECONDS = 30.0
-"""After which a shard is tried again that could not be copied."""
+MIN_WAIT_SECONDS, MAX_WAIT_SECONDS = 0.1, 2.0
+"""Pauses between two rounds when there is nothing to copy; they double up to the maximum."""
+RETRY_SECONDS = 30.0
+"""Delay before a failed copy is tried again."""
 
 
 class FetchAhead:
     """A running thread; ends with `close`, or with the process."""
 
     def __init__(
-        self, store: ShardStore, windows_from: Callable[[int], Iterator[list[int]]], number: int = 0
+        self,
+        store: ShardStore,
+        windows_from: Callable[[int], Iterator[list[int]]],
+        first_batch: int = 0,
     ) -> None:
-        """Start copying, if there is anything to copy and a place for it.
+        """Start the thread, unless there is no cache or no remote shard.
 
         Args:
-            store: Its shards, and its cache.
-            windows_from: Gives, for the number of a batch, lists of shards that are needed
-                together, in the order of need from that batch on; may be endless.
-            number: The first batch.
+            store: The shards and their cache.
+            windows_from: Takes the index of a batch; returns lists of shards that are in use at the
+                same time, in the order in which they are needed from that batch on. May be endless.
+            first_batch: Index of the first batch.
         """
         self._store, self._windows_from = store, windows_from
-        self._number, self._planned = number, -1
-        """The batch that was begun last, and the one for which `_wanted` is."""
+        self._batch = first_batch
+        """The batch that was started last."""
+        self._planned_batch = -1
+        """The batch that `_wanted` was computed for."""
         self._wanted: list[int] = []
-        """Shards that may be copied, in the order of need, each once."""
-        self._here: set[int] = set()
-        self._later: dict[int, float] = {}
-        self.looks = 0
-        """How often it was looked for something to copy."""
+        """Shards to copy, in the order in which they are needed, without duplicates."""
+        self._cached: set[int] = set()
+        self._retry_at: dict[int, float] = {}
+        self.rounds = 0
+        """Number of completed rounds."""
+
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="fetch-ahead", daemon=True)
-        if store.cache is not None and any(store.is_remote(number) for number in range(len(store))):
+        if store.cache is not None and any(store.is_remote(shard) for shard in range(len(store))):
             self._thread.start()
 
-    def reached(self, number: int) -> None:
-        """A batch is begun. What its number does not say is never guessed: small data comes again
-        and again."""
-        self._number = number
+    def start_batch(self, batch: int) -> None:
+        """Report the index of the batch that is being read.
+
+        The position is never inferred from the shards: small datasets repeat the same ones.
+        """
+        self._batch = batch
 
     def close(self, timeout_seconds: float = 30.0) -> None:
-        """End the thread; it stops after the requests that are under way."""
+        """Stop the thread; it ends after the requests in progress."""
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join(timeout_seconds)
 
+    def plan(self) -> list[int]:
+        """Shards to copy: the window of the current batch and `data.fetch_ahead` shards after
+        it."""
+        batch = self._batch
+        if batch == self._planned_batch:
+            return self._wanted
+
+        windows = self._windows_from(batch)
+        wanted = dict.fromkeys(next(windows, []))
+        limit = len(wanted) + self._store.settings.fetch_ahead
+        # A small dataset repeats its windows without end; stop when there can be no new shard.
+        for window in islice(windows, len(self._store) + 1):
+            new = [shard for shard in window if shard not in wanted]
+            wanted.update(dict.fromkeys(new[: limit - len(wanted)]))
+            if len(wanted) >= limit:
+                break
+
+        self._planned_batch, self._wanted = batch, list(wanted)
+        # Shards that are not wanted any more may be evicted, and be needed again later.
+        self._cached.intersection_update(wanted)
+        return self._wanted
+
     def _run(self) -> None:
-        wait = SHORTEST_WAIT_SECONDS
-        self._stop.wait(random.SystemRandom().uniform(0, SHORTEST_WAIT_SECONDS))  # not all at once
+        wait = MIN_WAIT_SECONDS
+        # Random, so that the processes of a node do not start at the same time.
+        self._stop.wait(random.SystemRandom().uniform(0, MIN_WAIT_SECONDS))
         while not self._stop.is_set():
             try:
-                moved = self._one_round()
+                copied = self._copy_next()
             except (OSError, DataError) as error:  # of the cache's disk
-                if is_out_of_files(error):
-                    self._store.short_of_files = True
+                if is_too_many_open_files(error):
+                    self._store.out_of_files = True
                 else:
-                    logger.warning("shards are not copied ahead for now: %s", error)
-                moved = False
-            self.looks += 1
-            wait = SHORTEST_WAIT_SECONDS if moved else min(2 * wait, LONGEST_WAIT_SECONDS)
-            if not moved:
+                    logger.warning("shards are not copied ahead of time: %s", error)
+                copied = False
+
+            self.rounds += 1
+            wait = MIN_WAIT_SECONDS if copied else min(2 * wait, MAX_WAIT_SECONDS)
+            if not copied:
                 self._stop.wait(wait)
 
-    def _one_round(self) -> bool:
-        """Copy the first shard that can be copied; whether there was one."""
+    def _copy_next(self) -> bool:
+        """Copy the first shard that can be copied; returns whether there was one."""
         wanted = self.plan()
-        for number in wanted:
-            if number in self._here or self._later.get(number, 0.0) > time.monotonic():
+        for shard in wanted:
+            if shard in self._cached or self._retry_at.get(shard, 0.0) > time.monotonic():
                 continue
-            made = self._copy(number, wanted)
-            if made is Made.HERE:
-                self._here.add(number)
+
+            result = self._copy(shard, wanted)
+            if result is CopyResult.CACHED:
+                self._cached.add(shard)
                 return True
-            if made in (Made.FULL, Made.CROWDED) or self._stop.is_set():
+            if result in (CopyResult.NO_SPACE, CopyResult.SLOTS_TAKEN) or self._stop.is_set():
                 return False
         return False
 
-    def _copy(self, number: int, keep: Collection[int]) -> Made | None:
-        """One shard and its index; None if it cannot be had now."""
+    def _copy(self, shard: int, keep: Collection[int]) -> CopyResult | None:
+        """Copy one shard and its index; None if it is unavailable."""
         store = self._store
-        if not store.is_remote(number):
-            return Made.HERE
-        try:
-            if store.trouble(number) is not None:
-                raise StorageError("it is known to be missing")
-            store.load_index(number, store.settings.shard_seconds)
-            return store.copy(number, keep=keep, cancel=self._stop)
-        except DataError as error:
-            if is_out_of_files(error):
-                raise
-            self._later[number] = time.monotonic() + AGAIN_SECONDS
-            if isinstance(error, StorageError) and error.kind in (Kind.MISSING, Kind.REFUSED):
-                store.note_trouble(number, error)
-            elif not self._stop.is_set():
-                logger.debug("shard %s is not copied ahead: %s", store.name(number), error)
-            return None
+        if not store.is_remote(shard):
+            return CopyResult.CACHED
 
-    def plan(self) -> list[int]:
-        """Shards that may be copied: all of the current batch's window, and `data.fetch_ahead` of
-        those after it."""
-        if (reached := self._number) == self._planned:
-            return self._wanted
-        coming = self._windows_from(reached)
-        wanted = dict.fromkeys(next(coming, []))
-        allowed = len(wanted) + self._store.settings.fetch_ahead
-        # A small dataset comes again and again, and there is nothing new in it.
-        for window in islice(coming, len(self._store) + 1):
-            new = [shard for shard in window if shard not in wanted]
-            wanted.update(dict.fromkeys(new[: allowed - len(wanted)]))
-            if len(wanted) >= allowed:
-                break
-        self._planned, self._wanted = reached, list(wanted)
-        self._here.intersection_update(
-            wanted
-        )  # what is needed no more may be removed, and be needed again later
-        return self._wanted
+        try:
+            if store.failure(shard) is not None:
+                raise StorageError("the shard is recorded as unavailable")
+            store.load_index(shard, store.settings.shard_seconds)
+            return store.cache_shard(shard, keep=keep, cancel=self._stop)
+        except DataError as error:
+            if is_too_many_open_files(error):
+                raise
+            self._retry_at[shard] = time.monotonic() + RETRY_SECONDS
+            if isinstance(error, StorageError) and error.kind in (
+                ErrorKind.MISSING,
+                ErrorKind.REFUSED,
+            ):
+                store.record_failure(shard, error)
+            elif not self._stop.is_set():
+                logger.debug("shard %s is not copied ahead of time: %s", store.name(shard), error)
+            return None

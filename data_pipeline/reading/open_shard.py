@@ -1,4 +1,4 @@
-"""A shard with its index at hand, and the way from a sample's bytes to its files."""
+"""An open shard: its index and, if it is on this machine, its file."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from data_pipeline.shards.shard_index import ShardIndex
 
 
 class OpenShard:
-    """A shard whose index is at hand, and its file if it has one here."""
+    """A shard whose index is loaded; its file is open if it is on this machine."""
 
     __slots__ = (
         "__weakref__",
-        "damaged_copy",
+        "copy_is_corrupt",
         "entry",
         "fd",
         "index",
@@ -30,12 +30,12 @@ class OpenShard:
     ) -> None:
         self.entry, self.name, self.url, self.index = entry, entry.name, url, index
         self.fd = fd
-        """Open for `os.pread`; -1 while there is no file here."""
+        """Open for `os.pread`; -1 if there is no file on this machine."""
         self.is_copy = is_copy
-        """Whether the file is (or would be) a copy of a remote shard."""
-        self.damaged_copy = False
-        """Whether a sample of the copy was not what it should be."""
-        self.rows = _rows(index)
+        """Whether the shard is remote, so that its file is a cached copy."""
+        self.copy_is_corrupt = False
+        """Whether a sample in the cached copy failed its checksum."""
+        self.rows = _columns(index)
 
     def close(self) -> None:
         """Close the file."""
@@ -43,67 +43,71 @@ class OpenShard:
         if fd >= 0:
             os.close(fd)
 
-    def into_memory(self) -> None:
-        """Close the file, and hold the index without one (a mapped file counts as open)."""
+    def detach_file(self) -> None:
+        """Close the file, and replace the memory-mapped index (which counts as an open file) by a
+        copy in memory."""
         self.close()
         self.index = ShardIndex.from_bytes(self.index.to_bytes(), self.name)
-        self.rows = _rows(self.index)
+        self.rows = _columns(self.index)
 
     def read(self, i: int) -> bytes:
-        """The bytes of sample `i` from the file; fewer where it ends before.
+        """The bytes of sample `i` from the file; fewer if the file is truncated.
 
         Raises:
             OSError: The file cannot be read.
         """
         offset, count = self.rows[0][i], self.rows[1][i]
         data = os.pread(self.fd, count, offset)
+        # One call returns at most 2 GiB, and network file systems may return less.
         while len(data) < count and (
             more := os.pread(self.fd, count - len(data), offset + len(data))
         ):
-            data += more  # one call gives at most 2 GiB, and network file systems may give less
+            data += more
         return data
 
 
-def cut_up(shard: OpenShard, i: int, data: bytes) -> RawSample:
-    """The files of sample `i`; `data` is its whole extent, with the right checksum."""
+def split_members(shard: OpenShard, i: int, data: bytes) -> RawSample:
+    """The files of sample `i`; `data` is its whole extent, with a verified checksum."""
     _, _, _, key_ends, key_text, ends, extensions, starts, sizes = shard.rows
     names, rows = shard.index.extensions, slice(ends[i - 1] if i else 0, ends[i])
+
     members = {}
     for extension, start, size in zip(extensions[rows], starts[rows], sizes[rows], strict=True):
         members[names[extension]] = data[start : start + size]
+
     key = bytes(key_text[key_ends[i - 1] if i else 0 : key_ends[i]])
     return RawSample(shard.name, key.decode("utf-8", "backslashreplace"), members)
 
 
-def damaged(shard: OpenShard, i: int, data: bytes) -> SampleProblem:
-    """What is wrong with `data`, which should be sample `i`."""
+def corruption_problem(shard: OpenShard, i: int, data: bytes) -> SampleProblem:
+    """The problem with `data`, which was read for sample `i`: truncated or wrong checksum."""
     offset, count, expected = (row[i] for row in shard.rows[:3])
     if len(data) < count:
-        return problem(shard, i, "truncated", f"{len(data)} of {count} bytes at byte {offset}")
-    found = f"CRC-32 {crc32(data):08x} at byte {offset}, but the index expects {expected:08x}"
-    return problem(shard, i, "crc-mismatch", found)
+        detail = f"{len(data)} of {count} bytes at byte {offset}"
+        return sample_problem(shard, i, "truncated", detail)
+
+    detail = f"CRC-32 {crc32(data):08x} at byte {offset}, but the index expects {expected:08x}"
+    return sample_problem(shard, i, "crc-mismatch", detail)
 
 
-def problem(shard: OpenShard, i: int, reason: str, detail: str) -> SampleProblem:
-    """Sample `i` as one that cannot be used."""
+def sample_problem(shard: OpenShard, i: int, reason: str, detail: str) -> SampleProblem:
+    """A problem of sample `i`."""
     return SampleProblem(shard.name, shard.index.key(i), reason, detail)
 
 
-def _rows(index: ShardIndex) -> tuple[memoryview, ...]:
-    """Columns of an index: views of memory give Python's numbers several times faster than arrays
-    do."""
+def _columns(index: ShardIndex) -> tuple[memoryview, ...]:
+    """Columns of an index as memoryviews, whose items are several times faster to access than
+    those of arrays."""
     columns = index.columns
-    return tuple(
-        columns[name].data
-        for name in (
-            "offsets",
-            "extents",
-            "crc32",
-            "key_ends",
-            "key_text",
-            "member_ends",
-            "member_extension",
-            "member_start",
-            "member_size",
-        )
+    names = (
+        "offsets",
+        "extents",
+        "crc32",
+        "key_ends",
+        "key_text",
+        "member_ends",
+        "member_extension",
+        "member_start",
+        "member_size",
     )
+    return tuple(columns[name].data for name in names)

@@ -1,187 +1,209 @@
-"""Samples by number: a read of known length, its checksum, and the files in it.
+"""Reads samples by index: one read of known length, checksum verification, and its files.
 
-The index says where a sample lies and where its files are, so nothing is scanned and no header is
-parsed. Samples of shards on this machine are read one after the other; those of others by ranged
-requests, many at once, so that a batch never waits for whole shards. What cannot be had or does not
-have its checksum is a `SampleProblem` in the sample's place: the batch goes on without it.
+The index of a shard holds the offset of every sample and of its files, so shards are not scanned
+and no tar headers are parsed. Samples of shards on this machine are read one after the other;
+remote samples by concurrent ranged requests, so a batch never waits for whole shards. A sample that
+is unavailable or fails its checksum is returned as a `SampleProblem` in its slot; the rest of the
+batch is not affected.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from zlib import crc32
 
 from data_pipeline.common.errors import DataError
-from data_pipeline.reading.open_shard import OpenShard, cut_up, damaged, problem
-from data_pipeline.reading.remote import RemoteReader, Wanted
+from data_pipeline.reading.open_shard import (
+    OpenShard,
+    corruption_problem,
+    sample_problem,
+    split_members,
+)
+from data_pipeline.reading.remote import RemoteReader, SampleRequest
 from data_pipeline.reading.store import ShardStore
 from data_pipeline.samples import RawSample, SampleProblem
 
-NO_KEY = "#"
-"""Begins the name of a sample whose key cannot be known: `#7`."""
+UNKNOWN_KEY_PREFIX = "#"
+"""Prefix of the name of a sample whose key is unknown: `#7`."""
 
-Found = RawSample | SampleProblem
+ReadResult = RawSample | SampleProblem
+
+
+@dataclass
+class _BatchRead:
+    """The samples of one `read_many` call, and the results so far."""
+
+    refs: Sequence[tuple[int, int]]
+    """Shard and sample index of each sample."""
+    results: list[ReadResult | None] = field(init=False)
+    slots: dict[int, list[int]] = field(init=False)
+    """Shard -> positions of its samples in `refs`."""
+
+    def __post_init__(self) -> None:
+        self.results = [None] * len(self.refs)
+        self.slots = {}
+        for slot, (shard, _) in enumerate(self.refs):
+            self.slots.setdefault(shard, []).append(slot)
+
+    def missing(self, shard: int) -> list[int]:
+        """Slots of a shard's samples that have no result yet."""
+        return [slot for slot in self.slots[shard] if self.results[slot] is None]
+
+    def finished(self) -> list[ReadResult]:
+        """All results."""
+        finished = []
+        for result, ref in zip(self.results, self.refs, strict=True):
+            assert result is not None, f"sample {ref} has no result"
+            finished.append(result)
+        return finished
 
 
 class Reader:
-    """Reads samples of a `ShardStore`; for one thread."""
+    """Reads samples of a `ShardStore`; not thread-safe."""
 
     def __init__(self, store: ShardStore, *, max_sample_bytes: int = 0) -> None:
-        """Read from `store`; samples of more than `max_sample_bytes` (0:
-        `data.limits.sample_bytes`) are bad."""
+        """Read from `store`.
+
+        Args:
+            store: The shards.
+            max_sample_bytes: Larger samples are problems; 0 means `data.limits.sample_bytes`.
+        """
         self._store = store
         self._max_bytes = max_sample_bytes or store.settings.limits.sample_bytes
         self._remote = RemoteReader(store)
 
     def name(self, shard: int, index: int) -> tuple[str, str]:
-        """Shard name and key of a sample, for reports; `#INDEX` if the shard's index cannot be
-        read."""
+        """Shard name and key of a sample, for reports; the key is `#INDEX` if the shard's index
+        cannot be read."""
         try:
             return self._store.name(shard), self._store.open(shard).index.key(index)
         except DataError:
-            return self._store.name(shard), f"{NO_KEY}{index}"
+            return self._store.name(shard), f"{UNKNOWN_KEY_PREFIX}{index}"
 
-    def forget_troubles(self) -> None:
-        """Ask stores again that did not answer or refused, instead of believing for a while that
-        they still do."""
-        self._store.forget_troubles()
+    def clear_failures(self) -> None:
+        """Discard records of stores that did not respond or refused, so that they are tried
+        again."""
+        self._store.clear_failures()
 
     def read(self, shard: int, index: int) -> RawSample:
         """The files of one sample.
 
         Args:
-            shard: Number of the shard in the store.
-            index: Number of the sample in the shard.
+            shard: Index of the shard in the store.
+            index: Index of the sample in the shard.
 
         Raises:
-            DataError: It cannot be had, or is damaged; the slug says how.
+            DataError: The sample is unavailable or corrupt; the slug is the reason.
         """
-        (found,) = self.read_many([(shard, index)])
-        if isinstance(found, SampleProblem):
-            raise DataError(found.detail, slug=found.reason)
-        return found
+        (result,) = self.read_many([(shard, index)])
+        if isinstance(result, SampleProblem):
+            raise DataError(result.detail, slug=result.reason)
+        return result
 
-    def read_many(self, refs: Sequence[tuple[int, int]]) -> list[Found]:
-        """Some samples, in the order asked for.
+    def read_many(self, refs: Sequence[tuple[int, int]]) -> list[ReadResult]:
+        """Read several samples, in the given order.
 
-        Remote ones come within `data.shard_seconds` all together, or are problems.
+        Remote samples are read within `data.shard_seconds` in total; the others become problems.
 
         Args:
-            refs: Number of the shard in the store, and of the sample in the shard, of each.
+            refs: Index of the shard in the store and of the sample in the shard, for each sample.
         """
-        end = time.monotonic() + self._store.settings.shard_seconds
-        places: dict[int, list[int]] = {}
-        for place, (shard, _) in enumerate(refs):
-            places.setdefault(shard, []).append(place)
-        found: list[Found | None] = [None] * len(refs)
-        far: dict[int, OpenShard | None] = {}
-        for shard, its_places in places.items():
+        deadline = time.monotonic() + self._store.settings.shard_seconds
+        batch = _BatchRead(refs)
+        remote: dict[int, OpenShard | None] = {}
+        for shard, slots in batch.slots.items():
             try:
-                opened = self._store.at_hand(shard)
+                opened = self._store.try_open(shard)
             except DataError as error:
-                self._all_bad(shard, its_places, refs, error, found)
+                self._fail(batch, shard, error)
                 continue
-            if opened is None or opened.fd < 0:
-                far[shard] = opened
-            else:
-                self._read_here(shard, opened, its_places, refs, found)
-                if any(found[place] is None for place in its_places):
-                    far[shard] = opened
-        if far:
-            self._read_far(far, places, refs, found, end)
-        return [self._done(result, ref) for result, ref in zip(found, refs, strict=True)]
 
-    def _read_here(
-        self,
-        number: int,
-        shard: OpenShard,
-        places: Sequence[int],
-        refs: Sequence[tuple[int, int]],
-        found: list[Found | None],
+            if opened is None or opened.fd < 0:
+                remote[shard] = opened
+            else:
+                self._read_file(batch, shard, opened, slots)
+                if batch.missing(shard):
+                    remote[shard] = opened
+
+        if remote:
+            self._read_remote(batch, remote, deadline)
+        return batch.finished()
+
+    def _read_file(
+        self, batch: _BatchRead, shard_index: int, shard: OpenShard, slots: Sequence[int]
     ) -> None:
-        """From a file; a sample of a copy that is damaged stays None, as the store may have it
-        whole."""
+        """Read from a file.
+
+        A corrupt sample of a cached copy gets no result, because the store may have it intact.
+        """
         _, extents, checksums = shard.rows[:3]
-        for place in places:
-            i = refs[place][1]
+        for slot in slots:
+            i = batch.refs[slot][1]
             if extents[i] > self._max_bytes:
-                found[place] = self._oversize(shard, i)
+                batch.results[slot] = self._oversize_problem(shard, i)
                 continue
+
             try:
                 data = shard.read(i)
             except OSError as error:
-                # A network file system may have lost the file: for the next batch it is opened
-                # anew.
-                self._store.forget(number)
-                text = f"cannot read shard {shard.name}: {error.strerror}; check the disk or the network file system"
-                self._all_bad(number, places, refs, DataError(text, slug="unreachable"), found)
+                # A network file system may have lost the file: open it again for the next batch.
+                self._store.close_shard(shard_index)
+                message = (
+                    f"cannot read shard {shard.name}: {error.strerror}; "
+                    f"check the disk or the network file system"
+                )
+                self._fail(batch, shard_index, DataError(message, slug="unreachable"))
                 return
+
             if crc32(data) == checksums[i]:
-                found[place] = cut_up(shard, i, data)
+                batch.results[slot] = split_members(shard, i, data)
             elif shard.is_copy:
-                shard.damaged_copy = True
+                shard.copy_is_corrupt = True
             else:
-                found[place] = damaged(shard, i, data)
+                batch.results[slot] = corruption_problem(shard, i, data)
 
-    def _read_far(
-        self,
-        far: dict[int, OpenShard | None],
-        places: dict[int, list[int]],
-        refs: Sequence[tuple[int, int]],
-        found: list[Found | None],
-        end: float,
+    def _read_remote(
+        self, batch: _BatchRead, shards: dict[int, OpenShard | None], deadline: float
     ) -> None:
-        """From stores."""
-        wanted: list[Wanted] = []
-        for number, shard in self._remote.open(far, end):
-            missing = [place for place in places[number] if found[place] is None]
+        """Read all samples of `shards` that have no result yet from their stores."""
+        requests: list[SampleRequest] = []
+        for shard_index, shard in self._remote.open(shards, deadline):
+            missing = batch.missing(shard_index)
             if isinstance(shard, DataError):
-                self._all_bad(number, missing, refs, shard, found)
+                self._fail(batch, shard_index, shard)
                 continue
-            if far[number] is None and shard.fd >= 0:  # there is a copy, as it turned out
-                self._read_here(number, shard, missing, refs, found)
-            for place in missing:
-                i = refs[place][1]
-                if found[place] is None and shard.rows[1][i] > self._max_bytes:
-                    found[place] = self._oversize(shard, i)
-                elif found[place] is None:
-                    wanted.append(Wanted(place, shard, number, i))
-        for one, result in self._remote.read(wanted, end):
+
+            if shards[shard_index] is None and shard.fd >= 0:  # there is a cached copy
+                self._read_file(batch, shard_index, shard, missing)
+            for slot in missing:
+                i = batch.refs[slot][1]
+                if batch.results[slot] is None and shard.rows[1][i] > self._max_bytes:
+                    batch.results[slot] = self._oversize_problem(shard, i)
+                elif batch.results[slot] is None:
+                    requests.append(SampleRequest(slot, shard, shard_index, i))
+
+        for request, result in self._remote.read(requests, deadline):
             if isinstance(result, DataError):
-                found[one.place] = problem(
-                    one.shard, one.sample, result.slug or "unreachable", str(result)
+                reason = result.slug or "unreachable"
+                batch.results[request.slot] = sample_problem(
+                    request.shard, request.sample, reason, str(result)
                 )
                 continue
-            found[one.place] = result
-            if isinstance(result, RawSample) and one.shard.damaged_copy:
-                one.shard.damaged_copy = False
-                self._store.drop_copy(one.number)
 
-    def _all_bad(
-        self,
-        number: int,
-        places: Sequence[int],
-        refs: Sequence[tuple[int, int]],
-        error: DataError,
-        found: list[Found | None],
-    ) -> None:
-        """The same trouble for all samples of a shard that are not there yet."""
-        for place in places:
-            if found[place] is None:
-                key = f"{NO_KEY}{refs[place][1]}"
-                found[place] = SampleProblem(
-                    self._store.name(number), key, error.slug or "unreachable", str(error)
-                )
+            batch.results[request.slot] = result
+            if isinstance(result, RawSample) and request.shard.copy_is_corrupt:
+                request.shard.copy_is_corrupt = False
+                self._store.remove_corrupt_copy(request.shard_index)
 
-    def _oversize(self, shard: OpenShard, i: int) -> SampleProblem:
-        return problem(
-            shard,
-            i,
-            "oversize",
-            f"the sample has {shard.rows[1][i]} bytes, more than {self._max_bytes}",
-        )
+    def _fail(self, batch: _BatchRead, shard: int, error: DataError) -> None:
+        """Report an error of a shard for all of its samples that have no result yet."""
+        name, reason = self._store.name(shard), error.slug or "unreachable"
+        for slot in batch.missing(shard):
+            key = f"{UNKNOWN_KEY_PREFIX}{batch.refs[slot][1]}"
+            batch.results[slot] = SampleProblem(name, key, reason, str(error))
 
-    def _done(self, found: Found | None, ref: tuple[int, int]) -> Found:
-        assert found is not None, f"sample {ref} was forgotten"
-        return found
+    def _oversize_problem(self, shard: OpenShard, i: int) -> SampleProblem:
+        detail = f"the sample has {shard.rows[1][i]} bytes, more than {self._max_bytes}"
+        return sample_problem(shard, i, "oversize", detail)

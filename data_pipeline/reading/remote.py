@@ -1,210 +1,226 @@
-"""Samples of shards that are in a store: ranged requests, many at once, within one time for all of
-them.
+"""Reads samples from remote stores: concurrent ranged requests with one deadline for all of them.
 
-Neighbors come in one request. An answer with a wrong checksum is asked for again. A shard that
-cannot be had is noted (`troubles.py`), so that neither the rest of the batch nor other processes
-wait for it once more.
+Adjacent samples are read in one request. A sample with a wrong checksum is requested again. An
+unavailable shard is recorded (`shard_failures.py`), so neither the rest of the batch nor other
+processes wait for it again.
 """
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
-from typing import NamedTuple, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, as_completed
+from typing import NamedTuple
 from zlib import crc32
 
 from data_pipeline.common import object_store
 from data_pipeline.common.errors import DataError, StorageError
-from data_pipeline.common.open_files import is_out_of_files
-from data_pipeline.common.store_errors import Kind
-from data_pipeline.reading.open_shard import OpenShard, cut_up, damaged
+from data_pipeline.common.open_files import is_too_many_open_files
+from data_pipeline.common.store_errors import ErrorKind
+from data_pipeline.reading.open_shard import OpenShard, corruption_problem, split_members
+from data_pipeline.reading.request_pool import ByteBudget, RequestPool
+from data_pipeline.reading.shard_failures import failure_reason
 from data_pipeline.reading.store import ShardStore
-from data_pipeline.reading.troubles import reason_of
 from data_pipeline.samples import RawSample, SampleProblem
 from data_pipeline.shards.shard_index import ShardIndex
 
-REQUESTS_AT_ONCE = 16
-"""Of one process; small requests wait for the wire most of the time."""
-BYTES_IN_FLIGHT = 256 << 20
-"""Of one process; a larger sample comes alone."""
-JOIN_GAP_BYTES, JOIN_BYTES = 64 << 10, 4 << 20
-"""Samples this near to each other come in one request, up to this much."""
-CHECKSUM_TRIES = 3
+MAX_CONCURRENT_REQUESTS = 16
+"""Per process; small requests are bound by latency."""
+MAX_BYTES_IN_FLIGHT = 256 << 20
+"""Per process; a larger sample is requested alone."""
+MAX_GAP_BYTES, MAX_RANGE_BYTES = 64 << 10, 4 << 20
+"""Samples at most this far apart are read in one request of at most this size."""
+MAX_CHECKSUM_ATTEMPTS = 3
 
 
-class Wanted(NamedTuple):
-    """One sample."""
+class SampleRequest(NamedTuple):
+    """A sample to read."""
 
-    place: int
-    """In the caller's list."""
+    slot: int
+    """Position in the caller's list."""
     shard: OpenShard
-    number: int
-    """Of the shard."""
+    shard_index: int
+    """Index of the shard in the store."""
     sample: int
-    """Of the sample in the shard."""
+    """Index of the sample in the shard."""
 
 
-Answer = TypeVar("Answer")
-Result = RawSample | SampleProblem | DataError
+SampleResult = RawSample | SampleProblem | DataError
 
 
 class RemoteReader:
-    """Reads from the stores of a `ShardStore`; for one thread."""
+    """Reads remote shards of a `ShardStore`; not thread-safe."""
 
     def __init__(self, store: ShardStore) -> None:
-        self._store, self._pool = store, _Pool()
-        self._budget = _Budget(BYTES_IN_FLIGHT)
+        self._store = store
+        self._pool = RequestPool(MAX_CONCURRENT_REQUESTS)
+        self._budget = ByteBudget(MAX_BYTES_IN_FLIGHT)
 
     def open(
-        self, shards: Mapping[int, OpenShard | None], end: float
+        self, shards: Mapping[int, OpenShard | None], deadline: float
     ) -> Iterator[tuple[int, OpenShard | DataError]]:
-        """Shards with their indices, or why they cannot be had; those that are open already stay as
-        they are.
+        """Load the indices of shards.
 
         Args:
-            shards: By number; None is opened.
-            end: When to give up, on `time.monotonic()`.
+            shards: Shard index -> open shard, which is returned as it is, or None.
+            deadline: On `time.monotonic()`.
 
-        Returns:
-            Number and shard, one after the other: files of earlier ones may be closed for those of
-            later ones.
+        Yields:
+            Shard index and open shard, or the error if it is unavailable. Process each result
+            before the next one: opening a shard may close the files of others.
         """
         loading: dict[Future[ShardIndex], int] = {}
-        for number, shard in shards.items():
-            if trouble := self._trouble(number):
-                yield number, trouble
+        for shard_index, shard in shards.items():
+            if failure := self._known_failure(shard_index):
+                yield shard_index, failure
             elif shard is not None:
-                yield number, shard
+                yield shard_index, shard
             else:
-                loading[self._pool.submit(self._load_index, number, end)] = number
+                future = self._pool.submit(self._load_index, shard_index, deadline)
+                loading[future] = shard_index
+
         for future in as_completed(loading):
-            number = loading[future]
+            shard_index = loading[future]
             opened: OpenShard | DataError
             try:
-                opened = self._store.open(number, self._index(future, number, end))
+                index = self._index_result(future, shard_index, deadline)
+                opened = self._store.open(shard_index, index)
             except DataError as error:
                 opened = error
-            yield number, opened
+            yield shard_index, opened
 
-    def read(self, wanted: Sequence[Wanted], end: float) -> Iterator[tuple[Wanted, Result]]:
-        """Each sample and its result, in any order.
+    def read(
+        self, requests: Sequence[SampleRequest], deadline: float
+    ) -> Iterator[tuple[SampleRequest, SampleResult]]:
+        """Read samples, in any order.
 
         Args:
-            wanted: Samples of open shards, within the limit of size.
-            end: When to give up, on `time.monotonic()`.
+            requests: Samples of open shards, within the size limit.
+            deadline: On `time.monotonic()`.
         """
-        whole: dict[int, list[Wanted]] = {}
-        jobs = {self._pool.submit(self._read_run, run, end): run for run in _runs(wanted)}
+        without_ranges: dict[int, list[SampleRequest]] = {}
+        jobs = {
+            self._pool.submit(self._read_run, run, deadline): run for run in _contiguous(requests)
+        }
         for job in as_completed(jobs):
-            for one, result in self._results(job, jobs[job], end):
-                if isinstance(result, StorageError) and result.kind == Kind.NO_RANGES:
-                    whole.setdefault(one.number, []).append(one)
+            for request, result in self._run_result(job, jobs[job], deadline):
+                if isinstance(result, StorageError) and result.kind == ErrorKind.NO_RANGES:
+                    without_ranges.setdefault(request.shard_index, []).append(request)
                 else:
-                    yield one, result
-        for number, its in whole.items():
-            yield from self._read_whole(number, its, end)
+                    yield request, result
 
-    def _index(self, future: Future[ShardIndex], number: int, end: float) -> ShardIndex:
-        """What a thread has loaded, or could not for too many open files: only this thread may
-        close some."""
+        for shard_index, shard_requests in without_ranges.items():
+            yield from self._read_whole_shard(shard_index, shard_requests, deadline)
+
+    def _index_result(
+        self, future: Future[ShardIndex], shard_index: int, deadline: float
+    ) -> ShardIndex:
+        """The result of `_load_index`; loads it here if there were too many open files, because
+        only this thread may close some."""
         try:
             return future.result()
         except DataError as error:
-            if not is_out_of_files(error):
+            if not is_too_many_open_files(error):
                 raise
-        return self._store.with_files(lambda: self._load_index(number, end))
+        return self._store.retry_out_of_files(lambda: self._load_index(shard_index, deadline))
 
-    def _results(
-        self, job: Future[list[tuple[Wanted, Result]]], run: list[Wanted], end: float
-    ) -> list[tuple[Wanted, Result]]:
-        """As `_index`, of samples."""
+    def _run_result(
+        self,
+        job: Future[list[tuple[SampleRequest, SampleResult]]],
+        run: list[SampleRequest],
+        deadline: float,
+    ) -> list[tuple[SampleRequest, SampleResult]]:
+        """The result of `_read_run`, as in `_index_result`."""
         try:
             return job.result()
         except DataError as error:
-            if not is_out_of_files(error):
+            if not is_too_many_open_files(error):
                 raise
-        return self._store.with_files(lambda: self._read_run(run, end))
+        return self._store.retry_out_of_files(lambda: self._read_run(run, deadline))
 
-    def _load_index(self, number: int, end: float) -> ShardIndex:
+    def _load_index(self, shard_index: int, deadline: float) -> ShardIndex:
         start = time.monotonic()
         try:
-            return self._store.load_index(number, end - start)
+            return self._store.load_index(shard_index, deadline - start)
         except StorageError as error:
-            if not is_out_of_files(error):
-                self._note(number, error, start)
+            if not is_too_many_open_files(error):
+                self._record_failure(shard_index, error, start)
             raise
 
-    def _read_run(self, run: list[Wanted], end: float) -> list[tuple[Wanted, Result]]:
-        """Samples that lie near each other, in one request if that goes well."""
+    def _read_run(
+        self, run: list[SampleRequest], deadline: float
+    ) -> list[tuple[SampleRequest, SampleResult]]:
+        """Read nearby samples of one shard in one request, or one by one if it is truncated."""
         start = time.monotonic()
-        number, shard = run[0].number, run[0].shard
-        if trouble := self._trouble(number):
-            return [(one, trouble) for one in run]
-        offsets, extents = shard.rows[:2]
-        first, last = offsets[run[0].sample], offsets[run[-1].sample] + extents[run[-1].sample]
-        try:
-            with self._budget.taken(last - first):
-                data = self._range(shard, first, last, end)
-            pieces = [
-                data[(at := offsets[one.sample] - first) : at + extents[one.sample]] for one in run
-            ]
-        except StorageError as error:
-            if is_out_of_files(error):
-                raise
-            if (
-                len(run) > 1 and error.kind == Kind.CHANGED
-            ):  # the shard is cut off somewhere in here
-                return [pair for one in run for pair in self._read_run([one], end)]
-            self._note(number, error, start)
-            failed = StorageError(str(error), slug=reason_of(error), kind=error.kind)
-            return [(one, failed) for one in run]
-        return [
-            (one, self._checked(one, piece, end)) for one, piece in zip(run, pieces, strict=True)
-        ]
+        shard_index, shard = run[0].shard_index, run[0].shard
+        if failure := self._known_failure(shard_index):
+            return [(request, failure) for request in run]
 
-    def _checked(self, one: Wanted, data: bytes, end: float) -> Result:
-        """The sample, asked for again while its checksum is wrong."""
-        shard, i = one.shard, one.sample
+        offsets, extents = shard.rows[:2]
+        first, end = offsets[run[0].sample], offsets[run[-1].sample] + extents[run[-1].sample]
+        try:
+            with self._budget.reserve(end - first):
+                data = self._read_range(shard, first, end, deadline)
+        except StorageError as error:
+            if is_too_many_open_files(error):
+                raise
+            if len(run) > 1 and error.kind == ErrorKind.CHANGED:
+                # The shard is truncated somewhere in this range.
+                return [pair for request in run for pair in self._read_run([request], deadline)]
+            self._record_failure(shard_index, error, start)
+            failure = StorageError(str(error), slug=failure_reason(error), kind=error.kind)
+            return [(request, failure) for request in run]
+
+        results = []
+        for request in run:
+            begin = offsets[request.sample] - first
+            sample_data = data[begin : begin + extents[request.sample]]
+            results.append((request, self._verify(request, sample_data, deadline)))
+        return results
+
+    def _verify(self, request: SampleRequest, data: bytes, deadline: float) -> SampleResult:
+        """The sample, requested again while its checksum is wrong."""
+        shard, i = request.shard, request.sample
         offset, count, expected = (row[i] for row in shard.rows[:3])
-        for attempt in range(1, CHECKSUM_TRIES + 1):
+        for attempt in range(1, MAX_CHECKSUM_ATTEMPTS + 1):
             if crc32(data) == expected:
-                return cut_up(shard, i, data)
-            if attempt == CHECKSUM_TRIES:
+                return split_members(shard, i, data)
+            if attempt == MAX_CHECKSUM_ATTEMPTS:
                 break
             try:
-                with self._budget.taken(count):
-                    data = self._range(shard, offset, offset + count, end)
+                with self._budget.reserve(count):
+                    data = self._read_range(shard, offset, offset + count, deadline)
             except StorageError as error:
-                if is_out_of_files(error):
+                if is_too_many_open_files(error):
                     raise
                 break
-        return damaged(shard, i, data)
+        return corruption_problem(shard, i, data)
 
-    def _read_whole(
-        self, number: int, its: Sequence[Wanted], end: float
-    ) -> Iterator[tuple[Wanted, Result]]:
-        """From a server without ranges, by way of a copy of the shard."""
+    def _read_whole_shard(
+        self, shard_index: int, requests: Sequence[SampleRequest], deadline: float
+    ) -> Iterator[tuple[SampleRequest, SampleResult]]:
+        """Read from a server without range support, through a cached copy of the shard."""
         start = time.monotonic()
         try:
-            self._store.copy_now(number, end, {one.number for one in its})
-            shard = self._store.open(number)
+            keep = {request.shard_index for request in requests}
+            self._store.cache_shard_now(shard_index, deadline, keep)
+            shard = self._store.open(shard_index)
         except DataError as error:
             if isinstance(error, StorageError):
-                self._note(number, error, start)
-            for one in its:
-                yield one, DataError(str(error), slug=error.slug or "unreachable")
+                self._record_failure(shard_index, error, start)
+            for request in requests:
+                yield request, DataError(str(error), slug=error.slug or "unreachable")
             return
-        for one in its:
-            yield one, self._from_copy(shard, one.sample)
 
-    def _from_copy(self, shard: OpenShard, i: int) -> Result:
+        for request in requests:
+            yield request, self._read_copy(shard, request.sample)
+
+    def _read_copy(self, shard: OpenShard, i: int) -> SampleResult:
         if shard.fd < 0:
             return DataError(
                 f"the copy of shard {shard.name} was removed before it was read", slug="unreachable"
             )
+
         try:
             data = shard.read(i)
         except OSError as error:
@@ -213,84 +229,53 @@ class RemoteReader:
                 f"data.cache_dir",
                 slug="unreachable",
             )
-        return (
-            cut_up(shard, i, data) if crc32(data) == shard.rows[2][i] else damaged(shard, i, data)
-        )
 
-    def _range(self, shard: OpenShard, first: int, last: int, end: float) -> bytes:
+        if crc32(data) == shard.rows[2][i]:
+            return split_members(shard, i, data)
+        return corruption_problem(shard, i, data)
+
+    def _read_range(self, shard: OpenShard, first: int, end: int, deadline: float) -> bytes:
         return object_store.read_range(
             shard.url,
             first,
-            last,
-            timeout_seconds=max(0.0, end - time.monotonic()),
+            end,
+            timeout_seconds=max(0.0, deadline - time.monotonic()),
             request_seconds=self._store.settings.request_seconds,
         )
 
-    def _trouble(self, number: int) -> DataError | None:
-        """What is known against a shard, unless there is a copy of it."""
-        entry, cache = self._store.entry(number), self._store.cache
-        known = self._store.trouble(number)
-        if known is None or (cache is not None and cache.has(entry)):
+    def _known_failure(self, shard_index: int) -> DataError | None:
+        """The recorded failure of a shard, unless there is a cached copy of it."""
+        entry, cache = self._store.entry(shard_index), self._store.cache
+        failure = self._store.failure(shard_index)
+        if failure is None or (cache is not None and cache.has(entry)):
             return None
-        return StorageError(known.detail, slug=known.reason)
+        return StorageError(failure.detail, slug=failure.reason)
 
-    def _note(self, number: int, error: StorageError, start: float) -> None:
-        """Remember a trouble, if it was more than coming last in a batch that took too long."""
+    def _record_failure(self, shard_index: int, error: StorageError, start: float) -> None:
+        """Record a failure, unless the request merely ran out of the batch's time."""
         waited = time.monotonic() - start
-        if (
-            error.kind in (Kind.MISSING, Kind.REFUSED)
-            or waited > self._store.settings.shard_seconds / 2
-        ):
-            self._store.note_trouble(number, error, error.slug or reason_of(error))
+        is_final = error.kind in (ErrorKind.MISSING, ErrorKind.REFUSED)
+        if is_final or waited > self._store.settings.shard_seconds / 2:
+            self._store.record_failure(shard_index, error, error.slug or failure_reason(error))
 
 
-def _runs(wanted: Sequence[Wanted]) -> Iterator[list[Wanted]]:
-    """Samples of one shard that come in one request."""
-    run: list[Wanted] = []
-    first = last = 0
-    for one in sorted(wanted, key=lambda one: (one.number, one.sample)):
-        offset, count = one.shard.rows[0][one.sample], one.shard.rows[1][one.sample]
-        near = run and one.number == run[0].number and offset - last <= JOIN_GAP_BYTES
-        if near and offset + count - first <= JOIN_BYTES:
-            run.append(one)
+def _contiguous(requests: Sequence[SampleRequest]) -> Iterator[list[SampleRequest]]:
+    """Group samples of one shard that are read in one request."""
+    run: list[SampleRequest] = []
+    run_start = run_end = 0
+    for request in sorted(requests, key=lambda request: (request.shard_index, request.sample)):
+        rows = request.shard.rows
+        offset, count = rows[0][request.sample], rows[1][request.sample]
+
+        is_near = (
+            run and request.shard_index == run[0].shard_index and offset - run_end <= MAX_GAP_BYTES
+        )
+        if is_near and offset + count - run_start <= MAX_RANGE_BYTES:
+            run.append(request)
         else:
             if run:
                 yield run
-            run, first = [one], offset
-        last = offset + count
+            run, run_start = [request], offset
+        run_end = offset + count
     if run:
         yield run
-
-
-class _Pool:
-    """Threads, made when they are first needed: most processes read from a disk."""
-
-    def __init__(self) -> None:
-        self._made: ThreadPoolExecutor | None = None
-
-    def submit(self, work: Callable[..., Answer], *arguments: object) -> Future[Answer]:
-        if self._made is None:
-            self._made = ThreadPoolExecutor(REQUESTS_AT_ONCE, thread_name_prefix="remote-samples")
-        return self._made.submit(work, *arguments)
-
-
-class _Budget:
-    """So many bytes at a time; who asks for more than all gets all."""
-
-    def __init__(self, total: int) -> None:
-        self._total = self._left = total
-        self._changed = threading.Condition()
-
-    @contextmanager
-    def taken(self, count: int) -> Iterator[None]:
-        """Wait until there are `count` left, and hold them."""
-        count = min(count, self._total)
-        with self._changed:
-            self._changed.wait_for(lambda: self._left >= count)
-            self._left -= count
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._left += count
-                self._changed.notify_all()

@@ -1,13 +1,13 @@
-"""The shards of a run by number: the index of each, and its file where there is one on this
-machine.
+"""The shards of a run by index: the index of each shard, and its file if it is on this machine.
 
-A local shard is read where it lies; a remote one from its copy in the cache, and from the store as
-long as there is no copy. Nothing that is wrong with a shard ends a run: it is a `DataError` with a
-slug by which the samples concerned are counted.
+Local shards are read in place; remote shards from their copy in the cache, or from the store while
+there is no copy. A problem with a shard never ends a run: it raises a `DataError` with a slug, by
+which the affected samples are counted.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import time
@@ -20,91 +20,28 @@ from weakref import WeakSet
 
 from data_pipeline.common import storage
 from data_pipeline.common.errors import ConfigError, DataError, StorageError
-from data_pipeline.common.open_files import is_out_of_files, raise_limit
-from data_pipeline.reading.cache import Made, ShardCache, touch
+from data_pipeline.common.open_files import is_too_many_open_files, raise_open_file_limit
+from data_pipeline.reading.cache import CopyResult, ShardCache
+from data_pipeline.reading.file_locks import touch
+from data_pipeline.reading.index_loading import load_index_with_retries
+from data_pipeline.reading.local_shards import open_local_shard
 from data_pipeline.reading.open_shard import OpenShard
-from data_pipeline.reading.troubles import Trouble, Troubles, reason_of
+from data_pipeline.reading.shard_failures import ShardFailure, ShardFailures
 from data_pipeline.settings import DataConfig
-from data_pipeline.shards.manifest import Manifest, ShardEntry, load_index
+from data_pipeline.shards.manifest import Manifest, ShardEntry
 from data_pipeline.shards.shard_index import ShardIndex
 
 logger = logging.getLogger(__name__)
 
-Answer = TypeVar("Answer")
+T = TypeVar("T")
 
-INDEX_TRIES = 3
-"""How often an index of a store is fetched that is not the one of the manifest."""
-_WAIT_SECONDS = 0.05
-_REMEDY = (
-    "copy it again, or make the manifest again with `vlmoe data index` if the change was meant"
-)
-
-
-def check_present(manifests: Sequence[Manifest], max_corrupt_ratio: float = 0.01) -> None:
-    """Look for every local shard, so that a long run does not find after hours that many are
-    missing.
-
-    Shards of stores are not asked for. Shards of another length than their manifest says are only
-    told.
-
-    Args:
-        manifests: All that a run reads.
-        max_corrupt_ratio: Share of the samples that may be in missing shards.
-
-    Raises:
-        DataError: More of them are missing; names the first.
-    """
-    shards = [
-        (manifest, entry)
-        for manifest in manifests
-        for entry in manifest.shards
-        if storage.is_local(manifest.base)
-    ]
-    missing: list[tuple[str, int]] = []
-    for manifest, entry in shards:
-        path = storage.local_path(manifest.shard_url(entry))
-        try:
-            found = path.stat().st_size
-        except OSError as error:
-            what = (
-                "is missing"
-                if isinstance(error, FileNotFoundError)
-                else f"cannot be read ({error.strerror})"
-            )
-            missing.append(
-                (
-                    f"shard {path} {what}, but its manifest expects {entry.samples} samples in "
-                    f"{entry.bytes} bytes there",
-                    entry.samples,
-                )
-            )
-            continue
-        if found != entry.bytes:
-            logger.warning(
-                "shard %s has %d bytes, but its manifest expects %d; samples that are damaged or cut off "
-                "are left out",
-                path,
-                found,
-                entry.bytes,
-            )
-    lost, total = (
-        sum(samples for _, samples in missing),
-        sum(manifest.total_samples for manifest in manifests),
-    )
-    if not missing:
-        return
-    counted = f"{len(missing)} of {len(shards)} shards are missing, with {lost} of {total} samples"
-    if lost > max_corrupt_ratio * total:
-        raise DataError(
-            f"{missing[0][0]}; {_REMEDY} ({counted}, more than data.max_corrupt_ratio {max_corrupt_ratio:g})"
-        )
-    logger.warning("%s; %s: their samples are left out", missing[0][0], counted)
+_POLL_SECONDS = 0.05
 
 
 class ShardStore:
-    """The shards of some manifests by number, opened on first use; the longest unused are closed.
+    """The shards of some manifests, opened on first use; least recently used ones are closed.
 
-    One thread reads; others may call `load_index` and `copy`.
+    One thread reads; other threads may call `load_index` and `cache_shard`.
     """
 
     def __init__(
@@ -114,287 +51,252 @@ class ShardStore:
         *,
         max_open: int = 256,
     ) -> None:
-        """Know the shards; nothing is opened yet.
+        """Set the shards; none is opened yet.
 
         Args:
-            manifests: Their shards, one after the other, are numbers 0, 1, ...
-            settings: The cache, and how long to wait for a store.
-            max_open: Shards held open, with up to two descriptors each; fewer where there are not
-                so many.
+            manifests: Their shards, concatenated, have indices 0, 1, ...
+            settings: The cache, and timeouts of stores.
+            max_open: Maximum number of open shards, with up to two descriptors each; reduced if the
+                process may not open as many files.
 
         Raises:
-            ConfigError: A manifest is remote, copies are wanted, and there is no `cache_dir`.
+            ConfigError: A manifest is remote, and caching is enabled without a `cache_dir`.
         """
         self.settings = settings or DataConfig()
         self._shards = [(manifest, entry) for manifest in manifests for entry in manifest.shards]
         self._max_open = max(1, max_open)
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
-        self._held: WeakSet[OpenShard] = WeakSet()
-        """All that were opened and that somebody still has."""
-        self.short_of_files = False
-        """Set by other threads that could open no file: the one that reads closes some."""
-        raise_limit()
+        self._referenced: WeakSet[OpenShard] = WeakSet()
+        """All opened shards that are still referenced, by this store or by a reader."""
+        self.out_of_files = False
+        """Set by other threads that could not open a file; the reading thread then closes some."""
+
+        raise_open_file_limit()
+        cache_dir = self.settings.cache_dir
         for manifest in manifests:
-            if (
-                not self.settings.cache_dir
-                and self.settings.cache_gib
-                and not storage.is_local(manifest.base)
-            ):
+            if not cache_dir and self.settings.cache_gib and not storage.is_local(manifest.base):
                 raise ConfigError(
-                    f"data.cache_dir is empty, but {storage.redact(manifest.base)} is remote; name a local folder for "
-                    f"copies of its shards, or set data.cache_gib=0 to keep none"
+                    f"data.cache_dir is empty, but {storage.redact(manifest.base)} is remote; set "
+                    f"it to a local folder for copies of its shards, or set data.cache_gib=0 to "
+                    f"disable caching"
                 )
-        self.cache = (
-            ShardCache(self.settings.cache_dir, self.settings.cache_gib)
-            if self.settings.cache_dir
-            else None
-        )
-        self._troubles = Troubles(
-            Path(self.settings.cache_dir, "bad") if self.settings.cache_dir else None
-        )
+
+        self.cache = ShardCache(cache_dir, self.settings.cache_gib) if cache_dir else None
+        self._failures = ShardFailures(Path(cache_dir, "failures") if cache_dir else None)
 
     def __len__(self) -> int:
         return len(self._shards)
 
-    def name(self, number: int) -> str:
-        """How the manifest calls a shard."""
-        return self._shards[number][1].name
+    def name(self, shard: int) -> str:
+        """Name of a shard in its manifest."""
+        return self._shards[shard][1].name
 
-    def entry(self, number: int) -> ShardEntry:
-        """The manifest's row for a shard."""
-        return self._shards[number][1]
+    def entry(self, shard: int) -> ShardEntry:
+        """Manifest entry of a shard."""
+        return self._shards[shard][1]
 
-    def is_remote(self, number: int) -> bool:
-        """Whether a shard or its index lies in a store."""
-        manifest = self._shards[number][0]
+    def is_remote(self, shard: int) -> bool:
+        """Whether a shard or its index is in a remote store."""
+        manifest = self._shards[shard][0]
         return not (storage.is_local(manifest.base) and storage.is_local(manifest.url))
 
-    def trouble(self, number: int) -> Trouble | None:
-        """What is known against a shard now."""
-        return self._troubles.of(*self._shards[number])
+    def failure(self, shard: int) -> ShardFailure | None:
+        """The current record of a shard's failure."""
+        return self._failures.get(*self._shards[shard])
 
-    def note_trouble(self, number: int, error: StorageError, reason: str = "") -> None:
-        """Remember why a shard could not be had; `reason` is the word for it if not
-        `reason_of(error)`."""
-        self._troubles.add(*self._shards[number], error, reason)
+    def record_failure(self, shard: int, error: StorageError, reason: str = "") -> None:
+        """Record that a shard is unavailable; `reason` defaults to `failure_reason(error)`."""
+        self._failures.record(*self._shards[shard], error, reason)
 
-    def forget_troubles(self) -> None:
-        """Ask the stores again that did not answer or refused, instead of believing for a while
-        that they still do."""
-        self._troubles.forget()
+    def clear_failures(self) -> None:
+        """Try stores again that did not respond or refused."""
+        self._failures.clear()
 
-    def at_hand(self, number: int) -> OpenShard | None:
-        """A shard that needs no store to be opened; None for others.
+    def try_open(self, shard: int) -> OpenShard | None:
+        """A shard that can be opened without requests to a store; None for others.
 
         Raises:
-            DataError: It is missing or its index is bad, with a slug.
+            DataError: It is missing or its index is corrupt; has a slug.
         """
-        if self.short_of_files:
-            self.short_of_files = False
-            self.free_files()
-        shard = self._open.get(number)
-        if shard is not None:
-            self._open.move_to_end(number)
-            if shard.fd < 0:
-                shard.fd = self.with_files(lambda: self._open_file(number))
-            elif shard.is_copy:
-                touch(shard.fd)
-            return shard
-        return None if self.is_remote(number) else self.open(number)
+        if self.out_of_files:
+            self.out_of_files = False
+            self.close_idle_files()
 
-    def open(self, number: int, index: ShardIndex | None = None) -> OpenShard:
-        """A shard with its index; the one given, or else the one that is fetched now.
+        opened = self._open.get(shard)
+        if opened is None:
+            return None if self.is_remote(shard) else self.open(shard)
+
+        self._open.move_to_end(shard)
+        if opened.fd < 0:
+            opened.fd = self.retry_out_of_files(lambda: self._open_copy(shard))
+        elif opened.is_copy:
+            touch(opened.fd)
+        return opened
+
+    def open(self, shard: int, index: ShardIndex | None = None) -> OpenShard:
+        """A shard with its index, which is loaded if it is not given.
 
         Raises:
-            DataError: The shard or its index cannot be had, with a slug.
+            DataError: The shard or its index is unavailable; has a slug.
         """
-        shard = self.at_hand(number) if number in self._open else None
-        if shard is None:
-            shard = self.with_files(lambda: self._open_new(number, index))
-            self._open[number] = shard
-            self._held.add(shard)
-            self._close_oldest(self._max_open)
-        return shard
+        opened = self.try_open(shard) if shard in self._open else None
+        if opened is None:
+            opened = self.retry_out_of_files(lambda: self._open_new(shard, index))
+            self._open[shard] = opened
+            self._referenced.add(opened)
+            self._close_least_recently_used(self._max_open)
+        return opened
 
-    def with_files(self, work: Callable[[], Answer]) -> Answer:
-        """Do what opens files; as long as there are too many, close some and do it again.
+    def retry_out_of_files(self, function: Callable[[], T]) -> T:
+        """Call a function that opens files; while there are too many open files, close some and
+        call it again.
 
         Raises:
-            ConfigError: There are too many though none is held here.
+            ConfigError: There are too many open files, but none can be closed here.
         """
         while True:
             try:
-                return work()
+                return function()
             except (OSError, DataError) as error:
-                if not is_out_of_files(error):
+                if not is_too_many_open_files(error):
                     raise
-                if not self.free_files():
+                if not self.close_idle_files():
                     raise ConfigError(
-                        "this process may not open enough files to read a single shard; raise `ulimit -n`, or look "
-                        "for what else holds files open"
+                        "the limit on open files is too low to read a single shard; raise "
+                        "`ulimit -n`, or check what else in this process holds files open"
                     ) from error
 
-    def free_files(self) -> bool:
-        """Close the shards unused longest and hold half as many from now on; whether anything was
-        closed."""
-        few = len(self._open) // 2
-        self._max_open = max(1, few)
-        idle = [
-            shard for shard in self._held if shard not in self._open.values()
-        ]  # in use by who reads
-        idle += [self._open.popitem(last=False)[1] for _ in range(len(self._open) - few)]
-        for shard in idle:
-            shard.into_memory()
-            self._held.discard(shard)
-        return bool(idle)
+    def close_idle_files(self) -> bool:
+        """Close the least recently used half of the open shards, and keep at most as many open from
+        now on; returns whether any file was closed."""
+        keep = len(self._open) // 2
+        self._max_open = max(1, keep)
+        # Shards that a reader still references, although they are not in `_open` any more.
+        to_close = [shard for shard in self._referenced if shard not in self._open.values()]
+        to_close += [self._open.popitem(last=False)[1] for _ in range(len(self._open) - keep)]
+        for shard in to_close:
+            shard.detach_file()
+            self._referenced.discard(shard)
+        return bool(to_close)
 
-    def forget(self, number: int) -> None:
-        """Close a shard, so that it is opened anew."""
-        if (shard := self._open.pop(number, None)) is not None:
-            shard.close()
+    def close_shard(self, shard: int) -> None:
+        """Close a shard, so that it is opened again."""
+        if (opened := self._open.pop(shard, None)) is not None:
+            opened.close()
 
-    def drop_copy(self, number: int) -> None:
-        """Remove the copy of a shard, of which the store has a better one."""
-        logger.warning("the copy of shard %s is damaged; it will be made again", self.name(number))
+    def remove_corrupt_copy(self, shard: int) -> None:
+        """Remove the corrupt copy of a shard that is intact in the store."""
+        logger.warning("the copy of shard %s is corrupt; it will be copied again", self.name(shard))
         if self.cache is not None:
-            self.cache.drop(self.entry(number))
-        self.forget(number)
+            self.cache.remove(self.entry(shard))
+        self.close_shard(shard)
 
     def close(self) -> None:
         """Close every file."""
-        self._close_oldest(0)
+        self._close_least_recently_used(0)
 
-    def load_index(self, number: int, timeout_seconds: float) -> ShardIndex:
-        """The index of a shard; one from a store is tried again while it is not the manifest's.
-
-        Any thread may call it.
+    def load_index(self, shard: int, timeout_seconds: float) -> ShardIndex:
+        """The index of a shard. Thread-safe.
 
         Raises:
-            DataError: It cannot be had, with a slug; or there are too many open files
-            (`is_out_of_files`).
+            DataError: It is unavailable (has a slug), or there are too many open files
+                (`is_too_many_open_files`).
         """
-        manifest, entry = self._shards[number]
-        for attempt in range(INDEX_TRIES):
-            try:
-                return load_index(
-                    manifest,
-                    entry,
-                    cache_dir=self.settings.cache_dir,
-                    timeout_seconds=max(0.1, timeout_seconds),
-                    request_seconds=self.settings.request_seconds,
-                )
-            except StorageError as error:
-                if is_out_of_files(error):
-                    raise
-                if error.slug or not error.kind:
-                    raise DataError(str(error), slug=error.slug or "bad-index") from error.__cause__
-                slug = (
-                    "bad-index"
-                    if reason_of(error) in ("missing-shard", "truncated")
-                    else reason_of(error)
-                )
-                raise StorageError(str(error), slug=slug, kind=error.kind) from None
-            except DataError as error:
-                if storage.is_local(manifest.url) or attempt == INDEX_TRIES - 1:
-                    raise DataError(str(error), slug=error.slug or "bad-index") from error
-        raise AssertionError("the last try returns or raises")
+        manifest, entry = self._shards[shard]
+        return load_index_with_retries(manifest, entry, self.settings, timeout_seconds)
 
-    def copy(
+    def cache_shard(
         self,
-        number: int,
+        shard: int,
         *,
         keep: Collection[int] = (),
         timeout_seconds: float = 0.0,
         cancel: Event | None = None,
-    ) -> Made:
-        """Copy a remote shard into the cache.
+    ) -> CopyResult:
+        """Copy a remote shard into the cache. Thread-safe.
 
         Args:
-            number: The shard.
-            keep: Shards whose copies stay.
-            timeout_seconds: Longest time without progress; `data.shard_seconds` if 0.
-            cancel: Set by another thread to give up.
+            shard: The shard.
+            keep: Shards whose copies must not be removed.
+            timeout_seconds: Maximum time without progress; `data.shard_seconds` if 0.
+            cancel: Set by another thread to abort.
 
         Raises:
-            StorageError: It cannot be had.
+            StorageError: The shard is unavailable.
             OSError: There are too many open files.
         """
-        manifest, entry = self._shards[number]
+        manifest, entry = self._shards[shard]
         if storage.is_local(manifest.base):
-            return Made.HERE
+            return CopyResult.CACHED
         if self.cache is None:
-            return Made.FULL
-        return self.cache.make(
+            return CopyResult.NO_SPACE
+        return self.cache.fetch(
             entry,
             manifest.shard_url(entry),
-            keep={self.cache.path(self._shards[other][1]) for other in keep},
+            keep={self.cache.path(self.entry(other)) for other in keep},
             timeout_seconds=timeout_seconds or self.settings.shard_seconds,
             request_seconds=self.settings.request_seconds,
             cancel=cancel,
         )
 
-    def copy_now(self, number: int, end: float, keep: Collection[int]) -> None:
-        """Copy a shard that can only be had whole, closing others to make room if need be.
+    def cache_shard_now(self, shard: int, deadline: float, keep: Collection[int]) -> None:
+        """Copy a shard that can only be downloaded as a whole, closing others to free space.
 
         Args:
-            number: The shard.
-            end: When to give up, on `time.monotonic()`.
+            shard: The shard.
+            deadline: On `time.monotonic()`.
             keep: Shards that stay open.
 
         Raises:
-            StorageError: It cannot be had, or there is no room.
+            StorageError: The shard is unavailable, or there is no space.
         """
-        while (left := end - time.monotonic()) > 0:
-            made = self.with_files(lambda left=left: self.copy(number, timeout_seconds=left))  # type: ignore[misc]
-            if made is Made.HERE:
+        while (remaining := deadline - time.monotonic()) > 0:
+            result = self.retry_out_of_files(
+                functools.partial(self.cache_shard, shard, timeout_seconds=remaining)
+            )
+            if result is CopyResult.CACHED:
                 return
-            if made is Made.FULL:
-                held = [
-                    other for other, shard in self._open.items() if shard.is_copy and shard.fd >= 0
+
+            if result is CopyResult.NO_SPACE:
+                closable = [
+                    other
+                    for other, opened in self._open.items()
+                    if opened.is_copy and opened.fd >= 0 and other not in keep
                 ]
-                if not (others := [other for other in held if other not in keep]):
+                if not closable:
                     break
-                self.forget(others[0])
+                self.close_shard(closable[0])
             else:
-                time.sleep(_WAIT_SECONDS)
+                time.sleep(_POLL_SECONDS)
+
         raise StorageError(
-            f"shard {self.name(number)} comes from a server that gives only whole files, and there is no room for "
-            f"a copy; raise data.cache_gib, or use a server that knows ranges",
+            f"the server of shard {self.name(shard)} does not support ranged requests, and there "
+            f"is no space for a copy of the shard; raise data.cache_gib, or use a server with "
+            f"range support",
             slug="unreachable",
         )
 
-    def _open_new(self, number: int, index: ShardIndex | None) -> OpenShard:
-        manifest, entry = self._shards[number]
-        url, remote = manifest.shard_url(entry), not storage.is_local(manifest.base)
-        if not remote:
-            fd = _open_local(storage.local_path(url), entry)
+    def _open_new(self, shard: int, index: ShardIndex | None) -> OpenShard:
+        manifest, entry = self._shards[shard]
+        url, is_remote = manifest.shard_url(entry), not storage.is_local(manifest.base)
+        if not is_remote:
+            fd = open_local_shard(storage.local_path(url))
         try:
             if index is None:
-                index = self.load_index(number, self.settings.shard_seconds)
-            if remote:
-                fd = self._open_file(number)
+                index = self.load_index(shard, self.settings.shard_seconds)
+            if is_remote:
+                fd = self._open_copy(shard)
         except BaseException:
-            if not remote:
+            if not is_remote:
                 os.close(fd)
             raise
-        return OpenShard(entry, url, index, fd, is_copy=remote)
+        return OpenShard(entry, url, index, fd, is_copy=is_remote)
 
-    def _open_file(self, number: int) -> int:
-        """A descriptor of a shard's copy; -1 without one."""
-        fd = self.cache.open(self.entry(number)) if self.cache is not None else None
+    def _open_copy(self, shard: int) -> int:
+        """Descriptor of a shard's copy; -1 if there is none."""
+        fd = self.cache.open(self.entry(shard)) if self.cache is not None else None
         return -1 if fd is None else fd
 
-    def _close_oldest(self, keep: int) -> None:
+    def _close_least_recently_used(self, keep: int) -> None:
         while len(self._open) > keep:
             self._open.popitem(last=False)[1].close()
-
-
-def _open_local(path: Path, entry: ShardEntry) -> int:
-    try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        raise DataError(f"shard {path} is missing; {_REMEDY}", slug="missing-shard") from None
-    except OSError as error:
-        raise DataError(
-            f"cannot open shard {path}: {error.strerror}", slug="unreachable"
-        ) from error
