@@ -1,63 +1,79 @@
-"""InfoNCE over the global batch, as one rank's share. Pure.
+"""InfoNCE over the global batch, as the local term of one rank. A pure function.
 
-Shapes: B this rank's pairs, G rows of the gathered batch (all ranks, some of them empty), D
+Shapes: B pairs of this rank, G rows of the gathered batch (all ranks, padding rows included), D
 embedding width.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def info_nce_share(
+class GatheredPairs(NamedTuple):
+    """Embeddings and caption hashes of all ranks, in rank order.
+
+    Every rank contributes the same number of rows; a rank with skipped samples pads its part.
+    """
+
+    image_GD: Tensor
+    """Image embeddings; the gradient must flow back to the ranks that computed them."""
+    text_GD: Tensor
+    """Text embeddings, likewise."""
+    hashes_G: Tensor
+    """Hash of each caption, int64."""
+    valid_G: Tensor
+    """True for pairs, False for padding rows."""
+    first_row: int
+    """Row of this rank's first pair."""
+
+
+def local_info_nce(
     image_BD: Tensor,
     text_BD: Tensor,
-    all_image_GD: Tensor,
-    all_text_GD: Tensor,
     *,
     hashes_B: Tensor,
-    all_hashes_G: Tensor,
-    valid_G: Tensor,
-    first_row: int,
+    gathered: GatheredPairs,
     logit_scale: Tensor,
     num_pairs: Tensor,
     mask_equal_captions: bool,
 ) -> Tensor:
-    """Share of the symmetric InfoNCE loss that belongs to this rank's pairs.
+    """The part of the symmetric InfoNCE loss that belongs to this rank's pairs.
 
-    The sum of the shares over all ranks is the loss of the full matrix: the mean over the pairs of
-    the cross-entropies image -> text and text -> image, halved. `log(num_pairs)` is chance.
+    The sum over all ranks is the loss of the full matrix: half the mean over pairs of the
+    cross-entropies image -> text and text -> image. Random embeddings give `log(num_pairs)`.
 
     Args:
         image_BD: This rank's image embeddings, unit vectors, float32.
-        text_BD: This rank's text embeddings.
-        all_image_GD: Image embeddings of all ranks; gradient must flow back to their owners.
-        all_text_GD: Text embeddings of all ranks.
+        text_BD: This rank's text embeddings, unit vectors, float32.
         hashes_B: Hash of each caption of this rank, int64.
-        all_hashes_G: Hashes of all ranks.
-        valid_G: Which gathered rows are pairs (ranks with bad samples fill up with empty rows).
-        first_row: Where this rank's pairs begin in the gathered rows.
-        logit_scale: Scalar, float32.
-        num_pairs: Pairs of the global batch, scalar.
-        mask_equal_captions: Do not use a pair with the same caption as a negative.
+        gathered: The pairs of all ranks, this one included.
+        logit_scale: Inverse temperature, float32 scalar.
+        num_pairs: Number of pairs in the global batch, scalar.
+        mask_equal_captions: Do not use pairs with the same caption as negatives.
+
+    Returns:
+        Scalar with gradient.
 
     Source: van den Oord et al. 2018, arXiv:1807.03748; Radford et al. 2021 (CLIP),
     arXiv:2103.00020.
     """
-    targets_B = torch.arange(image_BD.shape[0], device=image_BD.device) + first_row
-    excluded_BG = ~valid_G.unsqueeze(0).expand(image_BD.shape[0], -1)
+    num_local, device = image_BD.shape[0], image_BD.device
+    targets_B = torch.arange(num_local, device=device) + gathered.first_row
+    masked_BG = ~gathered.valid_G.unsqueeze(0).expand(num_local, -1)
     if mask_equal_captions:
-        excluded_BG = excluded_BG | (hashes_B.unsqueeze(1) == all_hashes_G.unsqueeze(0))
-    columns_G = torch.arange(valid_G.shape[0], device=valid_G.device)
-    excluded_BG = excluded_BG & (columns_G.unsqueeze(0) != targets_B.unsqueeze(1))
+        masked_BG = masked_BG | (hashes_B.unsqueeze(1) == gathered.hashes_G.unsqueeze(0))
+    columns_G = torch.arange(gathered.valid_G.shape[0], device=device)
+    masked_BG = masked_BG & (columns_G.unsqueeze(0) != targets_B.unsqueeze(1))
 
-    def direction(queries_BD: Tensor, answers_GD: Tensor) -> Tensor:
-        logits_BG = (logit_scale * queries_BD @ answers_GD.T).masked_fill(
-            excluded_BG, float("-inf")
-        )
+    def cross_entropy_sum(queries_BD: Tensor, keys_GD: Tensor) -> Tensor:
+        logits_BG = logit_scale * queries_BD @ keys_GD.T
+        logits_BG = logits_BG.masked_fill(masked_BG, float("-inf"))
         return F.cross_entropy(logits_BG, targets_B, reduction="sum")
 
-    both = direction(image_BD, all_text_GD) + direction(text_BD, all_image_GD)
-    return both / (2 * num_pairs.clamp(min=1))
+    image_to_text = cross_entropy_sum(image_BD, gathered.text_GD)
+    text_to_image = cross_entropy_sum(text_BD, gathered.image_GD)
+    return (image_to_text + text_to_image) / (2 * num_pairs.clamp(min=1))

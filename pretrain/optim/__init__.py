@@ -1,1 +1,1 @@
-"""Optimizer: schedule, parameter groups, AdamW."""
+"""Optimizer: learning-rate schedule, parameter groups and AdamW."""
