@@ -1,5 +1,4 @@
-"""Counting from the config: equal to the model that is built, and to the published table of
-sizes."""
+"""Parameter and FLOP counts against real models and the documented model sizes."""
 
 from __future__ import annotations
 
@@ -15,17 +14,17 @@ from pretrain.model.count import count_flops, count_parameters
 from pretrain.model.vision_language import VisionLanguageModel, valid_positions
 
 
-def _built(run: RunConfig) -> int:
-    # "meta" gives every parameter a shape and no memory, so that the largest preset fits too.
+def parameters_of_the_model(run: RunConfig) -> int:
+    # Parameters on "meta" have no memory, so the largest preset can be built too.
     with torch.device("meta"):
         model = VisionLanguageModel(run.model, run.moe)
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("name", ["tiny", "s16", "b16", "l16", "h14"])
-def test_as_many_parameters_as_the_real_model(name: str) -> None:
+def test_parameters_of_presets(name: str) -> None:
     run = load_run(name)
-    assert count_parameters(run.model, run.moe).total == _built(run)
+    assert count_parameters(run.model, run.moe).total == parameters_of_the_model(run)
 
 
 @pytest.mark.parametrize(
@@ -44,15 +43,15 @@ def test_as_many_parameters_as_the_real_model(name: str) -> None:
         ["model.stem=conv", "model.width=48", "model.patch_size=16", "model.num_heads=2"],
     ],
 )
-def test_as_many_parameters_as_the_real_model_with_other_shapes(overrides: list[str]) -> None:
+def test_parameters_of_other_shapes(overrides: list[str]) -> None:
     run = load_run("tiny", ["model.vocab_size=512", *overrides])
-    assert count_parameters(run.model, run.moe).total == _built(run)
+    assert count_parameters(run.model, run.moe).total == parameters_of_the_model(run)
 
 
 @pytest.mark.parametrize(
     ("name", "total", "active"),
     [
-        # The table says 1M for tiny: a rounded million.
+        # Documented as 1M, rounded.
         ("tiny", 1.03e6, 0.586e6),
         ("s16", 115e6, 21e6),
         ("b16", 462e6, 85e6),
@@ -60,20 +59,20 @@ def test_as_many_parameters_as_the_real_model_with_other_shapes(overrides: list[
         ("h14", 3.62e9, 1.05e9),
     ],
 )
-def test_trunks_of_the_table_of_sizes(name: str, total: float, active: float) -> None:
+def test_documented_trunk_sizes(name: str, total: float, active: float) -> None:
     run = load_run(name)
     count = count_parameters(run.model, run.moe)
     assert count.trunk_total == pytest.approx(total, rel=0.02)
     assert count.trunk_active == pytest.approx(active, rel=0.02)
 
 
-def test_active_leaves_out_exactly_the_experts_not_visited() -> None:
+def test_active_excludes_unassigned_experts() -> None:
     model, moe = ModelConfig(), MoEConfig(num_experts=8, top_k=3, expert_width=64)
     count = count_parameters(model, moe)
     one_expert = 3 * model.width * moe.expert_width
     assert count.total - count.active == 3 * (8 - 3) * one_expert  # three sparse blocks
-    every_expert = MoEConfig(num_experts=8, top_k=8, expert_width=64)
-    assert count_parameters(model, every_expert).active == count.total
+    all_active = MoEConfig(num_experts=8, top_k=8, expert_width=64)
+    assert count_parameters(model, all_active).active == count.total
 
 
 @pytest.mark.parametrize(
@@ -86,29 +85,29 @@ def test_active_leaves_out_exactly_the_experts_not_visited() -> None:
         ["moe.top_k=8", "model.fusion_layer=1"],
     ],
 )
-def test_flops_of_the_forward_pass_that_torch_counts(overrides: list[str]) -> None:
-    """Torch sees the products that are run, which differ from the formula in one known way."""
+def test_forward_flops_equal_those_counted_by_torch(overrides: list[str]) -> None:
+    """Torch counts the products that are run; they differ from the formula in one known way."""
     run = load_run("tiny", ["model.vocab_size=1000", "moe.backend=loop", *overrides])
     model = VisionLanguageModel(run.model, run.moe)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter.data, std=0.02)
-    pairs, text = 2, 16
-    lengths = torch.full((pairs,), text)
-    # The counter knows plain products, not the fused attention of the CPU.
+    pairs, text_tokens = 2, 16
+    lengths = torch.full((pairs,), text_tokens)
+    # The counter does not support the fused attention kernel of the CPU.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         model(
             torch.zeros(pairs, 3, 48, 48, dtype=torch.uint8),
-            torch.ones(pairs, text, dtype=torch.int64),
+            torch.ones(pairs, text_tokens, dtype=torch.int64),
             lengths,
-            valid_positions(lengths, text),
+            valid_positions(lengths, text_tokens),
         )
-    expected = count_flops(run.model, run.moe, text_tokens=text).forward
-    # The counter takes causal attention for a full square; the formula counts the visible half.
-    hidden = text * text - text * (text + 1) / 2
-    expected += run.model.num_layers * 4 * run.model.width * hidden
+    expected = count_flops(run.model, run.moe, text_tokens=text_tokens).forward
+    # The counter includes the masked half of causal attention; the formula does not.
+    masked = text_tokens * text_tokens - text_tokens * (text_tokens + 1) / 2
+    expected += run.model.num_layers * 4 * run.model.width * masked
     assert counter.get_total_flops() / pairs == pytest.approx(expected, rel=1e-4)
 
 
-def test_training_is_three_forward_passes() -> None:
+def test_training_flops() -> None:
     flops = count_flops(ModelConfig(), MoEConfig(), text_tokens=10)
     assert flops.training == 3 * flops.forward > 0
