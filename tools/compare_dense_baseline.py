@@ -1,9 +1,9 @@
-"""`python -m tools.compare_dense_baseline`: what the experts are worth, against a dense model of equal active
-FLOPs.
+"""`python -m tools.compare_dense_baseline`: a sparse run compared with its dense baseline.
 
-Trains a sparse run and its dense twin (`pretrain.model.dense_baseline`) on the same pairs in the same order,
-with several seeds, judges both, and prints one table: means over the seeds, and the mean difference
-seed by seed with its spread. Each run has its own folder; runs that are done are used again.
+Trains both (the baseline has equal active FLOPs, see `pretrain.model.dense_baseline`) on the same
+pairs in the same order with several seeds, evaluates them, and prints one table: means over the
+seeds, and the mean difference per seed with its standard deviation. Each run has its own folder;
+completed runs are reused.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from data_pipeline.common.logs import setup_logging
 from pretrain.config.schema import RunConfig
 from pretrain.config.validate import check
 from pretrain.evaluate.report import write_json
-from pretrain.model.dense_baseline import USUAL_TEXT_TOKENS, caption_tokens, dense_baseline
-from tools.study.tables import markdown, paired, pick, spread
-from tools.study.trials import Result, Trial, load_trial, run_or_tell
+from pretrain.model.dense_baseline import DEFAULT_TEXT_TOKENS, dense_baseline, resolve_text_tokens
+from tools.study.tables import lookup, markdown, paired_difference, seed_mean
+from tools.study.trials import Result, Trial, load_trial, run_or_report_error
 
 SPARSE, DENSE = "sparse", "dense"
 
 EXAMPLES = """\
 examples:
-  python -m tools.compare_dense_baseline                              three pairs of runs on the quickstart's pictures
-  python -m tools.compare_dense_baseline --seeds 0 --steps 200        one short pair
-  python -m tools.compare_dense_baseline --out runs/twin moe.num_experts=16 optim.lr=1e-3
+  python -m tools.compare_dense_baseline                        three pairs of quickstart runs
+  python -m tools.compare_dense_baseline --seeds 0 --steps 200  one short pair
+  python -m tools.compare_dense_baseline --out runs/sixteen moe.num_experts=16 optim.lr=1e-3
   python -m tools.compare_dense_baseline --run run.yaml --text-tokens 24
 """
 
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the comparison; returns the exit status."""
     options = _parse(arguments)
     setup_logging()
-    done = run_or_tell(
+    outcome = run_or_report_error(
         lambda: make_trials(
             options.run,
             options.overrides,
@@ -48,9 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ),
         options.out,
     )
-    if isinstance(done, int):
-        return done
-    _, results = done
+    if isinstance(outcome, int):
+        return outcome
+    _, results = outcome
     table = comparison(results[SPARSE], results[DENSE])
     print(table)
     write_json(options.out / "comparison.json", results)
@@ -68,33 +68,36 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--run",
         default="quickstart",
-        help="a run file or a preset with experts (default: quickstart)",
+        help="a run file or preset with experts (default: quickstart)",
     )
     parser.add_argument(
         "--out",
         type=Path,
-        default=Path("runs/twin"),
-        help="folder of all runs (default: runs/twin)",
+        default=Path("runs/dense-baseline"),
+        help="folder of all runs (default: %(default)s)",
     )
     parser.add_argument(
         "--seeds",
         type=int,
         nargs="+",
         default=[0, 1, 2],
-        help="one pair of runs each (default: 0 1 2)",
+        help="one pair of runs per seed (default: 0 1 2)",
     )
     parser.add_argument(
-        "--steps", type=int, default=0, help="optimizer steps of each run (default: the run's own)"
+        "--steps", type=int, default=0, help="optimizer steps (default: as in the run)"
     )
     parser.add_argument(
         "--text-tokens",
         type=float,
         default=None,
-        help=f"average tokens of a caption, for equal FLOPs (default: {USUAL_TEXT_TOKENS}, at most "
-        f"model.context_length)",
+        help="mean number of caption tokens, for equal FLOPs "
+        f"(default: {DEFAULT_TEXT_TOKENS}, at most model.context_length)",
     )
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="settings of both, such as optim.lr=1e-3"
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="settings of both runs, such as optim.lr=1e-3",
     )
     return parser.parse_args(arguments)
 
@@ -107,67 +110,73 @@ def make_trials(
     steps: int,
     text_tokens: float | None,
 ) -> list[Trial]:
-    """Both models with every seed; seed by seed, so that a study that is stopped has whole pairs.
+    """Both models for each seed, in pairs: an interrupted study then has complete pairs.
 
     Raises:
-        ConfigError: The run or the number of text tokens is impossible, or there is no twin.
+        ConfigError: The run or the number of text tokens is invalid, or there is no dense baseline.
     """
     sparse = load_trial(run, overrides, steps=steps)
-    tokens = caption_tokens(text_tokens, sparse.model.context_length)
+    tokens = resolve_text_tokens(text_tokens, sparse.model.context_length)
+    dense = dense_baseline(sparse, text_tokens=tokens)
     trials = []
     for seed in seeds:
-        for name, one in ((SPARSE, sparse), (DENSE, dense_baseline(sparse, text_tokens=tokens))):
-            seeded: RunConfig = replace(one, seed=seed)
+        for name, config in ((SPARSE, sparse), (DENSE, dense)):
+            seeded: RunConfig = replace(config, seed=seed)
             check(seeded, 1, source=f"{run} ({name})")
             trials.append(Trial(name, seeded))
     return trials
 
 
 def comparison(sparse: Sequence[Result], dense: Sequence[Result]) -> str:
-    """The table, from the results of both by seed."""
+    """The Markdown table of the results of both models, ordered by seed."""
     rows = []
     for label, path, digits in _rows(sparse[0]):
-        values = [[pick(result, path) for result in results] for results in (sparse, dense)]
-        known = [[value for value in column if value is not None] for column in values]
-        if not known[0] or len(known[0]) != len(known[1]):
+        sparse_values = _known(sparse, path)
+        dense_values = _known(dense, path)
+        if not sparse_values or len(sparse_values) != len(dense_values):
             continue
         rows.append(
             [
                 label,
-                spread(known[0]).text(digits),
-                spread(known[1]).text(digits),
-                paired(*known).text(digits, signed=True),
+                seed_mean(sparse_values).text(digits),
+                seed_mean(dense_values).text(digits),
+                paired_difference(sparse_values, dense_values).text(digits, signed=True),
             ]
         )
     seeds = ", ".join(str(result["seed"]) for result in sparse)
-    head = ["", "sparse", "dense twin", "sparse - dense"]
-    facts = (
-        f"{sparse[0]['pairs']:,} pairs in {sparse[0]['steps']:,} steps each, seeds {seeds}: mean ± standard "
-        f"deviation, differences seed by seed; recalls and captions in percent"
+    header = ["", "sparse", "dense baseline", "sparse - dense"]
+    caption = (
+        f"{sparse[0]['pairs']:,} pairs in {sparse[0]['steps']:,} steps each, seeds {seeds}: mean ± "
+        f"standard deviation, differences per seed; recalls and captions in percent"
     )
-    return f"{markdown(head, rows)}\n\n{facts}"
+    return f"{markdown(header, rows)}\n\n{caption}"
+
+
+def _known(results: Sequence[Result], path: Sequence[str]) -> list[float]:
+    values = [lookup(result, path) for result in results]
+    return [value for value in values if value is not None]
 
 
 def _rows(result: Mapping[str, Any]) -> list[tuple[str, tuple[str, ...], int]]:
-    """Label, place in a result and decimals of each row."""
+    """Label, path in a result, and decimals of each row."""
     rows: list[tuple[str, tuple[str, ...], int]] = [
-        ("loss (contrast + captions, weighted)", ("loss", "main"), 4),
+        ("loss (contrastive + caption, weighted)", ("loss", "main"), 4),
         ("  contrastive", ("loss", "contrastive"), 4),
         ("  caption", ("loss", "caption"), 4),
     ]
     for name, scores in result["eval"].items():
-        for way, words in (("image_to_text", "image to text"), ("text_to_image", "text to image")):
-            rows += [
-                (f"{name}: {words} {at}", ("eval", name, f"{way}/{at}"), 2)
-                for at in ("R@1", "R@5", "R@10")
-                if f"{way}/{at}" in scores
-            ]
-        rows.append((f"{name}: captions exactly right", ("eval", name, "caption_exact"), 2))
-        rows.append((f"{name}: caption tokens right", ("eval", name, "caption_tokens"), 2))
+        for direction in ("image_to_text", "text_to_image"):
+            for rank in ("R@1", "R@5", "R@10"):
+                key = f"{direction}/{rank}"
+                if key in scores:
+                    label = f"{name}: {direction.replace('_', ' ')} {rank}"
+                    rows.append((label, ("eval", name, key), 2))
+        rows.append((f"{name}: exact captions", ("eval", name, "caption_exact"), 2))
+        rows.append((f"{name}: caption token accuracy", ("eval", name, "caption_tokens"), 2))
     return [
         *rows,
-        ("seconds of training", ("seconds",), 1),
-        ("million FLOPs a pair", ("mega_flops_per_pair",), 2),
+        ("training seconds", ("seconds",), 1),
+        ("MFLOPs per pair", ("mega_flops_per_pair",), 2),
         ("thousand parameters", ("kilo_parameters",), 1),
         ("  active per token", ("kilo_active_parameters",), 1),
     ]

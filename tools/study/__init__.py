@@ -1,2 +1,2 @@
-"""Several training runs on the same data, side by side; what `tools.compare_dense_baseline` and others are
-made of."""
+"""Comparison of training runs on the same data; used by `tools.compare_dense_baseline` and
+`tools.balancing_study`."""

@@ -1,4 +1,4 @@
-"""Ways of balancing, each as what it changes in a run that balances nothing."""
+"""Load-balancing methods, each as its changes to a run without balancing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pretrain.config.experts import BalanceConfig, MoEConfig
 from pretrain.config.schema import RunConfig
 
 OFF = {"balance_weight": 0.0, "router_z_weight": 0.0}
-"""Balancing has no other default that is not off."""
+"""Turns balancing off: all other defaults of `BalanceConfig` are off."""
 
 TOPOLOGY = (
     "num_experts",
@@ -23,22 +23,22 @@ TOPOLOGY = (
     "stop",
     "backend",
 )
-"""What stays the run's own, whatever a preset says."""
+"""Settings of `moe` that are always those of the run, never of a preset."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """One way of balancing."""
+    """One load-balancing method."""
 
     name: str
-    words: str
-    """For people."""
+    description: str
+    """For the help text."""
     balance: Mapping[str, Any] = field(default_factory=dict)
-    """Settings of `balance:`; what is not named is off."""
+    """Settings of `balance`; everything else is off."""
     moe: Mapping[str, Any] = field(default_factory=dict)
-    """Settings of `moe:` that the method needs."""
+    """Settings of `moe` that the method needs."""
     preset: str = ""
-    """A preset that gives both sections instead."""
+    """Preset whose sections `moe` and `balance` are used instead."""
 
 
 def _bias(kind: str, per_modality: bool) -> dict[str, Any]:
@@ -46,68 +46,80 @@ def _bias(kind: str, per_modality: bool) -> dict[str, Any]:
 
 
 METHODS = (
-    Method(name="none", words="nothing"),
+    Method(name="none", description="no balancing"),
     Method(
         name="balance",
-        words="balance loss of Switch and GShard, 1e-2",
+        description="balance loss of Switch and GShard, 1e-2",
         balance={"balance_weight": 1e-2},
     ),
     Method(
         name="importance+load",
-        words="V-MoE's two losses, 0.005 each, on noisy logits",
+        description="V-MoE's two losses, 0.005 each, with noisy top-k routing",
         balance={"importance_weight": 0.005, "load_weight": 0.005},
         moe={"routing": "noisy_top_k"},
     ),
-    Method(name="z", words="router z-loss alone, 1e-3", balance={"router_z_weight": 1e-3}),
+    Method(name="z", description="router z-loss only, 1e-3", balance={"router_z_weight": 1e-3}),
     Method(
         name="entropies",
-        words="LIMoE's entropies by modality, 0.01 each",
+        description="LIMoE's entropy losses per modality, 0.01 each",
         balance={
             "local_entropy_weight": {"image": 0.0, "text": 0.01},
             "global_entropy_weight": {"image": 0.01, "text": 0.01},
         },
     ),
-    Method(name="sign", words="loss-free bias by a fixed step", balance=_bias("sign", False)),
+    Method(
+        name="sign",
+        description="loss-free bias, updated by the sign of the load error",
+        balance=_bias("sign", False),
+    ),
     Method(
         name="sign-by-modality",
-        words="the same, one bias for patches and one for text",
+        description="the same with separate biases for patches and text",
         balance=_bias("sign", True),
     ),
     Method(
         name="zscore",
-        words="loss-free bias by how far an expert is off",
+        description="loss-free bias, updated by the z-score of the load",
         balance=_bias("zscore", False),
     ),
-    Method(name="zscore-by-modality", words="the same by modality", balance=_bias("zscore", True)),
+    Method(
+        name="zscore-by-modality",
+        description="the same with separate biases for patches and text",
+        balance=_bias("zscore", True),
+    ),
     *(
         Method(
-            name=f"preset-{name}", words=f"routing and balancing of the preset {name}", preset=name
+            name=f"preset-{name}",
+            description=f"routing and balancing of the preset {name}",
+            preset=name,
         )
         for name in ("switch", "vmoe", "limoe", "vl_moe", "deepseek", "ours")
     ),
 )
 
 
-def balanced(
+def apply_method(
     base: RunConfig, method: Method, presets: Mapping[str, Mapping[str, Any]]
 ) -> RunConfig:
-    """A run with another way of balancing and the same topology.
+    """A run with another balancing method and the same topology.
 
     Args:
         base: The run.
-        method: What to change.
-        presets: The sections `moe` and `balance` of every preset.
+        method: The method.
+        presets: The sections `moe` and `balance` of every preset, by name.
     """
-    given = (
-        presets[method.preset] if method.preset else {"moe": method.moe, "balance": method.balance}
-    )
-    kept = to_mapping(base.moe)
+    sections: Mapping[str, Any] = {"moe": method.moe, "balance": method.balance}
+    if method.preset:
+        sections = presets[method.preset]
+
+    base_moe = to_mapping(base.moe)
+    topology = {key: base_moe[key] for key in TOPOLOGY}
     moe = from_mapping(
         MoEConfig,
-        merge(kept, {**given["moe"], **{key: kept[key] for key in TOPOLOGY}}),
+        merge(base_moe, {**sections["moe"], **topology}),
         source=f"{method.name}: moe",
     )
     balance = from_mapping(
-        BalanceConfig, OFF | dict(given["balance"]), source=f"{method.name}: balance"
+        BalanceConfig, OFF | dict(sections["balance"]), source=f"{method.name}: balance"
     )
     return replace(base, moe=moe, balance=balance)

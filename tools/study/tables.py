@@ -1,5 +1,4 @@
-"""Means with their spread over seeds, and tables in Markdown that also read well in a terminal.
-Pure."""
+"""Means with standard deviations over seeds, and Markdown tables with aligned columns."""
 
 from __future__ import annotations
 
@@ -9,42 +8,41 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 
-class Spread(NamedTuple):
-    """A mean over seeds."""
+class SeedMean(NamedTuple):
+    """Mean over seeds."""
 
     mean: float
     deviation: float
-    """Sample standard deviation; nan for a single value."""
+    """Sample standard deviation; NaN for a single seed."""
     seeds: int
 
     def text(self, digits: int = 2, *, signed: bool = False) -> str:
-        """`1.23 ± 0.04`; without the second part for a single value, `-` without any."""
+        """`1.23 ± 0.04`; only the mean for a single seed, `-` without values."""
         if not self.seeds:
             return "-"
         mean = f"{self.mean:{'+' if signed else ''},.{digits}f}"
         return mean if math.isnan(self.deviation) else f"{mean} ± {self.deviation:,.{digits}f}"
 
 
-def spread(values: Sequence[float | None]) -> Spread:
-    """Mean and deviation; values that are None are left out."""
+def seed_mean(values: Sequence[float | None]) -> SeedMean:
+    """Mean and standard deviation of the values that are not None."""
     known = [value for value in values if value is not None]
     if not known:
-        return Spread(math.nan, math.nan, 0)
+        return SeedMean(math.nan, math.nan, 0)
     mean = sum(known) / len(known)
     if len(known) == 1:
-        return Spread(mean, math.nan, 1)
-    return Spread(
-        mean, math.sqrt(sum((value - mean) ** 2 for value in known) / (len(known) - 1)), len(known)
-    )
+        return SeedMean(mean, math.nan, 1)
+    variance = sum((value - mean) ** 2 for value in known) / (len(known) - 1)
+    return SeedMean(mean, math.sqrt(variance), len(known))
 
 
-def paired(first: Sequence[float], second: Sequence[float]) -> Spread:
-    """first - second, seed by seed: what both seeds share (the order of the data) drops out."""
-    return spread([one - other for one, other in zip(first, second, strict=True)])
+def paired_difference(first: Sequence[float], second: Sequence[float]) -> SeedMean:
+    """Mean of first - second per seed; effects of the seed on both, such as data order, cancel."""
+    return seed_mean([a - b for a, b in zip(first, second, strict=True)])
 
 
-def pick(result: Mapping[str, Any] | None, path: Sequence[str]) -> float | None:
-    """A number deep in a result, None where there is none."""
+def lookup(result: Mapping[str, Any] | None, path: Sequence[str]) -> float | None:
+    """The number at a path of nested keys; None if it does not exist or is None."""
     value: Any = result
     for key in path:
         if not isinstance(value, Mapping) or key not in value:
@@ -53,32 +51,26 @@ def pick(result: Mapping[str, Any] | None, path: Sequence[str]) -> float | None:
     return None if value is None else float(value)
 
 
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table whose columns line up: the first to the left, the others to the right."""
-    cells = [[_cell(text) for text in row] for row in (head, *rows)]
-    widths = [max(_width(row[column]) for row in cells) for column in range(len(head))]
-    lines = []
-    for number, row in enumerate(cells):
-        padded = [
-            text + " " * (width - _width(text))
-            if column == 0
-            else " " * (width - _width(text)) + text
-            for column, (text, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append(f"| {' | '.join(padded)} |")
-        if number == 0:
-            rule = [
-                "-" * width if column == 0 else "-" * (width - 1) + ":"
-                for column, width in enumerate(widths)
-            ]
-            lines.append(f"| {' | '.join(rule)} |")
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table with aligned columns: the first to the left, the others to the right."""
+    cells = [[_escape(text) for text in row] for row in (header, *rows)]
+    widths = [max(_width(row[column]) for row in cells) for column in range(len(header))]
+    lines = [_line(row, widths) for row in cells]
+    lines.insert(1, _line(["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])], widths))
     return "\n".join(lines)
 
 
-def _cell(text: str) -> str:
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    padding = [" " * (width - _width(text)) for text, width in zip(cells, widths, strict=True)]
+    padded = [cells[0] + padding[0]]
+    padded += [pad + text for text, pad in zip(cells[1:], padding[1:], strict=True)]
+    return f"| {' | '.join(padded)} |"
+
+
+def _escape(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
 def _width(text: str) -> int:
-    """Columns that a terminal shows."""
+    """Width in a terminal, columns."""
     return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)

@@ -1,11 +1,10 @@
-"""Trains and judges a list of runs, each in its own folder; what is done already is not done again.
+"""Trains and evaluates a list of runs, each in its own folder; completed runs are not repeated.
 
-    OUT/NAME/run.yaml       the run, as it is started
-    OUT/NAME/result.json    its numbers, written last: a folder that has them is done
-    OUT/NAME/...            what `vlmoe train` leaves
+    OUT/NAME/run.yaml       configuration of the run
+    OUT/NAME/result.json    its metrics, written last: a folder that has them is complete
+    OUT/NAME/...            output of `vlmoe train`
 
-Stopped in the middle, the same command goes on: with the trial that was running from its last
-checkpoint.
+After an interruption, rerun the same command: an incomplete trial resumes from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -24,99 +23,107 @@ from data_pipeline.common.errors import ConfigError, VlmError
 from pretrain.config.presets import load_run
 from pretrain.config.schema import RunConfig
 from pretrain.evaluate.report import write_json
-from tools.study.numbers import judge
+from tools.study.run_metrics import evaluate_run
 
 logger = logging.getLogger(__name__)
 
-RUN_FILE, RESULT_FILE = "run.yaml", "result.json"
+RUN_FILE, RESULT_FILE, LOG_FILE = "run.yaml", "result.json", "output.log"
 
 Result = dict[str, Any]
 Train = Callable[[RunConfig, Path], None]
-Judge = Callable[[Path], Result]
+Evaluate = Callable[[Path], Result]
 
 
 class Trial(NamedTuple):
-    """One way of training, with one seed."""
+    """One training configuration with one seed."""
 
     name: str
-    """Of what is compared; trials that differ only in the seed share it."""
+    """Name of the configuration; trials that differ only in the seed share it."""
     run: RunConfig
 
     @property
     def folder(self) -> str:
-        """Its folder below that of the study."""
+        """Folder name within the study."""
         return f"{self.name}-seed{self.run.seed}"
 
 
 def run_trials(
-    trials: Sequence[Trial], out: Path, *, train: Train | None = None, judge: Judge = judge
+    trials: Sequence[Trial],
+    out: Path,
+    *,
+    train: Train | None = None,
+    evaluate: Evaluate = evaluate_run,
 ) -> dict[str, list[Result]]:
-    """Do what is left to do.
+    """Train and evaluate the trials that are not complete.
 
     Args:
-        trials: In the order in which they are run.
+        trials: In execution order.
         out: Folder of the study.
-        train: Trains a run in a folder; by default a process that runs `vlmoe train`.
-        judge: Makes the numbers of a trained folder.
+        train: Trains a run in a folder; the default starts `vlmoe train` in a subprocess.
+        evaluate: Computes the metrics of a trained folder.
 
     Returns:
-        Results by name, in the order of the trials.
+        Results of all trials by name, in order.
 
     Raises:
-        ConfigError: A folder holds another run than the trial's, or two trials are the same.
+        ConfigError: A folder holds a different run, or two trials are equal.
         subprocess.CalledProcessError: A training process failed.
     """
     folders = [trial.folder for trial in trials]
     if repeated := next((folder for folder in folders if folders.count(folder) > 1), ""):
         raise ConfigError(
-            f"{repeated} would be counted {folders.count(repeated)} times, as if it had been trained "
-            f"as often; give every seed and every method once"
+            f"{repeated} would be counted {folders.count(repeated)} times although it is trained "
+            f"once; give every seed and every method only once"
         )
-    found: dict[str, list[Result]] = {}
-    for number, trial in enumerate(trials, start=1):
+
+    results: dict[str, list[Result]] = {}
+    for index, trial in enumerate(trials, start=1):
         folder = out / trial.folder
-        result = finished(trial, folder)
-        what = "done before" if result else "training"
+        result = load_result(trial, folder)
         logger.info(
-            "%d of %d: %s, seed %d: %s", number, len(trials), trial.name, trial.run.seed, what
+            "%d of %d: %s, seed %d: %s",
+            index,
+            len(trials),
+            trial.name,
+            trial.run.seed,
+            "already complete" if result else "training",
         )
         if result is None:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / RUN_FILE).write_text(dump_yaml(trial.run), encoding="utf-8")
-            (train or train_process)(trial.run, folder)
-            result = judge(folder)
+            (train or train_in_subprocess)(trial.run, folder)
+            result = evaluate(folder)
             write_json(folder / RESULT_FILE, result)
-        found.setdefault(trial.name, []).append(result)
-    return found
+        results.setdefault(trial.name, []).append(result)
+    return results
 
 
-def run_or_tell(
-    make: Callable[[], Sequence[Trial]], out: Path
+def run_or_report_error(
+    make_trials: Callable[[], Sequence[Trial]], out: Path
 ) -> tuple[Sequence[Trial], dict[str, list[Result]]] | int:
-    """Make trials and do them; the exit status of a command that cannot, which has said why."""
+    """Make and run trials; on failure print an error and return the command's exit status."""
     try:
-        trials = make()
+        trials = make_trials()
         return trials, run_trials(trials, out)
     except VlmError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except subprocess.CalledProcessError as error:
-        print("error: a training process failed; the reason stands above", file=sys.stderr)
+        print("error: a training process failed; see its output above", file=sys.stderr)
         return error.returncode
 
 
-def finished(trial: Trial, folder: Path) -> Result | None:
-    """The numbers of a trial that was done before; None when it is still to be done, or to be
-    ended.
+def load_result(trial: Trial, folder: Path) -> Result | None:
+    """The result of a complete trial; None if it must be trained or resumed.
 
     Raises:
-        ConfigError: The folder holds another run.
+        ConfigError: The folder holds a different run.
     """
-    written = folder / RUN_FILE
-    if written.exists() and written.read_text(encoding="utf-8") != dump_yaml(trial.run):
+    run_file = folder / RUN_FILE
+    if run_file.exists() and run_file.read_text(encoding="utf-8") != dump_yaml(trial.run):
         raise ConfigError(
-            f"{folder} holds a trial with other settings (see its {RUN_FILE}); choose another --out, "
-            f"or remove that folder to train it again"
+            f"{folder} contains a trial with other settings (see its {RUN_FILE}); use another "
+            f"--out, or delete that folder to train it again"
         )
     if not (folder / RESULT_FILE).exists():
         return None
@@ -124,40 +131,30 @@ def finished(trial: Trial, folder: Path) -> Result | None:
     return result
 
 
-def train_process(run: RunConfig, folder: Path) -> None:
-    """`vlmoe train` in a process of its own, so that nothing of one trial is left in the next;
-    quiet."""
+def train_in_subprocess(run: RunConfig, folder: Path) -> None:
+    """Run `vlmoe train` in a subprocess, so that trials share no state; logs to a file."""
     command = [
-        sys.executable,
-        "-m",
-        "pretrain",
-        "train",
-        str(folder / RUN_FILE),
-        "--out",
-        str(folder),
+        *(sys.executable, "-m", "pretrain", "train"),
+        *(str(folder / RUN_FILE), "--out", str(folder)),
     ]
-    with (folder / "output.log").open("ab") as output:
+    log = folder / LOG_FILE
+    with log.open("ab") as output:
         try:
             subprocess.run(command, check=True, stdout=output, stderr=output)
         except subprocess.CalledProcessError:
-            tail = (folder / "output.log").read_text(errors="replace").splitlines()[-3:]
-            logger.error(
-                "training of %s failed (%s): %s",
-                folder.name,
-                folder / "output.log",
-                " | ".join(tail),
-            )
+            tail = log.read_text(errors="replace").splitlines()[-3:]
+            logger.error("training of %s failed (%s): %s", folder.name, log, " | ".join(tail))
             raise
 
 
 def load_trial(path_or_preset: str, overrides: Sequence[str], *, steps: int) -> RunConfig:
-    """A run made ready for a study: one process, all pairs of a step at once, no pictures.
+    """Load a run and adapt it to a study: one process, no gradient accumulation, no logged images.
 
     Args:
         path_or_preset: The run.
-        overrides: A person's settings; they win.
-        steps: Optimizer steps, with a warm-up of a tenth of them, at most 100; 0 leaves the run's
-            own.
+        overrides: Settings of the command line; they take precedence.
+        steps: Optimizer steps, with a warm-up of a tenth of them but at most 100; 0 keeps the
+            schedule of the run.
     """
     settings = [
         "parallel.engine=plain",
@@ -173,5 +170,5 @@ def load_trial(path_or_preset: str, overrides: Sequence[str], *, steps: int) -> 
     run = load_run(path_or_preset, [*settings, *overrides])
     if any(setting.startswith("batch.micro_batch_size=") for setting in overrides):
         return run
-    # Micro-batches would cost a second forward pass and change nothing.
+    # Micro-batches would cost a second forward pass and give the same gradients.
     return replace(run, batch=replace(run.batch, micro_batch_size=run.batch.global_batch_size))
