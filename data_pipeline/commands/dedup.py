@@ -128,10 +128,10 @@ def _print_counts(hashes: Hashes, groups: dict[Any, Groups]) -> None:
     print(f"{len(hashes):,} samples{ignored}")
 
     rows = []
-    for criterion, of_criterion in groups.items():
-        members = of_criterion.members()
+    for criterion, result in groups.items():
+        members = result.members()
         largest = max(map(len, members), default=0)
-        rows.append((criterion, len(members), largest, len(of_criterion.dropped)))
+        rows.append((criterion, len(members), largest, len(result.dropped)))
     print(format_table(["criterion", "groups", "largest", "to drop"], rows))
 
 

@@ -32,7 +32,7 @@ def add(subparsers: Subparsers) -> None:
         summary="write the manifest of WebDataset shards",
         examples=_EXAMPLES,
         description="Read and validate every shard once, and write the metadata that training "
-        "needs. The shards are not changed.",
+        "needs.\nThe shards are not changed.",
     )
     index.add_argument(
         "shards",

@@ -28,8 +28,8 @@ def add(subparsers: Subparsers) -> None:
         "ledger",
         summary="verify that a run read every sample exactly once",
         examples=_EXAMPLES,
-        description="Compare the samples recorded for every step of a run with the data order, "
-        "recomputed from the manifests.",
+        description="Compare the samples recorded for every step of a run with the data order,\n"
+        "which is recomputed from the manifests.",
     )
     ledger.add_argument(
         "folder", metavar="RUN_DIR", type=Path, help="run folder, or the `ledger` folder in it"

@@ -149,19 +149,19 @@ def handle_encode(args: argparse.Namespace) -> None:
     if not texts:
         raise ConfigError("there is nothing to encode; give TEXT, or --shards")
 
-    bytes_of = set(byte_ids(tokenizer))
+    byte_tokens = set(byte_ids(tokenizer))
     for text in texts:
-        _print_encoding(tokenizer, text, bytes_of)
+        _print_encoding(tokenizer, text, byte_tokens)
     if len(texts) > 1:
         print(_summary(encoding_stats(tokenizer, texts)))
 
 
-def _print_encoding(tokenizer: Tokenizer, text: str, bytes_of: set[int]) -> None:
+def _print_encoding(tokenizer: Tokenizer, text: str, byte_tokens: set[int]) -> None:
     from data_pipeline.common.escaping import escape_control
     from data_pipeline.preparing.tokenizer_stats import MAX_TOKENS
 
     ids = tokenizer.encode(text, MAX_TOKENS)
-    num_bytes = sum(token in bytes_of for token in ids)
+    num_bytes = sum(token in byte_tokens for token in ids)
     byte_note = f", {num_bytes} of them bytes" if num_bytes else ""
     print(f"{escape_control(text)}\n  {len(ids)} tokens{byte_note}")
 

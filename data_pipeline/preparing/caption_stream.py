@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from data_pipeline.common.errors import DataError
 from data_pipeline.common.escaping import escape_control
@@ -87,8 +88,7 @@ class _Reader:
                 try:
                     if isinstance(raw, DataError):
                         raise raw
-                    for of_key in all_captions(raw, self.keys):
-                        captions += of_key
+                    captions += chain.from_iterable(all_captions(raw, self.keys))
                 except DataError as error:
                     corrupt.append((shard.index.key(sample), error.slug, str(error)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 from data_pipeline.content.captions import SampleTexts
 from data_pipeline.samples import RawSample
@@ -25,5 +26,4 @@ def first_caption(raw: RawSample, keys: Sequence[str]) -> str | None:
     Raises:
         DataError: As for `all_captions`.
     """
-    captions = all_captions(raw, keys)
-    return next((caption for of_key in captions for caption in of_key), None)
+    return next(chain.from_iterable(all_captions(raw, keys)), None)

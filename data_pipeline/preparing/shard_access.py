@@ -127,7 +127,7 @@ def open_shard(task: ShardTask) -> Iterator[OpenShard]:
         with _open_file(task, index, storage.local_path(url)) as shard:
             yield shard
     elif task.samples is None:
-        with tempfile.TemporaryDirectory(prefix="vlmoe-visit-") as folder:
+        with tempfile.TemporaryDirectory(prefix="vlmoe-shard-") as folder:
             copy = Path(folder) / "shard.tar"
             with _as_unavailable():
                 storage.fetch_to_file(url, copy)

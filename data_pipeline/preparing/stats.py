@@ -12,6 +12,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -195,12 +196,12 @@ class _ShardStats:
         file_hash = hashlib.blake2b(data, digest_size=8).digest()
         stats.file_hashes.append(int.from_bytes(file_hash, "little"))
 
-        stats.captions_per_key.append([len(of_key) for of_key in captions])
-        for caption in (caption for of_key in captions for caption in of_key):
+        stats.captions_per_key.append([len(key_captions) for key_captions in captions])
+        flat = list(chain.from_iterable(captions))
+        for caption in flat:
             stats.caption_chars.append(len(caption))
             tokens = len(tokenizer.encode(caption, _MAX_TOKENS)) if tokenizer else -1
             stats.caption_tokens.append(tokens)
             stats.scripts.append(script_of(caption))
-        first = next((caption for of_key in captions for caption in of_key), None)
-        if first is not None:
-            stats.caption_hashes.append(hash_clean_caption(first))
+        if flat:
+            stats.caption_hashes.append(hash_clean_caption(flat[0]))

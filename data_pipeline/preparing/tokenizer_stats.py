@@ -62,15 +62,15 @@ def encoding_stats(tokenizer: Tokenizer, captions: Iterable[str]) -> EncodingSta
         words += len(caption.split())
         characters += len(caption)
 
-    bytes_of = byte_ids(tokenizer)
+    byte_tokens = byte_ids(tokenizer)
     piece_counts = counts.copy()
-    piece_counts[[START_ID, END_ID, UNK_ID, *bytes_of]] = 0
+    piece_counts[[START_ID, END_ID, UNK_ID, *byte_tokens]] = 0
     return EncodingStats(
         lengths=np.array(lengths, np.int64),
         words=words,
         characters=characters,
         tokens=int(counts.sum()),
-        byte_tokens=int(counts[bytes_of].sum()),
+        byte_tokens=int(counts[byte_tokens].sum()),
         unknown_tokens=int(counts[UNK_ID]),
         used=int((piece_counts > 0).sum()),
     )
