@@ -1,7 +1,7 @@
-"""The training data of a run: its manifests, and a first pass over shards that have none.
+"""Opens the training data of a run, and indexes shards that have no manifest.
 
-Shards without a manifest are read once from end to end before training, each rank its share; the
-result is kept in the run folder, so a run that goes on goes on with the same data.
+Such shards are read once before training, split over the ranks. The manifests are stored in the run
+folder, so that a resumed run uses the same data.
 """
 
 from __future__ import annotations
@@ -16,112 +16,111 @@ from pathlib import Path
 
 from data_pipeline.common import storage
 from data_pipeline.common.errors import StorageError
-from data_pipeline.common.logs import clock_text
+from data_pipeline.common.logs import format_duration
 from data_pipeline.common.processes import usable_cpus
 from data_pipeline.loading.sources import Source, open_sources
-from data_pipeline.shards.indexing import count_shards
+from data_pipeline.shards.indexing import index_for_run
 from data_pipeline.shards.manifest import MANIFEST_NAME
 from pretrain.config.schema import RunConfig
 from pretrain.parallel.engine import TrainEngine
 
 logger = logging.getLogger(__name__)
 
-COUNTED_FOLDER = "counted"
-_POLL_SECONDS, _TELL_SECONDS = 0.5, 60.0
+MANIFESTS_FOLDER = "manifests"
+_POLL_SECONDS, _LOG_SECONDS = 0.5, 60.0
 
 
-def open_data(run: RunConfig) -> tuple[Source, ...] | None:
-    """The sources of a run, or None where some must be counted first.
+def open_sources_if_indexed(run: RunConfig) -> tuple[Source, ...] | None:
+    """The sources of a run, or None if some of them have no manifest yet.
 
-    Called before anything costly: a wrong address must not be told after minutes.
+    Called before anything slow, so that a wrong address is reported at once.
 
     Raises:
-        DataError: There are neither a manifest nor shards at an address, or what is there is
-        damaged or does
-            not belong together.
+        DataError: There are neither a manifest nor shards at an address, or the files there are
+            corrupt or do not belong together.
     """
-    if any(_must_be_counted(source.shards, run) for source in run.data.sources):
+    if any(_needs_indexing(source.shards, run) for source in run.data.sources):
         return None
     return open_sources(run.data.sources, timeout_seconds=min(60.0, run.data.timeout_seconds))
 
 
-def count_data(run: RunConfig, out: Path, engine: TrainEngine) -> tuple[Source, ...]:
-    """The sources of a run, those without a manifest counted first. Collective.
+def index_data(run: RunConfig, out: Path, engine: TrainEngine) -> tuple[Source, ...]:
+    """Index the sources that have no manifest, and open all sources of a run. Collective.
 
     Args:
         run: The run.
-        out: Its folder, seen by all ranks.
-        engine: Talks to the other ranks.
+        out: The run folder, shared by all ranks.
+        engine: Provides the collectives.
 
     Raises:
-        DataError: Shards cannot be had, or a drop-list does not belong to its source.
+        DataError: Shards cannot be read, or a drop-list does not belong to its source.
     """
-    counted: dict[str, str] = {}
+    indexed: dict[str, str] = {}
     for address in dict.fromkeys(source.shards for source in run.data.sources):
-        # Rank 0 looks: ranks must agree on what they do together.
-        if engine.broadcast_json(_must_be_counted(address, run) if engine.rank == 0 else None):
-            folder = out / COUNTED_FOLDER / hashlib.sha256(address.encode()).hexdigest()[:16]
-            _count_together(run, address, folder, engine)
-            counted[address] = str(folder)
+        # Rank 0 decides, since indexing is collective and storage may change in between.
+        if engine.broadcast_json(_needs_indexing(address, run) if engine.rank == 0 else None):
+            folder = out / MANIFESTS_FOLDER / hashlib.sha256(address.encode()).hexdigest()[:16]
+            _index_on_all_ranks(run, address, folder, engine)
+            indexed[address] = str(folder)
     return open_sources(
-        run.data.sources, timeout_seconds=min(60.0, run.data.timeout_seconds), at=counted
+        run.data.sources, timeout_seconds=min(60.0, run.data.timeout_seconds), manifest_urls=indexed
     )
 
 
-def _must_be_counted(address: str, run: RunConfig) -> bool:
-    """Whether an address means shards that have no manifest."""
-    plain = address.partition("?")[0] if address.startswith(("http://", "https://")) else address
-    if plain.endswith(".json"):
+def _needs_indexing(address: str, run: RunConfig) -> bool:
+    """Whether an address names shards that have no manifest."""
+    path = address.partition("?")[0] if address.startswith(("http://", "https://")) else address
+    if path.endswith(".json"):
         return False
-    if address.startswith("@") or plain.endswith(".tar") or re.search(r"[{*?\[]", plain):
+    if address.startswith("@") or path.endswith(".tar") or re.search(r"[{*?\[]", path):
         return True
     seconds = min(60.0, run.data.timeout_seconds)
     if storage.exists(storage.join(address, MANIFEST_NAME), timeout_seconds=seconds):
         return False
     try:
-        return any(
-            name.endswith(".tar") for name in storage.list_names(address, timeout_seconds=seconds)
-        )
+        names = storage.list_names(address, timeout_seconds=seconds)
+        return any(name.endswith(".tar") for name in names)
     except StorageError:
-        return False  # the manifest's own error says more
+        return False  # opening the manifest then raises a more specific error
 
 
-def _count_together(run: RunConfig, shards: str, folder: Path, engine: TrainEngine) -> None:
-    """Every rank counts its share, rank 0 brings them together. Collective."""
-    where = str(folder)
-    cores = max(1, usable_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
+def _index_on_all_ranks(run: RunConfig, shards: str, folder: Path, engine: TrainEngine) -> None:
+    """Every rank indexes a part of the shards, then rank 0 writes the manifest. Collective."""
+    workers = max(1, usable_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
     if engine.world_size > 1:
-        # Files say who is ready, not a collective: those give up after parallel.timeout_seconds,
-        # and this may take hours. A rank that fails ends, and its launcher ends the others.
+        # Ranks synchronize by files, because indexing may take hours and a collective would time
+        # out after parallel.timeout_seconds. If a rank fails, torchrun stops the others.
         attempt = engine.broadcast_json(uuid.uuid4().hex)
-        count_shards(
+        index_for_run(
             shards,
-            where,
-            workers=cores,
+            str(folder),
+            workers=workers,
             part=(engine.rank, engine.world_size),
             timeout_seconds=run.data.timeout_seconds,
         )
         _wait_for_all(folder, attempt, engine.rank, engine.world_size)
     if engine.rank == 0:
-        count_shards(shards, where, workers=cores, timeout_seconds=run.data.timeout_seconds)
+        index_for_run(
+            shards, str(folder), workers=workers, timeout_seconds=run.data.timeout_seconds
+        )
     engine.barrier()
 
 
 def _wait_for_all(folder: Path, attempt: str, rank: int, world_size: int) -> None:
-    """Say that this rank is ready, and wait until all are."""
+    """Create this rank's ready-file and wait for those of all ranks."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f".ready-{attempt}-{rank}").touch()
-    started = told = time.monotonic()
+    started = logged = time.monotonic()
     while True:
-        missing = world_size - len(list(folder.glob(f".ready-{attempt}-*")))
-        if not missing:
+        num_missing = world_size - len(list(folder.glob(f".ready-{attempt}-*")))
+        if not num_missing:
             return
-        if time.monotonic() - told > _TELL_SECONDS:
-            told = time.monotonic()
+        if time.monotonic() - logged > _LOG_SECONDS:
+            logged = time.monotonic()
             logger.info(
-                "waiting for %d of %d ranks to count their shards (%s so far)",
-                missing,
+                "waiting for %d of %d ranks to index their shards (%s so far)",
+                num_missing,
                 world_size,
-                clock_text(told - started),
+                format_duration(logged - started),
             )
         time.sleep(_POLL_SECONDS)

@@ -1,4 +1,4 @@
-"""The training loop: what happens at every step, in the order it happens."""
+"""The training loop."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from pretrain.checkpoint.reader import load_latest
 from pretrain.checkpoint.writer import save
 from pretrain.config.schema import RunConfig
 from pretrain.optim.schedule import learning_rate
-from pretrain.train.build import Parts
-from pretrain.train.metrics import BadSamples, RankReport, Window, nothing_left, source_metrics
-from pretrain.train.pictures import CaptionSampleLogger
+from pretrain.train.caption_samples import CaptionSampleLogger
+from pretrain.train.components import TrainComponents
+from pretrain.train.corrupt_samples import CorruptSampleGuard, empty_batch_error
+from pretrain.train.metrics import RankReport, Window, source_metrics
 from pretrain.train.random_state import get_random_state, set_random_state
 from pretrain.train.reporter import Reporter
 from pretrain.train.signals import StopFlag
@@ -26,22 +27,23 @@ from pretrain.train.step import train_step
 logger = logging.getLogger(__name__)
 
 
-def train(parts: Parts) -> TrainState:
-    """Train until `schedule.total_steps`, or until asked to stop; always leaves a checkpoint.
-    Collective."""
-    state = _resume(parts)
-    if state.step >= parts.run.schedule.total_steps:
-        logger.info(
-            "%s is complete: step %d of %d", parts.out, state.step, parts.run.schedule.total_steps
-        )
+def train(components: TrainComponents) -> TrainState:
+    """Train until `schedule.total_steps` or a stop signal; saves a checkpoint in both cases.
+
+    Collective.
+    """
+    state = _resume(components)
+    total_steps = components.run.schedule.total_steps
+    if state.step >= total_steps:
+        logger.info("%s is complete: step %d of %d", components.out, state.step, total_steps)
         return state
-    loader = parts.open_loader(state.loader)
-    parts.keep_settings()
-    reporter = parts.on_first_rank(lambda: Reporter(parts.out, parts.run, state.step))
-    ledger = parts.open_ledger(loader, state.step)
+    loader = components.open_loader(state.loader)
+    components.save_resolved_config()
+    reporter = components.on_rank_zero(lambda: Reporter(components.out, components.run, state.step))
+    ledger = components.open_ledger(loader, state.step)
     try:
         with StopFlag() as stop:
-            return _train_on(parts, loader, ledger, state, reporter, stop)
+            return _train_loop(components, loader, ledger, state, reporter, stop)
     finally:
         loader.close()
         if ledger is not None:
@@ -50,103 +52,121 @@ def train(parts: Parts) -> TrainState:
             reporter.close()
 
 
-def _train_on(
-    parts: Parts,
+def _train_loop(
+    components: TrainComponents,
     loader: Loader,
     ledger: Ledger | None,
     state: TrainState,
     reporter: Reporter | None,
     stop: StopFlag,
 ) -> TrainState:
-    """The loop itself."""
-    run, engine = parts.run, parts.engine
-    window = Window(run, engine.world_size, engine.device)
-    bad = BadSamples(run.data.max_corrupt_ratio, read=state.loader.position)
-    pictures = CaptionSampleLogger.open(parts)
+    run, engine = components.run, components.engine
+    logs = _WindowLogs(components, loader, reporter, first_sample=state.loader.position)
+    captions = CaptionSampleLogger.open(components)
     seconds_before = state.seconds
     steps = loader.steps()
     while state.step < run.schedule.total_steps:
-        waiting_since = time.perf_counter()
+        wait_start = time.perf_counter()
         batches, loader_state = next(steps)
-        waited = time.perf_counter() - waiting_since
+        wait_seconds = time.perf_counter() - wait_start
+
         rate = learning_rate(state.step, run.schedule, run.optim.lr)
-        seeing = sees_routing(run, state.step + 1)
+        log_routing = is_routing_logged(run, state.step + 1)
         result = train_step(
-            engine, batches, run, step=state.step, learning_rate=rate, coactivation=seeing
+            engine, batches, run, step=state.step, learning_rate=rate, coactivation=log_routing
         )
-        if not result.pairs:
-            raise nothing_left(
-                state.step + 1, batches
-            )  # unsaved: the run goes on from its last checkpoint
+        if not result.pairs:  # not saved: the run can resume from its last checkpoint
+            raise empty_batch_error(state.step + 1, batches)
         if ledger is not None:
             ledger.add(state.step + 1, state.loader.position, loader_state.position, batches)
         state = replace(
             state,
             step=state.step + 1,
             samples_seen=state.samples_seen + result.pairs,
-            seconds=seconds_before + time.perf_counter() - parts.started,
+            seconds=seconds_before + time.perf_counter() - components.start_time,
             loader=loader_state,
         )
-        window.add(result, waited, [problem for batch in batches for problem in batch.problems])
-        stopping = not engine.agree(not stop.is_set)
+        problems = [problem for batch in batches for problem in batch.problems]
+        logs.window.add(result, wait_seconds, problems)
+
+        stopping = not engine.all_ranks_true(not stop.is_set)
         last = stopping or state.step == run.schedule.total_steps
-        saving = last or (
-            run.checkpoint.every_steps > 0 and state.step % run.checkpoint.every_steps == 0
-        )
-        # Before a checkpoint everything is told, so that a restart from it neither repeats nor
-        # loses a row.
+        saving = last or _is_multiple(state.step, run.checkpoint.every_steps)
+        # Logged before every save, so that a resumed run neither repeats nor loses a row.
         if saving or state.step % run.log.every_steps == 0:
-            reports = [
-                RankReport.from_json(r) for r in engine.gather_json(window.rank_report().to_json())
-            ]
-            if reporter is not None:
-                problems = [problem for report in reports for problem in report.problems]
-                reporter.bad_samples(problems, state.step)
-                metrics, tables = window.summary(state, reports, rate)
-                reporter.step(
-                    state.step,
-                    metrics | source_metrics(loader.order, state.loader.position),
-                    tables,
-                )
-            window.restart()
-            bad.add(reports, read=state.loader.position)
-        if seeing and reporter is not None:
-            reporter.routing(
-                state.step, result.choices_LME.numpy(), result.router.coactivation_EE.numpy()
-            )
-        if pictures is not None and pictures.is_due(state.step, last=last):
-            pictures.show(reporter, state.step)
-            window.skip_pause()
+            logs.write(state, rate)
+        if log_routing and reporter is not None:
+            coactivation = result.router.coactivation_EE.numpy()
+            reporter.log_routing(state.step, result.assignments_LME.numpy(), coactivation)
+        if captions is not None and captions.is_due(state.step, last=last):
+            captions.log(reporter, state.step)
+            logs.window.exclude_pause()
         if saving:
-            if ledger is not None:
-                ledger.sync()
-            _save(parts, state)
-            window.skip_pause()
+            _save(components, state, ledger)
+            logs.window.exclude_pause()
         if stopping:
             logger.info(
-                "asked to stop: saved step %d; start the same command again to go on", state.step
+                "stop signal received: saved step %d; rerun the same command to resume", state.step
             )
             break
     return state
 
 
-def sees_routing(run: RunConfig, step: int) -> bool:
-    """Whether pictures of the routing are shown after this step; the same on every rank."""
+class _WindowLogs:
+    """Metrics and corrupt samples of the steps since the last log entry."""
+
+    def __init__(
+        self,
+        components: TrainComponents,
+        loader: Loader,
+        reporter: Reporter | None,
+        *,
+        first_sample: int,
+    ) -> None:
+        run, engine = components.run, components.engine
+        self.window = Window(run, engine.world_size, engine.device)
+        self._guard = CorruptSampleGuard(run.data.max_corrupt_ratio, samples_read=first_sample)
+        self._engine, self._loader, self._reporter = engine, loader, reporter
+
+    def write(self, state: TrainState, rate: float) -> None:
+        """Log the window and start a new one. Collective.
+
+        Raises:
+            DataError: Too many samples were corrupt; raised on every rank.
+        """
+        gathered = self._engine.all_gather_json(self.window.rank_report().to_json())
+        reports = [RankReport.from_json(report) for report in gathered]
+        if self._reporter is not None:
+            problems = [problem for report in reports for problem in report.problems]
+            self._reporter.log_corrupt_samples(problems, state.step)
+            metrics, tables = self.window.summary(state, reports, rate)
+            metrics |= source_metrics(self._loader.order, state.loader.position)
+            self._reporter.log_step(state.step, metrics, tables)
+        self.window.reset()
+        self._guard.add(reports, samples_read=state.loader.position)
+
+
+def is_routing_logged(run: RunConfig, step: int) -> bool:
+    """Whether routing heatmaps are logged after this step; the same on every rank."""
     every = run.log.routing_every_steps
     due = every > 0 and (step % every == 0 or step == run.schedule.total_steps)
     return due and bool(run.moe.blocks(run.model.num_layers))
 
 
-def _resume(parts: Parts) -> TrainState:
-    """The newest checkpoint of the run folder, or the beginning."""
-    resumed = load_latest(parts.engine, parts.out / "checkpoints")
+def _is_multiple(step: int, every_steps: int) -> bool:
+    return every_steps > 0 and step % every_steps == 0
+
+
+def _resume(components: TrainComponents) -> TrainState:
+    """State of the newest checkpoint, or the initial state."""
+    resumed = load_latest(components.engine, components.checkpoints)
     if resumed is None:
-        return TrainState(loader=LoaderState(seed=parts.run.seed))
-    if resumed.state_json["tokenizer"] != parts.tokenizer.fingerprint:
+        return TrainState(loader=LoaderState(seed=components.run.seed))
+    if resumed.state_json["tokenizer"] != components.tokenizer.fingerprint:
         raise TokenizerError(
             f"{resumed.path} was trained with another tokenizer than data.tokenizer "
-            f"({parts.run.data.tokenizer}); its token numbers would mean other words. Give the run its own "
-            f"tokenizer, or start in another folder"
+            f"({components.run.data.tokenizer}), so token ids would have other meanings. Set "
+            f"data.tokenizer to the tokenizer of this run, or use another run folder"
         )
     state = TrainState.from_json(resumed.state_json["train"])
     set_random_state(resumed.rank_state["random"])
@@ -156,12 +176,14 @@ def _resume(parts: Parts) -> TrainState:
     return state
 
 
-def _save(parts: Parts, state: TrainState) -> None:
+def _save(components: TrainComponents, state: TrainState, ledger: Ledger | None) -> None:
+    if ledger is not None:
+        ledger.sync()
     save(
-        parts.engine,
-        root=parts.out / "checkpoints",
+        components.engine,
+        root=components.checkpoints,
         step=state.step,
-        state_json={"train": state.to_json(), "tokenizer": parts.tokenizer.fingerprint},
+        state_json={"train": state.to_json(), "tokenizer": components.tokenizer.fingerprint},
         rank_state={"random": get_random_state()},
-        keep=parts.run.checkpoint.keep,
+        keep=components.run.checkpoint.keep,
     )

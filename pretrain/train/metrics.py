@@ -1,7 +1,9 @@
-"""From step results to the numbers that people watch.
+"""Metrics of training steps, aggregated over the steps since the last log entry.
 
-Every rank keeps a `Window` of the steps since the last report; rank 0 turns it, with a small report
-of each rank, into metrics and tables.
+Every rank keeps a `Window`. Rank 0 combines it with a `RankReport` of each rank into metrics and
+tables.
+
+Shapes: L MoE layers, M modalities, E experts.
 """
 
 from __future__ import annotations
@@ -9,18 +11,15 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections import Counter, deque
-from collections.abc import Sequence
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from data_pipeline.common.errors import DataError
-from data_pipeline.common.harmless import harmless
 from data_pipeline.order.order import Order
-from data_pipeline.samples import Batch, SampleProblem
+from data_pipeline.samples import SampleProblem
 from pretrain.config.schema import RunConfig
 from pretrain.model.count import count_flops
 from pretrain.moe.statistics import MODALITIES
@@ -28,21 +27,21 @@ from pretrain.train.state import TrainState
 from pretrain.train.step import StepResult
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
-"""Dense bf16 peak of GPUs by a part of their name, FLOP/s (vendors' data sheets), for MFU."""
+"""Peak dense bf16 FLOP/s by a substring of the GPU's name, from data sheets; for MFU."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankReport:
-    """What one rank has to tell about the steps since the last report."""
+    """What one rank reports about the steps since the last log entry."""
 
     wait_seconds: float
-    """Mean wait for data per step."""
+    """Mean time per step spent waiting for data."""
     memory_gib: float
-    """Largest memory held so far: of the GPU, or resident on CPU."""
+    """Peak memory: allocated on the GPU, or resident on CPU."""
     problems: tuple[SampleProblem, ...]
-    """Bad samples this rank met."""
+    """Corrupt samples."""
     filtered: dict[str, int]
-    """Samples left out on purpose, by the filter that did."""
+    """Number of samples that each filter excluded."""
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object."""
@@ -55,7 +54,7 @@ class RankReport:
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> RankReport:
-        """Read what `to_json` gave."""
+        """Parse the result of `to_json`."""
         problems = tuple(SampleProblem(*problem) for problem in value["problems"])
         return RankReport(
             wait_seconds=value["wait"],
@@ -66,30 +65,29 @@ class RankReport:
 
 
 class Window:
-    """The steps since the last report."""
+    """The steps since the last log entry."""
 
     def __init__(self, run: RunConfig, world_size: int, device: torch.device) -> None:
-        self._run, self._world, self._device = run, world_size, device
-        self.restart()
+        self._run, self._world_size, self._device = run, world_size, device
+        self.reset()
 
-    def restart(self) -> None:
-        """Begin a new window now."""
-        self._since = time.perf_counter()
+    def reset(self) -> None:
+        """Start a new window."""
+        self._start = time.perf_counter()
         self._results: list[StepResult] = []
-        self._waited = 0.0
+        self._wait_seconds = 0.0
         self._problems: list[SampleProblem] = []
         self._filtered: Counter[str] = Counter()
 
-    def skip_pause(self) -> None:
-        """Do not count the time since the last step (a checkpoint, pictures) as training."""
+    def exclude_pause(self) -> None:
+        """Exclude the time since the last step, such as saving, if no step has been added yet."""
         if not self._results:
-            self._since = time.perf_counter()
+            self._start = time.perf_counter()
 
-    def add(self, result: StepResult, waited: float, problems: list[SampleProblem]) -> None:
-        """Count one step; `problems` are the samples it went without, bad ones and filtered
-        ones."""
+    def add(self, result: StepResult, wait_seconds: float, problems: list[SampleProblem]) -> None:
+        """Add one step; `problems` are its skipped samples, corrupt or filtered."""
         self._results.append(result)
-        self._waited += waited
+        self._wait_seconds += wait_seconds
         for problem in problems:
             if problem.is_filtered:
                 self._filtered[problem.reason] += 1
@@ -97,10 +95,10 @@ class Window:
                 self._problems.append(problem)
 
     def rank_report(self) -> RankReport:
-        """This rank's part."""
+        """The report of this rank."""
         return RankReport(
-            wait_seconds=self._waited / max(1, len(self._results)),
-            memory_gib=_memory_gib(self._device),
+            wait_seconds=self._wait_seconds / max(1, len(self._results)),
+            memory_gib=_peak_memory_gib(self._device),
             problems=tuple(self._problems),
             filtered=dict(self._filtered),
         )
@@ -108,8 +106,8 @@ class Window:
     def summary(
         self, state: TrainState, reports: list[RankReport], rate: float
     ) -> tuple[dict[str, float], dict[str, np.ndarray[Any, Any]]]:
-        """Metrics by name and tables by name, over the window; losses are those of its mean."""
-        seconds = max(1e-9, time.perf_counter() - self._since)
+        """Metrics by name and tables by name; losses are means over the window."""
+        seconds = max(1e-9, time.perf_counter() - self._start)
         results, last = self._results, self._results[-1]
         pairs, tokens = sum(r.pairs for r in results), sum(r.tokens for r in results)
         metrics = {
@@ -129,172 +127,103 @@ class Window:
             "data/samples_seen": float(state.samples_seen),
             "data/epoch_position": float(state.loader.position),
         }
-        metrics |= self._filtered_shares(reports, len(results))
+        metrics |= self._filtered_ratios(reports, len(results))
         peak = _peak_flops(self._device)
         if peak:
-            metrics["perf/mfu"] = metrics["perf/flops_per_second"] / (peak * self._world)
-        choices_LME = torch.stack([r.choices_LME for r in results]).sum(dim=0).numpy()
-        return metrics | self._moe_metrics(choices_LME, last), {
-            "moe/tokens_per_expert": choices_LME
-        }
+            metrics["perf/mfu"] = metrics["perf/flops_per_second"] / (peak * self._world_size)
+        assignments_LME = torch.stack([r.assignments_LME for r in results]).sum(dim=0).numpy()
+        metrics |= routing_metrics(last, self._run) | load_metrics(assignments_LME, self._run)
+        return metrics, {"moe/tokens_per_expert": assignments_LME}
 
-    def _filtered_shares(self, reports: list[RankReport], steps: int) -> dict[str, float]:
-        """What share of the samples read each filter left out; nothing where none did."""
+    def _filtered_ratios(self, reports: list[RankReport], steps: int) -> dict[str, float]:
+        """Ratio of read samples that each filter excluded; filters without any are omitted."""
         counts = sum((Counter(report.filtered) for report in reports), Counter[str]())
-        read = steps * self._run.batch.global_batch_size
+        samples_read = steps * self._run.batch.global_batch_size
         return {
-            f"data/filtered/{reason.removeprefix('filter:')}": n / read
-            for reason, n in sorted(counts.items())
+            f"data/filtered/{reason.removeprefix('filter:')}": count / samples_read
+            for reason, count in sorted(counts.items())
         }
 
     def _flops(self, pairs: int, tokens: int) -> float:
-        """Forward and backward FLOPs of the window, for the text lengths that it really had."""
+        """Forward and backward FLOPs of the window, for its actual text lengths."""
         model = self._run.model
         text_tokens = tokens / max(1, pairs) - model.num_patches
         return pairs * count_flops(model, self._run.moe, text_tokens=max(0.0, text_tokens)).training
 
-    def _moe_metrics(self, choices_LME: np.ndarray[Any, Any], last: StepResult) -> dict[str, float]:
-        """Balance of each layer: busiest and idlest expert against a fair share, and what the
-        router is like.
 
-        A fair share is that of the expert's pool: with pools by modality the others cannot get its
-        tokens.
-        """
-        metrics = routing_metrics(last, self._run)
-        for row, block in enumerate(self._run.moe.blocks(self._run.model.num_layers)):
-            load_E = choices_LME[row].sum(axis=0)
-            pools = [
-                load_E[pool] / max(1.0, float(load_E[pool].mean()))
-                for pool in self._run.moe.pool_slices()
-            ]
-            ratio_E = np.concatenate(pools)
-            metrics[f"moe/max_over_mean_load/layer_{block:02d}"] = float(ratio_E.max())
-            metrics[f"moe/min_over_mean_load/layer_{block:02d}"] = float(ratio_E.min())
-        return metrics
+def load_metrics(assignments_LME: np.ndarray[Any, Any], run: RunConfig) -> dict[str, float]:
+    """Largest and smallest expert load of each layer, over the mean load.
 
-
-def routing_metrics(result: StepResult, run: RunConfig) -> dict[str, float]:
-    """What the routers of a step were like, by layer and modality.
-
-    `entropy` (nats) of a token's scores, `mean_entropy` of the scores' mean, `top_probability` the
-    mean of a token's largest score, `top1_share` the tokens whose best expert is the one that most
-    have, with capacity `dropped`, the choices that found no place, and with biases `bias_range`,
-    how far they lie apart. A modality without tokens has no numbers.
+    The mean is that of the expert's pool: with modality pools, the experts of the other pool cannot
+    receive its tokens.
     """
-    stats = result.router
-    found: dict[str, float] = {}
-    for row, block in enumerate(run.moe.blocks(run.model.num_layers)):
-        for column, modality in enumerate(MODALITIES):
-            tokens, choices = (
-                float(result.tokens_M[column]),
-                float(stats.choices_ME[row, column].sum()),
-            )
-            if not tokens:
-                continue
-            mean_E = stats.prob_sum_ME[row, column] / tokens
-            values = {
-                "entropy": float(stats.entropy_sum_M[row, column]) / tokens,
-                "mean_entropy": float(torch.special.entr(mean_E).sum()),
-                "top_probability": float(stats.top_sum_M[row, column]) / tokens,
-                "top1_share": float(stats.first_ME[row, column].max()) / tokens,
-            }
-            if run.moe.capacity_factor:
-                values["dropped"] = 1 - float(stats.kept_ME[row, column].sum()) / max(1.0, choices)
-            if len(result.biases):
-                bias_E = result.biases[
-                    row, min(column, result.biases.shape[1] - 1), run.moe.pool(column)
-                ]
-                values["bias_range"] = float(bias_E.max() - bias_E.min())
-            found |= {
-                f"moe/{name}/layer_{block:02d}/{modality}": value for name, value in values.items()
-            }
-    return found
-
-
-def source_metrics(order: Order, position: int) -> dict[str, float]:
-    """How many epochs of each source lie behind, and its share of all samples so far."""
     metrics = {}
-    for name, samples, epochs in order.consumed(position):
-        metrics[f"data/epochs/{name}"] = epochs
-        metrics[f"data/share/{name}"] = samples / max(1, position)
+    for layer, block in enumerate(run.moe.blocks(run.model.num_layers)):
+        load_E = assignments_LME[layer].sum(axis=0)
+        pools = [
+            load_E[pool] / max(1.0, float(load_E[pool].mean())) for pool in run.moe.pool_slices()
+        ]
+        ratio_E = np.concatenate(pools)
+        metrics[f"moe/max_over_mean_load/layer_{block:02d}"] = float(ratio_E.max())
+        metrics[f"moe/min_over_mean_load/layer_{block:02d}"] = float(ratio_E.min())
     return metrics
 
 
-class BadSamples:
-    """Counts the bad samples of all ranks and stops the run when they are too many; the same on
-    every rank.
+def routing_metrics(result: StepResult, run: RunConfig) -> dict[str, float]:
+    """Routing statistics of one step by layer and modality; modalities without tokens are omitted.
 
-    Two verdicts: the share since the start, and, because a long run would take days to notice,
-    whether most of what was read lately was bad.
+    Names are `moe/NAME/layer_LL/MODALITY`, where NAME is
+
+    - `entropy` (nats): mean entropy of a token's scores;
+    - `mean_entropy` (nats): entropy of the mean scores;
+    - `top_probability`: mean of a token's largest score;
+    - `top1_ratio`: ratio of tokens whose best expert is the most common best expert;
+    - `dropped`: ratio of assignments dropped by the capacity limit (only with a capacity);
+    - `bias_range`: largest minus smallest routing bias (only with biases).
     """
-
-    AT_LEAST = 100
-    """Bad samples before their share is judged: a few are no verdict."""
-    LATELY = 10_000
-    """Samples that are "lately", at least; windows of the log are counted whole."""
-
-    def __init__(self, max_share: float, *, read: int) -> None:
-        self._max_share, self._read_before = max_share, read
-        self._read, self._bad, self._first = read, 0, ""
-        self._lately: deque[tuple[int, int, str]] = deque()
-        """Samples read, bad ones among them and the first of these, of the last windows."""
-
-    def add(self, reports: list[RankReport], *, read: int) -> None:
-        """Count the problems of a window.
-
-        Args:
-            reports: Of all ranks.
-            read: Samples read since the beginning of training, over all ranks.
-
-        Raises:
-            DataError: More than the allowed share of what was read since the start, and at least
-            100 samples,
-                were bad; or more than half (or the allowed share, if that is larger) of what was
-                read lately.
-        """
-        problems = [problem for report in reports for problem in report.problems]
-        first = (
-            "{0.shard}, sample {0.key!r}: {0.reason}: {0.detail}".format(problems[0])
-            if problems
-            else ""
-        )
-        first = harmless(first)  # keys come from anybody's files
-        self._first = self._first or first
-        self._bad += len(problems)
-        self._lately.append((read - self._read, len(problems), first))
-        self._read = read
-        while sum(window[0] for window in list(self._lately)[1:]) >= self.LATELY:
-            self._lately.popleft()
-        self._judge(self._bad, read - self._read_before, self._max_share, self._first, "samples")
-        read_lately, bad_lately = (
-            sum(window[0] for window in self._lately),
-            sum(window[1] for window in self._lately),
-        )
-        first_lately = next((window[2] for window in self._lately if window[2]), "")
-        self._judge(
-            bad_lately, read_lately, max(0.5, self._max_share), first_lately, "samples read lately"
-        )
-
-    def _judge(self, bad: int, read: int, share: float, first: str, what: str) -> None:
-        if bad >= self.AT_LEAST and bad > share * read:
-            raise DataError(
-                f"{bad} of {read} {what} were bad, more than {share:g} (data.max_corrupt_ratio is {self._max_share:g}); "
-                f"the first: {first}. All are named in bad_samples.jsonl of the run folder. Mend the "
-                f"shards, or allow more with data.max_corrupt_ratio"
-            )
+    metrics: dict[str, float] = {}
+    for layer, block in enumerate(run.moe.blocks(run.model.num_layers)):
+        for index, modality in enumerate(MODALITIES):
+            if not result.tokens_M[index]:
+                continue
+            for name, value in _routing_values(result, run, layer, index).items():
+                metrics[f"moe/{name}/layer_{block:02d}/{modality}"] = value
+    return metrics
 
 
-def nothing_left(step: int, batches: Sequence[Batch]) -> DataError:
-    """The error of a step for which no rank had a single sample."""
-    reasons = Counter(problem.reason for batch in batches for problem in batch.problems)
-    counts = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common(3))
-    return DataError(
-        f"not one sample of the global batch of step {step} can be used (on this rank: {counts or 'nothing read'}); "
-        f"look at data.filters and at bad_samples.jsonl of the run folder"
-    )
+def _routing_values(
+    result: StepResult, run: RunConfig, layer: int, modality: int
+) -> dict[str, float]:
+    """`routing_metrics` of one layer and modality, by NAME."""
+    stats, tokens = result.router, float(result.tokens_M[modality])
+    mean_E = stats.prob_sum_ME[layer, modality] / tokens
+    values = {
+        "entropy": float(stats.entropy_sum_M[layer, modality]) / tokens,
+        "mean_entropy": float(torch.special.entr(mean_E).sum()),
+        "top_probability": float(stats.top1_prob_sum_M[layer, modality]) / tokens,
+        "top1_ratio": float(stats.top1_ME[layer, modality].max()) / tokens,
+    }
+    if run.moe.capacity_factor:
+        assignments = float(stats.assignments_ME[layer, modality].sum())
+        kept = float(stats.kept_ME[layer, modality].sum())
+        values["dropped"] = 1 - kept / max(1.0, assignments)
+    if len(result.biases):
+        bias_index = min(modality, result.biases.shape[1] - 1)
+        bias_E = result.biases[layer, bias_index, run.moe.pool(modality)]
+        values["bias_range"] = float(bias_E.max() - bias_E.min())
+    return values
 
 
-def _memory_gib(device: torch.device) -> float:
+def source_metrics(order: Order, position: int) -> dict[str, float]:
+    """Completed epochs of each source, and its ratio of all samples so far."""
+    metrics = {}
+    for name, samples, epochs in order.consumed(position):
+        metrics[f"data/epochs/{name}"] = epochs
+        metrics[f"data/sample_ratio/{name}"] = samples / max(1, position)
+    return metrics
+
+
+def _peak_memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -304,5 +233,5 @@ def _memory_gib(device: torch.device) -> float:
 def _peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    gpu = torch.cuda.get_device_name(device)
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in gpu), None)

@@ -1,4 +1,4 @@
-"""The random states of a process, as JSON."""
+"""Random states of a process, as JSON."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch
 
 
 def get_random_state() -> dict[str, Any]:
-    """States of torch's generators on CPU and on this rank's GPU, as hexadecimal text.
+    """States of torch's generators on CPU and on this rank's GPU, in hexadecimal.
 
-    Data order, augmentation and first weights are drawn from named seeds and need no state.
+    Data order, augmentation and initialization use named seeds and need no state.
     """
     state = {"torch_cpu": bytes(torch.get_rng_state().tolist()).hex()}
     if torch.cuda.is_available():
@@ -19,7 +19,7 @@ def get_random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Take over what `get_random_state` gave on the same kind of machine."""
+    """Restore what `get_random_state` returned on the same type of device."""
     torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state["torch_cpu"]), dtype=torch.uint8))
     if "torch_cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(

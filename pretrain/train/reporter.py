@@ -1,14 +1,13 @@
-"""What people see of a run: a console line, TensorBoard, metrics.jsonl and bad_samples.jsonl.
+"""Logs of a run: console lines, TensorBoard, metrics.jsonl and corrupt_samples.jsonl.
 
-Only rank 0 has a reporter. Going on from a checkpoint, it takes back what was written about later
-steps, so that every step appears once. Trouble with these files never stops a run: it is said once,
-and that file gets no more.
+Only rank 0 has a `Reporter`. When a run resumes from a checkpoint, entries of later steps are
+removed, so that every step appears once. An I/O error never stops a run: it is logged once, and the
+file is no longer written.
 """
 
 from __future__ import annotations
 
 import logging
-import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -18,181 +17,191 @@ from typing import Any
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
-from data_pipeline.common.harmless import harmless
-from data_pipeline.common.logs import clock_text
+from data_pipeline.common.escaping import escape_control
 from data_pipeline.samples import SampleProblem
 from pretrain.config.schema import RunConfig
-from pretrain.evaluate.routing.figure import draw_grids
 from pretrain.evaluate.routing.grids import coactivation_grids, load_grids
+from pretrain.evaluate.routing.heatmap import draw_grids
 from pretrain.moe.statistics import MODALITIES
-from pretrain.train.figure import draw_captions
-from pretrain.train.journal import Journal
+from pretrain.train.caption_figure import draw_captions
+from pretrain.train.jsonl import JsonlWriter
+from pretrain.train.progress import progress_line
 
 logger = logging.getLogger(__name__)
 
 Array = np.ndarray[Any, Any]
 
 TOKENS_PER_EXPERT = "moe/tokens_per_expert"
-TERMS = ("contrastive", "caption", "balance", "router_z")
+METRICS_FILE, CORRUPT_SAMPLES_FILE, TENSORBOARD_FOLDER = (
+    "metrics.jsonl",
+    "corrupt_samples.jsonl",
+    "tensorboard",
+)
 
 
 class Reporter:
-    """Writes about one run into its folder; see the module."""
+    """Writes the logs of one run into its folder."""
 
     def __init__(self, run_dir: Path, run: RunConfig, resumed_step: int) -> None:
         """Open the files.
 
         Args:
-            run_dir: The run's folder; made if missing.
+            run_dir: The run folder; created if missing.
             run: The run.
-            resumed_step: Steps done before; what is there about later ones is taken back.
+            resumed_step: Step of the checkpoint; entries of later steps are removed.
         """
         run_dir.mkdir(parents=True, exist_ok=True)
         self._run = run
         self._blocks = run.moe.blocks(run.model.num_layers)
         self._last_step = resumed_step
         self._failed: set[str] = set()
-        self._metrics = Journal(run_dir / "metrics.jsonl", resumed_step=resumed_step)
-        self._bad = Journal(run_dir / "bad_samples.jsonl", resumed_step=resumed_step)
-        self.bad_counts = Counter(str(row.get("reason")) for row in self._bad.kept)
-        """Bad samples so far, by reason."""
-        _leave_errors_to_the_next_write()
-        # purge_step tells TensorBoard to forget what older event files say from that step on.
+        self._metrics = JsonlWriter(run_dir / METRICS_FILE, resumed_step=resumed_step)
+        self._corrupt = JsonlWriter(run_dir / CORRUPT_SAMPLES_FILE, resumed_step=resumed_step)
+        self.corrupt_counts = Counter(str(row.get("reason")) for row in self._corrupt.kept)
+        """Number of corrupt samples so far, by reason."""
+        _silence_tensorboard_thread()
+        # TensorBoard ignores events of older files from `purge_step` on.
         self._events = SummaryWriter(
-            str(run_dir / "tensorboard"), purge_step=resumed_step + 1, flush_secs=10
+            str(run_dir / TENSORBOARD_FOLDER), purge_step=resumed_step + 1, flush_secs=10
         )
 
-    def step(self, step: int, metrics: Mapping[str, float], tables: Mapping[str, Array]) -> None:
-        """Report one step everywhere.
+    def log_step(
+        self, step: int, metrics: Mapping[str, float], tables: Mapping[str, Array]
+    ) -> None:
+        """Log metrics to all files and the console.
 
         Args:
-            step: Optimizer steps done.
-            metrics: Numbers by name, such as `loss/total`.
+            step: Number of completed optimizer steps.
+            metrics: Values by name, such as `loss/total`.
             tables: `moe/tokens_per_expert`, `[MoE layers, modalities, experts]`.
         """
         self._last_step = step
+        values = dict(metrics)
+        for reason, count in self.corrupt_counts.items():
+            values[f"data/corrupt/{reason}"] = float(count)
+        loads: dict[str, Array] = {}
         load_LME = tables.get(TOKENS_PER_EXPERT)
-        numbers = dict(metrics) | {
-            f"data/bad/{reason}": float(n) for reason, n in self.bad_counts.items()
-        }
-        loads = {} if load_LME is None else self._loads(load_LME)
         if load_LME is not None:
-            numbers |= self._busiest(load_LME)
+            values |= self._max_loads(load_LME)
+            loads = self._loads(load_LME)
         rows = {name: load_E.tolist() for name, load_E in loads.items()}
-        self._try("metrics.jsonl", lambda: self._metrics.write({"step": step} | numbers | rows))
-        self._try("tensorboard", lambda: self._write_events(step, numbers, loads))
+        self._try(METRICS_FILE, lambda: self._metrics.write({"step": step} | values | rows))
+        self._try(TENSORBOARD_FOLDER, lambda: self._write_events(step, values, loads))
         logger.info("%s", progress_line(step, metrics, self._run))
 
-    def pictures(
-        self, step: int, images: Array, written: Sequence[str], true: Sequence[str]
+    def log_captions(
+        self, step: int, images: Array, generated: Sequence[str], references: Sequence[str]
     ) -> None:
-        """Show pictures with the captions that the model wrote.
+        """Log images with generated captions to TensorBoard.
 
         Args:
-            step: Optimizer steps done.
-            images: uint8 `[pictures, 3, height, width]`.
-            written: The model's caption of each.
-            true: The true caption of each.
+            step: Number of completed optimizer steps.
+            images: uint8 `[images, 3, height, width]`.
+            generated: The model's caption of each image.
+            references: The reference caption of each image.
         """
 
         def write() -> None:
-            sheet = draw_captions(images, written, true)
-            self._events.add_image("captions", sheet, step, dataformats="HWC")
-            # As text too: the drawing has letters for Latin alphabets only.
-            self._events.add_text("captions", _caption_table(written, true), step)
+            figure = draw_captions(images, generated, references)
+            self._events.add_image("captions", figure, step, dataformats="HWC")
+            # Also as text, since the font of the figure only has Latin letters.
+            self._events.add_text("captions", _caption_table(generated, references), step)
             self._events.flush()
 
-        self._try("tensorboard", write)
+        self._try(TENSORBOARD_FOLDER, write)
 
-    def routing(self, step: int, load_LME: Array, coactivation_LEE: Array) -> None:
-        """Show the routing of one step as pictures: `moe/load` and, of several experts a token,
-        `moe/coactivation`.
+    def log_routing(self, step: int, load_LME: Array, coactivation_LEE: Array) -> None:
+        """Log heatmaps of one step's routing to TensorBoard.
+
+        These are `moe/load` and, with several experts per token, `moe/coactivation`.
 
         Args:
-            step: Optimizer steps done.
-            load_LME: Token choices, `[MoE layers, modalities, experts]`.
-            coactivation_LEE: Tokens that chose both experts, `[MoE layers, experts, experts]`.
+            step: Number of completed optimizer steps.
+            load_LME: Assignments, `[MoE layers, modalities, experts]`.
+            coactivation_LEE: Tokens assigned to both experts, `[MoE layers, experts, experts]`.
         """
 
         def write() -> None:
-            sheets = {"moe/load": load_grids(load_LME, self._blocks, self._run.moe)}
+            grids = {"moe/load": load_grids(load_LME, self._blocks, self._run.moe)}
             if self._run.moe.top_k > 1 and coactivation_LEE.size:
-                sheets["moe/coactivation"] = coactivation_grids(
+                grids["moe/coactivation"] = coactivation_grids(
                     coactivation_LEE, self._blocks, self._run.moe
                 )
-            for name, grids in sheets.items():
-                self._events.add_image(name, np.asarray(draw_grids(grids)), step, dataformats="HWC")
+            for name, layers in grids.items():
+                figure = np.asarray(draw_grids(layers))
+                self._events.add_image(name, figure, step, dataformats="HWC")
             self._events.flush()
 
-        self._try("tensorboard", write)
+        self._try(TENSORBOARD_FOLDER, write)
 
-    def bad_samples(self, problems: Sequence[SampleProblem], step: int | None = None) -> None:
-        """Name samples that could not be used, and count them by reason.
+    def log_corrupt_samples(
+        self, problems: Sequence[SampleProblem], step: int | None = None
+    ) -> None:
+        """Write corrupt samples to corrupt_samples.jsonl, and log their counts by reason.
 
         Args:
-            problems: Since the last call.
-            step: Step in which they were met; by default the one after the last reported.
+            problems: Corrupt samples since the last call.
+            step: Step in which they were read; by default the one after the last logged step.
         """
-        met = self._last_step + 1 if step is None else step
+        row_step = self._last_step + 1 if step is None else step
 
         def write() -> None:
             for problem in problems:
-                self._bad.write({"step": met} | problem._asdict())
+                self._corrupt.write({"step": row_step} | problem._asdict())
 
-        self._try("bad_samples.jsonl", write)
-        self.bad_counts.update(problem.reason for problem in problems)
+        self._try(CORRUPT_SAMPLES_FILE, write)
+        self.corrupt_counts.update(problem.reason for problem in problems)
         if problems:
             counts = ", ".join(
-                f"{reason} {count}" for reason, count in sorted(self.bad_counts.items())
+                f"{reason} {count}" for reason, count in sorted(self.corrupt_counts.items())
             )
             logger.warning(
-                "left out %d bad sample%s (all so far: %s), named in bad_samples.jsonl; the first: "
+                "skipped %d corrupt sample%s (total: %s), listed in %s; the first: "
                 "%s, sample %s: %s: %s",
                 len(problems),
                 "s" * (len(problems) > 1),
-                harmless(counts),
-                *(harmless(str(field)) for field in problems[0][:4]),
+                escape_control(counts),
+                CORRUPT_SAMPLES_FILE,
+                *(escape_control(str(field)) for field in problems[0][:4]),
             )
 
     def close(self) -> None:
-        """Finish all files."""
-        self._try("tensorboard", self._events.close)
-        self._try("metrics.jsonl", self._metrics.close)
-        self._try("bad_samples.jsonl", self._bad.close)
+        """Close all files."""
+        self._try(TENSORBOARD_FOLDER, self._events.close)
+        self._try(METRICS_FILE, self._metrics.close)
+        self._try(CORRUPT_SAMPLES_FILE, self._corrupt.close)
 
-    def _busiest(self, load_LME: Array) -> dict[str, float]:
-        """Load of the busiest expert by layer and modality, against a fair share of those that
-        serve the modality."""
-        return {
-            f"moe/max_over_mean_load/layer_{block:02d}/{modality}": max_over_mean(
-                load_LME[row, column, self._run.moe.pool(column)]
-            )
-            for row, block in enumerate(self._blocks)
-            for column, modality in enumerate(MODALITIES)
-        }
+    def _max_loads(self, load_LME: Array) -> dict[str, float]:
+        """Largest expert load by layer and modality, over the mean load of the modality's pool."""
+        values = {}
+        for layer, block in enumerate(self._blocks):
+            for index, modality in enumerate(MODALITIES):
+                load_E = load_LME[layer, index, self._run.moe.pool(index)]
+                values[f"moe/max_over_mean_load/layer_{block:02d}/{modality}"] = max_over_mean(
+                    load_E
+                )
+        return values
 
     def _loads(self, load_LME: Array) -> dict[str, Array]:
-        """Token choices of each expert by layer and modality, by name."""
-        return {
-            f"{TOKENS_PER_EXPERT}/layer_{block:02d}/{modality}": load_LME[row, column].astype(
-                np.int64
-            )
-            for row, block in enumerate(self._blocks)
-            for column, modality in enumerate(MODALITIES)
-        }
+        """Assignments of each expert by layer and modality, by metric name."""
+        loads = {}
+        for layer, block in enumerate(self._blocks):
+            for index, modality in enumerate(MODALITIES):
+                name = f"{TOKENS_PER_EXPERT}/layer_{block:02d}/{modality}"
+                loads[name] = load_LME[layer, index].astype(np.int64)
+        return loads
 
     def _write_events(
-        self, step: int, numbers: Mapping[str, float], loads: Mapping[str, Array]
+        self, step: int, values: Mapping[str, float], loads: Mapping[str, Array]
     ) -> None:
-        for name, value in numbers.items():
+        for name, value in values.items():
             self._events.add_scalar(name, value, step)
         for name, load_E in loads.items():
-            self._write_bars(name, load_E, step)
+            self._write_histogram(name, load_E, step)
         self._events.flush()
 
-    def _write_bars(self, name: str, load_E: Array, step: int) -> None:
-        """A histogram with one bar an expert: bar e lies from e to e + 1 and is as high as its
-        tokens."""
+    def _write_histogram(self, name: str, load_E: Array, step: int) -> None:
+        """A histogram with one bin per expert, `[e, e + 1)`, whose count is its tokens."""
         centers_E = np.arange(len(load_E)) + 0.5
         self._events.add_histogram_raw(
             name,
@@ -206,83 +215,46 @@ class Reporter:
             global_step=step,
         )
 
-    def _try(self, what: str, write: Callable[[], None]) -> None:
-        if what in self._failed:
+    def _try(self, name: str, write: Callable[[], None]) -> None:
+        """Call `write` unless an earlier write to the same file failed."""
+        if name in self._failed:
             return
         try:
             write()
         except OSError as error:
-            self._failed.add(what)
+            self._failed.add(name)
             reason = error.strerror or error
-            logger.error("cannot write %s any more (%s); training goes on without it", what, reason)
+            logger.error("cannot write %s (%s); training continues without it", name, reason)
 
 
-def _leave_errors_to_the_next_write() -> None:
-    """Do not print errors of TensorBoard's writing thread: it hands them to the next write, which
-    tells them."""
-    before = threading.excepthook
+def _silence_tensorboard_thread() -> None:
+    """Do not print errors of TensorBoard's writer thread; the next write raises them."""
+    previous_hook = threading.excepthook
 
-    def hook(found: threading.ExceptHookArgs) -> None:
-        if type(found.thread).__name__ != "_AsyncWriterThread" or not isinstance(
-            found.exc_value, OSError
-        ):
-            before(found)
+    def hook(args: threading.ExceptHookArgs) -> None:
+        is_writer = type(args.thread).__name__ == "_AsyncWriterThread"
+        if not (is_writer and isinstance(args.exc_value, OSError)):
+            previous_hook(args)
 
     threading.excepthook = hook
 
 
 def max_over_mean(load_E: Array) -> float:
-    """Load of the busiest expert as a multiple of a fair share; 1 is even, 0 means no tokens."""
+    """Largest expert load over the mean load; 1 is balanced, 0 means no tokens."""
     return float(load_E.max() / load_E.mean()) if load_E.sum() > 0 else 0.0
 
 
-_LOAD = re.compile(r"moe/max_over_mean_load/layer_\d+")
-"""Of a layer, over both modalities."""
+def _caption_table(generated: Sequence[str], references: Sequence[str]) -> str:
+    """Generated and reference captions as a Markdown table."""
+    rows = [
+        f"| {_escape_cell(caption)} | {_escape_cell(reference)} |"
+        for caption, reference in zip(generated, references, strict=True)
+    ]
+    return "\n".join(["| generated | reference |", "|---|---|", *rows])
 
 
-def progress_line(step: int, metrics: Mapping[str, float], run: RunConfig) -> str:
-    """The console line of a step; leaves out what `metrics` does not have, and terms of the loss
-    without weight.
-
-    The busiest expert is that of all layers, beside a fair share.
-    """
-    parts = [f"step {step}/{run.schedule.total_steps}"]
-    if "loss/total" in metrics:
-        terms = [
-            name
-            for name in TERMS
-            if f"loss/{name}" in metrics and metrics.get(f"loss/weighted/{name}") != 0
-        ]
-        inside = ", ".join(f"{name} {metrics[f'loss/{name}']:.3f}" for name in terms)
-        parts.append(f"loss {metrics['loss/total']:.4f}" + (f" ({inside})" if inside else ""))
-    loads = [load for name, load in metrics.items() if _LOAD.fullmatch(name)]
-    if loads:
-        parts.append(f"busiest expert x{max(loads):.2f}")
-    if "optim/lr" in metrics:
-        parts.append(f"lr {metrics['optim/lr']:.2e}")
-    if "perf/samples_per_second" in metrics:
-        parts.append(f"{metrics['perf/samples_per_second']:,.0f} samples/s")
-    if "perf/tokens_per_second" in metrics:
-        parts.append(f"{metrics['perf/tokens_per_second']:,.0f} tokens/s")
-    filtered = sum(share for name, share in metrics.items() if name.startswith("data/filtered/"))
-    if filtered:
-        parts.append(f"filtered {filtered:.0%}")
-    seconds = metrics.get("perf/seconds_per_step", 0.0)
-    if seconds > 0:
-        if "data/wait_seconds" in metrics:
-            parts.append(f"data wait {min(1.0, metrics['data/wait_seconds'] / seconds):.0%}")
-        parts.append(f"{clock_text((run.schedule.total_steps - step) * seconds)} left")
-    return "  ".join(parts)
-
-
-def _caption_table(written: Sequence[str], true: Sequence[str]) -> str:
-    """Written and true captions as a Markdown table."""
-    rows = [f"| {_cell(one)} | {_cell(other)} |" for one, other in zip(written, true, strict=True)]
-    return "\n".join(["| written | true |", "|---|---|", *rows])
-
-
-def _cell(text: str) -> str:
-    """Text that cannot break out of its table cell."""
+def _escape_cell(text: str) -> str:
+    """Text escaped for a cell of a Markdown table."""
     escaped = (
         text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "&#124;").replace("`", "&#96;")
     )

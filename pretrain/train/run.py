@@ -1,4 +1,4 @@
-"""`vlmoe train`: one call on every rank."""
+"""`vlmoe train`: the function that every rank calls."""
 
 from __future__ import annotations
 
@@ -7,32 +7,32 @@ from pathlib import Path
 
 from data_pipeline.common.errors import LostRankError
 from pretrain.config.schema import RunConfig
-from pretrain.parallel.environment import is_lost_rank, stop_process_group
+from pretrain.parallel.environment import is_connection_error, stop_process_group
 from pretrain.train.build import build
 from pretrain.train.loop import train
 
 
 def train_command(run: RunConfig, out: Path) -> None:
-    """Train the run in its folder, going on from its newest checkpoint. Collective.
+    """Train a run in its folder, resuming from its newest checkpoint. Collective.
 
     Raises:
-        VlmError: A problem of the run, the data, the disk or the cluster.
+        VlmError: A problem of the run, the data, the file system or the cluster.
     """
     try:
-        parts = build(run, out)
-        train(parts)
-        parts.engine.barrier()
+        components = build(run, out)
+        train(components)
+        components.engine.barrier()
     except RuntimeError as error:
-        if not is_lost_rank(error):
+        if not is_connection_error(error):
             raise
-        # Without the place in gloo's source and its advice.
+        # Removes gloo's source location and generic advice from the message.
         reason = re.sub(
             r"^\[[^]]*\] *|\. This is typically.*", "", str(error).strip().splitlines()[0]
         )
         raise LostRankError(
-            f"the ranks cannot talk to each other any more ({reason}). Most often "
-            f"another rank ended, or took longer than parallel.timeout_seconds "
-            f"({run.parallel.timeout_seconds:g} s): its own last words, above or in {out / 'logs'}, say why. "
-            f"Start the same command again to go on from the last checkpoint"
+            f"lost the connection to another rank ({reason}). Usually that rank failed, or "
+            f"exceeded parallel.timeout_seconds ({run.parallel.timeout_seconds:g} s); see its last "
+            f"messages, above or in {out / 'logs'}. Rerun the same command to resume from the last "
+            f"checkpoint"
         ) from error
     stop_process_group()

@@ -1,5 +1,4 @@
-"""Being asked to stop: SIGTERM (torchrun, scancel), SIGUSR1 (SLURM's warning before the time
-limit), Ctrl-C."""
+"""Stop signals: SIGTERM (torchrun, scancel), SIGUSR1 (SLURM, before the time limit), Ctrl-C."""
 
 from __future__ import annotations
 
@@ -11,20 +10,20 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopFlag:
-    """While entered, remembers a stop signal instead of dying of it; the loop stops after its step.
+    """Context manager in which a stop signal sets a flag; the loop stops after the current step.
 
-    Ctrl-C once more leaves at once.
+    A second Ctrl-C raises KeyboardInterrupt.
     """
 
     def __init__(self) -> None:
         self.is_set = False
-        self._before: dict[signal.Signals, Any] = {}
+        self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopFlag:
         for number in STOP_SIGNALS:
-            # A shell lets background jobs ignore Ctrl-C: it is meant for another program then.
+            # Shells ignore SIGINT in background jobs: Ctrl-C is for the foreground job then.
             if number != signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:
-                self._before[number] = signal.signal(number, self._set)
+                self._previous[number] = signal.signal(number, self._set)
         return self
 
     def __exit__(
@@ -33,7 +32,7 @@ class StopFlag:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
 
     def _set(self, number: int, frame: FrameType | None) -> None:

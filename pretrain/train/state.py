@@ -1,4 +1,4 @@
-"""What survives a restart, as a value."""
+"""Training state that is saved in checkpoints."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ STATE_VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """Where a run stands between two optimizer steps."""
+    """Progress of a run between two optimizer steps."""
 
     version: int = STATE_VERSION
     step: int = 0
-    """Optimizer steps done."""
+    """Number of completed optimizer steps."""
     samples_seen: int = 0
-    """Valid pairs trained on, over all ranks; the loader's position counts bad ones too."""
+    """Valid pairs trained on, over all ranks; the loader's position also counts skipped ones."""
     seconds: float = 0.0
-    """Time spent training, over all restarts, from building the parts to the step."""
+    """Time spent, over all restarts, from building the components to the step."""
     loader: LoaderState
-    """Where the data goes on."""
+    """Position in the data."""
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object."""
@@ -31,15 +31,15 @@ class TrainState:
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> TrainState:
-        """Read what `to_json` gave.
+        """Parse the result of `to_json`.
 
         Raises:
-            CheckpointError: Another version wrote it.
+            CheckpointError: It has another version.
         """
         if value.get("version") != STATE_VERSION:
             raise CheckpointError(
-                f"the checkpoint's training state has version {value.get('version')!r}, "
-                f"this program reads version {STATE_VERSION}; resume with the program that wrote it"
+                f"the checkpoint's training state has version {value.get('version')!r}, but this "
+                f"program reads version {STATE_VERSION}; resume with the program that wrote it"
             )
         return TrainState(
             step=value["step"],

@@ -1,14 +1,15 @@
-"""One optimizer step: forward, losses of the global batch, backward, update, and the routers'
-biases.
+"""One optimizer step: forward, losses of the global batch, backward, update, routing biases.
 
-Contrast and the routers' terms are functions of the whole global batch. With one micro-batch a
-rank, the statistics are summed and the embeddings gathered between forward and backward. With
-several, a first pass without gradients collects them (as GradCache does, Gao et al. 2021,
-arXiv:2101.06983), and a second pass runs each micro-batch again with the global values known: twice
-the forward work, exact gradients. Whatever routing draws is drawn alike in both.
+The contrastive loss and the auxiliary losses of the routers are functions of the whole global
+batch. With one micro-batch per rank, statistics are summed over ranks and embeddings gathered
+between forward and backward. With several, a first pass without gradients collects them (as in GradCache,
+Gao et al. 2021, arXiv:2101.06983), and a second pass recomputes each micro-batch with the global
+values known: twice the forward cost, exact gradients. Random routing is the same in both passes.
 
-Shapes: B pairs of this rank, G rows of the gathered batch, D embedding width, L MoE layers, M
-modalities, E experts.
+Each rank computes its *local term* of every loss; the local terms of all ranks add up to the loss.
+
+Shapes: B pairs of this rank, R rows that this rank contributes to the gathered batch, G rows of the
+gathered batch, D embedding width, L MoE layers, M modalities, E experts.
 """
 
 from __future__ import annotations
@@ -23,33 +24,38 @@ from torch import Tensor
 
 from data_pipeline.samples import Batch
 from pretrain.config.schema import LossConfig, RunConfig
-from pretrain.losses.contrastive import info_nce_share
-from pretrain.losses.total import GlobalSums, MainTerms, main_terms, main_weights, with_weights
+from pretrain.losses.contrastive import GatheredPairs, local_info_nce
+from pretrain.losses.objective import (
+    GlobalSums,
+    TaskLosses,
+    loss_metrics,
+    task_loss_weights,
+    task_losses,
+)
 from pretrain.model.vision_language import ModelOutput
-from pretrain.moe.auxiliary import Linearized, linearize
+from pretrain.moe.auxiliary import LinearizedLosses, linearize
 from pretrain.moe.bias import bias_rate
-from pretrain.moe.noise import step_draw
+from pretrain.moe.noise import derive_step_seed
 from pretrain.moe.statistics import RouterStats
 from pretrain.parallel.engine import TrainEngine
 
 
 class StepResult(NamedTuple):
-    """What one step of the whole world gave; numbers of the global batch."""
+    """Losses and statistics of one step, over the global batch."""
 
     losses: dict[str, float]
-    """`total`, each term unweighted, and each term `weighted/...`."""
+    """`total`, each unweighted term, and each weighted term as `weighted/...`."""
     grad_norm: float
-    """Global gradient norm before clipping."""
+    """Global gradient norm before clipping; NaN without an update."""
     logit_scale: float
     pairs: int
     """Valid pairs of the global batch."""
     tokens_M: Tensor
     """Tokens by modality, float64 on CPU."""
     router: RouterStats
-    """What the routers did, `[layers, ...]`, float64 on CPU."""
+    """Router statistics, `[layers, ...]`, float64 on CPU."""
     biases: Tensor
-    """Biases of the choice after the step, `[layers, M or 1, experts]` on CPU; no element where
-    there are none."""
+    """Routing biases after the step, `[layers, M or 1, experts]` on CPU; empty without biases."""
 
     @property
     def tokens(self) -> int:
@@ -57,9 +63,9 @@ class StepResult(NamedTuple):
         return int(self.tokens_M.sum())
 
     @property
-    def choices_LME(self) -> Tensor:
-        """Token choices by MoE layer, modality and expert."""
-        return self.router.choices_ME
+    def assignments_LME(self) -> Tensor:
+        """Assignments by MoE layer, modality and expert."""
+        return self.router.assignments_ME
 
 
 def train_step(
@@ -71,39 +77,41 @@ def train_step(
     learning_rate: float,
     coactivation: bool = False,
 ) -> StepResult:
-    """Train on the micro-batches of one step of this rank; without a pair on any rank nothing is
-    updated.
+    """Train on this rank's micro-batches of one step. Collective.
+
+    Nothing is updated if no rank has a valid pair.
 
     Args:
-        engine: The rank's engine.
-        batches: As many micro-batches on every rank; each holds at most `batch.micro_batch_size`
-            pairs.
-        run: Weights of the terms, rows that each micro-batch takes in the gathered batch, seed.
-        step: Number of this step, from 0: routing draws from it, and biases are frozen near the
-            end.
-        learning_rate: Of this step.
-        coactivation: Also count which experts are chosen together.
+        engine: The engine of this rank.
+        batches: The same number of micro-batches on every rank, each with at most
+            `batch.micro_batch_size` pairs.
+        run: Loss weights, rows per micro-batch in the gathered batch, seed.
+        step: Index of this step, from 0. It seeds random routing and determines the bias rate.
+        learning_rate: Learning rate of this step.
+        coactivation: Also count which pairs of experts are selected by the same token.
     """
-    work = _Step(engine, batches, run, step_draw(run.seed, step), coactivation)
+    work = _Step(engine, batches, run, derive_step_seed(run.seed, step), coactivation)
     terms, auxiliary, sums, scale = work.backward() if len(batches) == 1 else work.accumulate()
-    shares = engine.total(torch.stack([term.detach().double() for term in terms]))
-    # Before the numbers are known on the host: a global batch without a pair has no choices, which
-    # move no bias.
-    engine.model.move_biases(
-        sums.router.choices_ME, bias_rate(run.balance, step, run.schedule.total_steps)
+    task_terms = engine.all_reduce_sum(torch.stack([term.detach().double() for term in terms]))
+    # Before the number of pairs is known on the host: an empty global batch has no assignments, and
+    # then the biases do not change.
+    engine.model.update_biases(
+        sums.router.assignments_ME, bias_rate(run.balance, step, run.schedule.total_steps)
     )
-    losses = torch.cat([shares, *(value.view(1) for value in auxiliary.values.values())])
+
+    losses = torch.cat([task_terms, *(value.view(1) for value in auxiliary.values.values())])
     biases = engine.model.biases().to(engine.device)
-    told = on_host([losses, scale, sums.pairs, sums.tokens_M, biases, *sums.router])
-    losses, scale, pairs, tokens_M, biases, *router = told
-    found = dict(zip((*MainTerms._fields, *auxiliary.values), losses.tolist(), strict=True))
+    on_cpu = copy_to_cpu([losses, scale, sums.pairs, sums.tokens_M, biases, *sums.router])
+    losses, scale, pairs, tokens_M, biases, *router = on_cpu
+    names = (*TaskLosses._fields, *auxiliary.values)
+    loss_values = dict(zip(names, losses.tolist(), strict=True))
+
     grad_norm = math.nan
-    if int(
-        pairs
-    ):  # known on every rank alike; without one, weight decay and old moments would still move the weights
+    # The same on every rank. Without pairs, weight decay and momentum would still change weights.
+    if int(pairs):
         grad_norm = engine.step(learning_rate)
     return StepResult(
-        losses=with_weights(found, main_weights(run.loss) | auxiliary.weights),
+        losses=loss_metrics(loss_values, task_loss_weights(run.loss) | auxiliary.weights),
         grad_norm=grad_norm,
         logit_scale=float(scale),
         pairs=int(pairs),
@@ -113,16 +121,23 @@ def train_step(
     )
 
 
-def on_host(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Tensors of one device as float64 on CPU, in one copy: each copy lets the host wait for the
-    device."""
+def copy_to_cpu(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors of one device as float64 on CPU, in a single copy, since each copy synchronizes."""
     packed = torch.cat([tensor.detach().double().flatten() for tensor in tensors]).cpu()
-    pieces = packed.split([tensor.numel() for tensor in tensors])
-    return [piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)]
+    chunks = packed.split([tensor.numel() for tensor in tensors])
+    return [chunk.view(tensor.shape) for chunk, tensor in zip(chunks, tensors, strict=True)]
 
 
-Passed = tuple[MainTerms, Linearized, GlobalSums, Tensor]
-"""This rank's shares, the routers' terms, the global sums and the contrastive scale."""
+class _PassResult(NamedTuple):
+    """What forward and backward return to `train_step`."""
+
+    terms: TaskLosses
+    """This rank's local terms."""
+    auxiliary: LinearizedLosses
+    """Auxiliary losses of the routers."""
+    sums: GlobalSums
+    scale: Tensor
+    """Contrastive logit scale."""
 
 
 class _Step(NamedTuple):
@@ -131,102 +146,109 @@ class _Step(NamedTuple):
     engine: TrainEngine
     batches: Sequence[Batch]
     run: RunConfig
-    draw: int
+    step_seed: int
     coactivation: bool
 
-    def backward(self) -> Passed:
+    def backward(self) -> _PassResult:
         """One micro-batch."""
         engine = self.engine
         output = self._forward(self.batches[0])
         sums = global_sums(engine, [output])
         auxiliary = self._auxiliary(sums)
-        terms = main_terms(
+        terms = task_losses(
             contrastive=self._contrastive([output], sums),
             caption_loss_sum=output.caption_loss_sum,
             sums=sums,
         )
-        share = terms.weighted_sum(self.run.loss) + auxiliary.share(output.router)
-        engine.backward(engine.world_size * share, last=True)
-        return terms, auxiliary, sums, output.logit_scale.detach()
+        local_term = terms.weighted_sum(self.run.loss) + auxiliary.local_term(output.router)
+        engine.backward(engine.world_size * local_term, last=True)
+        return _PassResult(terms, auxiliary, sums, output.logit_scale.detach())
 
-    def accumulate(self) -> Passed:
+    def accumulate(self) -> _PassResult:
         """Both passes over several micro-batches."""
         engine, loss = self.engine, self.run.loss
         with torch.no_grad():
-            first = [self._forward(batch) for batch in self.batches]
-        sums = global_sums(engine, first)
+            first_pass = [self._forward(batch) for batch in self.batches]
+        sums = global_sums(engine, first_pass)
         auxiliary = self._auxiliary(sums)
-        leaves = [_leaf(output) for output in first]
+        leaves = [_as_leaves(output) for output in first_pass]
         contrastive = self._contrastive(leaves, sums)
-        none = torch.zeros_like(contrastive.detach())
-        # The weight is applied here alone: what the embeddings are pulled by has it already.
-        (engine.world_size * MainTerms(contrastive, none).weighted_sum(loss)).backward()
-        caption = none.clone()
-        for number, (batch, leaf) in enumerate(zip(self.batches, leaves, strict=True)):
+        zero = torch.zeros_like(contrastive.detach())
+        # The weight of the contrastive loss is applied here, so the gradients of the leaves, and
+        # hence the surrogates below, already contain it.
+        (engine.world_size * TaskLosses(contrastive, zero).weighted_sum(loss)).backward()
+
+        caption = zero.clone()
+        for index, (batch, leaf) in enumerate(zip(self.batches, leaves, strict=True)):
             output = self._forward(batch)
-            terms = main_terms(
-                contrastive=none, caption_loss_sum=output.caption_loss_sum, sums=sums
+            terms = task_losses(
+                contrastive=zero, caption_loss_sum=output.caption_loss_sum, sums=sums
             )
             # The surrogate has the gradient of the global contrastive loss with respect to these
             # embeddings.
-            surrogate = _pull(output.image_embedding, leaf.image_embedding)
-            surrogate = surrogate + _pull(output.text_embedding, leaf.text_embedding)
-            # In equal parts: a parameter must take part in every backward pass, because with
-            # offload DeepSpeed drops what was accumulated for one that the last pass leaves out.
-            surrogate = surrogate + _pull(output.logit_scale, leaves[0].logit_scale) / len(
-                self.batches
-            )
-            share = terms.weighted_sum(loss) + auxiliary.share(output.router)
+            surrogate = _surrogate(output.image_embedding, leaf.image_embedding)
+            surrogate = surrogate + _surrogate(output.text_embedding, leaf.text_embedding)
+            # Split over the micro-batches: with offload, DeepSpeed drops the accumulated gradient
+            # of a parameter that does not take part in the last backward pass.
+            scale_term = _surrogate(output.logit_scale, leaves[0].logit_scale)
+            surrogate = surrogate + scale_term / len(self.batches)
+            local_term = terms.weighted_sum(loss) + auxiliary.local_term(output.router)
             engine.backward(
-                engine.world_size * share + surrogate, last=number == len(self.batches) - 1
+                engine.world_size * local_term + surrogate, last=index == len(self.batches) - 1
             )
             caption += terms.caption.detach()
-        return MainTerms(contrastive.detach(), caption), auxiliary, sums, first[0].logit_scale
+        terms = TaskLosses(contrastive.detach(), caption)
+        return _PassResult(terms, auxiliary, sums, first_pass[0].logit_scale)
 
     def _forward(self, batch: Batch) -> ModelOutput:
-        return self.engine.forward(batch, draw=self.draw, coactivation=self.coactivation)
+        return self.engine.forward(batch, step_seed=self.step_seed, coactivation=self.coactivation)
 
-    def _auxiliary(self, sums: GlobalSums) -> Linearized:
-        """The routers' terms; weights are counted in every micro-batch of every rank that holds
-        them."""
-        times = len(self.batches) * self.engine.world_size
+    def _auxiliary(self, sums: GlobalSums) -> LinearizedLosses:
+        """Auxiliary losses of the routers.
+
+        The gradient of a weight penalty is computed in every micro-batch of every rank that holds
+        the weight, hence the numbers of copies.
+        """
+        num_micro_batches = len(self.batches) * self.engine.world_size
         return linearize(
             sums.router,
             sums.tokens_M,
             self.run.moe,
             self.run.balance,
-            expert_copies=times / self.engine.layout.expert_parallel_size,
-            router_copies=times,
+            expert_copies=num_micro_batches / self.engine.layout.expert_parallel_size,
+            router_copies=num_micro_batches,
         )
 
     def _contrastive(self, outputs: Sequence[ModelOutput], sums: GlobalSums) -> Tensor:
-        rows = self.run.batch.micro_batch_size * len(self.batches)
-        return _contrastive(self.engine, outputs, self.batches, sums, self.run.loss, rows)
+        num_rows = self.run.batch.micro_batch_size * len(self.batches)
+        return _contrastive(self.engine, outputs, self.batches, sums, self.run.loss, num_rows)
 
 
 def global_sums(engine: TrainEngine, outputs: Sequence[ModelOutput]) -> GlobalSums:
-    """Sum the counts and statistics of all micro-batches and ranks, in one message."""
+    """Sum counts and statistics over all micro-batches and ranks, in one all-reduce."""
     device = outputs[0].tokens_M.device
-    pairs = torch.full(
-        (), sum(output.image_embedding.shape[0] for output in outputs), device=device
-    )
+    num_pairs = sum(output.image_embedding.shape[0] for output in outputs)
+    pairs = torch.full((), num_pairs, device=device)
     caption = torch.stack([output.caption_tokens for output in outputs]).sum()
     tokens_M = torch.stack([output.tokens_M for output in outputs]).sum(dim=0)
     stats = [
         torch.stack(fields).sum(dim=0)
         for fields in zip(*(output.router for output in outputs), strict=True)
     ]
-    parts = [pairs, caption, tokens_M, *stats]
-    packed = engine.total(torch.cat([part.detach().flatten().double() for part in parts]))
-    pieces = packed.split([part.numel() for part in parts])
+
+    local_sums = [pairs, caption, tokens_M, *stats]
+    packed = engine.all_reduce_sum(
+        torch.cat([tensor.detach().flatten().double() for tensor in local_sums])
+    )
+    chunks = packed.split([tensor.numel() for tensor in local_sums])
     pairs, caption, tokens_M, *stats = (
-        p.view_as(part) for p, part in zip(pieces, parts, strict=True)
+        chunk.view_as(tensor) for chunk, tensor in zip(chunks, local_sums, strict=True)
     )
     return GlobalSums(pairs, caption, tokens_M, RouterStats(*stats))
 
 
-def _leaf(output: ModelOutput) -> ModelOutput:
-    """The output with embeddings and scale as leaves that collect gradients."""
+def _as_leaves(output: ModelOutput) -> ModelOutput:
+    """The output with embeddings and scale detached, as leaves that accumulate gradients."""
     image, text, scale = (
         t.detach().requires_grad_()
         for t in (output.image_embedding, output.text_embedding, output.logit_scale)
@@ -234,8 +256,8 @@ def _leaf(output: ModelOutput) -> ModelOutput:
     return output._replace(image_embedding=image, text_embedding=text, logit_scale=scale)
 
 
-def _pull(value: Tensor, leaf: Tensor) -> Tensor:
-    """A scalar whose gradient with respect to `value` is the gradient that `leaf` collected."""
+def _surrogate(value: Tensor, leaf: Tensor) -> Tensor:
+    """A scalar whose gradient with respect to `value` is the accumulated gradient of `leaf`."""
     assert leaf.grad is not None
     return (value * leaf.grad).sum()
 
@@ -246,28 +268,31 @@ def _contrastive(
     batches: Sequence[Batch],
     sums: GlobalSums,
     loss: LossConfig,
-    rows: int,
+    num_rows: int,
 ) -> Tensor:
-    """This rank's share of InfoNCE over the pairs of all ranks and micro-batches."""
+    """This rank's local term of InfoNCE over the pairs of all ranks and micro-batches."""
     image_BD = torch.cat([output.image_embedding for output in outputs])
     text_BD = torch.cat([output.text_embedding for output in outputs])
     hashes_B = torch.cat([batch.caption_hashes for batch in batches]).to(image_BD.device)
     pairs = image_BD.shape[0]
-    # Ranks must send equally shaped tensors: a rank that met bad samples fills up with empty rows.
-    both_RD = F.pad(torch.cat([image_BD, text_BD], dim=1), (0, 0, 0, rows - pairs))
-    labels_R2 = hashes_B.new_zeros(rows, 2)
+    # All-gather needs equal shapes: a rank with skipped samples adds rows that are not valid.
+    both_RD = F.pad(torch.cat([image_BD, text_BD], dim=1), (0, 0, 0, num_rows - pairs))
+    labels_R2 = hashes_B.new_zeros(num_rows, 2)
     labels_R2[:pairs, 0], labels_R2[:pairs, 1] = hashes_B, 1
-    all_image_GD, all_text_GD = engine.gather(both_RD).chunk(2, dim=1)
-    all_hashes_G, valid_G = engine.gather(labels_R2).unbind(1)
-    return info_nce_share(
+    image_GD, text_GD = engine.all_gather(both_RD).chunk(2, dim=1)
+    hashes_G, valid_G = engine.all_gather(labels_R2).unbind(1)
+    gathered = GatheredPairs(
+        image_GD=image_GD,
+        text_GD=text_GD,
+        hashes_G=hashes_G,
+        valid_G=valid_G.bool(),
+        first_row=engine.rank * num_rows,
+    )
+    return local_info_nce(
         image_BD,
         text_BD,
-        all_image_GD,
-        all_text_GD,
         hashes_B=hashes_B,
-        all_hashes_G=all_hashes_G,
-        valid_G=valid_G.bool(),
-        first_row=engine.rank * rows,
+        gathered=gathered,
         logit_scale=outputs[0].logit_scale,
         num_pairs=sums.pairs.to(image_BD.dtype),
         mask_equal_captions=loss.mask_equal_captions,

@@ -1,4 +1,4 @@
-"""What is checked before training begins and needs the other ranks."""
+"""Checks between ranks before training."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ import pytest
 
 from data_pipeline.common.errors import DataError
 from pretrain.parallel.engine import TrainEngine
-from pretrain.train.build import check_same_everywhere
+from pretrain.train.build import check_same_on_all_ranks
 
 
-class Ranks:
-    """What all ranks say, whatever this one does."""
+class FakeEngine:
+    """Returns fixed values of all ranks."""
 
-    def __init__(self, *said: list[str]) -> None:
-        self.said = list(said)
+    def __init__(self, *values: list[str]) -> None:
+        self.values = list(values)
 
-    def gather_json(self, value: Any) -> list[Any]:
-        return self.said
-
-
-def engine(*said: list[str]) -> TrainEngine:
-    return cast(TrainEngine, Ranks(*said))
+    def all_gather_json(self, value: Any) -> list[Any]:
+        return self.values
 
 
-def test_equal_data_on_every_rank_is_accepted() -> None:
-    check_same_everywhere(engine(["a", "t"], ["a", "t"]), "a", "t")
+def engine(*values: list[str]) -> TrainEngine:
+    return cast(TrainEngine, FakeEngine(*values))
+
+
+def test_equal_data_on_every_rank() -> None:
+    check_same_on_all_ranks(engine(["a", "t"], ["a", "t"]), "a", "t")
 
 
 @pytest.mark.parametrize(
-    ("second", "named"),
+    ("second", "message"),
     [(["b", "t"], r"data\.train .*rank\(s\) 1 "), (["a", "u"], r"data\.tokenizer .*rank\(s\) 1 ")],
 )
-def test_stale_copies_on_a_node_are_refused(second: list[str], named: str) -> None:
-    with pytest.raises(DataError, match=named):
-        check_same_everywhere(engine(["a", "t"], second), *second)
+def test_outdated_copies_on_a_node(second: list[str], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        check_same_on_all_ranks(engine(["a", "t"], second), *second)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoint_support import FakeEngine, FakeWorld, flip_last_bit, one_rank
 
 from data_pipeline.common.errors import CheckpointError
 from pretrain.checkpoint import (
@@ -20,6 +19,7 @@ from pretrain.checkpoint import (
     read_meta,
     save,
 )
+from tests.unit.pretrain.checkpoint_support import FakeEngine, FakeWorld, flip_last_bit, one_rank
 
 STATE: dict[str, Any] = {"position": 2**60 + 1}
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoint_support import FakeEngine, FakeWorld, one_rank
 
 from data_pipeline.common.errors import CheckpointError
 from pretrain.checkpoint import find_latest, load_latest, load_model_weights, save
+from tests.unit.pretrain.checkpoint_support import FakeEngine, FakeWorld, one_rank
 
 OPERATIONS = ("open", "write", "fsync", "mkdir", "rename", "replace", "unlink", "rmdir", "close")
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checkpoint_support import FakeEngine, FakeWorld, one_rank
 from safetensors.torch import load_file, save_file
 
 from pretrain.checkpoint import find_latest, load_latest, load_model_weights, read_meta, save
 from pretrain.checkpoint.files import write_tensors
+from tests.unit.pretrain.checkpoint_support import FakeEngine, FakeWorld, one_rank
 
 STATE: dict[str, Any] = {"loader": {"position": 2**60 + 1}, "name": "é", "lr": 0.1}
 

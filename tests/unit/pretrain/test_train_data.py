@@ -1,4 +1,4 @@
-"""Which addresses are shards to be counted, and which have a manifest."""
+"""Which addresses of training data must be indexed, and which have a manifest."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from pretrain.config.schema import RunConfig
-from pretrain.train.data import _must_be_counted
+from pretrain.train.data import _needs_indexing
 from tests.support.small_shards import make_shards
 
 
 @pytest.mark.parametrize(
-    ("address", "counted"),
+    ("address", "needs_indexing"),
     [
         ("https://host/manifest.json?sig=1", False),
         ("https://host/pairs/manifest.json", False),
@@ -23,17 +23,16 @@ from tests.support.small_shards import make_shards
         ("data/000.tar", True),
     ],
 )
-def test_addresses(address: str, counted: bool) -> None:
-    assert _must_be_counted(address, RunConfig()) == counted
+def test_addresses(address: str, needs_indexing: bool) -> None:
+    assert _needs_indexing(address, RunConfig()) == needs_indexing
 
 
 def test_folders(tmp_path: Path) -> None:
-    make_shards(tmp_path / "known", count=7)
-    assert not _must_be_counted(str(tmp_path / "known"), RunConfig())
-    (tmp_path / "known" / "manifest.json").unlink()
-    assert _must_be_counted(str(tmp_path / "known"), RunConfig())
+    make_shards(tmp_path / "indexed", count=7)
+    assert not _needs_indexing(str(tmp_path / "indexed"), RunConfig())
+    (tmp_path / "indexed" / "manifest.json").unlink()
+    assert _needs_indexing(str(tmp_path / "indexed"), RunConfig())
     (tmp_path / "empty").mkdir()
-    assert not _must_be_counted(str(tmp_path / "empty"), RunConfig()), (
-        "the manifest's own error says more"
-    )
-    assert not _must_be_counted(str(tmp_path / "nowhere"), RunConfig())
+    # Opening the manifest raises a more specific error for these.
+    assert not _needs_indexing(str(tmp_path / "empty"), RunConfig())
+    assert not _needs_indexing(str(tmp_path / "missing"), RunConfig())

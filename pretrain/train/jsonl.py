@@ -1,7 +1,7 @@
-"""A file of JSON lines that a resumed run goes on writing, without any step in it twice.
+"""JSON Lines files that a resumed run continues without duplicate steps.
 
-A run that was killed may have written about steps after its last checkpoint, and half a line.
-Opening the journal at the step of that checkpoint removes both.
+A killed run may have written rows of steps after its last checkpoint, and an incomplete last line.
+Opening the file at the step of that checkpoint removes both.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 
-class Journal:
-    """Appends one JSON object a line; each has a `step`."""
+class JsonlWriter:
+    """Appends JSON objects, one per line; each has a `step`."""
 
     def __init__(self, path: Path, *, resumed_step: int) -> None:
         """Open `path`, keeping only rows of steps up to `resumed_step`."""
@@ -27,7 +27,7 @@ class Journal:
         self._stream = path.open("a", encoding="utf-8")
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Append one row; it is in the file when this returns."""
+        """Append one row and flush it."""
         self._stream.write(_line(row))
         self._stream.flush()
 
@@ -37,7 +37,7 @@ class Journal:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The whole rows of a journal; half a line at the end is left out."""
+    """The rows of a file, without an incomplete last line."""
     return list(_rows_up_to(path, None))
 
 
@@ -49,20 +49,21 @@ def _rows_up_to(path: Path, last_step: int | None) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
         except ValueError:
-            continue  # half a line, from a kill or a full disk
+            continue  # an incomplete line, from a kill or a full disk
         if isinstance(row, dict) and (last_step is None or row.get("step", 0) <= last_step):
             rows.append(row)
     return rows
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    # NaN and infinity are no JSON; as text they stay readable for every program and every person.
-    return json.dumps({key: _plain(value) for key, value in row.items()}, ensure_ascii=False) + "\n"
+    # NaN and infinity are not valid JSON, so they are written as strings.
+    values = {key: _json_value(value) for key, value in row.items()}
+    return json.dumps(values, ensure_ascii=False) + "\n"
 
 
-def _plain(value: Any) -> Any:
+def _json_value(value: Any) -> Any:
     if isinstance(value, float) and value - value != 0:
         return str(value)
     if isinstance(value, list):
-        return [_plain(item) for item in value]
+        return [_json_value(item) for item in value]
     return value

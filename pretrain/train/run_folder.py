@@ -1,0 +1,88 @@
+"""Files of a run folder that are written before training: resolved configs and the tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+from data_pipeline.common import errors, storage
+from data_pipeline.common.addresses import without_secrets
+from data_pipeline.common.config import dump_yaml
+from data_pipeline.common.errors import StorageError, TokenizerError, VlmError
+from data_pipeline.content.tokenizer import Tokenizer
+from pretrain.checkpoint.retention import list_checkpoints
+from pretrain.config.batch import BatchPlan
+from pretrain.config.schema import RunConfig
+from pretrain.parallel.deepspeed_config import load_profile, profile_path, resolve
+from pretrain.parallel.engine import TrainEngine
+
+T = TypeVar("T")
+
+CONFIG_FILE, DEEPSPEED_FILE, TOKENIZER_FILE = "config.yaml", "deepspeed.json", "tokenizer.model"
+CHECKPOINTS_FOLDER, LEDGER_FOLDER = "checkpoints", "ledger"
+
+
+def create_run_folder(run: RunConfig, out: Path, tokenizer: Tokenizer) -> None:
+    """Create the run folder.
+
+    Raises:
+        TokenizerError: It has checkpoints that were trained with another tokenizer.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    saved, checkpoints = out / TOKENIZER_FILE, list_checkpoints(out / CHECKPOINTS_FOLDER)
+    if (
+        checkpoints
+        and saved.exists()
+        and Tokenizer.load(saved).fingerprint != tokenizer.fingerprint
+    ):
+        raise TokenizerError(
+            f"{out} was trained with another tokenizer ({saved}) than data.tokenizer "
+            f"({run.data.tokenizer}), so token ids would have other meanings. "
+            f"Set data.tokenizer={saved}, or use another run folder"
+        )
+
+
+def write_run_files(run: RunConfig, out: Path, tokenizer: Tokenizer, batch_plan: BatchPlan) -> None:
+    """Write the tokenizer, the resolved run config and the resolved DeepSpeed config."""
+    storage.write_bytes(str(out / TOKENIZER_FILE), tokenizer.model_bytes)
+    storage.write_bytes(str(out / CONFIG_FILE), dump_yaml(_without_secrets(run)).encode())
+    if run.parallel.engine == "plain":
+        return
+    path = profile_path(run.parallel.deepspeed)
+    resolved = resolve(run, load_profile(path), path, out / CONFIG_FILE, batch_plan)
+    storage.write_bytes(str(out / DEEPSPEED_FILE), json.dumps(resolved, indent=2).encode() + b"\n")
+
+
+def _without_secrets(run: RunConfig) -> RunConfig:
+    """The run without signed queries of URLs, which grant access to anyone who copies them."""
+    eval_sets = tuple(
+        replace(eval_set, shards=without_secrets(eval_set.shards)) for eval_set in run.eval.sets
+    )
+    return replace(run, data=run.data.without_secrets(), eval=replace(run.eval, sets=eval_sets))
+
+
+def run_on_rank_zero(engine: TrainEngine, out: Path, work: Callable[[], T]) -> T | None:
+    """Call `work` on rank 0; returns its result there and None on other ranks. Collective.
+
+    Raises:
+        VlmError: `work` raised a VlmError or an OSError; raised on every rank.
+    """
+    problem, result = None, None
+    if engine.rank == 0:
+        try:
+            result = work()
+        except VlmError as error:
+            problem = [type(error).__name__, str(error)]
+        except OSError as error:
+            problem = [
+                StorageError.__name__,
+                f"cannot write into the run folder {out}: {error.strerror}; free some space or fix "
+                f"the permissions there, or choose another --out",
+            ]
+    problem = engine.broadcast_json(problem)
+    if problem:
+        raise getattr(errors, problem[0], VlmError)(problem[1])
+    return result
