@@ -2,9 +2,10 @@
 
 The contrastive loss and the auxiliary losses of the routers are functions of the whole global
 batch. With one micro-batch per rank, statistics are summed over ranks and embeddings gathered
-between forward and backward. With several, a first pass without gradients collects them (as in GradCache,
-Gao et al. 2021, arXiv:2101.06983), and a second pass recomputes each micro-batch with the global
-values known: twice the forward cost, exact gradients. Random routing is the same in both passes.
+between forward and backward. With several, a first pass without gradients collects them (as in
+GradCache, Gao et al. 2021, arXiv:2101.06983), and a second pass recomputes each micro-batch with
+the global values known: twice the forward cost, exact gradients. Random routing is the same in both
+passes.
 
 Each rank computes its *local term* of every loss; the local terms of all ranks add up to the loss.
 

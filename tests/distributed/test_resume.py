@@ -1,4 +1,4 @@
-"""A run that is cut at any step and resumed gives bitwise the numbers of the unbroken run."""
+"""A run that is interrupted at any step and resumed equals an uninterrupted run bit by bit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.support.launch import run_ranks
-from tests.support.shards import Shapes
+from tests.support.shape_dataset import ShapeDataset
 
 WORKER = Path(__file__).with_name("resume_worker.py")
 
@@ -35,19 +35,19 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
     ],
     ids=["two-processes", "one-process"],
 )
-def test_resumed_equals_unbroken(
-    processes: int, cells: list[Any], shapes: Shapes, tmp_path: Path
+def test_resumed_run_equals_uninterrupted_run(
+    processes: int, cells: list[Any], shapes: ShapeDataset, tmp_path: Path
 ) -> None:
-    described = {
+    dataset = {
         "folder": str(shapes.folder),
         "tokenizer": str(shapes.tokenizer),
         "vocab_size": shapes.vocab_size,
     }
-    done = run_ranks(
+    result = run_ranks(
         [
             str(WORKER),
-            "--shapes",
-            json.dumps(described),
+            "--dataset",
+            json.dumps(dataset),
             "--out",
             str(tmp_path),
             "--cells",
@@ -58,7 +58,7 @@ def test_resumed_equals_unbroken(
     ).check()
     rows = [
         json.loads(line.removeprefix("CELL "))
-        for line in done.output.splitlines()
+        for line in result.output.splitlines()
         if line.startswith("CELL ")
     ]
     assert len(rows) == sum(len(cuts) for *_, cuts in cells)
