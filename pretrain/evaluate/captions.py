@@ -1,7 +1,8 @@
-"""How good written captions are: letter for letter, and token by token.
+"""Caption metrics: exact match of generated captions, and token accuracy.
 
-Exact match compares what the model writes on its own with the caption. Token accuracy gives it the
-right beginning each time and asks for the next token, so it moves long before whole captions match.
+Exact match compares generated captions with the reference captions. Token accuracy is measured with
+teacher forcing: the model predicts each token from the reference tokens before it, so it improves
+long before complete captions match.
 """
 
 from __future__ import annotations
@@ -15,31 +16,31 @@ from data_pipeline.content.captions import clean
 
 
 class TokenModel(Protocol):
-    """What counting tokens needs from a model."""
+    """The model interface for token accuracy."""
 
-    def caption_token_hits(
+    def count_correct_tokens(
         self, images: Tensor, text_ids: Tensor, text_lengths: Tensor, text_positions: Tensor
     ) -> tuple[int, int]:
-        """Caption tokens predicted right given the earlier ones, and how many there are."""
+        """Number of caption tokens predicted correctly from the previous ones, and of all."""
 
 
-def same_caption(written: str, true: str) -> bool:
-    """Whether two captions are the same once cleaned; capitals count."""
-    return clean(written) == clean(true)
+def same_caption(generated: str, reference: str) -> bool:
+    """Whether two captions are equal after whitespace cleaning; case-sensitive."""
+    return clean(generated) == clean(reference)
 
 
-def exact_percent(written: Sequence[str], true: Sequence[str]) -> float:
-    """Percent of captions that are exactly right; 0 without captions."""
-    hits = sum(same_caption(one, other) for one, other in zip(written, true, strict=True))
-    return 100 * hits / max(1, len(true))
+def exact_percent(generated: Sequence[str], reference: Sequence[str]) -> float:
+    """Percentage of captions that match exactly; 0 without captions."""
+    hits = sum(same_caption(a, b) for a, b in zip(generated, reference, strict=True))
+    return 100 * hits / max(1, len(reference))
 
 
 def token_percent(counts: Iterable[tuple[int, int]]) -> float:
-    """Percent of tokens predicted right, from (hits, tokens) of each batch; 0 without tokens.
+    """Percentage of correct tokens, from (correct, all) of each batch; 0 without tokens.
 
-    Sums first, then one division: batches hold different numbers of tokens.
+    Sums first, then one division: batches have different numbers of tokens.
     """
-    hits, tokens = 0, 0
-    for batch_hits, batch_tokens in counts:
-        hits, tokens = hits + batch_hits, tokens + batch_tokens
-    return 100 * hits / max(1, tokens)
+    correct, total = 0, 0
+    for batch_correct, batch_total in counts:
+        correct, total = correct + batch_correct, total + batch_total
+    return 100 * correct / max(1, total)

@@ -1,4 +1,4 @@
-"""`vlmoe eval` and `vlmoe caption`: a run folder in, a table or captions out."""
+"""`vlmoe eval` and `vlmoe caption`: evaluates a run folder, or captions image files."""
 
 from __future__ import annotations
 
@@ -13,148 +13,139 @@ import torch
 from data_pipeline.common.errors import ConfigError, DataError
 from data_pipeline.common.storage import read_bytes
 from data_pipeline.content.captions import clean
-from data_pipeline.content.images import decode
+from data_pipeline.content.images import decode_image
 from data_pipeline.content.transforms import eval_transform
+from data_pipeline.loading.batch_spec import BatchSpec
 from data_pipeline.loading.loader import read_all
 from data_pipeline.samples import Batch
 from data_pipeline.shards.manifest import Manifest, load_manifest
 from pretrain.config.schema import EvalSet
-from pretrain.evaluate.judge import (
-    Picture,
-    choose_samples,
-    evaluate_captions,
-    evaluate_set,
-    judging,
-    write_for,
-)
+from pretrain.evaluate.evaluator import Evaluator, SetOptions, evaluation_mode, sample_indices
+from pretrain.evaluate.generated_captions import CaptionInput
 from pretrain.evaluate.report import format_examples, format_table, write_json
-from pretrain.evaluate.trained import Trained, load_trained
+from pretrain.evaluate.trained_model import TrainedModel, load_trained_model
 
 logger = logging.getLogger(__name__)
 
-SMALL_SET = 20_000
-"""Pairs up to which a set is read without worker processes."""
+MAX_PAIRS_WITHOUT_WORKERS = 20_000
+"""Smaller sets are read in this process: faster than starting worker processes."""
 
 
 def eval_command(
     run_dir: Path, shards: Sequence[str] | None, labels: str | None, json_path: Path | None
 ) -> dict[str, dict[str, Any]]:
-    """Judge a run on its held-out sets, or on others, and print a table.
+    """Evaluate a run on its evaluation sets, or on others, and print a table.
 
     Args:
-        run_dir: The run's folder.
-        shards: Manifests, or folders that hold one, instead of the run's sets.
-        labels: With `shards`: a file with one caption a line to rank against.
-        json_path: Where to write the results too.
+        run_dir: The run folder.
+        shards: Manifests, or folders that contain one, instead of the run's sets.
+        labels: With `shards`: a file with one candidate caption per line.
+        json_path: Also write the results to this file.
 
     Returns:
-        Results by name of the set; see `judge.evaluate_set`.
+        Results by name of the set; see `Evaluator.evaluate_set`.
     """
-    trained = load_trained(run_dir)
+    trained = load_trained_model(run_dir)
     sets = named_sets(shards, labels or "") if shards else trained.run.eval.sets
     if not sets:
-        raise ConfigError(f"eval.sets of {run_dir}/config.yaml is empty; name shards with --shards")
+        raise ConfigError(f"eval.sets of {run_dir}/config.yaml is empty; pass shards with --shards")
+
     results = evaluate_sets(trained, sets)
     print(f"{run_dir}, step {trained.step:,} (percent)\n\n{format_table(results)}")
     for name, result in results.items():
-        print(f"\n{name}, captions (= exactly right):\n{format_examples(result)}")
+        print(f"\n{name}, captions (= exact match):\n{format_examples(result)}")
     if json_path is not None:
         write_json(json_path, results)
         logger.info("wrote %s", json_path)
     return results
 
 
-def evaluate_sets(trained: Trained, sets: Sequence[EvalSet]) -> dict[str, dict[str, Any]]:
-    """Judge a model on several sets; results by name of the set."""
+def evaluate_sets(trained: TrainedModel, sets: Sequence[EvalSet]) -> dict[str, dict[str, Any]]:
+    """Evaluate a model on several sets; results by name of the set."""
     results = {}
-    for one in sets:
-        manifest = load_manifest(one.shards)
-        logger.info("judging %s: %d pairs", one.name, manifest.total_samples)
-        with judging(trained.model):
-            results[one.name] = evaluate_set(
-                trained.model,
-                open_set(trained, manifest),
-                tokenizer=trained.tokenizer,
-                name=one.name,
-                total=manifest.total_samples,
-                labels=read_labels(one.labels) if one.labels else (),
-                context_length=trained.run.model.context_length,
-                caption_samples=trained.run.eval.caption_samples,
-                device=trained.device,
-                texts_per_forward=trained.run.eval.batch_size,
-            )
+    evaluator = make_evaluator(trained)
+    for eval_set in sets:
+        manifest = load_manifest(eval_set.shards)
+        options = SetOptions(
+            name=eval_set.name,
+            num_pairs=manifest.total_samples,
+            caption_samples=trained.run.eval.caption_samples,
+            labels=read_labels(eval_set.labels) if eval_set.labels else (),
+        )
+        logger.info("evaluating %s: %d pairs", eval_set.name, manifest.total_samples)
+        with evaluation_mode(trained.model):
+            results[eval_set.name] = evaluator.evaluate_set(read_set(trained, manifest), options)
     return results
 
 
-def evaluate_written(trained: Trained, shards: str, *, name: str) -> dict[str, Any]:
-    """Only written captions, on `eval.caption_samples` pictures of a set, the training set for
-    example."""
+def evaluate_caption_samples(trained: TrainedModel, shards: str, *, name: str) -> dict[str, Any]:
+    """Generated captions only, for `eval.caption_samples` images of any set."""
     manifest = load_manifest(shards)
-    indices = choose_samples(name, manifest.total_samples, trained.run.eval.caption_samples)
-    with judging(trained.model):
-        return evaluate_captions(
-            trained.model,
-            open_set(trained, manifest, indices),
-            tokenizer=trained.tokenizer,
-            context_length=trained.run.model.context_length,
-            device=trained.device,
-        )
+    indices = sample_indices(name, manifest.total_samples, trained.run.eval.caption_samples)
+    with evaluation_mode(trained.model):
+        return make_evaluator(trained).evaluate_captions(read_set(trained, manifest, indices))
+
+
+def make_evaluator(trained: TrainedModel) -> Evaluator:
+    """An evaluator with the settings of the run."""
+    return Evaluator(
+        model=trained.model,
+        tokenizer=trained.tokenizer,
+        context_length=trained.run.model.context_length,
+        device=trained.device,
+        texts_per_forward=trained.run.eval.batch_size,
+    )
 
 
 def caption_command(run_dir: Path, images: Sequence[Path]) -> None:
-    """Write a caption for each picture and print them, one `PATH: caption` a line.
+    """Generate a caption for each image and print one `PATH: caption` per line.
 
     Raises:
-        DataError: Some files are no pictures; the others have got their captions.
+        DataError: Some files are not images; captions of the others have been printed.
     """
-    trained = load_trained(run_dir)
-    pictures, problems = [], []
+    trained = load_trained_model(run_dir)
+    inputs, problems = [], []
     for path in images:
         try:
-            image = eval_transform(decode(path.read_bytes()), trained.run.model.image_size)
+            image = eval_transform(decode_image(path.read_bytes()), trained.run.model.image_size)
         except DataError as error:
             problems.append(f"{path}: {error}")
         except OSError as error:
             problems.append(f"{path}: {error.strerror}")
         else:
-            pictures.append(Picture(str(path), "", torch.as_tensor(image)))
-    with judging(trained.model):
-        writing = write_for(
-            trained.model,
-            pictures,
-            tokenizer=trained.tokenizer,
-            context_length=trained.run.model.context_length,
-            device=trained.device,
-        )
-    for key, written in zip(writing.keys, writing.written, strict=True):
-        print(f"{key}: {written}")
+            inputs.append(CaptionInput(str(path), "", torch.as_tensor(image)))
+
+    with evaluation_mode(trained.model):
+        captions = make_evaluator(trained).generate(inputs)
+    for key, caption in zip(captions.keys, captions.generated, strict=True):
+        print(f"{key}: {caption}")
     if problems:
         listed = "\n  ".join(problems)
-        raise DataError(f"{len(problems)} of {len(images)} pictures could not be read:\n  {listed}")
+        raise DataError(f"{len(problems)} of {len(images)} images could not be read:\n  {listed}")
 
 
-def open_set(
-    trained: Trained, manifest: Manifest, indices: Sequence[int] | None = None
+def read_set(
+    trained: TrainedModel, manifest: Manifest, indices: Sequence[int] | None = None
 ) -> Iterator[Batch]:
-    """Every pair of a set once, or those at `indices`, as the run's model reads them."""
+    """All pairs of a set, or those at `indices`, preprocessed as for the run's model."""
     run = trained.run
     num_pairs = manifest.total_samples if indices is None else len(indices)
     return read_all(
         manifest,
         tokenizer=trained.tokenizer,
         data=replace(run.data, cache_dir=run.data.cache_dir or str(trained.run_dir / "cache")),
-        image_size=run.model.image_size,
-        context_length=run.model.context_length,
-        micro_batch_size=run.eval.batch_size,
+        batch=BatchSpec(
+            image_size=run.model.image_size,
+            context_length=run.model.context_length,
+            micro_batch_size=run.eval.batch_size,
+        ),
         indices=indices,
-        # Reading a small set here is quicker than starting processes for it.
-        workers=run.data.workers if num_pairs > SMALL_SET else 0,
+        workers=run.data.workers if num_pairs > MAX_PAIRS_WITHOUT_WORKERS else 0,
     )
 
 
 def named_sets(shards: Sequence[str], labels: str = "") -> tuple[EvalSet, ...]:
-    """Sets for manifests or folders, each called after its folder; after its address where two are
-    alike."""
+    """Evaluation sets named after their folders, or after their addresses if names are equal."""
     folders = [address.removesuffix("/manifest.json").rstrip("/") for address in shards]
     names = [folder.rpartition("/")[2] or folder for folder in folders]
     if len(set(names)) < len(names):
@@ -166,10 +157,10 @@ def named_sets(shards: Sequence[str], labels: str = "") -> tuple[EvalSet, ...]:
 
 
 def read_labels(address: str) -> tuple[str, ...]:
-    """Captions of a labels file, one a line; empty lines are left out.
+    """Captions of a labels file, one per line; empty lines are ignored.
 
     Raises:
-        DataError: It cannot be read, is not UTF-8, or holds no caption.
+        DataError: It cannot be read, is not UTF-8, or contains no caption.
     """
     try:
         lines = read_bytes(address).decode("utf-8").splitlines()
@@ -177,5 +168,5 @@ def read_labels(address: str) -> tuple[str, ...]:
         raise DataError(f"labels file {address} is not UTF-8: {error}") from error
     labels = tuple(caption for line in lines if (caption := clean(line)))
     if not labels:
-        raise DataError(f"labels file {address} holds no caption; write one a line")
+        raise DataError(f"labels file {address} contains no caption; expected one per line")
     return labels

@@ -1,4 +1,4 @@
-"""Texts to tensors and embeddings, for judging.
+"""Tokenizes and embeds texts for retrieval.
 
 Shapes: M texts, S text positions, T valid text tokens, D embedding width.
 """
@@ -13,40 +13,41 @@ from torch import Tensor
 
 
 class TextModel(Protocol):
-    """What embedding texts needs from a model."""
+    """The model interface for embedding texts."""
 
     def encode_text(self, text_ids: Tensor, text_lengths: Tensor, text_positions: Tensor) -> Tensor:
         """Unit vectors, `[texts, embed_dim]`."""
 
 
-class TextCoder(Protocol):
-    """What it needs from a tokenizer."""
+class TextTokenizer(Protocol):
+    """The tokenizer interface for embedding texts."""
 
     @property
     def pad_id(self) -> int: ...
 
     def encode(self, text: str, max_length: int) -> list[int]:
-        """Ids with both marks."""
+        """Token ids with start and end tokens."""
 
 
 class TextBatch(NamedTuple):
-    """Texts as the model reads them."""
+    """Tokenized texts."""
 
     ids_MS: Tensor
     """int64, padded on the right."""
     lengths_M: Tensor
     """Valid tokens of each text, int64."""
     positions_T: Tensor
-    """Flat indices m x S + s of the valid tokens, int64, rising."""
+    """Flat indices m x S + s of the valid tokens, int64, ascending."""
 
 
-def batch_texts(tokenizer: TextCoder, texts: Sequence[str], context_length: int) -> TextBatch:
-    """Tokenize and pad to the longest of `texts`."""
+def batch_texts(tokenizer: TextTokenizer, texts: Sequence[str], context_length: int) -> TextBatch:
+    """Tokenize texts and pad them to the longest one."""
     rows = [tokenizer.encode(text, context_length) for text in texts]
     width = max((len(row) for row in rows), default=0)
     ids_MS = torch.full((len(rows), width), tokenizer.pad_id, dtype=torch.int64)
-    for number, row in enumerate(rows):
-        ids_MS[number, : len(row)] = torch.tensor(row)
+    for index, row in enumerate(rows):
+        ids_MS[index, : len(row)] = torch.tensor(row)
+
     lengths_M = torch.tensor([len(row) for row in rows], dtype=torch.int64)
     valid_MS = torch.arange(width) < lengths_M[:, None]
     return TextBatch(ids_MS, lengths_M, valid_MS.flatten().nonzero().flatten())
@@ -54,7 +55,7 @@ def batch_texts(tokenizer: TextCoder, texts: Sequence[str], context_length: int)
 
 def embed_texts(
     model: TextModel,
-    tokenizer: TextCoder,
+    tokenizer: TextTokenizer,
     texts: Sequence[str],
     *,
     context_length: int,
@@ -62,8 +63,8 @@ def embed_texts(
     device: torch.device,
 ) -> Tensor:
     """Unit vectors of texts, `[texts, embed_dim]` on `device`."""
-    parts = []
+    embeddings = []
     for first in range(0, len(texts), texts_per_forward):
         batch = batch_texts(tokenizer, texts[first : first + texts_per_forward], context_length)
-        parts.append(model.encode_text(*(tensor.to(device) for tensor in batch)))
-    return torch.cat(parts)
+        embeddings.append(model.encode_text(*(tensor.to(device) for tensor in batch)))
+    return torch.cat(embeddings)

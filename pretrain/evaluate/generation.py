@@ -1,9 +1,10 @@
-"""Writes captions: always the likeliest next token, until the end mark.
+"""Greedy decoding of captions.
 
-The model is run again over the whole caption for every token; captions are short. Pictures that are
-finished leave the batch, so all rows have the same length and there is no padding.
+Captions are short, so there is no cache: the model processes the whole caption again for every
+token. Images with a finished caption are removed from the batch, so all rows have the same length
+and there is no padding.
 
-Shapes: B pictures, A pictures still being written about, S tokens so far, V vocabulary.
+Shapes: B images, A images with unfinished captions, S tokens so far, V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,42 +15,44 @@ import torch
 from torch import Tensor
 
 
-class WritingModel(Protocol):
-    """What writing needs from a model."""
+class CaptionModel(Protocol):
+    """The model interface for caption generation."""
 
     def next_token_logits(self, images: Tensor, text_ids: Tensor, text_lengths: Tensor) -> Tensor:
-        """Logits of the token after the last valid one, `[pictures, vocabulary]`."""
+        """Logits of the token after the last valid one, `[images, vocabulary]`."""
 
 
-@torch.no_grad()  # not inference_mode: what a model keeps from here must stay usable in training
-def write_captions(
-    model: WritingModel, images: Tensor, *, start_id: int, end_id: int, max_length: int
+@torch.no_grad()  # not inference_mode: tensors cached by the model must stay usable in training
+def generate_captions(
+    model: CaptionModel, images: Tensor, *, start_id: int, end_id: int, max_length: int
 ) -> list[list[int]]:
-    """Write one caption for each picture, greedily.
+    """Generate one caption for each image by greedy decoding.
 
     Args:
-        model: Any model; with expert parallelism every rank must give the same pictures.
-        images: uint8 `[pictures, 3, side, side]`, on the model's device.
+        model: Any model; with expert parallelism every rank must pass the same images.
+        images: uint8 `[images, 3, side, side]`, on the model's device.
         start_id: First token of every caption.
-        end_id: Token that ends one.
-        max_length: Most tokens of a caption, both marks included; at least 2.
+        end_id: Token that ends a caption.
+        max_length: Maximum tokens of a caption, including start and end tokens; at least 2.
 
     Returns:
-        For each picture the tokens between the marks.
+        For each image the tokens between start and end token.
     """
-    written: list[list[int]] = [[] for _ in range(images.shape[0])]
+    captions: list[list[int]] = [[] for _ in range(images.shape[0])]
     ids_AS = torch.full((images.shape[0], 1), start_id, dtype=torch.int64, device=images.device)
-    open_A = torch.arange(images.shape[0], device=images.device)
-    while open_A.numel() and ids_AS.shape[1] < max_length:
-        lengths_A = torch.full_like(open_A, ids_AS.shape[1])
-        next_A = model.next_token_logits(images[open_A], ids_AS, lengths_A).argmax(dim=-1)
+    active_A = torch.arange(images.shape[0], device=images.device)
+
+    while active_A.numel() and ids_AS.shape[1] < max_length:
+        lengths_A = torch.full_like(active_A, ids_AS.shape[1])
+        next_A = model.next_token_logits(images[active_A], ids_AS, lengths_A).argmax(dim=-1)
         ids_AS = torch.cat([ids_AS, next_A[:, None]], dim=1)
-        goes_on_A = next_A != end_id
-        for picture, token, goes_on in zip(
-            open_A.tolist(), next_A.tolist(), goes_on_A.tolist(), strict=True
+        unfinished_A = next_A != end_id
+        for image, token, unfinished in zip(
+            active_A.tolist(), next_A.tolist(), unfinished_A.tolist(), strict=True
         ):
-            if goes_on:
-                written[picture].append(token)
-        open_A, ids_AS = open_A[goes_on_A], ids_AS[goes_on_A]
-    # The place of the end mark stays free, as it does when a long caption is cut for training.
-    return [tokens[: max_length - 2] for tokens in written]
+            if unfinished:
+                captions[image].append(token)
+        active_A, ids_AS = active_A[unfinished_A], ids_AS[unfinished_A]
+
+    # One position is reserved for the end token, as when long captions are truncated for training.
+    return [tokens[: max_length - 2] for tokens in captions]

@@ -1,4 +1,4 @@
-"""Results of evaluation sets for people and for programs."""
+"""Evaluation results as text and JSON."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ from pretrain.evaluate.retrieval import RECALL_AT
 
 
 def format_table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Results by name of the set as lines for a terminal; percent throughout."""
+    """A table of results by name of the set; all values in percent."""
     return "\n\n".join("\n".join(_set_lines(name, result)) for name, result in results.items())
 
 
 def format_examples(result: Mapping[str, Any]) -> str:
-    """What the model wrote, one picture a line, right ones marked."""
+    """Generated captions, one image per line; exact matches are marked with `=`."""
     lines = []
     for example in result["examples"]:
-        written, true = example["written"], example["true"]
-        lines.append(
-            f"  = {true}" if same_caption(written, true) else f"    {true}   <- it wrote: {written}"
-        )
+        generated, reference = example["generated"], example["reference"]
+        if same_caption(generated, reference):
+            lines.append(f"  = {reference}")
+        else:
+            lines.append(f"    {reference}   -> generated: {generated}")
     return "\n".join(lines)
 
 
 def write_json(path: Path, results: Mapping[str, Any]) -> None:
-    """Write results as JSON, whole or not at all."""
+    """Write results as JSON, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     temporary.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -38,17 +39,17 @@ def write_json(path: Path, results: Mapping[str, Any]) -> None:
 
 def _set_lines(name: str, result: Mapping[str, Any]) -> list[str]:
     head = f"{name}: {result['images']:,} images, {result['texts']:,} texts"
-    lines = [f"{head:<34}" + "".join(f"{f'R@{k}':>9}" for k in RECALL_AT)]
-    lines.append(_row("image to text", result["image_to_text"]))
-    lines.append(_row("  by chance", result["chance"]))
-    lines.append(_row("text to image", result["text_to_image"]))
-    lines.append(_row("  by chance", result["chance_text_to_image"]))
-    lines.append(
-        f"  captions: {result['caption_exact']:.1f} % exactly right (of {result['caption_samples']}), "
-        f"{result['caption_token_accuracy']:.1f} % of tokens"
-    )
-    if result["bad_samples"]:
-        lines.append(f"  left out: {result['bad_samples']} bad samples")
+    lines = [
+        f"{head:<34}" + "".join(f"{f'R@{k}':>9}" for k in RECALL_AT),
+        _row("image to text", result["image_to_text"]),
+        _row("  chance", result["chance"]),
+        _row("text to image", result["text_to_image"]),
+        _row("  chance", result["chance_text_to_image"]),
+        f"  captions: {result['caption_exact']:.1f} % exact matches "
+        f"(of {result['caption_samples']}), {result['caption_token_accuracy']:.1f} % of tokens",
+    ]
+    if result["corrupt_samples"]:
+        lines.append(f"  skipped: {result['corrupt_samples']} corrupt samples")
     return lines
 
 

@@ -1,4 +1,4 @@
-"""`vlmoe routing`: what the experts of a trained run do, as a table, a page, a picture and JSON."""
+"""`vlmoe routing`: reports which tokens each expert of a trained model processes."""
 
 from __future__ import annotations
 
@@ -14,30 +14,32 @@ from data_pipeline.common.errors import ConfigError, DataError
 from data_pipeline.samples import Batch
 from data_pipeline.shards.manifest import Manifest, load_manifest
 from pretrain.config.schema import RunConfig
-from pretrain.evaluate.command import open_set
-from pretrain.evaluate.judge import choose_samples, judging
+from pretrain.evaluate.command import read_set
+from pretrain.evaluate.evaluator import evaluation_mode, sample_indices
 from pretrain.evaluate.report import write_json
-from pretrain.evaluate.routing.figure import draw_grids
+from pretrain.evaluate.routing.counts import RoutingCounts, record_routing
 from pretrain.evaluate.routing.grids import Grid, coactivation_grids, load_grids
-from pretrain.evaluate.routing.page import PagePicture, routing_page
+from pretrain.evaluate.routing.heatmap import draw_grids
+from pretrain.evaluate.routing.html_page import PageImage, routing_page
 from pretrain.evaluate.routing.report import Report, routing_report
-from pretrain.evaluate.routing.tally import Tally, watch
-from pretrain.evaluate.routing.text import routing_table
+from pretrain.evaluate.routing.text_table import routing_table
 from pretrain.evaluate.routing.words import WordVocabulary
-from pretrain.evaluate.trained import Trained, load_trained
+from pretrain.evaluate.trained_model import TrainedModel, load_trained_model
 
 logger = logging.getLogger(__name__)
 
 TRAIN = "train"
-"""The name by which the training shards are asked for."""
+"""Name of the training data for `--set`."""
 
 
 class Counted(NamedTuple):
-    """What a pass over some samples gave."""
+    """Results of a pass over some samples."""
 
-    tally: Tally
+    counts: RoutingCounts
     words: list[str]
+    """Words by their index in the counts."""
     problems: Counter[str]
+    """Corrupt samples by reason."""
 
 
 def routing_command(
@@ -49,151 +51,141 @@ def routing_command(
     patches: int = 4,
     out: Path | None = None,
 ) -> Report:
-    """Look at the routing of a run's newest checkpoint.
+    """Analyze the routing of a run's newest checkpoint.
 
     Args:
-        run_dir: The run's folder.
-        name: Of a held-out set, or of a source of training data, or `train`; by default the first
-            held-out set, or the training data where there is none.
-        shards: A manifest, or the folder that holds one, instead.
-        samples: Pairs to look at; a fixed random choice.
-        patches: Patches to show of each expert; 0 for none.
-        out: Folder for `routing.html`, `routing.png` and `routing.json`; `routing/` in the run's
-            folder by default.
+        run_dir: The run folder.
+        name: An evaluation set, a source of training data, or `train`; by default the first
+            evaluation set, or the training data if there is none.
+        shards: Manifest, or a folder that contains one, instead of a set of the run.
+        samples: Number of pairs, a fixed random sample.
+        patches: Patches to show for each expert; 0 for none.
+        out: Folder for `routing.html`, `routing.png` and `routing.json`; None for `routing/` in the
+            run folder.
 
     Raises:
         ConfigError: The run has no experts, or no such set.
         DataError: No sample could be read.
     """
-    trained = load_trained(run_dir)
+    trained = load_trained_model(run_dir)
     run = trained.run
     blocks = run.moe.blocks(run.model.num_layers)
     if not blocks:
         raise ConfigError(
-            f"{run_dir} has no block with experts (moe.start {run.moe.start}, moe.stop {run.moe.stop}): "
-            f"there is no routing to look at"
+            f"{run_dir} has no layer with experts (moe.start {run.moe.start}, moe.stop "
+            f"{run.moe.stop}), so there is no routing to report"
         )
-    label, address = (shards, shards) if shards else find_set(run, name)
+    label, address = (shards, shards) if shards else resolve_set(run, name)
     manifest = load_manifest(address)
-    indices = choose_samples(label, manifest.total_samples, samples)
-    logger.info("looking at %d of the %d pairs of %s", len(indices), manifest.total_samples, label)
-    counted = count(trained, open_set(trained, manifest, indices), patches=patches)
-    if not counted.tally.pairs:
+    indices = sample_indices(label, manifest.total_samples, samples)
+    logger.info("routing %d of the %d pairs of %s", len(indices), manifest.total_samples, label)
+    counted = count(trained, read_set(trained, manifest, indices), patches=patches)
+    if not counted.counts.pairs:
         raise DataError(
-            f"none of the {len(indices)} samples of {address} could be read: {dict(counted.problems)}"
+            f"none of the {len(indices)} samples of {address} could be read: "
+            f"{dict(counted.problems)}"
         )
-    head = {
+
+    report = {
         "run": str(run_dir),
         "step": trained.step,
         "set": label,
         "shards": address,
-        "bad_samples": counted.problems.total(),
-    }
-    report = head | routing_report(counted.tally, counted.words, run.moe, blocks)
-    pictures = read_pictures(trained, manifest, report)
+        "corrupt_samples": counted.problems.total(),
+    } | routing_report(counted.counts, counted.words, run.moe, blocks)
+    images = read_images(trained, manifest, report)
     title = f"Routing of {run_dir} at step {trained.step:,} on {label}"
-    target = out or run_dir / "routing"
-    # Before the table: whoever reads it through `head` ends the program there.
-    _write(target, report, all_grids(counted.tally, run), pictures, run.model.patch_size, title)
+    grids = all_grids(counted.counts, run)
+    page = routing_page(report, grids, images, patch_size=run.model.patch_size, title=title)
+    folder = out or run_dir / "routing"
+    # Before printing: with `| head`, the program ends while it prints.
+    _write(folder, report, grids, page)
     print(
-        f"{title}: {counted.tally.pairs:,} pairs\n\n{routing_table(report)}\n\n"
-        f"wrote {target}/routing.html, routing.png and routing.json"
+        f"{title}: {counted.counts.pairs:,} pairs\n\n{routing_table(report)}\n\n"
+        f"wrote {folder}/routing.html, routing.png and routing.json"
     )
     return report
 
 
-def find_set(run: RunConfig, name: str) -> tuple[str, str]:
-    """Name and address of the samples that `name` means.
+def resolve_set(run: RunConfig, name: str) -> tuple[str, str]:
+    """Name and address of a set; the default set if `name` is empty.
 
     Raises:
-        ConfigError: There is no such set, or none at all.
+        ConfigError: There is no such set, or the run has no data.
     """
-    known = {one.name: one.shards for one in run.eval.sets}
-    known |= {
+    sets = {eval_set.name: eval_set.shards for eval_set in run.eval.sets}
+    sets |= {
         source.name: source.shards
         for source in run.data.sources
-        if source.name and source.name not in known
+        if source.name and source.name not in sets
     }
     if run.data.sources:
-        known.setdefault(TRAIN, run.data.sources[0].shards)
-    if not known:
+        sets.setdefault(TRAIN, run.data.sources[0].shards)
+    if not sets:
         raise ConfigError(
-            "the run names no held-out set and no training data; name shards with --shards"
+            "the run has no evaluation set and no training data; pass shards with --shards"
         )
-    chosen = name or next(iter(known))
-    if chosen not in known:
-        raise ConfigError(f"the run has no set called {chosen!r}; it has {', '.join(known)}")
-    return chosen, known[chosen]
+    selected = name or next(iter(sets))
+    if selected not in sets:
+        raise ConfigError(
+            f"--set: the run has no set {selected!r}; expected one of {', '.join(sets)}"
+        )
+    return selected, sets[selected]
 
 
-def count(trained: Trained, batches: Iterable[Batch], *, patches: int = 4) -> Counted:
-    """Send batches through the model and count what its routers decide."""
+def count(trained: TrainedModel, batches: Iterable[Batch], *, patches: int = 4) -> Counted:
+    """Run batches through the model and count the assignments of its routers."""
     model, moe = trained.model, trained.run.moe
-    tally = Tally(len(model.moe_layers()), moe.num_experts, patches=patches)
-    book, problems = WordVocabulary(trained.tokenizer), Counter[str]()
-    with judging(model), watch(model) as seen:
+    counts = RoutingCounts(len(model.moe_layers()), moe.num_experts, patches=patches)
+    vocabulary, problems = WordVocabulary(trained.tokenizer), Counter[str]()
+    with evaluation_mode(model), record_routing(model) as records:
         for batch in batches:
             problems.update(problem.reason for problem in batch.problems)
             if not batch.captions:
                 continue
             inputs = (batch.images, batch.text_ids, batch.text_lengths, batch.text_positions)
             model(*(tensor.to(trained.device) for tensor in inputs))
-            tally.add(seen, word_numbers(book, batch), batch.ids.numpy())
+            counts.add(records, word_indices(vocabulary, batch), batch.ids.numpy())
     if problems:
-        logger.warning("%d bad samples left out: %s", problems.total(), dict(problems))
-    return Counted(tally, book.words, problems)
+        logger.warning("skipped %d corrupt samples: %s", problems.total(), dict(problems))
+    return Counted(counts, vocabulary.words, problems)
 
 
-def word_numbers(book: WordVocabulary, batch: Batch) -> np.ndarray:
-    """The word of each text token of a batch, in the order in which the model sees them."""
+def word_indices(vocabulary: WordVocabulary, batch: Batch) -> np.ndarray:
+    """Word index of each text token of a batch, in the order of the model's input."""
     rows = zip(batch.text_ids.tolist(), batch.text_lengths.tolist(), strict=True)
-    return np.concatenate([book.numbers(ids[:length]) for ids, length in rows])
+    return np.concatenate([vocabulary.word_indices(ids[:length]) for ids, length in rows])
 
 
-def all_grids(tally: Tally, run: RunConfig) -> list[Grid]:
-    """Load of each modality, and for several experts a token which are chosen together, by layer
-    and modality."""
+def all_grids(counts: RoutingCounts, run: RunConfig) -> list[Grid]:
+    """Load by modality and, with `top_k` above 1, coactivation by layer and modality."""
     blocks = run.moe.blocks(run.model.num_layers)
-    grids = load_grids(tally.visits_LME, blocks, run.moe)
+    grids = load_grids(counts.load_LME, blocks, run.moe)
     if run.moe.top_k > 1:
         for column, modality in enumerate(("image", "text")):
-            grids += coactivation_grids(
-                tally.together_LMEE[:, column], blocks, run.moe, f", {modality} tokens"
-            )
+            coactivation_LEE = counts.coactivation_LMEE[:, column]
+            grids += coactivation_grids(coactivation_LEE, blocks, run.moe, f", {modality} tokens")
     return grids
 
 
-def read_pictures(trained: Trained, manifest: Manifest, report: Report) -> dict[int, PagePicture]:
-    """The pictures of all patches that the report names, by number of the sample."""
-    wanted = sorted(
-        {
-            patch["sample"]
-            for layer in report["layers"]
-            for expert in layer["experts"]
-            for patch in expert["patches"]
-        }
-    )
-    found: dict[int, PagePicture] = {}
-    for batch in open_set(trained, manifest, wanted) if wanted else ():
+def read_images(trained: TrainedModel, manifest: Manifest, report: Report) -> dict[int, PageImage]:
+    """The images of all patches in the report, by sample index."""
+    samples: set[int] = set()
+    for layer in report["layers"]:
+        for expert in layer["experts"]:
+            samples.update(patch["sample"] for patch in expert["patches"])
+
+    images: dict[int, PageImage] = {}
+    for batch in read_set(trained, manifest, sorted(samples)) if samples else ():
         rows = zip(batch.ids.tolist(), batch.images, batch.captions, batch.keys, strict=True)
-        # A copy, since the batch's memory is used again.
-        found |= {
-            number: PagePicture(image.numpy().copy(), caption, key)
-            for number, image, caption, key in rows
-        }
-    return found
+        for sample, image, caption, key in rows:
+            # Copied: the memory of the batch is reused.
+            images[sample] = PageImage(image.numpy().copy(), caption, key)
+    return images
 
 
-def _write(
-    out: Path,
-    report: Report,
-    grids: Sequence[Grid],
-    pictures: dict[int, PagePicture],
-    patch_size: int,
-    title: str,
-) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "routing.json", report)
-    draw_grids(grids).save(out / "routing.png")
-    page = routing_page(report, grids, pictures, patch_size=patch_size, title=title)
-    (out / "routing.html").write_text(page, encoding="utf-8")
+def _write(folder: Path, report: Report, grids: Sequence[Grid], page: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "routing.json", report)
+    draw_grids(grids).save(folder / "routing.png")
+    (folder / "routing.html").write_text(page, encoding="utf-8")

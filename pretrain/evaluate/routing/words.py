@@ -1,5 +1,4 @@
-"""The words of captions, token by token: what an expert sees is easier to read in words than in
-pieces."""
+"""Maps caption tokens to words, because words are easier to read than subword tokens."""
 
 from __future__ import annotations
 
@@ -9,42 +8,42 @@ from typing import Protocol
 
 import numpy as np
 
-LONGEST = 24
-"""Letters of a word that pieces are joined to. Where nothing parts words, a caption would be one:
-pieces stay alone."""
+MAX_WORD_LENGTH = 24
+"""Maximum characters of a word joined from several tokens. In scripts without spaces a whole
+caption would be one word; its tokens stay separate."""
 
-_BLANK = "▁"
-_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
-_MARK = re.compile(r"<(pad|start|end|unk)>")
+_SPACE = "▁"
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+_SPECIAL_TOKEN = re.compile(r"<(pad|start|end|unk)>")
 
 
-class Spelling(Protocol):
-    """What is needed of a tokenizer."""
+class PieceTokenizer(Protocol):
+    """The tokenizer interface for joining tokens."""
 
     def piece(self, token: int) -> str: ...
 
 
 class WordVocabulary:
-    """Numbers words as they come."""
+    """Assigns indices to words in order of first appearance."""
 
-    def __init__(self, tokenizer: Spelling) -> None:
+    def __init__(self, tokenizer: PieceTokenizer) -> None:
         self._tokenizer = tokenizer
         self._pieces: dict[int, str] = {}
-        self._numbers: dict[str, int] = {}
+        self._index: dict[str, int] = {}
 
     @property
     def words(self) -> list[str]:
-        """Every word so far, by its number."""
-        return list(self._numbers)
+        """All words so far, by index."""
+        return list(self._index)
 
-    def numbers(self, ids: Sequence[int]) -> np.ndarray:
-        """The word that each token of one caption belongs to, int64 `[tokens]`; marks are words of
-        their own."""
+    def word_indices(self, ids: Sequence[int]) -> np.ndarray:
+        """Index of the word that contains each token of a caption, int64 `[tokens]`.
+
+        Special tokens are words.
+        """
         pieces = [self._piece(token) for token in ids]
-        return np.array(
-            [self._numbers.setdefault(word, len(self._numbers)) for word in words_of(pieces)],
-            dtype=np.int64,
-        )
+        indices = [self._index.setdefault(word, len(self._index)) for word in words_of(pieces)]
+        return np.array(indices, dtype=np.int64)
 
     def _piece(self, token: int) -> str:
         if token not in self._pieces:
@@ -53,28 +52,31 @@ class WordVocabulary:
 
 
 def words_of(pieces: Sequence[str]) -> list[str]:
-    """The word of each piece of a caption, as SentencePiece spells pieces: `▁` begins a word,
-    `<0xE9>` is a byte."""
+    """The word that contains each SentencePiece token: `▁` begins a word, `<0xE9>` is a byte."""
     groups: list[list[str]] = []
-    for place, piece in enumerate(pieces):
-        alone = _MARK.fullmatch(piece) or (place and _MARK.fullmatch(pieces[place - 1]))
-        if not groups or alone or piece.startswith(_BLANK):
+    previous_is_special = False
+    for piece in pieces:
+        is_special = bool(_SPECIAL_TOKEN.fullmatch(piece))
+        if not groups or is_special or previous_is_special or piece.startswith(_SPACE):
             groups.append([])
         groups[-1].append(piece)
-    words = []
+        previous_is_special = is_special
+
+    words: list[str] = []
     for group in groups:
-        whole = _spelt(group)
-        words += (
-            [whole] * len(group) if len(whole) <= LONGEST else [_spelt([piece]) for piece in group]
-        )
+        word = _decode(group)
+        if len(word) <= MAX_WORD_LENGTH:
+            words += [word] * len(group)
+        else:
+            words += [_decode([piece]) for piece in group]
     return words
 
 
-def _spelt(pieces: Sequence[str]) -> str:
-    """Pieces as text; bytes that are no letter by themselves become a replacement sign."""
-    parts = [
-        bytes([int(found[1], 16)]) if (found := _BYTE.fullmatch(piece)) else piece.encode()
-        for piece in pieces
-    ]
+def _decode(pieces: Sequence[str]) -> str:
+    """Tokens as text; invalid UTF-8 becomes a replacement character."""
+    parts = []
+    for piece in pieces:
+        match = _BYTE_TOKEN.fullmatch(piece)
+        parts.append(bytes([int(match[1], 16)]) if match else piece.encode())
     text = b"".join(parts).decode("utf-8", errors="replace")
-    return text.removeprefix(_BLANK).replace(_BLANK, " ") or _BLANK
+    return text.removeprefix(_SPACE).replace(_SPACE, " ") or _SPACE

@@ -1,4 +1,4 @@
-"""`vlmoe routing` on a real run folder: files that agree with one another and with the model."""
+"""`vlmoe routing` on a run folder with a real model, shards and checkpoint."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from pretrain.checkpoint import save
 from pretrain.cli.main import main
 from pretrain.config.experts import MoEConfig
 from pretrain.config.schema import RunConfig
-from pretrain.evaluate.routing.command import all_grids, find_set, routing_command
-from pretrain.evaluate.routing.page import PagePicture, crop
-from pretrain.evaluate.routing.tally import Tally
+from pretrain.evaluate.routing.command import all_grids, resolve_set, routing_command
+from pretrain.evaluate.routing.counts import RoutingCounts
+from pretrain.evaluate.routing.html_page import PageImage, crop
 from pretrain.model import build_model
 from pretrain.parallel.layout import Layout
 from pretrain.parallel.plain_engine import PlainEngine
-from tests.support.shards import CAPTIONS, COLORS, Shapes, picture
+from tests.support.shape_dataset import CAPTIONS, COLORS, ShapeDataset, render_shape_png
 
 SMALL = [
-    "model={width: 32, num_layers: 3, num_heads: 2, pool_heads: 2, ffn_width: 32, fusion_layer: 1, patch_size: 16, "
-    "context_length: 16, embed_dim: 16}",
+    "model={width: 32, num_layers: 3, num_heads: 2, pool_heads: 2, ffn_width: 32, fusion_layer: 1, "
+    "patch_size: 16, context_length: 16, embed_dim: 16}",
     "moe={num_experts: 4, expert_width: 8}",
     "eval.batch_size=24",
     "data.workers=0",
@@ -37,8 +37,8 @@ SMALL = [
 ]
 
 
-def run_folder(path: Path, shapes: Shapes, *settings: str) -> RunConfig:
-    """A run with random weights, large enough that routers differ between tokens."""
+def make_run_folder(path: Path, shapes: ShapeDataset, *settings: str) -> RunConfig:
+    """A run with random weights, large enough that routing differs between tokens."""
     overrides = [
         *SMALL,
         *shapes.overrides,
@@ -58,6 +58,7 @@ def run_folder(path: Path, shapes: Shapes, *settings: str) -> RunConfig:
         precision="fp32",
         num_experts=run.moe.num_experts,
     )
+
     path.mkdir()
     tokenizer = Tokenizer.load(shapes.tokenizer)
     (path / "config.yaml").write_text(dump_yaml(run))
@@ -72,128 +73,145 @@ def run_folder(path: Path, shapes: Shapes, *settings: str) -> RunConfig:
     return run
 
 
-def test_all_files_are_written_and_agree(
-    tmp_path: Path, shapes: Shapes, capsys: pytest.CaptureFixture[str]
+def test_all_outputs_agree(
+    tmp_path: Path, shapes: ShapeDataset, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_folder(tmp_path / "run", shapes)
+    make_run_folder(tmp_path / "run", shapes)
     assert main(["routing", str(tmp_path / "run"), "--samples", "40"]) == 0
     printed = capsys.readouterr().out
-    report = json.loads((tmp_path / "run" / "routing" / "routing.json").read_text())
-    assert (report["pairs"], report["set"], report["step"], report["bad_samples"]) == (
-        40,
-        "held",
-        3,
-        0,
-    )
+    out = tmp_path / "run" / "routing"
+
+    report = json.loads((out / "routing.json").read_text())
+    assert (report["pairs"], report["set"], report["step"]) == (40, "held", 3)
+    assert report["corrupt_samples"] == 0
     assert report["tokens"]["image"] == 40 * 9
     assert [layer["block"] for layer in report["layers"]] == [1, 2]
     for layer in report["layers"]:
-        for modality in ("image", "text"):
-            visits = sum(expert["visits"][modality] for expert in layer["experts"])
-            assert visits == 2 * report["tokens"][modality]
-            counts = layer["together_counts"][modality]
-            assert sum(map(sum, counts)) == 4 * report["tokens"][modality]
         assert f"layer {layer['block']:02d}" in printed
-    page = (tmp_path / "run" / "routing" / "routing.html").read_text()
+        for modality, tokens in report["tokens"].items():
+            num_tokens = sum(expert["num_tokens"][modality] for expert in layer["experts"])
+            assert num_tokens == 2 * tokens
+            assert sum(map(sum, layer["coactivation_counts"][modality])) == 4 * tokens
+
+    page = (out / "routing.html").read_text()
     assert page.count("<table>") == 2 and "<script" not in page
-    assert page.count('class="patch"') == sum(
-        len(e["patches"]) for la in report["layers"] for e in la["experts"]
+    num_patches = sum(
+        len(expert["patches"]) for layer in report["layers"] for expert in layer["experts"]
     )
-    assert Image.open(tmp_path / "run" / "routing" / "routing.png").width > 400
+    assert page.count('class="patch"') == num_patches
+    assert Image.open(out / "routing.png").width > 400
 
 
-def test_a_batch_changes_nothing_and_the_same_samples_are_chosen(
-    tmp_path: Path, shapes: Shapes
-) -> None:
-    run = run_folder(tmp_path / "run", shapes)
-    one = routing_command(tmp_path / "run", samples=20)
-    (tmp_path / "run" / "config.yaml").write_text(
-        dump_yaml(replace(run, eval=replace(run.eval, micro_batch_size=7)))
-    )
-    assert routing_command(tmp_path / "run", samples=20)["layers"][1] == one["layers"][1]
+def test_the_report_does_not_depend_on_the_batch_size(tmp_path: Path, shapes: ShapeDataset) -> None:
+    run = make_run_folder(tmp_path / "run", shapes)
+    report = routing_command(tmp_path / "run", samples=20)
+    smaller = replace(run, eval=replace(run.eval, batch_size=7))
+    (tmp_path / "run" / "config.yaml").write_text(dump_yaml(smaller))
+    assert routing_command(tmp_path / "run", samples=20)["layers"][1] == report["layers"][1]
 
 
-def test_a_grid_of_pairs_is_that_of_its_layer_and_modality() -> None:
+def test_coactivation_grids_are_of_their_layer_and_modality() -> None:
     run = RunConfig(moe=MoEConfig(num_experts=3))
     blocks = run.moe.blocks(run.model.num_layers)
-    tally = Tally(len(blocks), 3)
-    tally.together_LMEE[0, 0, 0, 1] = tally.together_LMEE[0, 0, 1, 0] = 50
-    tally.together_LMEE[1, 1, 1, 2] = tally.together_LMEE[1, 1, 2, 1] = 50
-    known = {grid.title: np.argwhere(grid.ratio_RC > 0).tolist() for grid in all_grids(tally, run)}
-    known = {title.partition(":")[0]: cells for title, cells in known.items() if cells}
-    assert known == {
+    counts = RoutingCounts(len(blocks), 3)
+    counts.coactivation_LMEE[0, 0, 0, 1] = counts.coactivation_LMEE[0, 0, 1, 0] = 50
+    counts.coactivation_LMEE[1, 1, 1, 2] = counts.coactivation_LMEE[1, 1, 2, 1] = 50
+
+    cells = {}
+    for grid in all_grids(counts, run):
+        positive = np.argwhere(grid.ratio_RC > 0).tolist()
+        if positive:
+            cells[grid.title.partition(":")[0]] = positive
+    assert cells == {
         f"layer {blocks[0]:02d}, image tokens": [[0, 1], [1, 0]],
         f"layer {blocks[1]:02d}, text tokens": [[1, 2], [2, 1]],
     }
-    alone = replace(run, moe=replace(run.moe, top_k=1))
-    assert len(all_grids(tally, alone)) == 2  # loads only: no token chooses two
 
 
-def test_patches_lead_back_to_their_pictures(
-    tmp_path: Path, shapes: Shapes, monkeypatch: pytest.MonkeyPatch
+def test_top_1_routing_has_load_grids_only() -> None:
+    run = RunConfig(moe=MoEConfig(num_experts=3, top_k=1))
+    counts = RoutingCounts(len(run.moe.blocks(run.model.num_layers)), 3)
+    assert len(all_grids(counts, run)) == 2
+
+
+def test_patches_are_shown_with_their_images(
+    tmp_path: Path, shapes: ShapeDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_folder(tmp_path / "run", shapes)
-    seen: dict[int, PagePicture] = {}
+    make_run_folder(tmp_path / "run", shapes)
+    shown: dict[int, PageImage] = {}
 
-    def keep(
-        report: object, grids: object, pictures: dict[int, PagePicture], **facts: object
+    def keep_images(
+        report: object, grids: object, images: dict[int, PageImage], **options: object
     ) -> str:
-        seen.update(pictures)
+        shown.update(images)
         return ""
 
-    monkeypatch.setattr("pretrain.evaluate.routing.command.routing_page", keep)
+    monkeypatch.setattr("pretrain.evaluate.routing.command.routing_page", keep_images)
     report = routing_command(tmp_path / "run", samples=64)
-    wanted = {
-        p["sample"] for layer in report["layers"] for e in layer["experts"] for p in e["patches"]
+    samples = {
+        patch["sample"]
+        for layer in report["layers"]
+        for expert in layer["experts"]
+        for patch in expert["patches"]
     }
-    assert set(seen) == wanted and wanted
-    for number, shown in seen.items():
-        assert (shown.key, shown.caption) == (shapes.keys[number], shapes.captions[number])
-        # Captions say the color: a patch of the picture has pixels of it.
-        color = COLORS[shown.caption.split()[2]]
-        assert any(
-            (crop(shown.image, patch, 16) == color).all(axis=2).sum() > 20 for patch in range(9)
-        )
+    assert set(shown) == samples and samples
+    for sample, image in shown.items():
+        assert (image.key, image.caption) == (shapes.keys[sample], shapes.captions[sample])
+        # The third word of a caption is the color of the shape: some patch shows it.
+        color = COLORS[image.caption.split()[2]]
+        patches = [crop(image.image, patch, 16) for patch in range(9)]
+        assert any((patch == color).all(axis=2).sum() > 20 for patch in patches)
 
 
-def test_training_shards_and_others_can_be_looked_at(tmp_path: Path, shapes: Shapes) -> None:
-    run_folder(tmp_path / "run", shapes)
-    assert routing_command(tmp_path / "run", name="train", samples=8)["shards"] == str(
-        shapes.folder
-    )
+def test_training_data_can_be_selected(tmp_path: Path, shapes: ShapeDataset) -> None:
+    make_run_folder(tmp_path / "run", shapes)
+    report = routing_command(tmp_path / "run", name="train", samples=8)
+    assert report["shards"] == str(shapes.folder)
+
+
+def test_other_shards_with_corrupt_samples(tmp_path: Path, shapes: ShapeDataset) -> None:
+    make_run_folder(tmp_path / "run", shapes)
     samples: list[dict[str, object]] = [
-        {"__key__": str(n), "png": picture(CAPTIONS[n], 48), "txt": "<script>" + CAPTIONS[n]}
-        for n in range(4)
+        {"__key__": str(n), "png": render_shape_png(caption, 48), "txt": "<script>" + caption}
+        for n, caption in enumerate(CAPTIONS[:4])
     ]
-    samples[1]["png"] = b"this is no picture"
+    samples[1]["png"] = b"not an image"
     write_shards(samples, tmp_path / "others")
-    report = routing_command(
-        tmp_path / "run", shards=str(tmp_path / "others"), out=tmp_path / "seen"
-    )
-    assert (report["pairs"], report["bad_samples"]) == (3, 1)
-    assert "<script" not in (tmp_path / "seen" / "routing.html").read_text()
-    write_shards([samples[1]], tmp_path / "bad")
-    with pytest.raises(
-        DataError, match=r"none of the 1 samples .* could be read: \{'bad-image': 1\}"
-    ):
-        routing_command(tmp_path / "run", shards=str(tmp_path / "bad"))
+    out = tmp_path / "out"
+    report = routing_command(tmp_path / "run", shards=str(tmp_path / "others"), out=out)
+    assert (report["pairs"], report["corrupt_samples"]) == (3, 1)
+    assert "<script" not in (out / "routing.html").read_text()
+
+    write_shards([samples[1]], tmp_path / "corrupt")
+    with pytest.raises(DataError, match=r"1 samples .*'corrupt-image': 1"):
+        routing_command(tmp_path / "run", shards=str(tmp_path / "corrupt"))
 
 
-def test_a_dense_run_and_unknown_sets_are_refused(tmp_path: Path, shapes: Shapes) -> None:
-    run = run_folder(tmp_path / "run", shapes, "moe.stop=0")
-    with pytest.raises(ConfigError, match=r"no block with experts"):
+def test_a_dense_run_is_an_error(tmp_path: Path, shapes: ShapeDataset) -> None:
+    make_run_folder(tmp_path / "run", shapes, "moe.stop=0")
+    with pytest.raises(ConfigError, match=r"moe\.stop 0"):
         routing_command(tmp_path / "run")
-    with pytest.raises(ConfigError, match=r"no set called 'hold'; it has held, train"):
-        find_set(run, "hold")
-    with pytest.raises(ConfigError, match="names no held-out set and no training data"):
-        find_set(RunConfig(moe=MoEConfig()), "")
 
 
-def test_the_command_line_refuses_what_makes_no_sense(capsys: pytest.CaptureFixture[str]) -> None:
-    for words, message in (
-        (["--set", "a", "--shards", "b"], "give one of them"),
-        (["--samples", "0"], "--samples is 0, but must be at least 1"),
-    ):
-        with pytest.raises(SystemExit):
-            main(["routing", "run", *words])
-        assert message in capsys.readouterr().err
+def test_an_unknown_set_is_an_error(tmp_path: Path, shapes: ShapeDataset) -> None:
+    run = make_run_folder(tmp_path / "run", shapes)
+    with pytest.raises(ConfigError, match=r"'hold'.* held, train"):
+        resolve_set(run, "hold")
+    with pytest.raises(ConfigError, match="--shards"):
+        resolve_set(RunConfig(moe=MoEConfig()), "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--set", "a", "--shards", "b"], ["--set", "--shards"]),
+        (["--samples", "0"], ["--samples is 0", "at least 1"]),
+    ],
+)
+def test_invalid_options_are_usage_errors(
+    arguments: list[str], parts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["routing", "run", *arguments])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert all(part in error for part in parts)

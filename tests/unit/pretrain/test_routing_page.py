@@ -1,4 +1,4 @@
-"""The page: whatever captions say is text, pictures are in it, and nothing comes from elsewhere."""
+"""The HTML report: text is escaped, images are embedded, nothing is loaded."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ import pytest
 from PIL import Image
 
 from pretrain.config.experts import MoEConfig
+from pretrain.evaluate.routing.counts import RoutingCounts
 from pretrain.evaluate.routing.grids import Grid, load_grids
-from pretrain.evaluate.routing.page import PagePicture, crop, routing_page
+from pretrain.evaluate.routing.html_page import PageImage, crop, routing_page
 from pretrain.evaluate.routing.report import routing_report
-from pretrain.evaluate.routing.svg import TOLD, svg_grid
-from pretrain.evaluate.routing.tally import Tally
+from pretrain.evaluate.routing.svg import MAX_TOOLTIPS, svg_grid
 
-EVIL = "<script>alert('x')</script>\"&'</style>"
+MARKUP = "<script>alert('x')</script>\"&'</style>"
 
 
 class Reader(HTMLParser):
-    """Collects tags and text; complains about tags that are not closed."""
+    """Collects tags and text; asserts that tags are closed."""
 
     VOID = frozenset({"meta", "img", "br", "rect"})
 
@@ -46,50 +46,50 @@ class Reader(HTMLParser):
         self.text += data
 
 
-def image(side: int = 32) -> np.ndarray[Any, Any]:
+def make_image(side: int = 32) -> np.ndarray[Any, Any]:
     return np.random.default_rng(0).integers(0, 256, (3, side, side), dtype=np.uint8)
 
 
-def page(
-    word: str = EVIL, picture: PagePicture | None = None, title: str = EVIL
+def make_page(
+    word: str = MARKUP, image: PageImage | None = None, title: str = MARKUP
 ) -> tuple[str, Reader]:
-    """A page of one layer whose expert 0 sees one word and a patch of sample 7."""
-    tally = Tally(1, 2, patches=1)
-    tally.pairs, tally.tokens_M = 2, np.array([8, 20])
-    tally.visits_LME[0] = [[8, 2], [12, 8]]
-    tally.words_W, tally.words_LEW = (
+    """A page of one layer whose expert 0 has one word and a patch of sample 7."""
+    counts = RoutingCounts(1, 2, patches=1)
+    counts.pairs, counts.tokens_M = 2, np.array([8, 20])
+    counts.load_LME[0] = [[8, 2], [12, 8]]
+    counts.words_W, counts.words_LEW = (
         np.array([10, 10]),
         np.array([[[10, 2], [0, 8]]], dtype=np.int32),
     )
-    tally.patch_sample_LEX[0], tally.patch_place_LEX[0] = [[7], [9]], [[6], [0]]
-    tally.patch_weight_LEX[0] = [[0.75], [0.5]]
+    counts.patch_sample_LEX[0], counts.patch_index_LEX[0] = [[7], [9]], [[6], [0]]
+    counts.patch_weight_LEX[0] = [[0.75], [0.5]]
     moe = MoEConfig(num_experts=2)
-    report = routing_report(tally, [word, "b"], moe, (1,))
-    pictures = {7: picture or PagePicture(image(), EVIL, EVIL)}
-    grids = [grid._replace(title=title) for grid in load_grids(tally.visits_LME, (1,), moe)]
-    text = routing_page(report, grids, pictures, patch_size=8, title=title)
+    report = routing_report(counts, [word, "b"], moe, (1,))
+    images = {7: image or PageImage(make_image(), MARKUP, MARKUP)}
+    grids = [grid._replace(title=title) for grid in load_grids(counts.load_LME, (1,), moe)]
+    text = routing_page(report, grids, images, patch_size=8, title=title)
     reader = Reader()
     reader.feed(text)
     reader.close()
     return text, reader
 
 
-def test_nothing_from_captions_becomes_markup() -> None:
-    text, reader = page()
+def test_captions_are_escaped() -> None:
+    text, reader = make_page()
     assert reader.open == []
     assert not [tag for tag, _ in reader.tags if tag in ("script", "iframe", "object", "link")]
-    assert EVIL not in text and "<script" not in text.lower()
+    assert MARKUP not in text and "<script" not in text.lower()
     assert text.count("</style>") == 1
-    assert reader.text.count(EVIL) == 5  # the title twice, and above two grids, and the word
+    assert reader.text.count(MARKUP) == 5  # twice the title, above two grids, and the word
     titles = [attributes.get("title") for tag, attributes in reader.tags if tag == "span"]
-    assert f"{EVIL} ({EVIL}); weight 0.75" in titles
+    assert f"{MARKUP} ({MARKUP}); weight 0.75" in titles
     assert not [
         name for _, attributes in reader.tags for name in attributes if name.startswith("on")
     ]
 
 
-def test_nothing_is_loaded_from_elsewhere() -> None:
-    text, reader = page("http://example.com/a.png")
+def test_no_external_resources_are_loaded() -> None:
+    text, reader = make_page("http://example.com/a.png")
     policy = next(
         attributes["content"] for tag, attributes in reader.tags if "http-equiv" in attributes
     )
@@ -103,77 +103,85 @@ def test_nothing_is_loaded_from_elsewhere() -> None:
     assert addresses and all(
         str(address).startswith("data:image/png;base64,") for address in addresses
     )
-    assert all(found.startswith("data:image/") for found in re.findall(r"url\(([^)]*)\)", text))
+    assert all(url.startswith("data:image/") for url in re.findall(r"url\(([^)]*)\)", text))
 
 
-def test_the_patch_is_the_one_that_the_expert_saw_with_its_picture_beside() -> None:
-    picture = PagePicture(image(), "a fox", "k1")
-    text, reader = page("fox", picture)
+def test_a_patch_is_shown_with_its_image() -> None:
+    image = PageImage(make_image(), "a fox", "k1")
+    text, reader = make_page("fox", image)
     source = next(attributes["src"] for tag, attributes in reader.tags if tag == "img")
     shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(str(source).partition(",")[2]))))
     # Patch 6 of 4 x 4: second row, third column.
-    assert np.array_equal(shown, picture.image[:, 8:16, 16:24].transpose(1, 2, 0))
-    whole = re.findall(r"\.p7\{background-image:url\(data:image/png;base64,([^)]*)\)\}", text)
-    assert len(whole) == 1
+    assert np.array_equal(shown, image.image[:, 8:16, 16:24].transpose(1, 2, 0))
+    embedded = re.findall(r"\.p7\{background-image:url\(data:image/png;base64,([^)]*)\)\}", text)
+    assert len(embedded) == 1
     assert np.array_equal(
-        np.asarray(Image.open(io.BytesIO(base64.b64decode(whole[0])))),
-        picture.image.transpose(1, 2, 0),
+        np.asarray(Image.open(io.BytesIO(base64.b64decode(embedded[0])))),
+        image.image.transpose(1, 2, 0),
     )
-    assert any(attributes.get("class") == "whole p7" for _, attributes in reader.tags)
-    assert (
-        len([1 for tag, _ in reader.tags if tag == "img"]) == 1
-    )  # that of sample 9 could not be read
+    assert any(attributes.get("class") == "image p7" for _, attributes in reader.tags)
+    # The image of sample 9 is missing.
+    assert len([tag for tag, _ in reader.tags if tag == "img"]) == 1
 
 
-def test_bars_and_frames_lie_where_they_belong() -> None:
-    _, reader = page("fox")
+def test_positions_of_bars_and_frames() -> None:
+    _, reader = make_page("fox")
     bars: list[str | None] = []
     frames: list[str | None] = []
     for (_, parent), (tag, attributes) in zip(reader.tags, reader.tags[1:], strict=False):
         if tag == "i":
             (bars if parent.get("class") == "bar" else frames).append(attributes["style"])
-    # Shares 1.0 and 0.6, then 0.25 and 0.4: a lean of -0.25 to the left, of 0.23 to the right.
+    # Fractions 1.0 and 0.6, then 0.25 and 0.4: preferences -0.25 (image) and 0.23 (text).
     assert bars == ["left:38%", "left:61%"]
-    # Patch 6 of 4 x 4: second row, third column, of a picture drawn 72 pixels wide.
+    # Patch 6 of 4 x 4: second row, third column, of an image shown 72 pixels wide.
     assert frames == ["left:36.0px;top:18.0px;width:18.0px;height:18.0px"]
 
 
-def test_large_pictures_are_shrunk() -> None:
-    text, _ = page("fox", PagePicture(image(512), "a", "k"))
-    (whole,) = re.findall(r"\.p7\{background-image:url\(data:image/jpeg;base64,([^)]*)\)\}", text)
-    assert Image.open(io.BytesIO(base64.b64decode(whole))).size == (160, 160)
+def test_large_images_are_scaled_down() -> None:
+    text, _ = make_page("fox", PageImage(make_image(512), "a", "k"))
+    (embedded,) = re.findall(
+        r"\.p7\{background-image:url\(data:image/jpeg;base64,([^)]*)\)\}", text
+    )
+    assert Image.open(io.BytesIO(base64.b64decode(embedded))).size == (160, 160)
 
 
-def test_numbers_are_there_for_people() -> None:
-    _, reader = page("fox", title="Routing")
+def test_loads_and_fractions_are_shown() -> None:
+    _, reader = make_page("fox", title="Routing")
     assert "2 pairs: 8 patches and 20 text tokens" in reader.text
-    assert "image: busiest 1.60 x fair" in reader.text
+    assert "image: max load 1.60 x mean" in reader.text
     assert "100.0%" in reader.text and "60.0%" in reader.text
     assert "fox" in reader.text and "x1.7" in reader.text
 
 
 @pytest.mark.parametrize("patch", [0, 3, 15])
-def test_patches_are_counted_row_by_row(patch: int) -> None:
-    picture, (row, column) = image(), divmod(patch, 4)
-    expected = picture[:, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8]
-    assert np.array_equal(crop(picture, patch, 8), expected.transpose(1, 2, 0))
+def test_patches_are_in_row_major_order(patch: int) -> None:
+    image, (row, column) = make_image(), divmod(patch, 4)
+    expected = image[:, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8]
+    assert np.array_equal(crop(image, patch, 8), expected.transpose(1, 2, 0))
 
 
-def test_a_drawing_has_every_cell_and_is_well_formed() -> None:
+def test_svg_draws_every_cell() -> None:
     ratio_RC = np.array([[0.0, 1.0, np.nan], [4.0, 0.25, 2.0]])
-    drawing = ElementTree.fromstring(svg_grid(Grid(EVIL, ratio_RC, ("<a>", "b&"), ("0", "1", "2"))))
+    drawing = ElementTree.fromstring(
+        svg_grid(Grid(MARKUP, ratio_RC, ("<a>", "b&"), ("0", "1", "2")))
+    )
     cells = drawing.findall("rect")
     assert [cell.get("fill") for cell in cells[:4]] == ["#215299", "#ffffff", "#dedede", "#b2182b"]
     assert len(cells) == 6
-    assert drawing.get("aria-label") == EVIL
+    assert drawing.get("aria-label") == MARKUP
     assert cells[0].findtext("title") == "<a>, 0: 0.00" and cells[2].find("title") is None
     assert [text.text for text in drawing.findall("text[@class='r']")] == ["<a>", "b&"]
-    narrow = ElementTree.fromstring(svg_grid(Grid("", np.ones((64, 64)), ("<",) * 64, ("<",) * 64)))
-    assert [len(narrow.findall(f"text[@class='{name}']")) for name in "rl"] == [
-        64,
-        32,
-    ]  # 13 pixels each
-    heavy = ElementTree.fromstring(
-        svg_grid(Grid("", np.ones((2, TOLD)), ("a", "b"), ("0",) * TOLD))
+
+
+def test_svg_of_many_cells_has_fewer_labels_and_no_tooltips() -> None:
+    drawing = ElementTree.fromstring(
+        svg_grid(Grid("", np.ones((64, 64)), ("<",) * 64, ("<",) * 64))
     )
-    assert len(heavy.findall("rect")) == 2 * TOLD and heavy.find("rect/title") is None
+    # Cells of 13 pixels.
+    num_labels = [len(drawing.findall(f"text[@class='{name}']")) for name in "rl"]
+    assert num_labels == [64, 32]
+
+    grid = Grid("", np.ones((2, MAX_TOOLTIPS)), ("a", "b"), ("0",) * MAX_TOOLTIPS)
+    drawing = ElementTree.fromstring(svg_grid(grid))
+    assert len(drawing.findall("rect")) == 2 * MAX_TOOLTIPS
+    assert drawing.find("rect/title") is None

@@ -1,0 +1,230 @@
+"""Evaluates a model on one set of pairs: retrieval, generated captions, and token accuracy.
+
+The input is an iterable of batches, the output a JSON object. All percentages are 0..100. In
+retrieval, captions are equal if they differ at most in case and whitespace, as in training.
+
+Shapes: B pairs of a batch, N images, M distinct texts, D embedding width.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from data_pipeline.common.errors import DataError
+from data_pipeline.common.seeds import rng
+from data_pipeline.content.captions import hash_caption
+from data_pipeline.samples import Batch
+from pretrain.evaluate.captions import TokenModel, token_percent
+from pretrain.evaluate.embed import TextModel, TextTokenizer, embed_texts
+from pretrain.evaluate.generated_captions import (
+    CaptionInput,
+    CaptionTokenizer,
+    GeneratedCaptions,
+    caption_images,
+    caption_inputs,
+)
+from pretrain.evaluate.generation import CaptionModel
+from pretrain.evaluate.retrieval import Retrieval, retrieve
+
+logger = logging.getLogger(__name__)
+
+
+class EvaluatedModel(CaptionModel, TokenModel, TextModel, Protocol):
+    """The model interface for evaluation."""
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Unit vectors, `[pairs, embed_dim]`."""
+
+
+class EvaluatedTokenizer(TextTokenizer, CaptionTokenizer, Protocol):
+    """The tokenizer interface for evaluation."""
+
+
+class SetOptions(NamedTuple):
+    """An evaluation set."""
+
+    name: str
+    """Selects the images for generated captions, so they are the same in every evaluation."""
+    num_pairs: int
+    """Pairs in the set, including corrupt ones."""
+    caption_samples: int = 0
+    """Number of images for which captions are generated."""
+    labels: tuple[str, ...] = ()
+    """Candidate texts for retrieval; empty for the distinct captions of the set."""
+
+
+class _Pass(NamedTuple):
+    """Results of one pass over a set."""
+
+    images_ND: Tensor
+    captions: list[str]
+    token_counts: list[tuple[int, int]]
+    """Correct and all caption tokens of each batch."""
+    problems: Counter[str]
+    """Corrupt samples by reason."""
+    caption_inputs: list[CaptionInput]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluator:
+    """Evaluates one model; use inside `evaluation_mode(model)`."""
+
+    model: EvaluatedModel
+    tokenizer: EvaluatedTokenizer
+    context_length: int
+    """Maximum tokens of a caption, including start and end tokens."""
+    device: torch.device
+    """Device of the model."""
+    texts_per_forward: int = 128
+
+    def evaluate_set(self, batches: Iterable[Batch], options: SetOptions) -> dict[str, Any]:
+        """Evaluate the model on one set.
+
+        Args:
+            batches: Every pair of the set once.
+            options: The set.
+
+        Raises:
+            DataError: All pairs are corrupt, or a caption is not among the labels.
+        """
+        data = self._encode(batches, options)
+        texts, text_of_image = distinct_texts(data.captions, options.labels, name=options.name)
+        retrieval = self._retrieve(data.images_ND, texts, text_of_image)
+        return {
+            "image_to_text": retrieval.image_to_text,
+            "text_to_image": retrieval.text_to_image,
+            "chance": retrieval.chance_image_to_text,
+            "chance_text_to_image": retrieval.chance_text_to_image,
+            "images": len(data.captions),
+            "texts": len(texts),
+            "caption_token_accuracy": token_percent(data.token_counts),
+            "corrupt_samples": data.problems.total(),
+        } | self.generate(data.caption_inputs).to_json()
+
+    def evaluate_captions(self, batches: Iterable[Batch]) -> dict[str, Any]:
+        """Generated captions only, for all pairs of `batches`."""
+        inputs: list[CaptionInput] = []
+        problems: Counter[str] = Counter()
+        for batch in batches:
+            inputs += caption_inputs(batch)
+            problems.update(problem.reason for problem in batch.problems)
+        if problems:
+            logger.warning("skipped %d corrupt samples: %s", problems.total(), dict(problems))
+        return self.generate(inputs).to_json() | {"corrupt_samples": problems.total()}
+
+    def generate(self, inputs: Sequence[CaptionInput]) -> GeneratedCaptions:
+        """Generate a caption for each image."""
+        return caption_images(
+            self.model,
+            inputs,
+            tokenizer=self.tokenizer,
+            context_length=self.context_length,
+            device=self.device,
+        )
+
+    def _encode(self, batches: Iterable[Batch], options: SetOptions) -> _Pass:
+        selected = frozenset(
+            sample_indices(options.name, options.num_pairs, options.caption_samples)
+        )
+        images_ND: list[Tensor] = []
+        captions: list[str] = []
+        token_counts: list[tuple[int, int]] = []
+        problems: Counter[str] = Counter()
+        inputs: list[CaptionInput] = []
+        for batch in batches:
+            first = len(captions)
+            captions += batch.captions
+            problems.update(problem.reason for problem in batch.problems)
+            if not batch.captions:
+                continue
+
+            images = batch.images.to(self.device)
+            images_ND.append(self.model.encode_image(images))
+            tokens = (batch.text_ids, batch.text_lengths, batch.text_positions)
+            token_counts.append(
+                self.model.count_correct_tokens(
+                    images, *(tensor.to(self.device) for tensor in tokens)
+                )
+            )
+            for row, item in enumerate(caption_inputs(batch)):
+                if first + row in selected:
+                    inputs.append(item)
+
+        reasons = dict(problems)
+        if not captions:
+            raise DataError(
+                f"evaluation set {options.name!r}: all samples are corrupt: {reasons or 'none'}"
+            )
+        if problems:
+            logger.warning(
+                "%s: skipped %d corrupt samples: %s", options.name, problems.total(), reasons
+            )
+        return _Pass(torch.cat(images_ND), captions, token_counts, problems, inputs)
+
+    def _retrieve(
+        self, images_ND: Tensor, texts: Sequence[str], text_of_image: Sequence[int]
+    ) -> Retrieval:
+        text_MD = embed_texts(
+            self.model,
+            self.tokenizer,
+            texts,
+            context_length=self.context_length,
+            texts_per_forward=self.texts_per_forward,
+            device=self.device,
+        )
+        return retrieve(images_ND, text_MD, torch.tensor(text_of_image, device=self.device))
+
+
+def distinct_texts(
+    captions: Sequence[str], labels: Sequence[str], *, name: str = "the set"
+) -> tuple[list[str], list[int]]:
+    """The candidate texts, and the index of each caption among them.
+
+    Args:
+        captions: Caption of each image.
+        labels: Candidate texts; empty for the distinct captions, in order of appearance.
+        name: Name of the set, for errors.
+
+    Raises:
+        DataError: A caption is not among the labels.
+    """
+    index_of_hash: dict[int, int] = {}
+    texts: list[str] = []
+    for text in labels or captions:
+        if index_of_hash.setdefault(hash_caption(text), len(texts)) == len(texts):
+            texts.append(text)
+
+    missing = [caption for caption in captions if hash_caption(caption) not in index_of_hash]
+    if missing:
+        raise DataError(
+            f"{len(set(missing))} captions of {name!r} are not among its {len(texts)} labels, such "
+            f"as {missing[0]!r}; add them to the labels file, or omit the file to rank against the "
+            "captions of the set"
+        )
+    return texts, [index_of_hash[hash_caption(caption)] for caption in captions]
+
+
+def sample_indices(name: str, total: int, count: int) -> tuple[int, ...]:
+    """A random sample of `count` indices below `total`, ascending; seeded by `name` alone."""
+    sampled = rng("caption-samples", name).choice(total, size=min(count, total), replace=False)
+    return tuple(sorted(sampled.tolist()))
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; restores the previous mode."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)

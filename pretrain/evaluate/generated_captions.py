@@ -1,0 +1,101 @@
+"""Generates captions for the images of a set, and scores them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from data_pipeline.samples import Batch
+from pretrain.evaluate.captions import exact_percent
+from pretrain.evaluate.generation import CaptionModel, generate_captions
+
+IMAGES_PER_FORWARD = 64
+MAX_EXAMPLES = 10
+"""Captions listed in the results."""
+
+
+class CaptionTokenizer(Protocol):
+    """The tokenizer interface for caption generation."""
+
+    @property
+    def start_id(self) -> int: ...
+    @property
+    def end_id(self) -> int: ...
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+class CaptionInput(NamedTuple):
+    """An image for which a caption is generated."""
+
+    key: str
+    caption: str
+    """The reference caption; empty if there is none."""
+    image: Tensor
+    """uint8 `[3, side, side]`."""
+
+
+class GeneratedCaptions(NamedTuple):
+    """Generated captions of some images."""
+
+    keys: tuple[str, ...]
+    reference: tuple[str, ...]
+    generated: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Percentage of exact matches, number of images, and the first captions."""
+        rows = list(zip(self.keys, self.generated, self.reference, strict=True))
+        return {
+            "caption_exact": exact_percent(self.generated, self.reference),
+            "caption_samples": len(self.reference),
+            "examples": [
+                {"key": key, "generated": generated, "reference": reference}
+                for key, generated, reference in rows[:MAX_EXAMPLES]
+            ],
+        }
+
+
+def caption_inputs(batch: Batch) -> list[CaptionInput]:
+    """The images and reference captions of a batch."""
+    # Cloned: a view would keep the tensor of the whole batch in memory.
+    return [
+        CaptionInput(key, caption, image.clone())
+        for key, caption, image in zip(batch.keys, batch.captions, batch.images, strict=True)
+    ]
+
+
+def caption_images(
+    model: CaptionModel,
+    inputs: Sequence[CaptionInput],
+    *,
+    tokenizer: CaptionTokenizer,
+    context_length: int,
+    device: torch.device,
+) -> GeneratedCaptions:
+    """Generate a caption for each image.
+
+    Args:
+        model: In evaluation mode, on `device`.
+        inputs: The images.
+        tokenizer: The run's tokenizer.
+        context_length: Maximum tokens of a caption, including start and end tokens.
+        device: Device of the model.
+    """
+    generated: list[str] = []
+    for first in range(0, len(inputs), IMAGES_PER_FORWARD):
+        images = torch.stack([item.image for item in inputs[first : first + IMAGES_PER_FORWARD]])
+        ids = generate_captions(
+            model,
+            images.to(device),
+            start_id=tokenizer.start_id,
+            end_id=tokenizer.end_id,
+            max_length=context_length,
+        )
+        generated += [tokenizer.decode(tokens) for tokens in ids]
+    return GeneratedCaptions(
+        tuple(item.key for item in inputs),
+        tuple(item.caption for item in inputs),
+        tuple(generated),
+    )

@@ -1,0 +1,102 @@
+"""A run folder with a small random model, for tests of the evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_pipeline.common.config import apply_overrides, dump_yaml, from_mapping
+from data_pipeline.content.tokenizer import Tokenizer
+from pretrain.checkpoint import save
+from pretrain.config.schema import RunConfig
+from pretrain.model import VisionLanguageModel, build_model
+from pretrain.parallel.layout import Layout
+from tests.support.shape_dataset import ShapeDataset
+
+SMALL = [
+    "model.width=32",
+    "model.num_layers=3",
+    "model.num_heads=2",
+    "model.pool_heads=2",
+    "model.ffn_width=48",
+    "model.fusion_layer=1",
+    "model.patch_size=16",
+    "model.context_length=16",
+    "model.embed_dim=24",
+    "moe.num_experts=4",
+    "moe.expert_width=16",
+    "eval.batch_size=24",
+    "eval.caption_samples=9",
+    "data.workers=0",
+]
+
+
+@dataclass
+class ExpertParallelWriter:
+    """An engine that saves the tensors of two expert-parallel ranks from one process."""
+
+    model: VisionLanguageModel
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(
+            world_size=2, expert_parallel_size=2, zero_stage=1, precision="fp32", num_experts=4
+        )
+
+    def model_tensors(self) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in self.model.state_dict().items():
+            if ".experts." not in name:
+                tensors[name] = tensor
+                continue
+            for first in (0, 2):
+                tensors[f"{name}@{first}:{first + 2}"] = tensor[first : first + 2]
+        return tensors
+
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_model_tensors(self, tensors: Any) -> None:
+        raise NotImplementedError
+
+    def load_optimizer_tensors(self, tensors: Any) -> None:
+        raise NotImplementedError
+
+    def all_gather_json(self, value: Any) -> list[Any]:
+        return [value]
+
+
+class RunFolder:
+    """A run folder as written by training."""
+
+    def __init__(self, path: Path, shapes: ShapeDataset) -> None:
+        self.path = path
+        overrides = [
+            *SMALL,
+            *shapes.overrides,
+            f"eval.sets=[{{name: held, shards: {shapes.folder}}}]",
+        ]
+        self.run = from_mapping(RunConfig, apply_overrides({}, overrides))
+        self.model = build_model(self.run)
+        torch.manual_seed(0)
+        with torch.no_grad():  # large random weights, so that captions differ
+            for parameter in self.model.parameters():
+                parameter.add_(0.3 * torch.randn_like(parameter))
+        self.tokenizer = Tokenizer.load(shapes.tokenizer)
+
+        path.mkdir()
+        (path / "config.yaml").write_text(dump_yaml(self.run))
+        (path / "tokenizer.model").write_bytes(self.tokenizer.model_bytes)
+        save(
+            ExpertParallelWriter(self.model),
+            root=path / "checkpoints",
+            step=12,
+            state_json={"tokenizer": self.tokenizer.fingerprint},
+            rank_state={},
+        )

@@ -1,0 +1,51 @@
+"""Evaluation sets: names, labels, sampled images, candidate texts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_pipeline.common.errors import DataError
+from pretrain.config.schema import EvalSet
+from pretrain.evaluate.command import named_sets, read_labels
+from pretrain.evaluate.evaluator import distinct_texts, evaluation_mode, sample_indices
+
+
+def test_distinct_texts_ignore_case_and_whitespace() -> None:
+    assert distinct_texts(["a fox", "A  fox", "b"], []) == (["a fox", "b"], [0, 0, 1])
+    assert distinct_texts(["b"], ["a", "B", "b"]) == (["a", "B"], [1])
+
+
+def test_sample_indices_are_deterministic() -> None:
+    indices = sample_indices("train", 1000, 200)
+    assert indices == sample_indices("train", 1000, 200)
+    assert len(set(indices)) == 200
+    assert 0 <= min(indices) < 100 and 900 < max(indices) < 1000
+    assert sample_indices("tiny", 3, 200) == (0, 1, 2)
+
+
+def test_evaluation_mode_restores_training_mode() -> None:
+    model = torch.nn.Linear(2, 2)
+    with evaluation_mode(model):
+        assert not model.training
+        assert not model(torch.ones(1, 2)).requires_grad
+    assert model.training
+
+
+def test_sets_are_named_after_their_folders() -> None:
+    assert named_sets(["data/a/manifest.json", "s3://bucket/b/"]) == (
+        EvalSet(name="a", shards="data/a/manifest.json"),
+        EvalSet(name="b", shards="s3://bucket/b/"),
+    )
+    sets = named_sets(["x/a", "y/a"], "labels")
+    assert [eval_set.name for eval_set in sets] == ["x/a", "y/a"]
+
+
+def test_an_empty_labels_file_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "labels.txt"
+    path.write_text(" \n\n")
+    with pytest.raises(DataError, match="no caption") as raised:
+        read_labels(str(path))
+    assert str(path) in str(raised.value)
