@@ -12,7 +12,8 @@ from data_pipeline.common.errors import CheckpointError, DataError
 from data_pipeline.samples import Batch
 from pretrain.config.experts import MoEConfig
 from pretrain.config.schema import OptimConfig
-from pretrain.model.vision_language import ModelOutput, RoutingContext, VisionLanguageModel
+from pretrain.model.routing_context import RoutingContext
+from pretrain.model.vision_language import ModelOutput, VisionLanguageModel
 from pretrain.optim.groups import build_adamw, is_expert, parameter_groups
 from pretrain.parallel.engine import slice_name
 from pretrain.parallel.layout import Layout

@@ -144,7 +144,7 @@ FAULTS = (
         "routing_noise_seeded_by_rank",
         {"assignments": "", "statistics": ""},
         ("counts",),
-        "noisy_top_k",
+        "noisy",
     ),
     InjectedFault(
         "capacity_groups_shifted_by_missing_pairs",
