@@ -1,5 +1,5 @@
-"""The processes that make batches: their memory, their end, and the signals that they do not
-hear."""
+"""Worker processes of the loader: their buffers, how they end, and the signals that they
+ignore."""
 
 from __future__ import annotations
 
@@ -16,67 +16,75 @@ import pytest
 import torch
 
 from data_pipeline.common.errors import DataError
-from data_pipeline.loading import collate, feed
-from data_pipeline.loading.collate import BatchRows
-from tests.support.loaders import COUNT, Setup, take
-from tests.support.small_shards import make_shards, settings
+from data_pipeline.loading import batch_stream, collate
+from data_pipeline.loading.collate import BatchBuilder, PackedBatch
+from tests.support.loaders import NUM_SAMPLES, LoaderFactory, take_steps
+from tests.support.small_shards import make_data_config, make_shards
 
 
-def test_a_worker_keeps_few_pieces_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def pack_empty_batch() -> PackedBatch:
+    return BatchBuilder(2, image_size=4, context_length=8, pad_id=0).packed([])
+
+
+def test_buffer_pool_of_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(collate, "get_worker_info", lambda: "a worker")
-    monkeypatch.setattr(collate, "_kept", [])
-    places = set()
+    monkeypatch.setattr(collate, "_pool", [])
+    addresses = set()
     for _ in range(50):
-        packed = BatchRows(2, image_size=4, context_length=8, pad_id=0).packed([])
-        places.add(packed.memory.data_ptr())
-        assert packed.is_lent
+        packed = pack_empty_batch()
+        addresses.add(packed.buffer.data_ptr())
+        assert packed.is_pooled
+
         batch = packed.unpack()
-        view = batch.text_ids  # whatever is held of it holds all
+        view = batch.text_ids  # a reference to any tensor keeps the buffer in use
         del batch
-        assert all(kept[-8:].view(torch.int64)[0] for kept in collate._kept)
+        assert all(buffer[-8:].view(torch.int64)[0] for buffer in collate._pool)
         del view
-    assert len(places) == len(collate._kept) == 1
-    size = len(collate._kept[0])
-    monkeypatch.setattr(collate, "MOST_KEPT_BYTES", 10 * size + 1)
-    lent = [BatchRows(2, image_size=4, context_length=8, pad_id=0).packed([]) for _ in range(15)]
-    assert len({packed.memory.data_ptr() for packed in lent}) == len(lent)
-    assert [packed.is_lent for packed in lent].count(False) == 5
+    assert len(addresses) == len(collate._pool) == 1
+
+    size = len(collate._pool[0])
+    monkeypatch.setattr(collate, "MAX_POOL_BYTES", 10 * size + 1)
+    batches = [pack_empty_batch() for _ in range(15)]
+    assert len({packed.buffer.data_ptr() for packed in batches}) == len(batches)
+    assert [packed.is_pooled for packed in batches].count(False) == 5
 
 
-def test_a_worker_that_dies_is_a_clear_error(setup: Setup) -> None:
-    with closing(setup.open(data=settings(workers=1, prefetch=1))) as loader:
+def test_worker_that_dies(setup: LoaderFactory) -> None:
+    with closing(setup.open(data=make_data_config(workers=1, prefetch=1))) as loader:
         steps = loader.steps()
         next(steps)
         (worker,) = (child for child in multiprocessing.active_children() if child.is_alive())
         assert worker.pid
         os.kill(worker.pid, signal.SIGKILL)
-        with pytest.raises(DataError, match="a loader process ended unexpectedly"):
+        with pytest.raises(DataError, match="worker died"):
             for _ in range(5):
                 next(steps)
 
 
-def test_a_read_that_never_returns_is_a_clear_error_and_can_be_left(
+def test_read_that_never_returns(
     tmp_path: Path, tokenizer_path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    manifest = make_shards(tmp_path, count=COUNT)
+    """It is an error after the timeout, and the worker can be terminated."""
+    manifest = make_shards(tmp_path, count=NUM_SAMPLES)
     index = tmp_path / manifest.shards[2].index
     index.unlink()
-    os.mkfifo(index)  # opening it waits for a writer, as opening a file of a dead server does
-    monkeypatch.setattr(feed, "POLL_SECONDS", 1)
-    loader = Setup(manifest, tokenizer_path).open(
-        data=settings(workers=1, shard_seconds=1, timeout_seconds=2)
+    os.mkfifo(index)  # opening it blocks until there is a writer, like a file of a dead server
+    monkeypatch.setattr(batch_stream, "POLL_SECONDS", 1)
+    loader = LoaderFactory(manifest, tokenizer_path).open(
+        data=make_data_config(workers=1, shard_seconds=1, timeout_seconds=2)
     )
-    with pytest.raises(DataError, match=r"no batch came within 2 s .*does not answer"):
-        take(loader, 8)
-    # What Python does to its children when it exits; then it waits for them.
+    with pytest.raises(DataError, match=r"no batch within 2 s .*data\.timeout_seconds"):
+        take_steps(loader, 8)
+
+    # Python terminates its children at exit, and then waits for them.
     for worker in multiprocessing.active_children():
         worker.terminate()
         worker.join(timeout=10)
         assert not worker.is_alive()
 
 
-def test_workers_end_with_the_loader(setup: Setup) -> None:
-    loader = setup.open(data=settings(workers=2))
+def test_workers_end_with_the_loader(setup: LoaderFactory) -> None:
+    loader = setup.open(data=make_data_config(workers=2))
     next(loader.steps())
     workers = multiprocessing.active_children()
     assert len(workers) >= 2
@@ -87,22 +95,29 @@ def test_workers_end_with_the_loader(setup: Setup) -> None:
 TRAINER = """
 import multiprocessing, signal, subprocess, sys
 from multiprocessing.context import ForkServerProcess
+from data_pipeline.loading.batch_spec import BatchSpec
 from data_pipeline.loading.loader import Loader
 from data_pipeline.shards.manifest import load_manifest
 from data_pipeline.order.state import LoaderState
-from tests.support.small_shards import settings
+from tests.support.small_shards import make_data_config
 
-class SignalledAtBirth(ForkServerProcess):
+class SignaledAtStart(ForkServerProcess):
     def start(self):
         super().start()
+        # By another process than the trainer: workers react to signals of the trainer.
         for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            subprocess.run(["kill", f"-{name.value}", str(self.pid)])  # workers listen to the trainer itself
+            subprocess.run(["kill", f"-{name.value}", str(self.pid)])
 
 if __name__ == "__main__":
-    multiprocessing.get_context("forkserver").Process = SignalledAtBirth
+    multiprocessing.get_context("forkserver").Process = SignaledAtStart
     loader = Loader(
-        manifests=[load_manifest(sys.argv[1])], tokenizer_path=sys.argv[2], data=settings(workers=2), image_size=8,
-        context_length=16, seed=0, rank=0, world_size=1, global_batch_size=8, micro_batch_size=8, state=LoaderState(),
+        sources=[load_manifest(sys.argv[1])],
+        tokenizer_path=sys.argv[2],
+        data=make_data_config(workers=2),
+        batch=BatchSpec(image_size=8, context_length=16, micro_batch_size=8),
+        global_batch_size=8,
+        seed=0,
+        state=LoaderState(),
     )
     next(loader.steps())
     print(*(child.pid for child in multiprocessing.active_children()), flush=True)
@@ -110,7 +125,9 @@ if __name__ == "__main__":
 """
 
 
-def test_workers_ignore_signals_but_end_with_a_killed_trainer(setup: Setup, tmp_path: Path) -> None:
+def test_workers_ignore_signals_and_end_with_a_killed_trainer(
+    setup: LoaderFactory, tmp_path: Path
+) -> None:
     script = tmp_path / "trainer.py"
     script.write_text(TRAINER)
     trainer = subprocess.Popen(
@@ -131,6 +148,7 @@ def test_workers_ignore_signals_but_end_with_a_killed_trainer(setup: Setup, tmp_
     finally:
         trainer.kill()
         trainer.communicate()
+
     deadline = time.monotonic() + 15
     while any(os.path.exists(f"/proc/{pid}") for pid in workers) and time.monotonic() < deadline:
         time.sleep(0.05)
