@@ -119,7 +119,7 @@ def test_batch_priority_uses_noisy_gates() -> None:
     # Noise of this size changes the order, so the assertion above does distinguish the two.
     assert count_inversions(clean, kept, reference, listed) > 5
     # The weight of a first assignment is the token's largest gate.
-    first_weights = [float(token[0][1].detach()) for token in reference.choices]
+    first_weights = [float(token[0][1].detach()) for token in reference.assignments]
     assert first_weights == noisy
 
 
@@ -136,7 +136,7 @@ def count_inversions(
         kept_priorities: dict[tuple[int, int], list[float]] = {}
         dropped: list[tuple[tuple[int, int], float]] = []
         for i, token in enumerate(listed):
-            cell = (reference.choices[i][rank][0], token.group)
+            cell = (reference.assignments[i][rank][0], token.group)
             if kept[i][rank]:
                 kept_priorities.setdefault(cell, []).append(priority[i])
             else:

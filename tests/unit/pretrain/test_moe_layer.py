@@ -21,8 +21,8 @@ from tests.support.reference_moe import (
     make_tokens,
     reference_logits,
     reference_moe,
-    reference_statistics,
 )
+from tests.support.reference_statistics import reference_statistics
 
 
 @parametrize_options({"caption gate": {"num_experts": 4, "top_k": 2, "router_input": "caption"}})
@@ -106,7 +106,7 @@ def test_top1_and_coactivation_statistics() -> None:
 
     top1, top1_prob = torch.zeros(2, 5), torch.zeros(2)
     coactivation = torch.zeros(5, 5)
-    for token, assigned, scores in zip(listed, routing.choices, routing.scores, strict=True):
+    for token, assigned, scores in zip(listed, routing.assignments, routing.scores, strict=True):
         top1[token.modality, assigned[0][0]] += 1
         top1_prob[token.modality] += float(scores.detach().max())
         for a, _ in assigned:
