@@ -1,8 +1,9 @@
-"""Captions: made clean, and chosen from what a sample offers.
+"""Caption extraction, cleaning and selection.
 
-A sample may bring several captions, in its `.txt` member and in fields of its `.json` member. A key
-names one place: `txt`, or `json:FIELD`, whose value is a string or a list of strings. Only members
-with the names of text are looked into; any other is never opened, whatever the settings say.
+A sample may have several captions, in a text member such as `.txt` and in fields of its `.json`
+member. A caption key is either the extension of a text member (`txt`, `en.txt`) or `json:FIELD`,
+where the field is a string or a list of strings. Only members with a text extension are read,
+whatever the settings are.
 """
 
 from __future__ import annotations
@@ -13,123 +14,129 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 
 from data_pipeline.common.errors import ConfigError, DataError
-from data_pipeline.content.fields import look_up, parse_fields
+from data_pipeline.content.json_fields import get_field, parse_json_fields
 from data_pipeline.settings import LimitConfig
 
 TEXT_EXTENSIONS = frozenset(("txt", "text", "caption"))
 """Members that may hold a caption, by the last part of their extension."""
 
 _JOINERS = "\u200c\u200d"
-"""Zero-width characters that are spelling (Persian, Indic scripts, joined emoji), not rubbish."""
-_MOST_MARKS = 30
-"""Accents on one letter; Unicode's "stream-safe" limit (UAX #15). What goes beyond is made to break
-programs: putting n accents in order takes n^2 steps, five seconds for 100,000."""
-_HIDDEN_MARKS = "\u0f73\u0f75\u0f81"
-"""Tibetan letters that come apart into two accents, though they do not count as one."""
-_LIMITS = LimitConfig()
+"""Zero-width characters that are part of the spelling (Persian, Indic scripts, joined emoji)."""
+_MAX_MARKS = 30
+"""Maximum combining marks per letter: Unicode's stream-safe limit (UAX #15). Normalization sorts n
+marks in n^2 steps, which takes five seconds for 100,000."""
+_DECOMPOSING_MARKS = "\u0f73\u0f75\u0f81"
+"""Tibetan vowel signs that decompose into two marks although their combining class is 0."""
+_DEFAULT_LIMITS = LimitConfig()
 
 
 def clean(text: str) -> str:
-    """The caption as it is stored, compared and tokenized.
+    """Canonical form of a caption, in which it is stored, compared and tokenized.
 
-    Unicode NFC, every run of white space one blank, none at the ends, no control, formatting or
-    half (surrogate) characters, and at most 30 accents on a letter. `clean(clean(x)) == clean(x)`.
+    Unicode NFC; each run of whitespace becomes one space, none at the ends; no control, formatting
+    or surrogate characters; at most 30 combining marks per letter. Idempotent.
     """
-    # All that is rubbish counts as unprintable, and so does all white space but the blank.
+    # All characters to remove are unprintable, and so is all whitespace except the space.
     if not text.isprintable():
-        text = "".join(char for char in text if char.isspace() or not _is_rubbish(char))
+        text = "".join(char for char in text if char.isspace() or not _is_removed(char))
+
     if not text.isascii():
-        # Normalized after removing: a removed character may have kept two that compose apart.
-        # Limited before, for the time it takes, and after, as some characters come apart into two
-        # accents.
+        # After the removal, because a removed character may have separated a letter and its mark.
+        # Marks are limited before normalization, which would be slow, and after, because some
+        # characters decompose into two marks.
         text = _limit_marks(unicodedata.normalize("NFC", _limit_marks(text)))
+
     return " ".join(text.split())
 
 
-def caption_hash(text: str) -> int:
-    """A number in `[0, 2**63)` that equal captions share, whatever their capitals and blanks."""
-    return clean_hash(clean(text))
+def hash_caption(text: str) -> int:
+    """Hash in `[0, 2**63)`, equal for captions that differ only in case and whitespace."""
+    return hash_clean_caption(clean(text))
 
 
-def clean_hash(caption: str) -> int:
-    """`caption_hash` of a caption that is clean."""
+def hash_clean_caption(caption: str) -> int:
+    """`hash_caption` of a caption that is already clean."""
     folded = caption.casefold().encode()
     return int.from_bytes(hashlib.blake2b(folded, digest_size=8).digest(), "big") >> 1
 
 
-def check_key(key: str) -> None:
-    """Refuse a caption key that names no place where captions may be.
+def check_caption_key(key: str) -> None:
+    """Validate a caption key.
 
     Raises:
-        ConfigError: `key` is neither a member of text such as `txt` nor `json:FIELD`.
+        ConfigError: `key` is neither a text member such as `txt` nor `json:FIELD`.
     """
     member, colon, field = key.partition(":")
     if (member, colon) == ("json", ":") and field:
         return
+
     if colon or member.rpartition(".")[2] not in TEXT_EXTENSIONS:
-        known = ", ".join(sorted(TEXT_EXTENSIONS))
+        extensions = ", ".join(sorted(TEXT_EXTENSIONS))
         raise ConfigError(
-            f"caption key {key!r} is neither a member of text ({known}, or one that ends so, such as "
-            f"'en.txt') nor 'json:FIELD'; see data.caption_keys"
+            f"data.caption_keys: {key!r} is neither a text member (extension {extensions}, with or "
+            f"without a prefix, such as 'en.txt') nor 'json:FIELD'"
         )
 
 
-class Texts:
-    """The texts of one sample: each member is decoded, parsed and cleaned at most once."""
+class SampleTexts:
+    """Captions and JSON fields of one sample; each is decoded and cleaned at most once."""
 
-    def __init__(self, members: Mapping[str, bytes], limits: LimitConfig = _LIMITS) -> None:
-        """Know the members; nothing is looked at yet.
+    def __init__(self, members: Mapping[str, bytes], limits: LimitConfig = _DEFAULT_LIMITS) -> None:
+        """Store the members without reading them.
 
         Args:
             members: The sample's files by extension, e.g. `{"txt": b"...", "json": b"..."}`.
-            limits: How long a text and how deep a JSON member may be.
+            limits: Maximum caption length and JSON depth.
         """
         self._members, self._limits = members, limits
-        self._found: dict[str, list[str]] = {}
+        self._captions: dict[str, list[str]] = {}
         self._fields: dict[str, object] | None = None
 
     def fields(self) -> dict[str, object]:
-        """The fields of the `.json` member; none if there is no such member.
+        """Fields of the `.json` member; empty if there is no such member.
 
         Raises:
-            DataError: It is not JSON, or goes beyond a limit (slug `bad-json`).
+            DataError: The member is not a JSON object or exceeds a limit (slug `invalid-json`), or
+                is not UTF-8 (slug `invalid-text`).
         """
         if self._fields is None:
             data = self._members.get("json")
-            self._fields = {} if data is None else parse_fields(data, self._limits.json_depth)
+            self._fields = {} if data is None else parse_json_fields(data, self._limits.json_depth)
         return self._fields
 
-    def find(self, key: str) -> list[str]:
-        """Every clean, non-empty caption under `key`; see `find`."""
-        found = self._found.get(key)
-        if found is None:
-            found = self._found[key] = self._find(key)
-        return found
+    def find_captions(self, key: str) -> list[str]:
+        """All clean, non-empty captions under `key`; see the function `find_captions`."""
+        captions = self._captions.get(key)
+        if captions is None:
+            captions = self._captions[key] = self._read_captions(key)
+        return captions
 
-    def _find(self, key: str) -> list[str]:
-        check_key(key)
+    def _read_captions(self, key: str) -> list[str]:
+        check_caption_key(key)
         member, colon, field = key.partition(":")
+
+        texts: list[object]
         if colon:
-            value = look_up(self.fields(), (field,))
+            value = get_field(self.fields(), (field,))
             texts = value if isinstance(value, list) else [value]
         else:
             data = self._members.get(member)
             if data is None:
                 return []
             texts = [self._decode(member, data)]
-        return [
-            caption for text in texts if isinstance(text, str) and (caption := self._clean(text))
-        ]
+
+        cleaned = (self._clean(text) for text in texts if isinstance(text, str))
+        return [caption for caption in cleaned if caption]
 
     def _decode(self, member: str, data: bytes) -> str:
-        # A character takes four bytes at most: beyond that there is no need to decode.
+        # A character takes at most four bytes, so a longer member need not be decoded.
         if len(data) > 4 * self._limits.caption_chars:
             raise self._too_long(f"at least {len(data) // 4:,}")
         try:
             return data.decode("utf-8")
         except UnicodeDecodeError as error:
             raise DataError(
-                f"the .{member} member is not UTF-8: {error}", slug="bad-text"
+                f"the .{member} member is not UTF-8: {error}", slug="invalid-text"
             ) from error
 
     def _clean(self, text: str) -> str:
@@ -137,86 +144,93 @@ class Texts:
             raise self._too_long(f"{len(text):,}")
         return clean(text)
 
-    def _too_long(self, found: str) -> DataError:
+    def _too_long(self, length: str) -> DataError:
         return DataError(
-            f"a caption of {found} characters, more than {self._limits.caption_chars:,} "
+            f"caption of {length} characters, more than {self._limits.caption_chars:,} "
             f"(data.limits.caption_chars)",
             slug="caption-too-long",
         )
 
 
-def find(members: Mapping[str, bytes], key: str) -> list[str]:
-    """Every clean, non-empty caption that a sample has under `key`; see `choose`.
+def find_captions(members: Mapping[str, bytes], key: str) -> list[str]:
+    """All clean, non-empty captions of a sample under one caption key.
 
     Raises:
-        ConfigError: `key` is neither a member of text such as `txt` nor `json:FIELD`.
-        DataError: A member is not UTF-8, is not JSON, or a text is too long (slug `bad-text`,
-            `bad-json`, `caption-too-long`).
+        ConfigError: `key` is neither a text member such as `txt` nor `json:FIELD`.
+        DataError: A member is not UTF-8 (slug `invalid-text`) or not JSON (slug `invalid-json`), or
+            a text is too long (slug `caption-too-long`).
     """
-    return Texts(members).find(key)
+    return SampleTexts(members).find_captions(key)
 
 
-def choose(
-    texts: Texts,
+def select_caption(
+    texts: SampleTexts,
     keys: Sequence[str],
     weights: Sequence[float],
-    draws: Sequence[float] | None,
-    fits: Callable[[str], bool] | None = None,
+    uniforms: Sequence[float] | None,
+    accept: Callable[[str], bool] | None = None,
 ) -> str | None:
-    """Draw one clean caption from a sample.
+    """Sample one caption of a sample.
 
-    First a key is drawn by weight among those that have a caption, then one of its captions, each
-    as likely as another.
+    A key is sampled by weight among the keys that have an accepted caption, then one of its
+    captions uniformly.
 
     Args:
-        texts: Of the sample.
-        keys: Where captions are: `txt`, `json:FIELD`.
-        weights: How often each key is used; the same length as `keys`.
-        draws: Two of the sample's own numbers in `[0, 1)`, for the key and the caption; None takes
-            the first caption of the first key that has one.
-        fits: Captions for which it is false are passed over; None takes any.
+        texts: Texts of the sample.
+        keys: Caption keys: `txt`, `json:FIELD`.
+        weights: Relative sampling weight of each key; same length as `keys`.
+        uniforms: Two numbers in `[0, 1)`, for the key and for the caption; None selects the first
+            caption of the first key that has one.
+        accept: Predicate on captions; None accepts all.
 
     Returns:
-        The caption, or None where no key has one.
+        The caption, or None if there is no accepted caption under any key.
 
     Raises:
-        DataError: As for `find`.
+        DataError: As for `find_captions`.
     """
-    offers: list[tuple[list[str], float]] = []
+    candidates: list[tuple[list[str], float]] = []
     for key, weight in zip(keys, weights, strict=True):
-        found = texts.find(key)
-        if fits is not None:
-            found = [caption for caption in found if fits(caption)]
-        if found:
-            offers.append((found, weight))
-    if not offers:
+        captions = texts.find_captions(key)
+        if accept is not None:
+            captions = [caption for caption in captions if accept(caption)]
+        if captions:
+            candidates.append((captions, weight))
+
+    if not candidates:
         return None
-    if draws is None:
-        return offers[0][0][0]
-    captions = offers[0][0]
-    if len(offers) > 1:
-        steps = list(itertools.accumulate(weight for _, weight in offers))
-        place = draws[0] * steps[-1]
-        # Without any weight left, the first key that has a caption.
-        captions = next(
-            (found for (found, _), step in zip(offers, steps, strict=True) if place < step),
-            captions,
-        )
-    return captions[int(draws[1] * len(captions))]
+    if uniforms is None:
+        return candidates[0][0][0]
+
+    captions = _sample_key(candidates, uniforms[0])
+    return captions[int(uniforms[1] * len(captions))]
 
 
-def _is_rubbish(char: str) -> bool:
-    """Control, formatting (byte-order marks, text-direction overrides) or half a surrogate pair."""
+def _sample_key(candidates: list[tuple[list[str], float]], uniform: float) -> list[str]:
+    """Captions of one key, sampled by weight; of the first key if all weights are 0."""
+    if len(candidates) == 1:
+        return candidates[0][0]
+    cumulative = list(itertools.accumulate(weight for _, weight in candidates))
+    threshold = uniform * cumulative[-1]
+    for (captions, _), upper in zip(candidates, cumulative, strict=True):
+        if threshold < upper:
+            return captions
+    return candidates[0][0]
+
+
+def _is_removed(char: str) -> bool:
+    """Whether `char` is a control, formatting (BOM, text direction) or surrogate character."""
     return char not in _JOINERS and unicodedata.category(char) in ("Cc", "Cf", "Cs")
 
 
 def _limit_marks(text: str) -> str:
-    """`text` without what goes beyond `_MOST_MARKS` accents in a row."""
-    if len(text) <= _MOST_MARKS:
+    """`text` with at most `_MAX_MARKS` consecutive combining marks."""
+    if len(text) <= _MAX_MARKS:
         return text
-    kept, marks = [], 0
+    kept, num_marks = [], 0
     for char in text:
-        marks = marks + 1 if unicodedata.combining(char) or char in _HIDDEN_MARKS else 0
-        if marks <= _MOST_MARKS:
+        is_mark = unicodedata.combining(char) or char in _DECOMPOSING_MARKS
+        num_marks = num_marks + 1 if is_mark else 0
+        if num_marks <= _MAX_MARKS:
             kept.append(char)
     return text if len(kept) == len(text) else "".join(kept)

@@ -1,18 +1,17 @@
-"""Samples that are left out on purpose: by the picture's size, the caption's length, or JSON
-fields.
+"""Filters on image size, caption length and JSON fields.
 
-A condition on a field is one line of text:
+A condition on a JSON field is written as one line of text:
 
     json:similarity >= 0.28
-    json:clip.aesthetic > 5          a field of a field
-    json:"NSFW score" < 0.1          a name that is no single word
+    json:clip.aesthetic > 5          a nested field
+    json:"NSFW score" < 0.1          a quoted name
     json:license in ["cc0", "cc-by"]
     json:title exists
 
-A name, one of `== != < <= > >= in exists`, and a value as JSON writes it. Numbers compare with
-numbers, text with text, anything else is only equal or not; a sample without the field (or with
-null in it, unless that is what is asked for) never holds a condition. Conditions are read by hand:
-nothing in them is run.
+It consists of a field name, one of the operators `== != < <= > >= in exists`, and a JSON value.
+Numbers compare with numbers and strings with strings; values of other types can only be equal or
+not. A condition never matches a sample that lacks the field, or whose field is null unless the
+condition asks for null. Conditions are parsed by a small parser; nothing is evaluated as code.
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from data_pipeline.common.errors import ConfigError, DataError
-from data_pipeline.content.fields import MISSING, look_up
+from data_pipeline.content.json_fields import MISSING, get_field
 from data_pipeline.settings import FilterConfig
 
-_OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
+_COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
     "==": operator.eq,
     "!=": operator.ne,
     "<=": operator.le,
@@ -35,201 +34,212 @@ _OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
     "<": operator.lt,
     ">": operator.gt,
 }
-_ORDERING = frozenset(("<=", ">=", "<", ">"))
-_WORD = re.compile(r"[A-Za-z0-9_-]+")
-_SIGN = re.compile(r"==|!=|<=|>=|<|>|(?:in|exists)\b")
-_BLANKS = re.compile(r"[ \t]*")
+_ORDERINGS = frozenset(("<=", ">=", "<", ">"))
+_NAME = re.compile(r"[A-Za-z0-9_-]+")
+_OPERATOR = re.compile(r"==|!=|<=|>=|<|>|(?:in|exists)\b")
+_SPACES = re.compile(r"[ \t]*")
 
 
 class Condition(NamedTuple):
-    """One requirement on a field of the `.json` member, ready to be asked."""
+    """A parsed condition on a field of the `.json` member."""
 
     path: tuple[str, ...]
-    """Names of the fields from the outside in."""
-    sign: str
+    """Field names, outermost first."""
+    op: str
     """`== != < <= > >= in exists`."""
     value: Any
-    """What the field is compared with: text, a number, true, false, null, or a list of these for
-    `in`."""
+    """Right-hand side: a string, number, bool, None, or a list of these for `in`."""
 
     @property
     def field(self) -> str:
-        """The field as reports name it."""
+        """The field's dotted name, for reports."""
         return ".".join(self.path)
 
-    def holds(self, fields: dict[str, object]) -> bool:
-        """Whether a sample with these JSON fields fulfils it."""
-        found = look_up(fields, self.path)
-        if found is MISSING:
+    def matches(self, fields: dict[str, object]) -> bool:
+        """Whether a sample with these JSON fields fulfills the condition."""
+        actual = get_field(fields, self.path)
+        if actual is MISSING:
             return False
-        if self.sign == "in":
-            return any(_kind(found) == _kind(value) and found == value for value in self.value)
-        if self.sign == "exists":
-            return found is not None
-        if found is None and self.value is not None:
+        if self.op == "in":
+            return any(_equal(actual, value) for value in self.value)
+        if self.op == "exists":
+            return actual is not None
+        if actual is None and self.value is not None:
             return False
-        if _kind(found) != _kind(self.value):
-            return self.sign == "!="
-        return _OPERATORS[self.sign](found, self.value)
+        if _kind(actual) != _kind(self.value):
+            return self.op == "!="
+        return _COMPARISONS[self.op](actual, self.value)
 
 
-def compile_conditions(texts: Sequence[str]) -> tuple[Condition, ...]:
-    """Conditions as they stand in `data.filters.require`, made ready.
+def parse_conditions(texts: Sequence[str]) -> tuple[Condition, ...]:
+    """Parse the conditions of `data.filters.require`.
 
     Raises:
-        ConfigError: One is not a condition; the message shows where.
+        ConfigError: A condition has a syntax error; the message gives its position.
     """
     return tuple(_Parser(text).condition() for text in texts)
 
 
-def check_size(width: int, height: int, filters: FilterConfig) -> None:
-    """Leave out a picture that is too small or too elongated.
+def check_image_size(width: int, height: int, filters: FilterConfig) -> None:
+    """Reject an image that is too small or too elongated.
 
     Raises:
-        DataError: It is (slug `filter:min-side`, `filter:max-aspect`).
+        DataError: The image is rejected (slug `filter:min-side`, `filter:max-aspect`).
     """
     short, long = (width, height) if width < height else (height, width)
     if short < filters.min_side:
         raise DataError(
-            f"{width} x {height} pixels, less than data.filters.min_side ({filters.min_side})",
+            f"image of {width} x {height} pixels, data.filters.min_side is {filters.min_side}",
             slug="filter:min-side",
         )
     if filters.max_aspect and long > filters.max_aspect * short:
         raise DataError(
-            f"{width} x {height} pixels, longer than data.filters.max_aspect ({filters.max_aspect:g}) allows",
+            f"image of {width} x {height} pixels, data.filters.max_aspect is "
+            f"{filters.max_aspect:g}",
             slug="filter:max-aspect",
         )
 
 
-def fits(caption: str, filters: FilterConfig) -> bool:
-    """Whether a clean caption is of an allowed length."""
-    longest = filters.max_caption_chars or len(caption)
-    return filters.min_caption_chars <= len(caption) <= longest
+def caption_length_allowed(caption: str, filters: FilterConfig) -> bool:
+    """Whether the length of a clean caption is within the limits."""
+    max_chars = filters.max_caption_chars or len(caption)
+    return filters.min_caption_chars <= len(caption) <= max_chars
 
 
-def unfit_caption(caption: str, filters: FilterConfig) -> DataError:
-    """The reason why a caption does not fit (slug `filter:min-caption-chars`,
+def caption_length_error(caption: str, filters: FilterConfig) -> DataError:
+    """Error for a caption of disallowed length (slug `filter:min-caption-chars`,
     `filter:max-caption-chars`)."""
-    which = "min" if len(caption) < filters.min_caption_chars else "max"
-    limit = getattr(filters, f"{which}_caption_chars")
+    bound = "min" if len(caption) < filters.min_caption_chars else "max"
+    limit = getattr(filters, f"{bound}_caption_chars")
     return DataError(
-        f"a caption of {len(caption)} characters, but data.filters.{which}_caption_chars is {limit}",
-        slug=f"filter:{which}-caption-chars",
+        f"caption of {len(caption)} characters, data.filters.{bound}_caption_chars is {limit}",
+        slug=f"filter:{bound}-caption-chars",
     )
 
 
 def check_fields(fields: dict[str, object], conditions: Sequence[Condition]) -> None:
-    """Leave out a sample whose fields do not hold every condition.
+    """Reject a sample whose fields do not match every condition.
 
     Raises:
-        DataError: One does not hold (slug `filter:` and its field).
+        DataError: A condition does not match (slug `filter:FIELD`).
     """
     for condition in conditions:
-        if not condition.holds(fields):
-            found = look_up(fields, condition.path)
-            what = "is not there" if found is MISSING else f"is {_short(found)}"
-            raise DataError(
-                f"json:{condition.field} {what}, but data.filters.require asks for "
-                f"{condition.sign} {'' if condition.sign == 'exists' else _short(condition.value)}".rstrip(),
-                slug=f"filter:{condition.field}",
-            )
-
-
-class _Parser:
-    """Reads one condition from left to right."""
-
-    def __init__(self, text: str) -> None:
-        self._text, self._at = text, 0
-
-    def condition(self) -> Condition:
-        self._skip_blanks()
-        if not self._text.startswith("json:", self._at):
-            self._fail("expected 'json:' and the name of a field")
-        self._at += len("json:")
-        path = [self._name()]
-        while self._text.startswith(".", self._at):
-            self._at += 1
-            path.append(self._name())
-        self._skip_blanks()
-        sign = _SIGN.match(self._text, self._at)
-        if sign is None:
-            self._fail("expected one of == != < <= > >= in exists")
-        self._at = sign.end()
-        self._skip_blanks()
-        value = None if sign[0] == "exists" else self._value(sign[0])
-        self._skip_blanks()
-        if self._at != len(self._text):
-            self._fail(
-                "the condition should end here; write each condition as one entry of the list"
-            )
-        return Condition(tuple(path), sign[0], value)
-
-    def _name(self) -> str:
-        if self._text.startswith('"', self._at):
-            name = self._json()
-            assert isinstance(name, str)
-            return name
-        word = _WORD.match(self._text, self._at)
-        if word is None:
-            self._fail(
-                "expected the name of a field: letters, digits, _ and -, or any text in double quotes"
-            )
-        self._at = word.end()
-        return word[0]
-
-    def _value(self, sign: str) -> Any:
-        start = self._at
-        value = self._json()
-        self._at, end = start, self._at  # errors below point at the value
-        if sign == "in":
-            if not isinstance(value, list) or not value:
-                self._fail('expected a list of values after in, such as ["cc0", "cc-by"]')
-            if any(isinstance(entry, (list, dict)) for entry in value):
-                self._fail("the values of a list are text, numbers, true, false or null")
-        elif isinstance(value, (list, dict)):
-            self._fail("expected text in double quotes, a number, true, false or null")
-        elif sign in _ORDERING and _kind(value) not in ("number", "text"):
-            self._fail(f"expected a number or text after {sign}")
-        self._at = end
-        return value
-
-    def _json(self) -> Any:
-        try:
-            value, self._at = _DECODER.raw_decode(self._text, self._at)
-        except (ValueError, RecursionError):
-            self._fail(
-                'expected a value as JSON writes it: "text" in double quotes, 0.5, true, false or null'
-            )
-        return value
-
-    def _skip_blanks(self) -> None:
-        blanks = _BLANKS.match(self._text, self._at)
-        self._at = blanks.end() if blanks else self._at
-
-    def _fail(self, what: str) -> NoReturn:
-        rest = self._text[self._at : self._at + 30]
-        raise ConfigError(
-            f"data.filters.require: {self._text!r}, character {self._at + 1} "
-            f"({'at ' + repr(rest) if rest else 'the end'}): {what}"
+        if condition.matches(fields):
+            continue
+        actual = get_field(fields, condition.path)
+        state = "is missing" if actual is MISSING else f"is {_abbreviate(actual)}"
+        required = condition.op
+        if condition.op != "exists":
+            required += f" {_abbreviate(condition.value)}"
+        raise DataError(
+            f"json:{condition.field} {state}, required is {required} (data.filters.require)",
+            slug=f"filter:{condition.field}",
         )
 
 
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")
+class _Parser:
+    """Recursive-descent parser of one condition."""
+
+    def __init__(self, text: str) -> None:
+        self._text, self._position = text, 0
+
+    def condition(self) -> Condition:
+        self._skip_spaces()
+        if not self._text.startswith("json:", self._position):
+            self._fail("expected 'json:' and the name of a field")
+        self._position += len("json:")
+
+        path = [self._field_name()]
+        while self._text.startswith(".", self._position):
+            self._position += 1
+            path.append(self._field_name())
+        self._skip_spaces()
+
+        match = _OPERATOR.match(self._text, self._position)
+        if match is None:
+            self._fail("expected one of == != < <= > >= in exists")
+        op = match[0]
+        self._position = match.end()
+        self._skip_spaces()
+
+        value = None if op == "exists" else self._value(op)
+        self._skip_spaces()
+        if self._position != len(self._text):
+            self._fail("expected the end; write each condition as a separate list entry")
+        return Condition(tuple(path), op, value)
+
+    def _field_name(self) -> str:
+        if self._text.startswith('"', self._position):
+            name = self._json_value()
+            assert isinstance(name, str)
+            return name
+        match = _NAME.match(self._text, self._position)
+        if match is None:
+            self._fail(
+                "expected the name of a field: letters, digits, _ and -, or a string in double "
+                "quotes"
+            )
+        self._position = match.end()
+        return match[0]
+
+    def _value(self, op: str) -> Any:
+        start = self._position
+        value = self._json_value()
+        self._position, end = start, self._position  # the errors below refer to the value
+        if op == "in":
+            if not isinstance(value, list) or not value:
+                self._fail('expected a list of values after in, such as ["cc0", "cc-by"]')
+            if any(isinstance(entry, (list, dict)) for entry in value):
+                self._fail("list entries must be strings, numbers, true, false or null")
+        elif isinstance(value, (list, dict)):
+            self._fail("expected a string in double quotes, a number, true, false or null")
+        elif op in _ORDERINGS and _kind(value) not in ("number", "string"):
+            self._fail(f"expected a number or a string after {op}")
+        self._position = end
+        return value
+
+    def _json_value(self) -> Any:
+        try:
+            value, self._position = _DECODER.raw_decode(self._text, self._position)
+        except (ValueError, RecursionError):
+            self._fail(
+                'expected a JSON value: a "string" in double quotes, 0.5, true, false or null'
+            )
+        return value
+
+    def _skip_spaces(self) -> None:
+        match = _SPACES.match(self._text, self._position)
+        self._position = match.end() if match else self._position
+
+    def _fail(self, problem: str) -> NoReturn:
+        rest = self._text[self._position : self._position + 30]
+        where = f"at {rest!r}" if rest else "at the end"
+        raise ConfigError(
+            f"data.filters.require: {self._text!r}, character {self._position + 1} ({where}): "
+            f"{problem}"
+        )
 
 
-_DECODER = json.JSONDecoder(parse_constant=_no_constant)
+def _reject_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_reject_constant)  # rejects NaN and Infinity
 
 
 def _kind(value: object) -> str:
-    """Values of different kinds are never equal and have no order: 1 is not true, "1" is not 1."""
+    """Type for comparisons: true differs from 1, but 1 equals 1.0."""
     if isinstance(value, bool):
-        return "truth"
+        return "bool"
     if isinstance(value, (int, float)):
         return "number"
-    return "text" if isinstance(value, str) else type(value).__name__
+    return "string" if isinstance(value, str) else type(value).__name__
 
 
-def _short(value: object) -> str:
+def _equal(left: object, right: object) -> bool:
+    return _kind(left) == _kind(right) and left == right
+
+
+def _abbreviate(value: object) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -1,7 +1,7 @@
-"""Which part of a picture the model sees: drawn from its size alone, before it is decoded.
+"""Crop, flip and affine parameters of an image, computed from its size before decoding.
 
-Shapes: s the model's side. What is cut out and how large decides how many pixels are needed, and so
-whether a picture may be decoded at a half, a quarter or an eighth of its size.
+Shapes: s side of the model's input. The region that is cropped and its size determine how many
+pixels are needed, and therefore whether a JPEG can be decoded at 1/2, 1/4 or 1/8 of its size.
 """
 
 from __future__ import annotations
@@ -12,121 +12,130 @@ from typing import NamedTuple
 
 from data_pipeline.settings import AugmentConfig
 
-GEOMETRY_DRAWS = 12
-"""Numbers that `train_view` and the choice of a background take."""
-_SPARE = 1.7
-"""A picture is decoded reduced only if so many pixels a side are left for each of the model's: the
-mean of squares and then of areas is close to the mean of areas (37 to 45 dB) only where the second
-step still shrinks well: by more than the filter for turned pictures can do alone."""
+NUM_GEOMETRY_UNIFORMS = 12
+"""Random numbers used by `random_view` and for the background color."""
+_MIN_OVERSAMPLING = 1.7
+"""An image is decoded at a reduced size only if that leaves at least this many pixels per pixel of
+the model's input, on each side. Averaging blocks and then areas is close to averaging areas (37 to
+45 dB) only if the second step still shrinks by more than the linear filter of rotated images can
+do alone."""
 
 
 class View(NamedTuple):
-    """A part of a picture, and what is done with it; the part's edges may lie between pixels."""
+    """A region of an image and the geometric operations on it; its edges may be fractional."""
 
     left: float
     top: float
     width: float
     height: float
-    """The part, in pixels of the whole picture."""
+    """The region, in pixels of the whole image."""
     flip: bool = False
-    """Mirrored left-right."""
-    turn: float = 0.0
+    """Flip horizontally."""
+    rotation: float = 0.0
     """Radians."""
     zoom: float = 1.0
     shift: tuple[float, float] = (0.0, 0.0)
-    """To the right and down, as a share of the model's side."""
+    """Translation to the right and down, as a fraction of the model's side."""
 
     @property
-    def is_upright(self) -> bool:
-        """Whether cutting out, resizing and mirroring is all there is to do."""
-        return self.zoom == 1.0 and self.turn == 0.0 and self.shift == (0.0, 0.0)
+    def is_axis_aligned(self) -> bool:
+        """Whether cropping, resizing and flipping suffice."""
+        return self.zoom == 1.0 and self.rotation == 0.0 and self.shift == (0.0, 0.0)
 
     def scaled(self, x: float, y: float) -> View:
-        """The same view of a picture whose width and height were multiplied by `x` and `y`."""
+        """The same view of an image whose width and height were multiplied by `x` and `y`."""
         return self._replace(
             left=self.left * x, top=self.top * y, width=self.width * x, height=self.height * y
         )
 
 
-def central_view(width: int, height: int) -> View:
-    """The central square of a picture."""
+def center_view(width: int, height: int) -> View:
+    """The center square of an image."""
     side = min(width, height)
     return View((width - side) // 2, (height - side) // 2, side, side)
 
 
-def train_view(width: int, height: int, augment: AugmentConfig, draws: Sequence[float]) -> View:
-    """A random view of a picture; see `train_transform`."""
-    left, top, box_width, box_height = _random_box(width, height, augment, draws[4:8])
-    # One draw makes both shifts: its high and its low half.
-    reach = augment.affine_translate
-    shift = (
-        (reach * (2 * draws[11] - 1), reach * (2 * (draws[11] * 4096 % 1) - 1))
-        if reach
-        else (0.0, 0.0)
-    )
+def random_view(width: int, height: int, augment: AugmentConfig, uniforms: Sequence[float]) -> View:
+    """A random view of an image.
+
+    Args:
+        width: Width of the image, pixels.
+        height: Height of the image, pixels.
+        augment: Which operations are allowed, and their ranges.
+        uniforms: `NUM_GEOMETRY_UNIFORMS` numbers in `[0, 1)`. Each is used for one operation,
+            whatever the settings, so a setting does not change the other operations.
+    """
+    left, top, box_width, box_height = _random_box(width, height, augment, uniforms[4:8])
+
+    shift = (0.0, 0.0)
+    if reach := augment.affine_translate:
+        # One number gives both translations: from its high and from its low bits.
+        low_bits = uniforms[11] * 4096 % 1
+        shift = (reach * (2 * uniforms[11] - 1), reach * (2 * low_bits - 1))
+
     return View(
         left,
         top,
         box_width,
         box_height,
-        flip=augment.flip and draws[8] < 0.5,
-        turn=math.radians(augment.affine_degrees * (2 * draws[9] - 1)),
-        zoom=_between(augment.affine_scale, draws[10]),
+        flip=augment.flip and uniforms[8] < 0.5,
+        rotation=math.radians(augment.affine_degrees * (2 * uniforms[9] - 1)),
+        zoom=_interpolate(augment.affine_scale, uniforms[10]),
         shift=shift,
     )
 
 
-def least_pixels(view: View, width: int, height: int, size: int) -> tuple[int, int] | None:
-    """Height and width at which a picture may be decoded for this view, or None if only all will
-    do.
+def min_decode_size(view: View, width: int, height: int, size: int) -> tuple[int, int] | None:
+    """Height and width that suffice for this view, or None if all pixels are needed.
 
     Args:
-        view: Of the whole picture.
-        width: Of the whole picture, pixels.
-        height: Likewise.
+        view: View of the whole image.
+        width: Width of the whole image, pixels.
+        height: Height of the whole image, pixels.
         size: The model's side s, pixels.
     """
-    share = _SPARE * size * view.zoom / min(view.width, view.height)
-    return (math.ceil(height * share), math.ceil(width * share)) if share <= 0.5 else None
+    ratio = _MIN_OVERSAMPLING * size * view.zoom / min(view.width, view.height)
+    return (math.ceil(height * ratio), math.ceil(width * ratio)) if ratio <= 0.5 else None
 
 
-def reduced_view(view: View, reduced: int, width: int, height: int) -> View:
-    """A view of a picture that was decoded at `1 / reduced` of its size.
+def scale_view(view: View, reduction: int, width: int, height: int) -> View:
+    """The view for an image that was decoded at `1 / reduction` of its size.
 
-    The part that is cut out has its edges where whole pixels of the smaller picture begin: within
-    `reduced / 2` pixels of where they were (less than a third of one of the model's pixels), or a
-    little more at the right and the lower border, where the last pixels may be averages with what
-    is no picture.
+    The edges of a crop are rounded to pixels of the reduced image: they move by at most
+    `reduction / 2` pixels (less than a third of a pixel of the model's input). At the right and
+    bottom border they may move further, because the last pixels may be averages with pixels beyond
+    the border.
 
     Args:
-        view: In pixels of the whole picture.
-        reduced: 2, 4 or 8.
-        width: Of the whole picture, pixels.
-        height: Likewise.
+        view: In pixels of the whole image.
+        reduction: 2, 4 or 8.
+        width: Width of the whole image, pixels.
+        height: Height of the whole image, pixels.
     """
-    view = view.scaled(1 / reduced, 1 / reduced)
-    if not view.is_upright:
+    view = view.scaled(1 / reduction, 1 / reduction)
+    if not view.is_axis_aligned:
         return view
     left, top = round(view.left), round(view.top)
-    right = min(width // reduced, round(view.left + view.width))
-    bottom = min(height // reduced, round(view.top + view.height))
+    right = min(width // reduction, round(view.left + view.width))
+    bottom = min(height // reduction, round(view.top + view.height))
     return view._replace(left=left, top=top, width=right - left, height=bottom - top)
 
 
 def _random_box(
-    width: int, height: int, augment: AugmentConfig, draws: Sequence[float]
+    width: int, height: int, augment: AugmentConfig, uniforms: Sequence[float]
 ) -> tuple[float, float, float, float]:
-    """A crop of random area, shape and place; the central square if no random crop is asked for."""
+    """A crop of random area, aspect ratio and position; the center square without random crops."""
     if augment.crop_scale == (1.0, 1.0):
-        return central_view(width, height)[:4]
-    area = width * height * _between(augment.crop_scale, draws[0])
+        return center_view(width, height)[:4]
+    area = width * height * _interpolate(augment.crop_scale, uniforms[0])
     low, high = augment.crop_ratio
-    ratio = math.exp(_between((math.log(low), math.log(high)), draws[1]))
-    # A crop that would stick out is cut to the picture, which keeps the number of draws the same.
+    ratio = math.exp(_interpolate((math.log(low), math.log(high)), uniforms[1]))
+    # A crop that would exceed the image is clipped; resampling would need more random numbers.
     box_width = max(1.0, min(float(width), math.sqrt(area * ratio)))
     box_height = max(1.0, min(float(height), math.sqrt(area / ratio)))
-    return draws[2] * (width - box_width), draws[3] * (height - box_height), box_width, box_height
+    left, top = uniforms[2] * (width - box_width), uniforms[3] * (height - box_height)
+    return left, top, box_width, box_height
 
 
-def _between(bounds: tuple[float, float], draw: float) -> float:
-    return bounds[0] + (bounds[1] - bounds[0]) * draw
+def _interpolate(bounds: tuple[float, float], uniform: float) -> float:
+    return bounds[0] + (bounds[1] - bounds[0]) * uniform

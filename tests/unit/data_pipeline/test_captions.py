@@ -1,9 +1,13 @@
+"""Caption cleaning, hashing, extraction and selection."""
+
 from __future__ import annotations
 
 import json
 import time
 import unicodedata
 from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,15 +15,15 @@ import pytest
 from data_pipeline.common.errors import ConfigError, DataError
 from data_pipeline.content import captions
 from data_pipeline.content.captions import (
-    Texts,
-    caption_hash,
-    check_key,
-    choose,
+    SampleTexts,
+    check_caption_key,
     clean,
-    clean_hash,
-    find,
+    find_captions,
+    hash_caption,
+    hash_clean_caption,
+    select_caption,
 )
-from data_pipeline.content.fields import parse_fields
+from data_pipeline.content.json_fields import parse_json_fields
 from data_pipeline.settings import LimitConfig
 
 
@@ -40,7 +44,7 @@ def test_clean(text: str, expected: str) -> None:
     assert clean(text) == expected
 
 
-def test_cleaning_twice_changes_nothing_more() -> None:
+def test_clean_is_idempotent() -> None:
     rng = np.random.default_rng(0)
     for _ in range(500):
         text = "".join(chr(int(code)) for code in rng.integers(0, 0x3000, 12))
@@ -49,11 +53,10 @@ def test_cleaning_twice_changes_nothing_more() -> None:
         once.encode()
 
 
-def test_hash_ignores_capitals_and_blanks_only() -> None:
-    assert (
-        caption_hash("A Red  heart") == caption_hash("a red heart ") != caption_hash("a red hearts")
-    )
-    assert all(0 <= caption_hash(str(number)) < 2**63 for number in range(100))
+def test_hash_ignores_case_and_whitespace_only() -> None:
+    assert hash_caption("A Red  heart") == hash_caption("a red heart ")
+    assert hash_caption("a red heart") != hash_caption("a red hearts")
+    assert all(0 <= hash_caption(str(index)) < 2**63 for index in range(100))
 
 
 MEMBERS = {
@@ -64,96 +67,100 @@ MEMBERS = {
 }
 
 
-def test_find_reads_members_and_json_fields() -> None:
-    assert find(MEMBERS, "txt") == ["a cat"]
-    assert find(MEMBERS, "json:captions") == ["one", "two"]
-    assert find(MEMBERS, "json:title") == ["T"]
-    assert [
-        find(MEMBERS, key) for key in ("json:year", "json:none", "json:missing", "caption")
-    ] == [[]] * 4
+def test_find_captions_in_members_and_json_fields() -> None:
+    assert find_captions(MEMBERS, "txt") == ["a cat"]
+    assert find_captions(MEMBERS, "json:captions") == ["one", "two"]
+    assert find_captions(MEMBERS, "json:title") == ["T"]
+    for key in ("json:year", "json:none", "json:missing", "caption"):
+        assert find_captions(MEMBERS, key) == []
 
 
-def drawn(
+def sample_counts(
     members: dict[str, bytes], keys: tuple[str, ...], weights: tuple[float, ...], count: int
-) -> Counter:
-    """How often each caption comes."""
-    texts, rng = Texts(members), np.random.default_rng(0)
-    return Counter(choose(texts, keys, weights, pair) for pair in rng.random((count, 2)).tolist())
+) -> Counter[str | None]:
+    """How often each caption is selected in `count` trials."""
+    texts, rng = SampleTexts(members), np.random.default_rng(0)
+    trials = rng.random((count, 2)).tolist()
+    return Counter(select_caption(texts, keys, weights, uniforms) for uniforms in trials)
 
 
-def test_choose_draws_by_weight_among_the_keys_that_have_captions() -> None:
-    counts = drawn(MEMBERS, ("txt", "json:missing", "json:captions"), (1.0, 5.0, 3.0), 4000)
+def test_select_samples_among_keys_with_captions() -> None:
+    counts = sample_counts(MEMBERS, ("txt", "json:missing", "json:captions"), (1.0, 5.0, 3.0), 4000)
     assert set(counts) == {"a cat", "one", "two"}
     assert counts["a cat"] / 4000 == pytest.approx(1 / 4, abs=0.03)
     assert counts["one"] / 4000 == pytest.approx(3 / 8, abs=0.03)
 
 
-def test_choose_follows_the_weights_of_several_keys() -> None:
+def test_select_follows_the_weights_of_several_keys() -> None:
     members = {"json": json.dumps({name: name for name in "abcd"}).encode()}
     weights = (0.1, 0.2, 0.0, 0.7)
-    counts = drawn(members, tuple(f"json:{name}" for name in "abcd"), weights, 20_000)
-    # Pearson's chi-squared with two degrees of freedom: above 13.8 in one of 1,000 samples.
+    keys = tuple(f"json:{name}" for name in "abcd")
+    counts = sample_counts(members, keys, weights, 20_000)
+    # Pearson's chi-squared with two degrees of freedom exceeds 13.8 with probability 0.001.
     expected = {
         name: weight * 20_000 for name, weight in zip("abcd", weights, strict=True) if weight
     }
     assert set(counts) == set(expected)
-    assert sum((counts[name] - number) ** 2 / number for name, number in expected.items()) < 13.8
+    chi_squared = sum((counts[name] - mean) ** 2 / mean for name, mean in expected.items())
+    assert chi_squared < 13.8
 
 
-def test_choose_without_numbers_takes_the_first_caption_of_the_first_key() -> None:
-    texts = Texts(MEMBERS)
-    assert choose(texts, ("json:missing", "json:captions", "txt"), (0.0, 0.0, 1.0), None) == "one"
-    assert choose(texts, ("json:missing",), (1.0,), None) is None
-    assert choose(Texts({}), ("txt",), (1.0,), (0.5, 0.5)) is None
+def test_select_without_uniforms_returns_the_first_caption() -> None:
+    texts = SampleTexts(MEMBERS)
+    keys = ("json:missing", "json:captions", "txt")
+    assert select_caption(texts, keys, (0.0, 0.0, 1.0), None) == "one"
+    assert select_caption(texts, ("json:missing",), (1.0,), None) is None
+    assert select_caption(SampleTexts({}), ("txt",), (1.0,), (0.5, 0.5)) is None
 
 
-def test_a_weight_of_zero_is_never_drawn_while_another_key_has_captions() -> None:
-    assert set(drawn(MEMBERS, ("txt", "json:title"), (0.0, 1.0), 200)) == {"T"}
-    assert set(drawn(MEMBERS, ("json:title", "txt"), (1.0, 0.0), 200)) == {"T"}
-    assert set(drawn(MEMBERS, ("txt", "json:missing"), (0.0, 1.0), 200)) == {"a cat"}
-    assert choose(Texts(MEMBERS), ("txt", "json:title"), (0.0, 1.0), (0.0, 0.0)) == "T"
-    last = 1 - 2**-32
-    assert choose(Texts(MEMBERS), ("txt", "json:captions"), (1.0, 1.0), (last, last)) == "two"
+def test_weight_zero_is_selected_only_without_alternative() -> None:
+    assert set(sample_counts(MEMBERS, ("txt", "json:title"), (0.0, 1.0), 200)) == {"T"}
+    assert set(sample_counts(MEMBERS, ("json:title", "txt"), (1.0, 0.0), 200)) == {"T"}
+    assert set(sample_counts(MEMBERS, ("txt", "json:missing"), (0.0, 1.0), 200)) == {"a cat"}
 
 
-def test_choose_passes_over_what_does_not_fit() -> None:
-    for pair in ((0.0, 0.0), (0.99, 0.99)):
-        assert (
-            choose(
-                Texts(MEMBERS),
-                ("txt", "json:captions"),
-                (1.0, 1.0),
-                pair,
-                lambda text: text == "one",
-            )
-            == "one"
-        )
-    assert choose(Texts(MEMBERS), ("txt",), (1.0,), None, lambda text: False) is None
+def test_select_at_the_ends_of_the_unit_interval() -> None:
+    texts, largest = SampleTexts(MEMBERS), 1 - 2**-32
+    assert select_caption(texts, ("txt", "json:title"), (0.0, 1.0), (0.0, 0.0)) == "T"
+    keys = ("txt", "json:captions")
+    assert select_caption(texts, keys, (1.0, 1.0), (largest, largest)) == "two"
+
+
+def test_select_skips_captions_that_are_not_accepted() -> None:
+    texts, keys = SampleTexts(MEMBERS), ("txt", "json:captions")
+    for uniforms in ((0.0, 0.0), (0.99, 0.99)):
+        selected = select_caption(texts, keys, (1.0, 1.0), uniforms, lambda text: text == "one")
+        assert selected == "one"
+    assert select_caption(texts, ("txt",), (1.0,), None, lambda text: False) is None
 
 
 def test_members_are_decoded_and_parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = Counter[str]()
-    counted = {"clean": clean, "parse_fields": parse_fields}
-    for name, function in counted.items():
-        monkeypatch.setattr(
-            captions,
-            name,
-            lambda *given, name=name, function=function: (calls.update([name]), function(*given))[
-                1
-            ],
-        )
-    texts = Texts({"txt": b"t", "json": b'{"a": "A", "b": "B"}'})
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*args: Any) -> Any:
+            calls[function.__name__] += 1
+            return function(*args)
+
+        return wrapper
+
+    for function in (clean, parse_json_fields):
+        monkeypatch.setattr(captions, function.__name__, counted(function))
+
+    texts = SampleTexts({"txt": b"t", "json": b'{"a": "A", "b": "B"}'})
     for _ in range(3):
-        assert [texts.find(key) for key in ("txt", "json:a", "json:b")] == [["t"], ["A"], ["B"]]
+        assert texts.find_captions("txt") == ["t"]
+        assert texts.find_captions("json:a") == ["A"]
+        assert texts.find_captions("json:b") == ["B"]
         assert texts.fields() == {"a": "A", "b": "B"}
-    assert calls == {"clean": 3, "parse_fields": 1}
+    assert calls == {"clean": 3, "parse_json_fields": 1}
 
 
-def test_only_members_of_text_can_be_captions() -> None:
-    """Whatever the settings say: a pickle or a script is not even decoded."""
+def test_caption_key_must_be_a_text_member_or_json_field() -> None:
+    """Even if the settings request it, a pickle or a script is never decoded."""
     for key in ("txt", "text", "caption", "en.txt", "json:title", "json:a:b"):
-        check_key(key)
-    others = (
+        check_caption_key(key)
+    invalid = (
         "pkl",
         "pickle",
         "pyd",
@@ -169,59 +176,60 @@ def test_only_members_of_text_can_be_captions() -> None:
         "pkl:a",
         "",
     )
-    for key in others:
-        with pytest.raises(ConfigError, match="is neither a member of text"):
-            check_key(key)
-        with pytest.raises(ConfigError, match="is neither a member of text"):
-            find({key: b"x"}, key)
+    for key in invalid:
+        with pytest.raises(ConfigError, match="caption_keys"):
+            check_caption_key(key)
+        with pytest.raises(ConfigError, match="caption_keys"):
+            find_captions({key: b"x"}, key)
 
 
 @pytest.mark.parametrize(
     "mark", ["\u0301\u0323", "\u0344", "\u0f73", "\u0f81\u0f71", "\u0308\u0301\u0338"]
 )
-def test_letters_with_thousands_of_accents_cost_little(mark: str) -> None:
-    """Sorting n accents takes n * n steps: 100,000 of them would take seconds."""
+def test_thousands_of_combining_marks_are_cleaned_fast(mark: str) -> None:
+    """Sorting n marks takes n^2 steps: 100,000 marks would take seconds."""
     start = time.process_time()
     once = clean("a" + mark * 50_000 + " b")
     assert time.process_time() - start < 0.5
-    assert (
-        unicodedata.normalize("NFD", once)[0] == "a" and once.endswith(" b") and 15 < len(once) < 66
-    )
+
+    assert unicodedata.normalize("NFD", once)[0] == "a" and once.endswith(" b")
+    assert 15 < len(once) < 66
     assert clean(once) == once
     few = "a" + mark * 10
     assert clean(few) == unicodedata.normalize("NFC", few)
 
 
-def test_limits_of_length() -> None:
-    texts = Texts(
+def test_caption_length_limit() -> None:
+    texts = SampleTexts(
         {"txt": b"123456", "json": b'{"a": "1234567", "b": ["1", "1234567"]}'},
         LimitConfig(caption_chars=6),
     )
-    assert texts.find("txt") == ["123456"]
+    assert texts.find_captions("txt") == ["123456"]
     for key in ("json:a", "json:b"):
-        with pytest.raises(DataError, match="a caption of 7 characters, more than 6") as caught:
-            texts.find(key)
+        with pytest.raises(DataError, match=r"7 characters.* 6 .*caption_chars") as caught:
+            texts.find_captions(key)
         assert caught.value.slug == "caption-too-long"
     wide = "\U0001f600" * 6
-    assert Texts({"txt": wide.encode()}, LimitConfig(caption_chars=6)).find("txt") == [wide]
-    with pytest.raises(DataError, match="a caption of at least 25,000,000 characters") as caught:
-        find({"txt": b"\xff" * 100_000_000}, "txt")
+    texts = SampleTexts({"txt": wide.encode()}, LimitConfig(caption_chars=6))
+    assert texts.find_captions("txt") == [wide]
+    with pytest.raises(DataError, match="at least 25,000,000 characters") as caught:
+        find_captions({"txt": b"\xff" * 100_000_000}, "txt")
     assert caught.value.slug == "caption-too-long"
 
 
-def test_a_clean_caption_has_the_hash_of_its_source() -> None:
+def test_hash_of_the_clean_caption_equals_hash_of_the_source() -> None:
     for text in (" A  Red\theart", "Caf\u0065\u0301", "STRASSE \ufeff"):
-        assert clean_hash(clean(text)) == caption_hash(text)
+        assert hash_clean_caption(clean(text)) == hash_caption(text)
 
 
-def test_damaged_members_are_named() -> None:
+def test_corrupt_members_are_reported() -> None:
     for members, key, slug in [
-        ({"txt": b"\xff\xfe"}, "txt", "bad-text"),
-        ({"json": b"{"}, "json:a", "bad-json"),
-        ({"json": b"[1]"}, "json:a", "bad-json"),
-        ({"json": b"[" * 100_000}, "json:a", "bad-json"),
-        ({"json": b'{"a": ' + b"1" * 5000 + b"}"}, "json:a", "bad-json"),
+        ({"txt": b"\xff\xfe"}, "txt", "invalid-text"),
+        ({"json": b"{"}, "json:a", "invalid-json"),
+        ({"json": b"[1]"}, "json:a", "invalid-json"),
+        ({"json": b"[" * 100_000}, "json:a", "invalid-json"),
+        ({"json": b'{"a": ' + b"1" * 5000 + b"}"}, "json:a", "invalid-json"),
     ]:
         with pytest.raises(DataError) as caught:
-            find(members, key)
+            find_captions(members, key)
         assert caught.value.slug == slug

@@ -1,5 +1,8 @@
-"""Damaged and random samples, thousands of them, in a process of their own: none may crash, hang or
-fill the memory, and each must become an item or one counted problem."""
+"""Fuzzing of the sample decoders with thousands of corrupt and random inputs.
+
+None may crash, hang or exhaust the memory; each must be processed or raise a DataError with a slug.
+The inputs are processed in a child process.
+"""
 
 from __future__ import annotations
 
@@ -12,20 +15,20 @@ import pytest
 
 from tests.support.launch import ROOT, clean_environment
 
-REASONS = {
-    "images": {"good", "bad-image"},
-    "captions": {"good", "empty", "bad-text", "caption-too-long"},
-    "json": {"good", "empty", "bad-json", "bad-text"},
+OUTCOMES = {
+    "images": {"accepted", "corrupt-image"},
+    "captions": {"accepted", "empty", "invalid-text", "caption-too-long"},
+    "json": {"accepted", "empty", "invalid-json", "invalid-text"},
 }
-SECONDS = 3.0
-"""Most CPU time that one input may take; the slowest took a third."""
-MIB = 1024
+MAX_SECONDS = 3.0
+"""CPU time limit per input; the slowest input took a third of it."""
+MAX_MIB = 1024
 
 
-def fuzz(what: str, first: int, rounds: int) -> dict[str, Any]:
-    """Run the rounds; see `tests/support/fuzz_content.py`."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.support.fuzz_content", what, str(first), str(rounds)],
+def fuzz(target: str, first_seed: int, count: int) -> dict[str, Any]:
+    """Process `count` inputs; see `tests/support/fuzz_content.py`."""
+    completed = subprocess.run(
+        [sys.executable, "-m", "tests.support.fuzz_content", target, str(first_seed), str(count)],
         cwd=ROOT,
         env=clean_environment(),
         text=True,
@@ -33,29 +36,29 @@ def fuzz(what: str, first: int, rounds: int) -> dict[str, Any]:
         timeout=280,
         errors="replace",
     )
-    # A crash of a decoder shows as a negative status, anything unforeseen as 1 with a traceback.
-    assert done.returncode == 0, f"status {done.returncode}: {done.stderr[-3000:]}"
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    # The status is negative if a decoder crashed, and 1 with a traceback for other exceptions.
+    assert completed.returncode == 0, f"status {completed.returncode}: {completed.stderr[-3000:]}"
+    report: dict[str, Any] = json.loads(completed.stdout.splitlines()[-1])
+    return report
 
 
-@pytest.mark.parametrize(("what", "rounds"), [("images", 3000), ("captions", 400), ("json", 1500)])
-def test_anything_becomes_an_item_or_one_counted_problem(what: str, rounds: int) -> None:
-    check(fuzz(what, 0, rounds), what, rounds)
+@pytest.mark.parametrize(("target", "count"), [("images", 3000), ("captions", 400), ("json", 1500)])
+def test_fuzz(target: str, count: int) -> None:
+    check(fuzz(target, 0, count), target, count)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("what", REASONS)
+@pytest.mark.parametrize("target", OUTCOMES)
 @pytest.mark.parametrize("part", range(4))
-def test_anything_at_length(what: str, part: int) -> None:
-    rounds = {"images": 100_000, "captions": 5_000, "json": 50_000}[what]
-    check(fuzz(what, 1_000_000 * (part + 1), rounds), what, rounds)
+def test_fuzz_long(target: str, part: int) -> None:
+    count = {"images": 100_000, "captions": 5_000, "json": 50_000}[target]
+    check(fuzz(target, 1_000_000 * (part + 1), count), target, count)
 
 
-def check(found: dict[str, Any], what: str, rounds: int) -> None:
-    outcomes = found["outcomes"]
-    assert set(outcomes) == REASONS[what]
-    assert sum(outcomes.values()) == rounds
-    assert outcomes["good"] > rounds / 20
-    assert found["slowest"][0] < SECONDS, f"round {found['slowest'][1]}"
-    assert found["most_mib"] < MIB
+def check(report: dict[str, Any], target: str, count: int) -> None:
+    outcomes = report["outcomes"]
+    assert set(outcomes) == OUTCOMES[target]
+    assert sum(outcomes.values()) == count
+    assert outcomes["accepted"] > count / 20
+    assert report["slowest"][0] < MAX_SECONDS, f"input with seed {report['slowest'][1]}"
+    assert report["peak_mib"] < MAX_MIB

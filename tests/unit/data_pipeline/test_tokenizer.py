@@ -1,3 +1,5 @@
+"""The tokenizer: encoding, decoding, training and errors."""
+
 from __future__ import annotations
 
 import hashlib
@@ -11,15 +13,15 @@ import sentencepiece
 from data_pipeline.common.errors import DataError, TokenizerError
 from data_pipeline.content.captions import clean
 from data_pipeline.content.tokenizer import Tokenizer, train_tokenizer
-from data_pipeline.preparing.corpus import captions_of
+from data_pipeline.preparing.caption_stream import iter_captions
 from data_pipeline.shards.writer import write_shards
 
 ANIMALS = ("cat", "dog", "horse", "fox", "owl", "red panda", "polar bear")
 CORPUS = [
-    f"{how} {animal} {where}"
-    for how in ("a small", "one happy", "the old")
+    f"{article} {animal} {location}"
+    for article in ("a small", "one happy", "the old")
     for animal in ANIMALS
-    for where in ("in the snow", "under a tree", "on a flag", "é")
+    for location in ("in the snow", "under a tree", "on a flag", "é")
 ]
 
 
@@ -37,20 +39,20 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
         "\u2581 a\u2581\u2581b",
         "<pad> </s> <0x41> <unk>",
         "Ünïcode",
-        "  two  blanks\t",
+        "  two  spaces\t",
         "",
         "e\u0301",
         "half \ud800",
     ],
 )
-def test_any_text_comes_back_clean(tokenizer: Tokenizer, text: str) -> None:
+def test_decode_inverts_encode(tokenizer: Tokenizer, text: str) -> None:
     ids = tokenizer.encode(text, 500)
     assert tokenizer.decode(ids) == clean(text)
     assert (ids[0], ids[-1]) == (1, 2)
-    assert not {0, 1, 2, 3} & set(ids[1:-1])  # marks never stand for text
+    assert not {0, 1, 2, 3} & set(ids[1:-1])  # special tokens never encode text
 
 
-def test_random_unicode_comes_back(tokenizer: Tokenizer) -> None:
+def test_decode_inverts_encode_for_random_unicode(tokenizer: Tokenizer) -> None:
     rng = np.random.default_rng(0)
     for _ in range(300):
         codes = rng.integers(32, 0x2FFFF, 10)
@@ -58,61 +60,59 @@ def test_random_unicode_comes_back(tokenizer: Tokenizer) -> None:
         assert tokenizer.decode(tokenizer.encode(text, 500)) == text
 
 
-def test_a_word_is_the_same_pieces_first_and_later(tokenizer: Tokenizer) -> None:
+def test_first_word_has_the_same_ids_as_later_words(tokenizer: Tokenizer) -> None:
     fox = tokenizer.encode("fox", 99)[1:-1]
     assert tokenizer.encode("the old fox", 99)[-1 - len(fox) : -1] == fox
 
 
-def test_cutting_keeps_the_end(tokenizer: Tokenizer) -> None:
-    whole = tokenizer.encode("the old polar bear under a tree", 99)
-    for length in range(2, len(whole) + 3):
-        cut = tokenizer.encode("the old polar bear under a tree", length)
-        assert cut == (whole if length >= len(whole) else [*whole[: length - 1], 2])
-    with pytest.raises(ValueError, match="start and end alone need 2"):
+def test_truncation_keeps_the_end_token(tokenizer: Tokenizer) -> None:
+    text = "the old polar bear under a tree"
+    full = tokenizer.encode(text, 99)
+    for length in range(2, len(full) + 3):
+        expected = full if length >= len(full) else [*full[: length - 1], 2]
+        assert tokenizer.encode(text, length) == expected
+    with pytest.raises(ValueError, match="max_length is 1"):
         tokenizer.encode("a", 1)
 
 
 @pytest.mark.parametrize(
     "text", ["x" * 100_000, "\u2581" * 100_000, "a \u2581 " * 25_000, "日" * 100_000]
 )
-def test_a_very_long_caption_costs_little(tokenizer: Tokenizer, text: str) -> None:
+def test_very_long_caption_is_encoded_fast(tokenizer: Tokenizer, text: str) -> None:
     start = time.process_time()
     ids = tokenizer.encode(text, 64)
     assert time.process_time() - start < 1.0
     assert len(ids) == 64 and (ids[0], ids[-1]) == (1, 2)
 
 
-def test_a_clean_caption_needs_no_cleaning(tokenizer: Tokenizer) -> None:
+def test_encode_clean_equals_encode(tokenizer: Tokenizer) -> None:
     for text in [*CORPUS[:20], "", "日本語", "a \u2581 b"]:
         assert tokenizer.encode_clean(clean(text), 40) == tokenizer.encode(f" {text}\n", 40)
-    with pytest.raises(ValueError, match="start and end alone need 2"):
+    with pytest.raises(ValueError, match="max_length is 1"):
         tokenizer.encode_clean("", 1)
 
 
-def test_decoding_stops_at_the_end_and_leaves_out_padding(tokenizer: Tokenizer) -> None:
+def test_decode_stops_at_the_end_token_and_skips_padding(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("one happy owl", 99)
     assert tokenizer.decode([*ids, 0, 0, *ids]) == "one happy owl"
     assert tokenizer.decode([]) == ""
 
 
-def test_the_same_captions_give_the_same_bytes(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_training_is_deterministic(tokenizer: Tokenizer, tmp_path: Path) -> None:
     again = train_tokenizer(iter(CORPUS), tmp_path / "sub" / "again.model", vocab_size=290)
     assert again.fingerprint == tokenizer.fingerprint
-    assert (
-        again.fingerprint
-        == hashlib.sha256((tmp_path / "sub" / "again.model").read_bytes()).hexdigest()
-    )
+    model = (tmp_path / "sub" / "again.model").read_bytes()
+    assert again.fingerprint == hashlib.sha256(model).hexdigest()
+
     other = train_tokenizer(CORPUS[1:], tmp_path / "other.model", vocab_size=290)
     assert other.fingerprint != tokenizer.fingerprint
     assert tokenizer.vocab_size == other.vocab_size == 290
     assert [path.name for path in tmp_path.glob("*.model")] == ["other.model"]
 
 
-def test_too_little_text_is_refused_unless_fewer_ids_are_welcome(tmp_path: Path) -> None:
+def test_too_little_text_for_the_vocabulary(tmp_path: Path) -> None:
     path = tmp_path / "t.model"
-    with pytest.raises(
-        TokenizerError, match=r"too little text for 5000 pieces.*allow \d+ at most; give --vocab"
-    ):
+    with pytest.raises(TokenizerError, match=r"5000.*at most \d+.*--vocab-size \d+"):
         train_tokenizer(CORPUS, path, vocab_size=5000)
     with pytest.raises(TokenizerError, match="no caption"):
         train_tokenizer([" ", "\x00"], path, vocab_size=300)
@@ -120,11 +120,11 @@ def test_too_little_text_is_refused_unless_fewer_ids_are_welcome(tmp_path: Path)
     assert 260 < train_tokenizer(CORPUS, path, vocab_size=5000, exact=False).vocab_size < 1000
 
 
-def test_a_file_that_is_no_tokenizer_of_ours_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(TokenizerError, match="cannot read the tokenizer"):
+def test_unsuitable_model_files_are_rejected(tmp_path: Path) -> None:
+    with pytest.raises(TokenizerError, match=r"missing\.model"):
         Tokenizer.load(tmp_path / "missing.model")
     (tmp_path / "text.model").write_text("hello")
-    with pytest.raises(TokenizerError, match="is not a SentencePiece model"):
+    with pytest.raises(TokenizerError, match=r"text\.model is not a SentencePiece model"):
         Tokenizer.load(tmp_path / "text.model")
     for name, options in [
         ("ids", {"byte_fallback": True}),
@@ -144,25 +144,24 @@ def test_a_file_that_is_no_tokenizer_of_ours_is_refused(tmp_path: Path) -> None:
         Tokenizer.load(tmp_path / "bytes")
 
 
-def test_training_from_shards_is_training_on_their_captions(
-    tokenizer: Tokenizer, tmp_path: Path
-) -> None:
+def test_training_on_the_captions_of_shards(tokenizer: Tokenizer, tmp_path: Path) -> None:
     samples = [
         {
-            "__key__": f"{number:03d}",
+            "__key__": f"{index:03d}",
             "jpg": b"\xff",
             "txt": text,
-            "json": {"tags": [f"tag {number}", "x"]},
+            "json": {"tags": [f"tag {index}", "x"]},
         }
-        for number, text in enumerate(CORPUS)
+        for index, text in enumerate(CORPUS)
     ]
     manifest = write_shards(samples, tmp_path / "shards", samples_per_shard=30)
-    assert list(captions_of([manifest], ["txt"])) == CORPUS
-    assert list(captions_of([manifest], ["json:tags"]))[:4] == ["tag 0", "x", "tag 1", "x"]
-    learnt = train_tokenizer(captions_of([manifest], ["txt"]), tmp_path / "t.model", vocab_size=290)
-    assert learnt.fingerprint == tokenizer.fingerprint
+    assert list(iter_captions([manifest], ["txt"])) == CORPUS
+    assert list(iter_captions([manifest], ["json:tags"]))[:4] == ["tag 0", "x", "tag 1", "x"]
+    captions = iter_captions([manifest], ["txt"])
+    trained = train_tokenizer(captions, tmp_path / "t.model", vocab_size=290)
+    assert trained.fingerprint == tokenizer.fingerprint
 
     shard = tmp_path / "shards" / manifest.shards[1].name
     shard.unlink()
-    with pytest.raises(DataError, match="cannot open shard"):
-        list(captions_of([manifest], ["txt"]))
+    with pytest.raises(DataError, match=shard.name):
+        list(iter_captions([manifest], ["txt"]))

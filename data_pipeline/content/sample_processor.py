@@ -1,0 +1,213 @@
+"""From the files of a sample to a row of a batch: select a caption, filter, decode, augment,
+tokenize.
+
+All random numbers are derived from (seed, epoch, shard, key), so a sample is processed identically
+on any rank or worker and after a restart. Cheap steps come first: a sample that is rejected by its
+caption, its fields or its image header is never decoded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+
+from data_pipeline.common.errors import DataError
+from data_pipeline.content import color_jitter
+from data_pipeline.content.captions import (
+    SampleTexts,
+    check_caption_key,
+    hash_clean_caption,
+    select_caption,
+)
+from data_pipeline.content.filters import (
+    Condition,
+    caption_length_allowed,
+    caption_length_error,
+    check_fields,
+    check_image_size,
+    parse_conditions,
+)
+from data_pipeline.content.image_header import ImageHeader, read_header
+from data_pipeline.content.images import check_pixels, decode_pixels
+from data_pipeline.content.tokenizer import Tokenizer
+from data_pipeline.content.transforms import hwc_to_chw, random_background_color, render
+from data_pipeline.content.uniform_numbers import uniform_numbers
+from data_pipeline.content.views import center_view, min_decode_size, random_view, scale_view
+from data_pipeline.samples import RawSample
+from data_pipeline.settings import AugmentConfig, FilterConfig, LimitConfig
+
+# Shapes: C image channels, H and W height and width of the model's input (both `image_size`).
+
+IMAGE_EXTENSIONS = frozenset(
+    (
+        "jpg",
+        "jpeg",
+        "png",
+        "webp",
+        "bmp",
+        "gif",
+        "tif",
+        "tiff",
+        "ppm",
+        "jp2",
+        "avif",
+        "img",
+        "image",
+    )
+)
+"""Members that may hold the image; its format is determined by its content. Members that are
+neither image, text nor JSON are never read."""
+
+_CAPTION_UNIFORMS = slice(12, 14)
+"""The first twelve of a sample's random numbers are for the image."""
+
+
+class ProcessedSample(NamedTuple):
+    """One sample, ready for a batch."""
+
+    image_CHW: np.ndarray
+    """uint8."""
+    ids: list[int]
+    """Token ids, including start and end."""
+    key: str
+    caption: str
+    caption_hash: int
+    """Hash of the sample's first caption; equal captions are not used as negatives."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleProcessor:
+    """Converts raw samples to processed samples."""
+
+    image_size: int
+    """Side of the model's input, pixels."""
+    context_length: int
+    """Maximum number of token ids, including start and end."""
+    caption_keys: tuple[str, ...]
+    caption_weights: tuple[float, ...]
+    seed: int = 0
+    augment: AugmentConfig | None = None
+    """Augmentation for training; None for evaluation: nothing is random and the first caption is
+    used."""
+    filters: FilterConfig = field(default_factory=FilterConfig)
+    limits: LimitConfig = field(default_factory=LimitConfig)
+
+    def __post_init__(self) -> None:
+        for key in self.caption_keys:
+            check_caption_key(key)
+        _ = self._conditions  # reports a syntax error in a condition now
+
+    def process(
+        self, raw: RawSample, epoch: int, tokenizer: Tokenizer, out: np.ndarray | None = None
+    ) -> ProcessedSample:
+        """Process one sample for one epoch.
+
+        Args:
+            raw: The sample.
+            epoch: How often the sample was used before.
+            tokenizer: Tokenizer for the caption.
+            out: Contiguous uint8 `[C, H, W]`, such as a slot of a batch, into which the image is
+                written; it becomes `image_CHW`. Its contents are undefined after an error.
+
+        Raises:
+            DataError: The sample cannot be used or is filtered out; `slug` gives the reason
+                (`no-image`, `corrupt-image`, `no-caption`, `invalid-json`, `filter:...`).
+        """
+        uniforms = None
+        if self.augment:
+            uniforms = uniform_numbers(b"sample", self.seed, epoch, raw.shard, raw.key)
+
+        texts = SampleTexts(raw.members, self.limits)
+        if self._conditions:
+            check_fields(texts.fields(), self._conditions)
+        caption = self._select_caption(raw, texts, uniforms)
+
+        data = image_bytes(raw)
+        header = read_header(data)
+        check_pixels(header, self.limits.pixels)
+        check_image_size(header.width, header.height, self.filters)
+        if uniforms is None:
+            image = self._eval_image(data, header, out)
+        else:
+            image = self._train_image(raw, epoch, data, header, uniforms, out)
+
+        # Alternative captions of one sample must have the same hash too, so the first caption is
+        # hashed whichever was selected.
+        captions = texts.find_captions(self.caption_keys[0])
+        caption_hash = hash_clean_caption(captions[0] if captions else caption)
+        ids = tokenizer.encode_clean(caption, self.context_length)
+        return ProcessedSample(image, ids, raw.key, caption, caption_hash)
+
+    def _select_caption(
+        self, raw: RawSample, texts: SampleTexts, uniforms: list[float] | None
+    ) -> str:
+        caption = select_caption(
+            texts,
+            self.caption_keys,
+            self.caption_weights,
+            uniforms[_CAPTION_UNIFORMS] if uniforms else None,
+            lambda text: caption_length_allowed(text, self.filters),
+        )
+        if caption:
+            return caption
+
+        rejected = select_caption(texts, self.caption_keys, self.caption_weights, None)
+        if rejected:
+            raise caption_length_error(rejected, self.filters)
+        raise DataError(
+            f"no caption under {', '.join(self.caption_keys)}; the sample's files are "
+            f"{', '.join(raw.members)}",
+            slug="no-caption",
+        )
+
+    def _eval_image(self, data: bytes, header: ImageHeader, out: np.ndarray | None) -> np.ndarray:
+        pixels, _ = decode_pixels(data, header)
+        view = center_view(header.width, header.height)
+        return hwc_to_chw(render(pixels, view, self.image_size), out)
+
+    def _train_image(
+        self,
+        raw: RawSample,
+        epoch: int,
+        data: bytes,
+        header: ImageHeader,
+        uniforms: list[float],
+        out: np.ndarray | None,
+    ) -> np.ndarray:
+        assert self.augment is not None
+        view = random_view(header.width, header.height, self.augment, uniforms)
+        min_size = min_decode_size(view, header.width, header.height, self.image_size)
+        pixels, reduction = decode_pixels(data, header, min_size)
+        if reduction != 1:
+            view = scale_view(view, reduction, header.width, header.height)
+
+        background = random_background_color(pixels, self.augment, uniforms)
+        square = render(pixels, view, self.image_size, background=background)
+        if self._has_color_jitter:
+            # The purpose strings select the random numbers: changing one changes training results.
+            color_uniforms = uniform_numbers(b"colour", self.seed, epoch, raw.shard, raw.key)
+            square = color_jitter.apply_color_jitter(square, self.augment, color_uniforms)
+        return hwc_to_chw(square, out)
+
+    @cached_property
+    def _conditions(self) -> tuple[Condition, ...]:
+        return parse_conditions(self.filters.require)
+
+    @cached_property
+    def _has_color_jitter(self) -> bool:
+        return self.augment is not None and color_jitter.color_jitter_enabled(self.augment)
+
+
+def image_bytes(raw: RawSample) -> bytes:
+    """The sample's image file: its first member with an image extension.
+
+    Raises:
+        DataError: There is none (slug `no-image`).
+    """
+    for extension, data in raw.members.items():
+        if extension in IMAGE_EXTENSIONS or extension.rpartition(".")[2] in IMAGE_EXTENSIONS:
+            return data
+    raise DataError(f"no image among its files: {', '.join(raw.members)}", slug="no-image")
