@@ -1,7 +1,7 @@
-"""How one optimizer step is cut into ranks and micro-batches: exactly, or not at all.
+"""Split of an optimizer step into micro-batches: exact, or an error.
 
-People write the pairs of a step and the pairs of a forward pass; accumulation follows. All ranks
-are data ranks: the ranks that share one copy of the experts each read their own pairs.
+The global and the micro-batch size are configured; the number of accumulation steps follows. All
+ranks are data-parallel: the ranks of one expert-parallel group read different pairs.
 """
 
 from __future__ import annotations
@@ -12,55 +12,60 @@ from data_pipeline.common.errors import ConfigError
 
 
 class BatchPlan(NamedTuple):
-    """The one place that knows how many micro-batches a step has."""
+    """Batch sizes of a run on a given number of ranks."""
 
     global_batch_size: int
-    """Pairs of one optimizer step, whole world."""
+    """Pairs per optimizer step, over all ranks."""
     micro_batch_size: int
-    """Pairs of one forward pass of one rank."""
-    data_ranks: int
-    """Ranks that read data: all of them."""
+    """Pairs per forward pass of one rank."""
+    data_parallel_size: int
+    """Number of ranks that read data: all of them."""
     accumulation_steps: int
-    """Forward passes of a rank in one optimizer step."""
+    """Forward passes of a rank per optimizer step."""
 
 
-def plan_batch(global_batch_size: int, micro_batch_size: int, data_ranks: int) -> BatchPlan:
+def plan_batch(global_batch_size: int, micro_batch_size: int, data_parallel_size: int) -> BatchPlan:
     """Split the pairs of one optimizer step over ranks and micro-batches.
 
     Args:
-        global_batch_size: Pairs of one optimizer step, whole world.
-        micro_batch_size: Pairs of one forward pass of one rank.
-        data_ranks: Ranks of the run.
+        global_batch_size: Pairs per optimizer step, over all ranks.
+        micro_batch_size: Pairs per forward pass of one rank.
+        data_parallel_size: Number of ranks.
 
     Raises:
-        ConfigError: The split is not exact; names the nearest `global_batch_size` that is, and the
-        nearest
-            `micro_batch_size` that keeps the step.
+        ConfigError: The split is not exact. The message gives the nearest valid
+            `global_batch_size` and, if there is one, the nearest `micro_batch_size` that keeps the
+            global batch size.
     """
-    if min(global_batch_size, micro_batch_size, data_ranks) < 1:
+    if min(global_batch_size, micro_batch_size, data_parallel_size) < 1:
         raise ConfigError(
-            f"batch.global_batch_size ({global_batch_size}), batch.micro_batch_size ({micro_batch_size}) and the "
-            f"number of ranks ({data_ranks}) must all be at least 1"
+            f"batch.global_batch_size ({global_batch_size}), batch.micro_batch_size "
+            f"({micro_batch_size}) and the number of ranks ({data_parallel_size}) must all be >= 1"
         )
-    pairs_per_round = micro_batch_size * data_ranks
-    accumulation_steps, rest = divmod(global_batch_size, pairs_per_round)
-    if rest or accumulation_steps == 0:
-        nearest = max(1, round(global_batch_size / pairs_per_round)) * pairs_per_round
+
+    pairs_per_forward = micro_batch_size * data_parallel_size
+    accumulation_steps, remainder = divmod(global_batch_size, pairs_per_forward)
+    if remainder or accumulation_steps == 0:
+        nearest = max(1, round(global_batch_size / pairs_per_forward)) * pairs_per_forward
+        message = (
+            f"batch.global_batch_size is {global_batch_size}, not a positive multiple of "
+            f"batch.micro_batch_size ({micro_batch_size}) x {data_parallel_size} ranks = "
+            f"{pairs_per_forward}; use batch.global_batch_size={nearest}"
+        )
+        micro = _nearest_micro_batch_size(global_batch_size, micro_batch_size, data_parallel_size)
         raise ConfigError(
-            f"batch.global_batch_size is {global_batch_size}, not a positive multiple of batch.micro_batch_size "
-            f"({micro_batch_size}) x {data_ranks} ranks = {pairs_per_round}; the nearest that is: "
-            f"batch.global_batch_size={nearest}{_or_keep_the_step(global_batch_size, micro_batch_size, data_ranks)}"
+            message if micro is None else f"{message}, or batch.micro_batch_size={micro}"
         )
-    return BatchPlan(global_batch_size, micro_batch_size, data_ranks, accumulation_steps)
+    return BatchPlan(global_batch_size, micro_batch_size, data_parallel_size, accumulation_steps)
 
 
-def _or_keep_the_step(global_batch_size: int, micro_batch_size: int, data_ranks: int) -> str:
-    """The nearest `micro_batch_size` that leaves the step as it is, if there is one."""
-    share, rest = divmod(global_batch_size, data_ranks)
-    if rest:
-        return ""
-    divisors = [n for n in range(1, share + 1) if share % n == 0] if share <= 1 << 20 else []
-    if not divisors:
-        return ""
-    best = min(divisors, key=lambda n: (abs(n - micro_batch_size), n))
-    return f", or batch.micro_batch_size={best}"
+def _nearest_micro_batch_size(
+    global_batch_size: int, micro_batch_size: int, data_parallel_size: int
+) -> int | None:
+    """The nearest `micro_batch_size` that is valid for the global batch size, if there is one."""
+    pairs_per_rank, remainder = divmod(global_batch_size, data_parallel_size)
+    # The bound keeps the search for divisors fast.
+    if remainder or not 1 <= pairs_per_rank <= 1 << 20:
+        return None
+    divisors = [n for n in range(1, pairs_per_rank + 1) if pairs_per_rank % n == 0]
+    return min(divisors, key=lambda n: (abs(n - micro_batch_size), n))

@@ -1,5 +1,4 @@
-"""Settings of the sparse layers: `moe`, how tokens are routed, and `balance`, what keeps the
-experts in use."""
+"""Settings of the sparse layers: `moe` for experts and routing, `balance` for load balancing."""
 
 from __future__ import annotations
 
@@ -14,52 +13,61 @@ class MoEConfig:
     """The sparse feed-forward layers of the trunk."""
 
     num_experts: int = 8
-    """Routed experts of a layer, over all ranks (E)."""
+    """Number of routed experts per MoE layer, over all ranks (E)."""
     top_k: int = 2
-    """Experts each token visits (K)."""
+    """Number of routed experts per token (K)."""
     expert_width: int = 64
     """Hidden width of one SwiGLU expert."""
     shared_experts: int = 1
-    """Experts that every token visits, beside the routed ones."""
+    """Number of experts that process every token, in addition to the routed ones."""
     score_func: Literal["softmax", "sigmoid"] = "softmax"
-    """How router logits become gate scores."""
+    """Function that turns router logits into gate scores: `softmax` normalizes over the experts,
+    `sigmoid` scores each expert independently."""
     temperature: float = 1.0
-    """Multiplies the router logits before the score (`a` in softmax(a x logits))."""
+    """Factor on the router logits before `score_func`: score_func(temperature x logits)."""
     norm_topk_prob: bool = True
-    """Let the weights of the chosen experts sum to one."""
+    """Normalize the weights of a token's top-k experts to a sum of 1. With `top_k: 1` the raw score
+    is used in any case, so that the router has a gradient."""
     router_input: Literal["token", "caption"] = "token"
-    """What the router reads: the token; or also, for text in the blocks from `model.fusion_layer`
-    on, the caption so far. Patches never read the caption, so that an image's embedding does not
-    depend on it."""
+    """Input of the router: `token` is the token's hidden state. `caption` adds, for text tokens in
+    blocks from `model.fusion_layer` on, logits computed from the caption up to that token. Patches
+    never use the caption, so an image embedding does not depend on it."""
     routing: Literal["top_k", "sampled", "noisy_top_k", "expert_choice"] = "top_k"
-    """Who chooses: each token its best experts; experts drawn by their scores (Gumbel top-k); its
-    best ones by noisy logits (V-MoE); or every expert its best patches of each image, and text its
-    best experts."""
+    """How experts are assigned. `top_k`: the experts with the largest scores of each token.
+    `sampled`: k experts sampled in proportion to the scores, without replacement (Gumbel top-k).
+    `noisy_top_k`: the largest scores of logits with Gaussian noise (V-MoE). `expert_choice`: each
+    expert takes its best patches of each image; text tokens use `top_k`, because expert choice is
+    not causal. Noise and sampling apply to training only."""
     noise_std: float = 1.0
-    """Deviation of the noise of `choice: noisy`, as a multiple of 1 / num_experts."""
+    """Standard deviation of the noise of `routing: noisy_top_k`, in units of 1 / num_experts."""
     capacity_factor: float = 0.0
-    """Places of an expert as a multiple of its fair share while training; 0 means that no choice is
-    ever dropped. Judging never drops any."""
+    """Capacity of an expert during training, relative to its number of tokens under perfectly
+    balanced load; assignments beyond the capacity are dropped. 0 means no limit. Evaluation never
+    drops assignments."""
     capacity_priority: Literal["position", "random", "batch"] = "position"
-    """Who comes first where places are short: earlier pairs, and of a pair its patches; a random
-    order; or the surest tokens (V-MoE's batch prioritized routing). First choices of all tokens
-    come before second ones."""
+    """Order in which assignments fill the capacity. `position`: by pair, within a pair patches
+    first. `random`: a random order. `batch`: largest gate score first (batch prioritized routing,
+    V-MoE). The first assignments of all tokens come before second ones in any case."""
     capacity_group_size: int = 8
-    """Consecutive pairs of the global batch that share the places; must divide
+    """Number of consecutive pairs of the global batch that share one capacity; must divide
     `batch.micro_batch_size`."""
     pools: Literal["shared", "modality"] = "shared"
-    """Whether all experts serve both modalities, or some serve patches and the others text."""
+    """Expert pools: `shared` routes both modalities to all experts, `modality` has separate experts
+    for patches and for text."""
     image_experts: int = 0
-    """Experts that serve patches with `pools: modality`, the first ones; 0 means half of them."""
+    """Number of experts for patches with `pools: modality` (those with the lowest indices); 0 means
+    half of `num_experts`."""
     start: int = 1
-    """First block with experts."""
+    """Index of the first MoE block."""
     every: int = 1
-    """Every how many blocks from `start` on."""
+    """Distance between MoE blocks: 1 makes every block from `start` on sparse, 2 every other
+    one."""
     stop: int = -1
-    """Block before which the experts end; -1 means all blocks to the last."""
+    """MoE blocks have an index below this; -1 means up to and including the last block."""
     backend: Literal["auto", "grouped", "loop", "deepspeed"] = "auto"
-    """Expert computation: one grouped matrix product, or a loop over the experts; or DeepSpeed's
-    own MoE layer while training, to compare with."""
+    """Implementation of the experts: `grouped` uses one grouped matrix product, `loop` computes one
+    expert after the other, and `auto` selects the faster one. `deepspeed` trains with DeepSpeed's
+    MoE layer, for comparison."""
 
     def __post_init__(self) -> None:
         require(
@@ -67,17 +75,23 @@ class MoEConfig:
         )
         require(
             1 <= self.top_k <= self.num_experts,
-            f"moe.top_k is {self.top_k}, but must lie in 1..moe.num_experts ({self.num_experts})",
+            f"moe.top_k is {self.top_k}, but must be in 1..moe.num_experts ({self.num_experts})",
         )
-        require(self.shared_experts >= 0, f"moe.shared_experts is {self.shared_experts}, below 0")
         require(
-            self.temperature > 0, f"moe.temperature is {self.temperature}, but must be positive"
+            self.shared_experts >= 0,
+            f"moe.shared_experts is {self.shared_experts}, but must be at least 0",
         )
+        require(self.temperature > 0, f"moe.temperature is {self.temperature}, but must be above 0")
         require(self.every >= 1, f"moe.every is {self.every}, but must be at least 1")
-        require(self.noise_std > 0, f"moe.noise_std is {self.noise_std}, but must be positive")
+        require(self.noise_std > 0, f"moe.noise_std is {self.noise_std}, but must be above 0")
+        self._check_capacity()
+        self._check_pools()
+
+    def _check_capacity(self) -> None:
         require(
             self.capacity_factor >= 0,
-            f"moe.capacity_factor is {self.capacity_factor}, below 0 (0 means no limit)",
+            f"moe.capacity_factor is {self.capacity_factor}, but must be at least 0 (0 means no "
+            f"limit)",
         )
         require(
             self.capacity_group_size >= 1,
@@ -85,16 +99,17 @@ class MoEConfig:
         )
         require(
             not (self.routing == "expert_choice" and self.capacity_factor),
-            f"moe.routing is expert_choice, which fills every expert evenly by itself, but moe.capacity_factor is "
-            f"{self.capacity_factor}; set moe.capacity_factor=0",
+            f"moe.routing is expert_choice, where all experts have equal load, but "
+            f"moe.capacity_factor is {self.capacity_factor}; set moe.capacity_factor=0",
         )
+
+    def _check_pools(self) -> None:
         if self.pools == "modality":
-            smaller = min(self.image_pool, self.num_experts - self.image_pool)
+            num_text_experts = self.num_experts - self.num_image_experts
             require(
-                smaller >= self.top_k,
-                f"moe.pools is modality with {self.image_pool} experts for patches and "
-                f"{self.num_experts - self.image_pool} for text; each pool needs at least "
-                f"moe.top_k ({self.top_k})",
+                min(self.num_image_experts, num_text_experts) >= self.top_k,
+                f"moe.pools is modality with {self.num_image_experts} experts for patches and "
+                f"{num_text_experts} for text; each pool needs at least moe.top_k ({self.top_k})",
             )
         else:
             require(
@@ -103,93 +118,97 @@ class MoEConfig:
             )
 
     @property
-    def image_pool(self) -> int:
-        """Experts that serve patches; all of them when the pool is shared."""
+    def num_image_experts(self) -> int:
+        """Number of experts for patches; all of them if the pool is shared."""
         if self.pools == "shared":
             return self.num_experts
         return self.image_experts or self.num_experts // 2
 
     def pool(self, modality: int) -> slice:
-        """The experts that serve a modality (0 image, 1 text)."""
+        """Indices of the experts for a modality (0 image, 1 text)."""
         if self.pools == "shared":
             return slice(0, self.num_experts)
-        return (
-            slice(0, self.image_pool) if modality == 0 else slice(self.image_pool, self.num_experts)
-        )
+        if modality == 0:
+            return slice(0, self.num_image_experts)
+        return slice(self.num_image_experts, self.num_experts)
 
     def pool_slices(self) -> tuple[slice, ...]:
-        """Every pool once."""
+        """The distinct expert pools."""
         return (self.pool(0),) if self.pools == "shared" else (self.pool(0), self.pool(1))
 
     @property
-    def noise_deviation(self) -> float:
-        """Deviation of the noise on logits."""
+    def logit_noise_std(self) -> float:
+        """Standard deviation of the noise that is added to the logits."""
         return self.noise_std / self.num_experts
 
     @property
     def is_random(self) -> bool:
-        """Whether anything about training's routing is drawn."""
-        by_chance = self.capacity_factor > 0 and self.capacity_priority == "random"
-        return self.routing in ("sampled", "noisy_top_k") or by_chance
+        """Whether routing uses random numbers during training."""
+        has_random_priority = self.capacity_factor > 0 and self.capacity_priority == "random"
+        return self.routing in ("sampled", "noisy_top_k") or has_random_priority
 
     def patches_per_expert(self, num_patches: int) -> int:
-        """Patches of an image that each expert takes with `choice: expert`: a fair share, rounded
-        up."""
-        return min(num_patches, -(-num_patches * self.top_k // self.image_pool))
+        """Number of patches of an image that each expert takes with `routing: expert_choice`:
+        ceil(num_patches x top_k / experts), at most `num_patches`."""
+        return min(num_patches, -(-num_patches * self.top_k // self.num_image_experts))
 
     def blocks(self, num_layers: int) -> tuple[int, ...]:
-        """Indices of the blocks that hold experts, in a trunk of `num_layers`."""
+        """Indices of the MoE blocks in a trunk of `num_layers` blocks."""
         stop = num_layers if self.stop < 0 else min(self.stop, num_layers)
         return tuple(range(self.start, stop, self.every))
 
 
 @dataclass(frozen=True, kw_only=True)
-class ByModality:
-    """A number for each modality."""
+class PerModality:
+    """One value per modality."""
 
     image: float = 0.0
-    """For patches."""
+    """Value for patches."""
     text: float = 0.0
-    """For text tokens."""
+    """Value for text tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BalanceConfig:
-    """What keeps the experts in use: losses on statistics of the global batch, and biases without a
-    loss.
+    """Load balancing of the experts: auxiliary losses and expert biases.
 
-    Every loss is averaged over the MoE layers; a weight of 0 turns it off.
+    The losses are functions of statistics of the global batch, averaged over the MoE layers; the L1
+    terms are sums over the layers. A weight of 0 turns a loss off.
     """
 
     balance_weight: float = 1e-3
-    """Balance loss of Switch and GShard (1.0 at perfect balance)."""
+    """Weight of the load-balancing loss of Switch Transformer and GShard; its value is 1.0 for
+    uniform routing."""
     router_z_weight: float = 1e-3
-    """Router z-loss of ST-MoE: mean of logsumexp(logits) squared."""
+    """Weight of the router z-loss of ST-MoE: mean of logsumexp(logits) squared."""
     importance_weight: float = 0.0
-    """Squared coefficient of variation of the experts' summed gate scores (V-MoE)."""
+    """Weight of V-MoE's importance loss: squared coefficient of variation of the experts' summed
+    gate scores."""
     load_weight: float = 0.0
-    """The same of the probability of being chosen when the noise is drawn anew; needs `moe.routing:
-    noisy`, and no bias."""
-    local_entropy_weight: ByModality = field(default_factory=ByModality)
-    """Mean entropy of a token's gate scores (LIMoE): with a weight above 0 the router becomes
-    surer."""
-    global_entropy_weight: ByModality = field(default_factory=ByModality)
-    """How far the entropy of a modality's mean gate scores falls short of log S (LIMoE)."""
-    global_entropy_experts: ByModality = field(default_factory=ByModality)
-    """S: experts that a modality should use at least, about, 1 or more; 0 means half of all for
-    patches, a quarter for text."""
+    """Weight of V-MoE's load loss: squared coefficient of variation of the experts' expected load
+    if the noise is resampled. Needs `moe.routing: noisy_top_k` and `bias: none`."""
+    local_entropy_weight: PerModality = field(default_factory=PerModality)
+    """Weight of LIMoE's local entropy loss: mean entropy of a token's gate scores; reduces the
+    entropy, so that the router becomes more confident."""
+    global_entropy_weight: PerModality = field(default_factory=PerModality)
+    """Weight of LIMoE's global entropy loss: max(0, log S - entropy of a modality's mean gate
+    scores); makes the modality use at least about S experts."""
+    global_entropy_experts: PerModality = field(default_factory=PerModality)
+    """S of the global entropy loss, at least 1; 0 means half of `moe.num_experts` for patches and a
+    quarter for text, at most the size of the pool."""
     expert_l1_weight: float = 0.0
-    """Sum of the absolute weights of the routed experts of all layers (a Laplace prior of scale 1 /
+    """Weight of the L1 norm of the routed experts of all layers (a Laplace prior of scale 1 /
     weight)."""
     router_l1_weight: float = 0.0
-    """The same of the routers."""
+    """Weight of the L1 norm of the routers of all layers."""
     bias: Literal["none", "sign", "zscore"] = "none"
-    """Biases of the choice that follow the load: not at all, by a fixed step, or by how far an
-    expert is off. With `moe.routing: expert_choice` they steer the text: patches are spread evenly by the
-    choice itself."""
+    """Expert biases, added to the scores for expert selection only and updated from the load after
+    each step: `sign` by a fixed amount (DeepSeek-V3), `zscore` in proportion to the z-score of the
+    expert's load (MoE-ViE). With `moe.routing: expert_choice` they apply to text only; patches are
+    balanced by construction."""
     bias_rate: float = 1e-3
-    """How far a bias moves in one step."""
+    """Update rate of the expert biases per step."""
     bias_per_modality: bool = False
-    """One bias for patches and one for text, each from its own load."""
+    """Separate biases for patches and text, each updated from the load of its modality."""
     bias_freeze_ratio: float = 0.03
-    """Last part of the run in which biases stay as they are."""
+    """Last fraction of the run in which the biases are not updated."""

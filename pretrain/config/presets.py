@@ -1,7 +1,7 @@
-"""From a YAML file or the name of a preset, and settings on the command line, to a `RunConfig`.
+"""Loading of a `RunConfig` from a YAML file or preset, with command-line overrides.
 
-Presets are ordinary run files that ship with the program. A run file usually starts from one with
-`extends: b16` and says only what differs.
+Presets are run files that are part of the package. A run file usually extends one (`extends: b16`)
+and contains only the settings that differ.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from data_pipeline.common.config import apply_overrides, from_mapping, load_yaml
 from data_pipeline.common.errors import ConfigError
 from pretrain.config.schema import RunConfig
 
-_FOLDER = Path(__file__).resolve().parent / "presets"
+_PRESETS_FOLDER = Path(__file__).resolve().parent / "presets"
 
 
 def preset_names() -> tuple[str, ...]:
-    """Names of the presets that ship with the program, in alphabetical order."""
-    return tuple(sorted(path.stem for path in _FOLDER.glob("*.yaml")))
+    """Names of all presets in alphabetical order."""
+    return tuple(sorted(path.stem for path in _PRESETS_FOLDER.glob("*.yaml")))
 
 
 def preset_path(name: str) -> Path | None:
-    """The file of a preset, or None when there is no preset of that name."""
-    return _FOLDER / f"{name}.yaml" if name in preset_names() else None
+    """The file of a preset, or None if there is no preset of that name."""
+    return _PRESETS_FOLDER / f"{name}.yaml" if name in preset_names() else None
 
 
 def run_path(path_or_preset: str | Path) -> Path:
-    """The run file that a path or the name of a preset means; a file of that name wins.
+    """The run file for a path or a preset name; an existing file takes precedence.
 
     Raises:
-        ConfigError: It is neither.
+        ConfigError: There is neither a file nor a preset of that name.
     """
     path = Path(path_or_preset)
     if path.is_file():
@@ -39,27 +39,29 @@ def run_path(path_or_preset: str | Path) -> Path:
     preset = preset_path(str(path_or_preset))
     if preset is not None:
         return preset
-    near = difflib.get_close_matches(str(path_or_preset), preset_names(), n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    matches = difflib.get_close_matches(str(path_or_preset), preset_names(), n=1)
+    hint = f"; did you mean {matches[0]!r}?" if matches else ""
     raise ConfigError(
-        f"{path_or_preset}: no such file, and no preset either ({', '.join(preset_names())}){hint}"
+        f"{path_or_preset}: no such file, and no preset of that name "
+        f"(presets: {', '.join(preset_names())}){hint}"
     )
 
 
 def load_run(path_or_preset: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a run.
+    """Load the configuration of a run.
 
     Args:
         path_or_preset: A YAML file, or the name of a preset.
-        overrides: Settings such as `optim.lr=3e-4` that win over the file.
+        overrides: Settings such as `optim.lr=3e-4` that take precedence over the file.
 
     Returns:
-        The run, each section checked by itself; `pretrain.config.validate` checks them together.
+        The run. Each section has been checked separately; `pretrain.config.validate` checks
+        settings across sections.
 
     Raises:
-        ConfigError: Lists every unknown key, wrong type and impossible section.
+        ConfigError: Lists all unknown keys, wrong types and invalid sections.
     """
     path = run_path(path_or_preset)
     mapping = apply_overrides(load_yaml(path, preset_path), overrides)
-    source = f"{path}{' with settings from the command line' if overrides else ''}"
+    source = f"{path} with settings from the command line" if overrides else str(path)
     return from_mapping(RunConfig, mapping, source=source)

@@ -1,8 +1,8 @@
-"""What a run is: every number that changes what is learned, each in one typed place.
+"""Configuration of a run: every setting that affects training results, as typed dataclasses.
 
-The YAML of a run is read into `RunConfig`. Memory and wires (ZeRO stage, buckets, offload) are
-not here: they live in `ds_configs/*.json`, and a key owned by both is an error.
-Checks that need one section live in its `__post_init__`; checks across sections are in
+The YAML file of a run is read into `RunConfig`. DeepSpeed settings for memory and communication
+(ZeRO stage, buckets, offload) are in `ds_configs/*.json`; a key that is set in both is an error.
+Checks of a single section are in its `__post_init__`. Checks across sections are in
 `pretrain.config.validate`, which reports all problems at once.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from data_pipeline.common.addresses import refuse_user
+from data_pipeline.common.addresses import reject_userinfo
 from data_pipeline.common.errors import require
 from data_pipeline.settings import DataConfig
 from pretrain.config.experts import BalanceConfig, MoEConfig
@@ -19,37 +19,37 @@ from pretrain.config.experts import BalanceConfig, MoEConfig
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """One trunk over image patches and text tokens."""
+    """The transformer trunk, shared by image patches and text tokens, with its stem and heads."""
 
     width: int = 128
-    """Width of the trunk (D)."""
+    """Hidden size of the trunk (D)."""
     num_layers: int = 4
-    """Transformer blocks."""
+    """Number of transformer blocks."""
     num_heads: int = 4
-    """Attention heads (H); must divide `width` into an even head width."""
+    """Number of attention heads (H); `width / num_heads` must be a multiple of 4."""
     ffn_width: int = 256
-    """Hidden width of the dense SwiGLU blocks."""
+    """Hidden width of the SwiGLU networks in dense blocks."""
     fusion_layer: int = 2
-    """First block in which text also sees the patches of its image."""
+    """Index of the first block in which text attends to the patches of its image."""
     image_size: int = 48
-    """Side of the square picture the model sees, pixels."""
+    """Side of the square input image, pixels."""
     patch_size: int = 8
     """Side of a patch, pixels; must divide `image_size`."""
     stem: Literal["linear", "conv"] = "linear"
-    """From pixels to patch tokens: one linear map, or strided convolutions, which small models
-    learn faster with; `conv` needs a `patch_size` that is a power of two."""
+    """Map from pixels to patch tokens: one linear map, or strided convolutions, with which small
+    models learn faster. `conv` needs a `patch_size` that is a power of two."""
     vocab_size: int = 32000
-    """Text vocabulary (V); must equal the tokenizer's."""
+    """Size of the text vocabulary (V); must equal that of the tokenizer."""
     context_length: int = 64
-    """Most text positions of a caption, start and end marks included (S)."""
+    """Maximum number of text tokens of a caption, start and end tokens included (S)."""
     embed_dim: int = 128
-    """Width of the shared image-text embedding."""
+    """Dimension of the shared image-text embedding."""
     pool_heads: int = 4
-    """Heads of the attention pooling that makes the image embedding."""
+    """Number of heads of the attention pooling for the image embedding."""
     rope_theta: float = 10000.0
     """Base of the rotary position frequencies."""
     activation_checkpointing: bool = False
-    """Recompute the blocks' activations in the backward pass to save memory."""
+    """Recompute the activations of the blocks in the backward pass to save memory."""
 
     def __post_init__(self) -> None:
         require(
@@ -61,20 +61,12 @@ class ModelConfig:
             f"model.width / model.num_heads is {self.width // self.num_heads}; two-dimensional "
             f"rotary positions need a multiple of 4",
         )
-        require(
-            self.patch_size > 0 and self.image_size % self.patch_size == 0,
-            f"model.image_size is {self.image_size}, not a multiple of model.patch_size "
-            f"({self.patch_size})",
-        )
-        require(
-            self.stem == "linear" or self.patch_size & (self.patch_size - 1) == 0,
-            f"model.patch_size is {self.patch_size}, but model.stem=conv halves the picture step by step: "
-            f"use a power of two, or model.stem=linear",
-        )
+        self._check_image()
         require(
             1 <= self.fusion_layer < self.num_layers,
-            f"model.fusion_layer is {self.fusion_layer}, but must lie in 1..num_layers-1 "
-            f"({self.num_layers - 1}): text is embedded below it and captions are written above it",
+            f"model.fusion_layer is {self.fusion_layer}, but must be in 1..num_layers-1 "
+            f"({self.num_layers - 1}): the text embedding is computed before that block, captions "
+            f"after it",
         )
         require(
             self.width % self.pool_heads == 0,
@@ -82,87 +74,104 @@ class ModelConfig:
         )
         require(
             self.context_length >= 2,
-            f"model.context_length is {self.context_length}; start and end need 2",
+            f"model.context_length is {self.context_length}; start and end tokens need 2",
         )
         require(
             self.vocab_size > 4, f"model.vocab_size is {self.vocab_size}; four ids are reserved"
         )
 
+    def _check_image(self) -> None:
+        require(
+            self.patch_size > 0 and self.image_size % self.patch_size == 0,
+            f"model.image_size is {self.image_size}, not a multiple of model.patch_size "
+            f"({self.patch_size})",
+        )
+        require(
+            self.stem == "linear" or self.patch_size & (self.patch_size - 1) == 0,
+            f"model.patch_size is {self.patch_size}, but each convolution of model.stem=conv "
+            f"halves the image: use a power of two, or model.stem=linear",
+        )
+
     @property
     def num_patches(self) -> int:
-        """Patches of one picture (P)."""
+        """Number of patches per image (P)."""
         return (self.image_size // self.patch_size) ** 2
 
     @property
     def stem_channels(self) -> tuple[int, ...]:
-        """Channels of the convolutional stem from the pixels on: a quarter of the trunk's width,
-        half, whole."""
-        steps = self.patch_size.bit_length() - 1
-        return (3, *(max(8, self.width >> max(0, 2 - step)) for step in range(steps)))
+        """Channels of the convolutional stem: 3 for the pixels, then a quarter, half and all of the
+        trunk's width (at least 8)."""
+        num_convs = self.patch_size.bit_length() - 1
+        return (3, *(max(8, self.width >> max(0, 2 - index)) for index in range(num_convs)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """The objective: what each term weighs."""
+    """The objective: contrastive and caption losses. Auxiliary losses are in `balance`."""
 
     contrastive_weight: float = 1.0
-    """Weight of image-text contrast (InfoNCE over the global batch)."""
+    """Weight of the image-text contrastive loss (InfoNCE over the global batch)."""
     caption_weight: float = 2.0
-    """Weight of next-token captioning."""
+    """Weight of the caption loss (next-token cross-entropy, mean over the caption tokens of the
+    global batch)."""
     mask_equal_captions: bool = True
     """Do not use pairs with the same caption as negatives of each other."""
     logit_scale_init: float = 14.285714
-    """First value of the contrastive scale (inverse temperature)."""
+    """Initial value of the learned contrastive scale (inverse temperature)."""
     logit_scale_max: float = 100.0
-    """Ceiling that the contrastive scale may come near."""
+    """Upper bound of the contrastive scale, as a soft cap."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchConfig:
-    """How many pairs make a step; accumulation follows from these and the number of ranks."""
+    """Batch sizes; the number of accumulation steps follows from them and the number of ranks."""
 
     global_batch_size: int = 256
-    """Pairs of one optimizer step over the whole world (G)."""
+    """Pairs per optimizer step, over all ranks (G); a multiple of `micro_batch_size` x ranks."""
     micro_batch_size: int = 64
-    """Pairs of one forward pass of one rank (B)."""
+    """Pairs per forward pass of one rank (B)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW."""
+    """The AdamW optimizer."""
 
     lr: float = 1e-3
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Decay of the first and second moment."""
+    """Decay rates of the first and second moments."""
     eps: float = 1e-8
-    """Added to the root of the second moment."""
+    """Added to the square root of the second moment."""
     weight_decay: float = 0.1
-    """Decoupled decay; none on norms, biases, embeddings and the temperature."""
+    """Decoupled weight decay of matrices; norms, biases, embeddings and the contrastive scale have
+    none."""
     clip_norm: float = 1.0
-    """Largest global gradient norm; 0 turns clipping off."""
+    """Maximum of the global gradient norm; 0 turns clipping off."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    """Length of the run and the learning rate over it."""
+    """Length of the run and learning-rate schedule."""
 
     kind: Literal["cosine", "wsd", "constant"] = "cosine"
-    """Shape after warm-up: cosine, warm-up-stable-decay, or constant."""
+    """Schedule after warm-up: cosine decay, `wsd` (warm-up-stable-decay), or constant."""
     total_steps: int = 1000
-    """Optimizer steps of the whole run."""
+    """Optimizer steps of the run."""
     warmup_steps: int = 100
     """Steps of linear warm-up."""
     min_lr_ratio: float = 0.0
-    """Learning rate at the end, as a share of the peak."""
+    """Learning rate at the end of the decay, as a fraction of the peak."""
     decay_ratio: float = 0.2
-    """Share of the run spent decaying (`wsd` only)."""
+    """Last fraction of the run in which the learning rate decays linearly (`wsd` only)."""
 
     def __post_init__(self) -> None:
-        require(self.total_steps >= 1, f"schedule.total_steps is {self.total_steps}, below 1")
+        require(
+            self.total_steps >= 1,
+            f"schedule.total_steps is {self.total_steps}, but must be at least 1",
+        )
         require(
             0 <= self.warmup_steps <= self.total_steps,
-            f"schedule.warmup_steps is {self.warmup_steps}, but must lie in 0..total_steps "
+            f"schedule.warmup_steps is {self.warmup_steps}, but must be in 0..total_steps "
             f"({self.total_steps})",
         )
 
@@ -172,48 +181,50 @@ class PrecisionConfig:
     """Number formats."""
 
     compute: Literal["fp32", "bf16"] = "fp32"
-    """Activations and matrix products. Masters, moments, router logits and losses are fp32; with
-    DeepSpeed's ZeRO stages 1 to 3 the forward pass reads all weights, those of router and norms
-    too, rounded to bf16."""
+    """Dtype of activations and matrix products. Master weights, optimizer states, router logits and
+    losses are fp32. With DeepSpeed ZeRO stages 1 to 3 and bf16, the forward pass uses bf16 copies
+    of all weights, including those of routers and norms."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How the run is laid over ranks."""
+    """Parallelism and training engine."""
 
     expert_parallel_size: int = 1
-    """Ranks that share one copy of the experts; must divide the world and `moe.num_experts`."""
+    """Number of ranks over which the experts are split; must divide the world size and
+    `moe.num_experts`."""
     engine: Literal["deepspeed", "plain"] = "deepspeed"
-    """`plain` is one process without DeepSpeed: the reference."""
+    """Training engine; `plain` is a single process without DeepSpeed, used as reference."""
     deepspeed: str = "zero1"
-    """A profile of `ds_configs/` by name, or the path of a JSON file."""
+    """DeepSpeed profile: the name of a file in `ds_configs/`, or the path of a JSON file."""
     timeout_seconds: float = 600.0
-    """Longest wait in a collective before the run stops with an error."""
+    """Timeout of collective operations, after which the run stops with an error."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """What is kept to go on from."""
+    """Checkpoints, from which a run resumes."""
 
     every_steps: int = 500
-    """Steps between checkpoints; one is always written at the end. 0 means only at the end."""
+    """Steps between checkpoints; 0 writes one only at the end of the run, where one is always
+    written."""
     keep: int = 2
-    """Newest checkpoints kept."""
+    """Number of most recent checkpoints to keep."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogConfig:
-    """What people see."""
+    """Intervals of logs, metrics and figures."""
 
     every_steps: int = 10
     """Steps between console lines, TensorBoard scalars and rows of metrics.jsonl."""
     captions_every_steps: int = 500
-    """Steps between sample pictures with the captions the model writes; 0 turns them off."""
+    """Steps between figures of sample images with generated captions; 0 turns them off."""
     num_captions: int = 8
-    """Pictures shown."""
+    """Number of images in such a figure."""
     routing_every_steps: int = 500
-    """Steps between pictures of the routing: load by layer and expert, and which experts are chosen
-    together; 0 turns them off."""
+    """Steps between routing figures: load by layer and expert, and coactivation of experts; 0 turns
+    them off."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,26 +232,28 @@ class EvalSet:
     """A held-out set of shards."""
 
     name: str
-    """How it is called in tables and TensorBoard."""
+    """Name of the set in tables and TensorBoard."""
     shards: str
-    """Its manifest, or the folder that holds it."""
+    """Its manifest, or the folder that contains it."""
     labels: str = ""
-    """A file with one caption a line to rank against; empty means the set's own captions."""
+    """Text file with one candidate caption per line for retrieval; empty means the captions of the
+    set."""
 
     def __post_init__(self) -> None:
-        refuse_user(self.shards, f"eval.sets {self.name!r}")
+        reject_userinfo(self.shards, f"eval.sets {self.name!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """Judging the model."""
+    """Evaluation on held-out sets."""
 
     sets: tuple[EvalSet, ...] = ()
     """Held-out sets."""
     batch_size: int = 128
-    """Pairs of one forward pass while judging."""
+    """Pairs per forward pass during evaluation."""
     caption_samples: int = 200
-    """Pictures of a set for which captions are written and compared."""
+    """Number of images per set for which captions are generated and compared with the
+    references."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,9 +261,9 @@ class RunConfig:
     """One training run."""
 
     name: str = "run"
-    """Shown in logs."""
+    """Name of the run in logs."""
     seed: int = 0
-    """Everything random follows from it."""
+    """Seed of all random numbers: initialization, data order, augmentation, routing."""
     model: ModelConfig = field(default_factory=ModelConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
     loss: LossConfig = field(default_factory=LossConfig)

@@ -1,4 +1,4 @@
-"""The split of a step over ranks: exact, or an error that names a value which works."""
+"""Split of a step over ranks: exact, or an error with values that are valid."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pretrain.config.batch import plan_batch
 
 
 @pytest.mark.parametrize(
-    ("step", "forward", "ranks", "accumulation"),
+    ("global_batch_size", "micro_batch_size", "ranks", "accumulation_steps"),
     [
         (1, 1, 1, 1),
         (256, 64, 2, 2),
@@ -20,35 +20,40 @@ from pretrain.config.batch import plan_batch
         (96, 3, 4, 8),
     ],
 )
-def test_an_exact_split(step: int, forward: int, ranks: int, accumulation: int) -> None:
-    plan = plan_batch(step, forward, ranks)
-    assert plan.accumulation_steps == accumulation
-    assert (
-        plan.micro_batch_size * plan.data_ranks * plan.accumulation_steps
-        == plan.global_batch_size
-        == step
-    )
+def test_exact_split(
+    global_batch_size: int, micro_batch_size: int, ranks: int, accumulation_steps: int
+) -> None:
+    plan = plan_batch(global_batch_size, micro_batch_size, ranks)
+    assert plan.accumulation_steps == accumulation_steps
+    pairs_per_step = plan.micro_batch_size * plan.data_parallel_size * plan.accumulation_steps
+    assert pairs_per_step == plan.global_batch_size == global_batch_size
 
 
-@pytest.mark.parametrize("step", range(1, 40))
-@pytest.mark.parametrize(("forward", "ranks"), [(3, 2), (4, 4), (7, 1)])
-def test_never_floors_and_the_named_values_work(step: int, forward: int, ranks: int) -> None:
-    if step % (forward * ranks) == 0:
-        assert plan_batch(step, forward, ranks).accumulation_steps == step // (forward * ranks)
+@pytest.mark.parametrize("global_batch_size", range(1, 40))
+@pytest.mark.parametrize(("micro_batch_size", "ranks"), [(3, 2), (4, 4), (7, 1)])
+def test_suggested_values_are_valid_and_nearest(
+    global_batch_size: int, micro_batch_size: int, ranks: int
+) -> None:
+    pairs_per_forward = micro_batch_size * ranks
+    if global_batch_size % pairs_per_forward == 0:
+        plan = plan_batch(global_batch_size, micro_batch_size, ranks)
+        assert plan.accumulation_steps == global_batch_size // pairs_per_forward
         return
-    with pytest.raises(ConfigError) as caught:
-        plan_batch(step, forward, ranks)
-    message = str(caught.value)
+
+    with pytest.raises(ConfigError) as error:
+        plan_batch(global_batch_size, micro_batch_size, ranks)
+    message = str(error.value)
     nearest = int(re.search(r"batch\.global_batch_size=(\d+)", message)[1])  # type: ignore[index]
-    plan_batch(nearest, forward, ranks)
-    valid = [n for n in range(1, 200) if n % (forward * ranks) == 0]
-    assert abs(nearest - step) == min(abs(n - step) for n in valid)
-    other = re.search(r"or batch\.micro_batch_size=(\d+)", message)
-    assert (other is not None) == (step % ranks == 0)
-    if other:
-        plan_batch(step, int(other[1]), ranks)
+    plan_batch(nearest, micro_batch_size, ranks)
+    distances = [abs(n - global_batch_size) for n in range(1, 200) if n % pairs_per_forward == 0]
+    assert abs(nearest - global_batch_size) == min(distances)
+
+    micro = re.search(r"or batch\.micro_batch_size=(\d+)", message)
+    assert (micro is not None) == (global_batch_size % ranks == 0)
+    if micro:
+        plan_batch(global_batch_size, int(micro[1]), ranks)
 
 
-def test_nothing_below_one() -> None:
-    with pytest.raises(ConfigError, match="must all be at least 1"):
+def test_values_below_one() -> None:
+    with pytest.raises(ConfigError, match=r"batch\.global_batch_size \(0\)"):
         plan_batch(0, 1, 1)
