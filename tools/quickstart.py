@@ -1,10 +1,8 @@
-"""`make quickstart`: data, tokenizer, training on two processes, evaluation, in about a quarter of
-an hour.
+"""`make quickstart`: data, tokenizer, training on two processes and evaluation, in 15 minutes.
 
-Only commands that a cluster runs too: `python -m tools.quickstart_data`, `vlmoe train` under
-torchrun, and the evaluation of `vlmoe eval`. The one thing added is the length of the run: a short
-trial measures what this machine trains in a second, and the run is as long as fits into the minutes
-asked for.
+It uses only commands that also run on a cluster: `python -m tools.quickstart_data`, `vlmoe train`
+under torchrun, and the evaluation of `vlmoe eval`. It adds the length of the run: a short trial
+measures the speed of this machine, and the run has as many steps as fit into the given minutes.
 """
 
 from __future__ import annotations
@@ -32,25 +30,26 @@ PRESET, DATA = "quickstart", Path("data/quickstart")
 RANKS = 2
 TRIAL_STEPS = 16
 MAX_STEPS = 2400
-"""More steps than this bring little on 13,000 pairs."""
+"""More steps improve little on 13,000 pairs."""
+PRINTED_CAPTIONS = 10
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run all of it; returns the exit status."""
+    """Run the quickstart; returns the exit status."""
     options = _parse(arguments)
     setup_logging()
     status = quickstart_data_command.main(["--out", str(DATA)])
     if status:
         return status
     try:
-        steps = options.steps or _steps_of(options.out) or _fitting_steps(options)
+        steps = options.steps or _steps_of_existing_run(options.out) or _measure_steps(options)
         _train(options.out, [f"schedule.total_steps={steps}", *options.overrides])
         summary = summarize(options.out)
     except VlmError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except subprocess.CalledProcessError as error:
-        print("error: training failed; the reason stands above", file=sys.stderr)
+        print("error: training failed; see its output above", file=sys.stderr)
         return error.returncode
     print(
         f"\nall numbers: {options.out}/summary.json ({summary['samples_seen']:,} pairs seen in "
@@ -64,16 +63,26 @@ def main(arguments: list[str] | None = None) -> int:
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tools.quickstart",
-        description="Fetch real pictures, train a small sparse vision-language model on two processes, judge it.",
+        description="Download images with captions, train a small sparse vision-language model on "
+        "two processes, and evaluate it.",
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/quickstart"), help="folder of the run"
+        "--out",
+        type=Path,
+        default=Path("runs/quickstart"),
+        help="folder of the run (default: %(default)s)",
     )
     parser.add_argument(
-        "--minutes", type=float, default=9.3, help="training time that the run is sized for"
+        "--minutes",
+        type=float,
+        default=9.3,
+        help="training time that determines the number of steps (default: %(default)s)",
     )
     parser.add_argument(
-        "--steps", type=int, default=0, help="optimizer steps; 0 measures what fits the minutes"
+        "--steps",
+        type=int,
+        default=0,
+        help="optimizer steps (default: as many as fit into the minutes)",
     )
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings, such as optim.lr=1e-3"
@@ -81,46 +90,46 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _steps_of(out: Path) -> int:
-    """The length of a run that was begun: going on must not change its schedule; 0 when there is
-    none."""
+def _steps_of_existing_run(out: Path) -> int:
+    """Number of steps of an existing run; 0 if there is none.
+
+    A resumed run must keep its schedule.
+    """
     config = out / "config.yaml"
     if not config.exists() or not (out / "checkpoints" / "latest").exists():
         return 0
     steps = load_run(config).schedule.total_steps
-    logger.info("%s was begun with %d steps; going on with it", out, steps)
+    logger.info("resuming %s, a run of %d steps", out, steps)
     return steps
 
 
-def _fitting_steps(options: argparse.Namespace) -> int:
-    """Measure this machine on a short trial of the same run."""
+def _measure_steps(options: argparse.Namespace) -> int:
+    """Number of steps that fit into the minutes, measured on a short trial of the same run."""
     trial = options.out.with_name(options.out.name + "-trial")
     shutil.rmtree(trial, ignore_errors=True)
-    logger.info("a trial of %d steps measures this machine", TRIAL_STEPS)
-    half = TRIAL_STEPS // 2
+    logger.info("measuring the speed of this machine with a trial of %d steps", TRIAL_STEPS)
     _train(
         trial,
         [
             f"schedule.total_steps={TRIAL_STEPS}",
             "schedule.warmup_steps=0",
             "log.captions_every_steps=0",
-            f"log.every_steps={half}",
+            f"log.every_steps={TRIAL_STEPS // 2}",
             "checkpoint.every_steps=0",
             *options.overrides,
         ],
     )
-    last = json.loads((trial / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    seconds_per_step = _last_metrics(trial)["perf/seconds_per_step"]
     shutil.rmtree(trial)
-    seconds_per_step = last["perf/seconds_per_step"]
     steps = min(MAX_STEPS, int(60 * options.minutes / seconds_per_step))
     logger.info(
-        "%.2f s a step: %d steps fit into %.1f minutes", seconds_per_step, steps, options.minutes
+        "%.2f s per step: %d steps in %.1f minutes", seconds_per_step, steps, options.minutes
     )
     return steps
 
 
 def _train(out: Path, overrides: list[str]) -> None:
-    """`vlmoe train` on `RANKS` processes, as a cluster starts it."""
+    """Run `vlmoe train` on `RANKS` processes, as on a cluster."""
     command = [
         sys.executable,
         "-m",
@@ -141,43 +150,42 @@ def _train(out: Path, overrides: list[str]) -> None:
 
 
 def summarize(out: Path) -> dict[str, Any]:
-    """Judge the run, print the table and ten captions, write `summary.json`."""
+    """Evaluate the run, print the scores and some captions, and write `summary.json`."""
     from pretrain.checkpoint.reader import find_latest, read_meta
-    from pretrain.evaluate.command import evaluate_sets, evaluate_written
+    from pretrain.evaluate.command import evaluate_caption_samples, evaluate_sets
     from pretrain.evaluate.report import format_table, write_json
-    from pretrain.evaluate.trained import load_trained
+    from pretrain.evaluate.trained_model import load_trained_model
 
     checkpoint = find_latest(out / "checkpoints")
     assert checkpoint is not None, "training always ends with a checkpoint"
-    trained = load_trained(out)
-    results = evaluate_sets(trained, trained.run.eval.sets)
-    seen = evaluate_written(trained, str(DATA / "train"), name="train")
     state = read_meta(checkpoint).state["train"]
+    trained = load_trained_model(out)
+    results = evaluate_sets(trained, trained.run.eval.sets)
+    train_captions = evaluate_caption_samples(trained, str(DATA / "train"), name="train")
     summary = {
         "train_seconds": state["seconds"],
         "samples_seen": state["samples_seen"],
         "steps": state["step"],
         "params": _parameters(trained.run),
         "captions": {
-            "train_exact": seen["caption_exact"],
+            "train_exact": train_captions["caption_exact"],
             "unseen_style_exact": results["unseen_style"]["caption_exact"],
         },
-        "eval": {
-            name: {
-                key: result[key] for key in ("image_to_text", "text_to_image", "chance", "images")
-            }
-            for name, result in results.items()
-        },
-        "experts": _expert_shares(out),
+        "eval": {name: _scores(result) for name, result in results.items()},
+        "experts": _expert_load(out),
     }
     write_json(out / "summary.json", summary)
-    print(
-        f"\n{format_table(results)}\n\ntraining pictures: {seen['caption_exact']:.1f} % of captions exactly right"
-    )
-    print("\nten pictures of a style it has never seen, and what it wrote:")
-    for example in results["unseen_style"]["examples"][:10]:
-        print(f"  {example['true']:<36} -> {example['written']}")
+
+    print(f"\n{format_table(results)}\n")
+    print(f"training images: {train_captions['caption_exact']:.1f} % of captions exactly right")
+    print("\nten images of a held-out style, and the generated captions:")
+    for example in results["unseen_style"]["examples"][:PRINTED_CAPTIONS]:
+        print(f"  {example['reference']:<36} -> {example['generated']}")
     return summary
+
+
+def _scores(result: dict[str, Any]) -> dict[str, Any]:
+    return {key: result[key] for key in ("image_to_text", "text_to_image", "chance", "images")}
 
 
 def _parameters(run: RunConfig) -> dict[str, int]:
@@ -187,18 +195,24 @@ def _parameters(run: RunConfig) -> dict[str, int]:
     return {"total": count.total, "active": count.active}
 
 
-def _expert_shares(out: Path) -> dict[str, float]:
-    """Least and most used expert of any layer in the last report, as multiples of a fair share."""
-    last = json.loads((out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
-    # moe/max_over_mean_load/layer_03; with a modality behind it the name has one more part.
+def _expert_load(out: Path) -> dict[str, float]:
+    """Smallest and largest load of any expert in the last logged step, over the mean load."""
+    # Without modality: moe/max_over_mean_load/layer_03.
     loads = {
         name: value
-        for name, value in last.items()
+        for name, value in _last_metrics(out).items()
         if "_over_mean_load/" in name and name.count("/") == 2
     }
-    least = [value for name, value in loads.items() if name.startswith("moe/min")]
-    most = [value for name, value in loads.items() if name.startswith("moe/max")]
-    return {"least_over_fair_share": min(least), "most_over_fair_share": max(most)}
+    smallest = min(value for name, value in loads.items() if name.startswith("moe/min"))
+    largest = max(value for name, value in loads.items() if name.startswith("moe/max"))
+    return {"min_over_mean_load": smallest, "max_over_mean_load": largest}
+
+
+def _last_metrics(out: Path) -> dict[str, Any]:
+    """The last row of `metrics.jsonl`."""
+    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    row: dict[str, Any] = json.loads(lines[-1])
+    return row
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Makes the quickstart set: 13 thousand real drawings with captions, from published packages."""
+"""Builds the quickstart data set: 13,000 drawings with captions, from published packages."""

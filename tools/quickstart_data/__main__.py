@@ -1,4 +1,4 @@
-"""`python -m tools.quickstart_data --out data/quickstart`: see `build` for what it makes."""
+"""`python -m tools.quickstart_data --out data/quickstart`: builds the data set (see `build`)."""
 
 from __future__ import annotations
 
@@ -7,46 +7,31 @@ import logging
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from data_pipeline.common.errors import VlmError
-from data_pipeline.common.logs import clock_text, setup_logging
-from tools.quickstart_data.build import Settings, build
+from data_pipeline.common.logs import format_duration, setup_logging
+from tools.quickstart_data.build import BuildSettings, build
 from tools.quickstart_data.sources import SOURCES, attribution
 from tools.quickstart_data.split import SPLITS
 
 EXPECTED = {"train": (13203, 5401), "unseen_style": (1705, 1705), "unseen_concept": (1379, 209)}
-"""Pictures and distinct captions of the whole set, with the packages that `sources` pins."""
+"""Images and distinct captions of the complete set, with the package versions of `sources`."""
 
 logger = logging.getLogger(__name__)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.quickstart_data",
-        description="Make the quickstart set: real drawings with captions, as shards with manifests, "
-        "split into training, unseen styles and unseen concepts.",
-    )
-    parser.add_argument("--out", type=Path, default=Path("data/quickstart"), help="folder to fill")
-    parser.add_argument(
-        "--limit", type=int, default=0, metavar="N", help="at most N drawings of a source"
-    )
-    parser.add_argument("--vocab-size", type=int, default=2048, help="ids of the tokenizer")
-    parser.add_argument(
-        "--processes", type=int, default=0, help="processes that render; 0: one a core"
-    )
-    parser.add_argument(
-        "--attribution", action="store_true", help="print authors and licences, and stop"
-    )
-    options = parser.parse_args(arguments)
+    options = _parse(arguments)
     if options.attribution:
         print(attribution())
         return 0
     setup_logging()
     start = time.monotonic()
     try:
-        facts = build(
-            Settings(
+        counts = build(
+            BuildSettings(
                 out=options.out,
                 limit=options.limit,
                 vocab_size=options.vocab_size,
@@ -57,29 +42,65 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        print("interrupted; rerun the same command to resume", file=sys.stderr)
         return 130
-    print(f"{thanks()}\n\n{table(facts, whole=options.limit == 0)}\n")
-    print(
-        f"{options.out} is ready ({clock_text(time.monotonic() - start)}); see {options.out}/ATTRIBUTION.md"
-    )
+
+    duration = format_duration(time.monotonic() - start)
+    print(f"{credits_table()}\n\n{counts_table(counts, complete=options.limit == 0)}\n")
+    print(f"{options.out} is ready ({duration}); see {options.out}/ATTRIBUTION.md")
     return 0
 
 
-def thanks() -> str:
-    """Whose drawings these are, one line each; with addresses it is what `--attribution` prints."""
-    lines = [f"{'drawings':<22}{'licence':<15}by"]
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.quickstart_data",
+        description="Build the quickstart data set: drawings with captions, as shards with "
+        "manifests, split into training, unseen styles and unseen concepts.",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("data/quickstart"),
+        help="output folder (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--limit", type=int, default=0, metavar="N", help="use at most N drawings per source"
+    )
+    parser.add_argument(
+        "--vocab-size",
+        type=int,
+        default=2048,
+        help="vocabulary size of the tokenizer (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=0,
+        help="rendering processes (default: one per core, at most 8)",
+    )
+    parser.add_argument(
+        "--attribution", action="store_true", help="print authors and licenses, then exit"
+    )
+    return parser.parse_args(arguments)
+
+
+def credits_table() -> str:
+    """Authors and licenses, one line per source; `--attribution` also prints addresses."""
+    lines = [f"{'drawings':<22}{'license':<15}by"]
     lines += [f"{source.title:<22}{source.license:<15}{source.author}" for source in SOURCES]
-    return "\n".join([*lines, f"{'Names and tags':<22}{'MIT':<15}Miles Johnson (emojibase)"])
+    lines.append(f"{'Names and tags':<22}{'MIT':<15}Miles Johnson (emojibase)")
+    return "\n".join(lines)
 
 
-def table(facts: dict[str, dict[str, int]], *, whole: bool) -> str:
-    """Counts of each set; beside them the expected ones where they differ."""
-    lines = [f"{'set':<16}{'pictures':>10}{'captions':>10}"]
+def counts_table(counts: dict[str, Any], *, complete: bool) -> str:
+    """Counts of each split; for a complete set also the expected ones where they differ."""
+    lines = [f"{'set':<16}{'images':>10}{'captions':>10}"]
     for split in SPLITS:
-        found = (facts["pictures"][split], facts["captions"][split])
-        note = "" if not whole or found == EXPECTED[split] else f"  expected {EXPECTED[split]}"
-        lines.append(f"{split:<16}{found[0]:>10,}{found[1]:>10,}{note}")
+        images, captions = counts["images"][split], counts["captions"][split]
+        note = ""
+        if complete and (images, captions) != EXPECTED[split]:
+            note = f"  expected {EXPECTED[split]}"
+        lines.append(f"{split:<16}{images:>10,}{captions:>10,}{note}")
     return "\n".join(lines)
 
 

@@ -1,14 +1,14 @@
-"""From packages to shards: fetch, collect, split, render, write, learn the tokenizer.
+"""Builds the data set from packages: fetch, collect, split, render, write, train the tokenizer.
 
-    OUT/train/           shards and manifest.json to train on
-    OUT/unseen_style/    drawings by a vendor that training never sees
-    OUT/unseen_concept/  concepts that training never sees, and labels.txt with their captions
-    OUT/tokenizer.model  learnt from the training captions
-    OUT/ATTRIBUTION.md   whom to thank, and under which licences
-    OUT/stamp.json       what it was made from, and every file's hash
+    OUT/train/           shards and manifest.json of the training set
+    OUT/unseen_style/    drawings by a vendor that is not in the training set
+    OUT/unseen_concept/  concepts that are not in the training set; labels.txt lists their captions
+    OUT/tokenizer.model  trained on the training captions
+    OUT/ATTRIBUTION.md   authors and licenses
+    OUT/stamp.json       fingerprint of the inputs, and a hash of every file
 
-A call that finds all of that whole returns at once. One that was interrupted goes on: tarballs and
-rendered chunks are kept in OUT/downloads and OUT/.rendered.
+If all of these are complete, a call returns immediately. An interrupted call is resumed: tarballs
+and rendered chunks are kept in OUT/downloads and OUT/.rendered.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from data_pipeline.common.errors import DataError
 from data_pipeline.common.seeds import named_seed
 from data_pipeline.content.tokenizer import train_tokenizer
-from data_pipeline.preparing.corpus import captions_of
+from data_pipeline.preparing.caption_stream import iter_captions
 from data_pipeline.shards.manifest import load_manifest
 from data_pipeline.shards.writer import write_shards
 from tools.quickstart_data import stamp
-from tools.quickstart_data.captions import Concept, Phrases, variants
+from tools.quickstart_data.captions import Concept, PhraseSet, variants
 from tools.quickstart_data.collect import Drawing, collect, load_concepts
 from tools.quickstart_data.fetch import fetch
 from tools.quickstart_data.render import SIDE, VERSION, render_all
@@ -39,92 +39,113 @@ logger = logging.getLogger(__name__)
 
 SAMPLES_PER_SHARD = 512
 CAPTION_KEYS = ("txt", "json:captions")
-"""Where captions are in a sample: the canonical one, and all the ways to say it."""
+"""Captions of a sample: the canonical one, and all variants."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What is asked for."""
+class BuildSettings:
+    """Options of a build."""
 
     out: Path
-    """Folder of the set."""
+    """Output folder."""
     limit: int = 0
-    """Most drawings of each source, for small test sets; 0 takes all."""
+    """Maximum number of drawings per source, for small test sets; 0 means all."""
     vocab_size: int = 2048
-    """Ids of the tokenizer; with a limit there may be fewer."""
+    """Vocabulary size of the tokenizer; with a limit it may be smaller."""
     processes: int = 0
-    """How many render at once; 0 means one a core."""
+    """Rendering processes; 0 means one per core, at most 8."""
 
 
-def build(settings: Settings) -> dict[str, Any]:
-    """Have the set whole in `settings.out`, and return its counts.
+class RenderedSet(NamedTuple):
+    """All drawings that were rendered, before the split."""
+
+    drawings: list[Drawing]
+    images: dict[str, bytes]
+    """WebP bytes by key."""
+    concepts: list[Concept]
+
+
+def build(settings: BuildSettings) -> dict[str, Any]:
+    """Build the data set in `settings.out`, unless it is complete, and return its counts.
 
     Returns:
-        `{"pictures": {split: n}, "captions": {split: n}, "sources": {source: n}, "vocab_size": n}`.
+        `{"images": {split: n}, "captions": {split: n}, "sources": {source: n}, "vocab_size": n}`.
 
     Raises:
-        DataError: A package cannot be had or is not the one expected.
+        DataError: A package cannot be downloaded or has another hash.
     """
     out = settings.out
-    asked: dict[str, object] = {
+    inputs: dict[str, object] = {
         "limit": settings.limit,
         "vocab": settings.vocab_size,
         "render": [SIDE, VERSION],
     }
-    made_from = stamp.fingerprint(asked, [package.integrity for package in packages()])
-    facts, reason = stamp.read_if_whole(out, made_from)
-    if facts is not None:
-        logger.info("%s is complete and whole; nothing to do", out)
-        return facts
-    logger.info("building the quickstart set in %s: %s", out, reason)
+    fingerprint = stamp.fingerprint(inputs, [package.integrity for package in packages()])
+    counts, reason = stamp.read_if_complete(out, fingerprint)
+    if counts is not None:
+        logger.info("%s is complete; nothing to do", out)
+        return counts
+    logger.info("building the quickstart data set in %s: %s", out, reason)
     out.mkdir(parents=True, exist_ok=True)
-    stamp.forget(out)
+    stamp.remove(out)
 
-    tarballs = fetch(packages(), out / "downloads")
-    concepts = load_concepts(tarballs[EMOJIBASE])
-    drawings: list[Drawing] = []
-    for source in SOURCES:
-        drawings += _first(collect(source, tarballs[source.package], concepts), settings.limit)
-    pictures = render_all(drawings, out / ".rendered", processes=settings.processes)
-
-    drawings = [drawing for drawing in drawings if drawing.key in pictures]
-    counts = Counter(drawing.source for drawing in drawings)
-    facts = {"pictures": {}, "captions": {}, "sources": dict(counts)}
-    for split in SPLITS:
-        chosen = in_split(drawings, split)
-        _write(out, split, chosen, pictures, concepts)
-        facts["pictures"][split] = len(chosen)
-        facts["captions"][split] = len({drawing.concept.caption for drawing in chosen})
-    logger.info("learning the tokenizer")
+    rendered = _render(settings)
+    counts = _write_splits(out, rendered)
+    logger.info("training the tokenizer")
     tokenizer = train_tokenizer(
-        captions_of([load_manifest(str(out / "train"))], CAPTION_KEYS),
+        iter_captions([load_manifest(str(out / "train"))], CAPTION_KEYS),
         out / "tokenizer.model",
         vocab_size=settings.vocab_size,
         exact=not settings.limit,
     )
-    facts["vocab_size"] = tokenizer.vocab_size
-    (out / "ATTRIBUTION.md").write_text(attribution(counts), encoding="utf-8")
-    stamp.write(out, made_from, _files(out), facts)
+    counts["vocab_size"] = tokenizer.vocab_size
+    (out / "ATTRIBUTION.md").write_text(attribution(counts["sources"]), encoding="utf-8")
+    stamp.write(out, fingerprint, _output_files(out), counts)
     shutil.rmtree(out / ".rendered")
-    return facts
+    return counts
+
+
+def _render(settings: BuildSettings) -> RenderedSet:
+    """Fetch the packages and render all drawings with a concept."""
+    tarballs = fetch(packages(), settings.out / "downloads")
+    concepts = load_concepts(tarballs[EMOJIBASE])
+    drawings: list[Drawing] = []
+    for source in SOURCES:
+        drawings += _limited(collect(source, tarballs[source.package], concepts), settings.limit)
+    images = render_all(drawings, settings.out / ".rendered", processes=settings.processes)
+    drawings = [drawing for drawing in drawings if drawing.key in images]
+    return RenderedSet(drawings, images, concepts)
+
+
+def _write_splits(out: Path, rendered: RenderedSet) -> dict[str, Any]:
+    """Write the shards of every split; returns the counts."""
+    sources = Counter(drawing.source for drawing in rendered.drawings)
+    counts: dict[str, Any] = {"images": {}, "captions": {}, "sources": dict(sources)}
+    for split in SPLITS:
+        drawings = in_split(rendered.drawings, split)
+        _write_split(out / split, split, drawings, rendered)
+        counts["images"][split] = len(drawings)
+        counts["captions"][split] = len({drawing.concept.caption for drawing in drawings})
+    return counts
 
 
 def in_split(drawings: Sequence[Drawing], split: Split) -> list[Drawing]:
-    """The drawings of one set, in an order that mixes sources and concepts; always the same."""
-    chosen = [
+    """The drawings of one split, in a deterministic random order."""
+    selected = [
         drawing
         for drawing in drawings
         if split_of(drawing.source, drawing.concept.hexcode) == split
     ]
-    return sorted(chosen, key=lambda drawing: named_seed("quickstart order", drawing.key))
+    return sorted(selected, key=lambda drawing: named_seed("quickstart order", drawing.key))
 
 
-def sample(drawing: Drawing, picture: bytes, withheld: Phrases | None) -> dict[str, object]:
-    """One sample as WebDataset stores it."""
-    concept, source = drawing.concept, next(s for s in SOURCES if s.key == drawing.source)
+def make_sample(drawing: Drawing, image: bytes, withheld: PhraseSet | None) -> dict[str, object]:
+    """A WebDataset sample; captions and tags without `withheld` phrases."""
+    concept = drawing.concept
+    source = next(source for source in SOURCES if source.key == drawing.source)
     return {
         "__key__": drawing.key,
-        "webp": picture,
+        "webp": image,
         "txt": concept.caption,
         "json": {
             "caption": concept.caption,
@@ -143,42 +164,39 @@ def sample(drawing: Drawing, picture: bytes, withheld: Phrases | None) -> dict[s
     }
 
 
-def _write(
-    out: Path,
-    split: Split,
-    drawings: list[Drawing],
-    pictures: dict[str, bytes],
-    concepts: list[Concept],
+def _write_split(
+    folder: Path, split: Split, drawings: list[Drawing], rendered: RenderedSet
 ) -> None:
-    """Write one set's folder anew."""
-    folder = out / split
-    for path in _written(folder):  # nothing else: the folder may be a person's own
+    """Write one split's folder."""
+    # Only files of an earlier build are deleted: the user may keep other files there.
+    for path in _split_files(folder):
         path.unlink()
-    withheld = Phrases(concept.caption for concept in concepts if is_held_out(concept.hexcode))
-    hide = withheld if split == "train" else None
     if not drawings:
-        raise DataError(f"no drawing is left for {split}; give a larger --limit")
-    logger.info("writing %d pictures to %s", len(drawings), folder)
+        raise DataError(f"no drawings for the split {split}; increase --limit")
+
+    withheld = None
+    if split == "train":
+        held_out = [concept for concept in rendered.concepts if is_held_out(concept.hexcode)]
+        withheld = PhraseSet(concept.caption for concept in held_out)
+    logger.info("writing %d images to %s", len(drawings), folder)
     write_shards(
-        (sample(drawing, pictures[drawing.key], hide) for drawing in drawings),
+        (make_sample(drawing, rendered.images[drawing.key], withheld) for drawing in drawings),
         folder,
         samples_per_shard=SAMPLES_PER_SHARD,
-        about={
+        metadata={
             "name": f"quickstart {split}",
-            "picture_pixels": SIDE,
+            "image_size": SIDE,
             "attribution": "../ATTRIBUTION.md",
         },
     )
     if split == "unseen_concept":
         labels = sorted({drawing.concept.caption for drawing in drawings})
-        (folder / "labels.txt").write_text(
-            "".join(f"{label}\n" for label in labels), encoding="utf-8"
-        )
+        lines = "".join(f"{label}\n" for label in labels)
+        (folder / "labels.txt").write_text(lines, encoding="utf-8")
 
 
-def _first(drawings: list[Drawing], limit: int) -> list[Drawing]:
-    """All, or `limit` of them; which ones hangs on the concept, so sources keep concepts in
-    common."""
+def _limited(drawings: list[Drawing], limit: int) -> list[Drawing]:
+    """`limit` of the drawings (0: all), selected by concept, so that sources share concepts."""
     if not limit:
         return drawings
 
@@ -188,15 +206,15 @@ def _first(drawings: list[Drawing], limit: int) -> list[Drawing]:
     return sorted(drawings, key=order)[:limit]
 
 
-def _written(folder: Path) -> list[Path]:
-    """What `_write` puts into a set's folder."""
+def _split_files(folder: Path) -> list[Path]:
+    """Files that `_write_split` writes."""
     patterns = ("shard-*.tar", "shard-*.tar.index", "manifest.json", "labels.txt")
     return sorted(path for pattern in patterns for path in folder.glob(pattern))
 
 
-def _files(out: Path) -> list[str]:
-    """Everything the stamp vouches for."""
-    found = [out / "tokenizer.model", out / "ATTRIBUTION.md"]
+def _output_files(out: Path) -> list[str]:
+    """All files that the stamp covers, relative to `out`."""
+    paths = [out / "tokenizer.model", out / "ATTRIBUTION.md"]
     for split in SPLITS:
-        found += _written(out / split)
-    return [path.relative_to(out).as_posix() for path in found]
+        paths += _split_files(out / split)
+    return [path.relative_to(out).as_posix() for path in paths]

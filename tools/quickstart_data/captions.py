@@ -1,10 +1,9 @@
-"""The concepts, the one caption each is known by, and other ways to say it.
+"""Concepts, their canonical captions, and caption variants for training.
 
-The canonical caption is what the model is judged by and should learn to write. The others are for
-training only: with tags, with the class. They tie a drawing to words it shares with other concepts,
-which is all that a concept never seen in training can be found by. Every one begins with the
-canonical caption: a model that also learns to write must not be taught to begin with "a drawing
-of".
+Evaluation uses the canonical caption, which the model should learn to generate. Variants add tags
+or a category; they are only for training. They connect an image to words that concepts share, which
+is the only way to retrieve a concept that is not in the training set. Every variant begins with the
+canonical caption, because a model trained on a prefix such as "a drawing of" would generate it.
 """
 
 from __future__ import annotations
@@ -17,38 +16,40 @@ from dataclasses import dataclass
 from data_pipeline.common.seeds import rng
 from data_pipeline.content import captions
 
-TAG_MIXES = 3
-"""Captions that add tags to the canonical one."""
+TAG_VARIANTS = 3
+"""Number of variants that add tags to the canonical caption."""
+MAX_TAGS = 4
+"""Maximum number of tags in a variant."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Concept:
-    """One thing that is drawn."""
+    """Something that drawings show."""
 
     caption: str
     """The canonical caption."""
     hexcode: str = ""
-    """Its emoji's code points, in upper case, without the FE0F selector; empty for words."""
+    """Code points of its emoji, in upper case, without the FE0F selector; empty if it has none."""
     tags: tuple[str, ...] = ()
-    """Words that go with it."""
+    """Related words."""
     group: str = ""
-    """Wide class, e.g. `animals & nature`."""
+    """Broad category, e.g. `animals & nature`."""
     subgroup: str = ""
-    """Narrow class, e.g. `animal-mammal`."""
+    """Narrow category, e.g. `animal-mammal`."""
 
 
 def concepts_of(
     rows: Iterable[Mapping[str, object]], groups: Mapping[int, str], subgroups: Mapping[int, str]
 ) -> list[Concept]:
-    """Concepts from emojibase's table.
+    """Concepts of emojibase's table.
 
-    Parts that are no picture of a thing by themselves are left out: skin tones and hair (group
-    `component`) and single regional letters (no group at all).
+    Components that are no image by themselves are excluded: skin tones and hair (group `component`)
+    and single regional letters (no group).
 
     Args:
-        rows: `en/data.json`.
-        groups: Names of groups by number.
-        subgroups: Names of subgroups by number.
+        rows: Contents of `en/data.json`.
+        groups: Group names by number.
+        subgroups: Subgroup names by number.
     """
     concepts = []
     for row in rows:
@@ -57,12 +58,13 @@ def concepts_of(
             continue
         tags, subgroup = row.get("tags"), row.get("subgroup")
         caption = canonical(str(row["label"]))
-        words = [canonical(str(tag)) for tag in tags] if isinstance(tags, list) else []
+        clean_tags = [canonical(str(tag)) for tag in tags] if isinstance(tags, list) else []
+        distinct_tags = dict.fromkeys(tag for tag in clean_tags if tag and tag != caption)
         concepts.append(
             Concept(
                 caption=caption,
-                hexcode=without_selector(str(row["hexcode"])),
-                tags=tuple(dict.fromkeys(word for word in words if word and word != caption)),
+                hexcode=strip_variation_selector(str(row["hexcode"])),
+                tags=tuple(distinct_tags),
                 group=groups[group].replace("-", " "),
                 subgroup=subgroups[subgroup] if isinstance(subgroup, int) else "",
             )
@@ -71,56 +73,55 @@ def concepts_of(
 
 
 def canonical(label: str) -> str:
-    """A label as a caption: clean, lower case, plain quotation marks, `flag of france`."""
+    """A label as a caption: clean, lower case, ASCII quotation marks, `flag of france`."""
     text = captions.clean(label).lower().translate(str.maketrans("’‘“”", "''\"\""))
     text = re.sub(r"^flag: ", "flag of ", text)
     text = re.sub(r"^keycap: ", "keycap ", text)
     return text.replace('"', "")
 
 
-def words_of(icon: str) -> str:
-    """The caption inside an icon's name: `skateboarding-01` is `skateboarding`."""
+def caption_of_icon(icon: str) -> str:
+    """The caption in an icon's name: `skateboarding-01` is `skateboarding`."""
     return canonical(re.sub(r"-0\d+$", "", icon).replace("-", " "))
 
 
-def without_selector(hexcode: str) -> str:
-    """Code points in upper case without FE0F, which vendors put or leave as they like."""
+def strip_variation_selector(hexcode: str) -> str:
+    """Code points in upper case without FE0F, which vendors use inconsistently."""
     return "-".join(part for part in hexcode.upper().split("-") if part != "FE0F")
 
 
 def match_name(text: str) -> str:
-    """What is left of a caption or an icon's name to compare: letters and digits, accents off.
+    """Normalize a caption or an icon's name for comparison: letters and digits, no accents.
 
-    Vendors say `flag-for-norway`, `flag-for-flag-norway` and `flag-norway` for `flag of norway`.
+    Vendors use `flag-for-norway`, `flag-for-flag-norway` and `flag-norway` for `flag of norway`.
     """
     plain = unicodedata.normalize("NFKD", text.lower()).encode("ascii", "ignore").decode()
     return re.sub(r"[^a-z0-9]", "", re.sub(r"^flag[ -](for|of)[ -](flag-)?", "flag-", plain))
 
 
-def variants(concept: Concept, withheld: Phrases | None = None) -> list[str]:
-    """Captions for training, the canonical one first; the same on every call.
+def variants(concept: Concept, withheld: PhraseSet | None = None) -> list[str]:
+    """Captions for training, the canonical one first; deterministic.
 
     Args:
-        concept: What the picture shows.
-        withheld: Captions of concepts that training must not hear of; parts that contain one of
-            them are left out (never the concept's own caption).
+        concept: The concept of the image.
+        withheld: Captions of held-out concepts. Tags and categories that contain one of them are
+            excluded; the canonical caption never is.
     """
-    kept = [tag for tag in concept.tags if withheld is None or tag not in withheld]
-    draw = rng("quickstart captions", concept.caption)
-    own = concept.caption
-    found = [own]
-    for _ in range(TAG_MIXES if kept else 0):
-        count = int(draw.integers(1, min(4, len(kept)) + 1))
-        found.append(", ".join([own, *(kept[i] for i in draw.permutation(len(kept))[:count])]))
-    kind = concept.subgroup.replace("-", " ")
-    for part in (kind, concept.group):
-        if part and (withheld is None or part not in withheld):
-            found.append(f"{own}, {part}")
-    return list(dict.fromkeys(found))
+    tags = [tag for tag in concept.tags if withheld is None or tag not in withheld]
+    generator = rng("quickstart captions", concept.caption)
+    texts = [concept.caption]
+    for _ in range(TAG_VARIANTS if tags else 0):
+        count = int(generator.integers(1, min(MAX_TAGS, len(tags)) + 1))
+        selected = [tags[index] for index in generator.permutation(len(tags))[:count]]
+        texts.append(", ".join([concept.caption, *selected]))
+    for category in (concept.subgroup.replace("-", " "), concept.group):
+        if category and (withheld is None or category not in withheld):
+            texts.append(f"{concept.caption}, {category}")
+    return list(dict.fromkeys(texts))
 
 
-class Phrases:
-    """A set of phrases; `text in phrases` is whether any stands in `text` as whole words."""
+class PhraseSet:
+    """A set of phrases; `text in phrases` tests whether `text` contains one as whole words."""
 
     def __init__(self, phrases: Iterable[str]) -> None:
         self._phrases = {tuple(_words(phrase)) for phrase in phrases}

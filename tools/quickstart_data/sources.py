@@ -1,7 +1,7 @@
-"""Where the pictures come from: packages, their exact versions and hashes, authors and licences.
+"""Sources of the drawings: packages with exact versions and hashes, authors, and licenses.
 
-Everything here is drawn by people who allow it to be used, changed and passed on, if they are named
-(`ATTRIBUTION.md` is written from this table).
+All licenses permit use, modification and redistribution with attribution (`ATTRIBUTION.md` is
+generated from this table).
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ class Package:
     """A published npm package at one version."""
 
     name: str
-    """As npm knows it, e.g. `@iconify-json/noto`."""
+    """npm name, e.g. `@iconify-json/noto`."""
     version: str
     """Exact version."""
     integrity: str
-    """`sha512-...` of the tarball, in the spelling npm uses."""
+    """`sha512-...` of the tarball, in npm's notation."""
 
     @property
     def spec(self) -> str:
-        """What `npm pack` is asked for."""
+        """Argument of `npm pack`."""
         return f"{self.name}@{self.version}"
 
     @property
     def filename(self) -> str:
-        """How `npm pack` calls the tarball."""
+        """File name of the tarball that `npm pack` writes."""
         return f"{self.name.removeprefix('@').replace('/', '-')}-{self.version}.tgz"
 
 
@@ -37,23 +37,23 @@ class Source:
     """One set of drawings, all in one style."""
 
     key: str
-    """Short name; begins the keys of its samples."""
+    """Short name; prefix of its sample keys."""
     title: str
-    """How its makers call it."""
+    """Official name."""
     package: Package
-    """Where it is published."""
+    """Package that contains it."""
     kind: Literal["code-points", "names", "webp", "words"]
-    """How a picture finds its concept: SVG with a table of code points; SVG by the icon's name;
-    WebP files named by code points; or SVG whose own name is the caption where no concept has
-    it."""
+    """How drawings are matched with concepts: SVG with a table of code points; SVG by the icon's
+    name; WebP files named by code points; or SVG by name, where a name without concept becomes the
+    caption."""
     author: str
-    """Whom to name."""
+    """Name for the attribution."""
     url: str
-    """The project's page."""
+    """Project page."""
     license: str
     """SPDX identifier."""
     license_url: str
-    """Its text."""
+    """URL of the license text."""
 
 
 EMOJIBASE = Package(
@@ -61,7 +61,7 @@ EMOJIBASE = Package(
     version="17.0.0",
     integrity="sha512-Yvgb5AWoHViHV/gq1qr5ZAarcBip+B27/ZLRsUJkbgAEaLlZ/fof9g882LTpmEpyhBNEC0m2SEmItljHsTygjA==",
 )
-"""English names, tags and groups of every emoji: the concepts. MIT, Miles Johnson."""
+"""English names, tags and groups of all emoji: the concepts. MIT, Miles Johnson."""
 
 _CC = "https://creativecommons.org/licenses"
 
@@ -207,50 +207,50 @@ SOURCES = (
         license_url=f"{_CC}/by/4.0/",
     ),
 )
-"""Every set of drawings."""
+"""All sets of drawings."""
 
 UNSEEN_STYLE = "twemoji"
-"""The source that training never sees."""
+"""Key of the source that is held out from training."""
 
 
 def packages() -> tuple[Package, ...]:
-    """Everything to fetch."""
+    """All packages to download."""
     return (EMOJIBASE, *(source.package for source in SOURCES))
 
 
-def attribution(pictures: dict[str, int] | None = None) -> str:
-    """The table of authors and licences, in Markdown.
+def attribution(images: dict[str, int] | None = None) -> str:
+    """Authors and licenses as a Markdown page.
 
     Args:
-        pictures: How many pictures of each source were used, where that is known.
+        images: Number of images used per source, for an additional column.
     """
-    head = ["Source", "Author", "Licence", "Package", "Page"]
+    header = ["Source", "Author", "License", "Package", "Page"]
     rows = []
     for source in SOURCES:
-        row = [
-            source.title,
-            source.author,
-            f"[{source.license}]({source.license_url})",
-            source.package.spec,
-            source.url,
-        ]
-        rows.append(row + ([str(pictures.get(source.key, 0))] if pictures is not None else []))
-    words = [
+        license_link = f"[{source.license}]({source.license_url})"
+        row = [source.title, source.author, license_link, source.package.spec, source.url]
+        if images is not None:
+            row.append(str(images.get(source.key, 0)))
+        rows.append(row)
+    emojibase = [
         "Names, tags and groups: emojibase",
         "Miles Johnson",
         "[MIT](https://opensource.org/license/mit)",
+        EMOJIBASE.spec,
+        "https://github.com/milesj/emojibase",
     ]
-    words += [EMOJIBASE.spec, "https://github.com/milesj/emojibase"]
-    rows.append(words + ([""] if pictures is not None else []))
-    if pictures is not None:
-        head.append("Pictures used")
-    lines = ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
+    if images is not None:
+        emojibase.append("")
+        header.append("Images used")
+    rows.append(emojibase)
+
+    lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
     return "\n".join(
         [
             "# Attribution",
             "",
-            "The pictures were rendered from these sets of drawings, made smaller, and otherwise left as they",
-            "are. OpenMoji's licence asks that what is made from its pictures is shared under the same terms.",
+            "The images were rendered from these sets of drawings and scaled down, otherwise unchanged.",
+            "OpenMoji's license (share-alike) requires derived works to have the same license.",
             "",
             *lines,
             "",

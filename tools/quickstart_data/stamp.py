@@ -1,6 +1,6 @@
-"""Knows whether a set that was built is still there, whole, and what would be built now.
+"""Detects whether a data set is complete, unmodified, and what would be built now.
 
-The stamp names what the set was made from (a fingerprint) and every file with its size and SHA-256.
+The stamp contains a fingerprint of the inputs, and the size and SHA-256 of every file.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ from typing import Any
 
 NAME = "stamp.json"
 LIBRARIES = ("numpy", "opencv-python-headless", "resvg-py", "sentencepiece", "webdataset")
-"""Packages whose version may change the bytes that are written."""
+"""Packages whose version may change the output."""
 
 
 def fingerprint(settings: dict[str, object], integrities: Sequence[str]) -> str:
-    """A hash of all that the set follows from: settings, packages, this tool's code, libraries."""
+    """A hash of everything that determines the data set.
+
+    That is settings, hashes of the source packages, the code of this package, and library versions.
+    """
     digest = hashlib.sha256(json.dumps([settings, list(integrities)], sort_keys=True).encode())
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.name.encode() + hashlib.sha256(source.read_bytes()).digest())
@@ -28,53 +31,52 @@ def fingerprint(settings: dict[str, object], integrities: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
-def write(folder: Path, made_from: str, files: Sequence[str], facts: dict[str, object]) -> None:
-    """Say that `folder` is complete: `files` (relative names) were made from `made_from`.
+def write(folder: Path, inputs: str, files: Sequence[str], counts: dict[str, Any]) -> None:
+    """Mark the data set in `folder` as complete.
 
     Args:
-        folder: Where the set is.
-        made_from: Its `fingerprint`.
-        files: Names relative to `folder`.
-        facts: What `read_if_whole` returns later, e.g. counts.
+        folder: Folder of the data set.
+        inputs: Its `fingerprint`.
+        files: File names relative to `folder`.
+        counts: Returned later by `read_if_complete`.
     """
-    listed = {
+    file_hashes = {
         name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)}
         for name in files
     }
-    aside = folder / f".{NAME}.part"
-    aside.write_text(
-        json.dumps({"made_from": made_from, "facts": facts, "files": listed}, indent=1) + "\n"
-    )
-    os.replace(aside, folder / NAME)
+    contents = {"fingerprint": inputs, "counts": counts, "files": file_hashes}
+    temporary = folder / f".{NAME}.part"
+    temporary.write_text(json.dumps(contents, indent=1) + "\n")
+    os.replace(temporary, folder / NAME)
 
 
-def read_if_whole(folder: Path, made_from: str) -> tuple[dict[str, Any] | None, str]:
-    """The facts in the stamp if everything is there and as it was written.
+def read_if_complete(folder: Path, inputs: str) -> tuple[dict[str, Any] | None, str]:
+    """The counts in the stamp, if it has this fingerprint and all files are unmodified.
 
     Returns:
-        The facts and an empty string; or None and the reason why the set must be built.
+        The counts and an empty string; or None and the reason why the data set must be built.
     """
     try:
         stamp = json.loads((folder / NAME).read_text())
-        files, facts = dict(stamp["files"]), dict(stamp["facts"])
+        files, counts = dict(stamp["files"]), dict(stamp["counts"])
     except FileNotFoundError:
-        return None, "nothing is there yet"
+        return None, "it does not exist"
     except (OSError, ValueError, KeyError, TypeError):
         return None, f"{NAME} cannot be read"
-    if stamp.get("made_from") != made_from:
-        return None, "it was made by another version of this tool, or with other settings"
+    if stamp.get("fingerprint") != inputs:
+        return None, "it was built by another version of this tool or with other settings"
     for name, expected in files.items():
         path = folder / name
         if not path.is_file():
             return None, f"{name} is missing"
-        # Sizes first: they name most damage without reading anything.
+        # Sizes first: a different size is detected without reading the file.
         if path.stat().st_size != expected["bytes"] or _sha256(path) != expected["sha256"]:
-            return None, f"{name} is not as it was written"
-    return facts, ""
+            return None, f"{name} was modified"
+    return counts, ""
 
 
-def forget(folder: Path) -> None:
-    """Take the stamp away before anything it vouches for is changed."""
+def remove(folder: Path) -> None:
+    """Remove the stamp, before any file that it covers is changed."""
     (folder / NAME).unlink(missing_ok=True)
 
 
