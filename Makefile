@@ -1,14 +1,13 @@
-# Commands. Each makes `.venv` in the checkout when it is missing or when the list of
-# packages has changed, and starts at once when it is there.
+# Each target creates `.venv` if it is missing or if the list of packages has changed.
 #
-#   make quickstart   real pictures, two processes, a trained model, its scores and captions
-#   make test         every test but those marked `long`
+#   make quickstart   download images, train on two processes, evaluate
+#   make test         all tests except those marked `long`
 #   make lint         ruff, mypy and import-linter
-#   make env          only the environment, in .venv
-#   make stores       an Azure server for the tests marked `az`, which are skipped without it
+#   make env          only create the environment in .venv
+#   make stores       install an Azure emulator; without it, tests marked `az` are skipped
 #
-# PYTHON=python3.12 chooses the interpreter for a new `.venv`.
-# SLURM=no leaves out the installation of SLURM (its tests are then skipped).
+# PYTHON=python3.12 selects the interpreter for a new `.venv`.
+# SLURM=no skips the installation of SLURM; its tests are then skipped.
 
 PYTHON ?= python3
 SLURM ?= yes
@@ -18,8 +17,8 @@ SHELL := /bin/bash
 VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.made-$(shell cat pyproject.toml setup.py | cksum | tr ' ' '-')
-# The pin stands in pyproject.toml; torch goes first, because other packages ask for "any torch"
-# and would bring the newest.
+# torch is installed first, at the version pinned in pyproject.toml: other packages depend on any
+# torch and would install the newest.
 TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 
 .PHONY: help quickstart test lint env system stores clean
@@ -32,10 +31,10 @@ env: $(STAMP)
 
 $(STAMP): pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-		|| { echo "error: $(PYTHON) is older than Python 3.11; name a newer one: make PYTHON=python3.12" >&2; exit 2; }
-	@echo "making $(VENV): a minute or a few, most of it torch"
+		|| { echo "error: $(PYTHON) is older than Python 3.11; use a newer one: make PYTHON=python3.12" >&2; exit 2; }
+	@echo "creating $(VENV): takes a few minutes, mostly for torch"
 	@$(RUN) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV) \
-		|| { echo "error: $(PYTHON) cannot make environments; on Debian: apt-get install python3-venv" >&2; exit 2; }
+		|| { echo "error: $(PYTHON) cannot create environments; on Debian: apt-get install python3-venv" >&2; exit 2; }
 	$(RUN) -m pip install --quiet --disable-pip-version-check $(TORCH)
 	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[quickstart,dev]'
 	@rm -f $(VENV)/.made-*
@@ -53,15 +52,15 @@ lint: env
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
-# SLURM comes from the system's packages, and only root can install those. Elsewhere the tests that
-# need it are skipped and say so.
+# SLURM is installed from system packages, which requires root. Otherwise its tests are skipped with
+# a reason.
 system:
 	@if [ "$(SLURM)" = yes ] && [ "$$(id -u)" = 0 ]; then \
 		bash tests/support/install_slurm.sh \
-			|| { echo "error: SLURM could not be installed; 'make test SLURM=no' goes without" >&2; exit 2; }; \
+			|| { echo "error: SLURM could not be installed; skip it with: make test SLURM=no" >&2; exit 2; }; \
 	fi
 
-# Servers of other stores for the tests marked `az`: Azure's emulator comes from npm (190 MB).
+# Azure's emulator for tests marked `az`, from npm (190 MB).
 stores: env
 	$(RUN) -m tests.support.azure_server
 
