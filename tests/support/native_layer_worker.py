@@ -1,7 +1,7 @@
-"""Runs in every rank: trains on DeepSpeed's own MoE layer and, in plain torch, on ours, and tells
-how they differ.
+"""A rank that trains with DeepSpeed's MoE layer and compares with the builtin layer in one process.
 
-`python -m tests.support.native_layer_worker CELLS`; rank 0 prints one JSON line for each cell.
+`python -m tests.support.native_layer_worker CELLS`; `CELLS` is a JSON list, and rank 0 prints one
+JSON line for each cell.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from data_pipeline.samples import Batch
 from pretrain.config.batch import plan_batch
-from pretrain.config.experts import BalanceConfig, ByModality, MoEConfig
+from pretrain.config.experts import BalanceConfig, MoEConfig, PerModality
 from pretrain.config.schema import (
     BatchConfig,
     ModelConfig,
@@ -34,12 +34,12 @@ from pretrain.parallel.plain_engine import PlainEngine
 from pretrain.train.build import build_engine
 from pretrain.train.step import StepResult, train_step
 
-PAIRS, STEPS, COLUMNS, EXPERTS = 8, 3, 12, 4
+GLOBAL_BATCH_SIZE, STEPS, CONTEXT_LENGTH, EXPERTS = 8, 3, 12, 4
 
 
 def run_config(cell: dict[str, Any]) -> RunConfig:
-    """A small model; large balance weights, so that a wrong share would show, and a clip that
-    acts."""
+    """A small run; balance weights are large, so that a wrong scale is detected, and gradients are
+    clipped."""
     return RunConfig(
         model=ModelConfig(
             width=32,
@@ -50,10 +50,10 @@ def run_config(cell: dict[str, Any]) -> RunConfig:
             image_size=16,
             patch_size=8,
             vocab_size=50,
-            context_length=COLUMNS,
+            context_length=CONTEXT_LENGTH,
             embed_dim=16,
             pool_heads=2,
-            recompute=cell["recompute"],
+            activation_checkpointing=cell["recompute"],
         ),
         moe=MoEConfig(
             num_experts=EXPERTS,
@@ -66,25 +66,29 @@ def run_config(cell: dict[str, Any]) -> RunConfig:
             balance_weight=0.1,
             router_z_weight=0.1,
             importance_weight=0.1,
-            local_entropy_weight=ByModality(image=0.05, text=0.1),
+            local_entropy_weight=PerModality(image=0.05, text=0.1),
         ),
-        batch=BatchConfig(global_batch_size=PAIRS, micro_batch_size=cell["per_forward"]),
+        batch=BatchConfig(
+            global_batch_size=GLOBAL_BATCH_SIZE, micro_batch_size=cell["micro_batch_size"]
+        ),
         optim=OptimConfig(clip_norm=0.5, lr=1e-2),
         precision=PrecisionConfig(compute=cell["precision"]),
         parallel=ParallelConfig(expert_parallel_size=cell["ep"], deepspeed=f"zero{cell['stage']}"),
     )
 
 
-def pairs(step: int, rows: range, missing: list[int]) -> Batch:
-    """Some pairs of the global batch of a step, without those that are missing."""
+def make_batch(step: int, rows: range, missing: list[int]) -> Batch:
+    """The rows of a step's global batch that are in `rows` and not in `missing`."""
     generator = torch.Generator().manual_seed(step)
-    images = torch.randint(0, 256, (PAIRS, 3, 16, 16), generator=generator, dtype=torch.uint8)
-    lengths = torch.randint(3, COLUMNS, (PAIRS,), generator=generator)
-    ids = torch.randint(4, 50, (PAIRS, COLUMNS), generator=generator) * (
-        torch.arange(COLUMNS) < lengths.unsqueeze(1)
+    images = torch.randint(
+        0, 256, (GLOBAL_BATCH_SIZE, 3, 16, 16), generator=generator, dtype=torch.uint8
+    )
+    lengths = torch.randint(3, CONTEXT_LENGTH, (GLOBAL_BATCH_SIZE,), generator=generator)
+    ids = torch.randint(4, 50, (GLOBAL_BATCH_SIZE, CONTEXT_LENGTH), generator=generator) * (
+        torch.arange(CONTEXT_LENGTH) < lengths.unsqueeze(1)
     )
     kept = torch.tensor([row for row in rows if row not in missing], dtype=torch.int64)
-    positions = valid_positions(lengths[kept], COLUMNS)
+    positions = valid_positions(lengths[kept], CONTEXT_LENGTH)
     return Batch(
         images[kept],
         ids[kept],
@@ -103,32 +107,38 @@ def pairs(step: int, rows: range, missing: list[int]) -> Batch:
 def train(
     engine: TrainEngine, run: RunConfig, missing: list[int]
 ) -> tuple[list[StepResult], dict[str, torch.Tensor]]:
-    """All steps, and the gradients of the first."""
+    """Results of all steps, and the gradients of the first step."""
     gradients: dict[str, torch.Tensor] = {}
-    take_step = engine.step
+    original = engine.step
 
-    def keep_and_step(rate: float) -> float:
+    def record_gradients_and_step(rate: float) -> float:
         gradients.update({} if gradients else engine.gradients())
-        return take_step(rate)
+        return original(rate)
 
-    engine.step = keep_and_step  # type: ignore[method-assign]
-    each = run.batch.micro_batch_size
+    engine.step = record_gradients_and_step  # type: ignore[method-assign]
+    size = run.batch.micro_batch_size
     results = []
     for step in range(STEPS):
-        starts = range(engine.rank * each, PAIRS, engine.world_size * each)
-        batches = [pairs(step, range(start, start + each), missing) for start in starts]
+        starts = range(engine.rank * size, GLOBAL_BATCH_SIZE, engine.world_size * size)
+        batches = [make_batch(step, range(start, start + size), missing) for start in starts]
         results.append(train_step(engine, batches, run, step=step, learning_rate=1e-2 / (step + 2)))
     return results, gradients
 
 
 def differences(cell: dict[str, Any]) -> dict[str, Any]:
-    """Largest relative differences of losses, gradient norm and gradients; and of choices."""
+    """Maximum relative differences of losses, gradient norm and gradients, and maximum difference
+    of assignment counts."""
     run, environment = run_config(cell), rank_environment()
     engine = build_engine(
-        run, environment, plan_batch(PAIRS, cell["per_forward"], environment.world_size)
+        run,
+        environment,
+        plan_batch(GLOBAL_BATCH_SIZE, cell["micro_batch_size"], environment.world_size),
     )
     results, gradients = train(engine, run, cell["missing"])
-    whole = replace(run, batch=BatchConfig(global_batch_size=PAIRS, micro_batch_size=PAIRS))
+    single_batch = BatchConfig(
+        global_batch_size=GLOBAL_BATCH_SIZE, micro_batch_size=GLOBAL_BATCH_SIZE
+    )
+    reference_run = replace(run, batch=single_batch)
     layout = Layout(
         world_size=1,
         expert_parallel_size=1,
@@ -136,45 +146,64 @@ def differences(cell: dict[str, Any]) -> dict[str, Any]:
         precision=cell["precision"],
         num_experts=EXPERTS,
     )
-    plain = PlainEngine(build_model(whole), run.optim, layout, torch.device("cpu"))
-    true_results, true = train(plain, whole, cell["missing"])
-    compared = list(zip(results, true_results, strict=True))[
-        : 1 if cell["precision"] == "bf16" else STEPS
-    ]
-    losses = [
-        abs(r.losses[k] - t.losses[k]) / max(abs(t.losses[k]), 1e-2)
-        for r, t in compared
-        for k in t.losses
-    ]
-    norms = [abs(r.grad_norm - t.grad_norm) / t.grad_norm for r, t in compared]
-    worst, seen = 0.0, set()
-    for name, gradient in gradients.items():
-        base, _, span = name.partition("@")
-        first, _, last = span.partition(":")
-        expected = true[f"{base}@0:{EXPERTS}"][int(first) : int(last)] if span else true[name]
-        worst = max(worst, float((gradient - expected).norm() / expected.norm().clamp(min=1e-12)))
-        seen.add(base)
-    worst_everywhere = torch.tensor([worst])
-    dist.all_reduce(worst_everywhere, op=dist.ReduceOp.MAX)
+    plain = PlainEngine(build_model(reference_run), run.optim, layout, torch.device("cpu"))
+    expected_results, expected_gradients = train(plain, reference_run, cell["missing"])
+
+    num_compared = 1 if cell["precision"] == "bf16" else STEPS
+    compared = list(zip(results, expected_results, strict=True))[:num_compared]
+    native_names = [name for name, _ in engine.model.named_parameters()]
+    compared_names = {name.partition("@")[0] for name in gradients}
     return cell | {
-        "loss": max(losses),
-        "norm": max(norms),
-        "gradient": float(worst_everywhere),
-        "choices": max(float((r.choices_LME - t.choices_LME).abs().max()) for r, t in compared),
-        "unseen": sorted({name.partition("@")[0] for name in true} - seen),
-        "native": sum("deepspeed_experts" in name for name, _ in engine.model.named_parameters()),
+        "loss": max(loss_difference(actual, expected) for actual, expected in compared),
+        "norm": max(abs(a.grad_norm - e.grad_norm) / e.grad_norm for a, e in compared),
+        "gradient": gradient_difference(gradients, expected_gradients),
+        "assignments": max(
+            float((a.assignments_LME - e.assignments_LME).abs().max()) for a, e in compared
+        ),
+        "unseen": sorted({name.partition("@")[0] for name in expected_gradients} - compared_names),
+        "native": sum("deepspeed_experts" in name for name in native_names),
     }
 
 
+def loss_difference(actual: StepResult, expected: StepResult) -> float:
+    """Maximum relative difference of the losses of a step."""
+    return max(
+        abs(actual.losses[name] - value) / max(abs(value), 1e-2)
+        for name, value in expected.losses.items()
+    )
+
+
+def gradient_difference(
+    gradients: dict[str, torch.Tensor], expected_gradients: dict[str, torch.Tensor]
+) -> float:
+    """Maximum relative difference over all gradients of all ranks.
+
+    Gradients of experts are named `NAME@FIRST:LAST` by the range of experts that they belong to.
+    """
+    max_difference = 0.0
+    for name, gradient in gradients.items():
+        base, _, span = name.partition("@")
+        if span:
+            first, _, last = span.partition(":")
+            expected = expected_gradients[f"{base}@0:{EXPERTS}"][int(first) : int(last)]
+        else:
+            expected = expected_gradients[name]
+        difference = (gradient - expected).norm() / expected.norm().clamp(min=1e-12)
+        max_difference = max(max_difference, float(difference))
+    over_ranks = torch.tensor([max_difference])
+    dist.all_reduce(over_ranks, op=dist.ReduceOp.MAX)
+    return float(over_ranks)
+
+
 def main(cells: str) -> None:
-    """Every cell, in one process group."""
+    """Run all cells in one process group."""
     torch.set_num_threads(1)
     environment = rank_environment()
     start_process_group(environment, 120)
     for cell in json.loads(cells):
-        found = differences(cell)
+        result = differences(cell)
         if environment.rank == 0:
-            print("CELL " + json.dumps(found), flush=True)
+            print("CELL " + json.dumps(result), flush=True)
     dist.barrier()
     stop_process_group()
 

@@ -1,5 +1,4 @@
-"""Runs whose parallel computation is compared with one process, and jobs of `pretrain.check` on
-them."""
+"""Small runs with many kinds of routing, and jobs of `pretrain.check` on them."""
 
 from __future__ import annotations
 
@@ -11,20 +10,20 @@ from typing import Any
 from data_pipeline.common.config import dump_yaml
 from pretrain.check.cells import Cell
 from pretrain.check.job import Case, Job, Outcome
-from pretrain.check.launch import WORKER, run_on_this_machine
-from pretrain.config.experts import BalanceConfig, ByModality, MoEConfig
+from pretrain.check.launch import WORKER, launch_local_ranks
+from pretrain.config.experts import BalanceConfig, MoEConfig, PerModality
 from pretrain.config.schema import BatchConfig, LossConfig, ModelConfig, OptimConfig, RunConfig
 from tests.support.launch import ROOT
 
 PAIRS = 8
-"""Of the global batch, at least; every micro-batch of every rank gets one."""
+"""Minimum global batch size; `run_cells` increases it so that no micro-batch is empty."""
 
-BOTH = ByModality(image=0.05, text=0.1)
-ROUTING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+BOTH_MODALITIES = PerModality(image=0.05, text=0.1)
+RUN_SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "plain": ({}, {}),
-    # The usual weights, small beside the other losses.
+    # Balance weights as in the presets, small compared with the other losses.
     "usual": ({}, {"balance_weight": 1e-3, "router_z_weight": 1e-3}),
-    # Every auxiliary term, with noise and places given out by chance.
+    # All auxiliary losses, routing noise and random capacity priority.
     "noisy": (
         {
             "backend": "loop",
@@ -37,9 +36,9 @@ ROUTING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {
             "importance_weight": 0.1,
             "load_weight": 0.1,
-            "local_entropy_weight": BOTH,
-            "global_entropy_weight": BOTH,
-            "global_entropy_experts": ByModality(image=4.0, text=4.0),
+            "local_entropy_weight": BOTH_MODALITIES,
+            "global_entropy_weight": BOTH_MODALITIES,
+            "global_entropy_experts": PerModality(image=4.0, text=4.0),
             "expert_l1_weight": 1e-3,
             "router_l1_weight": 1e-2,
         },
@@ -65,10 +64,10 @@ ROUTING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"routing": "expert_choice", "router_input": "caption"},
         {"router_l1_weight": 1e-2},
     ),
-    # DeepSpeed's own layer against ours in one process.
+    # DeepSpeed's MoE layer; the reference is the builtin layer in one process.
     "deepspeed": (
         {"backend": "deepspeed"},
-        {"importance_weight": 0.1, "local_entropy_weight": BOTH},
+        {"importance_weight": 0.1, "local_entropy_weight": BOTH_MODALITIES},
     ),
     "deepspeed-one": ({"backend": "deepspeed", "top_k": 1, "shared_experts": 0}, {}),
     "deepspeed-three": ({"backend": "deepspeed", "top_k": 3}, {}),
@@ -80,19 +79,21 @@ ROUTING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "capacity_factor": 0.8,
             "capacity_group_size": 1,
         },
-        {"bias": "sign", "bias_rate": 0.05, "global_entropy_weight": BOTH},
+        {"bias": "sign", "bias_rate": 0.05, "global_entropy_weight": BOTH_MODALITIES},
     ),
 }
-"""Settings of moe and balance by name."""
+"""Settings of `moe` and of `balance`, by the name of the run."""
 
 
-def run_config(routing: str) -> RunConfig:
-    """A small run of one of `ROUTING`."""
-    moe, balance = ROUTING[routing]
-    # Large balance weights, so that a wrong share would show; a norm far above the clip, so that
-    # clipping acts.
+def run_config(name: str) -> RunConfig:
+    """A small run with one of `RUN_SETTINGS`.
+
+    The balance weights are large, so that a wrong scale of the auxiliary losses is detected, and
+    the clipping norm is small, so that gradients are clipped.
+    """
+    moe, balance = RUN_SETTINGS[name]
     return RunConfig(
-        name=routing,
+        name=name,
         model=ModelConfig(
             width=32,
             num_layers=3,
@@ -109,14 +110,14 @@ def run_config(routing: str) -> RunConfig:
         ),
         moe=MoEConfig(**({"num_experts": 4, "top_k": 2, "expert_width": 16} | moe)),
         balance=BalanceConfig(**({"balance_weight": 0.1, "router_z_weight": 0.1} | balance)),
-        # None of them 1, so that one that is forgotten or applied twice would show.
+        # Not 1, so that a weight that is omitted or applied twice is detected.
         loss=LossConfig(contrastive_weight=0.7, caption_weight=1.3),
         batch=BatchConfig(global_batch_size=PAIRS, micro_batch_size=PAIRS),
         optim=OptimConfig(clip_norm=0.5, lr=1e-2),
     )
 
 
-def outcomes(
+def run_cells(
     cases: Sequence[tuple[str, Cell]],
     world_size: int,
     folder: Path,
@@ -125,7 +126,7 @@ def outcomes(
     variables: Mapping[str, str] | None = None,
     seconds: float = 120.0,
 ) -> list[Outcome]:
-    """What `pretrain.check` finds for cells of `ROUTING`'s runs in a world, in order."""
+    """Check cells of the runs on `world_size` ranks; outcomes in the order of `cases`."""
     runs, pairs = {}, max(PAIRS, world_size * max(cell.accumulation for _, cell in cases))
     for name in dict(cases):
         path = folder / f"{name}.yaml"
@@ -139,20 +140,19 @@ def outcomes(
         seconds=seconds,
         float64=False,
     )
-    answers: list[dict[str, Any]] = []
-    run_on_this_machine(
+    messages: list[dict[str, Any]] = []
+    launch_local_ranks(
         job,
         world_size,
-        answers.append,
+        messages.append,
         worker=worker,
         variables={"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | dict(variables or {}),
     )
-    assert [answer.get("case") for answer in answers] == list(range(len(cases))), json.dumps(
-        answers
-    )[-3000:]
-    return [Outcome.from_json(answer["outcome"]) for answer in answers]
+    indices = [message.get("case") for message in messages]
+    assert indices == list(range(len(cases))), json.dumps(messages)[-3000:]
+    return [Outcome.from_json(message["outcome"]) for message in messages]
 
 
-def told(outcome: Outcome) -> str:
-    """An outcome in a line, for messages of tests."""
+def describe(outcome: Outcome) -> str:
+    """An outcome as one line, for assertion messages."""
     return json.dumps(outcome.to_json())
