@@ -1,12 +1,11 @@
-"""A proxy that spoils answers, in front of any HTTP server: for tests of whoever reads from a
-store.
+"""An HTTP proxy that injects faults into responses, for tests of reading from object stores.
 
-    with fault_proxy(server.port, share=0.1, seed=1) as proxy:
+    with fault_proxy(server.port, fault_rate=0.1, seed=1) as proxy:
         ... read through proxy.endpoint ...
-        print(proxy.done)      # how many of each fault
+        print(proxy.fault_counts)
 
-Which request is spoiled, and how, is drawn from the seed and the request's number. The `Host`
-header goes through as it came, so signed requests stay valid.
+Whether and how a request fails is sampled from the seed and the number of the request. The `Host`
+header is forwarded unchanged, so signed requests stay valid.
 """
 
 from __future__ import annotations
@@ -30,15 +29,14 @@ FAULTS = (
     "html",
     "reset",
     "slow",
-    "cut",
+    "truncated",
     "wrong-length",
-    "late",
-    "flip",
+    "delayed",
+    "bit-flip",
 )
-"""Error statuses; a web page with 200; the connection reset or closed in the body, or the body at
-10 B/s; another `Content-Length` than the body's, the answer after `late_seconds`, and one flipped
-bit."""
-_PAGE = b"<html><body>Please sign in to the network.</body></html>"
+"""Error statuses; an HTML page with status 200; the connection reset, slowed to 10 B/s or closed
+in the body; a wrong `Content-Length`; a response after `delay_seconds`; one flipped bit."""
+_LOGIN_PAGE = b"<html><body>Please sign in to the network.</body></html>"
 
 
 @dataclass(kw_only=True)
@@ -46,61 +44,63 @@ class FaultProxy:
     """A running proxy."""
 
     upstream: int
-    """Port on 127.0.0.1 of the server behind it."""
-    share: float
-    """Share of the requests that are spoiled."""
+    """Port of the server on 127.0.0.1."""
+    fault_rate: float
+    """Fraction of requests with a fault."""
     seed: int = 0
     faults: Sequence[str] = FAULTS
-    late_seconds: float = 30.0
-    only: Callable[[str], bool] = lambda path: True
-    """Which paths may be spoiled."""
+    delay_seconds: float = 30.0
+    path_filter: Callable[[str], bool] = lambda path: True
+    """Faults are injected only for paths for which it is true."""
     port: int = 0
     requests: int = 0
-    done: Counter[str] = field(default_factory=Counter)
-    """How often each fault was made."""
-    most_at_once: int = 0
-    """Most connections at a time."""
+    fault_counts: Counter[str] = field(default_factory=Counter)
+    """Number of injected faults by kind."""
+    max_connections: int = 0
+    """Maximum number of simultaneous connections."""
 
     @property
     def endpoint(self) -> str:
         """Base URL."""
         return f"http://127.0.0.1:{self.port}"
 
-    def draw(self, method: str, path: str) -> tuple[str, random.Random]:
-        """The fault of the next request (empty for none), and what else about it is drawn from."""
+    def next_fault(self, method: str, path: str) -> tuple[str, random.Random]:
+        """The fault of the next request (empty for none), and its random generator."""
         self.requests += 1
-        chance = random.Random(f"{self.seed} {self.requests}")
-        spoiled = chance.random() < self.share and method in ("GET", "HEAD") and self.only(path)
-        fault = chance.choice(list(self.faults)) if spoiled else ""
+        rng = random.Random(f"{self.seed} {self.requests}")
+        has_fault = (
+            rng.random() < self.fault_rate and method in ("GET", "HEAD") and self.path_filter(path)
+        )
+        fault = rng.choice(list(self.faults)) if has_fault else ""
         if fault:
-            self.done[fault] += 1
-        return fault, chance
+            self.fault_counts[fault] += 1
+        return fault, rng
 
 
 @contextmanager
 def fault_proxy(
     upstream: int,
     *,
-    share: float,
+    fault_rate: float,
     seed: int = 0,
     faults: Sequence[str] = FAULTS,
-    late_seconds: float = 30.0,
-    only: Callable[[str], bool] = lambda path: True,
+    delay_seconds: float = 30.0,
+    path_filter: Callable[[str], bool] = lambda path: True,
 ) -> Iterator[FaultProxy]:
-    """Run a proxy before the server at port `upstream` until the end of the block."""
+    """Run a proxy for the server at port `upstream`."""
     proxy = FaultProxy(
         upstream=upstream,
-        share=share,
+        fault_rate=fault_rate,
         seed=seed,
         faults=faults,
-        late_seconds=late_seconds,
-        only=only,
+        delay_seconds=delay_seconds,
+        path_filter=path_filter,
     )
     loop, ready = asyncio.new_event_loop(), threading.Event()
     end = asyncio.Event()
 
     async def serve() -> None:
-        server = await asyncio.start_server(_counted(proxy), "127.0.0.1", 0)
+        server = await asyncio.start_server(_connection_handler(proxy), "127.0.0.1", 0)
         proxy.port = server.sockets[0].getsockname()[1]
         ready.set()
         await end.wait()
@@ -123,25 +123,27 @@ def fault_proxy(
 _Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
-def _counted(proxy: FaultProxy) -> _Handler:
-    open_now = 0
+def _connection_handler(proxy: FaultProxy) -> _Handler:
+    num_connections = 0
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        nonlocal open_now
-        open_now += 1
-        proxy.most_at_once = max(proxy.most_at_once, open_now)
-        # A client that goes away in the middle is what these tests are about.
-        with contextlib.suppress(OSError, asyncio.IncompleteReadError, asyncio.CanceledError):
+        nonlocal num_connections
+        num_connections += 1
+        proxy.max_connections = max(proxy.max_connections, num_connections)
+        # Clients close connections in the middle of faulty responses.
+        with contextlib.suppress(OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
             while await _one_request(proxy, reader, writer):
                 pass
-        open_now -= 1
+        num_connections -= 1
         writer.close()
 
     return handle
 
 
 @dataclass
-class _Answer:
+class _Response:
+    """A response of the server."""
+
     status: bytes
     headers: dict[str, str]
     body: bytes
@@ -157,26 +159,26 @@ class _Answer:
 async def _one_request(
     proxy: FaultProxy, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
 ) -> bool:
-    """Answer one request; False when the connection is over."""
+    """Handle one request; False if the connection must be closed."""
     head = await reader.readuntil(b"\r\n\r\n")
     method, path, _ = head.split(b"\r\n", 1)[0].decode().split(" ", 2)
     body = await reader.readexactly(int(_headers(head).get("content-length", "0")))
-    fault, chance = proxy.draw(method, path)
-    if fault == "late":
-        await asyncio.sleep(proxy.late_seconds)
+    fault, rng = proxy.next_fault(method, path)
+    if fault == "delayed":
+        await asyncio.sleep(proxy.delay_seconds)
     if fault in ("500", "503", "429", "404", "html"):
-        answer = _refusal(fault)
+        response = _error_response(fault)
     else:
-        answer = await _ask(proxy.upstream, method, head, body)
+        response = await _forward(proxy.upstream, method, head, body)
     if method == "HEAD":
-        writer.write(answer.head() if fault != "reset" else b"HTTP/1.1 200")
+        writer.write(response.head() if fault != "reset" else b"HTTP/1.1 200")
         await writer.drain()
-        return fault not in ("reset", "cut")
-    return await _send(writer, answer, fault, chance)
+        return fault not in ("reset", "truncated")
+    return await _send(writer, response, fault, rng)
 
 
-async def _ask(port: int, method: str, head: bytes, body: bytes) -> _Answer:
-    """What the server behind says."""
+async def _forward(port: int, method: str, head: bytes, body: bytes) -> _Response:
+    """Forward a request to the server and return its response."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     first, _, rest = head.partition(b"\r\n")
     lines = [line for line in rest.split(b"\r\n") if not line.lower().startswith(b"connection:")]
@@ -184,80 +186,80 @@ async def _ask(port: int, method: str, head: bytes, body: bytes) -> _Answer:
         writer.write(first + b"\r\nConnection: close\r\n" + b"\r\n".join(lines) + body)
         await writer.drain()
         while True:
-            answer = await reader.readuntil(b"\r\n\r\n")
-            if not answer.startswith((b"HTTP/1.1 100", b"HTTP/1.0 100")):
+            head_bytes = await reader.readuntil(b"\r\n\r\n")
+            if not head_bytes.startswith((b"HTTP/1.1 100", b"HTTP/1.0 100")):
                 break
-        headers = _headers(answer)
+        headers = _headers(head_bytes)
         data = b"" if method == "HEAD" else await _body(reader, headers)
     finally:
         writer.close()
-    status, kept = answer.split(b"\r\n", 1)[0], {}
+    status, kept = head_bytes.split(b"\r\n", 1)[0], {}
     for name, value in headers.items():
         if name not in ("transfer-encoding", "connection"):
             kept[name] = value
     if method != "HEAD" and not status.startswith((b"HTTP/1.1 204", b"HTTP/1.1 304")):
         kept["content-length"] = str(len(data))
-    return _Answer(status, kept, data)
+    return _Response(status, kept, data)
 
 
 async def _body(reader: asyncio.StreamReader, headers: dict[str, str]) -> bytes:
     if headers.get("transfer-encoding", "").lower() == "chunked":
-        pieces = []
+        chunks = []
         while size := int((await reader.readline()).split(b";")[0], 16):
-            pieces.append(await reader.readexactly(size))
+            chunks.append(await reader.readexactly(size))
             await reader.readline()
-        return b"".join(pieces)
+        return b"".join(chunks)
     if "content-length" in headers:
         return await reader.readexactly(int(headers["content-length"]))
     return await reader.read()
 
 
 async def _send(
-    writer: asyncio.StreamWriter, answer: _Answer, fault: str, chance: random.Random
+    writer: asyncio.StreamWriter, response: _Response, fault: str, rng: random.Random
 ) -> bool:
-    """Send an answer, spoiled by `fault`; False when the connection is over."""
-    body, half = answer.body, len(answer.body) // 2
+    """Send a response with a fault; False if the connection must be closed."""
+    body, half = response.body, len(response.body) // 2
     match fault:
-        case "flip" if body:
-            spoiled = bytearray(body)
-            spoiled[chance.randrange(len(body))] ^= 1 << chance.randrange(8)
-            body = bytes(spoiled)
+        case "bit-flip" if body:
+            corrupt = bytearray(body)
+            corrupt[rng.randrange(len(body))] ^= 1 << rng.randrange(8)
+            body = bytes(corrupt)
         case "wrong-length":
-            announced = max(0, len(body) + chance.choice([-7, 7]))
-            answer.headers["content-length"] = str(announced)
-            body = body[:announced]
-        case "reset" | "cut":
-            writer.write(answer.head() + body[:half])
+            length = max(0, len(body) + rng.choice([-7, 7]))
+            response.headers["content-length"] = str(length)
+            body = body[:length]
+        case "reset" | "truncated":
+            writer.write(response.head() + body[:half])
             await writer.drain()
             if fault == "reset":
-                found: socket.socket = writer.get_extra_info("socket")
-                found.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                connection: socket.socket = writer.get_extra_info("socket")
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 writer.transport.abort()
             return False
         case "slow":
-            writer.write(answer.head())
+            writer.write(response.head())
             for byte in range(len(body)):
                 writer.write(body[byte : byte + 1])
                 await writer.drain()
                 await asyncio.sleep(0.1)
             return True
-    writer.write(answer.head() + body)
+    writer.write(response.head() + body)
     await writer.drain()
     return fault != "wrong-length"
 
 
-def _refusal(fault: str) -> _Answer:
+def _error_response(fault: str) -> _Response:
     if fault == "html":
-        return _Answer(
+        return _Response(
             b"HTTP/1.1 200 OK",
-            {"content-type": "text/html", "content-length": str(len(_PAGE))},
-            _PAGE,
+            {"content-type": "text/html", "content-length": str(len(_LOGIN_PAGE))},
+            _LOGIN_PAGE,
         )
     headers = {"content-length": "2"} | ({"retry-after": "0"} if fault == "429" else {})
-    return _Answer(f"HTTP/1.1 {fault} No".encode(), headers, b"no")
+    return _Response(f"HTTP/1.1 {fault} No".encode(), headers, b"no")
 
 
 def _headers(head: bytes) -> dict[str, str]:
-    """Names in lower case."""
+    """Header fields with lower-case names."""
     pairs = (line.decode("latin-1").partition(":") for line in head.split(b"\r\n")[1:] if line)
     return {name.strip().lower(): value.strip() for name, _, value in pairs}

@@ -1,5 +1,6 @@
-"""A plain web server for tests, over a folder: GET and HEAD with ranges and ETags, PUT, and a
-password or a signature in the query if wanted.
+"""An HTTP server for a folder, for tests: GET and HEAD with ranges and ETags, and PUT.
+
+It can require a password, or a signature in the query.
 
     with http_server(folder) as server:
         server.url("shards/a.tar")
@@ -23,16 +24,16 @@ from pathlib import Path
 
 @dataclass(kw_only=True)
 class HttpServer:
-    """A running server, and what it was asked."""
+    """A running server, and the requests that it received."""
 
     folder: Path
     port: int = 0
     ranges: bool = True
-    """Whether it knows ranges; if not, it answers with the whole file."""
+    """Whether range requests are supported; otherwise the whole file is returned."""
     password: str = ""
-    """`user:password` that it wants to see; empty wants none."""
+    """Required `user:password`; empty for none."""
     query: str = ""
-    """The query that every address must have; empty wants none."""
+    """Required query of every URL; empty for none."""
     requests: list[tuple[str, str, str]] = field(default_factory=list)
     """Method, path and `Range` header of every request."""
 
@@ -42,7 +43,7 @@ class HttpServer:
         return f"http://127.0.0.1:{self.port}"
 
     def url(self, path: str = "") -> str:
-        """Address of a file or folder."""
+        """URL of a file or folder."""
         return f"{self.endpoint}/{path}".rstrip("/")
 
 
@@ -50,7 +51,7 @@ class HttpServer:
 def http_server(
     folder: Path, *, ranges: bool = True, password: str = "", query: str = ""
 ) -> Iterator[HttpServer]:
-    """Serve `folder` on a free port until the end of the block."""
+    """Serve `folder` on a free port."""
     server = HttpServer(folder=folder, ranges=ranges, password=password, query=query)
     handler = type("Handler", (_Handler,), {"served": server})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
@@ -76,10 +77,10 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
-        self._answer(with_body=True)
+        self._respond(with_body=True)
 
     def do_HEAD(self) -> None:
-        self._answer(with_body=False)
+        self._respond(with_body=False)
 
     def do_PUT(self) -> None:
         data = self.rfile.read(int(self.headers["Content-Length"]))
@@ -87,41 +88,41 @@ class _Handler(BaseHTTPRequestHandler):
         if path is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.{threading.get_ident()}")
-        aside.write_bytes(data)
-        os.replace(aside, path)
+        temporary = path.with_name(f".{path.name}.{threading.get_ident()}")
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
         self._send(201, b"")
 
     def _path(self) -> Path | None:
-        """The file that is asked for; None when the request was refused."""
-        asked = urllib.parse.urlsplit(self.path)
-        self.served.requests.append((self.command, asked.path, self.headers.get("Range", "")))
-        wanted = "Basic " + base64.b64encode(self.served.password.encode()).decode()
-        if self.served.password and self.headers.get("Authorization") != wanted:
-            self._send(401, b"who are you?")
+        """The requested file; None if the request was rejected."""
+        url = urllib.parse.urlsplit(self.path)
+        self.served.requests.append((self.command, url.path, self.headers.get("Range", "")))
+        required = "Basic " + base64.b64encode(self.served.password.encode()).decode()
+        if self.served.password and self.headers.get("Authorization") != required:
+            self._send(401, b"unauthorized")
             return None
-        if self.served.query and asked.query != self.served.query:
+        if self.served.query and url.query != self.served.query:
             self._send(403, b"not signed")
             return None
-        return self.served.folder / urllib.parse.unquote(asked.path).lstrip("/")
+        return self.served.folder / urllib.parse.unquote(url.path).lstrip("/")
 
-    def _answer(self, *, with_body: bool) -> None:
+    def _respond(self, *, with_body: bool) -> None:
         path = self._path()
         if path is not None:
-            self._send(*self._found(path), with_body=with_body)
+            self._send(*self._read(path), with_body=with_body)
 
-    def _found(self, path: Path) -> tuple[int, bytes, dict[str, str]]:
-        """Status, body and headers for a file or a range of it."""
+    def _read(self, path: Path) -> tuple[int, bytes, dict[str, str]]:
+        """Status, body and headers of the response for a file or a range of it."""
         try:
-            data, stamp = path.read_bytes(), path.stat().st_mtime_ns
+            data, modified_ns = path.read_bytes(), path.stat().st_mtime_ns
         except OSError:
-            return 404, b"nothing here", {}
-        etag = hashlib.md5(f"{stamp} {len(data)}".encode()).hexdigest()
+            return 404, b"not found", {}
+        etag = hashlib.md5(f"{modified_ns} {len(data)}".encode()).hexdigest()
         headers = {"ETag": f'"{etag}"', "Last-Modified": "Thu, 01 Jan 2026 00:00:00 GMT"}
-        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if not (asked and self.served.ranges):
+        requested = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if not (requested and self.served.ranges):
             return 200, data, headers
-        first, last = int(asked[1]), min(int(asked[2] or len(data)), len(data) - 1)
+        first, last = int(requested[1]), min(int(requested[2] or len(data)), len(data) - 1)
         if first > last:
             return 416, b"", {"Content-Range": f"bytes */{len(data)}"}
         headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
@@ -140,5 +141,5 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if with_body and self.command != "HEAD":
-            with contextlib.suppress(OSError):  # the client may have gone
+            with contextlib.suppress(OSError):  # the client may have disconnected
                 self.wfile.write(body)

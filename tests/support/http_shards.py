@@ -1,4 +1,4 @@
-"""Small shards behind a web server, for tests of reading from stores that need no real one."""
+"""Small shards behind an HTTP server, for tests of remote reading."""
 
 from __future__ import annotations
 
@@ -19,58 +19,58 @@ from tests.support.small_shards import make_shards
 
 @dataclass(kw_only=True)
 class WebShards:
-    """Shards of seven samples each behind a web server, and a folder for copies."""
+    """Shards of seven samples each behind an HTTP server, and a cache folder."""
 
     web: HttpServer
     manifest: Manifest
-    """Its addresses are the server's."""
+    """Manifest with URLs of the server."""
     cache: Path
 
     def store(self, **changes: Any) -> ShardStore:
-        """A new store with short waits."""
+        """A new store with short timeouts."""
         return ShardStore([self.manifest], web_settings(self.cache, **changes))
 
-    def asked(self, ending: str = ".tar") -> int:
-        """Requests for files whose names end so."""
-        return sum(path.endswith(ending) for _, path, _ in self.web.requests)
+    def request_count(self, suffix: str = ".tar") -> int:
+        """Number of requests for files with this suffix."""
+        return sum(path.endswith(suffix) for _, path, _ in self.web.requests)
 
 
 def web_settings(cache: Path, **changes: Any) -> DataConfig:
-    """Settings with short waits."""
-    given: dict[str, Any] = {
+    """Settings with short timeouts."""
+    defaults: dict[str, Any] = {
         "cache_dir": str(cache),
         "shard_seconds": 6.0,
         "request_seconds": 1.0,
         "fetch_ahead": 2,
         "timeout_seconds": 60.0,
     }
-    return DataConfig(**given | changes)
+    return DataConfig(**defaults | changes)
 
 
 @contextmanager
 def web_shards(folder: Path, count: int = 21, *, ranges: bool = True) -> Iterator[WebShards]:
-    """`count` good samples behind a server, until the end of the block."""
+    """`count` valid samples behind an HTTP server."""
     make_shards(folder / "data", count=count)
     with http_server(folder / "data", ranges=ranges) as web:
         yield WebShards(web=web, manifest=load_manifest(web.url()), cache=folder / "cache")
 
 
 @contextmanager
-def served_elsewhere(folder: Path) -> Iterator[str]:
-    """The address of a folder behind a server in a process of its own, with open files of its
-    own."""
+def http_server_process(folder: Path) -> Iterator[str]:
+    """URL of a folder behind an HTTP server in another process, which has its own limit of open
+    files."""
     context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=_serve, args=(folder, there))
+    connection, child_connection = context.Pipe()
+    process = context.Process(target=_serve, args=(folder, child_connection))
     process.start()
     try:
-        yield here.recv()
+        yield connection.recv()
     finally:
-        here.send(None)
+        connection.send(None)
         process.join()
 
 
-def _serve(folder: Path, pipe: Connection) -> None:
+def _serve(folder: Path, connection: Connection) -> None:
     with http_server(folder) as web:
-        pipe.send(web.url())
-        pipe.recv()
+        connection.send(web.url())
+        connection.recv()

@@ -1,9 +1,9 @@
-"""Runs a script on several processes of this machine, under a time-out, and leaves none behind.
+"""Runs a script in several local processes with a timeout, and ends all of them afterwards.
 
-    result = torchrun(["-m", "pretrain", "train", "run.yaml", "--out", "run"], processes=2,
-    timeout_seconds=60) result.check()
+    arguments = ["-m", "pretrain", "train", "run.yaml", "--out", "run"]
+    torchrun(arguments, processes=2, timeout_seconds=60).check()
 
-Each process computes on one thread: the tests share few cores, and sums come out the same.
+Each process uses one thread: the tests share few cores, and sums are reproducible.
 """
 
 from __future__ import annotations
@@ -19,42 +19,43 @@ from pathlib import Path
 from typing import IO
 
 from tests.support.ports import free_ports
-from tests.support.processes import MARK, end_family, new_mark
+from tests.support.processes import PROCESS_TAG, end_tagged_processes, new_process_tag
 
 ROOT = Path(__file__).resolve().parents[2]
-"""The checkout; the working directory of what is launched, unless another is given."""
+"""Root of the repository; the default working directory of launched processes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchResult:
-    """How a launch ended."""
+    """Result of a launch."""
 
     command: tuple[str, ...]
-    """What was run."""
+    """The command line."""
     returncodes: tuple[int, ...]
-    """Exit status of each process started here (one for torchrun, one a rank for `processes`)."""
+    """Exit status of each process (one for torchrun, one per rank for `run_ranks`)."""
     output: str
-    """Standard output and standard error of all processes, in the order they came."""
+    """Standard output and standard error of all processes, interleaved."""
     seconds: float
     """Wall time."""
     timed_out: bool
-    """It was ended because it took too long."""
+    """Whether the processes were killed after the timeout."""
 
     def check(self) -> LaunchResult:
         """Return self, or raise AssertionError with the end of the output."""
         if self.timed_out or any(self.returncodes):
-            how = "took too long" if self.timed_out else f"ended with {self.returncodes}"
+            how = "timed out" if self.timed_out else f"exited with {self.returncodes}"
             raise AssertionError(
-                f"{' '.join(self.command)} {how} after {self.seconds:.1f} s; its last output:\n{self.output[-6000:]}"
+                f"{' '.join(self.command)} {how} after {self.seconds:.1f} s; end of its output:\n"
+                f"{self.output[-6000:]}"
             )
         return self
 
 
 def clean_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """This process's environment without ranks or jobs of others, for one CPU thread, plus
+    """This process's environment without variables of ranks and jobs, for one CPU thread, plus
     `extra`."""
-    foreign = ("SLURM_", "SBATCH_", "TORCHELASTIC_", "PMI_")
-    ranks = {
+    launcher_prefixes = ("SLURM_", "SBATCH_", "TORCHELASTIC_", "PMI_")
+    rank_variables = {
         "RANK",
         "LOCAL_RANK",
         "WORLD_SIZE",
@@ -66,7 +67,7 @@ def clean_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     kept = {
         key: value
         for key, value in os.environ.items()
-        if not key.startswith(foreign) and key not in ranks
+        if not key.startswith(launcher_prefixes) and key not in rank_variables
     }
     search_path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     defaults = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": search_path}
@@ -81,12 +82,12 @@ def torchrun(
     env: Mapping[str, str] | None = None,
     cwd: Path = ROOT,
 ) -> LaunchResult:
-    """`torchrun --nproc-per-node PROCESSES ARGUMENTS` with a master port of its own.
+    """`torchrun --nproc-per-node PROCESSES ARGUMENTS` on a free master port.
 
     Args:
-        arguments: What follows torchrun's options: a script and its arguments, or `-m module ...`.
-        processes: Ranks, all on this machine.
-        timeout_seconds: After this all of its processes are ended.
+        arguments: A script and its arguments, or `-m module ...`.
+        processes: Number of ranks.
+        timeout_seconds: All processes are killed after this time.
         env: Variables to add to `clean_environment()`.
         cwd: Working directory.
     """
@@ -111,10 +112,9 @@ def run_ranks(
     env: Mapping[str, str] | None = None,
     cwd: Path = ROOT,
 ) -> LaunchResult:
-    """`python ARGUMENTS` once a rank with torchrun's variables, but without torchrun: starts
-    faster.
+    """`python ARGUMENTS` for each rank with torchrun's variables; starts faster than torchrun.
 
-    A rank that fails ends the others at once; see `torchrun` for the arguments.
+    If a rank fails, the others are killed; see `torchrun` for the arguments.
     """
     command = [sys.executable, *arguments]
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0])}
@@ -127,16 +127,16 @@ def run_ranks(
 def _run(
     commands: list[list[str]], environments: list[dict[str, str]], timeout_seconds: float, cwd: Path
 ) -> LaunchResult:
-    mark, started = new_mark(), time.monotonic()
+    tag, started = new_process_tag(), time.monotonic()
     with tempfile.TemporaryFile() as output:
         try:
             children = [
-                _start(command, environment | {MARK: mark}, cwd, output)
+                _start(command, environment | {PROCESS_TAG: tag}, cwd, output)
                 for command, environment in zip(commands, environments, strict=True)
             ]
             timed_out = not _wait_for(children, started + timeout_seconds)
         finally:
-            end_family(mark)
+            end_tagged_processes(tag)
         returncodes = tuple(child.wait() for child in children)
         output.seek(0)
         text = output.read().decode(errors="replace")
@@ -165,7 +165,7 @@ def _start(
 
 
 def _wait_for(children: list[subprocess.Popen[bytes]], deadline: float) -> bool:
-    """Wait until all ended or one failed; False when the deadline came first."""
+    """Wait until all processes exited or one failed; False if the deadline passed first."""
     while time.monotonic() < deadline:
         codes = [child.poll() for child in children]
         if None not in codes or any(codes):

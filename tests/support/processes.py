@@ -1,7 +1,7 @@
-"""Ends a family of processes for certain.
+"""Finds and ends all descendants of a launched process.
 
-Killing a process group is not enough: torchrun gives each worker a session of its own, so the
-workers survive their launcher. A mark in the environment is inherited by every descendant.
+Killing the process group is not enough: torchrun starts each worker in a new session, so workers
+survive their launcher. A tag in an environment variable is inherited by every descendant.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-MARK = "VLMOE_TEST_FAMILY"
-"""The variable that all processes of one launch share."""
+PROCESS_TAG = "VLMOE_TEST_FAMILY"
+"""Environment variable with the tag of a launch."""
 
 
-def tied(command: list[str], leftovers: Iterable[Path] = ()) -> list[str]:
-    """`command`, but killed when its standard input closes; then the files `leftovers` are removed.
+def kill_on_stdin_close(command: list[str], cleanup_paths: Iterable[Path] = ()) -> list[str]:
+    """Wrap `command` so that it is killed when its standard input closes, and paths are removed.
 
-    Start it with a pipe that only this process holds: then it ends even if this process is killed.
+    Start it with a pipe whose write end only this process has open: then the command is killed even
+    if this process is killed.
     """
-    remove = shlex.join(["rm", "-rf", "--", *map(str, leftovers)])
+    remove = shlex.join(["rm", "-rf", "--", *map(str, cleanup_paths)])
     return [
         "sh",
         "-c",
@@ -34,42 +35,47 @@ def tied(command: list[str], leftovers: Iterable[Path] = ()) -> list[str]:
     ]
 
 
-def new_mark() -> str:
-    """A value of `MARK` that no other launch has."""
+def new_process_tag() -> str:
+    """A unique value for `PROCESS_TAG`."""
     return uuid.uuid4().hex
 
 
-def environments() -> Iterator[tuple[int, set[str]]]:
-    """Id of every living process of this user, this one excepted, and the variables it was started
-    with."""
+def process_environments() -> Iterator[tuple[int, set[str]]]:
+    """Id and initial environment (`NAME=value`) of every other process of this user."""
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             variables = (folder / "environ").read_bytes().split(b"\0")
         except OSError:
-            continue  # ended meanwhile, a zombie, or somebody else's
+            continue  # has exited, is a zombie, or belongs to another user
         if int(folder.name) != os.getpid():
             yield int(folder.name), {variable.decode(errors="replace") for variable in variables}
 
 
-def family(mark: str) -> list[int]:
-    """Ids of the living processes that were started with `MARK=mark`, this one excepted."""
-    return [process for process, variables in environments() if f"{MARK}={mark}" in variables]
+def tagged_processes(tag: str) -> list[int]:
+    """Ids of the other processes with this tag."""
+    return [
+        process
+        for process, variables in process_environments()
+        if f"{PROCESS_TAG}={tag}" in variables
+    ]
 
 
-def end_family(mark: str, *, grace_seconds: float = 3.0) -> list[int]:
-    """Ask the whole family to end, then insist. Returns the ids that were still there at the
-    call."""
-    first = members = family(mark)
+def end_tagged_processes(tag: str, *, grace_seconds: float = 3.0) -> list[int]:
+    """Send SIGTERM to all processes with the tag, and SIGKILL after `grace_seconds`.
+
+    Returns the ids of the processes that were running at the call.
+    """
+    first = remaining = tagged_processes(tag)
     deadline = time.monotonic() + grace_seconds
-    asked = False
-    while members:
-        if not asked:
-            _signal(members, signal.SIGTERM)
-            asked = True
+    terminated = False
+    while remaining:
+        if not terminated:
+            _signal(remaining, signal.SIGTERM)
+            terminated = True
         elif time.monotonic() > deadline:
-            _signal(members, signal.SIGKILL)
+            _signal(remaining, signal.SIGKILL)
         time.sleep(0.05)
-        members = family(mark)
+        remaining = tagged_processes(tag)
     return first
 
 

@@ -1,4 +1,4 @@
-"""Waiting for what another thread or process does."""
+"""Waiting for a condition that another thread or process fulfills."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable
 
 
-def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
-    """Return when `condition` holds, and fail if it never does."""
+def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    """Wait until `condition()` is true; fail after `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, f"did not come true within {seconds:g} s"
+        assert time.monotonic() < deadline, f"condition not fulfilled within {seconds:g} s"
         time.sleep(0.02)
