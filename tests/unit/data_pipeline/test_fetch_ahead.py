@@ -1,5 +1,4 @@
-"""The thread that copies what comes next: how far it goes, what it leaves alone, and how it
-ends."""
+"""The thread that copies upcoming shards: what it copies, what it keeps, and how it ends."""
 
 from __future__ import annotations
 
@@ -24,7 +23,7 @@ from data_pipeline.reading.store import ShardStore
 from tests.support.fault_proxy import fault_proxy
 from tests.support.http_shards import WebShards, web_settings, web_shards
 from tests.support.small_shards import make_shards
-from tests.support.waiting import until
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.http
 
@@ -32,143 +31,144 @@ pytestmark = pytest.mark.http
 @pytest.fixture
 def shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WebShards]:
     """Ten shards."""
-    object_store.forget_clients()
-    monkeypatch.setattr(fetch_ahead, "LONGEST_WAIT_SECONDS", 0.1)
-    with web_shards(tmp_path, count=70) as found:
-        yield found
+    object_store.clear_clients()
+    monkeypatch.setattr(fetch_ahead, "MAX_WAIT_SECONDS", 0.1)
+    with web_shards(tmp_path, count=70) as running:
+        yield running
 
 
-def _here(store: ShardStore) -> set[int]:
+def cached_shards(store: ShardStore) -> set[int]:
     assert store.cache is not None
-    return {number for number in range(len(store)) if store.cache.has(store.entry(number))}
+    return {shard for shard in range(len(store)) if store.cache.has(store.entry(shard))}
 
 
-def _from(*windows: list[int]) -> Callable[[int], Iterator[list[int]]]:
+def windows_per_batch(*windows: list[int]) -> Callable[[int], Iterator[list[int]]]:
     """An order in which each batch needs one window."""
-    return lambda number: iter(windows[number:])
+    return lambda batch: iter(windows[batch:])
 
 
-def _stays(store: ShardStore, ahead: FetchAhead, expected: set[int]) -> None:
-    """It comes to this, and looking again changes nothing."""
-    until(lambda: _here(store) >= expected)
-    looks = ahead.looks
-    until(lambda: ahead.looks > looks + 2)
-    assert _here(store) == expected
+def check_cached(store: ShardStore, thread: FetchAhead, expected: set[int]) -> None:
+    """Wait until these shards are cached; later rounds must not change that."""
+    wait_until(lambda: cached_shards(store) >= expected)
+    rounds = thread.rounds
+    wait_until(lambda: thread.rounds > rounds + 2)
+    assert cached_shards(store) == expected
 
 
-def test_the_window_and_a_few_beyond(shards: WebShards) -> None:
+def test_current_window_and_shards_after_it(shards: WebShards) -> None:
     store = shards.store(fetch_ahead=2)
-    ahead = FetchAhead(store, _from([3, 1, 2], [0, 5, 4], [6, 7]))
-    _stays(store, ahead, {3, 1, 2, 0, 5})
-    ahead.reached(1)  # the second window has begun, and is copied whole
-    _stays(store, ahead, {0, 1, 2, 3, 4, 5, 6, 7})
-    ahead.close()
+    thread = FetchAhead(store, windows_per_batch([3, 1, 2], [0, 5, 4], [6, 7]))
+    check_cached(store, thread, {3, 1, 2, 0, 5})
+    thread.start_batch(1)  # the second window is current, so all of it is copied
+    check_cached(store, thread, {0, 1, 2, 3, 4, 5, 6, 7})
+    thread.close()
 
 
-def test_an_endless_order_of_few_shards(shards: WebShards) -> None:
+def test_endless_order_of_few_shards(shards: WebShards) -> None:
     store = shards.store(fetch_ahead=50)
-    ahead = FetchAhead(store, lambda number: islice(itertools.cycle([[0], [1]]), number, None))
+    thread = FetchAhead(store, lambda batch: islice(itertools.cycle([[0], [1]]), batch, None))
     reader = Reader(store)
-    for number in range(6):
-        ahead.reached(number)
-        assert reader.read(number % 2, 3).key == f"{number % 2 * 7 + 3:05d}"
-    _stays(store, ahead, {0, 1})
-    ahead.close()
+    for batch in range(6):
+        thread.start_batch(batch)
+        assert reader.read(batch % 2, 3).key == f"{batch % 2 * 7 + 3:05d}"
+    check_cached(store, thread, {0, 1})
+    thread.close()
 
 
-@pytest.mark.parametrize("count", [4, 9, 16])
-def test_the_place_is_known_in_every_epoch(count: int) -> None:
-    """Also with few windows, where the same shards come again and again."""
-    order = Order([OrderSource(name="a", sizes=[10] * count * 4)], 0, 4)
+@pytest.mark.parametrize("num_windows", [4, 9, 16])
+def test_plan_in_every_epoch(num_windows: int) -> None:
+    """Also with few windows, so that the same shards are repeated soon."""
+    num_shards = num_windows * 4
+    order = Order([OrderSource(name="a", sizes=[10] * num_shards)], 0, 4)
 
-    def windows_from(number: int) -> Iterator[list[int]]:
-        return order.shards_from(8 * number)
+    def windows_from(batch: int) -> Iterator[list[int]]:
+        return order.shards_from(8 * batch)
 
-    class NoStore:
+    class StoreWithoutCache:
         cache, settings = None, SimpleNamespace(fetch_ahead=4)
 
         def __len__(self) -> int:
-            return count * 4
+            return num_shards
 
-    ahead = FetchAhead(NoStore(), windows_from)  # type: ignore[arg-type]
-    for number in range(4 * count * 40 // 8):
-        ahead.reached(number)
-        needed = {ref.shard for ref in order.samples(8 * number, 8)}
-        wanted = ahead.plan()
-        assert needed <= set(wanted), f"batch {number}"
-        assert len(wanted) == 8
+    thread = FetchAhead(StoreWithoutCache(), windows_from)  # type: ignore[arg-type]
+    for batch in range(4 * num_windows * 40 // 8):
+        thread.start_batch(batch)
+        needed = {ref.shard for ref in order.samples(8 * batch, 8)}
+        planned = thread.plan()
+        assert needed <= set(planned), f"batch {batch}"
+        assert len(planned) == 8
 
 
-def test_nothing_of_the_window_is_removed_for_what_comes_later(shards: WebShards) -> None:
-    room = 3.5 * max(entry.bytes for entry in shards.manifest.shards) / 2**30
-    store = shards.store(fetch_ahead=4, cache_gib=room)
-    ahead = FetchAhead(store, _from([0, 1, 2], [3, 4], [5, 6]))
-    _stays(store, ahead, {0, 1, 2})
-    copied = shards.asked()
+def test_current_window_is_not_evicted(shards: WebShards) -> None:
+    cache_gib = 3.5 * max(entry.bytes for entry in shards.manifest.shards) / 2**30
+    store = shards.store(fetch_ahead=4, cache_gib=cache_gib)
+    thread = FetchAhead(store, windows_per_batch([0, 1, 2], [3, 4], [5, 6]))
+    check_cached(store, thread, {0, 1, 2})
+
+    requests = shards.request_count()
     reader = Reader(store)
-    assert reader.read(6, 0).key == "00042", "what does not fit comes by ranges"
-    ahead.reached(2)
-    until(lambda: {5, 6} <= _here(store))
-    assert shards.asked() == copied + 3, "one range and two copies"
-    assert len(_here(store)) == 3
-    ahead.close()
+    assert reader.read(6, 0).key == "00042"  # by a ranged request
+    thread.start_batch(2)
+    wait_until(lambda: {5, 6} <= cached_shards(store))
+    assert shards.request_count() == requests + 3, "expected one ranged request and two copies"
+    assert len(cached_shards(store)) == 3
+    thread.close()
 
 
-def test_troubles_do_not_end_it(shards: WebShards) -> None:
+def test_missing_files_do_not_end_the_thread(shards: WebShards) -> None:
     (shards.web.folder / "shard-000001.tar").unlink()
     (shards.web.folder / "shard-000002.tar.index").unlink()
     store = shards.store()
-    ahead = FetchAhead(store, _from([0, 1, 2, 3]))
-    _stays(store, ahead, {0, 3})
-    assert shards.store().trouble(1) is not None, "others do not know"
-    ahead.close()
+    thread = FetchAhead(store, windows_per_batch([0, 1, 2, 3]))
+    check_cached(store, thread, {0, 3})
+    assert shards.store().failure(1) is not None, "the failure is not shared"
+    thread.close()
 
 
-def test_it_ends_soon_even_in_the_middle_of_a_copy(shards: WebShards) -> None:
-    with fault_proxy(shards.web.port, share=1.0, faults=["503"]) as proxy:
+def test_close_during_a_copy(shards: WebShards) -> None:
+    with fault_proxy(shards.web.port, fault_rate=1.0, faults=["503"]) as proxy:
         manifest = dataclasses.replace(shards.manifest, base=proxy.endpoint)
         store = ShardStore([manifest], web_settings(shards.cache, shard_seconds=50.0))
-        ahead = FetchAhead(store, _from([0]))
-        until(lambda: proxy.requests > 2)
+        thread = FetchAhead(store, windows_per_batch([0]))
+        wait_until(lambda: proxy.requests > 2)
         start = time.monotonic()
-        ahead.close()
+        thread.close()
         assert time.monotonic() - start < 2
-    assert "fetch-ahead" not in {thread.name for thread in threading.enumerate()}
+    assert "fetch-ahead" not in {other.name for other in threading.enumerate()}
     assert not list(shards.cache.glob("shards/*.part"))
 
 
-def test_there_is_no_thread_where_there_is_nothing_to_copy(
-    shards: WebShards, tmp_path: Path
-) -> None:
+def test_no_thread_without_remote_shards_or_cache(shards: WebShards, tmp_path: Path) -> None:
     before = threading.active_count()
-    FetchAhead(ShardStore([make_shards(tmp_path / "local", count=7)]), _from([0])).close()
-    without = web_settings(shards.cache, cache_dir="", cache_gib=0)
-    FetchAhead(ShardStore([shards.manifest], without), _from([0])).close()
-    assert threading.active_count() == before and shards.asked() == 0
+    local = ShardStore([make_shards(tmp_path / "local", count=7)])
+    FetchAhead(local, windows_per_batch([0])).close()
+    without_cache = web_settings(shards.cache, cache_dir="", cache_gib=0)
+    FetchAhead(ShardStore([shards.manifest], without_cache), windows_per_batch([0])).close()
+    assert threading.active_count() == before
+    assert shards.request_count() == 0
 
 
-def _worker(url: str, cache: Path, done) -> None:  # type: ignore[no-untyped-def]
+def copy_and_read(url: str, cache: Path, keys) -> None:  # type: ignore[no-untyped-def]
     from data_pipeline.shards.manifest import load_manifest
 
     store = ShardStore([load_manifest(url)], web_settings(cache, fetch_ahead=10))
-    FetchAhead(store, _from(list(range(10))))
-    until(lambda: len(_here(store)) == 10)
-    done.put(Reader(store).read(9, 6).key)
+    FetchAhead(store, windows_per_batch(list(range(10))))
+    wait_until(lambda: len(cached_shards(store)) == 10)
+    keys.put(Reader(store).read(9, 6).key)
 
 
-def test_processes_share_the_work(shards: WebShards) -> None:
-    """Three workers from a fork server copy each shard once, and end though their threads still
-    run."""
+def test_processes_share_the_copies(shards: WebShards) -> None:
+    """Three processes copy each shard once, and exit although their threads still run."""
     context = multiprocessing.get_context("forkserver")
-    done = context.Queue()
-    workers = [
-        context.Process(target=_worker, args=(shards.manifest.url, shards.cache, done))
+    keys = context.Queue()
+    processes = [
+        context.Process(target=copy_and_read, args=(shards.manifest.url, shards.cache, keys))
         for _ in range(3)
     ]
-    for worker in workers:
-        worker.start()
-    assert {done.get(timeout=60) for _ in workers} == {"00069"}
-    for worker in workers:
-        worker.join(timeout=20)
-    assert [worker.exitcode for worker in workers] == [0, 0, 0]
-    assert shards.asked() == 10
+    for process in processes:
+        process.start()
+    assert {keys.get(timeout=60) for _ in processes} == {"00069"}
+    for process in processes:
+        process.join(timeout=20)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert shards.request_count() == 10
