@@ -34,7 +34,7 @@ def header(width: int) -> list[str]:
         columns += [" norm", "gradient", "weights", "result"]
     else:
         columns += ["(name)".ljust(term), " norm", "gradient", "(name)".ljust(gradient)]
-        columns += ["later", "weights", "biases", "assigns", "  sec", "result"]
+        columns += ["later", "weights", "biases", "routing", "  sec", "result"]
     line = " ".join(columns)
     return [line, "-" * len(line)]
 

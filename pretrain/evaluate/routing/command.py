@@ -71,20 +71,16 @@ def routing_command(
     run = trained.run
     blocks = run.moe.blocks(run.model.num_layers)
     if not blocks:
-        raise ConfigError(
-            f"{run_dir} has no layer with experts (moe.start {run.moe.start}, moe.stop "
-            f"{run.moe.stop}), so there is no routing to report"
-        )
+        where = f"moe.start {run.moe.start}, moe.stop {run.moe.stop}"
+        raise ConfigError(f"{run_dir} has no layer with experts ({where}): nothing to report")
     label, address = (shards, shards) if shards else resolve_set(run, name)
     manifest = load_manifest(address)
     indices = sample_indices(label, manifest.total_samples, samples)
     logger.info("routing %d of the %d pairs of %s", len(indices), manifest.total_samples, label)
     counted = count(trained, read_set(trained, manifest, indices), patches=patches)
     if not counted.counts.pairs:
-        raise DataError(
-            f"none of the {len(indices)} samples of {address} could be read: "
-            f"{dict(counted.problems)}"
-        )
+        reasons = dict(counted.problems)
+        raise DataError(f"none of the {len(indices)} samples of {address} could be read: {reasons}")
 
     report = {
         "run": str(run_dir),
