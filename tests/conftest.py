@@ -1,4 +1,4 @@
-"""Fixtures that several folders of tests use; the machinery is in tests/support."""
+"""Fixtures for all tests, implemented in tests/support."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-# The fixtures import what they need: most tests need none of it, and torch alone takes seconds.
+# Imported by the fixtures that need them: importing torch takes seconds, and most tests need none.
 if TYPE_CHECKING:
     from tests.support.s3_server import S3Server
-    from tests.support.shards import Shapes
+    from tests.support.shape_dataset import ShapeDataset
     from tests.support.slurm import SlurmCluster
 
 
 @pytest.fixture(scope="session")
 def slurm_cluster() -> Iterator[SlurmCluster]:
-    """A real SLURM with two nodes; the test is skipped where none can be started."""
+    """A SLURM cluster with two nodes; skips the test if it cannot be started."""
     from tests.support import slurm
 
     if reason := slurm.why_unavailable():
@@ -27,7 +27,7 @@ def slurm_cluster() -> Iterator[SlurmCluster]:
 
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[S3Server]:
-    """A real S3 server with the empty bucket `shards`; use a prefix of your own in it."""
+    """An S3 server with the bucket `shards`; each test must use its own prefix."""
     from tests.support import s3_server
 
     with s3_server.s3_server() as server:
@@ -35,9 +35,9 @@ def s3_server() -> Iterator[S3Server]:
 
 
 @pytest.fixture(scope="session")
-def shapes(tmp_path_factory: pytest.TempPathFactory) -> Shapes:
-    """64 colored shapes with captions in four shards, and a tokenizer; read-only, as all tests
-    share it."""
-    from tests.support.shards import make_shapes
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> ShapeDataset:
+    """64 images of colored shapes with captions in four shards, and a tokenizer; shared, so
+    read-only."""
+    from tests.support.shape_dataset import make_shape_dataset
 
-    return make_shapes(tmp_path_factory.mktemp("shapes"))
+    return make_shape_dataset(tmp_path_factory.mktemp("shapes"))

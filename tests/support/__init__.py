@@ -1,2 +1,1 @@
-"""What several tests share: real servers and clusters on this machine, small shards, child
-processes."""
+"""Shared test support: local servers and clusters, small datasets, child processes."""

@@ -1,7 +1,7 @@
-"""A server that speaks Azure Blob Storage for tests: Microsoft's azurite (from npm) on loopback.
+"""An Azure Blob Storage server for tests: Microsoft's azurite (from npm) on loopback.
 
-It checks signatures. Looked for on the search path and in `azurite/` of this environment, where
-`python -m tests.support.azure_server` puts it (190 MB, some seconds).
+It checks signatures. It is searched in PATH and in `azurite/` of this Python environment, where
+`python -m tests.support.azure_server` installs it (190 MB, a few seconds).
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ import obstore
 from obstore.store import AzureStore
 
 from tests.support.ports import free_ports
-from tests.support.processes import tied
+from tests.support.processes import kill_on_stdin_close
 
 CONTAINER = "shards"
 VERSION = "3.35.0"
 _ACCOUNT = "devstoreaccount1"
 _KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
-"""Not a secret: every azurite has this account."""
+"""Not a secret: the default account of every azurite."""
 _READY_SECONDS, _STOP_SECONDS = 30.0, 15.0
 
 
@@ -44,7 +44,7 @@ class AzureServer:
 
     @property
     def env(self) -> dict[str, str]:
-        """What a program needs in its environment to read and write here."""
+        """Environment variables for clients of this server."""
         return {
             "AZURE_STORAGE_ACCOUNT_NAME": _ACCOUNT,
             "AZURE_STORAGE_ACCOUNT_KEY": _KEY,
@@ -52,23 +52,23 @@ class AzureServer:
         }
 
     def url(self, path: str = "") -> str:
-        """`az://` address of an object or folder of the container."""
+        """`az://` URL of an object or folder of the container."""
         return f"az://{CONTAINER}/{path}".rstrip("/")
 
 
 def why_unavailable() -> str:
-    """Why no server can be started here, and what to do; empty if it can."""
+    """Why no server can be started, and what to do; empty if it can."""
     if _program():
         return ""
-    return "no azurite here; python -m tests.support.azure_server"
+    return "azurite is not installed; run python -m tests.support.azure_server"
 
 
 @contextmanager
 def azure_server() -> Iterator[AzureServer]:
-    """Start a server with an empty container, and end it in every case.
+    """Run a server with an empty container.
 
     Raises:
-        RuntimeError: It did not come up.
+        RuntimeError: The server did not start.
     """
     (port,) = free_ports(1)
     folder = Path(tempfile.mkdtemp(prefix="vlmoe-azure-"))
@@ -85,7 +85,7 @@ def azure_server() -> Iterator[AzureServer]:
     ]
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
-            tied(command, [folder]),
+            kill_on_stdin_close(command, [folder]),
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -94,26 +94,25 @@ def azure_server() -> Iterator[AzureServer]:
         )
     try:
         server = AzureServer(port=port)
-        _make_container(server, folder / "log")
+        _create_container(server, folder / "log")
         yield server
     finally:
-        process.communicate(timeout=_STOP_SECONDS)  # closes its standard input, which ends it
+        process.communicate(timeout=_STOP_SECONDS)  # closes its standard input, which kills it
 
 
 def _program() -> list[str]:
-    """The first words of the command; node's program is named, because only that is ended with
-    us."""
+    """Beginning of the command. It starts node directly: a wrapper script would be killed alone."""
     node = shutil.which("node") or str(Path(sys.prefix, "bin", "node"))
     script = Path(
         sys.prefix, "azurite", "node_modules", "azurite", "dist", "src", "blob", "main.js"
     )
-    found = shutil.which("azurite-blob")
-    if found is not None:
-        script = Path(found).resolve()
+    installed = shutil.which("azurite-blob")
+    if installed is not None:
+        script = Path(installed).resolve()
     return [node, str(script)] if script.exists() and os.path.exists(node) else []
 
 
-def _make_container(server: AzureServer, log: Path) -> None:
+def _create_container(server: AzureServer, log: Path) -> None:
     store = AzureStore(
         CONTAINER,
         account_name=_ACCOUNT,
@@ -125,11 +124,11 @@ def _make_container(server: AzureServer, log: Path) -> None:
     deadline = time.monotonic() + _READY_SECONDS
     while True:
         try:
-            _put_container(server)
+            _request_container(server)
             obstore.put(store, "ready", b"yes")
             obstore.delete(store, "ready")
             return
-        except Exception as error:  # every kind of failure means "not yet" until the deadline
+        except Exception as error:  # any failure means "not ready yet" until the deadline
             if time.monotonic() > deadline:
                 text = log.read_text(errors="replace")[-3000:]
                 raise RuntimeError(
@@ -138,8 +137,8 @@ def _make_container(server: AzureServer, log: Path) -> None:
             time.sleep(0.1)
 
 
-def _put_container(server: AzureServer) -> None:
-    """Ask for the container, with the account's signature: obstore makes none."""
+def _request_container(server: AzureServer) -> None:
+    """Create the container with a signed request; obstore cannot create one."""
     import base64
     import email.utils
     import hashlib
@@ -167,23 +166,23 @@ def _put_container(server: AzureServer) -> None:
     try:
         urllib.request.urlopen(request, timeout=5).close()
     except urllib.error.HTTPError as error:
-        if error.code != 409:  # it is there
+        if error.code != 409:  # 409: it already exists
             raise
 
 
 def install() -> None:
-    """Bring azurite into this environment."""
+    """Install azurite in this Python environment."""
     from tools.quickstart_data.fetch import npm_command
 
     npm, environment = npm_command()
-    words = [
+    arguments = [
         "install",
         "--ignore-scripts",
         "--no-audit",
         "--no-fund",
         f"--prefix={Path(sys.prefix, 'azurite')}",
     ]
-    subprocess.run([*npm, *words, f"azurite@{VERSION}"], env=environment, check=True)
+    subprocess.run([*npm, *arguments, f"azurite@{VERSION}"], env=environment, check=True)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Runs the command `vlmoe` many times without waiting for torch each time.
+"""Runs many `vlmoe` commands without importing torch for each of them.
 
     with command_server() as vlmoe:
         result = vlmoe(["train", "tiny", "--out", "run"], timeout_seconds=30)
 
-A server process imports torch and the training code once; every command is a fork of it that does
-what `python -m pretrain` does, with its own arguments, environment, output and exit status.
+A server process imports torch and the training code once and forks for each command. The child
+behaves like `python -m pretrain` with the given arguments and environment.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ Command = Callable[..., LaunchResult]
 
 @contextmanager
 def command_server() -> Iterator[Command]:
-    """A function that runs one command, given its words, `timeout_seconds`, and `env` to add (None
-    removes)."""
+    """A function that runs one command, given its arguments, `timeout_seconds` and changes of the
+    environment (None removes a variable)."""
     server = subprocess.Popen(
         [sys.executable, "-m", "tests.support.commands"],
         env=clean_environment(),
@@ -40,45 +40,45 @@ def command_server() -> Iterator[Command]:
         stdout=subprocess.PIPE,
     )
     assert server.stdin is not None and server.stdout is not None
-    requests, answers = server.stdin, server.stdout
+    requests, replies = server.stdin, server.stdout
 
     def run(
-        words: Sequence[str],
+        arguments: Sequence[str],
         *,
         timeout_seconds: float = 60.0,
         env: Mapping[str, str | None] | None = None,
     ) -> LaunchResult:
-        return _ask(requests, answers, list(words), timeout_seconds, dict(env or {}))
+        return _request(requests, replies, list(arguments), timeout_seconds, dict(env or {}))
 
     try:
         yield run
     finally:
         requests.close()
         server.wait(timeout=10)
-        answers.close()
+        replies.close()
 
 
-def _ask(
+def _request(
     requests: IO[str],
-    answers: IO[str],
-    words: list[str],
+    replies: IO[str],
+    arguments: list[str],
     timeout_seconds: float,
     env: dict[str, str | None],
 ) -> LaunchResult:
     started = time.monotonic()
     with tempfile.NamedTemporaryFile() as output:
         request = {
-            "words": words,
+            "arguments": arguments,
             "env": env,
             "output": output.name,
             "timeout_seconds": timeout_seconds,
         }
         requests.write(json.dumps(request) + "\n")
         requests.flush()
-        status = json.loads(answers.readline())
+        status = json.loads(replies.readline())
         text = Path(output.name).read_text(errors="replace")
     return LaunchResult(
-        command=("vlmoe", *words),
+        command=("vlmoe", *arguments),
         returncodes=(status,),
         output=text,
         seconds=time.monotonic() - started,
@@ -87,22 +87,22 @@ def _ask(
 
 
 def _serve() -> None:
-    """Answer requests until standard input closes."""
+    """Handle requests until standard input closes."""
     import pretrain.evaluate.command
-    import pretrain.train.run  # noqa: F401 - what is imported here need not be by the forks
+    import pretrain.train.run  # noqa: F401 - imported once for all child processes
 
-    answers = os.fdopen(os.dup(1), "w")
+    replies = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
         request = json.loads(line)
         process = os.fork()
         if process == 0:
-            _become(request)
-        answers.write(json.dumps(_wait(process, request["timeout_seconds"])) + "\n")
-        answers.flush()
+            _run_command(request)
+        replies.write(json.dumps(_wait(process, request["timeout_seconds"])) + "\n")
+        replies.flush()
 
 
-def _become(request: dict[str, Any]) -> None:
-    """Be the command; never returns."""
+def _run_command(request: dict[str, Any]) -> None:
+    """Run the command in this process and exit; never returns."""
     status = 1
     try:
         output = os.open(request["output"], os.O_WRONLY | os.O_APPEND)
@@ -113,7 +113,7 @@ def _become(request: dict[str, Any]) -> None:
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
-        sys.argv = ["vlmoe", *request["words"]]
+        sys.argv = ["vlmoe", *request["arguments"]]
         from pretrain.cli.main import run
 
         run()
@@ -128,8 +128,7 @@ def _become(request: dict[str, Any]) -> None:
 
 
 def _wait(process: int, timeout_seconds: float) -> int:
-    """Exit status; a process that takes too long is killed and gives that signal's negative
-    number."""
+    """Exit status; the process is killed after the timeout, which gives -SIGKILL."""
     deadline = time.monotonic() + timeout_seconds
     while time.monotonic() < deadline:
         ended, status = os.waitpid(process, os.WNOHANG)

@@ -1,5 +1,7 @@
-"""Runs a command of the data pipeline in this process: `data("check", folder)` is `vlmoe data check
-FOLDER`."""
+"""Runs commands of the data pipeline in this process.
+
+`run_data_command("check", folder)` is `vlmoe data check FOLDER`.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +11,11 @@ from pathlib import Path
 from data_pipeline.commands import add_all, tokenizer
 
 
-def data(*words: str | Path | int) -> int:
-    """The exit status; errors that a person can mend are raised, and output goes where it goes."""
+def run_data_command(*arguments: str | Path | int) -> int:
+    """Run a command and return its exit status; a VlmError is raised instead of printed."""
     parser = argparse.ArgumentParser()
     subparsers = parser.add_subparsers(required=True)
     add_all(subparsers)
     tokenizer.add(subparsers)
-    args = parser.parse_args([str(word) for word in words])
+    args = parser.parse_args([str(argument) for argument in arguments])
     return int(args.handle(args) or 0)

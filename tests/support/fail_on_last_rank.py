@@ -1,5 +1,4 @@
-"""The last rank fails at once, the others hang: `torchrun ... -m
-tests.support.fail_on_last_rank`."""
+"""A distributed program whose last rank fails immediately while the others hang."""
 
 from __future__ import annotations
 
@@ -9,5 +8,5 @@ import time
 
 if __name__ == "__main__":
     if int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
-        sys.exit("this rank fails, as the test wants")
+        sys.exit("the last rank fails on purpose")
     time.sleep(600)

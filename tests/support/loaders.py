@@ -1,4 +1,4 @@
-"""Loaders over a few small shards that differ in little, for tests of what they deliver."""
+"""Loaders over a few small shards, and comparisons of their batches."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from contextlib import closing
 import torch
 
 from data_pipeline.content.tokenizer import Tokenizer
+from data_pipeline.loading.batch_spec import BatchSpec, RankInfo
 from data_pipeline.loading.loader import Loader, read_all
 from data_pipeline.order.state import LoaderState
 from data_pipeline.samples import Batch
 from data_pipeline.settings import DataConfig
 from data_pipeline.shards.manifest import Manifest
-from tests.support.small_shards import settings
+from tests.support.small_shards import make_data_config
 
-COUNT, STEP, FORWARD = 30, 8, 2
+NUM_SAMPLES, GLOBAL_BATCH_SIZE, MICRO_BATCH_SIZE = 30, 8, 2
 
 
 @dataclasses.dataclass(frozen=True)
-class Setup:
-    """Opens loaders that differ in few things."""
+class LoaderFactory:
+    """Creates loaders over one dataset."""
 
     manifest: Manifest
     tokenizer: str
@@ -49,32 +50,43 @@ class Setup:
         seed: int = 9,
     ) -> Loader:
         return Loader(
-            manifests=[self.manifest],
+            sources=[self.manifest],
             tokenizer_path=self.tokenizer,
-            data=data or settings(),
-            image_size=8,
-            context_length=16,
+            data=data or make_data_config(),
+            batch=BatchSpec(
+                image_size=8,
+                context_length=16,
+                micro_batch_size=MICRO_BATCH_SIZE,
+            ),
             seed=seed,
-            rank=rank,
-            world_size=world_size,
-            global_batch_size=STEP,
-            micro_batch_size=FORWARD,
+            ranks=RankInfo(rank=rank, world_size=world_size),
+            global_batch_size=GLOBAL_BATCH_SIZE,
             state=state,
         )
 
-    def evaluate(self, **more: object) -> Iterator[Batch]:
-        arguments: dict[str, object] = {
-            "tokenizer": Tokenizer.load(self.tokenizer),
-            "data": settings(),
-            "image_size": 8,
-            "context_length": 16,
-            "micro_batch_size": 4,
-        }
-        return read_all(self.manifest, **(arguments | more))  # type: ignore[arg-type]
+    def evaluate(
+        self,
+        *,
+        data: DataConfig | None = None,
+        context_length: int = 16,
+        indices: Sequence[int] | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 0,
+    ) -> Iterator[Batch]:
+        return read_all(
+            self.manifest,
+            tokenizer=Tokenizer.load(self.tokenizer),
+            data=data or make_data_config(),
+            batch=BatchSpec(image_size=8, context_length=context_length, micro_batch_size=4),
+            indices=indices,
+            ranks=RankInfo(rank=rank, world_size=world_size),
+            workers=workers,
+        )
 
 
-def keys_of(batches: Sequence[Batch]) -> list[str]:
-    """Keys of all samples, the bad ones too."""
+def sample_keys(batches: Sequence[Batch]) -> list[str]:
+    """Keys of all samples, including corrupt ones."""
     return [
         key
         for batch in batches
@@ -82,20 +94,20 @@ def keys_of(batches: Sequence[Batch]) -> list[str]:
     ]
 
 
-def take(loader: Loader, steps: int) -> tuple[list[list[Batch]], list[LoaderState]]:
-    """The first steps and the states after them."""
+def take_steps(loader: Loader, steps: int) -> tuple[list[list[Batch]], list[LoaderState]]:
+    """The first steps, and the state after each of them."""
     with closing(loader):
-        found = list(itertools.islice(loader.steps(), steps))
-    return [batches for batches, _ in found], [state for _, state in found]
+        taken = list(itertools.islice(loader.steps(), steps))
+    return [batches for batches, _ in taken], [state for _, state in taken]
 
 
-def same(left: Batch, right: Batch) -> bool:
-    """Whether two batches hold the same."""
+def batches_equal(left: Batch, right: Batch) -> bool:
+    """Whether two batches are equal."""
     tensors = zip((*left[:5], left.ids), (*right[:5], right.ids), strict=True)
     return all(torch.equal(a, b) for a, b in tensors) and left[5:8] == right[5:8]
 
 
-def all_same(left: list[list[Batch]], right: list[list[Batch]]) -> bool:
-    """Whether steps hold the same batches."""
+def steps_equal(left: list[list[Batch]], right: list[list[Batch]]) -> bool:
+    """Whether all batches of all steps are equal."""
     pairs = zip(itertools.chain(*left), itertools.chain(*right), strict=True)
-    return all(same(a, b) for a, b in pairs)
+    return all(batches_equal(a, b) for a, b in pairs)

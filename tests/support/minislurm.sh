@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# A real SLURM (munged, slurmctld and N slurmd) on one machine, for tests: loopback only, no systemd, no cgroups.
+# A SLURM cluster (munged, slurmctld and N slurmd) on one machine, for tests: loopback only, no systemd, no cgroups.
 #
-#   minislurm.sh run N          start, print "ready", stay until standard input closes, then stop everything
-#   minislurm.sh up N | down    start in the background | stop everything that belongs to this cluster
+#   minislurm.sh run N          start, print "ready", wait until standard input closes, then stop
+#   minislurm.sh up N | down    start in the background | stop all processes of the cluster
 #   minislurm.sh status         nodes and jobs
-#   minislurm.sh kill-node I    node I dies at once, with all its jobs | start-node I: it comes back
+#   minislurm.sh kill-node I    kill all processes of node I | start-node I: start it again
 #
-# MINISLURM_ROOT (required, absolute) holds every file; two clusters with different roots and ports do not meet.
+# MINISLURM_ROOT (required, absolute) contains all files; clusters need different roots and ports.
 # MINISLURM_PORTS: N+1 free ports, "controller node1 node2 ..."; MINISLURM_FIRST_JOB; MINISLURM_CPUS, MINISLURM_GPUS
-# per node (the GPUs are fakes: device files that only SLURM looks at). Needs root: munged and slurmd switch users.
+# per node (the GPUs are fake device files). Requires root: munged and slurmd switch users.
 set -euo pipefail
 
 [[ ${1:-} =~ ^(run|up|down|status|kill-node|start-node)$ ]] || { sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 2; }
-root=${MINISLURM_ROOT:?set MINISLURM_ROOT to an absolute folder of this cluster alone}
-[[ $root == /* ]] || { echo "minislurm: MINISLURM_ROOT is '$root', but must be absolute" >&2; exit 2; }
+root=${MINISLURM_ROOT:?set MINISLURM_ROOT to an absolute folder for this cluster}
+[[ $root == /* ]] || { echo "minislurm: MINISLURM_ROOT is '$root', expected an absolute path" >&2; exit 2; }
 cpus=${MINISLURM_CPUS:-4}
 gpus=${MINISLURM_GPUS:-0}
 first_job=${MINISLURM_FIRST_JOB:-1}
@@ -25,12 +25,12 @@ wait_for() { # SECONDS COMMAND...: until the command succeeds
     local end=$((SECONDS + $1))
     shift
     until "$@" >/dev/null 2>&1; do
-        ((SECONDS < end)) || { echo "minislurm: gave up waiting for: $*" >&2; return 1; }
+        ((SECONDS < end)) || { echo "minislurm: timed out waiting for: $*" >&2; return 1; }
         sleep 0.05
     done
 }
 
-daemons() { # [LOG]: this cluster's daemons and job supervisors; they rename themselves, but keep their log file open
+daemons() { # [LOG]: ids of this cluster's daemons; they change their names, so they are found by their open log file
     local pid
     for pid in $(find /proc/[0-9]*/fd -lname "$root/log/${1:-*}" 2>/dev/null | cut -d/ -f3 | sort -u); do
         [[ $(readlink "/proc/$pid/exe") =~ /(munged|slurm[a-z]+)(-wlm)?$ ]] && echo "$pid"
@@ -38,9 +38,9 @@ daemons() { # [LOG]: this cluster's daemons and job supervisors; they rename the
     return 0
 }
 
-job_processes() { # [NODE]: what jobs started; their environment names the cluster, the job and the node
+job_processes() { # [NODE]: ids of processes of jobs, found by cluster, job and node in their environment
     local pid
-    # shellcheck disable=SC2013  # one number a line
+    # shellcheck disable=SC2013  # one id per line
     for pid in $(grep -lzxF -- "SLURM_CONF=$SLURM_CONF" /proc/[0-9]*/environ 2>/dev/null | cut -d/ -f3); do
         grep -qzE "^SLURM_JOB_ID=" "/proc/$pid/environ" 2>/dev/null || continue
         [[ -z ${1:-} ]] || grep -qzx "SLURMD_NODENAME=$1" "/proc/$pid/environ" 2>/dev/null || continue
@@ -66,7 +66,7 @@ node_lines() { # COUNT
 write_configuration() { # COUNT
     local i
     mkdir -p "$root"/{etc,log,state,run}
-    chmod 755 "$root" "$root"/{etc,log,state,run} # munged insists that its socket can be reached by every user
+    chmod 755 "$root" "$root"/{etc,log,state,run} # munged requires that all users can access its socket
     for i in $(seq "$1"); do mkdir -p "$root/spool.node$i"; done
     cat >"$SLURM_CONF" <<CONF
 ClusterName=mini
@@ -107,7 +107,7 @@ $(node_lines "$1")
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO
 CONF
     : >"$root/etc/gres.conf"
-    if ((gpus > 0)); then # a gres without device files leaves the nodes INVAL, so each fake is another /dev/null
+    if ((gpus > 0)); then # without device files the nodes become INVAL, so each fake is a copy of /dev/null
         for i in $(seq 0 $((gpus - 1))); do
             [[ -c $root/run/nvidia$i ]] || mknod -m 666 "$root/run/nvidia$i" c 1 3
         done
@@ -123,9 +123,9 @@ start_munged() {
     wait_for 5 munge -S "$root/run/munge.socket" -n
 }
 
-start_node() { # I: with a host name and a hosts file of its own where the kernel allows it, else with shared ones
+start_node() { # I: with a separate host name and hosts file if the kernel allows it
     if unshare --uts --mount true 2>/dev/null; then
-        # The quoted script is for the inner shell.
+        # The variables are expanded by the inner shell.
         # shellcheck disable=SC2016
         unshare --uts --mount sh -ec \
             'hostname "$1"; mount --bind "$2" /etc/hosts; exec slurmd -N "$1"' sh "node$1" "$root/etc/hosts"
@@ -140,7 +140,7 @@ all_nodes_answer() { # COUNT
 }
 
 free_or_fail() {
-    [[ -z $(daemons) ]] || { echo "minislurm: a cluster already runs in $root" >&2; exit 2; }
+    [[ -z $(daemons) ]] || { echo "minislurm: a cluster is already running in $root" >&2; exit 2; }
 }
 
 up() { # COUNT
@@ -155,7 +155,7 @@ up() { # COUNT
 
 down() {
     local attempt jobs pids
-    # A controller that is gone would keep scancel busy for minutes.
+    # Without a controller, scancel would wait for minutes.
     [[ ! -s $SLURM_CONF ]] || timeout 3 scancel --signal=KILL --full --user="$(id -un)" >/dev/null 2>&1 || true
     for attempt in $(seq 100); do
         mapfile -t jobs < <(job_processes)
@@ -165,11 +165,11 @@ down() {
         if ((attempt < 5)); then kill_all TERM "${pids[@]}"; else kill_all KILL "${pids[@]}"; fi
         sleep 0.1
     done
-    echo "minislurm: these processes of $root would not end: ${pids[*]} ${jobs[*]}" >&2
+    echo "minislurm: these processes of $root did not exit: ${pids[*]} ${jobs[*]}" >&2
     return 1
 }
 
-kill_node() { # I: slurmd first, so that it cannot report the deaths of the others
+kill_node() { # I: slurmd first, so that it cannot report that the others were killed
     local pids
     kill_all KILL "$(cat "$root/run/slurmd.node$1.pid")"
     mapfile -t pids < <(daemons "slurmd.node$1.log"; job_processes "node$1")
@@ -183,11 +183,11 @@ run)
     trap 'exit 143' TERM INT HUP
     up "${2:-2}"
     echo ready
-    read -r _ || true # ends when the starter closes the pipe, or dies in whatever way
+    read -r _ || true # returns when the parent closes the pipe or is killed
     ;;
 up)
     free_or_fail
-    trap down EXIT # a half-started cluster is of no use
+    trap down EXIT # stop a partially started cluster
     up "${2:-2}"
     trap - EXIT
     ;;

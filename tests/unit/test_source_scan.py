@@ -1,5 +1,7 @@
-"""No source of the programs runs what it reads: no pickles, no shells, no eval; and none listens
-beyond this machine. Read from the syntax tree, so that words in texts and comments do not count."""
+"""Scans the source code for unsafe deserialization, code execution and network listeners.
+
+The scan uses the syntax tree, so strings and comments are ignored.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("pretrain", "data_pipeline", "tools")
 
-MODULES = {
+UNSAFE_MODULES = {
     "pickle",
     "cPickle",
     "_pickle",
@@ -25,9 +27,9 @@ MODULES = {
     "jsonpickle",
     "code",
 }
-"""Reading with these runs whatever the file says."""
-BUILTINS = {"eval", "exec", "compile", "__import__"}
-CALLS = {
+"""Modules that execute code from the data they read."""
+UNSAFE_BUILTINS = {"eval", "exec", "compile", "__import__"}
+UNSAFE_CALLS = {
     "os.system",
     "os.popen",
     "subprocess.getoutput",
@@ -53,7 +55,7 @@ CALLS = {
     "yaml.full_load_all",
     "yaml.load_all",
 }
-OBJECTS_OVER_PROCESSES = {
+OBJECT_COLLECTIVES = {
     "all_gather_object",
     "gather_object",
     "broadcast_object_list",
@@ -61,7 +63,7 @@ OBJECTS_OVER_PROCESSES = {
     "send_object_list",
     "recv_object_list",
 }
-"""torch.distributed pickles for these."""
+"""Collectives of torch.distributed that pickle."""
 LISTENERS = {
     "bind",
     "create_server",
@@ -74,28 +76,28 @@ LISTENERS = {
     "SimpleXMLRPCServer",
 }
 LOOPBACK = {"127.0.0.1", "localhost", "::1"}
-EVERYWHERE = {"0.0.0.0", "::", "[::]", "0:0:0:0:0:0:0:0"}
+ALL_INTERFACES = {"0.0.0.0", "::", "[::]", "0:0:0:0:0:0:0:0"}
 
 
-def findings(source: str) -> list[str]:
-    """What is wrong in one file, as `line: what`."""
+def scan(source: str) -> list[str]:
+    """Problems in one file, as `LINE: PROBLEM`."""
     tree = ast.parse(source)
     names = dict(imported_names(tree))
     safe_loaders = {"SafeLoader", "CSafeLoader", "yaml.SafeLoader", "yaml.CSafeLoader"} | {
         node.name
         for node in ast.walk(tree)
         if isinstance(node, ast.ClassDef)
-        and any(dotted(base, names).endswith("SafeLoader") for base in node.bases)
+        and any(qualified_name(base, names).endswith("SafeLoader") for base in node.bases)
     }
-    found = []
-    for node in ast.walk(tree):
-        for what in problems(node, names, safe_loaders):
-            found.append(f"{getattr(node, 'lineno', 0)}: {what}")
-    return found
+    return [
+        f"{getattr(node, 'lineno', 0)}: {problem}"
+        for node in ast.walk(tree)
+        for problem in node_problems(node, names, safe_loaders)
+    ]
 
 
 def imported_names(tree: ast.AST) -> Iterator[tuple[str, str]]:
-    """Each local name of an import and what it stands for."""
+    """Local name and qualified name of each import."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -108,58 +110,61 @@ def imported_names(tree: ast.AST) -> Iterator[tuple[str, str]]:
                 yield alias.asname or alias.name, f"{node.module}.{alias.name}"
 
 
-def dotted(node: ast.AST, names: dict[str, str]) -> str:
-    """`os.system` for whatever the file calls it; empty for anything that is no name."""
+def qualified_name(node: ast.AST, names: dict[str, str]) -> str:
+    """Qualified name such as `os.system`, resolving imports; empty if `node` is not a name."""
     if isinstance(node, ast.Name):
         return names.get(node.id, node.id)
     if isinstance(node, ast.Attribute):
-        base = dotted(node.value, names)
+        base = qualified_name(node.value, names)
         return f"{base}.{node.attr}" if base else f"?.{node.attr}"
     return ""
 
 
-def problems(node: ast.AST, names: dict[str, str], safe_loaders: set[str]) -> Iterator[str]:
+def node_problems(node: ast.AST, names: dict[str, str], safe_loaders: set[str]) -> Iterator[str]:
     if isinstance(node, (ast.Import, ast.ImportFrom)):
         modules = (
             [node.module or ""]
             if isinstance(node, ast.ImportFrom)
             else [alias.name for alias in node.names]
         )
-        yield from (f"imports {module}" for module in modules if module.split(".")[0] in MODULES)
-    if isinstance(node, ast.Constant) and node.value in EVERYWHERE:
-        yield f"the address {node.value} of all networks"
+        yield from (
+            f"imports {module}" for module in modules if module.split(".")[0] in UNSAFE_MODULES
+        )
+    if isinstance(node, ast.Constant) and node.value in ALL_INTERFACES:
+        yield f"address {node.value} of all interfaces"
     if isinstance(node, (ast.Name, ast.Attribute)):
-        name = dotted(node, names)
-        if name in CALLS:
+        name = qualified_name(node, names)
+        if name in UNSAFE_CALLS:
             yield f"uses {name}"
-        if name.rpartition(".")[2] in OBJECTS_OVER_PROCESSES:
-            yield f"pickles by {name}"
+        if name.rpartition(".")[2] in OBJECT_COLLECTIVES:
+            yield f"pickles with {name}"
     if isinstance(node, ast.Call):
-        yield from call_problems(node, dotted(node.func, names), names, safe_loaders)
+        yield from call_problems(node, qualified_name(node.func, names), names, safe_loaders)
 
 
 def call_problems(
     node: ast.Call, name: str, names: dict[str, str], safe_loaders: set[str]
 ) -> Iterator[str]:
-    if name in BUILTINS or name in {f"builtins.{builtin}" for builtin in BUILTINS}:
+    if name in UNSAFE_BUILTINS or name in {f"builtins.{builtin}" for builtin in UNSAFE_BUILTINS}:
         yield f"calls {name}"
     for keyword in node.keywords:
-        fixed = keyword.value.value if isinstance(keyword.value, ast.Constant) else "not a constant"
-        if keyword.arg in ("shell", "allow_pickle") and fixed is not False:
-            yield f"{keyword.arg}={fixed}"
-        if keyword.arg == "weights_only" and fixed is not True:
-            yield f"weights_only={fixed}"
+        value = keyword.value.value if isinstance(keyword.value, ast.Constant) else "not a constant"
+        if keyword.arg in ("shell", "allow_pickle") and value is not False:
+            yield f"{keyword.arg}={value}"
+        if keyword.arg == "weights_only" and value is not True:
+            yield f"weights_only={value}"
     if name == "yaml.load":
-        loaders = [word.value for word in node.keywords if word.arg == "Loader"] + node.args[1:]
-        if not loaders or dotted(loaders[0], names) not in safe_loaders:
+        loaders = [
+            keyword.value for keyword in node.keywords if keyword.arg == "Loader"
+        ] + node.args[1:]
+        if not loaders or qualified_name(loaders[0], names) not in safe_loaders:
             yield "yaml.load without a safe loader"
     if name.rpartition(".")[2] in LISTENERS and node.args and not is_loopback(node.args):
         yield f"{name} on an address that is not loopback"
 
 
 def is_loopback(arguments: list[ast.expr]) -> bool:
-    """Whether a server's address is written out and reaches only this machine; a path of a Unix
-    socket is fine."""
+    """Whether a server's address is a loopback literal or the path of a Unix socket."""
     first = (
         arguments[0].elts[0]
         if isinstance(arguments[0], ast.Tuple) and arguments[0].elts
@@ -174,27 +179,27 @@ def python_files() -> list[Path]:
     return sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
 
-def test_no_source_runs_what_it_reads_or_listens_to_the_network() -> None:
+def test_source_code_is_safe() -> None:
     files = python_files()
     assert len(files) > 100
-    found = [
+    problems = [
         f"{path.relative_to(ROOT)}:{problem}"
         for path in files
-        for problem in findings(path.read_text())
+        for problem in scan(path.read_text())
     ]
-    assert not found, "\n".join(found)
+    assert not problems, "\n".join(problems)
 
 
-def test_no_shell_script_evaluates_text_or_runs_downloads() -> None:
+def test_shell_scripts_do_not_evaluate_text() -> None:
     scripts = [*ROOT.glob("slurm/*"), ROOT / "Makefile"]
     assert len(scripts) > 3
     dangerous = re.compile(
         r"(^|[;&|(`]|\bthen|\bdo|\belse)\s*eval\s|\|\s*(ba|z)?sh\b|python3?\s+-c\s+\"[^\"]*\$"
     )
     for path in scripts:
-        for number, line in enumerate(path.read_text().splitlines(), start=1):
+        for line_number, line in enumerate(path.read_text().splitlines(), start=1):
             code = line.partition("#")[0]
-            assert not dangerous.search(code), f"{path.name}:{number}: {line}"
+            assert not dangerous.search(code), f"{path.name}:{line_number}: {line}"
 
 
 @pytest.mark.parametrize(
@@ -222,16 +227,16 @@ def test_no_shell_script_evaluates_text_or_runs_downloads() -> None:
         ("import yaml\nyaml.load(t, Loader=yaml.UnsafeLoader)", "yaml.load without"),
         ("import yaml\nclass L(yaml.FullLoader): ...\nyaml.load(t, Loader=L)", "yaml.load without"),
         ("import yaml\nyaml.unsafe_load(t)", "uses yaml.unsafe_load"),
-        ("import torch.distributed as dist\ndist.all_gather_object(a, b)", "pickles by"),
+        ("import torch.distributed as dist\ndist.all_gather_object(a, b)", "pickles with"),
         ("s.bind(('', 80))", "not loopback"),
         ("s.bind((host, 80))", "not loopback"),
         ("from http.server import HTTPServer\nHTTPServer(('192.168.0.1', 0), H)", "not loopback"),
-        ("HOST = '0.0.0.0'", "of all networks"),
-        ("serve(host='::')", "of all networks"),
+        ("HOST = '0.0.0.0'", "of all interfaces"),
+        ("serve(host='::')", "of all interfaces"),
     ],
 )
-def test_the_scan_finds(source: str, problem: str) -> None:
-    assert any(problem in found for found in findings(source)), findings(source)
+def test_scan_reports(source: str, problem: str) -> None:
+    assert any(problem in reported for reported in scan(source)), scan(source)
 
 
 @pytest.mark.parametrize(
@@ -248,5 +253,5 @@ def test_the_scan_finds(source: str, problem: str) -> None:
         "import json\njson.load(f)",
     ],
 )
-def test_the_scan_lets_harmless_code_be(source: str) -> None:
-    assert findings(source) == []
+def test_scan_accepts_safe_code(source: str) -> None:
+    assert scan(source) == []

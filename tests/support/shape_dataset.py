@@ -1,10 +1,9 @@
-"""Small sets of shards that a model can learn: one colored shape a picture, and a caption that
-says so.
+"""Small learnable datasets: images of one colored shape with captions that describe it.
 
-    shapes = make_shapes(tmp_path, pairs=64)
-    shapes.folder, shapes.tokenizer, shapes.vocab_size
+    dataset = make_shape_dataset(tmp_path, pairs=64)
+    dataset.folder, dataset.tokenizer, dataset.vocab_size
 
-The same arguments give the same bytes.
+Deterministic: the same arguments give the same bytes.
 """
 
 from __future__ import annotations
@@ -34,19 +33,19 @@ COLORS = {
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 SIZES = {"small": 0.22, "large": 0.42}
 VOCAB_SIZE = 288
-"""Ids of the tokenizer: 4 marks, 256 bytes, and the letters and pieces of the captions."""
+"""Vocabulary size: 4 special tokens, 256 bytes, and pieces of the captions."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shapes:
+class ShapeDataset:
     """A folder of shards with its tokenizer."""
 
     folder: Path
-    """Holds the shards and `manifest.json`."""
+    """Contains the shards and `manifest.json`."""
     tokenizer: Path
     """SentencePiece model trained on `CAPTIONS`."""
     vocab_size: int
-    """Ids of the tokenizer; what `model.vocab_size` must be."""
+    """Vocabulary size; the required `model.vocab_size`."""
     captions: tuple[str, ...]
     """Caption of each sample in the order of the shards."""
     keys: tuple[str, ...]
@@ -54,7 +53,7 @@ class Shapes:
 
     @property
     def overrides(self) -> list[str]:
-        """Settings that make a run train on these shards."""
+        """Settings for training on this dataset."""
         return [
             f"data.train=[{self.folder}]",
             f"data.tokenizer={self.tokenizer}",
@@ -65,23 +64,23 @@ class Shapes:
 CAPTIONS = tuple(
     f"a {size} {color} {shape}" for size, color, shape in itertools.product(SIZES, COLORS, SHAPES)
 )
-"""Every caption there is: 80."""
+"""All 80 possible captions."""
 
 
-def make_shapes(
+def make_shape_dataset(
     folder: Path, *, pairs: int = 64, side: int = 48, samples_per_shard: int = 16
-) -> Shapes:
-    """Write `pairs` pictures of `side` pixels below `folder/shards` and a tokenizer beside it.
+) -> ShapeDataset:
+    """Write `pairs` images of `side` pixels to `folder/shards`, and a tokenizer to `folder`.
 
-    Captions come in a fixed mixed order and all differ up to 80 pairs; a caption that comes again
-    has another picture (the shape lies elsewhere).
+    Captions are in a fixed shuffled order and distinct up to 80 pairs; a repeated caption has
+    another image, with the shape at another position.
     """
     order = rng("shapes", "captions").permutation(len(CAPTIONS))
     captions = [CAPTIONS[order[index % len(CAPTIONS)]] for index in range(pairs)]
     samples = list(_samples(captions, side))
     write_shards(samples, folder / "shards", samples_per_shard=samples_per_shard)
     train_tokenizer(CAPTIONS, folder / "tokenizer.model", vocab_size=VOCAB_SIZE)
-    return Shapes(
+    return ShapeDataset(
         folder=folder / "shards",
         tokenizer=folder / "tokenizer.model",
         vocab_size=VOCAB_SIZE,
@@ -92,16 +91,19 @@ def make_shapes(
 
 def _samples(captions: list[str], side: int) -> Iterator[dict[str, object]]:
     for index, caption in enumerate(captions):
-        yield {"__key__": f"{index:06d}", "png": picture(caption, side, seed=index), "txt": caption}
+        yield {
+            "__key__": f"{index:06d}",
+            "png": render_shape_png(caption, side, seed=index),
+            "txt": caption,
+        }
 
 
-def picture(caption: str, side: int, *, seed: int = 0) -> bytes:
-    """PNG bytes of the picture that `caption` (one of `CAPTIONS`) describes; `seed` moves the
-    shape."""
+def render_shape_png(caption: str, side: int, *, seed: int = 0) -> bytes:
+    """PNG of the image that `caption` (one of `CAPTIONS`) describes; `seed` gives the position."""
     _, size, color, shape = caption.split()
     radius = SIZES[size] * side
-    room = side / 2 - radius
-    x, y = side / 2 + rng("shapes", "place", seed).uniform(-room, room, size=2)
+    margin = side / 2 - radius
+    x, y = side / 2 + rng("shapes", "place", seed).uniform(-margin, margin, size=2)
     image = Image.new("RGB", (side, side), "white")
     _draw(ImageDraw.Draw(image), shape, COLORS[color], float(x), float(y), radius)
     buffer = io.BytesIO()
@@ -117,7 +119,7 @@ def _draw(
     y: float,
     radius: float,
 ) -> None:
-    box, thick = (x - radius, y - radius, x + radius, y + radius), radius / 3
+    box, thickness = (x - radius, y - radius, x + radius, y + radius), radius / 3
     match shape:
         case "circle":
             draw.ellipse(box, fill=color)
@@ -128,9 +130,9 @@ def _draw(
                 [(x, y - radius), (x + radius, y + radius), (x - radius, y + radius)], fill=color
             )
         case "cross":
-            draw.rectangle((x - thick, y - radius, x + thick, y + radius), fill=color)
-            draw.rectangle((x - radius, y - thick, x + radius, y + thick), fill=color)
+            draw.rectangle((x - thickness, y - radius, x + thickness, y + radius), fill=color)
+            draw.rectangle((x - radius, y - thickness, x + radius, y + thickness), fill=color)
         case "ring":
-            draw.ellipse(box, outline=color, width=max(1, round(thick)))
+            draw.ellipse(box, outline=color, width=max(1, round(thickness)))
         case _:
-            raise ValueError(f"there is no shape {shape!r}; known are {SHAPES}")
+            raise ValueError(f"unknown shape {shape!r}; expected one of {SHAPES}")

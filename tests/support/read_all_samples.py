@@ -1,10 +1,9 @@
-"""Reads all samples of a folder of shards, for evaluation and in one epoch of training, and
-reports.
+"""Reads all samples of a folder of shards, for evaluation and for one epoch of training.
 
-    python -m tests.support.read_everything FOLDER TOKENIZER
+    python -m tests.support.read_all_samples FOLDER TOKENIZER
 
-Prints one line of JSON: for both ways the number of good samples and the others by reason, and the
-most memory that this process took, in MiB.
+Prints one JSON line: for both, the number of usable samples and of others by reason, and the peak
+memory of this process in MiB.
 """
 
 from __future__ import annotations
@@ -17,8 +16,9 @@ from collections import Counter
 from collections.abc import Iterable
 
 from data_pipeline.content.tokenizer import Tokenizer
+from data_pipeline.loading.batch_spec import BatchSpec
 from data_pipeline.loading.loader import Loader, read_all
-from data_pipeline.loading.sources import plain_source
+from data_pipeline.loading.sources import unweighted_source
 from data_pipeline.order.state import LoaderState
 from data_pipeline.samples import Batch
 from data_pipeline.settings import AugmentConfig, DataConfig
@@ -26,7 +26,7 @@ from data_pipeline.shards.manifest import load_manifest
 
 
 def main(folder: str, tokenizer_path: str) -> None:
-    """Read, count and print."""
+    """Read all samples and print the report."""
     manifest = load_manifest(folder)
     data = DataConfig(
         caption_keys=("txt", "json:caption"),
@@ -36,37 +36,39 @@ def main(folder: str, tokenizer_path: str) -> None:
         augment=AugmentConfig(crop_scale=(0.5, 1.0), affine_degrees=10, brightness=0.2),
     )
     total = manifest.total_samples
-    everything = read_all(
+    batches = read_all(
         manifest,
         tokenizer=Tokenizer.load(tokenizer_path),
         data=data,
-        image_size=32,
-        context_length=16,
-        micro_batch_size=8,
+        batch=BatchSpec(
+            image_size=32,
+            context_length=16,
+            micro_batch_size=8,
+        ),
     )
-    report: dict[str, object] = {"samples": total, "evaluation": tally(everything)}
+    report: dict[str, object] = {"samples": total, "evaluation": count_outcomes(batches)}
     loader = Loader(
-        sources=[plain_source(manifest)],
+        sources=[unweighted_source(manifest)],
         tokenizer_path=tokenizer_path,
         data=data,
-        image_size=32,
-        context_length=16,
+        batch=BatchSpec(
+            image_size=32,
+            context_length=16,
+            micro_batch_size=1,
+        ),
         seed=0,
-        rank=0,
-        world_size=1,
         global_batch_size=1,
-        micro_batch_size=1,
         state=LoaderState(),
     )
     steps = itertools.islice(loader.steps(), total)
-    report["training"] = tally(batch for batches, _ in steps for batch in batches)
+    report["training"] = count_outcomes(batch for batches, _ in steps for batch in batches)
     loader.close()
-    report["most_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    report["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(json.dumps(report))
 
 
-def tally(batches: Iterable[Batch]) -> dict[str, int]:
-    """Samples by what became of them."""
+def count_outcomes(batches: Iterable[Batch]) -> dict[str, int]:
+    """Number of usable samples, and of others by reason."""
     counts: Counter[str] = Counter()
     for batch in batches:
         counts["good"] += len(batch.keys)
