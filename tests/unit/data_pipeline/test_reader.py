@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import resource
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +16,8 @@ from data_pipeline.reading.store import ShardStore
 from data_pipeline.samples import RawSample, SampleProblem
 from data_pipeline.shards.manifest import load_manifest
 from data_pipeline.shards.writer import write_shards
+from tests.support.results import problem_reasons
 from tests.support.small_shards import make_samples, make_shards
-
-
-def reasons(results: Sequence[RawSample | SampleProblem]) -> list[str]:
-    """The reason of each problem; empty for a sample that was read."""
-    return [result.reason if isinstance(result, SampleProblem) else "" for result in results]
 
 
 def test_samples_in_any_order(tmp_path: Path) -> None:
@@ -75,7 +70,7 @@ def test_shard_truncated_while_it_is_open(tmp_path: Path) -> None:
     reader.read(0, 0)
     os.truncate(tmp_path / "shard-000000.tar", 5000)
     results = reader.read_many([(0, 0), (0, 2)])
-    assert reasons(results) == ["", "truncated"]
+    assert problem_reasons(results) == ["", "truncated"]
     assert isinstance(results[1], SampleProblem) and " bytes at byte " in results[1].detail
 
 
@@ -93,7 +88,7 @@ def test_missing_shards_and_corrupt_indices(tmp_path: Path) -> None:
     (tmp_path / manifest.shards[3].index).unlink()
     reader = Reader(ShardStore([manifest]))
     results = reader.read_many([(0, 3), (1, 2), (2, 0), (0, 4), (3, 5)])
-    assert reasons(results) == ["", "missing-shard", "corrupt-index", "", "corrupt-index"]
+    assert problem_reasons(results) == ["", "missing-shard", "corrupt-index", "", "corrupt-index"]
 
     missing = results[1]
     assert isinstance(missing, SampleProblem)
