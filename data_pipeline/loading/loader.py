@@ -92,16 +92,7 @@ class Loader:
             world_size=ranks.world_size,
         )
 
-        processor = replace(
-            _eval_processor(data, batch), seed=seed, augment=data.augment, filters=data.filters
-        )
-        config = ReaderConfig(
-            manifests=tuple(source.manifest for source in self.sources),
-            tokenizer=Tokenizer.load(tokenizer_path),
-            settings=data,
-            max_open=len(self.sources) * data.shuffle_window + _EXTRA_OPEN_SHARDS,
-        )
-        self._dataset = BatchDataset(config, processor, self._sampler)
+        self._dataset = self._make_dataset(Tokenizer.load(tokenizer_path), batch, seed)
         self._stream: BatchStream | None = None
         self._steps_done = 0
 
@@ -145,6 +136,19 @@ class Loader:
         """Stop the worker processes."""
         if self._stream is not None:
             self._stream.close()
+
+    def _make_dataset(self, tokenizer: Tokenizer, batch: BatchSpec, seed: int) -> BatchDataset:
+        data = self._data
+        processor = replace(
+            _eval_processor(data, batch), seed=seed, augment=data.augment, filters=data.filters
+        )
+        config = ReaderConfig(
+            manifests=tuple(source.manifest for source in self.sources),
+            tokenizer=tokenizer,
+            settings=data,
+            max_open=len(self.sources) * data.shuffle_window + _EXTRA_OPEN_SHARDS,
+        )
+        return BatchDataset(config, processor, self._sampler)
 
 
 def read_all(

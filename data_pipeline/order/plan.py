@@ -142,9 +142,9 @@ class Plan:
     def _window_samples(self, epoch: int, first: int, max_count: int) -> list[SampleRef]:
         """Up to `max_count` samples of one window, starting at index `first` of an epoch."""
         starts = self._epoch(epoch).window_starts
-        number = int(np.searchsorted(starts, first, side="right")) - 1
-        window = self._order(epoch, number)
-        begin = first - int(starts[number])
+        window_index = int(np.searchsorted(starts, first, side="right")) - 1
+        window = self._order(epoch, window_index)
+        begin = first - int(starts[window_index])
 
         # Offset in the window -> shard and index among the kept samples of the shard.
         offsets = window.order[begin : begin + max_count]

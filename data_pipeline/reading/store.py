@@ -89,7 +89,7 @@ class ShardStore:
 
     def name(self, shard: int) -> str:
         """Name of a shard in its manifest."""
-        return self._shards[shard][1].name
+        return self.entry(shard).name
 
     def entry(self, shard: int) -> ShardEntry:
         """Manifest entry of a shard."""
@@ -202,8 +202,7 @@ class ShardStore:
             DataError: It is unavailable (has a slug), or there are too many open files
                 (`is_too_many_open_files`).
         """
-        manifest, entry = self._shards[shard]
-        return load_index_with_retries(manifest, entry, self.settings, timeout_seconds)
+        return load_index_with_retries(*self._shards[shard], self.settings, timeout_seconds)
 
     def cache_shard(
         self,
@@ -256,7 +255,6 @@ class ShardStore:
             )
             if result is CopyResult.CACHED:
                 return
-
             if result is CopyResult.NO_SPACE:
                 closable = [
                     other
