@@ -1,65 +1,52 @@
-"""Whole datasets made to run programs, to write elsewhere or to use up the machine, through the
-commands."""
+"""Malicious datasets must not run code, write files elsewhere, or exhaust the memory."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import json
-import os
-import pickle  # noqa: TID251 - to make what must never be read
 import subprocess
 import sys
 import tarfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from data_pipeline.common.errors import VlmError
 from data_pipeline.content.tokenizer import Tokenizer
+from data_pipeline.loading.batch_spec import BatchSpec
 from data_pipeline.loading.loader import read_all
 from data_pipeline.samples import Batch
 from data_pipeline.shards.indexing import index_shards
 from data_pipeline.shards.manifest import load_manifest
 from tests.support.launch import ROOT, clean_environment
-from tests.support.pictures import encoded, photo, picture_bombs
-from tests.support.small_shards import make_tokenizer, settings
+from tests.support.malicious_samples import JPEG, MaliciousSample, malicious_samples
+from tests.support.small_shards import make_data_config, make_tokenizer
 
 pytestmark = pytest.mark.e2e
 
-MIB = 1024
-"""Most memory of a process that reads them."""
-JPEG = encoded(photo(64, 80), "JPEG")
-
-
-class Bait:
-    """Makes a file when it is unpickled."""
-
-    def __init__(self, canary: Path) -> None:
-        self.canary = canary
-
-    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
-        return os.system, (f"touch '{self.canary}'",)
+MAX_MIB = 1024
+"""Maximum memory of a process that reads the samples."""
+GOOD_SAMPLE = [("a.jpg", JPEG), ("a.txt", b"good")]
 
 
 @pytest.fixture
-def yard(tmp_path: Path) -> Path:
-    """A folder with `shards/` and a tokenizer; nothing else may appear in it."""
+def folder(tmp_path: Path) -> Path:
+    """A folder with `shards/` and a tokenizer; no other files may be created in it."""
     (tmp_path / "shards").mkdir()
     make_tokenizer(tmp_path)
     return tmp_path
 
 
-def run(yard: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """`python WORDS` in the yard."""
-    env = clean_environment({"PYTHONPATH": str(ROOT)})
+def run_python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run `python ARGUMENTS` in the folder."""
     return subprocess.run(
-        [sys.executable, *words],
-        cwd=yard,
-        env=env,
+        [sys.executable, *arguments],
+        cwd=folder,
+        env=clean_environment({"PYTHONPATH": str(ROOT)}),
         text=True,
         capture_output=True,
         timeout=120,
@@ -67,16 +54,16 @@ def run(yard: Path, *words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def data_command(yard: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    return run(yard, "-m", "data_pipeline", *words)
+def data_command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return run_python(folder, "-m", "data_pipeline", *arguments)
 
 
-def read_everything(yard: Path) -> dict[str, Any]:
-    """What evaluation and training make of `shards/`; see `tests/support/read_everything.py`."""
-    done = run(yard, "-m", "tests.support.read_everything", "shards", "tokenizer.model")
+def read_all_samples(folder: Path) -> dict[str, Any]:
+    """The report of `tests/support/read_all_samples.py` on `shards/`."""
+    done = run_python(folder, "-m", "tests.support.read_all_samples", "shards", "tokenizer.model")
     assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return report
 
 
 def write_tar(path: Path, members: Sequence[tuple[str, bytes]]) -> None:
@@ -87,153 +74,94 @@ def write_tar(path: Path, members: Sequence[tuple[str, bytes]]) -> None:
             tar.addfile(member, io.BytesIO(data))
 
 
+def write_samples(path: Path, samples: dict[str, MaliciousSample]) -> None:
+    members = []
+    for key, sample in sorted(samples.items()):
+        members += [(f"{key}.{extension}", data) for extension, data in sample.files.items()]
+    write_tar(path, members)
+
+
 def files_below(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
-def samples(canary: Path) -> dict[str, tuple[str, dict[str, bytes]]]:
-    """Samples by key: what must become of them, and their files."""
-    bait = pickle.dumps(Bait(canary))
-    array = io.BytesIO()
-    np.save(array, np.array([Bait(canary)], dtype=object), allow_pickle=True)
-    text = b"a caption"
-    good = {"jpg": JPEG, "txt": text}
-    traps = {
-        "pickles": (
-            "good",
-            good | dict.fromkeys(("pkl", "pickle", "pyd", "pth", "pt", "cls"), bait),
-        ),
-        "arrays": (
-            "good",
-            good | {"npy": array.getvalue(), "npz": array.getvalue(), "sh": b"touch canary\n"},
-        ),
-        "only-pickles": ("no-image", {"pkl": bait, "pyd": bait, "txt": text}),
-        "pickled-picture": ("bad-image", {"jpg": bait, "txt": text}),
-        "pickled-caption": (
-            "bad-text",
-            {"jpg": JPEG, "txt": pickle.dumps(Bait(canary), protocol=4)},
-        ),
-        "pickled-json": ("bad-text", {"jpg": JPEG, "json": pickle.dumps(Bait(canary), protocol=4)}),
-        "yaml-in-json": (
-            "bad-json",
-            {"jpg": JPEG, "json": b"!!python/object/apply:os.system ['touch canary']"},
-        ),
-        "code-as-caption": (
-            "good",
-            {"jpg": JPEG, "txt": f"__import__('os').system('touch {canary}')".encode()},
-        ),
-        "pipe:touch canary": ("good", good),
-        "../../evil": ("good", good),
-        "../shards/manifest": ("good", good),
-        str(canary): ("good", good),
-        "long-caption": ("caption-too-long", {"jpg": JPEG, "txt": b"x" * 10_000_000}),
-        "deep-json": ("bad-json", {"jpg": JPEG, "json": b'{"caption":' * 800_000}),
-        "open-json": ("bad-json", {"jpg": JPEG, "json": b"[" * 10_000_000}),
-        "digits": ("bad-json", {"jpg": JPEG, "json": b'{"caption": ' + b"1" * 3_000_000 + b"}"}),
-        "accents": ("good", {"jpg": JPEG, "txt": ("e" + "\u0301\u0323" * 49_000).encode()}),
-    }
-    for name, data in picture_bombs().items():
-        traps[f"bomb-{name.replace('.', '-')}"] = (
-            "bad-image",
-            {name.rpartition(".")[2]: data, "txt": text},
-        )
-    return traps
+def test_malicious_samples_are_counted(folder: Path) -> None:
+    canary = folder / "canary"
+    samples = malicious_samples(canary)
+    write_samples(folder / "shards" / "a.tar", samples)
+    files = files_below(folder.parent)
 
-
-def test_nothing_in_a_shard_is_run_or_written_and_everything_is_counted(yard: Path) -> None:
-    canary = yard / "canary"
-    traps = samples(canary)
-    members = [
-        (f"{key}.{name}", data)
-        for key, (_, files) in sorted(traps.items())
-        for name, data in files.items()
-    ]
-    write_tar(yard / "shards" / "a.tar", members)
-    before = files_below(yard.parent)
-
-    indexed = data_command(yard, "index", "shards")
+    indexed = data_command(folder, "index", "shards")
     assert indexed.returncode == 0, indexed.stderr
-    assert load_manifest(str(yard / "shards")).total_samples == len(traps)
-    report = read_everything(yard)
+    assert load_manifest(str(folder / "shards")).total_samples == len(samples)
 
-    expected: dict[str, int] = {}
-    for outcome, _ in traps.values():
-        expected[outcome] = expected.get(outcome, 0) + 1
+    report = read_all_samples(folder)
+    expected = dict(Counter(sample.result for sample in samples.values()))
     assert report["evaluation"] == report["training"] == expected
-    assert report["most_mib"] < MIB
+    assert report["peak_mib"] < MAX_MIB
+
     assert not canary.exists()
-    new = files_below(yard.parent) - before
-    assert new == {f"{yard.name}/shards/{name}" for name in ("manifest.json", "a.tar.index")}
+    new_files = files_below(folder.parent) - files
+    assert new_files == {
+        f"{folder.name}/shards/{name}" for name in ("manifest.json", "a.tar.index")
+    }
 
 
-def test_other_tools_of_the_pipeline_neither_run_nor_write_anything(yard: Path) -> None:
-    canary = yard / "canary"
-    write_tar(
-        yard / "shards" / "a.tar",
-        [
-            (f"{key}.{name}", data)
-            for key, (_, files) in sorted(samples(canary).items())
-            for name, data in files.items()
-        ],
-    )
-    index_shards(str(yard / "shards"), workers=0)
-    before = files_below(yard.parent)
-    for words in (
-        ("check", "shards"),
-        ("stats", "shards"),
-        ("peek", "shards"),
-        ("filter", "shards", "--min-side", "10"),
-    ):
-        done = data_command(yard, *words)
-        assert done.returncode in (0, 1, 2) and "Traceback" not in done.stderr, (
-            words,
-            done.stderr[-2000:],
-        )
+def test_dataset_commands_on_malicious_samples(folder: Path) -> None:
+    canary = folder / "canary"
+    write_samples(folder / "shards" / "a.tar", malicious_samples(canary))
+    index_shards(str(folder / "shards"), workers=0)
+    files = files_below(folder.parent)
+    for command in ("check shards", "stats shards", "peek shards", "filter shards --min-side 10"):
+        done = data_command(folder, *command.split())
+        assert done.returncode in (0, 1, 2), (command, done.stderr[-2000:])
+        assert "Traceback" not in done.stderr, (command, done.stderr[-2000:])
         assert "\x1b" not in done.stdout + done.stderr
     assert not canary.exists()
-    assert files_below(yard.parent) == before
+    assert files_below(folder.parent) == files
 
 
-def test_links_and_devices_are_never_followed(yard: Path) -> None:
-    secret = yard / "secret.txt"
+def write_shard_with_link(path: Path, member_type: bytes, target: Path) -> None:
+    """Write two samples; the caption of the second is a link or device."""
+    with tarfile.open(path, "w") as tar:
+        for name, data in (*GOOD_SAMPLE, ("b.txt", None), ("b.jpg", JPEG)):
+            member = tarfile.TarInfo(name)
+            if data is None:
+                member.type, member.linkname = member_type, str(target)
+            else:
+                member.size = len(data)
+            tar.addfile(member, io.BytesIO(data or b""))
+
+
+def test_links_and_devices_are_not_followed(folder: Path) -> None:
+    secret = folder / "secret.txt"
     secret.write_text("a password")
     kinds = ("SYMTYPE", "LNKTYPE", "CHRTYPE", "BLKTYPE", "FIFOTYPE")
     for kind in kinds:
-        with tarfile.open(yard / "shards" / f"{kind}.tar", "w") as tar:
-            for name, data in (
-                ("a.jpg", JPEG),
-                ("a.txt", b"good"),
-                ("b.txt", None),
-                ("b.jpg", JPEG),
-            ):
-                member = tarfile.TarInfo(name)
-                if data is None:
-                    member.type, member.linkname = getattr(tarfile, kind), str(secret)
-                else:
-                    member.size = len(data)
-                tar.addfile(member, io.BytesIO(data or b""))
-    before = files_below(yard.parent)
-    strict = data_command(yard, "index", "shards")
+        write_shard_with_link(folder / "shards" / f"{kind}.tar", getattr(tarfile, kind), secret)
+    files = files_below(folder.parent)
+
+    strict = data_command(folder, "index", "shards")
     assert strict.returncode == 2 and strict.stderr.count("link or device") == len(kinds)
-    assert not (yard / "shards" / "manifest.json").exists()
-    assert data_command(yard, "index", "shards", "--salvage").returncode == 0
-    assert read_everything(yard)["evaluation"]["good"] == len(kinds)
-    new = files_below(yard.parent) - before
-    assert all(name.endswith((".index", "/manifest.json")) for name in new), new
-    assert all("a password" not in (yard.parent / name).read_text(errors="replace") for name in new)
+    assert not (folder / "shards" / "manifest.json").exists()
+    assert data_command(folder, "index", "shards", "--salvage").returncode == 0
+    assert read_all_samples(folder)["evaluation"]["good"] == len(kinds)
+
+    new_files = files_below(folder.parent) - files
+    assert all(name.endswith((".index", "/manifest.json")) for name in new_files), new_files
+    for name in new_files:
+        assert "a password" not in (folder.parent / name).read_text(errors="replace")
 
 
-def test_no_address_is_a_command(yard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_tar(yard / "shards" / "a.tar", [("a.jpg", JPEG), ("a.txt", b"good")])
-    before = files_below(yard.parent)
-    done = data_command(
-        yard, "index", "--out", "shards", "--", "pipe:touch canary; cat shards/a.tar"
-    )
-    assert done.returncode == 2 and "commands are never run to read data" in done.stderr, (
-        done.stderr
-    )
-    monkeypatch.chdir(yard)
-    for address in (
+def test_addresses_are_not_commands(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tar(folder / "shards" / "a.tar", GOOD_SAMPLE)
+    files = files_below(folder.parent)
+    pipe = "pipe:touch canary; cat shards/a.tar"
+    done = data_command(folder, "index", "--out", "shards", "--", pipe)
+    assert done.returncode == 2 and "commands are never run" in done.stderr, done.stderr
+
+    monkeypatch.chdir(folder)
+    addresses = (
         "pipe:touch canary",
         "-o canary",
         "file:///dev/null;touch canary",
@@ -245,60 +173,57 @@ def test_no_address_is_a_command(yard: Path, monkeypatch: pytest.MonkeyPatch) ->
         "javascript:x",
         "@canary-list",
         "shards/{b,$(touch canary)}.tar",
-    ):
+    )
+    for address in addresses:
         with pytest.raises(VlmError):
             index_shards(address, "shards", workers=0, timeout_seconds=1)
         with pytest.raises(VlmError):
             load_manifest(address, timeout_seconds=1)
-    assert files_below(yard.parent) == before
+    assert files_below(folder.parent) == files
 
 
 @pytest.mark.parametrize("field", ["name", "index"])
-def test_a_manifest_cannot_point_elsewhere(yard: Path, field: str) -> None:
-    write_tar(yard / "shards" / "a.tar", [("a.jpg", JPEG), ("a.txt", b"good")])
-    index_shards(str(yard / "shards"), workers=0)
-    path = yard / "shards" / "manifest.json"
-    manifest, tokenizer = json.loads(path.read_text()), Tokenizer.load(yard / "tokenizer.model")
-    before = files_below(yard.parent)
-    outside = yard / "outside.tar"
-    for name in (
-        "pipe:touch canary",
-        "../outside.tar",
-        str(outside),
-        "/etc/passwd",
-        "s3://bucket/x.tar",
-        "a\0b",
-    ):
+def test_manifest_cannot_name_other_files(folder: Path, field: str) -> None:
+    shards, outside = folder / "shards", folder / "outside.tar"
+    write_tar(shards / "a.tar", GOOD_SAMPLE)
+    index_shards(str(shards), workers=0)
+    path = shards / "manifest.json"
+    manifest, tokenizer = json.loads(path.read_text()), Tokenizer.load(folder / "tokenizer.model")
+    files = files_below(folder.parent)
+    names = (
+        *("pipe:touch canary", "../outside.tar", str(outside)),
+        *("/etc/passwd", "s3://bucket/x.tar", "a\0b"),
+    )
+    for name in names:
         manifest["shards"][0][field] = name
         path.write_text(json.dumps(manifest))
-        found: list[Batch] = []
+        batches: list[Batch] = []
         with contextlib.suppress(VlmError):
-            found += read_all(
-                load_manifest(str(yard / "shards")),
+            batches += read_all(
+                load_manifest(str(shards)),
                 tokenizer=tokenizer,
-                data=settings(),
-                image_size=8,
-                context_length=8,
-                micro_batch_size=1,
+                data=make_data_config(),
+                batch=BatchSpec(image_size=8, context_length=8, micro_batch_size=1),
             )
-        assert not any(batch.keys for batch in found), name
-        assert all(problem.shard != str(outside) for batch in found for problem in batch.problems)
-    assert files_below(yard.parent) == before
+        assert not any(batch.keys for batch in batches), name
+        problems = [problem for batch in batches for problem in batch.problems]
+        assert all(problem.shard != str(outside) for problem in problems)
+    assert files_below(folder.parent) == files
 
 
 @pytest.mark.parametrize(
-    "words",
+    "command",
     [
-        ("-m", "data_pipeline", "filter", "shards", "--config", "evil.yaml"),
-        ("-m", "pretrain", "plan", "evil.yaml"),
+        "-m data_pipeline filter shards --config evil.yaml",
+        "-m pretrain plan evil.yaml",
     ],
 )
-def test_a_run_file_cannot_run_anything(yard: Path, words: tuple[str, ...]) -> None:
-    write_tar(yard / "shards" / "a.tar", [("a.jpg", JPEG), ("a.txt", b"good")])
-    index_shards(str(yard / "shards"), workers=0)
+def test_yaml_files_cannot_run_code(folder: Path, command: str) -> None:
+    write_tar(folder / "shards" / "a.tar", GOOD_SAMPLE)
+    index_shards(str(folder / "shards"), workers=0)
     tag = "!!python/object/apply:os.system ['touch canary']"
-    (yard / "evil.yaml").write_text(f"data:\n  filters:\n    min_side: {tag}\n")
-    before = files_below(yard.parent)
-    done = run(yard, *words)
+    (folder / "evil.yaml").write_text(f"data:\n  filters:\n    min_side: {tag}\n")
+    files = files_below(folder.parent)
+    done = run_python(folder, *command.split())
     assert done.returncode == 2 and "not usable YAML" in done.stderr, done.stderr[-2000:]
-    assert files_below(yard.parent) == before
+    assert files_below(folder.parent) == files
