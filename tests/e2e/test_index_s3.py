@@ -1,5 +1,4 @@
-"""Indexing and writing shards in a real store, by the real command, and what is left when it is
-ended."""
+"""Indexing and writing shards in an S3 server, and `vlmoe data index` when it is killed."""
 
 from __future__ import annotations
 
@@ -10,7 +9,6 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import obstore
@@ -18,191 +16,189 @@ import pytest
 
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError
+from data_pipeline.shards import index_job
 from data_pipeline.shards.indexing import index_shards
 from data_pipeline.shards.manifest import Manifest, load_index, load_manifest
-from data_pipeline.shards.patterns import expand
+from data_pipeline.shards.patterns import expand_patterns
 from data_pipeline.shards.scan import index_shard
 from data_pipeline.shards.shard_index import ShardIndex
 from data_pipeline.shards.writer import write_shards
+from tests.support.launch import ROOT
 from tests.support.s3_server import S3Server
-from tests.support.small_shards import make_shards, samples
+from tests.support.small_shards import make_samples, make_shards
 
 pytestmark = [pytest.mark.e2e, pytest.mark.s3]
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def store(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
+def store(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
     for name, value in s3_server.env.items():
         monkeypatch.setenv(name, value)
-    yield s3_server
+    return s3_server
 
 
-def bare_shards(folder: Path, count: int = 42) -> Manifest:
+def make_bare_shards(folder: Path, count: int = 42) -> Manifest:
+    """Write shards without manifest and indices; returns the manifest."""
     manifest = make_shards(folder, count=count)
-    for file in [*folder.glob("*.json"), *folder.glob("*.index")]:
-        file.unlink()
+    for path in [*folder.glob("*.json"), *folder.glob("*.index")]:
+        path.unlink()
     return manifest
 
 
-def same_index(manifest: Manifest, local: Path, cache_dir: str = "") -> bool:
-    """Whether every index says of its shard what indexing the local file says."""
+def assert_indices_match(manifest: Manifest, local: Path, cache_dir: str = "") -> None:
+    """Compare each index with one of the local file."""
     for entry in manifest.shards:
-        found, true = (
-            load_index(manifest, entry, cache_dir=cache_dir),
-            index_shard(local / Path(entry.name).name),
-        )
-        if (
-            found.keys != true.keys
-            or found.crc32.tolist() != true.crc32.tolist()
-            or found.sha256 != true.sha256
-        ):
-            return False
-        if [found.members(i) for i in range(len(found))] != [
-            true.members(i) for i in range(len(true))
-        ]:
-            return False
-    return True
+        actual = load_index(manifest, entry, cache_dir=cache_dir)
+        expected = index_shard(local / Path(entry.name).name)
+        assert actual.keys == expected.keys
+        assert actual.crc32.tolist() == expected.crc32.tolist()
+        assert actual.sha256 == expected.sha256
+        members = [actual.members(i) for i in range(len(actual))]
+        assert members == [expected.members(i) for i in range(len(expected))]
+
+
+def index_files(url: str) -> list[str]:
+    return [name for name in storage.list_names(url) if name.endswith(".index")]
 
 
 def test_shards_in_a_store(store: S3Server, tmp_path: Path) -> None:
-    written = bare_shards(tmp_path / "data")
+    written = make_bare_shards(tmp_path / "data")
     url = store.upload(tmp_path / "data", "index-a")
-    first = index_shards(url)
-    assert load_manifest(url) == first
-    assert [(row.name, row.samples, row.sha256) for row in first.shards] == [
+    manifest = index_shards(url)
+    assert load_manifest(url) == manifest
+    assert [(row.name, row.samples, row.sha256) for row in manifest.shards] == [
         (row.name, row.samples, row.sha256) for row in written.shards
     ]
-    assert all(row.etag for row in first.shards) and first.fingerprint() == written.fingerprint()
-    assert same_index(first, tmp_path / "data") and same_index(
-        first, tmp_path / "data", str(tmp_path / "cache")
-    )
-    assert len(list((tmp_path / "cache" / "index").iterdir())) == len(first.shards)
-    for given in (
+    assert all(row.etag for row in manifest.shards)
+    assert manifest.fingerprint() == written.fingerprint()
+
+    assert_indices_match(manifest, tmp_path / "data")
+    assert_indices_match(manifest, tmp_path / "data", str(tmp_path / "cache"))
+    assert len(list((tmp_path / "cache" / "index").iterdir())) == len(manifest.shards)
+
+    patterns = (
         f"{url}/shard-{{000000..000005}}.tar",
         f"{url}/shard-*.tar",
         store.url("index-a*/**"),
-    ):
-        assert index_shards(given, url) == first
+    )
+    for pattern in patterns:
+        assert index_shards(pattern, url) == manifest
 
 
-def test_what_lies_elsewhere_and_which_are_meant(store: S3Server, tmp_path: Path) -> None:
-    bare_shards(tmp_path / "data" / "b" / "c", count=14)
+def test_patterns_and_manifest_in_another_folder(store: S3Server, tmp_path: Path) -> None:
+    make_bare_shards(tmp_path / "data" / "b" / "c", count=14)
     url = store.upload(tmp_path / "data", "index-b")
-    (tmp_path / "list.txt").write_text("shard-000001.tar\nshard-000000.tar # both\n")
-    storage.write_bytes(f"{url}/b/c/list.txt", (tmp_path / "list.txt").read_bytes())
-    both = [f"{url}/b/c/shard-00000{number}.tar" for number in range(2)]
-    assert expand([f"@{url}/b/c/list.txt"]) == both[::-1]
+    shards = [f"{url}/b/c/shard-00000{i}.tar" for i in range(2)]
+    listing = f"{url}/b/c/list.txt"
+    storage.write_bytes(listing, b"shard-000001.tar\nshard-000000.tar # both\n")
+    assert expand_patterns([f"@{listing}"]) == shards[::-1]
     for pattern in ("**", "b/*/*.tar", "**/shard-?????[0-1].tar", "b/c"):
-        assert expand([f"{url}/{pattern}"]) == both
-    index_shards(both, str(tmp_path / "out"))
+        assert expand_patterns([f"{url}/{pattern}"]) == shards
+
+    index_shards(shards, str(tmp_path / "out"))
     manifest = load_manifest(tmp_path / "out")
     assert manifest.base == f"{url}/b/c" and manifest.url == str(tmp_path / "out")
-    assert same_index(manifest, tmp_path / "data" / "b" / "c")
+    assert_indices_match(manifest, tmp_path / "data" / "b" / "c")
     assert not [name for name in storage.list_tree(url) if name.endswith((".index", ".json"))]
 
 
 def test_only_changed_shards_are_read_again(
     store: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from data_pipeline.shards import index_one as one_shard
+    scanned: list[str] = []
+    scan = index_job.scan
 
-    scans: list[str] = []
-    real = one_shard.scan
-    monkeypatch.setattr(
-        one_shard, "scan", lambda *a, **more: scans.append(a[2]) or real(*a, **more)
-    )
-    bare_shards(tmp_path / "data")
+    def recording_scan(chunks, total_bytes, where, **options):  # type: ignore[no-untyped-def]
+        scanned.append(where)
+        return scan(chunks, total_bytes, where, **options)
+
+    monkeypatch.setattr(index_job, "scan", recording_scan)
+    make_bare_shards(tmp_path / "data")
     url = store.upload(tmp_path / "data", "index-c")
     index_shards(url, workers=1, part=(1, 2))
-    assert len(scans) == 3
+    assert len(scanned) == 3
     first = index_shards(url, workers=1)
-    assert len(scans) == 6
-    assert index_shards(url, workers=1) == first and len(scans) == 6
-    make_shards(tmp_path / "other", count=7, first=900)  # another shard of the same length
+    assert len(scanned) == 6
+    assert index_shards(url, workers=1) == first and len(scanned) == 6
+
+    make_shards(tmp_path / "other", count=7, first=900)  # another shard of the same size
     other = (tmp_path / "other" / "shard-000000.tar").read_bytes()
     assert len(other) == first.shards[2].bytes
     storage.write_bytes(f"{url}/shard-000002.tar", other)
     second = index_shards(url, workers=1)
-    assert scans[6:] == [f"{url}/shard-000002.tar"]
-    assert (
-        second.shards[2].sha256 != first.shards[2].sha256 and second.shards[:2] == first.shards[:2]
-    )
+    assert scanned[6:] == [f"{url}/shard-000002.tar"]
+    assert second.shards[2].sha256 != first.shards[2].sha256
+    assert second.shards[:2] == first.shards[:2]
 
 
-def test_damage_in_a_store_is_named(store: S3Server, tmp_path: Path) -> None:
-    bare_shards(tmp_path / "data", count=28)
+def test_truncated_and_missing_shards(store: S3Server, tmp_path: Path) -> None:
+    make_bare_shards(tmp_path / "data", count=28)
     url = store.upload(tmp_path / "data", "index-d")
     data = (tmp_path / "data" / "shard-000001.tar").read_bytes()
     storage.write_bytes(f"{url}/shard-000001.tar", data[:5000])
-    with pytest.raises(
-        DataError,
-        match=rf"2 of 5 shards(.|\n)*{url}/shard-000001.tar: .* cut off(.|\n)*missing.tar",
-    ):
+    with pytest.raises(DataError) as error:
         index_shards([url, f"{url}/missing.tar"])
+    header, *problems = str(error.value).splitlines()
+    assert "2 of 5 shards" in header
+    assert f"{url}/shard-000001.tar" in problems[0] and "truncated" in problems[0]
+    assert "missing.tar" in problems[1]
+
     manifest = index_shards(url, salvage=True)
     assert [row.samples for row in manifest.shards] == [7, 2, 7, 7]
 
 
-def test_written_into_a_store(store: S3Server, tmp_path: Path) -> None:
+def test_writing_into_a_store(store: S3Server, tmp_path: Path) -> None:
     url = store.url("written")
-    there = write_shards(samples(20), url, samples_per_shard=8)
-    here = write_shards(samples(20), tmp_path, samples_per_shard=8)
-    assert there.shards == here.shards and load_manifest(url) == there
-    for name in (*(row.name for row in here.shards), *(row.index for row in here.shards)):
+    remote = write_shards(make_samples(20), url, samples_per_shard=8)
+    local = write_shards(make_samples(20), tmp_path, samples_per_shard=8)
+    assert remote.shards == local.shards and load_manifest(url) == remote
+    for name in (*(row.name for row in local.shards), *(row.index for row in local.shards)):
         assert storage.read_bytes(f"{url}/{name}") == (tmp_path / name).read_bytes()
-    with pytest.raises(DataError, match="cannot write sample"):
-        write_shards([*samples(2), {"__key__": "bad", "png": object()}], url)
-    with pytest.raises(DataError, match="still being written, or that was broken off"):
+
+    invalid = {"__key__": "invalid", "png": object()}
+    with pytest.raises(DataError, match="cannot write sample 'invalid'"):
+        write_shards([*make_samples(2), invalid], url)
+    with pytest.raises(DataError, match="still being written"):
         load_manifest(url)
 
 
-def big_shards(folder: Path, shards: int, each: int) -> None:
-    """Shards that take a moment to index."""
+def make_large_shards(folder: Path, num_shards: int, samples_per_shard: int) -> None:
+    """Write shards that take a moment to index."""
     from webdataset import TarWriter
 
     folder.mkdir()
-    body = os.urandom(30_000)
-    for shard in range(shards):
+    image = os.urandom(30_000)
+    for shard in range(num_shards):
         with TarWriter(str(folder / f"{shard:05d}.tar"), mtime=0) as tar:
-            for number in range(each):
-                tar.write(
-                    {
-                        "__key__": f"{shard:03d}{number:05d}",
-                        "jpg": body,
-                        "txt": f"{number}".encode(),
-                    }
-                )
+            for i in range(samples_per_shard):
+                key = f"{shard:03d}{i:05d}"
+                tar.write({"__key__": key, "jpg": image, "txt": str(i).encode()})
 
 
-def test_the_command_goes_on_after_a_kill(store: S3Server, tmp_path: Path) -> None:
-    """Killed without warning in the middle, with its workers; the next call reads only what is
-    missing."""
-    big_shards(tmp_path / "data", shards=24, each=100)
+def test_killed_command_resumes(store: S3Server, tmp_path: Path) -> None:
+    """After SIGKILL of the command and its workers, a second call reads only the other shards."""
+    make_large_shards(tmp_path / "data", num_shards=24, samples_per_shard=100)
     url = store.upload(tmp_path / "data", "index-kill")
     command = [sys.executable, "-m", "data_pipeline", "index", url, "--workers", "2"]
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=os.environ, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    deadline = time.monotonic() + 60
-    while not (done := indices(url)) and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    killed = process.returncode == -signal.SIGKILL
-    done = indices(url)
+    killed, done = run_until_first_index(command, url)
     assert done and (len(done) < 24 or not killed)
-    for name in done:  # none is half there
+    for name in done:  # none is incomplete
         ShardIndex.from_bytes(storage.read_bytes(f"{url}/{name}"), name)
     with pytest.raises(DataError):
         load_manifest(url)
-    times = {name: modified(store, f"index-kill/{name}") for name in done}
-    again = subprocess.run(
+
+    def modification_times() -> list[object]:
+        paths = (f"index-kill/{name}" for name in done)
+        return [obstore.head(store.store(), path)["last_modified"] for path in paths]
+
+    times = modification_times()
+    resumed = subprocess.run(
         command, cwd=ROOT, env=os.environ, capture_output=True, text=True, check=True
     )
-    assert f"{len(done)} of 24 shards had an index that fits" in again.stderr
-    assert "manifest.json: 24 shards, 2,400 samples" in again.stdout
-    assert times == {name: modified(store, f"index-kill/{name}") for name in done}
+    assert f"{len(done)} of 24 shards" in resumed.stderr
+    assert "manifest.json: 24 shards, 2,400 samples" in resumed.stdout
+    assert modification_times() == times
+
     manifest = load_manifest(url)
     for entry in manifest.shards[::6]:
         index, data = load_index(manifest, entry), (tmp_path / "data" / entry.name).read_bytes()
@@ -211,33 +207,42 @@ def test_the_command_goes_on_after_a_kill(store: S3Server, tmp_path: Path) -> No
             assert zlib.crc32(data[offset : offset + extent]) == index.crc32[i]
 
 
-def indices(url: str) -> list[str]:
-    return [name for name in storage.list_names(url) if name.endswith(".index")]
+def run_until_first_index(command: list[str], url: str) -> tuple[bool, list[str]]:
+    """Start a command and kill it once an index exists at `url`.
+
+    Returns:
+        Whether it was killed before it ended, and the names of the indices.
+    """
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=os.environ, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 60
+    while not index_files(url) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    return process.returncode == -signal.SIGKILL, index_files(url)
 
 
-def modified(store: S3Server, name: str) -> object:
-    return obstore.head(store.store(), name)["last_modified"]
-
-
-def test_memory_stays_bounded(store: S3Server, tmp_path: Path) -> None:
-    """A shard of 300 MB is indexed by a process that never holds more than some pieces of it."""
+def test_memory_is_bounded(store: S3Server, tmp_path: Path) -> None:
+    """Indexing a shard of 300 MB needs much less memory than its size."""
     from webdataset import TarWriter
 
     (tmp_path / "data").mkdir()
-    body = os.urandom(1 << 20)
-    with TarWriter(str(tmp_path / "data" / "big.tar"), mtime=0) as tar:
-        for number in range(300):
-            tar.write({"__key__": f"{number:05d}", "jpg": body})
-    url = store.upload(tmp_path / "data", "index-big")
+    image = os.urandom(1 << 20)
+    with TarWriter(str(tmp_path / "data" / "large.tar"), mtime=0) as tar:
+        for i in range(300):
+            tar.write({"__key__": f"{i:05d}", "jpg": image})
+    url = store.upload(tmp_path / "data", "index-large")
     program = (
         "import json, resource, sys\n"
         "from data_pipeline.shards.indexing import index_shards\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "found = index_shards(sys.argv[1], sys.argv[2], workers=1)\n"
+        "manifest = index_shards(sys.argv[1], sys.argv[2], workers=1)\n"
         "after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "print(json.dumps([found.total_samples, (after - before) // 1024]))\n"
+        "print(json.dumps([manifest.total_samples, (after - before) // 1024]))\n"
     )
-    ended = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", program, url, str(tmp_path / "out")],
         cwd=ROOT,
         env=os.environ,
@@ -245,6 +250,6 @@ def test_memory_stays_bounded(store: S3Server, tmp_path: Path) -> None:
         text=True,
         check=True,
     )
-    count, grown_mib = json.loads(ended.stdout.splitlines()[-1])
-    assert count == 300
-    assert grown_mib < 150
+    total_samples, growth_mib = json.loads(done.stdout.splitlines()[-1])
+    assert total_samples == 300
+    assert growth_mib < 150
