@@ -1,4 +1,4 @@
-"""slurm/check_parallel.sbatch on a real SLURM: ranks of two nodes against one process."""
+"""slurm/check_parallel.sbatch: ranks on two nodes compared with a single process."""
 
 from __future__ import annotations
 
@@ -14,26 +14,20 @@ from tests.support.slurm import SlurmCluster
 pytestmark = [pytest.mark.e2e, pytest.mark.slurm, pytest.mark.timeout(300)]
 
 
-def test_ranks_of_two_nodes_are_compared_with_one_process(
-    slurm_cluster: SlurmCluster, tmp_path: Path
-) -> None:
+def test_ranks_on_two_nodes(slurm_cluster: SlurmCluster, tmp_path: Path) -> None:
     out = tmp_path / "check"
+    script = ROOT / "slurm" / "check_parallel.sbatch"
     job = slurm_cluster.submit(
-        f"--output={tmp_path}/batch.log",
-        ROOT / "slurm" / "check_parallel.sbatch",
-        "tiny",
-        out,
-        "--small",
-        "--cells",
-        "ep=2 zero=1,3",
+        *(f"--output={tmp_path}/batch.log", script, "tiny", out),
+        *("--small", "--cells", "ep=2 zero=1,3"),
         cwd=ROOT,
         env={"VLMOE_PYTHON": sys.executable, "VLMOE_PROCESSES_PER_NODE": "1"},
     )
     slurm_cluster.wait(job, timeout_seconds=240).check(out / "logs")
-    found = json.loads((out / "parity.json").read_text(encoding="utf-8"))
-    assert found["complete"] and [(c["world_size"], c["status"]) for c in found["cells"]] == [
-        (2, "ok"),
-        (2, "ok"),
-    ]
-    logs = {file.name: file.read_text(encoding="utf-8") for file in (out / "logs").iterdir()}
-    assert "2 cells: 2 ok" in logs[f"{job}-node0.log"] and "verdict" not in logs[f"{job}-node1.log"]
+
+    report = json.loads((out / "parity.json").read_text(encoding="utf-8"))
+    assert report["complete"]
+    cells = [(cell["world_size"], cell["status"]) for cell in report["cells"]]
+    assert cells == [(2, "ok"), (2, "ok")]
+    logs = {path.name: path.read_text(encoding="utf-8") for path in (out / "logs").iterdir()}
+    assert "2 cells: 2 ok" in logs[f"{job}-node0.log"] and "result" not in logs[f"{job}-node1.log"]
