@@ -1,4 +1,4 @@
-"""`python -m data_pipeline COMMAND ...`: the commands of the data pipeline, without a trainer."""
+"""`python -m data_pipeline COMMAND ...`: the commands of the data pipeline, without the trainer."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from data_pipeline.common.logs import setup_logging
 
 
 def main() -> int:
-    """Run one command; the exit status is 2 when something outside the program is wrong."""
+    """Run one command; returns the exit status, which is 2 for a `VlmError`."""
     parser = argparse.ArgumentParser(
         prog="python -m data_pipeline",
         allow_abbrev=False,
-        description="Make, check and look at WebDataset shards of image-text pairs.",
+        description="Create, check and inspect WebDataset shards of image-text pairs.",
     )
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_all(subparsers)

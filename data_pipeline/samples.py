@@ -1,4 +1,4 @@
-"""The nouns of the pipeline: a sample as it lies in a shard, a bad one, and a batch."""
+"""Data types of the pipeline: samples, skipped samples and batches."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class SampleRef(NamedTuple):
-    """Which sample comes at some position of training."""
+    """The sample at one position of the training order."""
 
     epoch: int
     shard: int
@@ -19,59 +19,59 @@ class SampleRef(NamedTuple):
 
 
 class RawSample(NamedTuple):
-    """A sample as it lies in its shard: the files that share a key."""
+    """A sample as it is stored in its shard: the files that have the same key."""
 
     shard: str
     key: str
     members: dict[str, bytes]
-    """Contents by extension in lower case, e.g. `{"jpg": ..., "txt": ...}`, in the shard's
-    order."""
+    """Contents by extension in lower case, e.g. `{"jpg": ..., "txt": ...}`, in the order of the
+    shard."""
 
 
 class SampleProblem(NamedTuple):
-    """A sample that could not be used, and why."""
+    """A skipped sample and the reason."""
 
     shard: str
     key: str
     reason: str
-    """One word by which they are counted: `crc-mismatch`, `bad-image`, `no-caption` ..."""
+    """Machine-readable reason by which samples are counted: `crc-mismatch`, `corrupt-image`,
+    `no-caption`, ..."""
     detail: str
     id: int = -1
-    """Number of the sample over all shards of all manifests, in order; -1 where that is not
-    known."""
+    """Index of the sample over all shards of all manifests, in order; -1 if unknown."""
 
     @property
     def is_filtered(self) -> bool:
-        """Whether it was left out on purpose: by a filter, not because it is bad."""
+        """Whether a filter skipped it; otherwise it is corrupt."""
         return self.reason.startswith("filter:")
 
 
 class Batch(NamedTuple):
     """One rank's micro-batch.
 
-    Bad samples are absent from the tensors and named in `problems`, so `B` may be less than was
-    asked for, even 0. Shapes: B pairs, S text positions, T valid text tokens.
+    Skipped samples are not in the tensors but in `problems`, so `B` can be smaller than the
+    micro-batch size, even 0. Shapes: B pairs, S text positions, T valid text tokens.
     """
 
     images: Tensor
     """uint8 `[B, 3, height, width]`."""
     text_ids: Tensor
-    """int64 `[B, S]`: start, caption, end, then padding. S is the longest of the batch, rounded up
-    to a multiple of 8 (at most the text length that was asked for)."""
+    """int64 `[B, S]`: start token, caption, end token, then padding. S is the longest length in the
+    batch, rounded up to a multiple of 8, at most the context length."""
     text_lengths: Tensor
-    """int64 `[B]`: valid tokens of each caption, both marks included."""
+    """int64 `[B]`: valid tokens of each caption, including start and end token."""
     text_positions: Tensor
-    """int64 `[T]`: flat indices `b * S + s` of the valid tokens, rising."""
+    """int64 `[T]`: flat indices `b * S + s` of the valid tokens, increasing."""
     caption_hashes: Tensor
-    """int64 `[B]`: equal for captions that differ at most in capitals and blanks."""
+    """int64 `[B]`: equal for captions that differ only in upper and lower case and whitespace."""
     keys: tuple[str, ...]
     captions: tuple[str, ...]
     problems: tuple[SampleProblem, ...]
     seconds: float
-    """Time it took to make."""
+    """Time to create the batch."""
     ids: Tensor = torch.empty(0, dtype=torch.int64)
-    """int64 `[B]`: number of each sample, counted over all shards of all manifests in order; none
-    in a batch that was not read from shards."""
+    """int64 `[B]`: index of each sample over all shards of all manifests, in order; empty for a
+    batch that was not read from shards."""
     slots: Tensor = torch.empty(0, dtype=torch.int64)
-    """int64 `[B]`: row of each sample in the micro-batch as it was asked for, rising; bad samples
-    leave gaps."""
+    """int64 `[B]`: index of each sample in the full micro-batch, increasing; slots of skipped
+    samples are missing."""

@@ -1,8 +1,8 @@
-"""`vlmoe data index`: make the manifest of shards that somebody else wrote.
+"""Creates the manifest of existing shards: `vlmoe data index`.
 
-Each shard is read from end to end once, by several processes; its index is written as soon as it is
-known, so a run that was ended goes on where it was. The manifest comes last. All that is damaged is
-named at the end, before any training.
+Several processes read each shard once from start to end. Every index is written as soon as its
+shard was read, so an interrupted run continues where it stopped; the manifest is written last. All
+corrupt shards are listed at the end.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ from typing import Any
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError, StorageError
 from data_pipeline.common.logs import Progress
-from data_pipeline.common.processes import WHOLE, Part, in_processes
-from data_pipeline.shards.index_one import Indexed, IndexJob, index_one
+from data_pipeline.common.processes import SINGLE_PART, Part, map_in_processes
+from data_pipeline.shards.index_job import IndexJob, IndexResult, run_index_job
 from data_pipeline.shards.manifest import (
     MANIFEST_NAME,
-    RESERVED,
+    RESERVED_KEYS,
     Manifest,
     load_manifest,
     write_manifest,
 )
-from data_pipeline.shards.patterns import expand
-from data_pipeline.shards.places import common_folder, is_same_folder, name_under
+from data_pipeline.shards.patterns import expand_patterns
 from data_pipeline.shards.shard_entry import ShardEntry
 from data_pipeline.shards.shard_index import index_name
+from data_pipeline.shards.shard_paths import common_folder, is_same_folder, relative_name
 
-__all__ = ["count_shards", "expand", "index_shards"]
+__all__ = ["expand_patterns", "index_for_run", "index_shards"]
 
 logger = logging.getLogger(__name__)
 
 _SMALL_BYTES = 64 << 20
-"""Local shards of this many bytes together are indexed before processes would have started."""
-_HOPELESS = 20
-"""Stop when so many shards failed and none went well: keys or the address are wrong, not shards."""
+"""Local shards of at most this total size are indexed without starting processes."""
+_MAX_FAILURES = 20
+"""Stop after this many failures without a success: the address or credentials are wrong."""
 
 
 def index_shards(
@@ -44,108 +44,105 @@ def index_shards(
     out: str = "",
     *,
     workers: int = 1,
-    part: Part = WHOLE,
+    part: Part = SINGLE_PART,
     salvage: bool = False,
-    about: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, Any] | None = None,
     timeout_seconds: float = 300.0,
 ) -> Manifest:
-    """Index shards: write an index for each, and a manifest for all.
+    """Write an index for each shard, and a manifest for all.
 
     Args:
         shards: A folder, shards, braces, wildcards or list files; see `patterns.py`.
-        out: The folder of manifest and indices; empty is the folder that holds all the shards. If
-            the shards do not lie in it, the manifest names their folder (its `base`); so shards
-            that nobody may write beside can be indexed too.
-        workers: Processes; 0 and 1 do the work in this one. A script that asks for more needs `if
-            __name__ == "__main__":`.
-        part: `(i, n)` indexes only every n-th shard from the i-th on, and writes no manifest; when
-            all parts are done, a call without brings them together. For job arrays.
-        salvage: Keep what can be read of damaged shards; their rows in the manifest say what is
-            lost.
-        about: More to say in the manifest; None keeps what an older manifest of the folder says
-            (sources, licenses).
-        timeout_seconds: Longest time for one request to a store, all tries together.
+        out: Folder for the manifest and the indices; empty is the folder that contains all shards.
+            If it is another folder, the manifest stores the folder of the shards (its `base`), so
+            read-only shards can be indexed too.
+        workers: Number of processes; with 0 and 1 this process does the work. A script that uses
+            more needs `if __name__ == "__main__":`.
+        part: `(i, n)` indexes only every n-th shard from the i-th on and writes no manifest; after
+            all parts, a call without `part` writes it. For job arrays.
+        salvage: Keep what can be read of corrupt shards; their rows in the manifest describe what
+            is lost.
+        metadata: Further keys of the manifest; None keeps those of an existing one (sources,
+            licenses).
+        timeout_seconds: Limit for one operation on a store, all attempts together.
 
     Returns:
-        The manifest; with a `part`, only of its shards, and not written.
+        The manifest; with `part`, only of its shards and not written.
 
     Raises:
-        DataError: There are no shards, some are damaged (all are named, the others are done by
-        then),
-            or they do not lie in one place.
+        DataError: There are no shards, some are corrupt (all are listed, and the others were
+            indexed), or they have no common folder.
         StorageError: An index cannot be written.
     """
-    urls = expand([shards] if isinstance(shards, str) else shards)
+    urls = expand_patterns([shards] if isinstance(shards, str) else shards)
     base = common_folder(urls, out)
     folder = (out or base).rstrip("/") or "/"
     if folder.startswith("http"):
         raise DataError(
-            f"nothing can be written to {storage.redact(folder)}; give another folder for the manifest "
-            f"with --out"
+            f"cannot write to {storage.redact(folder)}; give another folder for the manifest with "
+            f"--out"
         )
-    pairs = [(url, name_under(url, base)) for url in urls][part[0] :: part[1]]
-    there = _names_in_store(folder)
-    jobs = [
-        IndexJob(
-            url,
-            name,
-            storage.join(folder, index_name(name)),
-            there is None or index_name(name) in there,
-            salvage,
-            timeout_seconds,
-        )
-        for url, name in pairs
-    ]
-    entries = _index_all(jobs, workers)
-    if part != WHOLE:
+    names = {url: relative_name(url, base) for url in urls}
+    part_urls = urls[part[0] :: part[1]]
+
+    existing = _list_store(folder)
+    jobs = []
+    for url in part_urls:
+        index = index_name(names[url])
+        may_have_index = existing is None or index in existing
+        index_url = storage.join(folder, index)
+        jobs.append(IndexJob(url, names[url], index_url, may_have_index, salvage, timeout_seconds))
+    entries = _run_jobs(jobs, workers)
+
+    if part != SINGLE_PART:
         return Manifest(url=folder, base=base, shards=tuple(entries))
-    kept = _older_about(folder) if about is None else about
-    return write_manifest(folder, entries, kept, base="" if is_same_folder(base, folder) else base)
+    if metadata is None:
+        metadata = _existing_metadata(folder)
+    return write_manifest(
+        folder, entries, metadata, base="" if is_same_folder(base, folder) else base
+    )
 
 
-def count_shards(
+def index_for_run(
     shards: str | Sequence[str],
     folder: str,
     *,
     workers: int = 1,
-    part: Part = WHOLE,
+    part: Part = SINGLE_PART,
     timeout_seconds: float = 300.0,
 ) -> Manifest:
-    """A manifest for shards that have none, in a local folder: what a run does that begins without
-    one.
+    """Index shards without a manifest at the start of a run, into a local folder.
 
-    A folder that has the manifest of the same addresses keeps it, also when shards have been added
-    or changed since: a run that goes on must go on with the same data. Damaged shards do not end a
-    run; what can be read of them is used. With several ranks, each calls this with its `part` and
-    waits for the others; then one calls it without, and the others load the manifest of `folder`.
+    If the folder already has a manifest of the same addresses, it is used unchanged, even if shards
+    were added or changed since, so that a resumed run continues with the same data. Corrupt shards
+    do not stop a run; what can be read of them is used. With several ranks, each rank calls this
+    with its `part` and waits for the others; then one rank calls it without `part`, and the others
+    load the manifest of `folder`.
 
     Args:
         shards: As for `index_shards`.
-        folder: Where manifest and indices go, seen by all ranks; one of its own for each data
-            source.
-        workers: Processes of this rank.
-        part: `(rank, world)`: this rank's share of the work.
+        folder: Folder for manifest and indices, accessible to all ranks; one per data source.
+        workers: Number of processes of this rank.
+        part: `(rank, world_size)`.
         timeout_seconds: As for `index_shards`.
 
     Raises:
-        DataError: There are no shards, or they cannot be had.
+        DataError: There are no shards, or they cannot be read.
     """
-    asked = (
-        [storage.redact(shards)]
-        if isinstance(shards, str)
-        else [storage.redact(shard) for shard in shards]
-    )
+    patterns = [shards] if isinstance(shards, str) else list(shards)
+    indexed_from = [storage.redact(pattern) for pattern in patterns]
     if storage.exists(storage.join(folder, MANIFEST_NAME)):
         manifest = load_manifest(folder)
-        if manifest.about.get("counted_from") == asked:
+        if manifest.metadata.get("indexed_from") == indexed_from:
             return manifest
-    brings_together = part == WHOLE and any(storage.local_path(folder).glob("**/*.index"))
-    if part[0] == 0 and not brings_together:
+
+    parts_are_done = part == SINGLE_PART and any(storage.local_path(folder).glob("**/*.index"))
+    if part[0] == 0 and not parts_are_done:
         logger.warning(
-            "%s has no manifest: its shards are read once from end to end before training begins. This takes time "
-            "at every first start of a run, and damage done before today looks like data. `vlmoe data index` makes "
-            "a manifest once, when the shards are known to be whole",
-            ", ".join(asked),
+            "%s has no manifest: its shards are read once from end to end before training starts. "
+            "This is repeated for every new run, and shards that are already corrupt cannot be "
+            "detected. To avoid both, run `vlmoe data index` once on intact shards",
+            ", ".join(indexed_from),
         )
     return index_shards(
         shards,
@@ -153,67 +150,71 @@ def count_shards(
         workers=workers,
         part=part,
         salvage=True,
-        about={"counted_from": asked},
+        metadata={"indexed_from": indexed_from},
         timeout_seconds=timeout_seconds,
     )
 
 
-def _index_all(jobs: Sequence[IndexJob], workers: int) -> list[ShardEntry]:
-    """The rows of all shards, in order."""
+def _run_jobs(jobs: Sequence[IndexJob], workers: int) -> list[ShardEntry]:
+    """The manifest rows of all shards, in order."""
     all_local = all(storage.is_local(job.url) for job in jobs)
     if all_local and sum(_local_bytes(job.url) for job in jobs) <= _SMALL_BYTES:
         workers = 1
-    done: list[Indexed | None] = [None] * len(jobs)
-    failed = 0
+
+    results: list[IndexResult | None] = [None] * len(jobs)
+    failures = successes = 0
     with Progress("indexing", len(jobs), "shards") as progress:
-        for number, result in in_processes(
-            index_one, jobs, workers if workers > 1 else 0, ordered=False
+        for i, result in map_in_processes(
+            run_index_job, jobs, workers if workers > 1 else 0, ordered=False
         ):
-            done[number] = result
-            failed += result.entry is None
-            if failed == _HOPELESS and not any(found and found.entry for found in done):
+            results[i] = result
+            if result.entry:
+                successes += 1
+            else:
+                failures += 1
+            if failures == _MAX_FAILURES and not successes:
                 break
             progress.update()
-    _report(jobs, done)
-    return [found.entry for found in done if found and found.entry]
+    _report(jobs, results)
+    return [result.entry for result in results if result and result.entry]
 
 
-def _report(jobs: Sequence[IndexJob], done: Sequence[Indexed | None]) -> None:
-    """Say what was reused and what is damaged.
+def _report(jobs: Sequence[IndexJob], results: Sequence[IndexResult | None]) -> None:
+    """Log which indices were reused and what is corrupt.
 
     Raises:
-        DataError: Shards have no row.
+        DataError: Shards could not be indexed.
     """
-    if reused := sum(bool(found and found.reused) for found in done):
-        logger.info("%d of %d shards had an index that fits; it was kept", reused, len(jobs))
-    for job, found in zip(jobs, done, strict=True):
-        if found and found.entry and found.entry.damage:
+    if reused := sum(bool(result and result.reused) for result in results):
+        logger.info("reused the existing index of %d of %d shards", reused, len(jobs))
+    for job, result in zip(jobs, results, strict=True):
+        if result and result.entry and result.entry.corruption:
             logger.warning(
-                "%s: %d samples saved; lost: %s",
+                "%s: salvaged %d samples; lost: %s",
                 storage.redact(job.url),
-                found.entry.samples,
-                found.entry.damage,
+                result.entry.samples,
+                result.entry.corruption,
             )
-    problems = [found.problem for found in done if found and found.problem]
+
+    problems = [result.problem for result in results if result and result.problem]
     if not problems:
         return
     if len(jobs) == 1:
         raise DataError(problems[0])
-    rest = sum(found is None for found in done)
+    not_tried = sum(result is None for result in results)
+    count = f" ({not_tried} were not tried)" if not_tried else ""
+    listing = "\n  ".join(problems)
     raise DataError(
-        f"{len(problems)} of {len(jobs)} shards cannot be indexed"
-        + (f" ({rest} were not tried)" if rest else "")
-        + ":\n  "
-        + "\n  ".join(problems)
-        + "\nThe others are done and are not read again. Mend these or leave them out; `vlmoe data index --salvage` "
-        "keeps what can be read of damaged ones"
+        f"{len(problems)} of {len(jobs)} shards cannot be indexed{count}:\n  {listing}\n"
+        f"The others are indexed and will not be read again. Repair or exclude these; "
+        f"`vlmoe data index --salvage` keeps what can be read of corrupt shards"
     )
 
 
-def _names_in_store(folder: str) -> set[str] | None:
-    """What is in a folder of a store; None where it is not a store, or must not be listed.
+def _list_store(folder: str) -> set[str] | None:
+    """The names in a folder of a store; None if it is local or cannot be listed.
 
-    One list spares a question for each index that is not there, which stores answer slowly.
+    One listing replaces a slow request per shard to check whether its index exists.
     """
     if storage.is_local(folder):
         return None
@@ -230,21 +231,19 @@ def _local_bytes(url: str) -> int:
         return 0
 
 
-def _older_about(folder: str) -> dict[str, Any]:
-    """What the manifest that is replaced says beside its shards.
+def _existing_metadata(folder: str) -> dict[str, Any]:
+    """The metadata of the manifest that will be replaced.
 
-    Read by hand: a manifest that no longer fits its shards is a reason to index them again.
+    Not read with `load_manifest`: shards are often indexed again because it is no longer valid.
     """
     url = storage.join(folder, MANIFEST_NAME)
     if not storage.exists(url):
         return {}
     try:
-        older = dict(json.loads(storage.read_bytes(url)))
+        content = dict(json.loads(storage.read_bytes(url)))
     except (ValueError, TypeError, RecursionError) as error:
         logger.warning(
-            "%s is no manifest (%s); what it said about the data is lost",
-            storage.redact(url),
-            error,
+            "%s is not a manifest (%s); its metadata is lost", storage.redact(url), error
         )
         return {}
-    return {key: value for key, value in older.items() if key not in RESERVED}
+    return {key: value for key, value in content.items() if key not in RESERVED_KEYS}

@@ -1,24 +1,23 @@
-"""What a folder of shards holds: `manifest.json`, the one file that training starts from.
+"""The manifest of a folder of shards: `manifest.json`, the file that training starts from.
 
     {"version": 2, "total_samples": 1024,
      "shards": [{"name": "shard-000000.tar", "samples": 512, "bytes": ..., "sha256": "...",
                  "index": "shard-000000.tar.index", "index_sha256": "..."}, ...],
-     ... and what the maker of the data wants to say about it (licenses, sources) ...}
+     ... and metadata of the dataset (licenses, sources) ...}
 
-The number of samples is known before anything is read, so the order of training can be planned; and
-a shard that is missing, short or different is noticed instead of read as if nothing were wrong.
+The number of samples is known before any shard is read, so the order of training can be planned,
+and a shard that is missing, truncated or replaced is detected.
 
-A manifest and its indices may lie elsewhere than the shards (a bucket that cannot be written to):
-then `"base"` names the folder of the shards.
+A manifest and its indices can be in another folder than the shards (e.g. if their bucket is
+read-only): then `"base"` is the folder of the shards.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import logging
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,33 +26,29 @@ from typing import Any
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError, StorageError
 from data_pipeline.common.object_store import REQUEST_SECONDS
-from data_pipeline.common.open_files import is_out_of_files
-from data_pipeline.common.store_errors import Kind
-from data_pipeline.shards.places import base_folder
-from data_pipeline.shards.shard_entry import ShardEntry, entry_of
-from data_pipeline.shards.shard_index import INDEX_SUFFIX, ShardIndex, check_index_hash
+from data_pipeline.common.store_errors import ErrorKind
+from data_pipeline.shards.index_cache import RemoteIndex, open_cached, read_index
+from data_pipeline.shards.shard_entry import ShardEntry, make_entry
+from data_pipeline.shards.shard_index import ShardIndex
+from data_pipeline.shards.shard_paths import resolve_base
 
 __all__ = [
     "MANIFEST_NAME",
-    "RESERVED",
+    "RESERVED_KEYS",
     "Manifest",
     "ShardEntry",
-    "entry_of",
+    "make_entry",
     "load_index",
     "load_manifest",
     "parse_manifest",
-    "withdraw_manifest",
+    "invalidate_manifest",
     "write_manifest",
 ]
-
-logger = logging.getLogger(__name__)
 
 MANIFEST_NAME = "manifest.json"
 VERSION = 2
 _UNFINISHED = {"version": VERSION, "unfinished": True}
-RESERVED = ("version", "base", "shards", "total_samples")
-_told_of: set[Path] = set()
-"""Folders of which it has been said that they cannot be used."""
+RESERVED_KEYS = ("version", "base", "shards", "total_samples")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,32 +56,31 @@ class Manifest:
     """The shards of one folder, in order."""
 
     url: str
-    """The folder that holds it and the indices."""
+    """The folder of the manifest and the indices."""
     base: str = ""
-    """The folder that the shards' names are relative to; empty is made the manifest's own."""
+    """The folder that shard names are relative to; empty becomes the manifest's folder."""
     shards: tuple[ShardEntry, ...]
-    about: Mapping[str, Any] = field(default_factory=dict)
-    """Everything else that the file says: sources, licenses."""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    """All other keys of the file: sources, licenses."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "base", self.base or self.url)
 
     @property
     def total_samples(self) -> int:
-        """Samples of all shards."""
+        """Number of samples of all shards."""
         return sum(shard.samples for shard in self.shards)
 
     def shard_url(self, shard: ShardEntry) -> str:
-        """Where a shard lies."""
+        """Address of a shard."""
         return storage.join(self.base, shard.name)
 
     def index_url(self, shard: ShardEntry) -> str:
-        """Where a shard's index lies."""
+        """Address of a shard's index."""
         return storage.join(self.url, shard.index)
 
     def fingerprint(self) -> str:
-        """64 hexadecimal digits that stand for what the shards hold, and in which order; not for
-        where."""
+        """SHA-256 of the shards' contents and order, independent of their location."""
         rows = [[shard.name, shard.samples, shard.sha256] for shard in self.shards]
         return hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode()).hexdigest()
 
@@ -98,70 +92,71 @@ def load_manifest(
 
     Args:
         url_or_folder: The folder, or the manifest file itself (its name ends in `.json`); local or
-        in
-            a store.
-        timeout_seconds: Longest wait for a store.
+            in a store.
+        timeout_seconds: Time limit for a store.
 
     Raises:
-        DataError: There is none, or it is not a manifest.
+        DataError: It does not exist, or is not a manifest.
     """
-    given = os.fspath(url_or_folder)
-    url = given if given.partition("?")[0].endswith(".json") else storage.join(given, MANIFEST_NAME)
+    address = os.fspath(url_or_folder)
+    is_file = address.partition("?")[0].endswith(".json")
+    url = address if is_file else storage.join(address, MANIFEST_NAME)
     folder = storage.parent(url)
     try:
         data = storage.read_bytes(url, timeout_seconds=timeout_seconds)
     except StorageError as error:
-        missing = error.kind == Kind.MISSING or isinstance(
+        is_missing = error.kind == ErrorKind.MISSING or isinstance(
             error.__cause__ or error.__context__, FileNotFoundError
         )
-        index = (
-            f". If the shards are there, make it with `vlmoe data index {storage.redact(folder)}`"
-        )
-        raise StorageError(f"no manifest of shards: {error}{index if missing else ''}") from error
+        command = f"`vlmoe data index {storage.redact(folder)}`"
+        hint = f". If the folder contains shards, create it with {command}" if is_missing else ""
+        raise StorageError(f"no manifest of shards: {error}{hint}") from error
     return parse_manifest(data, folder, storage.redact(url))
 
 
 def parse_manifest(data: bytes, folder: str, where: str) -> Manifest:
-    """A manifest from the contents of its file.
+    """Parse the contents of a manifest file.
 
     Args:
         data: The contents.
-        folder: Where the file lies.
+        folder: The folder of the file.
         where: Its address, for messages.
 
     Raises:
-        DataError: They are no manifest, or contradict themselves.
+        DataError: They are not a manifest, or inconsistent.
     """
-    remedy = f"make it again with `vlmoe data index {storage.redact(folder)}`"
+    remedy = f"create it again with `vlmoe data index {storage.redact(folder)}`"
     try:
-        found = json.loads(data)
-        if found == _UNFINISHED:
+        content = json.loads(data)
+        if content == _UNFINISHED:
             raise DataError(
-                "these shards are still being written, or that was broken off; call it again to end it"
+                "these shards are still being written, or writing was interrupted; run the command "
+                "again to complete them"
             )
-        version = found["version"]
-        # Rows of another version would fail for reasons that help nobody.
-        rows = found["shards"] if version == VERSION else []
-        total, entries = found["total_samples"], tuple(ShardEntry(**row) for row in rows)
-        base = base_folder(found.get("base", ""), folder)
+        version = content["version"]
+        # Rows of another version would fail with a less helpful error.
+        rows = content["shards"] if version == VERSION else []
+        total, entries = content["total_samples"], tuple(ShardEntry(**row) for row in rows)
+        base = resolve_base(content.get("base", ""), folder)
     except DataError as error:
         raise DataError(f"{where}: {error}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(
             f"{where} is not a manifest ({type(error).__name__}: {error}); {remedy}"
         ) from error
+
     if version != VERSION:
         raise DataError(
-            f"{where} has version {version!r}, but this program reads version {VERSION}; {remedy}"
+            f"{where} has version {version!r}, but version {VERSION} is required; {remedy}"
         )
-    if twice := _twice([entry.name for entry in entries]):
-        raise DataError(f"{where} lists the shard {twice!r} twice; {remedy}")
-    about = {key: value for key, value in found.items() if key not in RESERVED}
-    manifest = Manifest(url=folder, base=base, shards=entries, about=about)
+    if duplicate := _duplicate([entry.name for entry in entries]):
+        raise DataError(f"{where} lists the shard {duplicate!r} twice; {remedy}")
+    metadata = {key: value for key, value in content.items() if key not in RESERVED_KEYS}
+    manifest = Manifest(url=folder, base=base, shards=entries, metadata=metadata)
     if manifest.total_samples != total or not total:
         raise DataError(
-            f"{where} announces {total} samples, but its {len(entries)} shards have "
-            f"{manifest.total_samples}; {remedy}"
+            f"{where} has total_samples {total}, but its {len(entries)} shards have "
+            f"{manifest.total_samples} samples; {remedy}"
         )
     return manifest
 
@@ -179,33 +174,33 @@ def load_index(
     Args:
         manifest: The shard's manifest.
         shard: One of its shards.
-        cache_dir: Local folder where the index of a manifest in a store is kept, once for all
-            processes of a machine; empty keeps it in memory, as does a folder that cannot be used.
-        timeout_seconds: Longest wait for a store, all tries together.
-        request_seconds: Longest time for one request to it.
+        cache_dir: Local folder for copies of indices in a store, shared by all processes of a
+            machine; if it is empty or cannot be used, the index is read into memory.
+        timeout_seconds: Limit for a store, all attempts together.
+        request_seconds: Timeout of one request to it.
 
     Raises:
-        DataError: It is missing, is not the one the manifest was written with, or does not fit
-        (slug
-            `bad-index`).
+        DataError: It is missing, has another hash than in the manifest, or does not match the shard
+            (slug `corrupt-index`).
         StorageError: It cannot be read.
     """
     url = manifest.index_url(shard)
     where = storage.redact(url)
+    remote = RemoteIndex(url, shard.index_sha256, timeout_seconds, request_seconds)
     if storage.is_local(url):
         index = ShardIndex.open(storage.local_path(url), where, sha256=shard.index_sha256)
     elif cache_dir:
-        index = _open_cached(
-            url, where, shard, Path(cache_dir) / "index", timeout_seconds, request_seconds
-        )
+        index = open_cached(remote, Path(cache_dir) / "index")
     else:
-        index = _read_index(url, where, shard, timeout_seconds, request_seconds)
+        index = read_index(remote)
+
     if (len(index), index.shard_bytes, index.sha256) != (shard.samples, shard.bytes, shard.sha256):
         raise DataError(
-            f"{where} describes {len(index)} samples in a shard of {index.shard_bytes} bytes with SHA-256 "
-            f"{index.sha256}, but the manifest has {shard.samples} in {shard.bytes} with {shard.sha256}; make it "
-            f"again with `vlmoe data index {storage.redact(manifest.base)}`",
-            slug="bad-index",
+            f"{where} describes {len(index)} samples in a shard of {index.shard_bytes} bytes with "
+            f"SHA-256 {index.sha256}, but the manifest has {shard.samples} in {shard.bytes} with "
+            f"{shard.sha256}; create it again with "
+            f"`vlmoe data index {storage.redact(manifest.base)}`",
+            slug="corrupt-index",
         )
     return index
 
@@ -213,47 +208,52 @@ def load_index(
 def write_manifest(
     folder: str | os.PathLike[str],
     entries: Sequence[ShardEntry],
-    about: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, Any] | None = None,
     *,
     base: str = "",
     name: str = MANIFEST_NAME,
 ) -> Manifest:
-    """Write `folder/manifest.json`, replacing an older one at once.
+    """Write `folder/manifest.json` atomically, replacing an existing one.
 
     Args:
-        folder: Where it and the indices lie; local or in a store.
+        folder: Folder of the manifest and the indices; local or in a store.
         entries: Its shards, in order.
-        about: More to say about the data; must be JSON.
-        base: The shards' folder if it is another one: an address, or a path relative to `folder`.
-        name: The file's name, which must end in `.json`.
+        metadata: Further keys about the dataset; must be JSON.
+        base: Folder of the shards if it is another one: an address, or a path relative to `folder`.
+        name: Name of the file; must end in `.json`.
 
     Raises:
-        DataError: There are no samples, a name comes twice, or `about` uses a reserved key.
+        DataError: There are no samples, a shard name occurs twice, or `metadata` uses a reserved
+            key.
     """
-    about = dict(about or {})
+    metadata = dict(metadata or {})
     names = [entry.name for entry in entries]
-    if not any(entry.samples for entry in entries) or _twice(names):
+    if not any(entry.samples for entry in entries) or _duplicate(names):
         raise DataError(
-            f"{storage.redact(os.fspath(folder))}: a manifest needs samples, in shards with different names; got "
-            f"{names[:5]}"
+            f"{storage.redact(os.fspath(folder))}: a manifest needs samples, in shards with "
+            f"different names; got {names[:5]}"
         )
-    if taken := sorted(set(about) & set(RESERVED)):
-        raise DataError(f"about uses {taken}, which the manifest needs for itself")
+    if reserved := sorted(set(metadata) & set(RESERVED_KEYS)):
+        raise DataError(f"metadata has the keys {reserved}, which the manifest itself uses")
+
     url = os.fspath(folder)
-    manifest = Manifest(url=url, base=base_folder(base, url), shards=tuple(entries), about=about)
+    manifest = Manifest(
+        url=url, base=resolve_base(base, url), shards=tuple(entries), metadata=metadata
+    )
     content: dict[str, Any] = {"version": VERSION, "total_samples": manifest.total_samples}
     content |= {"base": base} if manifest.base != manifest.url else {}
-    content |= {"shards": [_row(entry) for entry in entries], **about}
+    content |= {"shards": [_row(entry) for entry in entries], **metadata}
+
     data = json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n"
     storage.write_bytes(storage.join(url, name), data)
     return manifest
 
 
-def withdraw_manifest(folder: str | os.PathLike[str]) -> None:
-    """Take a folder's manifest away, if it has one, because its shards are about to change.
+def invalidate_manifest(folder: str | os.PathLike[str]) -> None:
+    """Remove a folder's manifest, if there is one, before its shards are changed.
 
     Raises:
-        StorageError: It cannot be.
+        StorageError: It cannot be removed.
     """
     url = storage.join(os.fspath(folder), MANIFEST_NAME)
     if storage.is_local(url):
@@ -264,85 +264,15 @@ def withdraw_manifest(folder: str | os.PathLike[str]) -> None:
                 f"cannot replace {url}: {error.strerror}; check the folder's permissions"
             ) from error
     elif storage.exists(url):
-        # Overwritten rather than removed: who may write to a bucket may not always delete.
+        # Overwritten instead of deleted: write access to a bucket may not include deletion.
         storage.write_bytes(url, json.dumps(_UNFINISHED).encode())
 
 
 def _row(entry: ShardEntry) -> dict[str, Any]:
-    return {
-        key: value for key, value in asdict(entry).items() if value or key not in ("etag", "damage")
-    }
+    optional = ("etag", "corruption")
+    return {key: value for key, value in asdict(entry).items() if value or key not in optional}
 
 
-def _twice(names: Sequence[str]) -> str | None:
-    """One name that comes twice, if any does."""
-    seen: set[str] = set()
-    return next((name for name in names if name in seen or seen.add(name)), None)  # type: ignore[func-returns-value]
-
-
-def _read_index(
-    url: str, where: str, shard: ShardEntry, timeout_seconds: float, request_seconds: float
-) -> ShardIndex:
-    """An index in memory."""
-    data = storage.read_bytes(url, timeout_seconds=timeout_seconds, request_seconds=request_seconds)
-    check_index_hash(data, shard.index_sha256, where)
-    return ShardIndex.from_bytes(data, where)
-
-
-def _open_cached(
-    url: str,
-    where: str,
-    shard: ShardEntry,
-    folder: Path,
-    timeout_seconds: float,
-    request_seconds: float,
-) -> ShardIndex:
-    """The local copy of an index, made if there is none; in memory where the folder cannot be
-    used."""
-    try:
-        return _open_copy(url, where, shard, folder, timeout_seconds, request_seconds)
-    except (StorageError, OSError) as error:
-        # Trouble of a store has a kind, and it is not mended by reading the same into memory.
-        if getattr(error, "kind", "") or is_out_of_files(error):
-            raise
-        index = _read_index(url, where, shard, timeout_seconds, request_seconds)
-        if folder not in _told_of:
-            _told_of.add(folder)
-            logger.warning(
-                "%s cannot be used, so each process reads the indices of shards into memory: %s; look at "
-                "data.cache_dir",
-                folder,
-                error,
-            )
-        return index
-
-
-def _open_copy(
-    url: str,
-    where: str,
-    shard: ShardEntry,
-    folder: Path,
-    timeout_seconds: float,
-    request_seconds: float,
-) -> ShardIndex:
-    """The local copy of an index, made if there is none; its name says its contents, so copies
-    never age."""
-    path = folder / f"{shard.index_sha256}{INDEX_SUFFIX}"
-    if path.exists():
-        try:
-            return ShardIndex.open(path, where, sha256=shard.index_sha256)
-        except DataError as error:
-            if is_out_of_files(error):
-                raise
-            path.unlink(missing_ok=True)  # a damaged disk: fetch it again
-    # Two processes may both fetch it: it is small, and the second rename changes nothing.
-    storage.fetch_to_file(
-        url, path, timeout_seconds=timeout_seconds, request_seconds=request_seconds
-    )
-    try:
-        return ShardIndex.open(path, where, sha256=shard.index_sha256)
-    except DataError as error:
-        if not is_out_of_files(error):
-            with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
-        raise
+def _duplicate(names: Sequence[str]) -> str | None:
+    """A name that occurs twice, if there is one."""
+    return next((name for name, count in Counter(names).items() if count > 1), None)

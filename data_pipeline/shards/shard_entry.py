@@ -1,5 +1,4 @@
-"""One row of a manifest: what a shard is called, how much it holds, and how to know that it is the
-same."""
+"""One row of a manifest: name, size, number of samples and hashes of a shard."""
 
 from __future__ import annotations
 
@@ -26,38 +25,33 @@ class ShardEntry:
     """Path of its index (`shard_index.py`), relative to the manifest's folder."""
     index_sha256: str
     etag: str = ""
-    """What the store called its contents when it was indexed; empty if unknown."""
-    damage: str = ""
-    """What of it could not be read when it was indexed with `--salvage`; empty for a whole
-    shard."""
+    """ETag in the store when it was indexed; empty if unknown."""
+    corruption: str = ""
+    """What could not be read when it was indexed with `--salvage`; empty for an intact shard."""
 
     def __post_init__(self) -> None:
         for name in (self.name, self.index):
             parts = PurePosixPath(name).parts if isinstance(name, str) else ()
             if not parts or ".." in parts or name.startswith("/") or "://" in name or "\0" in name:
-                raise DataError(f"the shard name {name!r} leads out of the manifest's folder")
-        numbers = (self.samples, self.bytes)
-        if (
-            not all(type(number) is int for number in numbers)
-            or self.samples < 0
-            or self.bytes <= 0
-        ):
+                raise DataError(f"the shard name {name!r} is not a path in the manifest's folder")
+        are_integers = all(type(count) is int for count in (self.samples, self.bytes))
+        if not are_integers or self.samples < 0 or self.bytes <= 0:
             raise DataError(f"shard {self.name!r} has {self.samples} samples in {self.bytes} bytes")
-        for digest in (self.sha256, self.index_sha256):  # part of file names in the cache
+        for digest in (self.sha256, self.index_sha256):  # used in file names of the cache
             if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
-                raise DataError(f"shard {self.name!r} has the SHA-256 {digest!r}, which is none")
-        for text in (self.etag, self.damage):
+                raise DataError(f"shard {self.name!r} has an invalid SHA-256: {digest!r}")
+        for text in (self.etag, self.corruption):
             if not isinstance(text, str):
-                raise DataError(f"shard {self.name!r} has {text!r} where text should be")
+                raise DataError(f"shard {self.name!r} has {text!r} where a string is expected")
 
 
-def entry_of(index: ShardIndex, name: str, index_data: bytes) -> ShardEntry:
+def make_entry(index: ShardIndex, name: str, index_data: bytes) -> ShardEntry:
     """The manifest's row for a shard.
 
     Args:
-        index: What is in it.
-        name: Its path relative to the manifest's base.
-        index_data: Contents of its sidecar file.
+        index: Its index.
+        name: Its path relative to the manifest's `base`.
+        index_data: The index as bytes, as written to its file.
     """
     return ShardEntry(
         name=name,
@@ -67,5 +61,5 @@ def entry_of(index: ShardIndex, name: str, index_data: bytes) -> ShardEntry:
         index=index_name(name),
         index_sha256=hashlib.sha256(index_data).hexdigest(),
         etag=index.etag,
-        damage=index.damage,
+        corruption=index.corruption,
     )

@@ -1,21 +1,21 @@
-"""Where every sample of a shard lies, which files it has, and its checksum: `NAME.tar.index`.
+"""The index of a shard: offset, files and checksum of every sample, in `NAME.tar.index`.
 
-With it a sample is one read of known length: no tar header is parsed while training, and a sample
-that is not what it was is recognized. The file is in safetensors' format, one column a tensor, and
-is mapped into memory rather than read, so that all processes of a machine share one copy of it:
+With it, a sample is one read of known length: no tar headers are parsed during training, and
+corrupt samples are detected. The file is in safetensors format, one tensor per column, and is
+memory-mapped, so that all processes of a machine share one copy:
 
-    offsets, extents   int64 [samples]   first byte of the sample's first tar header, and bytes from there
-                                         to the end of its last file's padding
+    offsets, extents   int64 [samples]   first byte of the sample's first tar header, and bytes from
+                                         there to the end of the padding of its last file
     crc32              uint32 [samples]  over those bytes, headers and padding included
-    key_ends, key_text                   keys as UTF-8 text, all in one piece
-    member_ends        int64 [samples]   files of all samples up to and with this one
-    member_extension, member_start, member_size   one row a file: which of `extensions`, where its content
-                                         begins (from the sample's offset) and its bytes
-    metadata           version, shard_bytes, sha256 (of the shard), samples, extensions (a JSON list);
-                       where known, etag (of the store), damage (what could not be read) and
-                       made_from (a hash of what the shard was written from)
+    key_ends, key_text                   keys as UTF-8, concatenated
+    member_ends        int64 [samples]   number of files of all samples up to and including this one
+    member_extension, member_start, member_size   one row per file: index into `extensions`, offset
+                                         of its contents (from the sample's offset), and bytes
+    metadata           version, shard_bytes, sha256 (of the shard), samples, extensions (a JSON
+                       list); if known, etag (of the store), corruption (what could not be read) and
+                       source_hash (of the samples that the shard was written from)
 
-A file of unknown origin cannot do harm: everything in it is checked when it is opened.
+Everything in the file is checked when it is opened, so an untrusted file is safe to open.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from data_pipeline.shards.index_file import COLUMNS, Columns, check_columns, dec
 
 INDEX_SUFFIX = ".index"
 VERSION = "2"
-_NOTES = ("etag", "damage", "made_from")
+_OPTIONAL_METADATA = ("etag", "corruption", "source_hash")
 
 
 class Member(NamedTuple):
@@ -46,13 +46,13 @@ class Member(NamedTuple):
     extension: str
     """In lower case, without the first dot: `jpg`, `seg.png`."""
     start: int
-    """First byte of its content, from the sample's offset."""
+    """First byte of its contents, relative to the sample's offset."""
     size: int
-    """Bytes of its content."""
+    """Bytes of its contents."""
 
 
 class SampleRow(NamedTuple):
-    """One sample as `ShardIndex.build` takes it."""
+    """One sample, as passed to `ShardIndex.build`."""
 
     key: str
     offset: int
@@ -63,54 +63,52 @@ class SampleRow(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ShardIndex:
-    """One row a sample, in the shard's order; read-only. Made by `build`, `from_bytes` or
-    `open`."""
+    """One row per sample, in the order of the shard; read-only.
+
+    Created by `build`, `from_bytes` or `open`.
+    """
 
     offsets: np.ndarray
-    """int64 `[samples]`, bytes from the shard's start; rising."""
+    """int64 `[samples]`, bytes from the start of the shard; increasing."""
     extents: np.ndarray
     """int64 `[samples]`, bytes."""
     crc32: np.ndarray
-    """uint32 `[samples]`, of the extent's bytes."""
+    """uint32 `[samples]`, over the bytes of the extent."""
     shard_bytes: int
     sha256: str
     """Of the whole shard, 64 hexadecimal digits."""
     extensions: tuple[str, ...]
-    """Every extension of the shard, in the order in which they came first."""
+    """All extensions in the shard, in order of first occurrence."""
     etag: str = ""
-    """What the store called the shard's contents when it was indexed; empty if unknown."""
-    damage: str = ""
-    """What of the shard could not be read, in words; empty for a shard that is whole."""
-    made_from: str = ""
-    """What its writer noted, to know the shard again; see `writer.write_shards`."""
+    """ETag of the shard in the store when it was indexed; empty if unknown."""
+    corruption: str = ""
+    """Description of what could not be read; empty for an intact shard."""
+    source_hash: str = ""
+    """Hash of the samples that the shard was written from; see `writer.write_shards`."""
     columns: Columns
-    """The tensors of the file by name; for `to_bytes` and tools."""
+    """The columns of the file by name; for `to_bytes` and tools."""
 
     def __len__(self) -> int:
         return len(self.offsets)
 
     def key(self, i: int) -> str:
-        """Key of sample `i`, as WebDataset has it."""
-        i = range(len(self))[i]  # raises where numpy would wrap around or hand out an array
-        ends, start = self.columns["key_ends"], 0
-        if i:
-            start = int(ends[i - 1])
-        return (
-            self.columns["key_text"][start : int(ends[i])]
-            .tobytes()
-            .decode("utf-8", "backslashreplace")
-        )
+        """Key of sample `i`, as in WebDataset."""
+        i = range(len(self))[i]  # raises IndexError where numpy would accept other indices
+        ends = self.columns["key_ends"]
+        start = int(ends[i - 1]) if i else 0
+        text = self.columns["key_text"][start : int(ends[i])].tobytes()
+        return text.decode("utf-8", "backslashreplace")
 
     @property
     def keys(self) -> list[str]:
-        """All keys in order; for tools, as it decodes each."""
+        """All keys in order; slow, because it decodes each of them."""
         text, starts = self.columns["key_text"].tobytes(), [0, *self.columns["key_ends"].tolist()]
         return [
             text[start:end].decode("utf-8", "backslashreplace") for start, end in pairwise(starts)
         ]
 
     def members(self, i: int) -> tuple[Member, ...]:
-        """The files of sample `i`, in the shard's order."""
+        """The files of sample `i`, in the order of the shard."""
         i = range(len(self))[i]
         ends = self.columns["member_ends"]
         rows = slice(int(ends[i - 1]) if i else 0, int(ends[i]))
@@ -125,7 +123,7 @@ class ShardIndex:
         )
 
     def to_bytes(self) -> bytes:
-        """The sidecar file's contents; equal indices give equal bytes."""
+        """The contents of the index file; equal indices give equal bytes."""
         metadata = {
             "version": VERSION,
             "shard_bytes": str(self.shard_bytes),
@@ -133,27 +131,27 @@ class ShardIndex:
             "samples": str(len(self)),
             "extensions": json.dumps(self.extensions),
         }
-        metadata |= {note: text for note in _NOTES if (text := getattr(self, note))}
+        metadata |= {name: text for name in _OPTIONAL_METADATA if (text := getattr(self, name))}
         return encode(self.columns, metadata)
 
     @staticmethod
     def build(
-        rows: Sequence[SampleRow], *, shard_bytes: int, sha256: str, **notes: str
+        rows: Sequence[SampleRow], *, shard_bytes: int, sha256: str, **optional_metadata: str
     ) -> ShardIndex:
-        """An index of samples that somebody found in a shard.
+        """Create the index of a shard.
 
         Args:
-            rows: The samples, in the shard's order.
-            shard_bytes: Length of the shard.
-            sha256: Of the whole shard.
-            notes: Any of `etag`, `damage` and `made_from`.
+            rows: The samples, in the order of the shard.
+            shard_bytes: Size of the shard.
+            sha256: SHA-256 of the whole shard.
+            optional_metadata: Any of `etag`, `corruption` and `source_hash`.
 
         Raises:
-            DataError: They overlap, lie beyond the shard's end, or have a file outside of
-            themselves.
+            DataError: Samples overlap or are beyond the end of the shard, or a file is outside of
+                its sample.
         """
-        extensions = {member.extension: 0 for row in rows for member in row.members}
-        numbers = {extension: number for number, extension in enumerate(extensions)}
+        extensions = dict.fromkeys(member.extension for row in rows for member in row.members)
+        extension_ids = {extension: i for i, extension in enumerate(extensions)}
         keys = [row.key.encode("utf-8", "backslashreplace") for row in rows]
         members = [member for row in rows for member in row.members]
         columns = {
@@ -163,7 +161,7 @@ class ShardIndex:
             "key_ends": np.cumsum([len(key) for key in keys]),
             "key_text": np.frombuffer(b"".join(keys), np.uint8),
             "member_ends": np.cumsum([len(row.members) for row in rows]),
-            "member_extension": [numbers[member.extension] for member in members],
+            "member_extension": [extension_ids[member.extension] for member in members],
             "member_start": [member.start for member in members],
             "member_size": [member.size for member in members],
         }
@@ -173,50 +171,51 @@ class ShardIndex:
             "shard_bytes": str(shard_bytes),
             "sha256": sha256,
             "samples": str(len(rows)),
-            "extensions": json.dumps(list(numbers)),
-            **notes,
+            "extensions": json.dumps(list(extension_ids)),
+            **optional_metadata,
         }
         return _index_of(arrays, metadata)
 
     @staticmethod
     def from_bytes(data: bytes | memoryview | mmap.mmap, where: str) -> ShardIndex:
-        """Read a sidecar file; the columns are views of `data`, which must not change.
+        """Decode an index file; the columns are views of `data`, which must not change.
 
         Args:
-            data: Its contents.
+            data: The contents of the file.
             where: Its address, for messages.
 
         Raises:
-            DataError: It is not an index, or says what cannot be (slug `bad-index`).
+            DataError: It is not an index, or is inconsistent (slug `corrupt-index`).
         """
         try:
             return _index_of(*decode(data))
         except (DataError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             if bytes(data[:1]) == b"{":
-                found = "an index of an older version"
+                problem = "an index of an older version"
             else:
-                found = f"not a shard index of this program ({error})"
+                problem = f"not a valid shard index ({error})"
             raise DataError(
-                f"{where} is {found}; make it again with `vlmoe data index`", slug="bad-index"
+                f"{where} is {problem}; create it again with `vlmoe data index`",
+                slug="corrupt-index",
             ) from None
 
     @staticmethod
     def open(path: str | os.PathLike[str], where: str = "", *, sha256: str = "") -> ShardIndex:
-        """Map a local sidecar file into memory and check it.
+        """Memory-map a local index file and check it.
 
-        The file must be replaced, never changed in place, while it is open (`storage.write_bytes`
-        does so).
+        While it is open, the file may be replaced but not changed in place (`storage.write_bytes`
+        replaces it).
 
         Args:
             path: The file.
-            where: How messages call it, if not by its path.
-            sha256: What its contents must hash to; empty does not check.
+            where: Its name in messages; empty is its path.
+            sha256: Expected hash of its contents; empty does not check.
 
         Raises:
-            DataError: It is not an index, or not the one with that hash (slug `bad-index`).
+            DataError: It is not an index, or not the one with that hash (slug `corrupt-index`).
             StorageError: It cannot be read.
         """
-        shown = where or os.fspath(path)
+        where = where or os.fspath(path)
         try:
             with open(path, "rb") as file:
                 size = os.fstat(file.fileno()).st_size
@@ -224,43 +223,43 @@ class ShardIndex:
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise StorageError(
-                f"cannot read the shard index {shown}: {reason}; make it with `vlmoe data index`",
-                slug="bad-index",
+                f"cannot read the shard index {where}: {reason}; create it with `vlmoe data index`",
+                slug="corrupt-index",
             ) from error
         if sha256:
-            check_index_hash(data, sha256, shown)
-        return ShardIndex.from_bytes(data, shown)
+            check_index_hash(data, sha256, where)
+        return ShardIndex.from_bytes(data, where)
 
 
 def check_index_hash(data: bytes | mmap.mmap, sha256: str, where: str) -> None:
-    """Compare a sidecar's contents with what its manifest says.
+    """Compare the contents of an index file with the hash in its manifest.
 
     Raises:
-        DataError: They differ (slug `bad-index`).
+        DataError: They differ (slug `corrupt-index`).
     """
-    found = hashlib.sha256(data).hexdigest()
-    if found != sha256:
+    actual = hashlib.sha256(data).hexdigest()
+    if actual != sha256:
         raise DataError(
-            f"{where} has SHA-256 {found}, but the manifest expects {sha256}: one of the two was changed; make "
-            f"both again with `vlmoe data index`",
-            slug="bad-index",
+            f"{where} has SHA-256 {actual}, but the manifest expects {sha256}: one of the two was "
+            f"changed; create both again with `vlmoe data index`",
+            slug="corrupt-index",
         )
 
 
 def index_name(shard: str) -> str:
-    """Name or address of the index of a shard of that name or address."""
+    """Name or address of a shard's index, from the name or address of the shard."""
     return f"{shard}{INDEX_SUFFIX}"
 
 
 def _index_of(columns: Columns, metadata: Mapping[str, str]) -> ShardIndex:
-    """The index of these columns, after checking that every number in them can be true."""
+    """The index with these columns, after checking them."""
     if metadata["version"] != VERSION:
         raise DataError(
-            f"it has version {metadata['version']!r}, but this program reads {VERSION!r}"
+            f"it has version {metadata['version']!r}, but version {VERSION!r} is required"
         )
     extensions, shard_bytes = json.loads(metadata["extensions"]), int(metadata["shard_bytes"])
     if not isinstance(extensions, list) or not all(isinstance(name, str) for name in extensions):
-        raise DataError("its extensions are not a list of text")
+        raise DataError("its extensions are not a list of strings")
     if not re.fullmatch("[0-9a-f]{64}", metadata["sha256"]):
         raise DataError(f"the shard's SHA-256 is {metadata['sha256']!r}")
     samples = int(metadata["samples"])
@@ -275,5 +274,5 @@ def _index_of(columns: Columns, metadata: Mapping[str, str]) -> ShardIndex:
         shard_bytes=shard_bytes,
         sha256=metadata["sha256"],
         extensions=tuple(extensions),
-        **{note: metadata.get(note, "") for note in _NOTES},
+        **{name: metadata.get(name, "") for name in _OPTIONAL_METADATA},
     )

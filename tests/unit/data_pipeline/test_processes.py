@@ -1,4 +1,4 @@
-"""Work in several processes: its order, what the processes know, and how many there may be."""
+"""Work in several processes: order of results, environment of workers, and number of CPUs."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import time
 import pytest
 
 from data_pipeline.common.errors import ConfigError, DataError
-from data_pipeline.common.processes import in_processes, parse_part, usable_cpus
+from data_pipeline.common.processes import map_in_processes, parse_part, usable_cpus
 
 
-def _late(seconds: float) -> float:
+def _sleep(seconds: float) -> float:
     time.sleep(seconds)
     return seconds
 
 
-def _facts(name: str) -> tuple[str, str, bool, int]:
+def _process_state(name: str) -> tuple[str, str, bool, int]:
     import cv2
 
     ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
@@ -31,54 +31,55 @@ def _fail(job: int) -> int:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_answers_come_in_order_or_as_they_are_done(workers: int) -> None:
+def test_results_in_order_or_as_completed(workers: int) -> None:
     jobs = [0.6, 0.0, 0.01, 0.02]
-    assert list(in_processes(_late, jobs, workers)) == list(enumerate(jobs))
-    found = list(in_processes(_late, iter(jobs), workers, ordered=False))
-    assert sorted(found) == list(enumerate(jobs))
-    assert (found[0] == (0, 0.6)) == (workers == 0)
+    assert list(map_in_processes(_sleep, jobs, workers)) == list(enumerate(jobs))
+    results = list(map_in_processes(_sleep, iter(jobs), workers, ordered=False))
+    assert sorted(results) == list(enumerate(jobs))
+    assert (results[0] == (0, 0.6)) == (workers == 0)
 
 
-def test_processes_have_the_credentials_of_now_one_thread_and_leave_ctrl_c_to_their_parent(
+def test_environment_of_workers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for value in ("first", "renewed"):  # the fork server has started by the second time
+    for value in ("first", "renewed"):  # the fork server is already running for the second one
         monkeypatch.setenv("AWS_SESSION_TOKEN", value)
         monkeypatch.setenv("OMP_NUM_THREADS", "7")
-        assert list(in_processes(_facts, ["AWS_SESSION_TOKEN"], 1)) == [(0, (value, "1", True, 1))]
+        results = list(map_in_processes(_process_state, ["AWS_SESSION_TOKEN"], 1))
+        assert results == [(0, (value, "1", True, 1))]
 
 
 @pytest.mark.parametrize("ordered", [True, False])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_errors_of_the_work_are_raised_here(workers: int, ordered: bool) -> None:
+def test_errors_are_raised_in_the_parent(workers: int, ordered: bool) -> None:
     with pytest.raises(DataError, match="the third"):
-        list(in_processes(_fail, range(9), workers, ordered=ordered))
+        list(map_in_processes(_fail, range(9), workers, ordered=ordered))
 
 
-def test_jobs_are_taken_only_as_they_are_needed() -> None:
-    taken: list[int] = []
+def test_jobs_are_consumed_lazily() -> None:
+    consumed: list[int] = []
 
     def jobs() -> object:
         for number in range(50):
-            taken.append(number)
+            consumed.append(number)
             yield number / 1e6
 
-    answers = in_processes(_late, jobs(), 1)  # type: ignore[arg-type]
-    assert next(answers) == (0, 0.0)
-    assert len(taken) <= 4
-    answers.close()  # type: ignore[attr-defined]
+    results = map_in_processes(_sleep, jobs(), 1)  # type: ignore[arg-type]
+    assert next(results) == (0, 0.0)
+    assert len(consumed) <= 4
+    results.close()  # type: ignore[attr-defined]
 
 
-def test_cpus_are_those_of_this_process_and_of_its_slurm_task(
+def test_usable_cpus(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)))
-    for asked, cpus in (("", 6), ("4", 4), ("9", 6), ("0", 6), ("many", 6)):
-        monkeypatch.setenv("SLURM_CPUS_PER_TASK", asked)
+    for requested, cpus in (("", 6), ("4", 4), ("9", 6), ("0", 6), ("many", 6)):
+        monkeypatch.setenv("SLURM_CPUS_PER_TASK", requested)
         assert usable_cpus() == cpus
 
 
-def test_shares_of_the_work() -> None:
+def test_parse_part() -> None:
     assert parse_part("2/8") == (2, 8)
     for text in ("8/8", "1", "a/b", "-1/2"):
         with pytest.raises(ConfigError, match="give I/N"):

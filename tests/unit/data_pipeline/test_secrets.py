@@ -1,4 +1,4 @@
-"""Passwords and signed queries in addresses: they work, and are written nowhere."""
+"""Passwords and signed queries in addresses: they can be used, but are never written to files."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ from typing import Any, cast
 import pytest
 
 from data_pipeline.common import object_store, store_credentials
-from data_pipeline.common.addresses import has_user, without_secrets
+from data_pipeline.common.addresses import has_userinfo, without_secrets
 from data_pipeline.common.config import from_mapping, to_mapping
 from data_pipeline.common.errors import ConfigError, DataError, StorageError
 from data_pipeline.common.yaml_file import load_yaml
-from data_pipeline.loading.ledger_facts import LedgerFacts
+from data_pipeline.content.tokenizer import Tokenizer
+from data_pipeline.loading.ledger_metadata import LedgerMetadata
 from data_pipeline.loading.sources import open_sources
 from data_pipeline.order.state import LoaderState
 from data_pipeline.settings import DataConfig, SourceConfig
 from data_pipeline.shards.indexing import index_shards
 from data_pipeline.shards.manifest import load_manifest, write_manifest
+from pretrain.config.batch import plan_batch
 from pretrain.config.presets import load_run
 from pretrain.config.schema import EvalSet
-from pretrain.train import build
+from pretrain.train.run_folder import write_run_files
 from tests.support.http_server import http_server
 from tests.support.small_shards import make_shards
 
@@ -31,7 +33,7 @@ SIGNED = "https://host/data/manifest.json?X-Amz-Signature=SECRET"
 
 
 @pytest.mark.parametrize(
-    ("address", "shown"),
+    ("address", "expected"),
     [
         (SIGNED, "https://host/data/manifest.json"),
         ("https://me:SECRET@host/a@b", "https://host/a@b"),
@@ -42,9 +44,9 @@ SIGNED = "https://host/data/manifest.json?X-Amz-Signature=SECRET"
         ("/data/a@b/c?.tar", "/data/a@b/c?.tar"),
     ],
 )
-def test_addresses_as_they_may_be_written_down(address: str, shown: str) -> None:
-    assert without_secrets(address) == shown
-    assert has_user(address) == ("SECRET@" in address)
+def test_without_secrets(address: str, expected: str) -> None:
+    assert without_secrets(address) == expected
+    assert has_userinfo(address) == ("SECRET@" in address)
 
 
 @pytest.mark.parametrize(
@@ -56,13 +58,13 @@ def test_addresses_as_they_may_be_written_down(address: str, shown: str) -> None
         {"repeats": 2, "weight": 1.0},
     ],
 )
-def test_messages_about_a_source_do_not_quote_its_query(given: dict[str, Any]) -> None:
+def test_errors_of_a_source_do_not_quote_its_query(given: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"https://host/data/manifest\.json") as error:
         SourceConfig(shards=SIGNED, **given)
     assert "SECRET" not in str(error.value)
 
 
-def test_settings_with_a_password_are_refused_and_say_where_it_goes() -> None:
+def test_settings_with_a_password_are_rejected() -> None:
     address = "https://me:SECRET@host/data"
     for make in (
         lambda: SourceConfig(shards=address),
@@ -77,18 +79,18 @@ def test_settings_with_a_password_are_refused_and_say_where_it_goes() -> None:
         assert "SECRET@" not in str(error.value) and "me:" not in str(error.value)
 
 
-def test_no_manifest_holds_a_password(tmp_path: Path) -> None:
+def test_manifests_contain_no_password(tmp_path: Path) -> None:
     make_shards(tmp_path / "data", count=14)
     with http_server(tmp_path / "data", password="me:SECRET") as web:
         address = web.url("shard-000000.tar").replace("://", "://me:SECRET@")
         (tmp_path / "list").write_text(f"{address}\n")
         for pattern in (address, f"@{tmp_path / 'list'}"):
-            with pytest.raises(DataError, match=r"cannot stand in a manifest.*netrc") as error:
+            with pytest.raises(DataError, match=r"must not be in a manifest.*netrc") as error:
                 index_shards([pattern], str(tmp_path / "out"))
             assert "SECRET@" not in str(error.value)
     entries = load_manifest(tmp_path / "data").shards
     for base in ("https://me:SECRET@host/data", "https://host/data?sig=SECRET"):
-        with pytest.raises(DataError, match="must not stand in a manifest") as error:
+        with pytest.raises(DataError, match="must not be in a manifest") as error:
             write_manifest(tmp_path / "other", entries, base=base)
         assert "SECRET" not in str(error.value).replace("AWS_SECRET", "")
     assert (
@@ -97,30 +99,28 @@ def test_no_manifest_holds_a_password(tmp_path: Path) -> None:
     )
 
 
-def test_a_password_from_netrc_opens_what_asks_for_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_password_from_netrc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_shards(tmp_path / "data", count=14)
     netrc = tmp_path / "netrc"
     monkeypatch.setenv("NETRC", str(netrc))
     with http_server(tmp_path / "data", password="me:SECRET") as web:
         netrc.write_text("default login you password other\n")
-        object_store.forget_clients()
+        object_store.clear_clients()
         with pytest.raises(StorageError):
             load_manifest(web.url())
         netrc.write_text("machine 127.0.0.1 login me password SECRET\n")
-        object_store.forget_clients()
+        object_store.clear_clients()
         manifest = index_shards(
             [web.url(f"shard-00000{number}.tar") for number in range(2)], str(tmp_path / "out")
         )
         assert manifest.total_samples == 14 and manifest.base == web.url()
     netrc.write_text("machine 127.0.0.1 SECRET\n")
-    with pytest.raises(StorageError, match="is not in the form of a netrc file") as error:
+    with pytest.raises(StorageError, match="is not a valid netrc file") as error:
         store_credentials.http_settings("127.0.0.1:80")
     assert "SECRET" not in str(error.value)
 
 
-def test_a_run_folder_holds_no_signature(tmp_path: Path) -> None:
+def test_run_folder_contains_no_signature(tmp_path: Path) -> None:
     run = load_run(
         "tiny", [f"data.train=['{SIGNED}']", f"eval.sets=[{{name: e, shards: '{SIGNED}'}}]"]
     )
@@ -128,45 +128,38 @@ def test_a_run_folder_holds_no_signature(tmp_path: Path) -> None:
         run,
         data=replace(run.data, train=(*run.data.train, SourceConfig(shards=SIGNED, drop=SIGNED))),
     )
-    parts = SimpleNamespace(
-        run=run,
-        out=tmp_path,
-        tokenizer=SimpleNamespace(model_bytes=b""),
-        batch_plan=None,
-        on_first_rank=lambda work: work(),
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "_write_deepspeed", lambda *args: None)
-        build.Parts.keep_settings(cast(build.Parts, parts))
+    tokenizer = cast(Tokenizer, SimpleNamespace(model_bytes=b""))
+    plan = plan_batch(run.batch.global_batch_size, run.batch.micro_batch_size, 1)
+    write_run_files(run, tmp_path, tokenizer, plan)
     text = (tmp_path / "config.yaml").read_text()
     assert "SECRET" not in text and text.count("https://host/data/manifest.json") == 4
 
 
-def test_a_ledger_keeps_no_signature_and_takes_it_from_the_run_file(tmp_path: Path) -> None:
+def test_ledger_contains_no_signature(tmp_path: Path) -> None:
     make_shards(tmp_path / "data", count=14)
     with http_server(tmp_path / "data", query="sig=SECRET") as web:
         # Signed for the manifest alone, as a presigned address is.
         signed, plain = f"{web.url('manifest.json')}?sig=SECRET", str(tmp_path / "data")
         given = (SourceConfig(shards=signed), SourceConfig(shards=plain))
         sources = open_sources(given)
-        LedgerFacts.of(sources, 4, LoaderState()).write(tmp_path)
+        LedgerMetadata.of(sources, 4, LoaderState()).write(tmp_path)
         text = (tmp_path / "ledger.json").read_text()
         assert "SECRET" not in text
-        facts = LedgerFacts.read(tmp_path)
-        assert facts.sources[1] == given[1] and facts.manifests[1] == str(tmp_path / "data")
+        metadata = LedgerMetadata.read(tmp_path)
+        assert metadata.sources[1] == given[1] and metadata.manifests[1] == str(tmp_path / "data")
         with pytest.raises(StorageError):
-            open_sources(facts.sources)
+            open_sources(metadata.sources)
         (tmp_path / "run.yaml").write_text(
             json.dumps({"data": {"train": [to_mapping(entry) for entry in given]}})
         )
         section = load_yaml(tmp_path / "run.yaml")["data"]
-        whole = facts.with_addresses(from_mapping(DataConfig, {"train": section["train"]}).sources)
-        assert whole.sources == given and whole.manifests == (
+        completed = metadata.with_addresses(
+            from_mapping(DataConfig, {"train": section["train"]}).sources
+        )
+        assert completed.sources == given and completed.manifests == (
             given[0].shards,
             str(tmp_path / "data"),
         )
-        with pytest.raises(
-            ConfigError, match=r"other sources than the ledger: http://127\."
-        ) as error:
-            facts.with_addresses(given[:1])
+        with pytest.raises(ConfigError, match=r"ledger: http://127\.") as error:
+            metadata.with_addresses(given[:1])
         assert "SECRET" not in str(error.value)

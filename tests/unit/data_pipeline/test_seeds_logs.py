@@ -1,3 +1,5 @@
+"""Named seeds, log lines and progress lines."""
+
 from __future__ import annotations
 
 import io
@@ -6,11 +8,11 @@ import logging
 import numpy as np
 import pytest
 
-from data_pipeline.common.logs import Progress, clock_text, setup_logging
+from data_pipeline.common.logs import Progress, format_duration, setup_logging
 from data_pipeline.common.seeds import named_seed, rng
 
 
-def test_every_name_has_its_own_seed() -> None:
+def test_every_name_has_a_different_seed() -> None:
     names = [
         ("a", "bc"),
         ("ab", "c"),
@@ -28,25 +30,25 @@ def test_every_name_has_its_own_seed() -> None:
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 
-def test_seeds_never_change() -> None:
-    """Runs that are resumed with a newer version must go on with the same samples."""
+def test_seeds_are_stable() -> None:
+    """A run that is resumed with a newer version must continue with the same samples."""
     assert named_seed(1, "a") == 294328509404019414
     assert named_seed(np.int64(1), "a") == named_seed(1, "a")  # type: ignore[arg-type]
     assert rng(3).random() == pytest.approx(0.7958280786852708, abs=0)
 
 
-def test_generators_do_not_share_numbers() -> None:
+def test_generators_are_independent() -> None:
     first, second = rng("augment", 1), rng("augment", 2)
     assert first.random() == rng("augment", 1).random() != second.random()
 
 
 @pytest.mark.parametrize("part", [1.0, None, True, b"a"])
-def test_what_has_no_one_spelling_is_refused(part: object) -> None:
+def test_invalid_parts_are_rejected(part: object) -> None:
     with pytest.raises(TypeError, match="must be int or str"):
         named_seed(part)  # type: ignore[arg-type]
 
 
-def test_rank_zero_tells_the_story_and_others_warn(
+def test_log_levels_by_rank(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = logging.getLogger()
@@ -60,7 +62,7 @@ def test_rank_zero_tells_the_story_and_others_warn(
         assert [line.partition(" ")[2] for line in lines] == expected
 
 
-def test_progress_knows_rate_and_time_left() -> None:
+def test_progress_shows_rate_and_remaining_time() -> None:
     now, out = [100.0], io.StringIO()
     progress = Progress("rendering", 1000, "pictures", done=200, stream=out, clock=lambda: now[0])
     now[0] = 104.0
@@ -75,7 +77,7 @@ def test_progress_knows_rate_and_time_left() -> None:
     assert out.getvalue().endswith("\nrendering: 1000/1000 pictures (100%), 20/s, 40 s\n")
 
 
-def test_a_terminal_line_is_redrawn_in_place() -> None:
+def test_progress_on_a_terminal() -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True
@@ -88,6 +90,6 @@ def test_a_terminal_line_is_redrawn_in_place() -> None:
     assert out.getvalue().count("\r") == 2 and out.getvalue().count("\n") == 1
 
 
-def test_times_as_a_person_says_them() -> None:
-    spoken = [clock_text(seconds) for seconds in (4.21, 59.4, 59.6, 185, 7620)]
-    assert spoken == ["4.2 s", "59 s", "1m00s", "3m05s", "2h07m"]
+def test_format_duration() -> None:
+    texts = [format_duration(seconds) for seconds in (4.21, 59.4, 59.6, 185, 7620)]
+    assert texts == ["4.2 s", "59 s", "1m00s", "3m05s", "2h07m"]

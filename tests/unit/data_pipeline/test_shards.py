@@ -1,16 +1,18 @@
-"""Opening shards: which are at hand, what is looked at before training, and what is said."""
+"""Opening shards: open files, the check before training, and errors."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
 import os
+import re
 from pathlib import Path
 
 import pytest
 
 from data_pipeline.common.errors import ConfigError, DataError
-from data_pipeline.reading.store import ShardStore, check_present
+from data_pipeline.reading.local_shards import check_local_shards
+from data_pipeline.reading.store import ShardStore
 from data_pipeline.settings import DataConfig
 from data_pipeline.shards.manifest import Manifest
 from tests.support.small_shards import make_shards
@@ -21,7 +23,7 @@ def manifest(tmp_path: Path) -> Manifest:
     return make_shards(tmp_path / "data", count=21)
 
 
-def test_shards_of_several_manifests_are_numbered_on(manifest: Manifest, tmp_path: Path) -> None:
+def test_shard_numbers_continue_across_manifests(manifest: Manifest, tmp_path: Path) -> None:
     other = make_shards(tmp_path / "other", count=7, first=500)
     store = ShardStore([manifest, other])
     assert len(store) == 4
@@ -30,7 +32,7 @@ def test_shards_of_several_manifests_are_numbered_on(manifest: Manifest, tmp_pat
     assert store.name(3) == "shard-000000.tar" and not store.is_remote(3)
 
 
-def test_few_files_stay_open(manifest: Manifest) -> None:
+def test_number_of_open_files_is_limited(manifest: Manifest) -> None:
     store, before = ShardStore([manifest], max_open=2), len(os.listdir("/proc/self/fd"))
     for number in [0, 1, 2, 0, 1, 2, 2]:
         assert store.open(number).name == f"shard-{number:06d}.tar"
@@ -40,44 +42,41 @@ def test_few_files_stay_open(manifest: Manifest) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_a_missing_shard(manifest: Manifest) -> None:
+def test_missing_shard(manifest: Manifest) -> None:
     Path(manifest.shard_url(manifest.shards[1])).unlink()
-    with pytest.raises(DataError, match=r"shard-000001.tar is missing; copy it again") as error:
+    with pytest.raises(DataError, match=r"shard-000001.tar is missing") as error:
         ShardStore([manifest]).open(1)
     assert error.value.slug == "missing-shard"
 
 
-def test_a_look_before_training(
+def test_check_local_shards(
     manifest: Manifest, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING)
-    check_present([manifest])
+    check_local_shards([manifest])
     assert not caplog.records
     os.truncate(manifest.shard_url(manifest.shards[0]), 512)
-    check_present([manifest])
-    assert "shard-000000.tar has 512 bytes, but its manifest expects" in caplog.text
+    check_local_shards([manifest])
+    size = manifest.shards[0].bytes
+    assert re.search(rf"shard-000000\.tar has 512 bytes, .*\b{size}\b", caplog.text)
+
     Path(manifest.shard_url(manifest.shards[1])).unlink()
-    first = r"shard-000001.tar is missing, but its manifest expects 7 samples in \d+ bytes there; copy it again"
-    counted = (
-        r"1 of 3 shards are missing, with 7 of 21 samples, more than data.max_corrupt_ratio 0.3"
+    counts = "1 of 3 shards are missing, with 7 of 21 samples"
+    with pytest.raises(DataError, match=rf"shard-000001\.tar .*{counts}") as error:
+        check_local_shards([manifest], 0.3)
+    assert "data.max_corrupt_ratio 0.3" in str(error.value)
+    check_local_shards([manifest], 0.4)
+    assert counts in caplog.text
+    # The limit applies to all data together, not to each source.
+    check_local_shards([manifest, make_shards(tmp_path / "more", count=42)], 0.2)
+    check_local_shards(
+        [dataclasses.replace(manifest, url="s3://bucket/x", base="s3://bucket/x")], 0.0
     )
-    with pytest.raises(DataError, match=f"{first}.*{counted}"):
-        check_present([manifest], 0.3)
-    check_present([manifest], 0.4)
-    assert (
-        "1 of 3 shards are missing, with 7 of 21 samples: their samples are left out" in caplog.text
-    )
-    check_present(
-        [manifest, make_shards(tmp_path / "more", count=42)], 0.2
-    )  # of all data, not of one source
-    check_present([dataclasses.replace(manifest, url="s3://bucket/x", base="s3://bucket/x")], 0.0)
 
 
-def test_remote_shards_need_a_place_for_copies(manifest: Manifest, tmp_path: Path) -> None:
+def test_remote_shards_need_a_cache_dir(manifest: Manifest, tmp_path: Path) -> None:
     remote = dataclasses.replace(manifest, url="s3://bucket/data", base="s3://bucket/data")
-    with pytest.raises(
-        ConfigError, match=r"cache_dir is empty, but s3://bucket/data is remote.*data.cache_gib=0"
-    ):
+    with pytest.raises(ConfigError, match=r"data.cache_dir .*s3://bucket/data .*data.cache_gib=0"):
         ShardStore([remote])
     assert ShardStore([remote], DataConfig(cache_gib=0)).is_remote(0)
-    assert ShardStore([remote], DataConfig(cache_dir=str(tmp_path / "cache"))).at_hand(0) is None
+    assert ShardStore([remote], DataConfig(cache_dir=str(tmp_path / "cache"))).try_open(0) is None

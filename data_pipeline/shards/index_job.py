@@ -1,0 +1,107 @@
+"""Indexes one shard, possibly in a worker process: reads it once and writes its index.
+
+An existing index is reused if its shard has not changed since: it must have the same size and, in a
+store, the same ETag; a local shard must be older than its index, and the checksums of some of its
+samples must match.
+"""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+from data_pipeline.common import storage
+from data_pipeline.common.errors import DataError, StorageError
+from data_pipeline.shards.scan import scan
+from data_pipeline.shards.shard_entry import ShardEntry, make_entry
+from data_pipeline.shards.shard_index import ShardIndex
+from data_pipeline.shards.shard_stream import CHUNK_BYTES, open_shard_stream
+
+
+class IndexJob(NamedTuple):
+    """One shard to index; small, because it is sent to another process."""
+
+    url: str
+    name: str
+    index_url: str
+    may_have_index: bool
+    """Whether to look for an existing index."""
+    salvage: bool
+    """Whether to index what can be read of a corrupt shard."""
+    timeout_seconds: float
+
+
+class IndexResult(NamedTuple):
+    """The result of an `IndexJob`."""
+
+    entry: ShardEntry | None
+    reused: bool
+    problem: str
+    """Why there is no entry; empty if there is one."""
+
+
+def run_index_job(job: IndexJob) -> IndexResult:
+    """Index one shard, unless it has a valid index; a corrupt shard is a result, not an exception.
+
+    Raises:
+        StorageError: The index cannot be written.
+    """
+    try:
+        with open_shard_stream(job.url, timeout_seconds=job.timeout_seconds) as shard:
+            if job.may_have_index and (
+                entry := _existing_entry(job, shard.total_bytes, shard.etag)
+            ):
+                return IndexResult(entry, True, "")
+            index = scan(
+                shard.chunks,
+                shard.total_bytes,
+                storage.redact(job.url),
+                salvage=job.salvage,
+                etag=shard.etag,
+            )
+    except DataError as error:
+        return IndexResult(None, False, str(error))
+    data = index.to_bytes()
+    storage.write_bytes(job.index_url, data)
+    return IndexResult(make_entry(index, job.name, data), False, "")
+
+
+def _existing_entry(job: IndexJob, total_bytes: int, etag: str) -> ShardEntry | None:
+    """The manifest row from an existing index, if the shard has not changed since."""
+    local = storage.is_local(job.url)
+    if local and not _is_newer(job.index_url, storage.local_path(job.url)):
+        return None
+    try:
+        data = storage.read_bytes(job.index_url)
+        index = ShardIndex.from_bytes(data, storage.redact(job.index_url))
+    except DataError:  # missing, of an older version, or truncated
+        return None
+    if index.shard_bytes != total_bytes or index.etag != etag or not (local or etag):
+        return None
+    if index.corruption and not job.salvage:
+        return None
+    if local and not _checksums_match(index, storage.local_path(job.url)):
+        return None
+    return make_entry(index, job.name, data)
+
+
+def _is_newer(index_url: str, shard: Path) -> bool:
+    """Whether an index was written after its local shard; False for an index in a store."""
+    try:
+        return storage.local_path(index_url).stat().st_mtime_ns >= shard.stat().st_mtime_ns
+    except (OSError, StorageError):
+        return False
+
+
+def _checksums_match(index: ShardIndex, shard: Path) -> bool:
+    """Check some samples: a copied file can have the modification time of another one."""
+    with open(shard, "rb") as file:
+        for i in {0, len(index) // 2, len(index) - 1} if len(index) else ():
+            file.seek(int(index.offsets[i]))
+            remaining, crc32 = int(index.extents[i]), 0
+            while chunk := file.read(min(remaining, CHUNK_BYTES)):
+                crc32, remaining = zlib.crc32(chunk, crc32), remaining - len(chunk)
+            if remaining or crc32 != index.crc32[i]:
+                return False
+    return True

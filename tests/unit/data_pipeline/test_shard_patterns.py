@@ -1,0 +1,137 @@
+"""Patterns that name shards: folders, braces, wildcards and list files."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.common.errors import DataError
+from data_pipeline.shards import patterns
+from data_pipeline.shards.patterns import expand_patterns
+
+
+def test_expand_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (
+        "a/0.tar",
+        "a/1.tar",
+        "a/1.parquet",
+        "b/c/2.tar",
+        "b/2_stats.json",
+        "x.tar/3.tar",
+        "odd.bin",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "one.txt").write_text("a/0.tar\n@two.txt\n")
+    (tmp_path / "two.txt").write_text("b/**/*.tar\na\n")
+    assert expand_patterns(["a"]) == expand_patterns(["a/"]) == ["a/0.tar", "a/1.tar"]
+    assert expand_patterns(["{b/c,a}"]) == ["b/c/2.tar", "a/0.tar", "a/1.tar"]
+    assert expand_patterns(["b/**"]) == ["b/c/2.tar"]
+    assert expand_patterns(["**/*.tar"]) == [
+        "a/0.tar",
+        "a/1.tar",
+        "b/c/2.tar",
+        "x.tar",
+        "x.tar/3.tar",
+    ]
+    assert expand_patterns(["x.tar"]) == ["x.tar/3.tar"] and expand_patterns(["odd.bin"]) == [
+        "odd.bin"
+    ]
+    assert expand_patterns(["a/1.tar", "a", "a/?.tar"]) == ["a/1.tar", "a/0.tar"]
+    assert expand_patterns(["@one.txt"]) == ["a/0.tar", "b/c/2.tar", "a/1.tar"]
+    assert expand_patterns(["s3://b/{0..2}.tar"]) == [
+        "s3://b/0.tar",
+        "s3://b/1.tar",
+        "s3://b/2.tar",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a/x-{0..3.tar", "unbalanced braces"),
+        ("none*.tar", "no shards at"),
+        ("b", r"FOLDER/\*\*"),
+        ("missing", "No such file"),
+        ("@loop.txt", "@loop.txt: list files are nested"),
+        ("@empty.txt", "lists no shards"),
+        ("@binary.txt", "@binary.txt is not a list file"),
+        ("@missing.txt", "No such file"),
+        ("https://h/x.tar?sig=SECRET", "query must not be in a manifest"),
+        ("s3://b*/x.tar", "the bucket cannot be a wildcard"),
+        ("pipe:cat x.tar", "commands are never run"),
+    ],
+)
+def test_invalid_patterns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, message: str
+) -> None:
+    (tmp_path / "b").mkdir()
+    for name, content in (
+        ("loop", b"@loop.txt"),
+        ("empty", b"# nothing\n"),
+        ("binary", b"\xff\xfe"),
+    ):
+        (tmp_path / f"{name}.txt").write_bytes(content)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=message) as error:
+        expand_patterns([text])
+    assert "SECRET" not in str(error.value)
+
+
+NAMES = [
+    "a/0.tar",
+    "a/1.tar",
+    "a/10.tar",
+    "a/b/0.tar",
+    "a/b/c/0.tar",
+    "a/[x].tar",
+    "other.txt",
+    "a-0.tar",
+]
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "a/*.tar",
+        "a/?.tar",
+        "**/0.tar",
+        "a/**",
+        "a/**/*.tar",
+        "*/[01].tar",
+        "a/[!0-9]*",
+        "*/b/*",
+        "a/[[]x].tar",
+        "**",
+        "a*",
+        "a/1*.tar",
+        "*/*/0.tar",
+    ],
+)
+def test_wildcards_in_a_store_match_as_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str
+) -> None:
+    for name in NAMES:
+        (tmp_path / "x" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "x" / name).write_bytes(b"")
+
+    def list_tree(folder: str) -> list[str]:
+        prefix = folder.removeprefix("s3://bucket/") + "/"
+        return sorted(
+            f"x/{name}".removeprefix(prefix) for name in NAMES if f"x/{name}".startswith(prefix)
+        )
+
+    monkeypatch.setattr(patterns.storage, "list_tree", list_tree)
+    monkeypatch.chdir(tmp_path)
+
+    def expand(prefix: str) -> list[str]:
+        try:
+            return [url.removeprefix(prefix) for url in expand_patterns([f"{prefix}x/{pattern}"])]
+        except DataError:
+            return []
+
+    local = [name for name in expand("") if os.path.isfile(name)]
+    assert local == expand("s3://bucket/") and (local or pattern == "a*")
