@@ -1,0 +1,174 @@
+"""Data of whole runs: mixtures, filters, missing manifests, the ledger, and a killed run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_pipeline.shards.manifest import MANIFEST_NAME
+from pretrain.train.jsonl import read_rows
+from tests.support.launch import ROOT, LaunchResult, clean_environment, run_ranks
+from tests.support.shape_dataset import ShapeDataset, make_shape_dataset
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
+
+SETTINGS = """
+    model.width=32 model.num_heads=2 model.num_layers=2 model.fusion_layer=1 model.ffn_width=32
+    model.embed_dim=16 model.pool_heads=2 model.patch_size=16 model.context_length=16
+    moe.expert_width=16 batch.global_batch_size=8 batch.micro_batch_size=4 schedule.warmup_steps=0
+    data.workers=1 data.shuffle_window=2 log.captions_every_steps=0 log.every_steps=1
+""".split()
+
+
+def train_arguments(run_dir: Path, *overrides: str, processes: int = 1) -> list[str]:
+    engine = ["parallel.engine=plain"] if processes == 1 else []
+    command = ["-m", "pretrain", "train", "tiny", "--out", str(run_dir)]
+    return [*command, *SETTINGS, *overrides, *engine]
+
+
+def launch(run_dir: Path, *overrides: str, processes: int = 1) -> LaunchResult:
+    arguments = train_arguments(run_dir, *overrides, processes=processes)
+    return run_ranks(arguments, processes=processes, timeout_seconds=120)
+
+
+def train(run_dir: Path, *overrides: str, processes: int = 1) -> str:
+    """Train, which must succeed; returns the output."""
+    return launch(run_dir, *overrides, processes=processes).check().output
+
+
+def train_until_killed(run_dir: Path, *overrides: str, steps: int) -> None:
+    """Train, and kill the processes once this number of steps is logged."""
+    command = [sys.executable, *train_arguments(run_dir, *overrides)]
+    log = run_dir.with_suffix(".log")
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=clean_environment(),
+            stdout=stream,
+            stderr=stream,
+            start_new_session=True,
+        )
+        deadline = time.monotonic() + 100
+        while time.monotonic() < deadline and process.poll() is None:
+            if len(losses(run_dir)) >= steps:
+                os.killpg(process.pid, signal.SIGKILL)
+            time.sleep(0.02)
+    assert process.wait() == -signal.SIGKILL, log.read_text()[-3000:]
+
+
+def check_ledger(run_dir: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "data_pipeline", "ledger", str(run_dir)]
+    return subprocess.run(
+        command, cwd=ROOT, env=clean_environment(), capture_output=True, text=True, timeout=60
+    )
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    return {row["step"]: row["loss/total"] for row in read_rows(run_dir / "metrics.jsonl")}
+
+
+def copy_without_manifest(shapes: ShapeDataset, folder: Path) -> Path:
+    folder.mkdir()
+    for shard in shapes.folder.glob("*.tar"):
+        (folder / shard.name).write_bytes(shard.read_bytes())
+    assert not (folder / MANIFEST_NAME).exists()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def datasets(tmp_path_factory: pytest.TempPathFactory) -> tuple[ShapeDataset, ShapeDataset]:
+    """Two datasets of 32 and 16 pairs with the same tokenizer."""
+    folder = tmp_path_factory.mktemp("datasets")
+    return (
+        make_shape_dataset(folder / "large", pairs=32, samples_per_shard=8),
+        make_shape_dataset(folder / "small", pairs=16, samples_per_shard=8),
+    )
+
+
+@pytest.fixture(scope="module")
+def shapes(datasets: tuple[ShapeDataset, ShapeDataset]) -> ShapeDataset:
+    return datasets[0]
+
+
+def test_killed_run_resumes_a_mixture(
+    datasets: tuple[ShapeDataset, ShapeDataset], tmp_path: Path
+) -> None:
+    run_dir, (large, small) = tmp_path / "run", datasets
+    sources = (
+        f"{{shards: {large.folder}, weight: 3, name: large}}",
+        f"{{shards: {small.folder}, weight: 1, name: small}}",
+    )
+    settings = [
+        *large.overrides,
+        f"data.train=[{', '.join(sources)}]",
+        "data.ledger=true",
+        "data.filters.max_caption_chars=21",
+        "checkpoint.every_steps=5",
+    ]
+    train_until_killed(run_dir, *settings, "schedule.total_steps=400", steps=12)
+    killed_at = max(losses(run_dir))
+
+    total_steps = 24 if killed_at < 20 else killed_at + 8
+    output = train(run_dir, *settings, f"schedule.total_steps={total_steps}")
+    assert "resumed from" in output
+    verified = check_ledger(run_dir)
+    assert verified.returncode == 0, verified.stdout + verified.stderr
+
+    rows = read_rows(run_dir / "metrics.jsonl")
+    last = rows[-1]
+    assert last["data/sample_ratio/large"] == 0.75 and last["data/sample_ratio/small"] == 0.25
+    assert last["data/epochs/small"] == last["step"] * 2 / 16
+    # Captions such as "a small purple triangle" are filtered and counted, but are not corrupt.
+    assert any(row.get("data/filtered/max-caption-chars", 0) > 0 for row in rows)
+    assert read_rows(run_dir / "corrupt_samples.jsonl") == []
+
+
+def test_truncated_ledger(shapes: ShapeDataset, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    train(run_dir, *shapes.overrides, "data.ledger=true", "schedule.total_steps=3")
+    verified = check_ledger(run_dir)
+    assert verified.returncode == 0 and "1 to 3" in verified.stdout
+
+    path = run_dir / "ledger" / "rank-00000.ledger"
+    path.write_bytes(path.read_bytes()[:-100])
+    # Without the record of the last step, the report must not claim three steps.
+    assert "1 to 3" not in check_ledger(run_dir).stdout
+
+
+def test_shards_without_manifest_give_equal_losses(shapes: ShapeDataset, tmp_path: Path) -> None:
+    bare = copy_without_manifest(shapes, tmp_path / "bare")
+    steps = "schedule.total_steps=4"
+    train(tmp_path / "with", *shapes.overrides, steps)
+    output = train(tmp_path / "without", *shapes.overrides, f"data.train=['{bare}/*.tar']", steps)
+    assert "has no manifest" in output and "vlmoe data index" in output
+    assert losses(tmp_path / "without") == losses(tmp_path / "with") != {}
+    assert not (bare / MANIFEST_NAME).exists(), "training wrote to the folder of the shards"
+
+
+@pytest.mark.distributed
+def test_two_ranks_index_shards_without_manifest(shapes: ShapeDataset, tmp_path: Path) -> None:
+    bare, run_dir = copy_without_manifest(shapes, tmp_path / "bare"), tmp_path / "run"
+    settings = [f"data.train=[{bare}]", "schedule.total_steps=2", "data.ledger=true"]
+    output = train(run_dir, *shapes.overrides, *settings, processes=2)
+    assert output.count("has no manifest") == 1
+
+    path = next((run_dir / "manifests").glob("*/manifest.json"))
+    manifest: dict[str, Any] = json.loads(path.read_text())
+    assert manifest["total_samples"] == 32
+    assert check_ledger(run_dir).returncode == 0
+
+
+def test_filter_that_rejects_all_samples(shapes: ShapeDataset, tmp_path: Path) -> None:
+    settings = ["data.filters.min_side=1000", "schedule.total_steps=3"]
+    result = launch(tmp_path / "run", *shapes.overrides, *settings)
+    assert result.returncodes == (2,), result.output
+    assert "step 1 has no valid sample" in result.output and "filter:min-side" in result.output
