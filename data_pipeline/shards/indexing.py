@@ -83,24 +83,26 @@ def index_shards(
             f"--out"
         )
     names = {url: relative_name(url, base) for url in urls}
-    part_urls = urls[part[0] :: part[1]]
-
     existing = _list_store(folder)
-    jobs = []
-    for url in part_urls:
-        index = index_name(names[url])
-        may_have_index = existing is None or index in existing
-        index_url = storage.join(folder, index)
-        jobs.append(IndexJob(url, names[url], index_url, may_have_index, salvage, timeout_seconds))
+    jobs = [
+        IndexJob(
+            url=url,
+            name=names[url],
+            index_url=storage.join(folder, index_name(names[url])),
+            may_have_index=existing is None or index_name(names[url]) in existing,
+            salvage=salvage,
+            timeout_seconds=timeout_seconds,
+        )
+        for url in urls[part[0] :: part[1]]
+    ]
     entries = _run_jobs(jobs, workers)
 
     if part != SINGLE_PART:
         return Manifest(url=folder, base=base, shards=tuple(entries))
     if metadata is None:
         metadata = _existing_metadata(folder)
-    return write_manifest(
-        folder, entries, metadata, base="" if is_same_folder(base, folder) else base
-    )
+    stored_base = "" if is_same_folder(base, folder) else base
+    return write_manifest(folder, entries, metadata, base=stored_base)
 
 
 def index_for_run(
