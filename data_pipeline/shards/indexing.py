@@ -77,11 +77,7 @@ def index_shards(
     urls = expand_patterns([shards] if isinstance(shards, str) else shards)
     base = common_folder(urls, out)
     folder = (out or base).rstrip("/") or "/"
-    if folder.startswith("http"):
-        raise DataError(
-            f"cannot write to {storage.redact(folder)}; give another folder for the manifest with "
-            f"--out"
-        )
+    _check_writable(folder)
     names = {url: relative_name(url, base) for url in urls}
     existing = _list_store(folder)
     jobs = [
@@ -155,6 +151,14 @@ def index_for_run(
         metadata={"indexed_from": indexed_from},
         timeout_seconds=timeout_seconds,
     )
+
+
+def _check_writable(folder: str) -> None:
+    if folder.startswith("http"):
+        raise DataError(
+            f"cannot write to {storage.redact(folder)}; give another folder for the manifest with "
+            f"--out"
+        )
 
 
 def _run_jobs(jobs: Sequence[IndexJob], workers: int) -> list[ShardEntry]:
