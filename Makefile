@@ -7,10 +7,12 @@
 #   make stores       install an Azure emulator; without it, tests marked `az` are skipped
 #
 # PYTHON=python3.12 selects the interpreter for a new `.venv`.
+# TEST_WORKERS=4 runs the tests in so many processes (default 2).
 # SLURM=no skips the installation of SLURM; its tests are then skipped.
 
 PYTHON ?= python3
 SLURM ?= yes
+TEST_WORKERS ?= 2
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 
@@ -44,7 +46,7 @@ quickstart: env
 	$(RUN) -m tools.quickstart
 
 test: env system
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -m 'not long'
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m 'not long' -n $(TEST_WORKERS) --dist loadgroup
 
 lint: env
 	$(VENV)/bin/ruff check .

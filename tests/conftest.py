@@ -7,11 +7,26 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+PROCESS_TESTS = ("tests/distributed/", "tests/e2e/")
+"""Tests that start several processes or servers; two of them at once would compete for the cores."""
+
 # Imported by the fixtures that need them: importing torch takes seconds, and most tests need none.
 if TYPE_CHECKING:
     from tests.support.s3_server import S3Server
     from tests.support.shape_dataset import ShapeDataset
     from tests.support.slurm import SlurmCluster
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Assign tests to workers of `pytest -n N --dist loadgroup`.
+
+    Tests that start processes run one after another in one worker; the unit tests of a file stay
+    together, because they share fixtures.
+    """
+    for item in items:
+        file = item.nodeid.partition("::")[0]
+        group = "processes" if file.startswith(PROCESS_TESTS) else file
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")

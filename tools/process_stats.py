@@ -28,7 +28,7 @@ def tree_cpu_seconds(pid: int | None = None) -> float:
 
 
 def process_tree(pid: int | None = None) -> list[int]:
-    """IDs of a process and its live descendants."""
+    """IDs of a process and its live descendants; the process itself is the first."""
     return list(_tree_ticks(pid or os.getpid()))
 
 
@@ -43,7 +43,7 @@ def resident_bytes(pid: int) -> int:
 
 
 def _tree_ticks(root: int) -> dict[int, _CpuTicks]:
-    """CPU ticks of `root` and its live descendants, by process ID."""
+    """CPU ticks of `root` and its live descendants, by process ID; `root` is the first key."""
     parents: dict[int, int] = {}
     ticks: dict[int, _CpuTicks] = {}
     for entry in Path("/proc").iterdir():
@@ -60,7 +60,7 @@ def _tree_ticks(root: int) -> dict[int, _CpuTicks]:
     tree = {root} if root in ticks else set[int]()
     while children := {pid for pid, parent in parents.items() if parent in tree} - tree:
         tree |= children
-    return {pid: ticks[pid] for pid in tree}
+    return {pid: ticks[pid] for pid in sorted(tree, key=lambda pid: (pid != root, pid))}
 
 
 def _status_bytes(pid: int, field: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -63,6 +64,7 @@ def test_process_tree_counts_live_and_ended_children() -> None:
     ) as child:
         assert child.stdout is not None
         child.stdout.readline()
+        assert process_stats.process_tree()[0] == os.getpid()
         assert child.pid in process_stats.process_tree()
         assert process_stats.tree_cpu_seconds() - after_first >= 0.25
         child.communicate(b"\n")
