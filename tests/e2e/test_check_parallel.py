@@ -1,5 +1,4 @@
-"""`vlmoe check-parallel` as a person calls it: with ranks of its own, and with those of
-torchrun."""
+"""`vlmoe check-parallel` as a command: with ranks that it starts, and under torchrun."""
 
 from __future__ import annotations
 
@@ -7,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,98 +17,85 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 COMMAND = ["-m", "pretrain", "check-parallel"]
 
 
-def test_it_starts_its_own_ranks_for_several_worlds_and_writes_json(tmp_path: Path) -> None:
-    run, out = tmp_path / "run.yaml", tmp_path / "parity.json"
-    run.write_text("extends: [b16, vmoe]\nname: mine\n", encoding="utf-8")
+def check(*arguments: str | Path, timeout_seconds: float) -> str:
+    """Run the command, which must exit with status 0; returns its standard output."""
     done = subprocess.run(
-        [
-            sys.executable,
-            *COMMAND,
-            str(run),
-            "--small",
-            "--world-size",
-            "1,2",
-            "--cells",
-            "ep=1,2 zero=1 accum=4",
-            "--out",
-            str(out),
-            "precision.compute=fp32",
-            "optim.lr=1e-3",
-        ],
+        [sys.executable, *COMMAND, *map(str, arguments)],
         env=clean_environment(),
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=timeout_seconds,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(out.read_text(encoding="utf-8"))
-    by_cell = {(c["world_size"], c["cell"]["expert_parallel_size"]): c for c in found["cells"]}
-    assert {key: c["status"] for key, c in by_cell.items()} == {
+    return done.stdout
+
+
+def write_run(path: Path, presets: str) -> Path:
+    path.write_text(f"extends: {presets}\nname: mine\n", encoding="utf-8")
+    return path
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return report
+
+
+def test_several_world_sizes(tmp_path: Path) -> None:
+    run, out = write_run(tmp_path / "run.yaml", "[b16, vmoe]"), tmp_path / "parity.json"
+    cells = ["--world-size", "1,2", "--cells", "ep=1,2 zero=1 accum=4"]
+    overrides = ["precision.compute=fp32", "optim.lr=1e-3"]
+    output = check(run, "--small", *cells, "--out", out, *overrides, timeout_seconds=200)
+    assert "4 cells: 3 ok, 1 unsupported" in output
+
+    report = read_json(out)
+    by_cell = {
+        (cell["world_size"], cell["cell"]["expert_parallel_size"]): cell for cell in report["cells"]
+    }
+    assert {key: cell["status"] for key, cell in by_cell.items()} == {
         (1, 1): "ok",
         (1, 2): "unsupported",
         (2, 1): "ok",
         (2, 2): "ok",
     }
-    both = by_cell[2, 2]
-    assert (
-        both["facts"]["dropped"] > 0
-        and {"importance", "weighted/load"} <= both["each"]["term"].keys()
-    )
-    assert {"blocks.1.ffn.gate.weight", "blocks.1.ffn.experts.w1", "log_scale"} <= both["each"][
-        "gradient"
-    ].keys()
-    assert found["float64"]["run"]["gradient"]["value"] < 1e-5
-    assert "4 cells: 3 ok, 1 unsupported" in done.stdout
+    assert by_cell[2, 2]["reference_stats"]["dropped"] > 0
+    by_name = by_cell[2, 2]["by_name"]
+    assert {"importance", "weighted/load"} <= by_name["term"].keys()
+    parameters = {"blocks.1.ffn.gate.weight", "blocks.1.ffn.experts.w1", "log_scale"}
+    assert parameters <= by_name["gradient"].keys()
+    assert report["float64"]["run"]["gradient"]["value"] < 1e-5
 
 
-def test_it_uses_the_ranks_of_torchrun(tmp_path: Path) -> None:
+def test_under_torchrun(tmp_path: Path) -> None:
     out = tmp_path / "parity.json"
-    done = torchrun(
-        [*COMMAND, "tiny", "--small", "--cells", "ep=2 zero=1,3", "--out", str(out)],
-        processes=2,
-        timeout_seconds=200,
-    ).check()
-    assert done.output.count("seconds") + done.output.count("verdict") == 1, (
-        done.output
-    )  # one rank speaks
-    found = json.loads(out.read_text(encoding="utf-8"))
-    assert found["complete"] and [cell["status"] for cell in found["cells"]] == ["ok", "ok"]
-    assert {cell["world_size"] for cell in found["cells"]} == {2}
+    options = ["--small", "--cells", "ep=2 zero=1,3", "--out", str(out)]
+    done = torchrun([*COMMAND, "tiny", *options], processes=2, timeout_seconds=200).check()
+    # The header of the table is printed by one rank only.
+    assert done.output.count("result") == 1, done.output
+
+    report = read_json(out)
+    assert report["complete"]
+    assert [cell["status"] for cell in report["cells"]] == ["ok", "ok"]
+    assert {cell["world_size"] for cell in report["cells"]} == {2}
 
 
 @pytest.mark.long
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("presets", ["[tiny]", "[s16, limoe]", "[s16, ours]"])
-def test_every_cell_of_one_two_and_four_ranks(presets: str, tmp_path: Path) -> None:
-    run, out = tmp_path / "run.yaml", tmp_path / "parity.json"
-    run.write_text(f"extends: {presets}\nname: mine\n", encoding="utf-8")
-    done = subprocess.run(
-        [
-            sys.executable,
-            *COMMAND,
-            str(run),
-            "--small",
-            "--world-size",
-            "1,2,4",
-            "--out",
-            str(out),
-            "precision.compute=fp32",
-        ],
-        env=clean_environment(),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=2900,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    cells = json.loads(out.read_text(encoding="utf-8"))["cells"]
-    # Of each size of expert parallelism: 4 stages x 2 formats x 2 x 2, and 4 stages with no pair
-    # and a rank's missing, and by the routers' terms.
-    assert [
-        sum(c["world_size"] == world_size and c["status"] == "ok" for c in cells)
+def test_all_cells_of_one_two_and_four_ranks(presets: str, tmp_path: Path) -> None:
+    run, out = write_run(tmp_path / "run.yaml", presets), tmp_path / "parity.json"
+    options = ["--small", "--world-size", "1,2,4", "--out", out, "precision.compute=fp32"]
+    check(run, *options, timeout_seconds=2900)
+
+    cells = read_json(out)["cells"]
+    num_ok = {
+        world_size: sum(
+            cell["world_size"] == world_size and cell["status"] == "ok" for cell in cells
+        )
         for world_size in (1, 2, 4)
-    ] == [44, 88, 132]
-    assert all(c["reason"] for c in cells if c["status"] != "ok")
+    }
+    # Per expert-parallel size: 4 ZeRO stages x 2 formats x 2 x 2, and for each of the 4 stages
+    # the cells with no pair, with a rank without pairs, and by auxiliary loss term.
+    assert num_ok == {1: 44, 2: 88, 4: 132}
+    assert all(cell["reason"] for cell in cells if cell["status"] != "ok")
