@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 PROCESS_TESTS = ("tests/distributed/", "tests/e2e/")
-"""Tests that start several processes or servers; two of them at once would compete for the cores."""
+"""Tests that start several processes or servers, which would compete for the cores."""
 
 # Imported by the fixtures that need them: importing torch takes seconds, and most tests need none.
 if TYPE_CHECKING:
