@@ -20,7 +20,7 @@ from data_pipeline.common.logs import setup_logging
 from data_pipeline.common.yaml_file import load_yaml
 from pretrain.config.presets import preset_path
 from pretrain.config.schema import RunConfig
-from pretrain.config.validate import check
+from pretrain.config.validate import check_run
 from pretrain.evaluate.report import write_json
 from tools.study.methods import METHODS, apply_method
 from tools.study.tables import lookup, markdown, seed_mean
@@ -161,7 +161,7 @@ def make_trials(
             config: RunConfig = replace(
                 apply_method(base, known[name], presets), seed=seed, name=name
             )
-            check(config, 1, source=name)
+            check_run(config, 1, source=name)
             trials.append(Trial(name, config))
     return trials
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from data_pipeline.common.logs import setup_logging
 from pretrain.config.schema import RunConfig
-from pretrain.config.validate import check
+from pretrain.config.validate import check_run
 from pretrain.evaluate.report import write_json
 from pretrain.model.dense_baseline import DEFAULT_TEXT_TOKENS, dense_baseline, resolve_text_tokens
 from tools.study.tables import lookup, markdown, paired_difference, seed_mean
@@ -122,7 +122,7 @@ def make_trials(
     for seed in seeds:
         for name, config in ((SPARSE, sparse), (DENSE, dense)):
             seeded: RunConfig = replace(config, seed=seed)
-            check(seeded, 1, source=f"{run} ({name})")
+            check_run(seeded, 1, source=f"{run} ({name})")
             trials.append(Trial(name, seeded))
     return trials
 

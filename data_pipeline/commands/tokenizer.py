@@ -142,14 +142,14 @@ def handle_train(args: argparse.Namespace) -> None:
 def handle_encode(args: argparse.Namespace) -> None:
     """Print pieces and ids."""
     from data_pipeline.content.tokenizer import Tokenizer
-    from data_pipeline.preparing.tokenizer_stats import byte_ids, encoding_stats
+    from data_pipeline.preparing.tokenizer_stats import byte_token_ids, encoding_stats
 
     tokenizer = Tokenizer.load(args.model)
     texts = args.text or _captions(args)
     if not texts:
         raise ConfigError("there is nothing to encode; give TEXT, or --shards")
 
-    byte_tokens = set(byte_ids(tokenizer))
+    byte_tokens = set(byte_token_ids(tokenizer))
     for text in texts:
         _print_encoding(tokenizer, text, byte_tokens)
     if len(texts) > 1:

@@ -30,7 +30,7 @@ _DECOMPOSING_MARKS = "\u0f73\u0f75\u0f81"
 _DEFAULT_LIMITS = LimitConfig()
 
 
-def clean(text: str) -> str:
+def clean_caption(text: str) -> str:
     """Canonical form of a caption, in which it is stored, compared and tokenized.
 
     Unicode NFC; each run of whitespace becomes one space, none at the ends; no control, formatting
@@ -51,7 +51,7 @@ def clean(text: str) -> str:
 
 def hash_caption(text: str) -> int:
     """Hash in `[0, 2**63)`, equal for captions that differ only in case and whitespace."""
-    return hash_clean_caption(clean(text))
+    return hash_clean_caption(clean_caption(text))
 
 
 def hash_clean_caption(caption: str) -> int:
@@ -142,7 +142,7 @@ class SampleTexts:
     def _clean(self, text: str) -> str:
         if len(text) > self._limits.caption_chars:
             raise self._too_long(f"{len(text):,}")
-        return clean(text)
+        return clean_caption(text)
 
     def _too_long(self, length: str) -> DataError:
         return DataError(

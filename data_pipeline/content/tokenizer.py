@@ -17,7 +17,7 @@ from pathlib import Path
 import sentencepiece
 
 from data_pipeline.common.errors import TokenizerError
-from data_pipeline.content.captions import clean
+from data_pipeline.content.captions import clean_caption
 
 PAD_ID, START_ID, END_ID, UNK_ID = 0, 1, 2, 3
 
@@ -90,7 +90,7 @@ class Tokenizer:
             text: A caption; it is cleaned first.
             max_length: Maximum number of ids, including start and end; at least 2.
         """
-        return self.encode_clean(clean(text), max_length)
+        return self.encode_clean(clean_caption(text), max_length)
 
     def encode_clean(self, caption: str, max_length: int) -> list[int]:
         """`encode` of a caption that is already clean."""
@@ -186,7 +186,7 @@ def _training_lines(captions: Iterable[str]) -> Iterator[str]:
     """Clean, non-empty lines. Raises if there are none; SentencePiece would only print an error."""
     is_empty = True
     for text in captions:
-        caption = clean(text).replace(_META_SPACE, " ").strip()
+        caption = clean_caption(text).replace(_META_SPACE, " ").strip()
         if caption:
             is_empty = False
             yield " " + caption

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_pipeline.content.captions import clean
+from data_pipeline.content.captions import clean_caption
 from data_pipeline.content.tokenizer import END_ID, START_ID, UNK_ID, Tokenizer
 
 MAX_TOKENS = 1 << 20
@@ -55,14 +55,14 @@ def encoding_stats(tokenizer: Tokenizer, captions: Iterable[str]) -> EncodingSta
     counts, lengths = np.zeros(tokenizer.vocab_size, np.int64), []
     words = characters = 0
     for text in captions:
-        caption = clean(text)
+        caption = clean_caption(text)
         ids = tokenizer.encode(caption, MAX_TOKENS)
         np.add.at(counts, ids[1:-1], 1)
         lengths.append(len(ids))
         words += len(caption.split())
         characters += len(caption)
 
-    byte_tokens = byte_ids(tokenizer)
+    byte_tokens = byte_token_ids(tokenizer)
     piece_counts = counts.copy()
     piece_counts[[START_ID, END_ID, UNK_ID, *byte_tokens]] = 0
     return EncodingStats(
@@ -76,7 +76,7 @@ def encoding_stats(tokenizer: Tokenizer, captions: Iterable[str]) -> EncodingSta
     )
 
 
-def byte_ids(tokenizer: Tokenizer) -> list[int]:
+def byte_token_ids(tokenizer: Tokenizer) -> list[int]:
     """Ids of the byte-fallback tokens."""
     names = {f"<0x{value:02X}>" for value in range(NUM_BYTE_TOKENS)}
     return [token for token in range(tokenizer.vocab_size) if tokenizer.piece(token) in names]
@@ -84,7 +84,7 @@ def byte_ids(tokenizer: Tokenizer) -> list[int]:
 
 def longest_pieces(tokenizer: Tokenizer, count: int) -> list[str]:
     """The longest vocabulary pieces, longest first, with the word-boundary marker shown as `_`."""
-    excluded = {*range(NUM_SPECIAL_TOKENS), *byte_ids(tokenizer)}
+    excluded = {*range(NUM_SPECIAL_TOKENS), *byte_token_ids(tokenizer)}
     pieces = [
         tokenizer.piece(token) for token in range(tokenizer.vocab_size) if token not in excluded
     ]

@@ -14,7 +14,7 @@ from pretrain.cli.plan_text import format_comparison, format_plan
 from pretrain.config.batch import plan_batch
 from pretrain.config.presets import load_run, run_path
 from pretrain.config.schema import RunConfig
-from pretrain.config.validate import check
+from pretrain.config.validate import check_run
 from pretrain.model.count import count_flops, count_parameters
 from pretrain.model.dense_baseline import (
     DEFAULT_TEXT_TOKENS,
@@ -22,7 +22,7 @@ from pretrain.model.dense_baseline import (
     dense_baseline,
     resolve_text_tokens,
 )
-from pretrain.parallel.deepspeed_config import profile_path, resolve_for, zero_stage_of
+from pretrain.parallel.deepspeed_config import profile_path, resolve_for_run, zero_stage_of
 
 _EXAMPLES = """\
   vlmoe plan b16 --world-size 64
@@ -74,14 +74,14 @@ def handle(args: argparse.Namespace) -> None:
     run = load_run(path, args.overrides)
     world_size = run.parallel.expert_parallel_size if args.world_size is None else args.world_size
     text_tokens = resolve_text_tokens(args.text_tokens, run.model.context_length)
-    check(run, world_size, source=str(path), training=False, zero_stage=zero_stage_of(run))
+    check_run(run, world_size, source=str(path), training=False, zero_stage=zero_stage_of(run))
     values = plan(run, path, world_size=world_size, text_tokens=text_tokens)
 
     if not args.dense_baseline:
         print(json.dumps(values, indent=2) if args.json else format_plan(run, values))
         return
     dense = dense_baseline(run, text_tokens=text_tokens)
-    check(dense, world_size, source=f"the dense baseline of {path}", training=False)
+    check_run(dense, world_size, source=f"the dense baseline of {path}", training=False)
     both = {
         "sparse": values,
         "dense": plan(dense, path, world_size=world_size, text_tokens=text_tokens),
@@ -144,5 +144,5 @@ def plan(run: RunConfig, path: Path, *, world_size: int, text_tokens: float) -> 
         "routing": to_mapping(run.moe) if moe_blocks else None,
         "balance": to_mapping(run.balance) if moe_blocks else None,
         "deepspeed_profile": str(profile_path(run.parallel.deepspeed)) if uses_deepspeed else None,
-        "deepspeed": resolve_for(run, path, batch) if uses_deepspeed else None,
+        "deepspeed": resolve_for_run(run, path, batch) if uses_deepspeed else None,
     }

@@ -14,8 +14,8 @@ _EXAMPLES = """\
   torchrun --nproc-per-node 2 -m pretrain train run.yaml --out runs/first \
 parallel.expert_parallel_size=2
 
-If RUN_DIR contains a checkpoint, training resumes from it; rerun the same command. Ctrl-C or
-SIGTERM saves a checkpoint after the current step and exits; a second one exits at once.
+To resume, run the same command again: training continues from the last checkpoint in RUN_DIR.
+Ctrl-C or SIGTERM saves a checkpoint after the current step and exits; a second one exits at once.
 
 Contents of RUN_DIR: config.yaml, deepspeed.json, tokenizer.model, metrics.jsonl, tensorboard/,
 checkpoints/ and logs/."""
@@ -44,11 +44,12 @@ def add(subparsers: Subparsers) -> None:
 def handle(args: argparse.Namespace) -> None:
     """Run the command."""
     from pretrain.config.presets import load_run
-    from pretrain.config.validate import check
+    from pretrain.config.validate import check_run
     from pretrain.parallel.deepspeed_config import zero_stage_of
 
     run = load_run(args.run, args.overrides)
-    check(run, launched_rank_and_world_size()[1], source=args.run, zero_stage=zero_stage_of(run))
+    _, world_size = launched_rank_and_world_size()
+    check_run(run, world_size, source=args.run, zero_stage=zero_stage_of(run))
     # Imported after validation: an error in the run is reported before torch is loaded.
     from pretrain.train.run import train_command
 

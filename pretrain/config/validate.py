@@ -17,7 +17,7 @@ from pretrain.config.deepspeed_moe import deepspeed_moe_problems
 from pretrain.config.schema import RunConfig
 
 
-def check(
+def check_run(
     run: RunConfig,
     world_size: int,
     *,

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from data_pipeline.content.captions import clean
+from data_pipeline.content.captions import clean_caption
 
 
 class TokenModel(Protocol):
@@ -26,7 +26,7 @@ class TokenModel(Protocol):
 
 def same_caption(generated: str, reference: str) -> bool:
     """Whether two captions are equal after whitespace cleaning; case-sensitive."""
-    return clean(generated) == clean(reference)
+    return clean_caption(generated) == clean_caption(reference)
 
 
 def exact_percent(generated: Sequence[str], reference: Sequence[str]) -> float:

@@ -12,7 +12,7 @@ import torch
 
 from data_pipeline.common.errors import ConfigError, DataError
 from data_pipeline.common.storage import read_bytes
-from data_pipeline.content.captions import clean
+from data_pipeline.content.captions import clean_caption
 from data_pipeline.content.images import decode_image
 from data_pipeline.content.transforms import eval_transform
 from data_pipeline.loading.batch_spec import BatchSpec
@@ -166,7 +166,7 @@ def read_labels(address: str) -> tuple[str, ...]:
         lines = read_bytes(address).decode("utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise DataError(f"labels file {address} is not UTF-8: {error}") from error
-    labels = tuple(caption for line in lines if (caption := clean(line)))
+    labels = tuple(caption for line in lines if (caption := clean_caption(line)))
     if not labels:
         raise DataError(f"labels file {address} contains no caption; expected one per line")
     return labels

@@ -18,7 +18,13 @@ class MoELayerFactory(Protocol):
     """Creates the sparse layer of a block; the class `MoELayer` is one."""
 
     def __call__(
-        self, width: int, config: MoEConfig, balance: BalanceConfig, *, block: int, fused: bool
+        self,
+        width: int,
+        config: MoEConfig,
+        balance: BalanceConfig,
+        *,
+        block_index: int,
+        fused: bool,
     ) -> MoELayer:
         """Arguments as for `MoELayer`."""
         ...
@@ -44,7 +50,7 @@ class Block(nn.Module):
         self.is_sparse = index in moe.blocks(model.num_layers)
         self.ffn: nn.Module
         if self.is_sparse:
-            self.ffn = make_moe_layer(model.width, moe, balance, block=index, fused=fused)
+            self.ffn = make_moe_layer(model.width, moe, balance, block_index=index, fused=fused)
         else:
             self.ffn = SwiGLU(model.width, model.ffn_width)
 

@@ -23,7 +23,12 @@ from pretrain.moe.token_metadata import TokenMetadata
 
 
 def apply_capacity(
-    routing: Routing, gates_TE: Tensor, config: MoEConfig, tokens: TokenMetadata, *, block: int
+    routing: Routing,
+    gates_TE: Tensor,
+    config: MoEConfig,
+    tokens: TokenMetadata,
+    *,
+    block_index: int,
 ) -> Routing:
     """Drop the assignments that exceed the capacity of their expert.
 
@@ -33,13 +38,13 @@ def apply_capacity(
             largest score is its priority if `capacity_priority` is `batch`.
         config: Uses `capacity_factor`, `capacity_priority`, `pools`, `top_k` and `num_experts`.
         tokens: Metadata of the tokens, with capacity groups.
-        block: Index of the layer's block; part of the seed of a random order.
+        block_index: Index of the layer's block; part of the seed of a random order.
     """
     assert tokens.group_T is not None and routing.k
     k, num_experts = routing.k, config.num_experts
 
     # Order: the first assignments of all tokens by priority, then the second ones, and so on.
-    order_T = _priority(gates_TE, config, tokens, block).argsort(stable=True)
+    order_T = _priority(gates_TE, config, tokens, block_index).argsort(stable=True)
     assignment_ranks = torch.arange(k, device=order_T.device).unsqueeze(1)
     order_N = (order_T.unsqueeze(0) * k + assignment_ranks).flatten()
 
@@ -86,7 +91,9 @@ def _pool_capacity(tokens_G: Tensor, config: MoEConfig, num_experts: int) -> Ten
     return torch.ceil(exact_G - 1e-9).to(torch.int64).unsqueeze(1).expand(-1, num_experts)
 
 
-def _priority(gates_TE: Tensor, config: MoEConfig, tokens: TokenMetadata, block: int) -> Tensor:
+def _priority(
+    gates_TE: Tensor, config: MoEConfig, tokens: TokenMetadata, block_index: int
+) -> Tensor:
     """Priority of each token; the smallest value comes first."""
     if config.capacity_priority == "position":
         # By pair. In the order of the flat list, all patches of a group would come before its text.
@@ -97,7 +104,7 @@ def _priority(gates_TE: Tensor, config: MoEConfig, tokens: TokenMetadata, block:
         return -gates_TE.detach().amax(dim=-1)
     assert tokens.token_hash_T is not None
     random_T1 = random_int64(
-        tokens.token_hash_T, step_seed=tokens.step_seed, block=block, purpose=PRIORITY
+        tokens.token_hash_T, step_seed=tokens.step_seed, block_index=block_index, purpose=PRIORITY
     )
     return random_T1.squeeze(1)
 

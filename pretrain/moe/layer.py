@@ -64,7 +64,7 @@ class MoELayer(nn.Module):
         config: MoEConfig,
         balance: BalanceConfig | None = None,
         *,
-        block: int = 0,
+        block_index: int = 0,
         fused: bool = False,
         num_local_experts: int | None = None,
         dispatcher: Dispatcher | None = None,
@@ -75,7 +75,7 @@ class MoELayer(nn.Module):
             width: Width of the trunk.
             config: Experts and routing.
             balance: Selects the biases and statistics; None means the default configuration.
-            block: Index of the block; part of the seed of its random routing decisions.
+            block_index: Index of the block; part of the seed of its random routing decisions.
             fused: Whether text attends to patches in this block; only there does
                 `router_input: caption` apply.
             num_local_experts: With expert parallelism, the number of experts that this rank holds.
@@ -85,7 +85,7 @@ class MoELayer(nn.Module):
         super().__init__()
         self.config = config
         self.balance = balance or BalanceConfig()
-        self.block = block
+        self.block_index = block_index
 
         self.gate = Router(width, config.num_experts)
         self.caption_gate = None
@@ -131,13 +131,17 @@ class MoELayer(nn.Module):
             caption_logits_TE = self.caption_gate(x_TD[split:], tokens)
             logits_TE = torch.cat([logits_TE[:split], logits_TE[split:] + caption_logits_TE])
 
-        scored = score_tokens(logits_TE, config, tokens, block=self.block, noise=self.training)
+        scored = score_tokens(
+            logits_TE, config, tokens, block_index=self.block_index, noise=self.training
+        )
         bias_ME = None if self.bias is None else self.bias.value
         routing = assign_experts(
-            scored, config, tokens, bias_ME, block=self.block, noise=self.training
+            scored, config, tokens, bias_ME, block_index=self.block_index, noise=self.training
         )
         if config.capacity_factor and self.training:
-            routing = apply_capacity(routing, scored.gates_TE, config, tokens, block=self.block)
+            routing = apply_capacity(
+                routing, scored.gates_TE, config, tokens, block_index=self.block_index
+            )
         return logits_TE, scored, routing
 
     def _statistics(

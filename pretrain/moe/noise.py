@@ -56,33 +56,39 @@ def hash_tokens(
 
 
 def random_int64(
-    token_hash_T: Tensor, *, step_seed: int, block: int, purpose: int, size: int = 1
+    token_hash_T: Tensor, *, step_seed: int, block_index: int, purpose: int, size: int = 1
 ) -> Tensor:
     """`size` random integers for every token, int64 `[tokens, size]`, uniform over all 2**64
     values."""
-    key = mix_int(mix_int(mix_int(step_seed) + block) + purpose)
+    key = mix_int(mix_int(mix_int(step_seed) + block_index) + purpose)
     columns = torch.arange(1, size + 1, device=token_hash_T.device) * _signed(_GOLDEN)
     return mix(mix(token_hash_T ^ _signed(key)).unsqueeze(1) + columns)
 
 
-def uniform(token_hash_T: Tensor, *, step_seed: int, block: int, purpose: int, size: int) -> Tensor:
+def uniform(
+    token_hash_T: Tensor, *, step_seed: int, block_index: int, purpose: int, size: int
+) -> Tensor:
     """Uniform numbers in (0, 1), both ends excluded, float32 `[tokens, size]`: odd multiples of
     2**-24."""
     random = random_int64(
-        token_hash_T, step_seed=step_seed, block=block, purpose=purpose, size=size
+        token_hash_T, step_seed=step_seed, block_index=block_index, purpose=purpose, size=size
     )
     return (_shift(random, 41).to(torch.float32) + 0.5) * 2.0**-23
 
 
-def gumbel(token_hash_T: Tensor, *, step_seed: int, block: int, size: int) -> Tensor:
+def gumbel(token_hash_T: Tensor, *, step_seed: int, block_index: int, size: int) -> Tensor:
     """Standard Gumbel numbers for expert selection, float32 `[tokens, size]`."""
-    u = uniform(token_hash_T, step_seed=step_seed, block=block, purpose=SELECTION, size=size)
+    u = uniform(
+        token_hash_T, step_seed=step_seed, block_index=block_index, purpose=SELECTION, size=size
+    )
     return -torch.log(-torch.log(u))
 
 
-def normal(token_hash_T: Tensor, *, step_seed: int, block: int, size: int) -> Tensor:
+def normal(token_hash_T: Tensor, *, step_seed: int, block_index: int, size: int) -> Tensor:
     """Standard normal numbers for expert selection, float32 `[tokens, size]`."""
-    u = uniform(token_hash_T, step_seed=step_seed, block=block, purpose=SELECTION, size=size)
+    u = uniform(
+        token_hash_T, step_seed=step_seed, block_index=block_index, purpose=SELECTION, size=size
+    )
     return torch.erfinv(2 * u - 1) * math.sqrt(2)
 
 

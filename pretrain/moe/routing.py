@@ -66,7 +66,7 @@ def gate_scores(logits_TE: Tensor, score: Literal["softmax", "sigmoid"]) -> Tens
 
 
 def score_tokens(
-    logits_TE: Tensor, config: MoEConfig, tokens: TokenMetadata, *, block: int, noise: bool
+    logits_TE: Tensor, config: MoEConfig, tokens: TokenMetadata, *, block_index: int, noise: bool
 ) -> Scores:
     """Compute the gate scores of every token for every expert.
 
@@ -74,7 +74,7 @@ def score_tokens(
         logits_TE: Router logits, float32.
         config: Uses `temperature`, `pools`, `score_func`, `routing` and `noise_std`.
         tokens: Metadata of the tokens.
-        block: Index of the layer's block; part of the seed of its noise.
+        block_index: Index of the layer's block; part of the seed of its noise.
         noise: True during training: `noisy_top_k` adds noise to the logits.
     """
     logits_TE = mask_pools(logits_TE * config.temperature, config, tokens.num_patch_tokens)
@@ -84,7 +84,10 @@ def score_tokens(
 
     assert tokens.token_hash_T is not None
     noise_TE = normal(
-        tokens.token_hash_T, step_seed=tokens.step_seed, block=block, size=config.num_experts
+        tokens.token_hash_T,
+        step_seed=tokens.step_seed,
+        block_index=block_index,
+        size=config.num_experts,
     )
     noisy_TE = logits_TE + noise_TE * config.logit_noise_std
     return Scores(logits_TE, scores_TE, gate_scores(noisy_TE, config.score_func), noisy_TE)
@@ -109,7 +112,7 @@ def assign_experts(
     tokens: TokenMetadata,
     bias_ME: Tensor | None,
     *,
-    block: int,
+    block_index: int,
     noise: bool,
 ) -> Routing:
     """Assign experts to every token or, with `routing: expert_choice`, patches to every expert.
@@ -119,7 +122,7 @@ def assign_experts(
         config: Uses `routing`, `top_k`, `norm_topk_prob`, `score_func` and `pools`.
         tokens: Metadata of the tokens.
         bias_ME: Expert biases, `[M or 1, experts]`; they affect the selection, not the weights.
-        block: Index of the layer's block; part of the seed of sampled routing.
+        block_index: Index of the layer's block; part of the seed of sampled routing.
         noise: True during training; evaluation always takes the best experts.
 
     Sources: bias for selection only: Wang et al. 2024, arXiv:2408.15664; sampling without
@@ -132,7 +135,10 @@ def assign_experts(
     if noise and config.routing == "sampled":
         assert tokens.token_hash_T is not None
         gumbel_TE = gumbel(
-            tokens.token_hash_T, step_seed=tokens.step_seed, block=block, size=config.num_experts
+            tokens.token_hash_T,
+            step_seed=tokens.step_seed,
+            block_index=block_index,
+            size=config.num_experts,
         )
         key_TE = _log_scores(scored.logits_TE.detach(), config.score_func) + gumbel_TE
     key_TE = mask_other_pool(_add_bias(key_TE, bias_ME, tokens.num_patch_tokens), scored, config)

@@ -183,7 +183,7 @@ def resolve(
     return resolved
 
 
-def resolve_for(run: RunConfig, run_path: Path, batch_plan: BatchPlan) -> dict[str, Any]:
+def resolve_for_run(run: RunConfig, run_path: Path, batch_plan: BatchPlan) -> dict[str, Any]:
     """`resolve` with the profile of the run, read from its file."""
     path = profile_path(run.parallel.deepspeed)
     return resolve(run, load_profile(path), path, run_path, batch_plan)

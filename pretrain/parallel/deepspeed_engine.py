@@ -82,7 +82,7 @@ class DeepSpeedEngine:
         if self.layout.zero_stage > 0:
             self._engine.step()
             return float(self._engine.get_global_grad_norm())
-        norm = self._clip_whole_gradients()
+        norm = self._clip_by_global_norm()
         self._engine.step()
         return norm
 
@@ -145,7 +145,7 @@ class DeepSpeedEngine:
         if self.layout.zero_stage == 3:
             load_partitioned_weights(self._engine.optimizer)
 
-    def _clip_whole_gradients(self) -> float:
+    def _clip_by_global_norm(self) -> float:
         """Clip by the global norm: dense parameters once, each expert of the group once."""
         dense: list[Tensor] = []
         experts: list[Tensor] = []

@@ -44,10 +44,10 @@ def expert_parallel_layer_factory(layout: Layout, rank: int) -> MoELayerFactory:
     """A factory of layers that hold this rank's slice of the experts."""
 
     def make(
-        width: int, config: MoEConfig, balance: BalanceConfig, *, block: int, fused: bool
+        width: int, config: MoEConfig, balance: BalanceConfig, *, block_index: int, fused: bool
     ) -> MoELayer:
         return DeepSpeedMoELayer(
-            width, config, balance, block=block, fused=fused, layout=layout, rank=rank
+            width, config, balance, block_index=block_index, fused=fused, layout=layout, rank=rank
         )
 
     return make
@@ -69,7 +69,7 @@ class DeepSpeedMoELayer(MoELayer, _AutoEPType):
         config: MoEConfig,
         balance: BalanceConfig,
         *,
-        block: int,
+        block_index: int,
         fused: bool,
         layout: Layout,
         rank: int,
@@ -78,7 +78,7 @@ class DeepSpeedMoELayer(MoELayer, _AutoEPType):
             width,
             config,
             balance,
-            block=block,
+            block_index=block_index,
             fused=fused,
             num_local_experts=layout.experts_per_rank,
             dispatcher=ExpertParallelDispatcher() if layout.expert_parallel_size > 1 else None,

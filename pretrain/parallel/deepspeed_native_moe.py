@@ -72,12 +72,12 @@ class DeepSpeedNativeMoELayer(MoELayer):
         config: MoEConfig,
         balance: BalanceConfig,
         *,
-        block: int,
+        block_index: int,
         expert_parallel_size: int = 1,
     ) -> None:
         # `MoELayer.__init__` is skipped: it would create a second router and second experts.
         nn.Module.__init__(self)
-        self.config, self.balance, self.block = config, balance, block
+        self.config, self.balance, self.block_index = config, balance, block_index
         self.caption_gate = self.bias = None
         self.native = make_native_moe(
             width,
@@ -113,7 +113,9 @@ class DeepSpeedNativeMoELayer(MoELayer):
         # for the balancing losses.
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = F.linear(x_TD.float(), gate.wg.weight.float())
-        scores = score_tokens(logits_TE, self.config, tokens, block=self.block, noise=False)
+        scores = score_tokens(
+            logits_TE, self.config, tokens, block_index=self.block_index, noise=False
+        )
         routing = self._routing(gate_outputs[-1], tokens)
         return y_TD, router_stats(logits_TE, scores, routing, tokens, self.config)
 
@@ -139,10 +141,14 @@ def native_layer_factory(layout: Layout) -> MoELayerFactory:
         groups._create_expert_and_data_parallel(layout.expert_parallel_size)
 
     def make(
-        width: int, config: MoEConfig, balance: BalanceConfig, *, block: int, fused: bool
+        width: int, config: MoEConfig, balance: BalanceConfig, *, block_index: int, fused: bool
     ) -> MoELayer:
         return DeepSpeedNativeMoELayer(
-            width, config, balance, block=block, expert_parallel_size=layout.expert_parallel_size
+            width,
+            config,
+            balance,
+            block_index=block_index,
+            expert_parallel_size=layout.expert_parallel_size,
         )
 
     return make

@@ -14,7 +14,7 @@ from data_pipeline.loading.sources import Source, data_fingerprint
 from data_pipeline.reading.local_shards import check_local_shards
 from pretrain.config.batch import BatchPlan, plan_batch
 from pretrain.config.schema import RunConfig
-from pretrain.config.validate import check
+from pretrain.config.validate import check_run
 from pretrain.model import build_model
 from pretrain.parallel.deepspeed_config import (
     load_profile,
@@ -50,7 +50,7 @@ def build(run: RunConfig, out: Path) -> TrainComponents:
     setup_logging(environment.rank)
     if environment.device.type == "cpu":
         retain_freed_memory()
-    check(run, environment.world_size, source="this run", zero_stage=zero_stage_of(run))
+    check_run(run, environment.world_size, source="this run", zero_stage=zero_stage_of(run))
     batch_plan = plan_batch(
         run.batch.global_batch_size, run.batch.micro_batch_size, environment.world_size
     )

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from data_pipeline.content.captions import clean
+from data_pipeline.content.captions import clean_caption
 
 TILE, MARGIN, FONT_SIZE, LINE_HEIGHT, MAX_LINES = 192, 12, 14, 18, 2
 COLUMNS = 4
@@ -44,7 +44,9 @@ def draw_captions(
         x = MARGIN + index % columns * (TILE + MARGIN)
         y = MARGIN + index // columns * (height + MARGIN)
         figure.paste(_tile(image), (x, y))
-        color = MATCH_COLOR if clean(caption) == clean(reference) else MISMATCH_COLOR
+        color = (
+            MATCH_COLOR if clean_caption(caption) == clean_caption(reference) else MISMATCH_COLOR
+        )
         lines = [(line, color) for line in _wrap(caption)]
         lines += [(line, REFERENCE_COLOR) for line in _wrap(reference)]
         for row, (line, fill) in enumerate(lines):

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.common.errors import DataError
-from data_pipeline.content.captions import SampleTexts, clean, hash_clean_caption
+from data_pipeline.content.captions import SampleTexts, clean_caption, hash_clean_caption
 from data_pipeline.content.images import check_pixels, decode_pixels, read_header
 from data_pipeline.content.transforms import eval_transform
 from tests.support.images import sample_image_files
@@ -172,7 +172,7 @@ def fuzz_captions(rng: np.random.Generator) -> str:
 
     captions = SampleTexts({"txt": data}).find_captions("txt")
     for caption in captions:
-        assert clean(caption) == caption and "\n" not in caption
+        assert clean_caption(caption) == caption and "\n" not in caption
         caption.encode()
         assert 0 <= hash_clean_caption(caption) < 2**63
     return "accepted" if captions else "empty"

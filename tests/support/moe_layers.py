@@ -113,7 +113,7 @@ def make_layer(balance: dict[str, Any] | None = None, **settings: Any) -> MoELay
     """A layer in float64 with random parameters and biases."""
     torch.manual_seed(0)
     config = MoEConfig(**({"expert_width": 24} | settings))
-    layer = MoELayer(WIDTH, config, BalanceConfig(**(balance or {})), block=3, fused=True)
+    layer = MoELayer(WIDTH, config, BalanceConfig(**(balance or {})), block_index=3, fused=True)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     layer = layer.double()

@@ -48,15 +48,17 @@ def token_hash(pair_id: int, modality: int, position: int) -> int:
     return splitmix64(splitmix64(pair_id * 0x9E3779B97F4A7C15) + position + (modality << 32))
 
 
-def random_bits(token: int, step_seed: int, block: int, purpose: int, column: int) -> int:
+def random_bits(token: int, step_seed: int, block_index: int, purpose: int, column: int) -> int:
     """64 random bits for the token with this hash."""
-    key = splitmix64(splitmix64(splitmix64(step_seed) + block) + purpose)
+    key = splitmix64(splitmix64(splitmix64(step_seed) + block_index) + purpose)
     return splitmix64(splitmix64(token ^ key) + (column + 1) * 0x9E3779B97F4A7C15)
 
 
-def uniform(token: int, step_seed: int, block: int, column: int) -> float:
+def uniform(token: int, step_seed: int, block_index: int, column: int) -> float:
     """Uniform random number in (0, 1): an odd multiple of 2**-24."""
-    return ((random_bits(token, step_seed, block, NOISE_PURPOSE, column) >> 41) + 0.5) * 2.0**-23
+    return (
+        (random_bits(token, step_seed, block_index, NOISE_PURPOSE, column) >> 41) + 0.5
+    ) * 2.0**-23
 
 
 def signed(x: int) -> int:
@@ -149,7 +151,7 @@ def reference_routing(
     for raw, token in zip(logits, listed, strict=True):
         row, pool = raw * config.temperature, list(experts[config.pool(token.modality)])
         scores.append(_score(config, row, pool))
-        uniforms = [uniform(token.hash, step_seed, layer.block, e) for e in experts]
+        uniforms = [uniform(token.hash, step_seed, layer.block_index, e) for e in experts]
         noisy.append(row + _normal(uniforms, row) * config.noise_std / config.num_experts)
         gates.append(_score(config, noisy[-1], pool) if is_noisy else scores[-1])
 
@@ -231,7 +233,9 @@ def _within_capacity(
             return listed[i].pair  # within a pair in the order of the list, patches first
         if config.capacity_priority == "batch":
             return -float(gates[i].detach().max())
-        return signed(random_bits(listed[i].hash, step_seed, layer.block, PRIORITY_PURPOSE, 0))
+        return signed(
+            random_bits(listed[i].hash, step_seed, layer.block_index, PRIORITY_PURPOSE, 0)
+        )
 
     def capacity(token: Token) -> int:
         is_shared = config.pools == "shared"

@@ -47,7 +47,7 @@ def clip_by_mean_of_local_norms() -> list[Patch]:
             torch._foreach_mul_(gradients, self._clip_norm / (mean + 1e-6))
         return mean
 
-    return [mock.patch.object(deepspeed_engine.DeepSpeedEngine, "_clip_whole_gradients", clip)]
+    return [mock.patch.object(deepspeed_engine.DeepSpeedEngine, "_clip_by_global_norm", clip)]
 
 
 def expert_weight_not_tagged() -> list[Patch]:
@@ -55,7 +55,7 @@ def expert_weight_not_tagged() -> list[Patch]:
     original = deepspeed_moe.DeepSpeedMoELayer._tag_expert
 
     def tag_others(self: Any, parameter: Any) -> None:
-        if parameter is not self.experts.w2 or self.block != 1:
+        if parameter is not self.experts.w2 or self.block_index != 1:
             original(self, parameter)
 
     return [mock.patch.object(deepspeed_moe.DeepSpeedMoELayer, "_tag_expert", tag_others)]

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data_pipeline.content.captions import clean
+from data_pipeline.content.captions import clean_caption
 from data_pipeline.content.tokenizer import Tokenizer
 from tools.bench_loader.decoding import Decoder
 from tools.bench_loader.workloads import CONTEXT_LENGTH, SEED, BenchmarkData, Workload
@@ -118,7 +118,7 @@ class CaptionEncoder:
 
     def __call__(self, data: bytes | str) -> list[int]:
         text = data if isinstance(data, str) else data.decode("utf-8")
-        return self._encode(clean(text), CONTEXT_LENGTH)
+        return self._encode(clean_caption(text), CONTEXT_LENGTH)
 
 
 class _PillowTransform:

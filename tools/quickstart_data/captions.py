@@ -74,7 +74,7 @@ def concepts_of(
 
 def canonical(label: str) -> str:
     """A label as a caption: clean, lower case, ASCII quotation marks, `flag of france`."""
-    text = captions.clean(label).lower().translate(str.maketrans("’‘“”", "''\"\""))
+    text = captions.clean_caption(label).lower().translate(str.maketrans("’‘“”", "''\"\""))
     text = re.sub(r"^flag: ", "flag of ", text)
     text = re.sub(r"^keycap: ", "keycap ", text)
     return text.replace('"', "")

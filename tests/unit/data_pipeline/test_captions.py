@@ -17,7 +17,7 @@ from data_pipeline.content import captions
 from data_pipeline.content.captions import (
     SampleTexts,
     check_caption_key,
-    clean,
+    clean_caption,
     find_captions,
     hash_caption,
     hash_clean_caption,
@@ -41,15 +41,15 @@ from data_pipeline.settings import LimitConfig
     ],
 )
 def test_clean(text: str, expected: str) -> None:
-    assert clean(text) == expected
+    assert clean_caption(text) == expected
 
 
 def test_clean_is_idempotent() -> None:
     rng = np.random.default_rng(0)
     for _ in range(500):
         text = "".join(chr(int(code)) for code in rng.integers(0, 0x3000, 12))
-        once = clean(text)
-        assert clean(once) == once == unicodedata.normalize("NFC", once)
+        once = clean_caption(text)
+        assert clean_caption(once) == once == unicodedata.normalize("NFC", once)
         once.encode()
 
 
@@ -144,7 +144,7 @@ def test_members_are_decoded_and_parsed_once(monkeypatch: pytest.MonkeyPatch) ->
 
         return wrapper
 
-    for function in (clean, parse_json_fields):
+    for function in (clean_caption, parse_json_fields):
         monkeypatch.setattr(captions, function.__name__, counted(function))
 
     texts = SampleTexts({"txt": b"t", "json": b'{"a": "A", "b": "B"}'})
@@ -153,7 +153,7 @@ def test_members_are_decoded_and_parsed_once(monkeypatch: pytest.MonkeyPatch) ->
         assert texts.find_captions("json:a") == ["A"]
         assert texts.find_captions("json:b") == ["B"]
         assert texts.fields() == {"a": "A", "b": "B"}
-    assert calls == {"clean": 3, "parse_json_fields": 1}
+    assert calls == {"clean_caption": 3, "parse_json_fields": 1}
 
 
 def test_caption_key_must_be_a_text_member_or_json_field() -> None:
@@ -189,14 +189,14 @@ def test_caption_key_must_be_a_text_member_or_json_field() -> None:
 def test_thousands_of_combining_marks_are_cleaned_fast(mark: str) -> None:
     """Sorting n marks takes n^2 steps: 100,000 marks would take seconds."""
     start = time.process_time()
-    once = clean("a" + mark * 50_000 + " b")
+    once = clean_caption("a" + mark * 50_000 + " b")
     assert time.process_time() - start < 0.5
 
     assert unicodedata.normalize("NFD", once)[0] == "a" and once.endswith(" b")
     assert 15 < len(once) < 66
-    assert clean(once) == once
+    assert clean_caption(once) == once
     few = "a" + mark * 10
-    assert clean(few) == unicodedata.normalize("NFC", few)
+    assert clean_caption(few) == unicodedata.normalize("NFC", few)
 
 
 def test_caption_length_limit() -> None:
@@ -219,7 +219,7 @@ def test_caption_length_limit() -> None:
 
 def test_hash_of_the_clean_caption_equals_hash_of_the_source() -> None:
     for text in (" A  Red\theart", "Caf\u0065\u0301", "STRASSE \ufeff"):
-        assert hash_clean_caption(clean(text)) == hash_caption(text)
+        assert hash_clean_caption(clean_caption(text)) == hash_caption(text)
 
 
 def test_corrupt_members_are_reported() -> None:

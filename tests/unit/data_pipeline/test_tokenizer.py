@@ -11,7 +11,7 @@ import pytest
 import sentencepiece
 
 from data_pipeline.common.errors import DataError, TokenizerError
-from data_pipeline.content.captions import clean
+from data_pipeline.content.captions import clean_caption
 from data_pipeline.content.tokenizer import Tokenizer, train_tokenizer
 from data_pipeline.preparing.caption_stream import iter_captions
 from data_pipeline.shards.writer import write_shards
@@ -47,7 +47,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 )
 def test_decode_inverts_encode(tokenizer: Tokenizer, text: str) -> None:
     ids = tokenizer.encode(text, 500)
-    assert tokenizer.decode(ids) == clean(text)
+    assert tokenizer.decode(ids) == clean_caption(text)
     assert (ids[0], ids[-1]) == (1, 2)
     assert not {0, 1, 2, 3} & set(ids[1:-1])  # special tokens never encode text
 
@@ -56,7 +56,9 @@ def test_decode_inverts_encode_for_random_unicode(tokenizer: Tokenizer) -> None:
     rng = np.random.default_rng(0)
     for _ in range(300):
         codes = rng.integers(32, 0x2FFFF, 10)
-        text = clean("".join(chr(int(code)) for code in codes if not 0xD800 <= code < 0xE000))
+        text = clean_caption(
+            "".join(chr(int(code)) for code in codes if not 0xD800 <= code < 0xE000)
+        )
         assert tokenizer.decode(tokenizer.encode(text, 500)) == text
 
 
@@ -87,7 +89,7 @@ def test_very_long_caption_is_encoded_fast(tokenizer: Tokenizer, text: str) -> N
 
 def test_encode_clean_equals_encode(tokenizer: Tokenizer) -> None:
     for text in [*CORPUS[:20], "", "日本語", "a \u2581 b"]:
-        assert tokenizer.encode_clean(clean(text), 40) == tokenizer.encode(f" {text}\n", 40)
+        assert tokenizer.encode_clean(clean_caption(text), 40) == tokenizer.encode(f" {text}\n", 40)
     with pytest.raises(ValueError, match="max_length is 1"):
         tokenizer.encode_clean("", 1)
 

@@ -7,7 +7,7 @@ import pytest
 from data_pipeline.common.errors import ConfigError, DataError
 from data_pipeline.content.tokenizer import Tokenizer
 from data_pipeline.preparing.caption_stream import iter_captions
-from data_pipeline.preparing.tokenizer_stats import byte_ids, encoding_stats, longest_pieces
+from data_pipeline.preparing.tokenizer_stats import byte_token_ids, encoding_stats, longest_pieces
 from data_pipeline.shards.writer import write_shards
 from tests.support.data_commands import run_data_command
 from tests.support.small_shards import make_caption, make_png, make_shards, make_tokenizer
@@ -124,7 +124,7 @@ def test_encoding_stats(model: str) -> None:
 
 def test_vocabulary_pieces(model: str) -> None:
     tokenizer = Tokenizer.load(model)
-    assert len(byte_ids(tokenizer)) == 256
+    assert len(byte_token_ids(tokenizer)) == 256
     pieces = longest_pieces(tokenizer, 10_000)
     assert len(pieces) == tokenizer.vocab_size - 260
     assert len(pieces[0]) == max(map(len, pieces))

@@ -23,7 +23,7 @@ from pretrain.parallel.deepspeed_config import (
     load_profile,
     profile_path,
     resolve,
-    resolve_for,
+    resolve_for_run,
     zero_stage,
 )
 
@@ -64,7 +64,7 @@ def test_profile_matches_golden_file(profile: str, precision: str) -> None:
         f"parallel.deepspeed={profile}", f"precision.compute={precision}", "optim.clip_norm=0.5"
     )
     plan = plan_batch(run.batch.global_batch_size, run.batch.micro_batch_size, 2)
-    _compare(f"{profile}-{precision}", resolve_for(run, RUN_PATH, plan))
+    _compare(f"{profile}-{precision}", resolve_for_run(run, RUN_PATH, plan))
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_profile_matches_golden_file(profile: str, precision: str) -> None:
 def test_preset_matches_golden_file(preset: str, world_size: int) -> None:
     run = load_run(preset)
     plan = plan_batch(run.batch.global_batch_size, run.batch.micro_batch_size, world_size)
-    _compare(f"preset-{preset}", resolve_for(run, RUN_PATH, plan))
+    _compare(f"preset-{preset}", resolve_for_run(run, RUN_PATH, plan))
 
 
 def test_stage_0_has_neither_bf16_nor_clipping() -> None:

@@ -12,7 +12,7 @@ import torch
 from data_pipeline.common.errors import ConfigError
 from pretrain.config.experts import BalanceConfig, MoEConfig
 from pretrain.config.presets import load_run
-from pretrain.config.validate import check, problems
+from pretrain.config.validate import check_run, problems
 from pretrain.moe.layer import MoELayer
 from pretrain.moe.token_metadata import TokenMetadata
 from pretrain.parallel.deepspeed_config import zero_stage_of
@@ -40,7 +40,7 @@ def test_supported_run() -> None:
 def test_all_unsupported_settings_are_in_one_error() -> None:
     run = load_run("tiny", [NATIVE, *UNSUPPORTED])
     with pytest.raises(ConfigError) as caught:
-        check(run, 1, training=False, zero_stage=3)
+        check_run(run, 1, training=False, zero_stage=3)
     text = str(caught.value)
     for name in [*(setting.partition("=")[0] for setting in UNSUPPORTED), "ZeRO stage 3"]:
         assert name in text
@@ -97,7 +97,7 @@ def test_parity_with_the_builtin_layer(k: int, shared: int, captions: bool) -> N
     builtin = MoELayer(16, config)
     for parameter in builtin.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    native = DeepSpeedNativeMoELayer(16, config, BalanceConfig(), block=1)
+    native = DeepSpeedNativeMoELayer(16, config, BalanceConfig(), block_index=1)
     with torch.no_grad():
         for value, parameter in parameter_pairs(builtin, native):
             parameter.copy_(value)
@@ -149,7 +149,7 @@ def test_rank_without_tokens() -> None:
     from pretrain.parallel.deepspeed_native_moe import DeepSpeedNativeMoELayer
 
     layer = DeepSpeedNativeMoELayer(
-        16, MoEConfig(num_experts=4, expert_width=8), BalanceConfig(), block=0
+        16, MoEConfig(num_experts=4, expert_width=8), BalanceConfig(), block_index=0
     )
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter)

@@ -193,9 +193,11 @@ def test_experts_are_initialized_differently_and_independently_of_the_layout() -
     assert all(not torch.equal(a, b) for a, b in pairwise(all_experts))
 
     def make_half(
-        width: int, config: MoEConfig, balance: BalanceConfig, *, block: int, fused: bool
+        width: int, config: MoEConfig, balance: BalanceConfig, *, block_index: int, fused: bool
     ) -> MoELayer:
-        return MoELayer(width, config, balance, block=block, fused=fused, num_local_experts=2)
+        return MoELayer(
+            width, config, balance, block_index=block_index, fused=fused, num_local_experts=2
+        )
 
     second_half = build_model(SMALL, make_moe_layer=make_half, first_expert=2)
     assert torch.equal(second_half.blocks[1].ffn.experts.w1, all_experts[2:])

@@ -46,9 +46,9 @@ def compute_stats(
 ) -> RouterStats:
     """Statistics of all layers, with noise; `l1` holds the L1 norms of experts and routers."""
     layers = []
-    for block, logits in enumerate(logits_LTE):
-        scored = score_tokens(logits, config, tokens, block=block, noise=True)
-        routing = assign_experts(scored, config, tokens, None, block=block, noise=True)
+    for block_index, logits in enumerate(logits_LTE):
+        scored = score_tokens(logits, config, tokens, block_index=block_index, noise=True)
+        routing = assign_experts(scored, config, tokens, None, block_index=block_index, noise=True)
         stats = router_stats(
             logits,
             scored,
@@ -56,8 +56,8 @@ def compute_stats(
             tokens,
             config,
             load=True,
-            expert_l1=l1[0][block] if l1 else None,
-            router_l1=l1[1][block] if l1 else None,
+            expert_l1=l1[0][block_index] if l1 else None,
+            router_l1=l1[1][block_index] if l1 else None,
         )
         layers.append(stats)
     return stack_stats(layers, EXPERTS, logits_LTE.device)

@@ -29,9 +29,9 @@ def test_capacity_and_priority(priority: str) -> None:
     torch.nn.init.normal_(layer.gate.weight)
     tokens, listed = make_tokens([4] * 6, 6, groups=[0, 0, 0, 1, 1, 1], step_seed=5)
     logits_TE = layer.gate(torch.randn(len(listed), WIDTH))
-    scored = score_tokens(logits_TE, config, tokens, block=0, noise=True)
-    unlimited = assign_experts(scored, config, tokens, None, block=0, noise=True)
-    limited = apply_capacity(unlimited, scored.gates_TE, config, tokens, block=0)
+    scored = score_tokens(logits_TE, config, tokens, block_index=0, noise=True)
+    unlimited = assign_experts(scored, config, tokens, None, block_index=0, noise=True)
+    limited = apply_capacity(unlimited, scored.gates_TE, config, tokens, block_index=0)
 
     assert capacity(config, tokens).tolist() == [[8] * 4] * 2  # 0.5 x 2 x 30 / 4 = 7.5
     ids_TK = unlimited.expert_ids_N.view(-1, 2)
@@ -104,7 +104,7 @@ def test_batch_priority_uses_noisy_gates() -> None:
         capacity_priority="batch",
         norm_topk_prob=False,
     )
-    layer = MoELayer(WIDTH, config, block=2)
+    layer = MoELayer(WIDTH, config, block_index=2)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     tokens, listed = make_tokens([4] * 6, 6, groups=[0, 0, 0, 1, 1, 1], step_seed=5)

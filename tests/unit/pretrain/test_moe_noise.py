@@ -49,22 +49,22 @@ def test_numbers_equal_those_of_python_integers() -> None:
     expected += [token_hash(2**40 + 3, 1, s) for s in (0, 1, 2)]
     assert [unsigned(int(x)) for x in hashes] == expected
 
-    bits = random_int64(hashes, step_seed=99, block=4, purpose=1, size=5)
+    bits = random_int64(hashes, step_seed=99, block_index=4, purpose=1, size=5)
     for row, token in zip(bits, expected, strict=True):
         assert [unsigned(int(x)) for x in row] == [
             random_bits(token, 99, 4, 1, e) for e in range(5)
         ]
-    u = uniform(hashes, step_seed=99, block=4, purpose=1, size=5)
+    u = uniform(hashes, step_seed=99, block_index=4, purpose=1, size=5)
     for row, token in zip(u.tolist(), expected, strict=True):
         assert row == [reference_uniform(token, 99, 4, e) for e in range(5)]
     assert splitmix64(5) == mix_int(5)
 
 
 def test_numbers_depend_on_every_argument() -> None:
-    arguments = {"step_seed": 1, "block": 2, "purpose": 1, "size": 4}
+    arguments = {"step_seed": 1, "block_index": 2, "purpose": 1, "size": 4}
     numbers = random_int64(token_hashes(50), **arguments)
     assert torch.equal(numbers, random_int64(token_hashes(50), **arguments))
-    for change in ({"step_seed": 2}, {"block": 3}, {"purpose": 2}):
+    for change in ({"step_seed": 2}, {"block_index": 3}, {"purpose": 2}):
         changed = random_int64(token_hashes(50), **(arguments | change))
         assert not (numbers == changed).any()
     assert numbers.unique().numel() == numbers.numel()
@@ -77,18 +77,18 @@ def test_numbers_depend_on_every_argument() -> None:
 
 def test_distributions() -> None:
     hashes = token_hashes(40000)
-    u = uniform(hashes, step_seed=5, block=0, purpose=1, size=4).double()
+    u = uniform(hashes, step_seed=5, block_index=0, purpose=1, size=4).double()
     assert float(u.min()) > 0 and float(u.max()) < 1
     assert float(u.mean()) == pytest.approx(0.5, abs=0.005)
     histogram = torch.histc(u, 20, 0, 1) / u.numel()
     assert float((histogram - 0.05).abs().max()) < 0.002
     assert float(torch.corrcoef(u.t()).fill_diagonal_(0).abs().max()) < 0.02
 
-    n = normal(hashes, step_seed=5, block=0, size=4).double()
+    n = normal(hashes, step_seed=5, block_index=0, size=4).double()
     assert float(n.mean()) == pytest.approx(0, abs=0.01)
     assert float(n.std()) == pytest.approx(1, abs=0.01)
 
-    g = gumbel(hashes, step_seed=5, block=0, size=4).double()
+    g = gumbel(hashes, step_seed=5, block_index=0, size=4).double()
     assert float(g.mean()) == pytest.approx(0.5772, abs=0.01)
     assert float(g.var()) == pytest.approx(1.645, abs=0.03)
     assert bool(torch.isfinite(g).all() and torch.isfinite(n).all())
@@ -96,5 +96,5 @@ def test_distributions() -> None:
 
 def test_global_generator_is_unchanged() -> None:
     before = torch.get_rng_state()
-    gumbel(token_hashes(10), step_seed=1, block=1, size=3)
+    gumbel(token_hashes(10), step_seed=1, block_index=1, size=3)
     assert torch.equal(before, torch.get_rng_state())

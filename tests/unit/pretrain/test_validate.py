@@ -6,7 +6,7 @@ import pytest
 
 from data_pipeline.common.errors import ConfigError
 from pretrain.config.presets import load_run
-from pretrain.config.validate import check, problems, training_problems
+from pretrain.config.validate import check_run, problems, training_problems
 
 
 def find_problems(overrides: list[str], world_size: int) -> list[str]:
@@ -255,7 +255,7 @@ def test_all_problems_are_in_one_error() -> None:
         "tiny", ["batch.global_batch_size=100", "parallel.expert_parallel_size=16", "optim.lr=0"]
     )
     with pytest.raises(ConfigError) as error:
-        check(run, 2, source="run.yaml")
+        check_run(run, 2, source="run.yaml")
     # The three above, and the missing shards and tokenizer.
     text = str(error.value)
     assert text.startswith("run.yaml: 5 problems:") and text.count("\n  - ") == 5
@@ -263,7 +263,7 @@ def test_all_problems_are_in_one_error() -> None:
 
 def test_only_training_needs_shards_and_a_tokenizer() -> None:
     run = load_run("tiny")
-    check(run, 2, training=False)
+    check_run(run, 2, training=False)
     settings = [problem.split(" ")[0] for problem in training_problems(run)]
     assert settings == ["data.train", "data.tokenizer"]
     assert training_problems(load_run("tiny", ["data.train=[a]", "data.tokenizer=t"])) == []
