@@ -14,7 +14,6 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from data_pipeline.common.deadline import MIN_REQUEST_SECONDS, Deadline
-from data_pipeline.common.errors import StorageError
 from data_pipeline.common.open_files import is_too_many_open_files
 from data_pipeline.common.store_errors import (
     CLIENT_ERRORS,
@@ -33,11 +32,11 @@ FIRST_WAIT_SECONDS = 0.1
 THROTTLED_WAIT_SECONDS = 0.5
 """First wait after status 429 or 503; obstore does not expose the `Retry-After` header."""
 MAX_WAIT_SECONDS = 8.0
-MISSING_TRIES = 4
+MAX_MISSING_ATTEMPTS = 4
 """A 404 is accepted only after this many in a row: some stores list new objects with a delay, and
 some gateways return false ones."""
-NO_RANGES_TRIES = CHANGED_TRIES = 3
-CREDENTIAL_TRIES, CREDENTIAL_SECONDS = 3, 5.0
+MAX_NO_RANGES_ATTEMPTS = MAX_CHANGED_ATTEMPTS = 3
+MAX_CREDENTIAL_ATTEMPTS, CREDENTIAL_SECONDS = 3, 5.0
 _WARNING_SECONDS = 10.0
 """Log a warning when retries take longer than this."""
 
@@ -63,8 +62,6 @@ def call_with_retries(
     while True:
         try:
             return request(deadline.next_request_seconds())
-        except StorageError:
-            raise
         except (*CLIENT_ERRORS, InvalidResponseError) as error:
             # Raises without a cause: obstore's message can quote signed requests and must not be
             # printed.
@@ -77,9 +74,9 @@ class RetryState:
     def __init__(self, verb: str, url: str, deadline: Deadline) -> None:
         self._verb, self._url, self.deadline = verb, url, deadline
         self._failures, self._same_kind, self._last_kind = 0, 0, ""
-        self.too_slow = False
+        self.last_timed_out = False
         """Whether the last failure was a timeout."""
-        self.status = 0
+        self.last_status = 0
         """HTTP status of the last failure; 0 if it had none."""
         self._start, self._warned = time.monotonic(), False
 
@@ -92,8 +89,8 @@ class RetryState:
         kind = error_kind(error)
         self._failures += 1
         self._same_kind = self._same_kind + 1 if kind == self._last_kind else 1
-        self._last_kind, self.too_slow = kind, kind is ErrorKind.TOO_SLOW
-        self.status = status_of(error)
+        self._last_kind, self.last_timed_out = kind, kind is ErrorKind.TOO_SLOW
+        self.last_status = status_of(error)
 
         max_wait = self.deadline.remaining_seconds - MIN_REQUEST_SECONDS
         wait = min(self._wait(error, kind), max_wait)
@@ -122,7 +119,7 @@ class RetryState:
             return math.ldexp(_jitter.uniform(0.025, 0.05), self._same_kind)
         if kind is ErrorKind.TOO_SLOW:
             return 0.0  # the timeout was a wait already
-        first = THROTTLED_WAIT_SECONDS if self.status in (429, 503) else FIRST_WAIT_SECONDS
+        first = THROTTLED_WAIT_SECONDS if self.last_status in (429, 503) else FIRST_WAIT_SECONDS
         limit = min(MAX_WAIT_SECONDS, math.ldexp(first, min(self._failures - 1, 10)))
         return _jitter.uniform(0.0, limit)
 
@@ -131,18 +128,25 @@ class RetryState:
         if is_too_many_open_files(error):
             return True  # the caller can close some
         if kind is ErrorKind.MISSING:
-            return self._same_kind >= MISSING_TRIES or isinstance(error, ValueError)
+            return self._same_kind >= MAX_MISSING_ATTEMPTS or isinstance(error, ValueError)
         if kind is ErrorKind.CHANGED:
-            return self._same_kind >= CHANGED_TRIES
+            return self._same_kind >= MAX_CHANGED_ATTEMPTS
         if kind is ErrorKind.NO_RANGES:
             # All object stores support ranges: a response without one came from something else.
-            return self._url.startswith("http") and self._same_kind >= NO_RANGES_TRIES
+            return self._url.startswith("http") and self._same_kind >= MAX_NO_RANGES_ATTEMPTS
         if kind is ErrorKind.REFUSED and lacks_credentials(error):
             # All processes ask the cloud's metadata service at once, which may reject some.
             return (
-                self._same_kind >= CREDENTIAL_TRIES
+                self._same_kind >= MAX_CREDENTIAL_ATTEMPTS
                 or time.monotonic() - self._start > CREDENTIAL_SECONDS
             )
         # Other client errors (400, 405, ...) are permanent; 408 and 429 are temporary.
-        client_error = 400 <= self.status < 500 and self.status not in (408, 416, 425, 429)
-        return kind is ErrorKind.REFUSED or (client_error and self._same_kind >= MISSING_TRIES)
+        client_error = 400 <= self.last_status < 500 and self.last_status not in (
+            408,
+            416,
+            425,
+            429,
+        )
+        return kind is ErrorKind.REFUSED or (
+            client_error and self._same_kind >= MAX_MISSING_ATTEMPTS
+        )

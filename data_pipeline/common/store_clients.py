@@ -54,7 +54,7 @@ def get_client(
             no client can be created from the settings.
     """
     _check_not_forked()
-    scheme, host, name, query = split(url)
+    scheme, host, name, query = split_url(url)
     # obstore panics on characters that are not allowed in an address.
     valid_host = (_HOST if scheme.startswith("http") else _BUCKET).fullmatch(host)
     if not valid_host or not _QUERY.fullmatch(query):
@@ -88,7 +88,7 @@ def clear_clients() -> None:
         _clients_pid = None
 
 
-def split(url: str) -> tuple[str, str, str, str]:
+def split_url(url: str) -> tuple[str, str, str, str]:
     """Scheme, host (or bucket), name and query of an address.
 
     Names in http(s) addresses are percent-encoded; they are decoded here because the client encodes

@@ -1,6 +1,10 @@
-"""Downloads one object in checked parts, several at a time, into memory or a file.
+"""Downloads one object in parts, several at a time, into memory or a file.
 
-Used by `object_store.py`, which is the public interface.
+Every response is checked: its length, and that the object did not change. `object_store.py` is the
+public interface.
+
+The loops below retry after `RetryState.record_failure`, which waits, or raises a `StorageError` if
+the failure is final.
 """
 
 from __future__ import annotations
@@ -17,8 +21,8 @@ import obstore
 from data_pipeline.common.deadline import Deadline
 from data_pipeline.common.download_target import FetchResult, PartDigest, Target
 from data_pipeline.common.errors import StorageError
-from data_pipeline.common.retries import CHANGED_TRIES, RetryState
-from data_pipeline.common.store_clients import get_client, split
+from data_pipeline.common.retries import MAX_CHANGED_ATTEMPTS, RetryState
+from data_pipeline.common.store_clients import get_client, split_url
 from data_pipeline.common.store_errors import (
     CLIENT_ERRORS,
     ErrorKind,
@@ -36,14 +40,14 @@ PART_BYTES = 8 << 20
 """Size of one range request; a few of 8 MiB in flight saturate a fast network."""
 PARTS_IN_FLIGHT = 4
 SMALLEST_PART_BYTES = 256 << 10
-"""After a timeout a part is split in halves, down to this size."""
+"""After timeouts, parts are halved down to this size."""
 STREAM_SECONDS = 24 * 3600.0
-"""Timeout for a whole file in one response, as long as data keeps coming."""
+"""Time limit for an object in one response, while data keeps arriving."""
 NO_RANGES_SECONDS = 600.0
 """How long to remember that a web server does not support ranges."""
 
 _hosts_without_ranges: dict[str, float] = {}
-"""Web servers without range support, and until when (`time.monotonic()`) to assume so."""
+"""Host of each web server without range support -> `time.monotonic()` when to forget it."""
 
 
 def download_range(
@@ -53,7 +57,7 @@ def download_range(
     deadline: Deadline,
     sink: Callable[[int, memoryview], None],
 ) -> int:
-    """Write the bytes from `part[0]` to `part[1]` to `sink`; returns the number of timeouts.
+    """Download the bytes from `part[0]` to `part[1]` (exclusive); returns the number of timeouts.
 
     Raises:
         StorageError: See `object_store.read_range`.
@@ -64,25 +68,29 @@ def download_range(
         )
         raise to_storage_error("read", url, no_ranges)
 
-    retries, ranges, info, timeouts = RetryState("read", url, deadline), [part], expected, 0
-    while ranges:
-        start, end = ranges.pop()
+    retries = RetryState("read", url, deadline)
+    pending, info, timeouts = [part], expected, 0
+    while pending:
+        start, end = pending.pop()
         try:
             data, info = request_range(url, start, end, info, deadline)
             if len(data) < end - start:
                 raise InvalidResponseError(ErrorKind.CHANGED, f"it has only {info.size} bytes")
-        except StorageError:
-            raise
         except (*CLIENT_ERRORS, InvalidResponseError) as error:
             try:
                 retries.record_failure(error)
-            except StorageError as final:
-                _note_ranges(url, final)
+            except StorageError as final_error:
+                if final_error.kind == ErrorKind.NO_RANGES:
+                    _remember_no_ranges(url)
                 raise
-            timeouts += retries.too_slow
-            ranges += _halves(start, end) if retries.too_slow else [(start, end)]
-            continue
-        sink(start, data)
+
+            if retries.last_timed_out:
+                timeouts += 1
+                pending += _halves(start, end)
+            else:
+                pending.append((start, end))
+        else:
+            sink(start, data)
     return timeouts
 
 
@@ -101,10 +109,10 @@ def download_object(
             return _download_in_parts(url, deadline, target, expected_bytes)
         except StorageError as error:
             if error.kind == ErrorKind.NO_RANGES and _supports_ranges(url):
-                _note_ranges(url, error)
+                _remember_no_ranges(url)
             elif (
                 error.kind != ErrorKind.CHANGED
-                or attempt == CHANGED_TRIES
+                or attempt == MAX_CHANGED_ATTEMPTS
                 or deadline.remaining_seconds < 0
             ):
                 raise
@@ -114,13 +122,19 @@ def download_object(
 def _supports_ranges(url: str) -> bool:
     if not url.startswith("http"):
         return True
-    return _hosts_without_ranges.get(split(url)[1], 0.0) < time.monotonic()
+    _, host, _, _ = split_url(url)
+    return _hosts_without_ranges.get(host, 0.0) < time.monotonic()
 
 
-def _note_ranges(url: str, error: StorageError) -> None:
-    """Remember a web server that does not support ranges."""
-    if error.kind == ErrorKind.NO_RANGES:
-        _hosts_without_ranges[split(url)[1]] = time.monotonic() + NO_RANGES_SECONDS
+def _remember_no_ranges(url: str) -> None:
+    """Remember that a web server does not support ranges, for `NO_RANGES_SECONDS`."""
+    _, host, _, _ = split_url(url)
+    _hosts_without_ranges[host] = time.monotonic() + NO_RANGES_SECONDS
+
+
+def _expected_info(expected_bytes: int | None) -> ObjectInfo:
+    """An object of that size if it is known, with any ETag."""
+    return ObjectInfo(-1 if expected_bytes is None else expected_bytes, "")
 
 
 def _download_in_parts(
@@ -142,20 +156,20 @@ def _first_part(
     url: str, deadline: Deadline, expected_bytes: int | None
 ) -> tuple[ObjectInfo, memoryview]:
     """The object's metadata and its first bytes, in one request instead of HEAD and GET."""
-    retries, count, empty = RetryState("read", url, deadline), PART_BYTES, False
-    expected = ObjectInfo(-1 if expected_bytes is None else expected_bytes, "")
+    retries = RetryState("read", url, deadline)
+    expected = _expected_info(expected_bytes)
+    part_bytes, is_empty = PART_BYTES, False
     while True:
-        # No range where one request is enough: simple web servers do not support them.
-        whole = empty or 0 <= expected.size <= count
+        # No range if one request is enough: simple web servers do not support ranges.
+        fits_in_one = is_empty or 0 <= expected.size <= part_bytes
+        end = -1 if fits_in_one else part_bytes
         try:
-            data, info = request_range(url, 0, -1 if whole else count, expected, deadline)
-        except StorageError:
-            raise
+            data, info = request_range(url, 0, end, expected, deadline)
         except (*CLIENT_ERRORS, InvalidResponseError) as error:
             retries.record_failure(error)
-            if retries.too_slow:
-                count = max(count // 2, SMALLEST_PART_BYTES)
-            empty = retries.status == 416  # an empty object has no first byte
+            if retries.last_timed_out:
+                part_bytes = max(part_bytes // 2, SMALLEST_PART_BYTES)
+            is_empty = retries.last_status == 416  # an empty object has no first byte
         else:
             return info, data
 
@@ -163,7 +177,7 @@ def _first_part(
 def _download_rest(
     url: str, start: int, info: ObjectInfo, deadline: Deadline, target: Target, digest: PartDigest
 ) -> None:
-    """All bytes from `start`, in parts, several at a time."""
+    """Download all bytes from `start` on, in parts, several at a time."""
     part_bytes, failed = PART_BYTES, threading.Event()
     part_deadline = Deadline(deadline.total_seconds, deadline.request_seconds, failed)
 
@@ -173,18 +187,18 @@ def _download_rest(
         return first, last, timeouts
 
     with ThreadPoolExecutor(PARTS_IN_FLIGHT) as pool:
-        jobs: set[Future[tuple[int, int, int]]] = set()
+        futures: set[Future[tuple[int, int, int]]] = set()
         try:
-            while jobs or start < info.size:
-                while start < info.size and len(jobs) < 2 * PARTS_IN_FLIGHT:
+            while futures or start < info.size:
+                while start < info.size and len(futures) < 2 * PARTS_IN_FLIGHT:
                     end = min(start + part_bytes, info.size)
-                    jobs.add(pool.submit(download_part, start, end))
+                    futures.add(pool.submit(download_part, start, end))
                     start = end
 
-                done, jobs = wait(jobs, timeout=0.2, return_when=FIRST_COMPLETED)
+                done, futures = wait(futures, timeout=0.2, return_when=FIRST_COMPLETED)
                 deadline.check_cancelled(url)
-                for job in done:
-                    first, last, timeouts = job.result()
+                for future in done:
+                    first, last, timeouts = future.result()
                     digest.add(first, last)
                     if timeouts > 1:  # a slow connection, not one slow response
                         part_bytes = max(part_bytes // 2, SMALLEST_PART_BYTES)
@@ -198,16 +212,15 @@ def _download_rest(
 def _download_stream(
     url: str, deadline: Deadline, target: Target, expected_bytes: int | None
 ) -> FetchResult:
-    """From a server without ranges: the whole file as one streamed response."""
-    retries, furthest = RetryState("read", url, deadline), 0
+    """Download the whole object in one streamed response, from a server without range support."""
+    retries = RetryState("read", url, deadline)
+    furthest = 0
     while True:
-        position, info, digest = 0, ObjectInfo(-1, ""), hashlib.sha256()
+        position, info, digest = 0, _expected_info(None), hashlib.sha256()
         stream = _chunks(url, expected_bytes, deadline)
         while True:
             try:
                 chunk = next(stream, None)
-            except StorageError:
-                raise
             except (*CLIENT_ERRORS, InvalidResponseError) as error:
                 retries.record_failure(error)
                 break
@@ -220,7 +233,7 @@ def _download_stream(
             target.sink(position, data)
             digest.update(data)
             position += len(data)
-            # A response that always breaks at the same position is no progress.
+            # Responses that always break off at the same position are not progress.
             if position - furthest >= SMALLEST_PART_BYTES:
                 furthest = position
                 deadline.restart()
@@ -229,28 +242,31 @@ def _download_stream(
 def _chunks(
     url: str, expected_bytes: int | None, deadline: Deadline
 ) -> Iterator[tuple[ObjectInfo, memoryview]]:
-    """Checked chunks of one response, at least one."""
+    """The chunks of one response, each with the object's metadata; the first chunk is empty."""
     deadline.check_cancelled(url)
-    seconds = deadline.next_request_seconds()
-    store, name = get_client(url, STREAM_SECONDS, seconds)
+    interval_seconds = deadline.next_request_seconds()
+    store, name = get_client(url, STREAM_SECONDS, interval_seconds)
     response = obstore.get(store, name)
     info = validate_info(url, response.meta["size"], response.meta["e_tag"])
-    check_unchanged(ObjectInfo(-1 if expected_bytes is None else expected_bytes, ""), info)
+    check_unchanged(_expected_info(expected_bytes), info)
 
-    position, interval_start = 0, 0
-    interval_end = time.monotonic() + seconds
+    # In every interval, at least `SMALLEST_PART_BYTES` must arrive.
+    position, interval_position = 0, 0
+    interval_end = time.monotonic() + interval_seconds
     yield info, memoryview(b"")
     for chunk in response.stream(min_chunk_size=1):
         yield info, memoryview(chunk)
         deadline.check_cancelled(url)
         position += len(chunk)
         if time.monotonic() > interval_end:
-            received = position - interval_start
+            received = position - interval_position
             if received < SMALLEST_PART_BYTES:
                 raise InvalidResponseError(
-                    ErrorKind.TOO_SLOW, f"only {received} bytes were received in {seconds:g} s"
+                    ErrorKind.TOO_SLOW,
+                    f"only {received} bytes were received in {interval_seconds:g} s",
                 )
-            interval_end, interval_start = time.monotonic() + seconds, position
+            interval_position = position
+            interval_end = time.monotonic() + interval_seconds
     if position != info.size:
         raise InvalidResponseError(
             ErrorKind.UNREACHABLE, f"the response ended after {position} of {info.size} bytes"
