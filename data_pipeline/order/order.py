@@ -86,13 +86,13 @@ class Order:
         if len(self._plans) == 1:
             return self._plan(0).samples(start, count)
 
-        firsts, sources = self._mixture.slice_at(start, count)
-        counts = [0] * len(firsts)
+        counts_before, sources = self._mixture.slice_at(start, count)
+        counts = [0] * len(counts_before)
         if sources:
-            counts = np.bincount(sources, minlength=len(firsts)).tolist()
+            counts = np.bincount(sources, minlength=len(counts_before)).tolist()
 
         sampled = []
-        for source, (first, source_count) in enumerate(zip(firsts, counts, strict=True)):
+        for source, (first, source_count) in enumerate(zip(counts_before, counts, strict=True)):
             refs = self._plan(source).samples(first, source_count) if source_count else []
             sampled.append(iter(refs))
         return [next(sampled[source]) for source in sources]
@@ -108,7 +108,7 @@ class Order:
         """
         return [
             Consumed(source.name, count, count / max(1, source.samples))
-            for source, count in zip(self.sources, self._before(position), strict=True)
+            for source, count in zip(self.sources, self._counts_before(position), strict=True)
         ]
 
     def shards_from(self, position: int) -> Iterator[list[int]]:
@@ -118,12 +118,12 @@ class Order:
         those at `position`, then those after the first window change of any source, and so on.
         Newly needed shards come first in a list.
         """
-        before = self._before(position)
+        counts_before = self._counts_before(position)
         windows = [
             plan.windows_from(first) if plan else iter(())
-            for plan, first in zip(self._plans, before, strict=True)
+            for plan, first in zip(self._plans, counts_before, strict=True)
         ]
-        queue = _WindowQueue(self._mixture, windows, before)
+        queue = _WindowQueue(self._mixture, windows, counts_before)
 
         while queue.has_next and (
             not queue.in_use or queue.next_position <= position + len(windows)
@@ -167,9 +167,9 @@ class Order:
             first_shard += len(source.sizes)
         return plans
 
-    def _before(self, position: int) -> list[int]:
+    def _counts_before(self, position: int) -> list[int]:
         """Number of samples of each source before a position."""
-        return self._mixture.before(position) if len(self._plans) > 1 else [position]
+        return self._mixture.counts_before(position) if len(self._plans) > 1 else [position]
 
     def _plan(self, source: int) -> Plan:
         plan = self._plans[source]
@@ -181,9 +181,9 @@ class _WindowQueue:
     """The next window of every source, ordered by the position that needs it first."""
 
     def __init__(
-        self, mixture: Mixture, windows: Sequence[Iterator[Window]], before: Sequence[int]
+        self, mixture: Mixture, windows: Sequence[Iterator[Window]], counts_before: Sequence[int]
     ) -> None:
-        self._mixture, self._windows, self._before = mixture, windows, before
+        self._mixture, self._windows, self._counts_before = mixture, windows, counts_before
         self._heap: list[tuple[int, int, list[int]]] = []
         self.in_use: dict[int, list[int]] = {}
         """Source -> shards of its current window."""
@@ -210,7 +210,8 @@ class _WindowQueue:
         if window is None:
             return
 
-        position = self._mixture.position_of(source, max(window.first, self._before[source]))
+        first = max(window.first, self._counts_before[source])
+        position = self._mixture.approximate_position(source, first)
         if position is not None:
             heapq.heappush(self._heap, (position, source, window.shards))
 

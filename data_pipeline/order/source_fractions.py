@@ -56,7 +56,7 @@ class SourceFractions:
             ConfigError: At some position all weights are 0.
         """
         points = sorted({0} | {pairs for schedule in weights for pairs, _ in schedule})
-        self.count = len(weights)
+        self.num_sources = len(weights)
         self._points = points
         self._fractions = [_fractions_at(point, weights) for point in points]
         self._integrals = self._integrate()
@@ -86,8 +86,10 @@ class SourceFractions:
         ]
 
     def first_position_above(self, source: int, count: int) -> int | None:
-        """First position after which the expected count of a source exceeds `count`; None if it
-        never does."""
+        """First position after which the expected count of a source exceeds `count`.
+
+        None if it never does.
+        """
         if Fraction(count) + _HALF > self._integrals[-1][source]:
             last_fraction = self._fractions[-1][source]
             if not last_fraction:
@@ -119,7 +121,7 @@ class SourceFractions:
 
     def _integrate(self) -> list[list[Fraction]]:
         """Integral of every source's fraction up to each point."""
-        integrals = [[Fraction(0)] * self.count]
+        integrals = [[Fraction(0)] * self.num_sources]
         for index in range(1, len(self._points)):
             length = self._points[index] - self._points[index - 1]
             rows = zip(
@@ -133,7 +135,7 @@ class SourceFractions:
     def _segment(self, index: int) -> _Segment:
         """The segment that begins at point `index`, with a common denominator."""
         start, fractions = self._points[index], self._fractions[index]
-        quadratics = [Fraction(0)] * self.count
+        quadratics = [Fraction(0)] * self.num_sources
         if index + 1 < len(self._points):
             length = self._points[index + 1] - start
             ends = zip(fractions, self._fractions[index + 1], strict=True)

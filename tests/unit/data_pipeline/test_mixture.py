@@ -87,9 +87,9 @@ def test_stream_matches_the_reference(weights: list[WeightSchedule]) -> None:
         counts_before = [counts[source] for source in range(len(weights))]
         for count in (0, 1, 2, 17, 64):
             # A new object each time: the result must not depend on earlier calls.
-            firsts, sources = Mixture(SourceFractions(weights)).slice_at(start, count)
-            assert sources == expected[start : start + count]
-            assert firsts == mixture.before(start) == counts_before
+            part = Mixture(SourceFractions(weights)).slice_at(start, count)
+            assert part.sources == expected[start : start + count]
+            assert part.counts_before == mixture.counts_before(start) == counts_before
 
 
 @pytest.mark.parametrize("weights", CONSTANT + SCHEDULES)
@@ -98,7 +98,7 @@ def test_counts_stay_close_to_the_expected_ones(weights: list[WeightSchedule]) -
     expected, previous = [Fraction(0)] * len(weights), [0] * len(weights)
     differences = []
     for position in range(500):
-        counts = mixture.before(position)
+        counts = mixture.counts_before(position)
         assert sum(counts) == position
         assert all(new >= old for new, old in zip(counts, previous, strict=True))
         differences += [abs(count - exact) for count, exact in zip(counts, expected, strict=True)]
@@ -112,7 +112,7 @@ def test_counts_stay_close_to_the_expected_ones(weights: list[WeightSchedule]) -
 
     # No drift at large positions.
     position = 10**12 + 7
-    counts = mixture.before(position)
+    counts = mixture.counts_before(position)
     assert sum(counts) == position
     if all(len(points) == 1 for points in weights):
         fractions = normalized_weights(weights, 0)
@@ -129,9 +129,9 @@ def test_exact_batches_for_integer_counts() -> None:
 
 def test_schedule_changes_the_fractions() -> None:
     mixture = Mixture(SourceFractions([((1000, 1.0), (2000, 0.0)), ((1000, 0.0), (2000, 1.0))]))
-    assert mixture.before(1000) == [1000, 0]
-    assert mixture.before(2000) == [1500, 500]  # the integral of a fraction from 1 to 0
-    assert mixture.before(1500) == [1375, 125]
+    assert mixture.counts_before(1000) == [1000, 0]
+    assert mixture.counts_before(2000) == [1500, 500]  # the integral of a fraction from 1 to 0
+    assert mixture.counts_before(1500) == [1375, 125]
     assert set(mixture.slice_at(2001, 500).sources) == {1}
 
 
@@ -142,17 +142,17 @@ def test_position_of_a_sample(weights: list[WeightSchedule]) -> None:
     for source in range(len(weights)):
         positions = [position for position, other in enumerate(stream) if other == source]
         for sample in range(0, min(len(positions), 100), 7):
-            position = mixture.position_of(source, sample)
+            position = mixture.approximate_position(source, sample)
             assert position is not None
             assert abs(position - positions[sample]) <= len(weights)
 
 
 def test_position_of_a_sample_that_is_never_reached() -> None:
-    assert Mixture(SourceFractions([((0, 1.0),), ((0, 0.0),)])).position_of(1, 0) is None
+    assert Mixture(SourceFractions([((0, 1.0),), ((0, 0.0),)])).approximate_position(1, 0) is None
     mixture = Mixture(SourceFractions([((0, 1.0), (100, 0.0)), ((0, 1.0),)]))
-    total = mixture.before(10**6)[0]
-    assert mixture.position_of(0, total - 1) is not None
-    assert mixture.position_of(0, total) is None
+    total = mixture.counts_before(10**6)[0]
+    assert mixture.approximate_position(0, total - 1) is not None
+    assert mixture.approximate_position(0, total) is None
 
 
 def test_all_weights_zero() -> None:
