@@ -1,6 +1,6 @@
 """Filters on image size, caption length and JSON fields.
 
-A condition on a JSON field is written as one line of text:
+A condition on a JSON field is a string, an entry of `data.filters.require`:
 
     json:similarity >= 0.28
     json:clip.aesthetic > 5          a nested field
@@ -9,9 +9,10 @@ A condition on a JSON field is written as one line of text:
     json:title exists
 
 It consists of a field name, one of the operators `== != < <= > >= in exists`, and a JSON value.
-Numbers compare with numbers and strings with strings; values of other types can only be equal or
-not. A condition never matches a sample that lacks the field, or whose field is null unless the
-condition asks for null. Conditions are parsed by a small parser; nothing is evaluated as code.
+Numbers are compared with numbers and strings with strings; values of other types support only `==`,
+`!=` and `in`. A condition never matches a sample that lacks the field. A field that is null matches
+only `== null` and `in` with a list that contains null. Conditions are parsed by a small parser;
+nothing is evaluated as code.
 """
 
 from __future__ import annotations
@@ -46,9 +47,9 @@ class Condition(NamedTuple):
     path: tuple[str, ...]
     """Field names, outermost first."""
     op: str
-    """`== != < <= > >= in exists`."""
+    """One of `== != < <= > >= in exists`."""
     value: Any
-    """Right-hand side: a string, number, bool, None, or a list of these for `in`."""
+    """Right-hand side: a string, number, bool or None; a list of these for `in`."""
 
     @property
     def field(self) -> str:
@@ -77,24 +78,24 @@ def parse_conditions(texts: Sequence[str]) -> tuple[Condition, ...]:
     Raises:
         ConfigError: A condition has a syntax error; the message gives its position.
     """
-    return tuple(_Parser(text).condition() for text in texts)
+    return tuple(_Parser(text).parse() for text in texts)
 
 
 def check_image_size(width: int, height: int, filters: FilterConfig) -> None:
     """Reject an image that is too small or too elongated.
 
     Raises:
-        DataError: The image is rejected (slug `filter:min-side`, `filter:max-aspect`).
+        DataError: The image is rejected (slug `filter:min-side` or `filter:max-aspect`).
     """
     short, long = (width, height) if width < height else (height, width)
     if short < filters.min_side:
         raise DataError(
-            f"image of {width} x {height} pixels, data.filters.min_side is {filters.min_side}",
+            f"image of {width} x {height} pixels; data.filters.min_side is {filters.min_side}",
             slug="filter:min-side",
         )
     if filters.max_aspect and long > filters.max_aspect * short:
         raise DataError(
-            f"image of {width} x {height} pixels, data.filters.max_aspect is "
+            f"image of {width} x {height} pixels; data.filters.max_aspect is "
             f"{filters.max_aspect:g}",
             slug="filter:max-aspect",
         )
@@ -107,12 +108,14 @@ def caption_length_allowed(caption: str, filters: FilterConfig) -> bool:
 
 
 def caption_length_error(caption: str, filters: FilterConfig) -> DataError:
-    """Error for a caption of disallowed length (slug `filter:min-caption-chars`,
-    `filter:max-caption-chars`)."""
+    """The error for a caption that is too short or too long.
+
+    Its slug is `filter:min-caption-chars` or `filter:max-caption-chars`.
+    """
     bound = "min" if len(caption) < filters.min_caption_chars else "max"
     limit = getattr(filters, f"{bound}_caption_chars")
     return DataError(
-        f"caption of {len(caption)} characters, data.filters.{bound}_caption_chars is {limit}",
+        f"caption of {len(caption)} characters; data.filters.{bound}_caption_chars is {limit}",
         slug=f"filter:{bound}-caption-chars",
     )
 
@@ -128,11 +131,11 @@ def check_fields(fields: dict[str, object], conditions: Sequence[Condition]) -> 
             continue
         actual = get_field(fields, condition.path)
         state = "is missing" if actual is MISSING else f"is {_abbreviate(actual)}"
-        required = condition.op
+        requirement = "exist"
         if condition.op != "exists":
-            required += f" {_abbreviate(condition.value)}"
+            requirement = f"be {condition.op} {_abbreviate(condition.value)}"
         raise DataError(
-            f"json:{condition.field} {state}, required is {required} (data.filters.require)",
+            f"json:{condition.field} {state}, but must {requirement} (data.filters.require)",
             slug=f"filter:{condition.field}",
         )
 
@@ -143,16 +146,16 @@ class _Parser:
     def __init__(self, text: str) -> None:
         self._text, self._position = text, 0
 
-    def condition(self) -> Condition:
+    def parse(self) -> Condition:
         self._skip_spaces()
         if not self._text.startswith("json:", self._position):
             self._fail("expected 'json:' and the name of a field")
         self._position += len("json:")
 
-        path = [self._field_name()]
+        path = [self._parse_field_name()]
         while self._text.startswith(".", self._position):
             self._position += 1
-            path.append(self._field_name())
+            path.append(self._parse_field_name())
         self._skip_spaces()
 
         match = _OPERATOR.match(self._text, self._position)
@@ -162,15 +165,17 @@ class _Parser:
         self._position = match.end()
         self._skip_spaces()
 
-        value = None if op == "exists" else self._value(op)
+        value = None if op == "exists" else self._parse_value(op)
         self._skip_spaces()
         if self._position != len(self._text):
-            self._fail("expected the end; write each condition as a separate list entry")
+            self._fail(
+                "expected the end of the condition; write each condition as a separate list entry"
+            )
         return Condition(tuple(path), op, value)
 
-    def _field_name(self) -> str:
+    def _parse_field_name(self) -> str:
         if self._text.startswith('"', self._position):
-            name = self._json_value()
+            name = self._parse_json_value()
             assert isinstance(name, str)
             return name
         match = _NAME.match(self._text, self._position)
@@ -182,10 +187,11 @@ class _Parser:
         self._position = match.end()
         return match[0]
 
-    def _value(self, op: str) -> Any:
+    def _parse_value(self, op: str) -> Any:
         start = self._position
-        value = self._json_value()
-        self._position, end = start, self._position  # the errors below refer to the value
+        value = self._parse_json_value()
+        # The errors below give the position of the value.
+        end, self._position = self._position, start
         if op == "in":
             if not isinstance(value, list) or not value:
                 self._fail('expected a list of values after in, such as ["cc0", "cc-by"]')
@@ -198,7 +204,7 @@ class _Parser:
         self._position = end
         return value
 
-    def _json_value(self) -> Any:
+    def _parse_json_value(self) -> Any:
         try:
             value, self._position = _DECODER.raw_decode(self._text, self._position)
         except (ValueError, RecursionError):
