@@ -107,7 +107,7 @@ class SampleProcessor:
 
         Args:
             raw: The sample.
-            epoch: How often the sample was used before.
+            epoch: Number of times that the sample was used before.
             tokenizer: Tokenizer for the caption.
             out: Contiguous uint8 `[C, H, W]`, such as a slot of a batch, into which the image is
                 written; it becomes `image_CHW`. Its contents are undefined after an error.
