@@ -60,8 +60,10 @@ class Scores(NamedTuple):
 
 
 def gate_scores(logits_TE: Tensor, score: Literal["softmax", "sigmoid"]) -> Tensor:
-    """Gate scores from logits: `softmax` normalizes over experts, `sigmoid` scores each expert
-    independently."""
+    """Gate scores from logits.
+
+    `softmax` normalizes over experts; `sigmoid` scores each expert independently.
+    """
     return torch.softmax(logits_TE, dim=-1) if score == "softmax" else torch.sigmoid(logits_TE)
 
 
@@ -131,7 +133,7 @@ def assign_experts(
     if config.routing == "expert_choice" and tokens.num_patch_tokens:
         return _expert_choice(scored, config, tokens, bias_ME)
 
-    key_TE = scored.gates_TE.detach()
+    selection_scores_TE = scored.gates_TE.detach()
     if noise and config.routing == "sampled":
         assert tokens.token_hash_T is not None
         gumbel_TE = gumbel(
@@ -140,10 +142,12 @@ def assign_experts(
             block_index=block_index,
             size=config.num_experts,
         )
-        key_TE = _log_scores(scored.logits_TE.detach(), config.score_func) + gumbel_TE
-    key_TE = mask_other_pool(_add_bias(key_TE, bias_ME, tokens.num_patch_tokens), scored, config)
+        selection_scores_TE = _log_scores(scored.logits_TE.detach(), config.score_func) + gumbel_TE
+    selection_scores_TE = mask_other_pool(
+        _add_bias(selection_scores_TE, bias_ME, tokens.num_patch_tokens), scored, config
+    )
 
-    weights_TK, ids_TK = _select_top_k(scored.gates_TE, key_TE, config)
+    weights_TK, ids_TK = _select_top_k(scored.gates_TE, selection_scores_TE, config)
     k = ids_TK.shape[1]
     assignments_ME = count_assignments(
         ids_TK.flatten(), tokens.num_patch_tokens * k, config.num_experts
@@ -157,35 +161,40 @@ def _log_scores(logits_TE: Tensor, score: str) -> Tensor:
     return torch.nn.functional.logsigmoid(logits_TE)
 
 
-def _add_bias(key_TE: Tensor, bias_ME: Tensor | None, num_patch_tokens: int) -> Tensor:
-    """Add to the selection keys the bias of each token's modality."""
+def _add_bias(selection_scores_TE: Tensor, bias_ME: Tensor | None, num_patch_tokens: int) -> Tensor:
+    """Add the bias of each token's modality to its selection scores."""
     if bias_ME is None:
-        return key_TE
+        return selection_scores_TE
     image_bias, text_bias = bias_ME[0], bias_ME[-1]
     return torch.cat(
-        [key_TE[:num_patch_tokens] + image_bias, key_TE[num_patch_tokens:] + text_bias]
+        [
+            selection_scores_TE[:num_patch_tokens] + image_bias,
+            selection_scores_TE[num_patch_tokens:] + text_bias,
+        ]
     )
 
 
-def mask_other_pool(key_TE: Tensor, scored: Scores, config: MoEConfig) -> Tensor:
-    """Set selection keys to -inf for experts of the other modality's pool.
+def mask_other_pool(selection_scores_TE: Tensor, scored: Scores, config: MoEConfig) -> Tensor:
+    """Set selection scores to -inf for experts of the other modality's pool.
 
     A score of 0 is not enough: the scores of a confident router may underflow to 0 inside the
     token's pool as well, and a bias may raise any of them.
     """
     if config.pools == "shared":
-        return key_TE
-    return key_TE.masked_fill(scored.logits_TE == float("-inf"), float("-inf"))
+        return selection_scores_TE
+    return selection_scores_TE.masked_fill(scored.logits_TE == float("-inf"), float("-inf"))
 
 
-def _select_top_k(weight_TE: Tensor, key_TE: Tensor, config: MoEConfig) -> tuple[Tensor, Tensor]:
-    """Weights and indices of the k experts with the largest keys.
+def _select_top_k(
+    weight_TE: Tensor, selection_scores_TE: Tensor, config: MoEConfig
+) -> tuple[Tensor, Tensor]:
+    """Weights and indices of the k experts with the largest selection scores.
 
     With `norm_topk_prob`, the weights of a token sum to 1. For k = 1 that would make every weight
     the constant 1 and leave the router without a gradient, so the raw score is kept (Fedus et al.
     2021, arXiv:2101.03961).
     """
-    ids_TK = topk_indices(key_TE, config.top_k)
+    ids_TK = topk_indices(selection_scores_TE, config.top_k)
     weights_TK = weight_TE.gather(1, ids_TK)
     if config.norm_topk_prob and config.top_k > 1:
         weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True).clamp(min=1e-20)
@@ -218,8 +227,10 @@ def _expert_choice(
 
     text = Scores(scored.logits_TE[split:], scored.scores_TE[split:], scored.gates_TE[split:])
     text_bias = None if bias_ME is None else bias_ME[-1:]
-    key_TE = mask_other_pool(_add_bias(text.gates_TE.detach(), text_bias, 0), text, config)
-    weights_TK, ids_TK = _select_top_k(text.gates_TE, key_TE, config)
+    selection_scores_TE = mask_other_pool(
+        _add_bias(text.gates_TE.detach(), text_bias, 0), text, config
+    )
+    weights_TK, ids_TK = _select_top_k(text.gates_TE, selection_scores_TE, config)
     text_token_N = torch.arange(split, split + len(ids_TK), device=device)
     text_token_N = text_token_N.repeat_interleave(ids_TK.shape[1])
 
