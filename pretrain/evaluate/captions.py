@@ -21,7 +21,7 @@ class TokenModel(Protocol):
     def count_correct_tokens(
         self, images: Tensor, text_ids: Tensor, text_lengths: Tensor, text_positions: Tensor
     ) -> tuple[int, int]:
-        """Number of caption tokens predicted correctly from the previous ones, and of all."""
+        """Number of correctly predicted caption tokens, and of all caption tokens."""
 
 
 def same_caption(generated: str, reference: str) -> bool:
@@ -29,16 +29,16 @@ def same_caption(generated: str, reference: str) -> bool:
     return clean_caption(generated) == clean_caption(reference)
 
 
-def exact_percent(generated: Sequence[str], reference: Sequence[str]) -> float:
+def exact_match_percent(generated: Sequence[str], reference: Sequence[str]) -> float:
     """Percentage of captions that match exactly; 0 without captions."""
     hits = sum(same_caption(a, b) for a, b in zip(generated, reference, strict=True))
     return 100 * hits / max(1, len(reference))
 
 
-def token_percent(counts: Iterable[tuple[int, int]]) -> float:
-    """Percentage of correct tokens, from (correct, all) of each batch; 0 without tokens.
+def token_accuracy_percent(counts: Iterable[tuple[int, int]]) -> float:
+    """Percentage of correct tokens, from the (correct, total) counts of each batch.
 
-    Sums first, then one division: batches have different numbers of tokens.
+    Every token has the same weight, whatever the size of its batch. 0 without tokens.
     """
     correct, total = 0, 0
     for batch_correct, batch_total in counts:

@@ -1,6 +1,6 @@
 """Tokenizes and embeds texts for retrieval.
 
-Shapes: M texts, S text positions, T valid text tokens, D embedding width.
+Shapes: M texts, S text positions, T valid tokens of all texts.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ class TextModel(Protocol):
     """The model interface for embedding texts."""
 
     def encode_text(self, text_ids: Tensor, text_lengths: Tensor, text_positions: Tensor) -> Tensor:
-        """Unit vectors, `[texts, embed_dim]`."""
+        """Unit vectors, `[texts, embed_dim]`; the arguments are the fields of a `TextBatch`."""
 
 
 class TextTokenizer(Protocol):
@@ -26,7 +26,7 @@ class TextTokenizer(Protocol):
     def pad_id(self) -> int: ...
 
     def encode(self, text: str, max_length: int) -> list[int]:
-        """Token ids with start and end tokens."""
+        """Token ids, including the start and end tokens."""
 
 
 class TextBatch(NamedTuple):
@@ -35,7 +35,7 @@ class TextBatch(NamedTuple):
     ids_MS: Tensor
     """int64, padded on the right."""
     lengths_M: Tensor
-    """Valid tokens of each text, int64."""
+    """Number of valid tokens of each text, int64."""
     positions_T: Tensor
     """Flat indices m x S + s of the valid tokens, int64, ascending."""
 

@@ -22,7 +22,7 @@ from data_pipeline.common.errors import DataError
 from data_pipeline.common.seeds import rng
 from data_pipeline.content.captions import hash_caption
 from data_pipeline.samples import Batch
-from pretrain.evaluate.captions import TokenModel, token_percent
+from pretrain.evaluate.captions import TokenModel, token_accuracy_percent
 from pretrain.evaluate.embed import TextModel, TextTokenizer, embed_texts
 from pretrain.evaluate.generated_captions import (
     CaptionInput,
@@ -105,7 +105,7 @@ class Evaluator:
             "chance_text_to_image": retrieval.chance_text_to_image,
             "images": len(data.captions),
             "texts": len(texts),
-            "caption_token_accuracy": token_percent(data.token_counts),
+            "caption_token_accuracy": token_accuracy_percent(data.token_counts),
             "corrupt_samples": data.problems.total(),
         } | self.generate(data.caption_inputs).to_json()
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.samples import Batch
-from pretrain.evaluate.captions import exact_percent
+from pretrain.evaluate.captions import exact_match_percent
 from pretrain.evaluate.generation import CaptionModel, generate_captions
 
 IMAGES_PER_FORWARD = 64
@@ -48,7 +48,7 @@ class GeneratedCaptions(NamedTuple):
         """Percentage of exact matches, number of images, and the first captions."""
         rows = list(zip(self.keys, self.generated, self.reference, strict=True))
         return {
-            "caption_exact": exact_percent(self.generated, self.reference),
+            "caption_exact": exact_match_percent(self.generated, self.reference),
             "caption_samples": len(self.reference),
             "examples": [
                 {"key": key, "generated": generated, "reference": reference}

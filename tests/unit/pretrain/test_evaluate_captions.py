@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pretrain.evaluate.captions import exact_percent, same_caption, token_percent
+from pretrain.evaluate.captions import exact_match_percent, same_caption, token_accuracy_percent
 from pretrain.evaluate.generation import generate_captions
 
 START, END, VOCABULARY = 1, 2, 40
@@ -72,11 +72,11 @@ def test_no_images_give_no_captions() -> None:
 def test_exact_match_ignores_whitespace_only() -> None:
     assert same_caption("a  red fox ", "a red fox")
     assert not same_caption("a Red fox", "a red fox")
-    assert exact_percent(["a", "b", "c", " d"], ["a", "x", "y", "d"]) == 50.0
-    assert exact_percent([], []) == 0.0
+    assert exact_match_percent(["a", "b", "c", " d"], ["a", "x", "y", "d"]) == 50.0
+    assert exact_match_percent([], []) == 0.0
 
 
 def test_token_accuracy_is_over_all_tokens() -> None:
     # The mean of the batches' accuracies would be 75 %.
-    assert token_percent([(1, 1), (4, 8)]) == pytest.approx(100 * 5 / 9)
-    assert token_percent([]) == 0.0
+    assert token_accuracy_percent([(1, 1), (4, 8)]) == pytest.approx(100 * 5 / 9)
+    assert token_accuracy_percent([]) == 0.0
