@@ -1,8 +1,8 @@
-"""Samples per second of one core: the loader, other loaders, and decoding alone.
+"""Samples per second on one core: this project's loader, other loaders (peers), and decoding alone.
 
 Everything runs in this process without workers, with files in the page cache. A round has as many
-batches as a precise measurement needs. Before timing, one pass of every stream is compared with the
-loader's.
+batches as the loader reads in about `ROUND_SECONDS`. Before timing, the samples of one pass of
+every peer are compared with those of the loader.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ from tools.timing import Quartiles, interleave, ratio, use_one_thread
 ROUND_SECONDS = 0.15
 """Approximate duration of one round of the loader."""
 DECODE_ONLY = "decode and resize alone"
-BOUNDS = {
+SPEED_TARGETS = {
     "webdataset": (1.3, 2.0),
     "webdataset shuffled": (1.3, 2.0),
     "webdataset and Pillow": (2.0, 2.5),
     "mosaicml-streaming": (1.0, 1.3),
     DECODE_ONLY: (0.8, 0.92),
 }
-"""Floor and goal of the loader's speed, as a multiple of each baseline."""
+"""Minimum acceptable (floor) and desired (goal) speed of the loader, relative to each baseline."""
 
 
 def measure(options: Options) -> Iterator[Measurement]:
@@ -83,8 +83,8 @@ def batches_of(loader: Loader) -> Iterator[Batch]:
         yield from batches
 
 
-def consume(stream: Iterator[object], batches: int) -> Callable[[], None]:
-    """A function that takes `batches` batches from a stream."""
+def batch_consumer(stream: Iterator[object], batches: int) -> Callable[[], None]:
+    """A function that reads `batches` batches from a stream."""
 
     def run() -> None:
         for _ in islice(stream, batches):
@@ -121,9 +121,9 @@ def _measure(workload: Workload, options: Options) -> Iterator[Measurement]:
             yield not_measured(f"{workload.name}: ours / {name}", str(error))
 
     batches = 1 if options.quick else _batches_per_round(ours)
-    work = {name: consume(stream, batches) for name, stream in streams.items()}
-    work[DECODE_ONLY] = _decode_only(data, workload, batches * workload.batch)
-    seconds = interleave(work, repeats=options.repeats)
+    candidates = {name: batch_consumer(stream, batches) for name, stream in streams.items()}
+    candidates[DECODE_ONLY] = _decode_only(data, workload, batches * workload.batch)
+    seconds = interleave(candidates, repeats=options.repeats)
     loader.close()
     yield from _results(workload, seconds, batches * workload.batch)
 
@@ -131,7 +131,7 @@ def _measure(workload: Workload, options: Options) -> Iterator[Measurement]:
 def _peer_streams(
     data: BenchmarkData, workload: Workload
 ) -> dict[str, Callable[..., Iterator[peers.PeerBatch]]]:
-    """Functions that open a peer's stream, by name."""
+    """For each peer, a function that opens a stream of its batches."""
     streams: dict[str, Callable[..., Iterator[peers.PeerBatch]]] = {
         "webdataset": functools.partial(peers.webdataset, data, workload, shuffle=False),
         "webdataset shuffled": functools.partial(peers.webdataset, data, workload, shuffle=True),
@@ -151,10 +151,10 @@ def _results(
         yield Measurement(
             name=f"{workload.name}: {name}",
             unit="samples/s/core",
-            value=Quartiles.of([samples / cpu for cpu in seconds[name]]),
+            value=Quartiles.of([samples / duration for duration in seconds[name]]),
             note=workload.description if name == "ours" else "",
         )
-    for name, (floor, goal) in BOUNDS.items():
+    for name, (floor, goal) in SPEED_TARGETS.items():
         if name in seconds:
             yield Measurement(
                 name=f"{workload.name}: ours / {name}",
@@ -167,7 +167,7 @@ def _results(
 
 def _batches_per_round(ours: Iterator[Batch]) -> int:
     """Number of batches that take about `ROUND_SECONDS`."""
-    for _ in islice(ours, 4):
+    for _ in islice(ours, 4):  # warm-up
         pass
     start = time.process_time()
     for _ in islice(ours, 4):
@@ -176,7 +176,10 @@ def _batches_per_round(ours: Iterator[Batch]) -> int:
 
 
 def _decode_only(data: BenchmarkData, workload: Workload, count: int) -> Callable[[], None]:
-    """The upper bound: images in memory, decoded and transformed into one reused array."""
+    """A function that only decodes and transforms `count` images from memory into one array.
+
+    Its speed is the upper bound of a loader.
+    """
     files = itertools.cycle(read_images(data))
     decode = Decoder(workload)
     out = np.empty((3, workload.image_size, workload.image_size), np.uint8)

@@ -14,7 +14,7 @@ import torch
 
 from tools.bench_loader import peers
 from tools.bench_loader.options import Options
-from tools.bench_loader.throughput import BOUNDS, batches_of, consume, our_loader
+from tools.bench_loader.throughput import SPEED_TARGETS, batch_consumer, batches_of, our_loader
 from tools.bench_loader.workloads import PHOTO, SMALL, WEB, Workload, prepare
 from tools.measurements import Measurement
 from tools.reporting import log_progress
@@ -47,19 +47,19 @@ def _measure(workload: Workload, options: Options) -> Iterator[Measurement]:
         "webdataset and Pillow": _in_workers(peers.pillow_pipeline(data, workload)),
     }
     batches = 2 if options.quick else _batches_per_round(streams["webdataset"])
-    work = {name: consume(stream, batches) for name, stream in streams.items()}
-    seconds = interleave(work, repeats=options.repeats, warmup=1, clock=PROCESS_TREE_CLOCK)
+    candidates = {name: batch_consumer(stream, batches) for name, stream in streams.items()}
+    seconds = interleave(candidates, repeats=options.repeats, warmup=1, clock=PROCESS_TREE_CLOCK)
     loader.close()
-    del streams, work
+    del streams, candidates
 
     for name, rounds in seconds.items():
         yield Measurement(
             name=f"{workload.name}: {name}",
             unit="samples/s/core",
-            value=Quartiles.of([batches * workload.batch / cpu for cpu in rounds]),
+            value=Quartiles.of([batches * workload.batch / duration for duration in rounds]),
         )
     for name in ("webdataset", "webdataset and Pillow"):
-        floor, goal = BOUNDS[name]
+        floor, goal = SPEED_TARGETS[name]
         yield Measurement(
             name=f"{workload.name}: ours / {name}",
             unit="x",
@@ -88,7 +88,7 @@ def _batches_per_round(stream: Iterator[Any]) -> int:
 
     A clock tick of 10 ms is then about 1 % of a round.
     """
-    seconds = cpu_seconds(consume(stream, 16), PROCESS_TREE_CLOCK)
+    seconds = cpu_seconds(batch_consumer(stream, 16), PROCESS_TREE_CLOCK)
     return max(4, round(16 * ROUND_SECONDS / seconds))
 
 
