@@ -1,8 +1,8 @@
 """`make quickstart`: data, tokenizer, training on two processes and evaluation, in 15 minutes.
 
 It uses only commands that also run on a cluster: `python -m tools.quickstart_data`, `vlmoe train`
-under torchrun, and the evaluation of `vlmoe eval`. It adds the length of the run: a short trial
-measures the speed of this machine, and the run has as many steps as fit into the given minutes.
+under torchrun, and the evaluation of `vlmoe eval`. It only chooses the number of steps: a short
+trial measures the speed of this machine, and the run has as many steps as fit into `--minutes`.
 """
 
 from __future__ import annotations
@@ -26,19 +26,20 @@ from tools.quickstart_data import __main__ as quickstart_data_command
 
 logger = logging.getLogger(__name__)
 
-PRESET, DATA = "quickstart", Path("data/quickstart")
+PRESET = "quickstart"
+DATA_FOLDER = Path("data/quickstart")
 RANKS = 2
 TRIAL_STEPS = 16
 MAX_STEPS = 2400
-"""More steps improve little on 13,000 pairs."""
+"""With 13,000 training pairs, more steps hardly improve the model."""
 PRINTED_CAPTIONS = 10
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the quickstart; returns the exit status."""
-    options = _parse(arguments)
+    options = _parse_arguments(arguments)
     setup_logging()
-    status = quickstart_data_command.main(["--out", str(DATA)])
+    status = quickstart_data_command.main(["--out", str(DATA_FOLDER)])
     if status:
         return status
     try:
@@ -52,15 +53,15 @@ def main(arguments: list[str] | None = None) -> int:
         print("error: training failed; see its output above", file=sys.stderr)
         return error.returncode
     print(
-        f"\nall numbers: {options.out}/summary.json ({summary['samples_seen']:,} pairs seen in "
+        f"\nall results: {options.out}/summary.json ({summary['samples_seen']:,} pairs seen in "
         f"{summary['train_seconds'] / 60:.1f} minutes of training)"
     )
     tensorboard = os.path.relpath(Path(sys.executable).with_name("tensorboard"))
-    print(f"watch it:    {tensorboard} --logdir {options.out}")
+    print(f"view curves: {tensorboard} --logdir {options.out}")
     return 0
 
 
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
+def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tools.quickstart",
         description="Download images with captions, train a small sparse vision-language model on "
@@ -76,13 +77,13 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "--minutes",
         type=float,
         default=9.3,
-        help="training time that determines the number of steps (default: %(default)s)",
+        help="training time from which the number of steps is computed (default: %(default)s)",
     )
     parser.add_argument(
         "--steps",
         type=int,
         default=0,
-        help="optimizer steps (default: as many as fit into the minutes)",
+        help="optimizer steps (default: as many as fit into --minutes)",
     )
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings, such as optim.lr=1e-3"
@@ -104,7 +105,7 @@ def _steps_of_existing_run(out: Path) -> int:
 
 
 def _measure_steps(options: argparse.Namespace) -> int:
-    """Number of steps that fit into the minutes, measured on a short trial of the same run."""
+    """Number of steps that fit into `--minutes`, from the speed of a short trial of the run."""
     trial = options.out.with_name(options.out.name + "-trial")
     shutil.rmtree(trial, ignore_errors=True)
     logger.info("measuring the speed of this machine with a trial of %d steps", TRIAL_STEPS)
@@ -123,7 +124,10 @@ def _measure_steps(options: argparse.Namespace) -> int:
     shutil.rmtree(trial)
     steps = min(MAX_STEPS, int(60 * options.minutes / seconds_per_step))
     logger.info(
-        "%.2f s per step: %d steps in %.1f minutes", seconds_per_step, steps, options.minutes
+        "%.2f s per step: %d steps in %.1f minutes",
+        seconds_per_step,
+        steps,
+        steps * seconds_per_step / 60,
     )
     return steps
 
@@ -161,12 +165,12 @@ def summarize(out: Path) -> dict[str, Any]:
     state = read_meta(checkpoint).state["train"]
     trained = load_trained_model(out)
     results = evaluate_sets(trained, trained.run.eval.sets)
-    train_captions = evaluate_caption_samples(trained, str(DATA / "train"), name="train")
+    train_captions = evaluate_caption_samples(trained, str(DATA_FOLDER / "train"), name="train")
     summary = {
         "train_seconds": state["seconds"],
         "samples_seen": state["samples_seen"],
         "steps": state["step"],
-        "params": _parameters(trained.run),
+        "params": _parameter_counts(trained.run),
         "captions": {
             "train_exact": train_captions["caption_exact"],
             "unseen_style_exact": results["unseen_style"]["caption_exact"],
@@ -178,8 +182,9 @@ def summarize(out: Path) -> dict[str, Any]:
 
     print(f"\n{format_table(results)}\n")
     print(f"training images: {train_captions['caption_exact']:.1f} % of captions exactly right")
-    print("\nten images of a held-out style, and the generated captions:")
-    for example in results["unseen_style"]["examples"][:PRINTED_CAPTIONS]:
+    examples = results["unseen_style"]["examples"][:PRINTED_CAPTIONS]
+    print(f"\n{len(examples)} images of a held-out style (true caption -> generated caption):")
+    for example in examples:
         print(f"  {example['reference']:<36} -> {example['generated']}")
     return summary
 
@@ -188,7 +193,7 @@ def _scores(result: dict[str, Any]) -> dict[str, Any]:
     return {key: result[key] for key in ("image_to_text", "text_to_image", "chance", "images")}
 
 
-def _parameters(run: RunConfig) -> dict[str, int]:
+def _parameter_counts(run: RunConfig) -> dict[str, int]:
     from pretrain.model.count import count_parameters
 
     count = count_parameters(run.model, run.moe)
@@ -196,8 +201,9 @@ def _parameters(run: RunConfig) -> dict[str, int]:
 
 
 def _expert_load(out: Path) -> dict[str, float]:
-    """Smallest and largest load of any expert in the last logged step, over the mean load."""
-    # Without modality: moe/max_over_mean_load/layer_03.
+    """Smallest and largest load of any expert in the last logged step, relative to the mean."""
+    # Only names like moe/max_over_mean_load/layer_03; metrics of one modality end with /image or
+    # /text.
     loads = {
         name: value
         for name, value in _last_metrics(out).items()
