@@ -21,9 +21,9 @@ MISSING = object()
 """Returned for a field that does not exist; None stands for JSON's null."""
 
 _QUOTE = ord('"')
-_DEPTH_CHANGE = np.zeros(256, np.int8)
-"""Change of the nesting depth by each byte: +1 for an opening bracket, -1 for a closing one."""
-_DEPTH_CHANGE[list(b"[{")], _DEPTH_CHANGE[list(b"]}")] = 1, -1
+_DEPTH_CHANGES = np.zeros(256, np.int8)
+"""Change of the nesting depth, by byte value: +1 for `[` and `{`, -1 for `]` and `}`."""
+_DEPTH_CHANGES[list(b"[{")], _DEPTH_CHANGES[list(b"]}")] = 1, -1
 
 
 def parse_json_fields(data: bytes, max_depth: int) -> dict[str, object]:
@@ -40,7 +40,8 @@ def parse_json_fields(data: bytes, max_depth: int) -> dict[str, object]:
     if len(data) > MAX_JSON_BYTES:
         raise _invalid_json(f"has {len(data):,} bytes, more than {MAX_JSON_BYTES:,}")
 
-    # Counting brackets is a fast upper bound of the depth and nearly always enough.
+    # The number of opening brackets is an upper bound of the depth, fast to compute, and nearly
+    # always small enough.
     max_possible_depth = data.count(b"[") + data.count(b"{")
     if max_possible_depth > max_depth and nesting_depth(data) > max_depth:
         raise _invalid_json(f"is nested deeper than {max_depth} levels (data.limits.json_depth)")
@@ -59,16 +60,17 @@ def parse_json_fields(data: bytes, max_depth: int) -> dict[str, object]:
 
 def nesting_depth(data: bytes) -> int:
     """Maximum nesting depth of a JSON text; brackets inside strings are not counted."""
-    unescaped = data.replace(b"\\\\", b"").replace(b'\\"', b"")
-    codes = np.frombuffer(unescaped, np.uint8)
+    # Without escaped quotes, every remaining quote starts or ends a string.
+    without_escapes = data.replace(b"\\\\", b"").replace(b'\\"', b"")
+    values = np.frombuffer(without_escapes, np.uint8)
     # The 8-bit sum wraps around, but its parity (odd inside a string) stays correct.
-    in_string = np.cumsum(codes == _QUOTE, dtype=np.uint8) & 1
-    changes = np.where(in_string, 0, _DEPTH_CHANGE[codes])
+    in_string = np.cumsum(values == _QUOTE, dtype=np.uint8) & 1
+    changes = np.where(in_string, 0, _DEPTH_CHANGES[values])
     return int(np.cumsum(changes, dtype=np.int32).max(initial=0))
 
 
 def get_field(fields: dict[str, object], path: Sequence[str]) -> object:
-    """Value of a field or nested field; `MISSING` if it does not exist."""
+    """Value of the field at `path`, the names of nested fields; `MISSING` if it does not exist."""
     value: object = fields
     for name in path:
         if not isinstance(value, dict) or name not in value:
