@@ -1,4 +1,4 @@
-"""`vlmoe plan`: size, FLOPs, batch split and layout of a run, without GPU, DeepSpeed or data."""
+"""`vlmoe plan`: size, FLOPs, batch sizes and layout of a run; needs no GPU, DeepSpeed or data."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def add(subparsers: Subparsers) -> None:
         "plan",
         summary="validate a run and show its size, batch, layout and DeepSpeed settings",
         description="Validate a run file and show the number of parameters, FLOPs, the batch\n"
-        "split, the parallel layout and the resolved DeepSpeed settings. Nothing is trained.",
+        "sizes, the parallel layout and the resolved DeepSpeed settings. Nothing is trained.",
         examples=_EXAMPLES,
     )
     add_run_arguments(parser)
@@ -75,23 +75,27 @@ def handle(args: argparse.Namespace) -> None:
     world_size = run.parallel.expert_parallel_size if args.world_size is None else args.world_size
     text_tokens = resolve_text_tokens(args.text_tokens, run.model.context_length)
     check_run(run, world_size, source=str(path), training=False, zero_stage=zero_stage_of(run))
-    values = plan(run, path, world_size=world_size, text_tokens=text_tokens)
+    plan = make_plan(run, path, world_size=world_size, text_tokens=text_tokens)
 
     if not args.dense_baseline:
-        print(json.dumps(values, indent=2) if args.json else format_plan(run, values))
+        print(json.dumps(plan, indent=2) if args.json else format_plan(run, plan))
         return
+
     dense = dense_baseline(run, text_tokens=text_tokens)
     check_run(dense, world_size, source=f"the dense baseline of {path}", training=False)
-    both = {
-        "sparse": values,
-        "dense": plan(dense, path, world_size=world_size, text_tokens=text_tokens),
+    comparison = {
+        "sparse": plan,
+        "dense": make_plan(dense, path, world_size=world_size, text_tokens=text_tokens),
         "dense_settings": config_overrides(run, dense),
     }
-    print(json.dumps(both, indent=2) if args.json else format_comparison(run, dense, both))
+    if args.json:
+        print(json.dumps(comparison, indent=2))
+    else:
+        print(format_comparison(run, dense, comparison))
 
 
-def plan(run: RunConfig, path: Path, *, world_size: int, text_tokens: float) -> dict[str, Any]:
-    """The plan of a run as JSON values.
+def make_plan(run: RunConfig, path: Path, *, world_size: int, text_tokens: float) -> dict[str, Any]:
+    """What `vlmoe plan` shows of a run, as JSON values. A pair is an image with its caption.
 
     Args:
         run: A valid run.

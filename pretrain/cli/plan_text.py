@@ -11,17 +11,17 @@ from data_pipeline.common.config import to_mapping
 from pretrain.config.schema import RunConfig
 
 
-def format_plan(run: RunConfig, values: dict[str, Any]) -> str:
+def format_plan(run: RunConfig, plan: dict[str, Any]) -> str:
     """One line per topic, then the resolved DeepSpeed settings as JSON."""
-    moe_blocks, profile = values["layout"]["moe_blocks"], values["deepspeed_profile"]
+    moe_blocks, profile = plan["layout"]["moe_blocks"], plan["deepspeed_profile"]
     lines = [
-        ("run", f"{values['name']} ({_relative_path(values['run'])})"),
-        *_model_lines(run, values),
+        ("run", f"{plan['name']} ({_relative_path(plan['run'])})"),
+        *_model_lines(run, plan),
         *(_routing_lines(run) if moe_blocks else []),
-        *_training_lines(run, values),
+        *_training_lines(run, plan),
         (
             "layout",
-            f"{_count(values['layout']['world_size'], 'rank')}; {_layout(values['layout'])}",
+            f"{_count(plan['layout']['world_size'], 'rank')}; {_layout(plan['layout'])}",
         ),
         ("precision", run.precision.compute),
         (
@@ -30,12 +30,12 @@ def format_plan(run: RunConfig, values: dict[str, Any]) -> str:
         ),
     ]
     text = "\n".join(f"{name:<12} {value}" for name, value in lines)
-    return text + (f"\n{json.dumps(values['deepspeed'], indent=2)}" if values["deepspeed"] else "")
+    return text + (f"\n{json.dumps(plan['deepspeed'], indent=2)}" if plan["deepspeed"] else "")
 
 
-def _model_lines(run: RunConfig, values: dict[str, Any]) -> list[tuple[str, str]]:
-    params = {name: _short(number) for name, number in values["params"].items()}
-    num_sparse = len(values["layout"]["moe_blocks"])
+def _model_lines(run: RunConfig, plan: dict[str, Any]) -> list[tuple[str, str]]:
+    params = {name: _short(number) for name, number in plan["params"].items()}
+    num_sparse = len(plan["layout"]["moe_blocks"])
     return [
         ("parameters", f"{params['total']} total, {params['active']} active per token"),
         ("  trunk", f"{params['trunk_total']} total, {params['trunk_active']} active per token"),
@@ -44,8 +44,8 @@ def _model_lines(run: RunConfig, values: dict[str, Any]) -> list[tuple[str, str]
     ]
 
 
-def _training_lines(run: RunConfig, values: dict[str, Any]) -> list[tuple[str, str]]:
-    flops, batch, schedule = values["flops_per_pair"], values["batch"], values["schedule"]
+def _training_lines(run: RunConfig, plan: dict[str, Any]) -> list[tuple[str, str]]:
+    flops, batch, schedule = plan["flops_per_pair"], plan["batch"], plan["schedule"]
     return [
         (
             "FLOPs",
@@ -105,14 +105,15 @@ def _balancing_terms(run: RunConfig) -> list[str]:
     return terms
 
 
-def format_comparison(run: RunConfig, dense: RunConfig, both: dict[str, Any]) -> str:
+def format_comparison(run: RunConfig, dense: RunConfig, comparison: dict[str, Any]) -> str:
     """A run and its dense baseline side by side.
 
     Args:
         run: The sparse run.
         dense: Its dense baseline.
-        both: Plans of both runs, and the settings of the dense baseline.
+        comparison: Plans of both runs, and the settings of the dense baseline.
     """
+    sparse_plan, dense_plan = comparison["sparse"], comparison["dense"]
     rows = [("", "sparse", "dense", "dense / sparse")]
     for name, section, key in (
         ("parameters", "params", "total"),
@@ -123,17 +124,17 @@ def format_comparison(run: RunConfig, dense: RunConfig, both: dict[str, Any]) ->
         ("  forward", "flops_per_pair", "forward"),
         ("FLOPs of the run", "schedule", "total_flops"),
     ):
-        sparse_value, dense_value = both["sparse"][section][key], both["dense"][section][key]
+        sparse_value, dense_value = sparse_plan[section][key], dense_plan[section][key]
         ratio = f"{dense_value / sparse_value:.4f}"
         rows.append((name, _short(sparse_value), _short(dense_value), ratio))
-    num_sparse = len(both["sparse"]["layout"]["moe_blocks"])
+    num_sparse = len(sparse_plan["layout"]["moe_blocks"])
     rows.append(("layers with experts", str(num_sparse), "0", ""))
     rows.append(("dense FFN width", str(run.model.ffn_width), str(dense.model.ffn_width), ""))
 
-    flops = both["sparse"]["flops_per_pair"]
+    flops = sparse_plan["flops_per_pair"]
     lines = [f"{a:<20}{b:>12}{c:>12}{d:>15}".rstrip() for a, b, c, d in rows]
     lines.append(f"for {flops['patches']} patches and {flops['text_tokens']:g} text tokens a pair")
-    lines.append(f"settings of the dense baseline: {shlex.join(both['dense_settings'])}")
+    lines.append(f"settings of the dense baseline: {shlex.join(comparison['dense_settings'])}")
     return "\n".join(lines)
 
 
