@@ -149,24 +149,26 @@ def handle_encode(args: argparse.Namespace) -> None:
     if not texts:
         raise ConfigError("there is nothing to encode; give TEXT, or --shards")
 
-    byte_tokens = set(byte_token_ids(tokenizer))
+    byte_ids = set(byte_token_ids(tokenizer))
     for text in texts:
-        _print_encoding(tokenizer, text, byte_tokens)
+        _print_encoding(tokenizer, text, byte_ids)
     if len(texts) > 1:
         print(_summary(encoding_stats(tokenizer, texts)))
 
 
-def _print_encoding(tokenizer: Tokenizer, text: str, byte_tokens: set[int]) -> None:
+def _print_encoding(tokenizer: Tokenizer, text: str, byte_ids: set[int]) -> None:
     from data_pipeline.common.escaping import escape_control
     from data_pipeline.preparing.tokenizer_stats import MAX_TOKENS
 
     ids = tokenizer.encode(text, MAX_TOKENS)
-    num_bytes = sum(token in byte_tokens for token in ids)
+    num_bytes = sum(token_id in byte_ids for token_id in ids)
     byte_note = f", {num_bytes} of them bytes" if num_bytes else ""
     print(f"{escape_control(text)}\n  {len(ids)} tokens{byte_note}")
 
-    pieces = [escape_control(tokenizer.piece(token)).replace("\u2581", "_") for token in ids]
-    widths = [max(len(piece), len(str(token))) for piece, token in zip(pieces, ids, strict=True)]
+    pieces = [escape_control(tokenizer.piece(token_id)).replace("\u2581", "_") for token_id in ids]
+    widths = [
+        max(len(piece), len(str(token_id))) for piece, token_id in zip(pieces, ids, strict=True)
+    ]
     for start, end in _line_ranges(widths, _LINE_WIDTH):
         for row in (pieces[start:end], ids[start:end]):
             cells = zip(row, widths[start:end], strict=True)
@@ -212,19 +214,19 @@ def handle_inspect(args: argparse.Namespace) -> None:
         return
     stats = encoding_stats(tokenizer, captions)
     print(_summary(stats))
-    print(f"used         {stats.used:,} pieces occur in these captions\n")
+    print(f"used         {stats.num_used_pieces:,} pieces occur in these captions\n")
     rows = [(f"{ratio:.1%}", longest, length) for ratio, longest, length in stats.context_lengths()]
     print(format_table(["captions that fit", "tokens", "model.context_length"], rows))
 
 
 def _summary(stats: EncodingStats) -> str:
-    tokens = max(1, stats.tokens)
+    num_tokens = max(1, stats.num_tokens)
     return (
         f"captions     {len(stats.lengths):,}: {stats.lengths.mean():.1f} tokens per caption "
-        f"(with start and end), {stats.tokens / max(1, stats.words):.2f} tokens per word, "
-        f"{stats.characters / tokens:.2f} characters per token\n"
-        f"bytes        {stats.byte_tokens / tokens:.2%} of tokens, "
-        f"unknown {stats.unknown_tokens / tokens:.2%}"
+        f"(with start and end), {stats.num_tokens / max(1, stats.num_words):.2f} tokens per word, "
+        f"{stats.num_characters / num_tokens:.2f} characters per token\n"
+        f"bytes        {stats.num_byte_tokens / num_tokens:.2%} of tokens, "
+        f"unknown {stats.num_unknown_tokens / num_tokens:.2%}"
     )
 
 

@@ -21,30 +21,30 @@ class EncodingStats:
     """Statistics of encoded captions."""
 
     lengths: np.ndarray
-    """int64 `[captions]`: tokens of each caption, start and end tokens included."""
-    words: int
+    """int64 `[captions]`: number of tokens of each caption, start and end tokens included."""
+    num_words: int
     """Words separated by whitespace."""
-    characters: int
-    tokens: int
+    num_characters: int
+    num_tokens: int
     """Without start and end tokens."""
-    byte_tokens: int
+    num_byte_tokens: int
     """Of these, byte-fallback tokens for characters outside the vocabulary."""
-    unknown_tokens: int
-    used: int
-    """Number of distinct ids, without special and byte tokens."""
+    num_unknown_tokens: int
+    num_used_pieces: int
+    """Distinct token ids in the captions, without special and byte tokens."""
 
     def context_lengths(self) -> list[tuple[float, int, int]]:
-        """Context lengths that fit given ratios of the captions without truncation.
+        """Context lengths at which 90, 99, 99.9 and 100 % of the captions fit without truncation.
 
         Returns:
-            The ratio, the longest caption within it, and its length rounded up to a multiple of 8
-            (batches are padded to a multiple of 8).
+            The ratio of captions, the length of the longest of them, and this length rounded up to
+            a multiple of 8 (batches are padded to a multiple of 8).
         """
         ordered = np.sort(self.lengths)
         rows = []
         for ratio in _COVERAGE_RATIOS:
-            rank = min(len(ordered), int(np.ceil(ratio * len(ordered)))) - 1
-            longest = int(ordered[rank])
+            num_captions = min(len(ordered), int(np.ceil(ratio * len(ordered))))
+            longest = int(ordered[num_captions - 1])
             rows.append((ratio, longest, -(-longest // 8) * 8))
 
         return rows
@@ -53,40 +53,46 @@ class EncodingStats:
 def encoding_stats(tokenizer: Tokenizer, captions: Iterable[str]) -> EncodingStats:
     """Encode captions and compute statistics."""
     counts, lengths = np.zeros(tokenizer.vocab_size, np.int64), []
-    words = characters = 0
+    num_words = num_characters = 0
     for text in captions:
         caption = clean_caption(text)
         ids = tokenizer.encode(caption, MAX_TOKENS)
-        np.add.at(counts, ids[1:-1], 1)
+        np.add.at(counts, ids[1:-1], 1)  # without the start and end tokens
         lengths.append(len(ids))
-        words += len(caption.split())
-        characters += len(caption)
+        num_words += len(caption.split())
+        num_characters += len(caption)
 
-    byte_tokens = byte_token_ids(tokenizer)
+    byte_ids = byte_token_ids(tokenizer)
     piece_counts = counts.copy()
-    piece_counts[[START_ID, END_ID, UNK_ID, *byte_tokens]] = 0
+    piece_counts[[START_ID, END_ID, UNK_ID, *byte_ids]] = 0
     return EncodingStats(
         lengths=np.array(lengths, np.int64),
-        words=words,
-        characters=characters,
-        tokens=int(counts.sum()),
-        byte_tokens=int(counts[byte_tokens].sum()),
-        unknown_tokens=int(counts[UNK_ID]),
-        used=int((piece_counts > 0).sum()),
+        num_words=num_words,
+        num_characters=num_characters,
+        num_tokens=int(counts.sum()),
+        num_byte_tokens=int(counts[byte_ids].sum()),
+        num_unknown_tokens=int(counts[UNK_ID]),
+        num_used_pieces=int((piece_counts > 0).sum()),
     )
 
 
 def byte_token_ids(tokenizer: Tokenizer) -> list[int]:
     """Ids of the byte-fallback tokens."""
-    names = {f"<0x{value:02X}>" for value in range(NUM_BYTE_TOKENS)}
-    return [token for token in range(tokenizer.vocab_size) if tokenizer.piece(token) in names]
+    byte_pieces = {f"<0x{value:02X}>" for value in range(NUM_BYTE_TOKENS)}
+    return [
+        token_id
+        for token_id in range(tokenizer.vocab_size)
+        if tokenizer.piece(token_id) in byte_pieces
+    ]
 
 
 def longest_pieces(tokenizer: Tokenizer, count: int) -> list[str]:
-    """The longest vocabulary pieces, longest first, with the word-boundary marker shown as `_`."""
+    """The `count` longest pieces, longest first, with the word-boundary marker shown as `_`."""
     excluded = {*range(NUM_SPECIAL_TOKENS), *byte_token_ids(tokenizer)}
     pieces = [
-        tokenizer.piece(token) for token in range(tokenizer.vocab_size) if token not in excluded
+        tokenizer.piece(token_id)
+        for token_id in range(tokenizer.vocab_size)
+        if token_id not in excluded
     ]
     pieces.sort(key=lambda piece: (-len(piece), piece))
     return [piece.replace("\u2581", "_") for piece in pieces[:count]]

@@ -116,10 +116,10 @@ def test_encoding_stats(model: str) -> None:
     stats = encoding_stats(tokenizer, texts)
     ids = [token for text in texts for token in tokenizer.encode(text, 99)[1:-1]]
     byte_tokens = [token for token in ids if tokenizer.piece(token).startswith("<0x")]
-    assert (stats.tokens, stats.byte_tokens) == (len(ids), len(byte_tokens))
-    assert stats.unknown_tokens == 0
-    assert (stats.words, stats.characters) == (6, 17)
-    assert stats.used == len(set(ids) - set(byte_tokens))
+    assert (stats.num_tokens, stats.num_byte_tokens) == (len(ids), len(byte_tokens))
+    assert stats.num_unknown_tokens == 0
+    assert (stats.num_words, stats.num_characters) == (6, 17)
+    assert stats.num_used_pieces == len(set(ids) - set(byte_tokens))
 
 
 def test_vocabulary_pieces(model: str) -> None:
