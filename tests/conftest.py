@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tests.support.slurm import SlurmCluster
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Assign tests to workers of `pytest -n N --dist loadgroup`.
 
