@@ -17,17 +17,15 @@ if TYPE_CHECKING:
     from tests.support.slurm import SlurmCluster
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Assign tests to workers of `pytest -n N --dist loadgroup`.
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Assign a test to a group for `pytest -n N --dist loadgroup`; a group runs in one worker.
 
-    Tests that start processes run one after another in one worker; the unit tests of a file stay
-    together, because they share fixtures.
+    Tests that start processes form one group. The unit tests of a file are a group, because they
+    share fixtures.
     """
-    for item in items:
-        file = item.nodeid.partition("::")[0]
-        group = "processes" if file.startswith(PROCESS_TESTS) else file
-        item.add_marker(pytest.mark.xdist_group(group))
+    file = item.nodeid.partition("::")[0]
+    group = "processes" if file.startswith(PROCESS_TESTS) else file
+    item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")
