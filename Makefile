@@ -46,7 +46,7 @@ quickstart: env
 	$(RUN) -m tools.quickstart
 
 test: env system
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -m 'not long' -n $(TEST_WORKERS) --dist loadgroup
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m 'not long' -n $(TEST_WORKERS)
 
 lint: env
 	$(VENV)/bin/ruff check .

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -17,15 +17,19 @@ if TYPE_CHECKING:
     from tests.support.slurm import SlurmCluster
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Assign a test to a group for `pytest -n N --dist loadgroup`; a group runs in one worker.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """The scheduler of `pytest -n N`: which tests run in the same worker, one after another.
 
-    Tests that start processes form one group. The unit tests of a file are a group, because they
-    share fixtures.
+    All tests that start processes, and otherwise the tests of a file, because they share fixtures.
     """
-    file = item.nodeid.partition("::")[0]
-    group = "processes" if file.startswith(PROCESS_TESTS) else file
-    item.add_marker(pytest.mark.xdist_group(group))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class FileScheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "processes" if nodeid.startswith(PROCESS_TESTS) else nodeid.partition("::")[0]
+
+    return FileScheduling(config, log)
 
 
 @pytest.fixture(scope="session")
