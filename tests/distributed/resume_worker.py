@@ -1,8 +1,8 @@
 """Worker of test_resume.py, run on every rank.
 
-Trains without interruption, then interrupted at given steps and resumed; rank 0 prints the
-differences. An interruption is what a stop signal causes: a checkpoint is saved and training ends;
-then a new engine, loader and reporter are built from the run folder.
+Trains a run without interruption, then runs that are stopped after given steps and resumed; rank 0
+prints which results differ. A run is stopped as by a signal: a checkpoint is saved and training
+ends. Then a new engine, loader and reporter are built from the run folder.
 """
 
 from __future__ import annotations
@@ -30,14 +30,18 @@ STEPS = 5
 
 
 class StopAfter(StopFlag):
-    """A stop signal during step number `steps` of this part of the run; never if 0."""
+    """A flag that is set after `num_steps` steps, as by a stop signal; never if 0.
 
-    steps = 0
+    The training loop reads it once after each step.
+    """
+
+    num_steps = 0
+    num_reads = 0
 
     @property
     def is_set(self) -> bool:  # type: ignore[override]
-        self.num_reads = getattr(self, "num_reads", 0) + 1
-        return self.num_reads == self.steps
+        self.num_reads += 1
+        return self.num_reads == self.num_steps
 
     @is_set.setter
     def is_set(self, value: bool) -> None:
@@ -89,52 +93,62 @@ def run_config(
 
 
 def train(run: RunConfig, out: Path, stop_after: int) -> tuple[TrainState, dict[str, torch.Tensor]]:
-    """Train one part of a run; returns its state and this rank's tensors."""
-    StopAfter.steps = stop_after
+    """Start or resume a run; returns its state and this rank's tensors.
+
+    Args:
+        run: The run.
+        out: Its folder, with a checkpoint if the run is resumed.
+        stop_after: Number of steps after which the run is stopped; 0 trains to the end.
+    """
+    StopAfter.num_steps = stop_after
     components = build(run, out)
     state = loop.train(components)
     engine = components.engine
     tensors = engine.model_tensors() | engine.optimizer_tensors()
-    biases = [buffer for _, buffer in engine.model.named_buffers()]
-    assert stop_after or (biases and all(bool(bias.any()) for bias in biases))
+
+    if not stop_after:
+        biases = [buffer for _, buffer in engine.model.named_buffers()]
+        assert biases and all(bool(bias.any()) for bias in biases), "a router bias is still zero"
     if engine.layout.zero_stage == 3:
-        # DeepSpeed does not initialize the padding of stage 3 partitions. The full weights are
-        # still compared.
+        # The master weights include the padding of the partitions, which DeepSpeed does not
+        # initialize. The full weights are still compared.
         tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("/master")}
     return state, {name: tensor.clone() for name, tensor in tensors.items()}
 
 
 def comparable_rows(out: Path) -> list[dict[str, Any]]:
-    """Rows of metrics.jsonl without metrics of time and memory."""
+    """The rows of metrics.jsonl, without metrics that measure time or memory."""
     rows = read_rows(out / "metrics.jsonl")
-    kept = ("step", "loss/", "optim/", "moe/", "data/samples_seen")
-    return [{key: value for key, value in row.items() if key.startswith(kept)} for row in rows]
+    prefixes = ("step", "loss/", "optim/", "moe/", "data/samples_seen")
+    return [{key: value for key, value in row.items() if key.startswith(prefixes)} for row in rows]
 
 
-def compare(run: RunConfig, out: Path, name: str, cuts: list[int]) -> None:
-    """Interrupt a run at each of `cuts`; rank 0 prints one line per cut."""
+def compare(run: RunConfig, out: Path, name: str, stop_steps: list[int]) -> None:
+    """Stop and resume a run after each of `stop_steps`; rank 0 prints one line for each."""
     uninterrupted = out / f"{name}-uninterrupted"
-    expected_state, expected = train(run, uninterrupted, 0)
-    for cut in cuts:
-        interrupted = out / f"{name}-cut-{cut}"
-        first_state, _ = train(run, interrupted, cut)
+    expected_state, expected_tensors = train(run, uninterrupted, 0)
+
+    for stop_step in stop_steps:
+        interrupted = out / f"{name}-stopped-after-{stop_step}"
+        first_state, _ = train(run, interrupted, stop_step)
         state, tensors = train(run, interrupted, 0)
         equal = {
-            "stopped_at": first_state.step == cut,
+            "stop_step": first_state.step == stop_step,
             "state": replace(state, seconds=0.0) == replace(expected_state, seconds=0.0),
-            "tensors": expected.keys() == tensors.keys()
-            and all(torch.equal(expected[key], tensors[key]) for key in expected),
+            "tensors": expected_tensors.keys() == tensors.keys()
+            and all(torch.equal(tensor, tensors[key]) for key, tensor in expected_tensors.items()),
         }
         if dist.get_rank() == 0:
             rows = comparable_rows(interrupted)
             equal["rows"] = rows == comparable_rows(uninterrupted)
-            equal["all_steps"] = [row["step"] for row in rows] == list(range(1, STEPS + 1))
+            equal["logged_steps"] = [row["step"] for row in rows] == list(range(1, STEPS + 1))
+
         different = all_gather_json(
             [key for key, is_equal in equal.items() if not is_equal], torch.device("cpu")
         )
         if dist.get_rank() == 0:
-            result = {"name": name, "cut": cut, "different": different}
-            print("CELL " + json.dumps(result), flush=True)
+            result = {"name": name, "stop_step": stop_step, "different": different}
+            print("RESULT " + json.dumps(result), flush=True)
 
 
 def main() -> None:
@@ -142,16 +156,16 @@ def main() -> None:
     parser.add_argument("--dataset", required=True, help="JSON: folder, tokenizer, vocab_size")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument(
-        "--cells",
+        "--cases",
         required=True,
-        help="JSON rows [profile, precision, expert_parallel_size, [cuts]]",
+        help="JSON list of [profile, precision, expert_parallel_size, [stop step, ...]]",
     )
     options = parser.parse_args()
     torch.set_num_threads(1)
     loop.StopFlag = StopAfter  # type: ignore[misc]
-    for profile, precision, expert_parallel_size, cuts in json.loads(options.cells):
+    for profile, precision, expert_parallel_size, stop_steps in json.loads(options.cases):
         run = run_config(json.loads(options.dataset), profile, precision, expert_parallel_size)
-        compare(run, options.out, f"{profile}-{precision}-{expert_parallel_size}", cuts)
+        compare(run, options.out, f"{profile}-{precision}-{expert_parallel_size}", stop_steps)
     dist.barrier()
     stop_process_group()
 

@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 
 
 @pytest.mark.parametrize(
-    ("processes", "cells"),
+    ("processes", "cases"),
     [
         (
             2,
@@ -36,32 +36,31 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
     ids=["two-processes", "one-process"],
 )
 def test_resumed_run_equals_uninterrupted_run(
-    processes: int, cells: list[Any], shapes: ShapeDataset, tmp_path: Path
+    processes: int, cases: list[Any], shapes: ShapeDataset, tmp_path: Path
 ) -> None:
     dataset = {
         "folder": str(shapes.folder),
         "tokenizer": str(shapes.tokenizer),
         "vocab_size": shapes.vocab_size,
     }
-    result = run_ranks(
+    launch = run_ranks(
         [
             str(WORKER),
             "--dataset",
             json.dumps(dataset),
             "--out",
             str(tmp_path),
-            "--cells",
-            json.dumps(cells),
+            "--cases",
+            json.dumps(cases),
         ],
         processes=processes,
         timeout_seconds=240,
     ).check()
-    rows = [
-        json.loads(line.removeprefix("CELL "))
-        for line in result.output.splitlines()
-        if line.startswith("CELL ")
+    results = [
+        json.loads(line.removeprefix("RESULT "))
+        for line in launch.output.splitlines()
+        if line.startswith("RESULT ")
     ]
-    assert len(rows) == sum(len(cuts) for *_, cuts in cells)
-    assert all(row["different"] == [[]] * processes for row in rows), "\n".join(
-        map(json.dumps, rows)
-    )
+    assert len(results) == sum(len(stop_steps) for *_, stop_steps in cases)
+    different = [case for case in results if case["different"] != [[]] * processes]
+    assert not different
