@@ -35,10 +35,12 @@ VALUES = ("loss", "term", "counts", "assignments")
 
 FAULTS = (
     InjectedFault(
-        "expert_gradients_scaled_by_world_size", {"gradient": ".experts.", "norm": ""}, VALUES
+        "expert_gradients_scaled_by_expert_parallel_size",
+        {"gradient": ".experts.", "norm": ""},
+        VALUES,
     ),
     InjectedFault(
-        "expert_gradients_scaled_by_world_size",
+        "expert_gradients_scaled_by_expert_parallel_size",
         {"gradient": ".experts."},
         VALUES,
         cell=Cell(expert_parallel_size=2, zero="0", precision="bf16"),

@@ -19,7 +19,7 @@ from tests.support import loss_faults, routing_faults, update_faults
 FAULTS: dict[str, Callable[[], list[Any]]] = {
     fault.__name__: fault
     for fault in (
-        update_faults.expert_gradients_scaled_by_world_size,
+        update_faults.expert_gradients_scaled_by_expert_parallel_size,
         update_faults.clip_by_mean_of_local_norms,
         update_faults.expert_weight_not_tagged,
         update_faults.expert_gradient_averaged_over_ranks,

@@ -14,11 +14,12 @@ from pretrain.optim.groups import is_expert
 from pretrain.parallel import deepspeed_engine, deepspeed_moe
 
 Patch = Any
+"""A patcher of `mock.patch.object`, to be entered as a context manager."""
 
 
-def expert_gradients_scaled_by_world_size() -> list[Patch]:
-    """Expert gradients, which already include the tokens of all ranks, are multiplied by the number
-    of ranks."""
+def expert_gradients_scaled_by_expert_parallel_size() -> list[Patch]:
+    """Expert gradients, which already include the tokens of all ranks of an expert-parallel group,
+    are multiplied by its size."""
     original = worker.build_engine
 
     def build(*args: Any) -> Any:
@@ -42,10 +43,10 @@ def clip_by_mean_of_local_norms() -> list[Patch]:
         squares = [gradient.float().square().sum() for gradient in gradients]
         norm = torch.stack(squares).sum().sqrt()
         dist.all_reduce(norm)
-        mean = float(norm) / self.world_size
-        if mean > self._clip_norm:
-            torch._foreach_mul_(gradients, self._clip_norm / (mean + 1e-6))
-        return mean
+        mean_norm = float(norm) / self.world_size
+        if mean_norm > self._clip_norm:
+            torch._foreach_mul_(gradients, self._clip_norm / (mean_norm + 1e-6))
+        return mean_norm
 
     return [mock.patch.object(deepspeed_engine.DeepSpeedEngine, "_clip_by_global_norm", clip)]
 
@@ -54,11 +55,11 @@ def expert_weight_not_tagged() -> list[Patch]:
     """One expert weight is not tagged as expert-parallel, so rank 0's values are broadcast."""
     original = deepspeed_moe.DeepSpeedMoELayer._tag_expert
 
-    def tag_others(self: Any, parameter: Any) -> None:
+    def tag_expert(self: Any, parameter: Any) -> None:
         if parameter is not self.experts.w2 or self.block_index != 1:
             original(self, parameter)
 
-    return [mock.patch.object(deepspeed_moe.DeepSpeedMoELayer, "_tag_expert", tag_others)]
+    return [mock.patch.object(deepspeed_moe.DeepSpeedMoELayer, "_tag_expert", tag_expert)]
 
 
 def expert_gradient_averaged_over_ranks() -> list[Patch]:
@@ -115,20 +116,20 @@ def earlier_micro_batches_dropped() -> list[Patch]:
     """Gradients of all micro-batches but the last are dropped."""
     original = deepspeed_engine.DeepSpeedEngine.backward
 
-    def only_last(self: Any, loss: Tensor, *, last: bool) -> None:
+    def backward(self: Any, loss: Tensor, *, last: bool) -> None:
         original(self, loss if last else 0.0 * loss, last=last)
 
-    return [mock.patch.object(deepspeed_engine.DeepSpeedEngine, "backward", only_last)]
+    return [mock.patch.object(deepspeed_engine.DeepSpeedEngine, "backward", backward)]
 
 
 def missing_expert_gradients_of_last_rank() -> list[Patch]:
-    """The last rank reports no gradients of its experts."""
+    """The engine of the last rank returns no gradients of its experts."""
     original = deepspeed_engine.DeepSpeedEngine.gradients
 
-    def without_experts(self: Any) -> Any:
-        gradients = original(self)
+    def gradients(self: Any) -> Any:
+        tensors = original(self)
         if self.rank == self.world_size - 1:
-            gradients = {name: g for name, g in gradients.items() if ".experts." not in name}
-        return gradients
+            tensors = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
+        return tensors
 
-    return [mock.patch.object(deepspeed_engine.DeepSpeedEngine, "gradients", without_experts)]
+    return [mock.patch.object(deepspeed_engine.DeepSpeedEngine, "gradients", gradients)]
