@@ -98,7 +98,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make added, renamed and removed names in a folder durable."""
+    """Fsync a folder: makes created, renamed and removed entries durable."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)

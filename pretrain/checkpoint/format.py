@@ -82,7 +82,7 @@ class Meta:
     step: int
     """Number of completed optimizer steps."""
     layout: dict[str, Any]
-    """Layout that wrote it: world size, expert parallelism, ZeRO stage, precision."""
+    """Layout of the run that wrote it: world size, expert parallelism, ZeRO stage, precision."""
     files: dict[str, FileRecord]
     """Every other file of the folder."""
     state: dict[str, Any]

@@ -38,6 +38,7 @@ _HOW_TO_MATCH = {
     "num_experts": "set moe.num_experts={value}",
     "expert_layer": "set moe.backend={value}",
 }
+"""How to start a run with the same value as the checkpoint, for each field of a layout."""
 
 
 class LoadedState(NamedTuple):
@@ -71,7 +72,7 @@ def find_latest(root: Path) -> Path | None:
             _log_corrupt(path, error)
         else:
             return path
-    _raise_if_any(root)
+    _raise_if_checkpoints_exist(root)
     return None
 
 
@@ -125,7 +126,7 @@ def load_latest(engine: CheckpointEngine, root: Path) -> ResumedCheckpoint | Non
         except CorruptCheckpointError as error:
             _log_corrupt(root / name, error)
     if names:
-        _raise_if_any(root)
+        _raise_if_checkpoints_exist(root)
     return None
 
 
@@ -170,7 +171,7 @@ def _log_corrupt(path: Path, error: CheckpointError) -> None:
     logger.error("%s cannot be used (%s); trying an older checkpoint", path, error)
 
 
-def _raise_if_any(root: Path) -> None:
+def _raise_if_checkpoints_exist(root: Path) -> None:
     if _candidates(root):
         raise CheckpointError(
             f"no checkpoint in {root} is intact (see the messages above); restore one, or move the "

@@ -1,7 +1,7 @@
 """Retention: keeps the newest checkpoints, always including the one that `latest` names.
 
-A folder is removed by renaming it to a hidden name first. If the process is killed in between, no
-reader takes the rest for a checkpoint, and the next start removes it.
+Before a folder is removed, it is renamed to a hidden name. If the process is killed in between, no
+reader mistakes the remaining files for a checkpoint, and the next start removes them.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ class TensorFiles(Mapping[str, Tensor]):
 
 
 def load_model_weights(path: Path, *, verify: bool = True) -> dict[str, Tensor]:
-    """All weights of a checkpoint for one process, whatever layout wrote them.
+    """All weights of a checkpoint for one process, for any layout of the run that saved them.
 
     Args:
         path: A checkpoint folder.

@@ -203,7 +203,7 @@ def _replace_latest(root: Path, name: str) -> None:
     try:
         fsync_folder(root)
     except OSError as error:
-        # Both names are already replaced; after a power failure now, the old `latest` may be back.
+        # `latest` is already replaced, but after a power failure its old contents may reappear.
         logger.warning(
             "%s names %s, but fsync of its folder failed: %s", root / LATEST, name, error
         )

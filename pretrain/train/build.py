@@ -107,7 +107,7 @@ def build_engine(
     )
     start_process_group(environment, run.parallel.timeout_seconds)
 
-    # Imported late: importing DeepSpeed takes seconds and reads the accelerator set just before.
+    # Imported late: DeepSpeed takes seconds to import and requires DS_ACCELERATOR to be set.
     from pretrain.parallel.deepspeed_engine import DeepSpeedEngine
     from pretrain.parallel.deepspeed_moe import expert_parallel_layer_factory
     from pretrain.parallel.deepspeed_native_moe import init_like_moe_layer, native_layer_factory

@@ -21,9 +21,9 @@ from pretrain.train.reporter import Reporter
 class RankZeroLogits:
     """Next-token logits of rank 0, on every rank.
 
-    Logits computed on different ranks may differ in the last bit, since rows have other positions
-    in the experts' batches. Ranks could then end a caption at different lengths, and the one that
-    ends first would leave the others waiting in a collective.
+    Logits computed on different ranks may differ in the last bit, since a row has different
+    positions in the experts' batches. Ranks could then end a caption at different lengths, and the
+    one that ends first would leave the others waiting in a collective.
     """
 
     engine: TrainEngine
@@ -38,7 +38,7 @@ class RankZeroLogits:
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionSampleLogger:
-    """Generates captions for a few fixed images.
+    """Generates and logs captions of a few fixed images.
 
     All ranks generate captions of the same images, since each rank holds only some experts.
     """

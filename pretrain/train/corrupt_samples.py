@@ -13,25 +13,26 @@ from pretrain.train.metrics import RankReport
 
 
 class _WindowCounts(NamedTuple):
-    """Samples of one window of the log, over all ranks."""
+    """Number of samples between two log entries, over all ranks."""
 
     read: int
     corrupt: int
     first: str
-    """Description of the first corrupt sample; empty without any."""
+    """Description of the first corrupt sample; empty if there is none."""
 
 
 class CorruptSampleGuard:
     """Counts the corrupt samples of all ranks and raises when their ratio is too high.
 
-    Two ratios are limited: since the start, and over recently read samples, because in a long run
-    the former would take days to notice an outage. The result is the same on every rank.
+    Two ratios are limited: that of all samples since the start, and that of recently read samples,
+    because in a long run the first would exceed its limit only days after a storage outage. The
+    result is the same on every rank.
     """
 
     MIN_CORRUPT = 100
     """Number of corrupt samples below which no ratio is checked."""
     RECENT_SAMPLES = 10_000
-    """Minimum number of samples that count as recent; whole windows of the log are counted."""
+    """Minimum number of samples that count as recent, rounded up to whole log entries."""
 
     def __init__(self, max_ratio: float, *, samples_read: int) -> None:
         self._max_ratio, self._samples_at_start = max_ratio, samples_read
@@ -39,10 +40,10 @@ class CorruptSampleGuard:
         self._recent: deque[_WindowCounts] = deque()
 
     def add(self, reports: list[RankReport], *, samples_read: int) -> None:
-        """Count the problems of a window.
+        """Count the corrupt samples since the last log entry.
 
         Args:
-            reports: Of all ranks.
+            reports: The reports of all ranks.
             samples_read: Samples read since the start of training, over all ranks.
 
         Raises:

@@ -136,7 +136,7 @@ class Window:
         return metrics, {"moe/tokens_per_expert": assignments_LME}
 
     def _filtered_ratios(self, reports: list[RankReport], steps: int) -> dict[str, float]:
-        """Ratio of read samples that each filter excluded; filters without any are omitted."""
+        """Fraction of read samples that each filter excluded; filters without any are omitted."""
         counts = sum((Counter(report.filtered) for report in reports), Counter[str]())
         samples_read = steps * self._run.batch.global_batch_size
         return {
@@ -152,7 +152,7 @@ class Window:
 
 
 def load_metrics(assignments_LME: np.ndarray[Any, Any], run: RunConfig) -> dict[str, float]:
-    """Largest and smallest expert load of each layer, over the mean load.
+    """Largest and smallest expert load of each layer, divided by the mean load.
 
     The mean is that of the expert's pool: with modality pools, the experts of the other pool cannot
     receive its tokens.
@@ -177,8 +177,8 @@ def routing_metrics(result: StepResult, run: RunConfig) -> dict[str, float]:
     - `entropy` (nats): mean entropy of a token's scores;
     - `mean_entropy` (nats): entropy of the mean scores;
     - `top_probability`: mean of a token's largest score;
-    - `top1_ratio`: ratio of tokens whose best expert is the most common best expert;
-    - `dropped`: ratio of assignments dropped by the capacity limit (only with a capacity);
+    - `top1_ratio`: fraction of tokens whose best expert is the most common best expert;
+    - `dropped`: fraction of assignments dropped by the capacity limit (only with a capacity);
     - `bias_range`: largest minus smallest routing bias (only with biases).
     """
     metrics: dict[str, float] = {}
@@ -215,7 +215,7 @@ def _routing_values(
 
 
 def source_metrics(order: Order, position: int) -> dict[str, float]:
-    """Completed epochs of each source, and its ratio of all samples so far."""
+    """Completed epochs of each source, and its fraction of all samples so far."""
     metrics = {}
     for name, samples, epochs in order.consumed(position):
         metrics[f"data/epochs/{name}"] = epochs

@@ -172,7 +172,7 @@ class Reporter:
         self._try(CORRUPT_SAMPLES_FILE, self._corrupt.close)
 
     def _max_loads(self, load_LME: Array) -> dict[str, float]:
-        """Largest expert load by layer and modality, over the mean load of the modality's pool."""
+        """Largest over mean expert load by layer and modality, in the modality's pool."""
         values = {}
         for layer, block in enumerate(self._blocks):
             for index, modality in enumerate(MODALITIES):

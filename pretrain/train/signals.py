@@ -21,7 +21,7 @@ class StopFlag:
 
     def __enter__(self) -> StopFlag:
         for number in STOP_SIGNALS:
-            # Shells ignore SIGINT in background jobs: Ctrl-C is for the foreground job then.
+            # A shell starts background jobs with SIGINT ignored, and it stays ignored here.
             if number != signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:
                 self._previous[number] = signal.signal(number, self._set)
         return self

@@ -21,7 +21,7 @@ class TrainState:
     samples_seen: int = 0
     """Valid pairs trained on, over all ranks; the loader's position also counts skipped ones."""
     seconds: float = 0.0
-    """Time spent, over all restarts, from building the components to the step."""
+    """Time until this step, including building the components, summed over all restarts."""
     loader: LoaderState
     """Position in the data."""
 

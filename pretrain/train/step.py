@@ -94,8 +94,8 @@ def train_step(
     work = _Step(engine, batches, run, derive_step_seed(run.seed, step), coactivation)
     terms, auxiliary, sums, scale = work.backward() if len(batches) == 1 else work.accumulate()
     task_terms = engine.all_reduce_sum(torch.stack([term.detach().double() for term in terms]))
-    # Before the number of pairs is known on the host: an empty global batch has no assignments, and
-    # then the biases do not change.
+    # Called before the number of pairs is copied to the host. An empty global batch does not change
+    # the biases, since it has no assignments.
     engine.model.update_biases(
         sums.router.assignments_ME, bias_rate(run.balance, step, run.schedule.total_steps)
     )
