@@ -7,9 +7,9 @@ all gradients, weights after the first and third step, router biases and expert 
 compared.
 
     cells             one cell of the matrix: its axes and their values
-    cell_selection    `--cells` to cells
+    cell_selection    parses `--cells`
     cell_runs         the run configuration of a cell, and why a cell is unsupported
-    scale_down        a run scaled down to a laptop (`--small`)
+    scale_down        scales a run down so that a laptop can train it (`--small`)
     batches           the synthetic global batch
     tracing           three steps of an engine as named tensors
     compare           differences between two traces

@@ -43,7 +43,10 @@ class Cell:
         return self.zero if self.zero.endswith(".json") else f"zero{self.zero}"
 
     def label(self, world_size: int) -> str:
-        """A short description for the table, such as `2x ep2 zero1 accum4 bf16 recomp gaps`."""
+        """A short description for the table, such as `2x ep2 zero1 accum4 bf16 recomp gaps`.
+
+        `gaps` stands for `missing=pairs`, and `empty` for `missing=rank`.
+        """
         zero = self.zero if len(self.zero) < 12 else self.zero.rsplit("/", 1)[-1]
         parts = [
             f"{world_size}x",

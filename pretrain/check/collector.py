@@ -30,6 +30,7 @@ class Collector:
     """Other ranks print and write nothing."""
     outcomes: list[Outcome] = field(default_factory=list)
     float32_errors: dict[str, WorstDifferences] = field(default_factory=dict)
+    """Rounding error of each run's float32 reference."""
     rank_failures: list[str] = field(default_factory=list)
     """Failures of ranks after their last case."""
     progress: Progress | None = None
@@ -42,7 +43,7 @@ class Collector:
         """Print the table's header."""
         self._print(*report.header(self.width))
 
-    def start_world(self, world_size: int, num_cells: int) -> None:
+    def start_world_size(self, world_size: int, num_cells: int) -> None:
         """Start the progress of a world size. Starting ranks takes a while, so it is logged."""
         if self.is_rank_zero:
             logger.info("comparing %d cells; starting %d ranks", num_cells, world_size)

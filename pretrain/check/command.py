@@ -78,7 +78,7 @@ def check_parallel(run_file: str, overrides: Sequence[str], options: CheckOption
             job_folder.mkdir()
             job = _make_job(run, world_size, options, job_folder, collector)
             if job.cases:
-                collector.start_world(world_size, len(job.cases))
+                collector.start_world_size(world_size, len(job.cases))
                 run_cells(job, world_size, collector.handle_message)
     collector.finish()
 

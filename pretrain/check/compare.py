@@ -32,7 +32,7 @@ QUANTITIES = (
 """Compared quantities.
 
 Of the first step: `start` are the initial weights, `loss` is the total, `term` every loss term
-before and after its weight and the contrastive scale, `norm` the gradient norm before clipping,
+before and after weighting and the contrastive scale, `norm` the gradient norm before clipping,
 `statistics` the routers' sums, `counts` pairs and tokens, `assignments` the number of expert
 assignments that differ, `biases` the routers' biases, `parameters` the weights after the step, and
 `update` the difference of these weights relative to the norm of their change.
@@ -115,7 +115,7 @@ class Comparison:
 
 
 def compare_traces(actual: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> Comparison:
-    """Compares a whole trace with the reference."""
+    """Compare a whole trace with the reference."""
     comparison = Comparison(reference)
     for name, tensor in actual.items():
         comparison.add(name, tensor)
@@ -216,11 +216,12 @@ def _parse_span(span: str) -> tuple[int, int]:
 
 
 def _by_plain_name(reference: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The reference holds all experts, so the ranges in its names are dropped."""
+    """Tensors by name without a range of experts: the reference holds all experts."""
     return {_plain(name): tensor for name, tensor in reference.items()}
 
 
 def _plain(name: str) -> str:
+    """The name without the range of experts `@first:last`."""
     return name.partition("@")[0]
 
 

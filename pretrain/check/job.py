@@ -75,7 +75,7 @@ class Outcome:
     """None if the cell was not compared."""
     seconds: float = 0.0
     reference_stats: dict[str, Any] = field(default_factory=dict)
-    """Pairs, assignments, dropped assignments, moved biases and clipped steps of the reference."""
+    """The result of `pretrain.check.compare.reference_stats`."""
     by_name: dict[str, dict[str, float]] = field(default_factory=dict)
     """Difference of every `term` and every `gradient` of the first step, in descending order."""
 

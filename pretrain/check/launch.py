@@ -174,7 +174,7 @@ def _find_failure(
             reason = f"rank {rank} exited with status {code}; its last output: "
             return RankFailure(done, "error", reason + _end_of_log(folder, rank))
 
-    reports = [report for of_rank in reports_by_rank for report in of_rank]
+    reports = [report for rank_reports in reports_by_rank for report in rank_reports]
     for status in ("error", "hang"):  # errors first: a failed rank makes the others hang
         matching = [report for report in reports if report["status"] == status]
         if matching:

@@ -126,7 +126,7 @@ class RankWorker:
             )
 
         seen = {name for _, names, _ in ranks for name in names}
-        worst = merge([*(of_rank for of_rank, _, _ in ranks), missing_names(seen, expected)])
+        worst = merge([*(values for values, _, _ in ranks), missing_names(seen, expected)])
         result = find_mismatches(
             worst,
             case.cell.precision,
@@ -142,7 +142,7 @@ class RankWorker:
             status="mismatch" if result.mismatches else "ok",
             reference_stats=reference_stats(expected, run.optim.clip_norm),
             by_name={
-                quantity: merge_by_name(of_rank[quantity] for _, _, of_rank in ranks)
+                quantity: merge_by_name(by_name[quantity] for _, _, by_name in ranks)
                 for quantity in comparison.by_name
             },
         )
@@ -160,7 +160,7 @@ class RankWorker:
         return self._references[name]
 
     def _reference_name(self, case: Case, run: RunConfig) -> str:
-        """File name of the reference: everything that determines it."""
+        """File name of the reference; contains everything that determines it."""
         cell = case.cell
         # The rows that `missing=rank` removes depend on the number of micro-batches.
         rows = f"rank{cell.accumulation}" if cell.missing == "rank" else cell.missing
@@ -245,7 +245,8 @@ def run_job(job: Job, environment: RankEnvironment, on_message: OnMessage) -> No
     """
     if environment.device.type == "cpu":
         retain_freed_memory()
-    # Longer than the limit of a case, so that the slow rank reports the hang and not its peers.
+    # Longer than the limit of a case, so that the slow rank reports the hang and not the ranks that
+    # wait for it.
     start_process_group(environment, max(START_SECONDS, 2 * job.seconds + 60))
     worker = RankWorker(job, environment)
     for index, outcome in worker.outcomes():

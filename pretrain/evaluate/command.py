@@ -145,7 +145,7 @@ def read_set(
 
 
 def named_sets(shards: Sequence[str], labels: str = "") -> tuple[EvalSet, ...]:
-    """Evaluation sets named after their folders, or after their addresses if names are equal."""
+    """Evaluation sets named after their folders, or after their addresses if names repeat."""
     folders = [address.removesuffix("/manifest.json").rstrip("/") for address in shards]
     names = [folder.rpartition("/")[2] or folder for folder in folders]
     if len(set(names)) < len(names):

@@ -92,6 +92,10 @@ class Evaluator:
             batches: Every pair of the set once.
             options: The set.
 
+        Returns:
+            Recall at k and its chance level in both directions, token accuracy, numbers of images,
+            texts and corrupt samples, and the entries of `GeneratedCaptions.to_json`.
+
         Raises:
             DataError: All pairs are corrupt, or a caption is not among the labels.
         """
@@ -131,6 +135,7 @@ class Evaluator:
         )
 
     def _encode(self, batches: Iterable[Batch], options: SetOptions) -> _Pass:
+        """Embed all images, count correct tokens, and select images for generated captions."""
         selected = frozenset(
             sample_indices(options.name, options.num_pairs, options.caption_samples)
         )

@@ -13,7 +13,7 @@ from pretrain.evaluate.retrieval import RECALL_AT
 
 
 def format_table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """A table of results by name of the set; all values in percent."""
+    """A table of the results of each set; recalls and accuracies in percent."""
     return "\n\n".join("\n".join(_set_lines(name, result)) for name, result in results.items())
 
 

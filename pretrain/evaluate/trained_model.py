@@ -42,7 +42,8 @@ def load_trained_model(run_dir: Path, *, device: torch.device | None = None) -> 
     Raises:
         ConfigError: `run_dir` is not a run folder.
         TokenizerError: The tokenizer is missing, or is not the one of the checkpoint.
-        CheckpointError: There is no checkpoint, all are incomplete, or it is of another model.
+        CheckpointError: There is no checkpoint, all are incomplete, or its weights do not fit
+            the run's model.
     """
     config = run_dir / CONFIG_FILE
     if not config.is_file():
