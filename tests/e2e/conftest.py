@@ -15,26 +15,26 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from tests.support.bad_input import Workspace
-    from tests.support.commands import Command
+    from tests.support.command_server import CommandRunner
     from tests.support.shape_dataset import ShapeDataset
 
 
 @pytest.fixture(scope="module")
-def vlmoe() -> Iterator[Command]:
+def vlmoe() -> Iterator[CommandRunner]:
     """The `vlmoe` command; its server imports torch, so it is started by the first call."""
-    from tests.support.commands import command_server
+    from tests.support.command_server import command_server
 
     with contextlib.ExitStack() as stack:
 
         @functools.cache
-        def server() -> Command:
+        def server() -> CommandRunner:
             return stack.enter_context(command_server())
 
         yield lambda *args, **options: server()(*args, **options)
 
 
 @pytest.fixture
-def workspace(vlmoe: Command, shapes: ShapeDataset, tmp_path: Path) -> Workspace:
+def workspace(vlmoe: CommandRunner, shapes: ShapeDataset, tmp_path: Path) -> Workspace:
     """A copy of the shards, and a run folder that does not exist yet."""
     from tests.support.bad_input import Workspace
 
@@ -49,7 +49,7 @@ def workspace(vlmoe: Command, shapes: ShapeDataset, tmp_path: Path) -> Workspace
 
 @pytest.fixture(scope="module")
 def trained_run(
-    vlmoe: Command, shapes: ShapeDataset, tmp_path_factory: pytest.TempPathFactory
+    vlmoe: CommandRunner, shapes: ShapeDataset, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """The folder of a run of four steps with checkpoints of steps 2 and 4; read-only."""
     from tests.support.bad_input import ONE_PROCESS

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.bad_input import SMALL_MODEL, Workspace, assert_contains, one_error
-from tests.support.commands import Command
+from tests.support.command_server import CommandRunner
 from tests.support.launch import torchrun
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
@@ -38,7 +38,7 @@ def test_invalid_setting(workspace: Workspace, setting: str, parts: tuple[str, .
     assert not workspace.run_dir.exists()
 
 
-def test_unknown_preset(vlmoe: Command, tmp_path: Path) -> None:
+def test_unknown_preset(vlmoe: CommandRunner, tmp_path: Path) -> None:
     result = vlmoe(["train", "tinny", "--out", str(tmp_path / "run")])
     assert_contains(one_error(result), "tinny: no such file", "preset", "did you mean 'tiny'?")
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pretrain.train.jsonl import read_rows
-from tests.support.commands import Command
+from tests.support.command_server import CommandRunner
 from tests.support.launch import LaunchResult
 from tests.support.processes import process_environments
 
@@ -41,7 +41,7 @@ _LAUNCH_ID = "BAD_INPUT_TEST"
 class Workspace:
     """A copy of the shards that a test may corrupt, and a run folder."""
 
-    vlmoe: Command
+    vlmoe: CommandRunner
     shards: Path
     run_dir: Path
     tokenizer: Path

@@ -20,19 +20,23 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 from tests.support.launch import ROOT, LaunchResult, clean_environment
 
-Command = Callable[..., LaunchResult]
+CommandRunner = Callable[..., LaunchResult]
+"""The function that `command_server` yields."""
 
 
 @contextmanager
-def command_server() -> Iterator[Command]:
-    """A function that runs one command, given its arguments, `timeout_seconds` and changes of the
-    environment (None removes a variable)."""
+def command_server() -> Iterator[CommandRunner]:
+    """Start the server; yields a function that runs one command.
+
+    The function takes the arguments of the command, `timeout_seconds` and `env`, changes of the
+    environment (None removes a variable).
+    """
     server = subprocess.Popen(
-        [sys.executable, "-m", "tests.support.commands"],
+        [sys.executable, "-m", "tests.support.command_server"],
         env=clean_environment(),
         cwd=ROOT,
         text=True,
@@ -94,32 +98,34 @@ def _serve() -> None:
     replies = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
         request = json.loads(line)
-        process = os.fork()
-        if process == 0:
+        pid = os.fork()
+        if pid == 0:
             _run_command(request)
-        replies.write(json.dumps(_wait(process, request["timeout_seconds"])) + "\n")
+        replies.write(json.dumps(_wait(pid, request["timeout_seconds"])) + "\n")
         replies.flush()
 
 
-def _run_command(request: dict[str, Any]) -> None:
-    """Run the command in this process and exit; never returns."""
-    status = 1
+def _run_command(request: dict[str, Any]) -> NoReturn:
+    """Run the command in this process and exit."""
+    status = 1  # unless the command, which always exits, gives another one
     try:
         output = os.open(request["output"], os.O_WRONLY | os.O_APPEND)
         null = os.open(os.devnull, os.O_RDONLY)
         for target, source in ((0, null), (1, output), (2, output)):
             os.dup2(source, target)
+
         for name, value in request["env"].items():
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
+
         sys.argv = ["vlmoe", *request["arguments"]]
         from pretrain.cli.main import run
 
         run()
-    except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else 1
-    except BaseException:  # noqa: BLE001 - as the interpreter would print it
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else 1
+    except BaseException:  # noqa: BLE001 - printed as the interpreter would do
         traceback.print_exc()
     finally:
         sys.stdout.flush()
@@ -127,16 +133,16 @@ def _run_command(request: dict[str, Any]) -> None:
         os._exit(status)
 
 
-def _wait(process: int, timeout_seconds: float) -> int:
-    """Exit status; the process is killed after the timeout, which gives -SIGKILL."""
+def _wait(pid: int, timeout_seconds: float) -> int:
+    """The exit status of a process; after the timeout it is killed, which gives -SIGKILL."""
     deadline = time.monotonic() + timeout_seconds
     while time.monotonic() < deadline:
-        ended, status = os.waitpid(process, os.WNOHANG)
-        if ended:
+        ended_pid, status = os.waitpid(pid, os.WNOHANG)
+        if ended_pid:
             return os.waitstatus_to_exitcode(status)
         time.sleep(0.01)
-    os.kill(process, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    os.kill(pid, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 if __name__ == "__main__":
