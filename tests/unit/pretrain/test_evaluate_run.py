@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +33,7 @@ from tests.support.shape_dataset import CAPTIONS, ShapeDataset, render_shape_png
 from tests.unit.pretrain.evaluate_support import RunFolder
 
 
-@pytest.fixture()
+@pytest.fixture
 def folder(tmp_path: Path, shapes: ShapeDataset) -> RunFolder:
     return RunFolder(tmp_path / "run", shapes)
 
@@ -50,22 +51,22 @@ def test_eval_prints_a_table_and_writes_json(
     folder: RunFolder, shapes: ShapeDataset, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = folder.path / "eval.json"
-    results = eval_command(folder.path, None, None, path)
+    results = eval_command(folder.path, shards=None, labels=None, json_path=path)
     assert json.loads(path.read_text()) == results
 
-    held = results["held"]
-    assert (held["images"], held["texts"]) == (64, len(set(shapes.captions)))
-    assert held["caption_samples"] == 9
-    assert held["chance"]["R@1"] == pytest.approx(100 / held["texts"])
-    assert held["corrupt_samples"] == 0
+    result = results["held"]
+    assert (result["images"], result["texts"]) == (64, len(set(shapes.captions)))
+    assert result["caption_samples"] == 9
+    assert result["chance"]["R@1"] == pytest.approx(100 / result["texts"])
+    assert result["corrupt_samples"] == 0
     for direction in ("image_to_text", "text_to_image"):
-        assert list(held[direction]) == ["R@1", "R@5", "R@10"]
-        r1, r5, r10 = held[direction].values()
+        assert list(result[direction]) == ["R@1", "R@5", "R@10"]
+        r1, r5, r10 = result[direction].values()
         assert 0 <= r1 <= r5 <= r10 <= 100
 
     printed = capsys.readouterr().out
     assert "held: 64 images" in printed
-    assert f"{held['image_to_text']['R@10']:.2f}" in printed
+    assert f"{result['image_to_text']['R@10']:.2f}" in printed
 
 
 def test_token_accuracy_equals_predicting_tokens_one_by_one(
@@ -130,7 +131,7 @@ def test_corrupt_samples_are_counted(folder: RunFolder, tmp_path: Path) -> None:
     write_shards(samples, tmp_path / "mixed")
     shards = str(tmp_path / "mixed")
 
-    result = eval_command(folder.path, [shards], None, None)["mixed"]
+    result = eval_command(folder.path, [shards], labels=None, json_path=None)["mixed"]
     assert (result["images"], result["corrupt_samples"]) == (3, 1)
     captions = evaluate_caption_samples(load_trained_model(folder.path), shards, name="mixed")
     assert (captions["caption_samples"], captions["corrupt_samples"]) == (3, 1)
@@ -141,8 +142,9 @@ def test_labels_replace_the_captions_as_candidates(
 ) -> None:
     labels = tmp_path / "labels.txt"
     captions = sorted(set(shapes.captions))
-    labels.write_text("\n".join([*captions, "", "  a caption of  nothing ", captions[0].upper()]))
-    results = eval_command(folder.path, [str(shapes.folder)], str(labels), None)
+    duplicate = captions[0].upper()
+    labels.write_text("\n".join([*captions, "", "  a caption of  nothing ", duplicate]))
+    results = eval_command(folder.path, [str(shapes.folder)], str(labels), json_path=None)
     assert results[shapes.folder.name]["texts"] == len(captions) + 1
 
 
@@ -152,10 +154,10 @@ def test_a_caption_that_is_not_among_the_labels_is_an_error(
     labels = tmp_path / "labels.txt"
     labels.write_text("a caption of nothing\n")
     with pytest.raises(DataError, match="1 labels"):
-        eval_command(folder.path, [str(shapes.folder)], str(labels), None)
+        eval_command(folder.path, [str(shapes.folder)], str(labels), json_path=None)
 
 
-def test_caption_prints_captions_and_names_unreadable_files(
+def test_caption_command_prints_captions_and_reports_unreadable_files(
     folder: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     names = ("red.png", "text.jpg", "blue.webp", "missing.png")
@@ -171,36 +173,36 @@ def test_caption_prints_captions_and_names_unreadable_files(
     assert [line.split(": ")[0] for line in lines] == [str(red), str(blue)]
 
 
-def other_tokenizer(folder: RunFolder) -> None:
+def replace_tokenizer(folder: RunFolder) -> None:
     words = [f"{a}{b}" for a in "abcdefgh" for b in "ijklmnop"]
     train_tokenizer(words * 3, folder.path / "tokenizer.model", vocab_size=280)
 
 
-def other_model(folder: RunFolder) -> None:
+def change_model_config(folder: RunFolder) -> None:
     run = replace(folder.run, moe=replace(folder.run.moe, expert_width=24))
     (folder.path / "config.yaml").write_text(dump_yaml(run))
 
 
-def no_checkpoint(folder: RunFolder) -> None:
-    (folder.path / "checkpoints").rename(folder.path / "elsewhere")
+def remove_checkpoints(folder: RunFolder) -> None:
+    shutil.rmtree(folder.path / "checkpoints")
 
 
-def no_config(folder: RunFolder) -> None:
+def remove_config(folder: RunFolder) -> None:
     (folder.path / "config.yaml").unlink()
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "part"),
+    ("change", "error", "message"),
     [
-        (other_tokenizer, TokenizerError, "fingerprint"),
-        (other_model, CheckpointError, "config.yaml"),
-        (no_checkpoint, CheckpointError, "no checkpoint"),
-        (no_config, ConfigError, "config.yaml"),
+        (replace_tokenizer, TokenizerError, "fingerprint"),
+        (change_model_config, CheckpointError, "config.yaml"),
+        (remove_checkpoints, CheckpointError, "no checkpoint"),
+        (remove_config, ConfigError, "config.yaml"),
     ],
 )
 def test_an_invalid_run_folder_is_an_error(
-    folder: RunFolder, change: Callable[[RunFolder], None], error: type[Exception], part: str
+    folder: RunFolder, change: Callable[[RunFolder], None], error: type[Exception], message: str
 ) -> None:
     change(folder)
-    with pytest.raises(error, match=part):
+    with pytest.raises(error, match=message):
         load_trained_model(folder.path)
