@@ -1,4 +1,7 @@
-"""The same tests on four servers: s3, gs, az and http. `-m az` runs those of one kind."""
+"""Reading and writing object stores: every test runs with s3, gs, az and http servers.
+
+`-m az` runs only the tests with servers of this kind.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,12 @@ from data_pipeline.settings import DataConfig
 from data_pipeline.shards.indexing import index_shards
 from data_pipeline.shards.manifest import Manifest, load_manifest
 from tests.support.http_server import http_server
-from tests.support.object_stores import RunningStore, running_store
+from tests.support.object_stores import (
+    INVALID_SECRET,
+    PASSWORD,
+    RunningStore,
+    running_store,
+)
 from tests.support.small_shards import make_samples, make_shards
 from tests.support.waiting import wait_until
 
@@ -29,31 +37,33 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
 KINDS = [
     pytest.param(name, marks=getattr(pytest.mark, name)) for name in ("s3", "gs", "az", "http")
 ]
-on_all_stores = pytest.mark.parametrize("running", KINDS, indirect=True)
+on_all_stores = pytest.mark.parametrize("module_store", KINDS, indirect=True)
 
 
 @pytest.fixture(scope="module")
-def running(
+def module_store(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RunningStore]:
+    """One server for all tests of this module."""
     with running_store(request.param, tmp_path_factory.mktemp("store")) as store:
         yield store
 
 
 @pytest.fixture
 def store(
-    running: RunningStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    module_store: RunningStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> Iterator[RunningStore]:
     """The store, with only its own settings in the environment."""
     for name in list(os.environ):
         if name.startswith(("AWS_", "GOOGLE_", "AZURE_", "STORAGE_")):
             monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    for name, value in running.env.items():
+    for name, value in module_store.env.items():
         monkeypatch.setenv(name, value)
+
     object_store.clear_clients()
     monkeypatch.setattr(store_download, "_hosts_without_ranges", {})
-    yield running
+    yield module_store
     object_store.clear_clients()
 
 
@@ -79,6 +89,7 @@ def test_read_objects(store: RunningStore, tmp_path: Path, monkeypatch: pytest.M
     name = "objects/a%20b/100%25.tar" if store.kind == "http" else "objects/a b/100%.tar"
     url = store.url(name)
     assert not storage.exists(url)
+
     store.write(name, data)
     assert storage.exists(url) and storage.size(url) == len(data)
     assert storage.read_bytes(url) == data
@@ -99,7 +110,7 @@ def test_read_objects(store: RunningStore, tmp_path: Path, monkeypatch: pytest.M
 def test_upload_in_parts(
     store: RunningStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if store.put is not None:
+    if not store.can_upload:
         pytest.skip("the data pipeline cannot write to this server")
     monkeypatch.setattr(store_download, "PART_BYTES", 1 << 20)
     data = 4 * os.urandom((5 << 20) + 17)
@@ -129,6 +140,7 @@ def test_read_errors(store: RunningStore, monkeypatch: pytest.MonkeyPatch) -> No
     ) as error:
         storage.read_bytes(store.url("none"))
     assert error.value.kind == "missing"
+
     with pytest.raises(StorageError, match=r"shorter than expected|only 1 bytes") as error:
         object_store.read_range(url, 10, 20, timeout_seconds=10)
     assert error.value.kind == "changed"
@@ -139,7 +151,7 @@ def test_read_errors(store: RunningStore, monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(StorageError, match=refused) as error:
         storage.read_bytes(store.invalid_url(url))
     assert error.value.kind == "refused"
-    assert "hush" not in str(error.value) and "not-the-key" not in str(error.value)
+    assert PASSWORD not in str(error.value) and INVALID_SECRET not in str(error.value)
 
 
 @on_all_stores
@@ -148,7 +160,7 @@ def test_samples_by_range_and_from_the_cache(
 ) -> None:
     shards = ShardStore([manifest], make_settings(tmp_path / "cache"))
     reader, expected = Reader(shards), list(make_samples(21))
-    refs = [(2, 6), (0, 0), (1, 3), (0, 1), (2, 0)]
+    refs = [(2, 6), (0, 0), (1, 3), (0, 1), (2, 0)]  # (shard, sample)
 
     def assert_samples_equal() -> None:
         for (shard, i), sample in zip(refs, reader.read_many(refs), strict=True):
@@ -158,9 +170,11 @@ def test_samples_by_range_and_from_the_cache(
 
     assert_samples_equal()
     assert not list(tmp_path.glob("cache/shards/*.tar"))
-    ahead = FetchAhead(shards, lambda first: iter([[2, 0], [1]][first:]))
+
+    windows = [[2, 0], [1]]
+    fetch_ahead = FetchAhead(shards, lambda first_batch: iter(windows[first_batch:]))
     wait_until(lambda: len(list(tmp_path.glob("cache/shards/*.tar"))) == 3)
-    ahead.close()
+    fetch_ahead.close()
     assert_samples_equal()
 
     assert all(shard is not None and shard.fd >= 0 for shard in map(shards.try_open, range(3)))
@@ -174,8 +188,8 @@ def test_samples_by_range_and_from_the_cache(
 def test_missing_shard(store: RunningStore, manifest: Manifest, tmp_path: Path) -> None:
     first, second, third = manifest.shards
     missing = dataclasses.replace(second, name="missing.tar")
-    changed = dataclasses.replace(manifest, shards=(first, missing, third))
-    reader = Reader(ShardStore([changed], make_settings(tmp_path / "cache")))
+    manifest = dataclasses.replace(manifest, shards=(first, missing, third))
+    reader = Reader(ShardStore([manifest], make_settings(tmp_path / "cache")))
     samples = reader.read_many([(0, 0), (1, 0), (1, 5), (2, 0)])
     reasons = [sample.reason if isinstance(sample, SampleProblem) else "" for sample in samples]
     assert reasons == ["", "missing-shard", "missing-shard", ""]
@@ -202,6 +216,7 @@ def test_server_without_ranges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         reader = Reader(ShardStore([load_manifest(server.url())], settings))
         samples = reader.read_many([(0, 0), (2, 6), (0, 3)])
         assert sample_keys(samples) == ["00000", "00020", "00003"]
+
         num_requests = len(server.requests)
         assert sample_keys(reader.read_many([(0, 5), (2, 1)])) == ["00005", "00015"]
         assert len(server.requests) == num_requests, "a cached shard was requested again"
@@ -217,6 +232,7 @@ def test_presigned_urls_stay_secret(tmp_path: Path, caplog: pytest.LogCaptureFix
         assert storage.read_bytes(url) == data
         storage.fetch_to_file(url, tmp_path / "copy", expected_bytes=1000)
         assert (tmp_path / "copy").read_bytes() == data
+
         with pytest.raises(StorageError, match=r"/b\.tar: there is no such object") as error:
             storage.read_bytes(f"{server.url('b.tar')}?{query}", timeout_seconds=2)
         with pytest.raises(StorageError, match="refused access"):

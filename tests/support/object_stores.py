@@ -13,6 +13,9 @@ from data_pipeline.common import storage
 from tests.support import azure_server, gcs_server, http_server
 from tests.support.s3_server import s3_server
 
+PASSWORD, INVALID_SECRET = "my-password", "not-the-key"
+"""The password of the HTTP server, and the secret in invalid credentials."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunningStore:
@@ -28,8 +31,13 @@ class RunningStore:
     invalid_url: Callable[[str], str] = field(default=lambda url: url)
     """An address with which reading is refused."""
     put: Callable[[str, bytes], None] | None = None
-    """Creates an object, where the data pipeline cannot write to this server."""
+    """Creates an object on a server to which the data pipeline cannot write; otherwise None."""
     can_list: bool = True
+
+    @property
+    def can_upload(self) -> bool:
+        """Whether the data pipeline can write to this server."""
+        return self.put is None
 
     def write(self, name: str, data: bytes) -> None:
         if self.put is not None:
@@ -63,7 +71,7 @@ def _s3_store(folder: Path) -> Iterator[RunningStore]:
             kind="s3",
             env=server.env,
             url=server.url,
-            invalid_credentials={"AWS_SECRET_ACCESS_KEY": "not-the-key"},
+            invalid_credentials={"AWS_SECRET_ACCESS_KEY": INVALID_SECRET},
         )
 
 
@@ -100,15 +108,15 @@ def _azure_store(folder: Path) -> Iterator[RunningStore]:
 @contextlib.contextmanager
 def _http_store(folder: Path) -> Iterator[RunningStore]:
     netrc, files = folder / "netrc", folder / "files"
-    netrc.write_text("machine 127.0.0.1 login me password hush\n")
+    netrc.write_text(f"machine 127.0.0.1 login me password {PASSWORD}\n")
     files.mkdir()
-    with http_server.http_server(files, password="me:hush") as server:
+    with http_server.http_server(files, password=f"me:{PASSWORD}") as server:
         yield RunningStore(
             kind="http",
             env={"NETRC": str(netrc)},
             url=server.url,
             invalid_credentials={},
-            invalid_url=lambda url: url.replace("://", "://me:not-the-key@"),
+            invalid_url=lambda url: url.replace("://", f"://me:{INVALID_SECRET}@"),
             can_list=False,
         )
 

@@ -45,7 +45,7 @@ def test_join_parent_and_local_path() -> None:
 
 
 def test_redact_removes_secrets() -> None:
-    redacted = storage.redact("https://me:hush@host/x?X-Amz-Signature=abc")
+    redacted = storage.redact("https://me:my-password@host/x?X-Amz-Signature=abc")
     assert redacted == "https://host/x"
 
 

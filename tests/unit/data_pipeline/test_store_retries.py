@@ -94,7 +94,7 @@ def test_permanent_faults_are_reported_in_time(file: Path, fault: str, kind: str
 
 
 def test_refused_access_is_not_retried(file: Path) -> None:
-    with http_server(file.parent, password="me:hush") as web:
+    with http_server(file.parent, password="me:my-password") as web:
         with pytest.raises(StorageError, match="refused access") as error:
             storage.read_bytes(f"{web.endpoint}/x.tar")
         assert error.value.kind == "refused" and len(web.requests) == 1
