@@ -8,11 +8,12 @@
     FOLDER/failures/SHA             a shard that is unavailable, and why (`shard_failures.py`)
 
 All locks are `flock` locks: the kernel releases those of a killed process. A copy is renamed to its
-final name when it is complete, so an incomplete one is never used; leftovers are removed when space
-is freed next. Readers hold a shared lock on their open files, so copies in use are not removed; if
-one is removed anyway, its readers can read it until they close it. Copies are evicted in
-least-recently-used order (the modification time is the time of last use). A full disk counts as a
-full cache. Files are not fsynced: corruption after a power failure is detected by sample checksums.
+final name when it is complete, so an incomplete one is never used; incomplete copies of killed
+processes are removed when space is freed. Readers hold a shared lock on their open files, so copies
+in use are not removed; if one is removed anyway, its readers can read it until they close it.
+Copies are evicted in least-recently-used order (the modification time is the time of last use). A
+full disk counts as a full cache. Files are not fsynced: corruption after a power failure is
+detected by sample checksums.
 """
 
 from __future__ import annotations
@@ -149,24 +150,28 @@ class ShardCache:
                 if not acquired:
                     return CopyResult.SLOTS_TAKEN
 
-                part = self._reserve(entry, keep)
-                if isinstance(part, CopyResult):
-                    return part
-                return self._fill(part, entry, url, timeout_seconds, request_seconds, cancel)
+                reserved = self._reserve(entry, keep)
+                if isinstance(reserved, CopyResult):
+                    return reserved
+                return self._fill(reserved, entry, url, timeout_seconds, request_seconds, cancel)
         except OSError as error:
             if is_too_many_open_files(error):
                 raise
             if error.errno not in (errno.ENOSPC, errno.EDQUOT) and not self._warned:
                 self._warned = True
                 logger.warning(
-                    "cannot copy shards to %s: %s; samples are read from the store by range",
+                    "cannot copy shards to %s: %s; samples are read by ranged requests",
                     self._shards,
                     error,
                 )
             return CopyResult.NO_SPACE
 
     def _reserve(self, entry: ShardEntry, keep: Collection[Path]) -> int | CopyResult:
-        """A locked, allocated file of the shard's length, after freeing space for it."""
+        """Free space for a shard, and allocate a locked file of its length.
+
+        Returns:
+            The file descriptor, or why there is none.
+        """
         path, part = self.path(entry), self._part(entry)
         with self._locked():
             if self.has(entry):
@@ -248,7 +253,7 @@ class ShardCache:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Exclusive among all processes; held only briefly."""
+        """Hold the cache's lock, which excludes all other processes; only briefly."""
         self._shards.mkdir(parents=True, exist_ok=True)
         fd = os.open(self._shards / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
@@ -259,7 +264,7 @@ class ShardCache:
 
     @contextmanager
     def _slot(self) -> Iterator[bool]:
-        """One of the node's copy slots; False if all are taken."""
+        """Hold one of the node's copy slots; yields False if all are taken."""
         folder = self.folder / "slots"
         folder.mkdir(parents=True, exist_ok=True)
         for slot in range(MAX_CONCURRENT_COPIES):

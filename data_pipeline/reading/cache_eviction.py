@@ -19,9 +19,9 @@ def free_space(folder: Path, limit: int, needed: int, keep: Collection[Path]) ->
     """Remove files of a cache until `needed` bytes fit.
 
     Args:
-        folder: The copies.
+        folder: Folder of the copies.
         limit: Maximum total size of the copies, bytes.
-        needed: Bytes to free.
+        needed: Size of the next copy, bytes.
         keep: Copies that must not be removed.
 
     Returns:

@@ -2,9 +2,9 @@
 
 Every process of a node runs such a thread with the same order of shards; each copies the next shard
 that no other process is copying, and at most `cache.MAX_CONCURRENT_COPIES` are copied at a time on
-a node. All shards of the current window are copied, and `data.fetch_ahead` shards beyond it. These
-shards are never removed to free space: when the cache is full of them, the thread waits, and
-samples are read by ranged requests.
+a node. All shards of the current shuffle window are copied, and `data.fetch_ahead` shards beyond
+it. These shards are never removed to free space: when the cache is full of them, the thread waits,
+and samples are read by ranged requests.
 """
 
 from __future__ import annotations
@@ -78,8 +78,7 @@ class FetchAhead:
             self._thread.join(timeout_seconds)
 
     def plan(self) -> list[int]:
-        """Shards to copy: the window of the current batch and `data.fetch_ahead` shards after
-        it."""
+        """Shards to copy: those of the current window and the `data.fetch_ahead` next ones."""
         batch = self._batch
         if batch == self._planned_batch:
             return self._wanted
@@ -106,7 +105,7 @@ class FetchAhead:
         while not self._stop.is_set():
             try:
                 copied = self._copy_next()
-            except (OSError, DataError) as error:  # of the cache's disk
+            except (OSError, DataError) as error:  # a problem with the cache's disk
                 if is_too_many_open_files(error):
                     self._store.out_of_files = True
                 else:

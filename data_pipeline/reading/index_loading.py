@@ -1,4 +1,4 @@
-"""Loads the index of a shard, with retries and the reasons by which failures are counted."""
+"""Loads the index of a shard with retries; errors have the slug by which they are counted."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def check_local_shards(manifests: Sequence[Manifest], max_corrupt_ratio: float =
 
 
 def _missing_message(manifest: Manifest, entry: ShardEntry) -> str:
-    """What is wrong with a shard that cannot be read; empty if it can be."""
+    """Why a shard cannot be read; empty if it can be. A different size is only logged."""
     path = storage.local_path(manifest.shard_url(entry))
     try:
         size = path.stat().st_size

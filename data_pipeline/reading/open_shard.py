@@ -9,19 +9,31 @@ from data_pipeline.samples import RawSample, SampleProblem
 from data_pipeline.shards.manifest import ShardEntry
 from data_pipeline.shards.shard_index import ShardIndex
 
+_COLUMN_NAMES = (
+    "offsets",
+    "extents",
+    "crc32",
+    "key_ends",
+    "key_text",
+    "member_ends",
+    "member_extension",
+    "member_start",
+    "member_size",
+)
+
 
 class OpenShard:
     """A shard whose index is loaded; its file is open if it is on this machine."""
 
     __slots__ = (
         "__weakref__",
+        "columns",
         "copy_is_corrupt",
         "entry",
         "fd",
         "index",
         "is_copy",
         "name",
-        "rows",
         "url",
     )
 
@@ -35,7 +47,8 @@ class OpenShard:
         """Whether the shard is remote, so that its file is a cached copy."""
         self.copy_is_corrupt = False
         """Whether a sample in the cached copy failed its checksum."""
-        self.rows = _columns(index)
+        self.columns = _columns(index)
+        """`_COLUMN_NAMES` of the index, in this order."""
 
     def close(self) -> None:
         """Close the file."""
@@ -48,7 +61,7 @@ class OpenShard:
         copy in memory."""
         self.close()
         self.index = ShardIndex.from_bytes(self.index.to_bytes(), self.name)
-        self.rows = _columns(self.index)
+        self.columns = _columns(self.index)
 
     def read(self, i: int) -> bytes:
         """The bytes of sample `i` from the file; fewer if the file is truncated.
@@ -56,7 +69,7 @@ class OpenShard:
         Raises:
             OSError: The file cannot be read.
         """
-        offset, count = self.rows[0][i], self.rows[1][i]
+        offset, count = self.columns[0][i], self.columns[1][i]
         data = os.pread(self.fd, count, offset)
         # One call returns at most 2 GiB, and network file systems may return less.
         while len(data) < count and (
@@ -68,11 +81,13 @@ class OpenShard:
 
 def split_members(shard: OpenShard, i: int, data: bytes) -> RawSample:
     """The files of sample `i`; `data` is its whole extent, with a verified checksum."""
-    _, _, _, key_ends, key_text, ends, extensions, starts, sizes = shard.rows
-    names, rows = shard.index.extensions, slice(ends[i - 1] if i else 0, ends[i])
+    _, _, _, key_ends, key_text, ends, extensions, starts, sizes = shard.columns
+    names, member_range = shard.index.extensions, slice(ends[i - 1] if i else 0, ends[i])
 
     members = {}
-    for extension, start, size in zip(extensions[rows], starts[rows], sizes[rows], strict=True):
+    for extension, start, size in zip(
+        extensions[member_range], starts[member_range], sizes[member_range], strict=True
+    ):
         members[names[extension]] = data[start : start + size]
 
     key = bytes(key_text[key_ends[i - 1] if i else 0 : key_ends[i]])
@@ -81,7 +96,7 @@ def split_members(shard: OpenShard, i: int, data: bytes) -> RawSample:
 
 def corruption_problem(shard: OpenShard, i: int, data: bytes) -> SampleProblem:
     """The problem with `data`, which was read for sample `i`: truncated or wrong checksum."""
-    offset, count, expected = (row[i] for row in shard.rows[:3])
+    offset, count, expected = (column[i] for column in shard.columns[:3])
     if len(data) < count:
         detail = f"{len(data)} of {count} bytes at byte {offset}"
         return sample_problem(shard, i, "truncated", detail)
@@ -98,16 +113,4 @@ def sample_problem(shard: OpenShard, i: int, reason: str, detail: str) -> Sample
 def _columns(index: ShardIndex) -> tuple[memoryview, ...]:
     """Columns of an index as memoryviews, whose items are several times faster to access than
     those of arrays."""
-    columns = index.columns
-    names = (
-        "offsets",
-        "extents",
-        "crc32",
-        "key_ends",
-        "key_text",
-        "member_ends",
-        "member_extension",
-        "member_start",
-        "member_size",
-    )
-    return tuple(columns[name].data for name in names)
+    return tuple(index.columns[name].data for name in _COLUMN_NAMES)

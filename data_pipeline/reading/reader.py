@@ -1,4 +1,4 @@
-"""Reads samples by index: one read of known length, checksum verification, and its files.
+"""Reads samples by index: each in one read of known length, verified and split into files.
 
 The index of a shard holds the offset of every sample and of its files, so shards are not scanned
 and no tar headers are parsed. Samples of shards on this machine are read one after the other;
@@ -53,11 +53,11 @@ class _BatchRead:
 
     def finished(self) -> list[ReadResult]:
         """All results."""
-        finished = []
+        results = []
         for result, ref in zip(self.results, self.refs, strict=True):
             assert result is not None, f"sample {ref} has no result"
-            finished.append(result)
-        return finished
+            results.append(result)
+        return results
 
 
 class Reader:
@@ -83,8 +83,7 @@ class Reader:
             return self._store.name(shard), f"{UNKNOWN_KEY_PREFIX}{index}"
 
     def clear_failures(self) -> None:
-        """Discard records of stores that did not respond or refused, so that they are tried
-        again."""
+        """Discard records of stores that did not respond or refused access: try them again."""
         self._store.clear_failures()
 
     def read(self, shard: int, index: int) -> RawSample:
@@ -105,7 +104,8 @@ class Reader:
     def read_many(self, refs: Sequence[tuple[int, int]]) -> list[ReadResult]:
         """Read several samples, in the given order.
 
-        Remote samples are read within `data.shard_seconds` in total; the others become problems.
+        Remote samples are read within `data.shard_seconds` in total; those that are not become
+        problems.
 
         Args:
             refs: Index of the shard in the store and of the sample in the shard, for each sample.
@@ -138,7 +138,7 @@ class Reader:
 
         A corrupt sample of a cached copy gets no result, because the store may have it intact.
         """
-        _, extents, checksums = shard.rows[:3]
+        _, extents, checksums = shard.columns[:3]
         for slot in slots:
             i = batch.refs[slot][1]
             if extents[i] > self._max_bytes:
@@ -179,7 +179,7 @@ class Reader:
                 self._read_file(batch, shard_index, shard, missing)
             for slot in missing:
                 i = batch.refs[slot][1]
-                if batch.results[slot] is None and shard.rows[1][i] > self._max_bytes:
+                if batch.results[slot] is None and shard.columns[1][i] > self._max_bytes:
                     batch.results[slot] = self._oversize_problem(shard, i)
                 elif batch.results[slot] is None:
                     requests.append(SampleRequest(slot, shard, shard_index, i))
@@ -205,5 +205,5 @@ class Reader:
             batch.results[slot] = SampleProblem(name, key, reason, str(error))
 
     def _oversize_problem(self, shard: OpenShard, i: int) -> SampleProblem:
-        detail = f"the sample has {shard.rows[1][i]} bytes, more than {self._max_bytes}"
+        detail = f"the sample has {shard.columns[1][i]} bytes, more than {self._max_bytes}"
         return sample_problem(shard, i, "oversize", detail)

@@ -156,7 +156,7 @@ class RemoteReader:
         if failure := self._known_failure(shard_index):
             return [(request, failure) for request in run]
 
-        offsets, extents = shard.rows[:2]
+        offsets, extents = shard.columns[:2]
         first, end = offsets[run[0].sample], offsets[run[-1].sample] + extents[run[-1].sample]
         try:
             with self._budget.reserve(end - first):
@@ -181,7 +181,7 @@ class RemoteReader:
     def _verify(self, request: SampleRequest, data: bytes, deadline: float) -> SampleResult:
         """The sample, requested again while its checksum is wrong."""
         shard, i = request.shard, request.sample
-        offset, count, expected = (row[i] for row in shard.rows[:3])
+        offset, count, expected = (column[i] for column in shard.columns[:3])
         for attempt in range(1, MAX_CHECKSUM_ATTEMPTS + 1):
             if crc32(data) == expected:
                 return split_members(shard, i, data)
@@ -230,7 +230,7 @@ class RemoteReader:
                 slug="unreachable",
             )
 
-        if crc32(data) == shard.rows[2][i]:
+        if crc32(data) == shard.columns[2][i]:
             return split_members(shard, i, data)
         return corruption_problem(shard, i, data)
 
@@ -260,12 +260,12 @@ class RemoteReader:
 
 
 def _contiguous(requests: Sequence[SampleRequest]) -> Iterator[list[SampleRequest]]:
-    """Group samples of one shard that are read in one request."""
+    """Groups (runs) of nearby samples of one shard, each read in one request."""
     run: list[SampleRequest] = []
     run_start = run_end = 0
     for request in sorted(requests, key=lambda request: (request.shard_index, request.sample)):
-        rows = request.shard.rows
-        offset, count = rows[0][request.sample], rows[1][request.sample]
+        offsets, extents = request.shard.columns[:2]
+        offset, count = offsets[request.sample], extents[request.sample]
 
         is_near = (
             run and request.shard_index == run[0].shard_index and offset - run_end <= MAX_GAP_BYTES

@@ -1,5 +1,4 @@
-"""Record of unavailable shards, shared by all processes of a node, so that not each has to wait for
-its own timeout.
+"""Record of unavailable shards, shared by the processes of a node: only one waits for a timeout.
 
 A store that does not respond costs one process `data.shard_seconds`; the others use its record
 until it expires, then some process tries again. Refused requests are not shared: another process
@@ -84,10 +83,10 @@ class ShardFailures:
         return failure
 
     def clear(self) -> None:
-        """Discard all records of stores that did not respond or refused, of this process and of
-        others, so that they are tried again.
+        """Discard all records of stores that did not respond or refused access: try them again.
 
-        Records of missing shards stay: their store did respond.
+        This includes the records of other processes. Records of missing shards stay, because their
+        store did respond.
         """
         self._cleared_at = time.time()
         for key, failure in list(self._failures.items()):

@@ -1,4 +1,4 @@
-"""The shards of a run by index: the index of each shard, and its file if it is on this machine.
+"""Opens the shards of a run: the index of each, and its file if it is on this machine.
 
 Local shards are read in place; remote shards from their copy in the cache, or from the store while
 there is no copy. A problem with a shard never ends a run: it raises a `DataError` with a slug, by
@@ -54,7 +54,7 @@ class ShardStore:
         """Set the shards; none is opened yet.
 
         Args:
-            manifests: Their shards, concatenated, have indices 0, 1, ...
+            manifests: Their shards, concatenated, are numbered 0, 1, ...
             settings: The cache, and timeouts of stores.
             max_open: Maximum number of open shards, with up to two descriptors each; reduced if the
                 process may not open as many files.
@@ -109,7 +109,7 @@ class ShardStore:
         self._failures.record(*self._shards[shard], error, reason)
 
     def clear_failures(self) -> None:
-        """Try stores again that did not respond or refused."""
+        """Discard records of stores that did not respond or refused access: try them again."""
         self._failures.clear()
 
     def try_open(self, shard: int) -> OpenShard | None:

@@ -164,7 +164,7 @@ def test_corrupt_shards_are_counted_exactly(faulty_store: FaultyStore, tmp_path:
     """A missing shard, a truncated one and a flipped bit, behind a proxy with temporary faults."""
     data = tmp_path / "data"
     manifest = make_shards(data, count=240, samples_per_shard=SAMPLES_PER_SHARD)
-    offsets_of_2, offsets_of_4 = (ShardStore([manifest]).open(shard).rows[0] for shard in (2, 4))
+    offsets_of_2, offsets_of_4 = (ShardStore([manifest]).open(shard).columns[0] for shard in (2, 4))
     (data / "shard-000001.tar").unlink()
     truncated = data / "shard-000002.tar"
     truncated.write_bytes(truncated.read_bytes()[: offsets_of_2[30] + 1])  # loses samples 30 to 39

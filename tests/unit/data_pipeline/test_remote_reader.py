@@ -45,7 +45,7 @@ def test_adjacent_samples_in_one_request(shards: WebShards) -> None:
 
     assert shards.request_count() == 2
     ranges = [value for _, path, value in shards.web.requests if path.endswith("0.tar")]
-    offsets, extents = reader._store.open(0).rows[:2]
+    offsets, extents = reader._store.open(0).columns[:2]
     assert ranges == [f"bytes={offsets[2]}-{offsets[5] + extents[5] - 1}"]
     assert not list(shards.cache.glob("shards/*")), "whole shards were copied"
 
@@ -99,7 +99,7 @@ def test_flipped_bit_in_an_index(shards: WebShards) -> None:
 
 def test_corrupt_shard_in_the_store(shards: WebShards) -> None:
     path = shards.web.folder / "shard-000000.tar"
-    offsets, data = shards.store().open(0).rows[0], bytearray(path.read_bytes())
+    offsets, data = shards.store().open(0).columns[0], bytearray(path.read_bytes())
     data[offsets[2] + 600] ^= 1
     path.write_bytes(data[: offsets[5] + 100])
     results = Reader(shards.store()).read_many([(0, i) for i in range(7)])
@@ -112,7 +112,7 @@ def test_corrupt_copy_is_replaced(shards: WebShards) -> None:
     store = shards.store()
     store.cache_shard(0)
     (copy,) = shards.cache.glob("shards/*.tar")
-    offset = store.open(0).rows[0][2] + 600
+    offset = store.open(0).columns[0][2] + 600
     with open(copy, "r+b") as file:
         file.seek(offset)
         byte = file.read(1)
