@@ -170,7 +170,7 @@ def select_caption(
     uniforms: Sequence[float] | None,
     accept: Callable[[str], bool] | None = None,
 ) -> str | None:
-    """Sample one caption of a sample.
+    """Select one caption of a sample.
 
     A key is sampled by weight among the keys that have an accepted caption, then one of its
     captions uniformly.

@@ -61,9 +61,9 @@ def color_matrix(
         augment: Ranges of the changes.
         uniforms: As for `apply_color_jitter`.
     """
-    ranges = (augment.brightness, augment.contrast, augment.saturation)
+    limits = (augment.brightness, augment.contrast, augment.saturation)
     brightness, contrast, saturation = (
-        1 + reach * (2 * uniform - 1) for reach, uniform in zip(ranges, uniforms, strict=False)
+        1 + limit * (2 * uniform - 1) for limit, uniform in zip(limits, uniforms, strict=False)
     )
     angle = 2 * math.pi * augment.hue * (2 * uniforms[3] - 1)
 

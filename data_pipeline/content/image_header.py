@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from data_pipeline.common.errors import DataError
 
 PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-# No other formats: some of Pillow's plug-ins start other programs.
+"""Formats that Pillow may decode; its plug-ins for some others start external programs."""
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _ORIENTATION = 0x0112
@@ -125,8 +125,8 @@ def _jpeg(data: bytes) -> ImageHeader:
                 num_exif += 1
                 orientation = _exif_orientation(data, position + 10, position + 2 + length)
             else:
-                found_at = data.find(b"tiff:Orientation", position, position + length)
-                xmp_orientation |= found_at >= 0
+                tag_position = data.find(b"tiff:Orientation", position, position + length)
+                xmp_orientation |= tag_position >= 0
         position += 2 + length
 
     height, width, channels = struct.unpack_from(">HHB", data, position + 5)
@@ -269,7 +269,8 @@ def _with_pillow(data: bytes) -> ImageHeader:
         (width, height), kind = image.size, image.format
         if kind == "TIFF":
             # A tile may be larger than the image, and is decoded as a whole.
-            tile = [int(image.tag_v2.get(tag, 1)) for tag in _TILE_TAGS]  # type: ignore[attr-defined]
+            tags = image.tag_v2  # type: ignore[attr-defined]
+            tile = [int(tags.get(tag, 1)) for tag in _TILE_TAGS]
             if tile[0] * tile[1] > 4 * max(width * height, 1 << 20):
                 raise UnreadableImageError(
                     f"it has {width} x {height} pixels, but tiles of {tile[0]} x {tile[1]}"

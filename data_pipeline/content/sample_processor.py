@@ -1,5 +1,4 @@
-"""From the files of a sample to a row of a batch: select a caption, filter, decode, augment,
-tokenize.
+"""Processes a sample for a batch: caption selection, filters, decoding, augmentation, tokens.
 
 All random numbers are derived from (seed, epoch, shard, key), so a sample is processed identically
 on any rank or worker and after a restart. Cheap steps come first: a sample that is rejected by its

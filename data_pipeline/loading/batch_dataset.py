@@ -22,7 +22,7 @@ from data_pipeline.settings import DataConfig
 from data_pipeline.shards.manifest import Manifest
 
 STORE_RETRY_SECONDS = 5.0
-"""Pause before a batch is requested again of which every sample was unreachable."""
+"""Pause before a batch is read again if all of its samples were unreachable."""
 
 
 class WorkerError(NamedTuple):
@@ -123,9 +123,9 @@ class BatchDataset(Dataset[PackedBatch | WorkerError]):
     ) -> list[RawSample | SampleProblem]:
         """The samples of a batch; waits while every one of them is unreachable.
 
-        One unavailable shard costs its samples. If a whole batch is unreachable, the network or the
-        credentials are at fault, and continuing would consume the data: the store is tried again
-        until the time limit of the batch.
+        If one shard is unavailable, its samples are skipped. If a whole batch is unreachable, the
+        cause is the network or the credentials, and continuing would skip all data: the store is
+        tried again until the time limit of the batch.
 
         Raises:
             StorageError: The store did not respond in time.

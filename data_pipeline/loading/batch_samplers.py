@@ -19,7 +19,7 @@ from data_pipeline.samples import SampleRef
 from data_pipeline.shards.manifest import Manifest
 
 _LOOKUP_SIZE = 4096
-"""Samples whose shards are looked up at a time."""
+"""Number of samples whose shards are looked up at a time."""
 
 
 class BatchSampler(Protocol):

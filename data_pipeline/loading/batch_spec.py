@@ -19,7 +19,7 @@ class BatchSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class RankInfo:
-    """This process among those that share the data."""
+    """Rank of this process, and number of processes that share the data."""
 
     rank: int = 0
     world_size: int = 1

@@ -21,7 +21,7 @@ from data_pipeline.loading.worker_process import fork_server, prepare_worker
 from data_pipeline.samples import Batch
 
 POLL_SECONDS = 5
-"""How often a waiting trainer checks that its workers are alive."""
+"""Interval at which a waiting trainer checks that its workers are alive."""
 
 
 class BatchStream:

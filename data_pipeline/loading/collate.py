@@ -39,8 +39,11 @@ class PackedBatch(NamedTuple):
     int_offset: int
     """Byte offset of the int64 section."""
     pairs: int
+    """B."""
     width: int
+    """S."""
     tokens: int
+    """T."""
     keys: tuple[str, ...]
     captions: tuple[str, ...]
     problems: tuple[SampleProblem, ...]

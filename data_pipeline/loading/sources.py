@@ -3,8 +3,8 @@
     sources = open_sources(data.sources)             # reads manifests and drop-lists
     order = make_order(sources, seed, data.shuffle_window)
 
-A `Source` and the shuffle window hold everything but the seed that determines the order of
-training; `data_fingerprint` is their hash.
+The sources, the shuffle window and the seed determine the order of training; `data_fingerprint` is
+a hash of the first two.
 """
 
 from __future__ import annotations
