@@ -1,5 +1,4 @@
-"""The commands of the data pipeline: `vlmoe data ...`, or `python -m data_pipeline ...` without the
-trainer.
+"""The commands `vlmoe data ...`; without the trainer installed, `python -m data_pipeline ...`.
 
 Heavy imports are inside the handlers, so that `--help` is fast.
 """

@@ -35,7 +35,7 @@ duplicates are dropped. Set the drop-list as a source's `drop` for training. The
 if a shard is unavailable."""
 
 _MAX_SHOWN = 8
-"""Samples of a group on the HTML page."""
+"""Maximum number of samples of a group on the HTML page."""
 
 
 def add(subparsers: Subparsers) -> None:
@@ -183,7 +183,7 @@ def _groups_json(
 def _html(
     args: argparse.Namespace, hashes: Hashes, groups: Groups, manifests: Sequence[Manifest]
 ) -> bytes:
-    """The largest groups, with up to eight samples of each."""
+    """HTML page of the largest groups, with up to `_MAX_SHOWN` samples of each."""
     from data_pipeline.preparing.dedup import sample_location
     from data_pipeline.preparing.html_report import flex_row, html_page, paragraph
     from data_pipeline.preparing.sample_views import read_samples_at, sample_card

@@ -57,13 +57,13 @@ def handle(args: argparse.Namespace) -> int:
         ("  corrupt", f"{report.corrupt:,}"),
         ("  filtered", f"{report.filtered:,}"),
         ("lost", f"{report.lost:,}"),
-        ("too many", f"{report.unexpected:,}"),
+        ("unexpected", f"{report.unexpected:,}"),
         ("steps out of order", f"{report.misplaced:,}"),
     ]
     print("\n".join(f"{name:<20} {value}" for name, value in rows))
 
     if report.is_complete:
-        print("every step got exactly the samples of the order")
+        print("every step read exactly the samples that the data order defines")
         return 0
     print("\n".join(["", *(f"- {problem}" for problem in report.problems)]))
     return 1

@@ -34,6 +34,7 @@ English from German."""
 
 _SAMPLES_ON_PAGE = 48
 _MAX_ROWS = 12
+"""Maximum number of rows in a table of frequencies."""
 
 _Row = tuple[object, ...]
 
@@ -191,7 +192,7 @@ def _html(
     note: str,
     seed: int,
 ) -> bytes:
-    """Histograms, the tables, and some random samples."""
+    """HTML page with histograms, the tables, and some random samples."""
     from data_pipeline.preparing.html_report import (
         flex_row,
         heading,
