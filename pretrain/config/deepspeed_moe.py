@@ -9,12 +9,13 @@ from pretrain.config.schema import RunConfig
 
 
 class _Restriction(NamedTuple):
-    """A setting that the layer restricts."""
+    """A setting that DeepSpeed's layer supports for some values only."""
 
     is_violated: bool
     name: str
     value: Any
-    instead: str
+    alternative: str
+    """Supported setting that the error message suggests."""
 
 
 def deepspeed_moe_problems(run: RunConfig, zero_stage: int | None) -> Iterator[str]:
@@ -31,8 +32,8 @@ def deepspeed_moe_problems(run: RunConfig, zero_stage: int | None) -> Iterator[s
         if restriction.is_violated:
             yield (
                 f"{restriction.name} is {restriction.value}, which DeepSpeed's MoE layer "
-                f"(moe.backend deepspeed) does not support; use {restriction.instead}, or another "
-                f"moe.backend"
+                f"(moe.backend deepspeed) does not support; use {restriction.alternative}, or "
+                f"another moe.backend"
             )
 
 

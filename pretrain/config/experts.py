@@ -47,7 +47,7 @@ class MoEConfig:
     capacity_priority: Literal["position", "random", "batch"] = "position"
     """Order in which assignments fill the capacity. `position`: by pair, within a pair patches
     first. `random`: a random order. `batch`: largest gate score first (batch prioritized routing,
-    V-MoE). The first assignments of all tokens come before second ones in any case."""
+    V-MoE). In all cases, the top-1 assignments of all tokens come before the second ones."""
     capacity_group_size: int = 8
     """Number of consecutive pairs of the global batch that share one capacity; must divide
     `batch.micro_batch_size`."""
@@ -63,7 +63,7 @@ class MoEConfig:
     """Distance between MoE blocks: 1 makes every block from `start` on sparse, 2 every other
     one."""
     stop: int = -1
-    """MoE blocks have an index below this; -1 means up to and including the last block."""
+    """Index at which the MoE blocks end (exclusive); -1 means that the last block is included."""
     backend: Literal["auto", "grouped", "loop", "deepspeed"] = "auto"
     """Implementation of the experts: `grouped` uses one grouped matrix product, `loop` computes one
     expert after the other, and `auto` selects the faster one. `deepspeed` trains with DeepSpeed's

@@ -1,8 +1,8 @@
 """Validation of a run across sections and against the number of ranks; reports all problems at
 once.
 
-Checks of a single section are in its `__post_init__`. Whether files exist and fit (manifests, the
-tokenizer's vocabulary) is checked where they are opened.
+Checks of a single section are in its `__post_init__`. Whether files exist and match the run
+(manifests, the tokenizer's vocabulary) is checked where they are opened.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def check_run(
 
 
 def problems(run: RunConfig, world_size: int, zero_stage: int | None = None) -> list[str]:
-    """All contradictions between sections or with the number of ranks; empty for a valid run."""
+    """One message for every invalid setting and every contradiction between settings or with the
+    number of ranks; empty for a valid run."""
     return [
         *batch_problems(run, world_size),
         *parallel_problems(run, world_size),

@@ -15,10 +15,10 @@ from pretrain.config.schema import EvalSet, RunConfig
 def data_problems(run: RunConfig) -> Iterator[str]:
     """Settings of the training data that are invalid or contradict one another."""
     data = run.data
-    trained = [_normalize_address(source.shards) for source in data.sources]
-    for shards in sorted({shards for shards in trained if trained.count(shards) > 1}):
+    addresses = [_normalize_address(source.shards) for source in data.sources]
+    for address in sorted({address for address in addresses if addresses.count(address) > 1}):
         yield (
-            f"data.train contains {without_secrets(shards)} {trained.count(shards)} times; its "
+            f"data.train contains {without_secrets(address)} {addresses.count(address)} times; its "
             f"samples would be repeated in every epoch"
         )
     yield from _caption_problems(data)
@@ -76,18 +76,18 @@ def eval_problems(run: RunConfig) -> Iterator[str]:
     names = [eval_set.name for eval_set in run.eval.sets]
     for name in sorted({name for name in names if names.count(name) > 1}):
         yield f"eval.sets has {names.count(name)} sets named {name!r}; names must be unique"
-    trained = {_normalize_address(source.shards) for source in run.data.sources}
+    training_addresses = {_normalize_address(source.shards) for source in run.data.sources}
     for eval_set in run.eval.sets:
-        yield from _eval_set_problems(eval_set, trained)
+        yield from _eval_set_problems(eval_set, training_addresses)
 
 
-def _eval_set_problems(eval_set: EvalSet, trained: set[str]) -> Iterator[str]:
+def _eval_set_problems(eval_set: EvalSet, training_addresses: set[str]) -> Iterator[str]:
     name = eval_set.name
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
         yield f"eval.sets has a set named {name!r}; use letters, digits and _ . - only"
     if not eval_set.shards:
         yield (f"eval.sets {name!r} has no shards; give a manifest or the folder that contains one")
-    elif _normalize_address(eval_set.shards) in trained:
+    elif _normalize_address(eval_set.shards) in training_addresses:
         yield (
             f"eval.sets {name!r} is {without_secrets(eval_set.shards)}, which is also in "
             f"data.train; a held-out set must not be used for training"
@@ -95,6 +95,7 @@ def _eval_set_problems(eval_set: EvalSet, trained: set[str]) -> Iterator[str]:
 
 
 def _normalize_address(shards: str) -> str:
-    """The folder of shards in one spelling; shards are given by manifest or by folder."""
+    """The folder of a set of shards that is given by its manifest or by its folder, in normalized
+    form, so that equal folders compare equal."""
     folder = shards.removesuffix("manifest.json")
     return folder.rstrip("/") if "://" in shards else os.path.normpath(folder.removeprefix("file:"))

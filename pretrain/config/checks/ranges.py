@@ -18,7 +18,8 @@ class _Range(NamedTuple):
 
 
 def range_problems(run: RunConfig) -> Iterator[str]:
-    """Numbers that are out of range, and an objective or schedule without effect."""
+    """Numbers that are out of range, an objective without any loss, and a schedule that is too
+    short for its warm-up and decay."""
     for entry in _ranges(run):
         if not entry.is_allowed:
             yield f"{entry.name} is {entry.value}, but must be {entry.allowed}"
