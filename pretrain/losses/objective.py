@@ -62,7 +62,7 @@ def task_losses(*, contrastive: Tensor, caption_loss_sum: Tensor, sums: GlobalSu
 
 
 def loss_metrics(values: dict[str, float], weights: dict[str, float]) -> dict[str, float]:
-    """`total`, then each unweighted term under its name, then each weighted term as
-    `weighted/NAME`."""
+    """Metrics of the losses: `total` (the weighted sum), each unweighted term under its name, and
+    each weighted term as `weighted/NAME`."""
     weighted = {f"weighted/{name}": weights[name] * value for name, value in values.items()}
     return {"total": sum(weighted.values())} | values | weighted

@@ -20,7 +20,7 @@ def build_model(
 
     Args:
         run: The run.
-        make_moe_layer: Creates the sparse layers; for expert-parallel layers.
+        make_moe_layer: Creates the sparse layer of a block; engines pass their own.
         first_expert: Global index of the first expert on this rank.
     """
     model = VisionLanguageModel(

@@ -1,7 +1,7 @@
 """The dense baseline of a sparse run: the same trunk without experts, with equal FLOPs per pair.
 
-Comparing both measures what the experts contribute: two models that see the same pairs and spend
-the same compute on each. Plain arithmetic, like `pretrain.model.count`.
+Comparing the two runs measures what the experts contribute, because both process the same pairs
+with the same compute. Plain arithmetic, like `pretrain.model.count`.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def _ffn_width(
     exact = 1 + (target_flops - flops_at_1) / slope
     aligned = max(1, round(exact / _ALIGNMENT)) * _ALIGNMENT
     error = abs(flops_at_1 + (aligned - 1) * slope - target_flops) / target_flops
-    # Half of the tolerance is kept for captions of another length. It does not cover all lengths:
+    # Half of the tolerance is left for captions of other lengths. It does not cover all lengths:
     # the cost of a caption gate grows with the text only, and with 64 experts a baseline made for
     # 16 tokens is 1.06 % off at 3.
     return aligned if error <= TOLERANCE / 2 else max(1, round(exact))

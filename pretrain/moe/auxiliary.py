@@ -235,7 +235,7 @@ def global_entropy_loss(mean_LE: Tensor, target: float) -> Tensor:
 
 
 def target_num_experts(balance: BalanceConfig, moe: MoEConfig, modality: int) -> float:
-    """Number of experts S that a modality should use at least: the configured value; by default
+    """Minimum number of experts S that a modality should use: the configured value, or by default
     half of all experts for patches and a quarter for text, at most the size of its pool."""
     targets = (balance.global_entropy_experts.image, balance.global_entropy_experts.text)
     pool = moe.pool(modality)

@@ -1,9 +1,9 @@
-"""Capacity limit: how many tokens an expert may take, and which assignments are dropped.
+"""Capacity limit: how many tokens an expert may process, and which assignments are dropped.
 
 The global batch is divided into groups of consecutive pairs. In each group, the capacity of every
 expert is its mean number of assignments times `capacity_factor`. Groups depend only on the position
 of a pair in the global batch, so the dropped assignments do not depend on ranks, micro-batches or
-missing pairs. The first assignments of all tokens take precedence over second assignments.
+missing pairs. The top-1 assignments of all tokens take precedence over the second ones.
 
 The implementation uses only sorting and counting on the device and never synchronizes with the
 host.
@@ -43,7 +43,7 @@ def apply_capacity(
     assert tokens.group_T is not None and routing.k
     k, num_experts = routing.k, config.num_experts
 
-    # Order: the first assignments of all tokens by priority, then the second ones, and so on.
+    # Order: the top-1 assignments of all tokens by priority, then the second ones, and so on.
     order_T = _priority(gates_TE, config, tokens, block_index).argsort(stable=True)
     assignment_ranks = torch.arange(k, device=order_T.device).unsqueeze(1)
     order_N = (order_T.unsqueeze(0) * k + assignment_ranks).flatten()

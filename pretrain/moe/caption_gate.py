@@ -53,7 +53,7 @@ class CaptionGate(nn.Module):
 
 
 def _running_sums(x_TX: Tensor, tokens: TokenMetadata) -> Tensor:
-    """Cumulative sum over the positions of each caption, `[text tokens, columns]`."""
+    """Cumulative sum of every column X over the positions of each caption, `[text tokens, X]`."""
     columns = x_TX.shape[1]
     padded = x_TX.new_zeros(tokens.num_pairs * tokens.context_length, columns)
     padded = padded.index_copy(0, tokens.text_positions, x_TX)

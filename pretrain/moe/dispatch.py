@@ -1,11 +1,11 @@
 """Dispatch of tokens to their experts and combination of the expert outputs.
 
-A layer uses a `Dispatcher`. `LocalDispatcher`, for a process that holds all experts, is complete
-and is the reference for the expert-parallel dispatcher in `pretrain.parallel.expert_dispatch`.
+A layer uses a `Dispatcher`. `LocalDispatcher` is for a process that holds all experts; it is also
+the reference for the expert-parallel dispatcher in `pretrain.parallel.expert_dispatch`.
 
-Assignments are sorted by expert. Dropped assignments come last, as rows that no expert computes. If
-every token has k assignments, both directions are gathers: a scatter-add would not be deterministic
-on GPU.
+Assignments are sorted by expert. Dropped assignments come last, as rows that no expert processes.
+If every token has k assignments, both directions are gathers: a scatter-add would not be
+deterministic on GPU.
 
 Shapes: T tokens, K experts per token, N assignments ("rows"), D trunk width, L local experts.
 """
@@ -72,7 +72,7 @@ class SortedAssignments(NamedTuple):
 
 
 def sort_by_expert(routing: Routing) -> SortedAssignments:
-    """Stable sort of the assignments by expert; int64 `[assignments]`."""
+    """Sort the assignments by expert, in stable order."""
     order_N = routing.expert_ids_N.argsort(stable=True)
     if routing.token_N is not None:
         return SortedAssignments(order_N, routing.token_N.index_select(0, order_N))
@@ -112,8 +112,8 @@ def weighted_sum(
 def zero_rows_from(x_ND: Tensor, count: Tensor) -> Tensor:
     """Set the rows from `count` on to zero, in the result and in the gradient.
 
-    Those rows may be uninitialized memory, NaN included, so they are selected away, not multiplied
-    by zero.
+    Those rows may be uninitialized memory, NaN included, so they are replaced by `where`:
+    multiplication by zero would keep NaN.
     """
     is_valid_N1 = (torch.arange(x_ND.shape[0], device=x_ND.device) < count).unsqueeze(1)
     return torch.where(is_valid_N1, x_ND, x_ND.new_zeros(()))

@@ -1,7 +1,7 @@
 """SwiGLU experts computed one after the other, with a custom backward pass: the fast path on CPU.
 
 Each expert gathers its tokens from the activations and adds its outputs to the result. The rows of
-all experts never exist at the same time, and the rows of one expert are still in the cache when
+all experts are never in memory at once, and the rows of one expert are still in the cache when
 they are used again. Weight gradients are written directly into the stacked tensors; autograd would
 store more, copy more, and accumulate a full-size gradient for every slice.
 
@@ -54,6 +54,8 @@ def loop_swiglu(
 
 
 class _Loop(torch.autograd.Function):
+    """`loop_swiglu` with the number of rows of each expert on the host (`sizes`)."""
+
     @staticmethod
     def forward(
         ctx: Any,

@@ -2,9 +2,9 @@
 
 There are two equivalent implementations. `loop` computes one expert after the other
 (`pretrain.moe.expert_loop`); on CPU it is as fast or faster, with less memory, if each expert has
-many rows. `grouped` uses one grouped matrix product for all experts. It is the choice for GPUs,
-because in bfloat16 on Hopper the host does not need the number of rows per expert, and for CPUs
-with few rows per expert, where the overhead of the loop matters.
+many rows. `grouped` uses one grouped matrix product for all experts. It is the default on GPU,
+because in bfloat16 on Hopper the host does not need the number of rows per expert, and on CPU with
+few rows per expert, where the overhead of the loop matters.
 
 Shapes: T tokens, N rows, D trunk width, F expert width, L local experts.
 """

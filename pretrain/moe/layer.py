@@ -2,8 +2,8 @@
 combination, shared experts.
 
 MoE(x) = sum over the selected experts of w_e(x) f_e(x) (+ shared experts). The input is one flat
-list of valid tokens; padding never reaches the layer. Communication between processes is the task
-of the dispatcher.
+list of valid tokens; padding never reaches the layer. The dispatcher communicates
+with other processes.
 
 Shapes: T tokens, D trunk width, E experts.
 """

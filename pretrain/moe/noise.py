@@ -21,9 +21,10 @@ from torch import Tensor
 SELECTION, PRIORITY = 1, 2
 """Purpose of a number: expert selection, or the order in which tokens fill the capacity."""
 
+# Constants of SplitMix64; the first is 2**64 / golden ratio.
 _GOLDEN = 0x9E3779B97F4A7C15
 _FACTORS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
-_TEXT = 1 << 32
+_TEXT_OFFSET = 1 << 32
 """Offset of text positions in token hashes; patch positions start at 0."""
 _MASK_64 = (1 << 64) - 1
 
@@ -52,7 +53,8 @@ def hash_tokens(
 
     pair_T = torch.div(text_positions, context_length, rounding_mode="floor")
     sample_T = sample_B.index_select(0, pair_T)
-    return mix(torch.cat([patches, sample_T + (text_positions % context_length + _TEXT)]))
+    text = sample_T + (text_positions % context_length + _TEXT_OFFSET)
+    return mix(torch.cat([patches, text]))
 
 
 def random_int64(

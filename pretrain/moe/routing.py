@@ -37,7 +37,7 @@ class Routing(NamedTuple):
     k: int
     """Assignments per token; 0 if it varies."""
     token_N: Tensor | None = None
-    """Token index of each assignment, int64; None if it is n // k."""
+    """Token index of each assignment, int64; None if assignment n belongs to token n // k."""
 
     @property
     def tokens_per_expert_E(self) -> Tensor:
@@ -59,12 +59,14 @@ class Scores(NamedTuple):
     """Logits with the noise of this step (`noisy_top_k` during training)."""
 
 
-def gate_scores(logits_TE: Tensor, score: Literal["softmax", "sigmoid"]) -> Tensor:
+def gate_scores(logits_TE: Tensor, score_func: Literal["softmax", "sigmoid"]) -> Tensor:
     """Gate scores from logits.
 
     `softmax` normalizes over experts; `sigmoid` scores each expert independently.
     """
-    return torch.softmax(logits_TE, dim=-1) if score == "softmax" else torch.sigmoid(logits_TE)
+    if score_func == "softmax":
+        return torch.softmax(logits_TE, dim=-1)
+    return torch.sigmoid(logits_TE)
 
 
 def score_tokens(
@@ -74,7 +76,7 @@ def score_tokens(
 
     Args:
         logits_TE: Router logits, float32.
-        config: Uses `temperature`, `pools`, `score_func`, `routing` and `noise_std`.
+        config: Uses `temperature`, `pools`, `score_func`, `routing` and `logit_noise_std`.
         tokens: Metadata of the tokens.
         block_index: Index of the layer's block; part of the seed of its noise.
         noise: True during training: `noisy_top_k` adds noise to the logits.
@@ -155,8 +157,8 @@ def assign_experts(
     return Routing(weights_TK.flatten(), ids_TK.flatten(), assignments_ME, assignments_ME, k)
 
 
-def _log_scores(logits_TE: Tensor, score: str) -> Tensor:
-    if score == "softmax":
+def _log_scores(logits_TE: Tensor, score_func: str) -> Tensor:
+    if score_func == "softmax":
         return torch.log_softmax(logits_TE, dim=-1)
     return torch.nn.functional.logsigmoid(logits_TE)
 
@@ -186,7 +188,7 @@ def mask_other_pool(selection_scores_TE: Tensor, scored: Scores, config: MoEConf
 
 
 def _select_top_k(
-    weight_TE: Tensor, selection_scores_TE: Tensor, config: MoEConfig
+    gates_TE: Tensor, selection_scores_TE: Tensor, config: MoEConfig
 ) -> tuple[Tensor, Tensor]:
     """Weights and indices of the k experts with the largest selection scores.
 
@@ -195,7 +197,7 @@ def _select_top_k(
     2021, arXiv:2101.03961).
     """
     ids_TK = topk_indices(selection_scores_TE, config.top_k)
-    weights_TK = weight_TE.gather(1, ids_TK)
+    weights_TK = gates_TE.gather(1, ids_TK)
     if config.norm_topk_prob and config.top_k > 1:
         weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True).clamp(min=1e-20)
     return weights_TK, ids_TK

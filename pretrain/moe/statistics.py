@@ -80,7 +80,7 @@ def router_stats(
         scored: Gate scores. Sigmoid scores are normalized over the experts here, as in DeepSeek-V3
             (arXiv:2412.19437, section 2.1.2).
         routing: The assignments.
-        tokens: Metadata of the tokens; also says whether coactivations are counted.
+        tokens: Metadata of the tokens; `coactivation` selects whether coactivations are counted.
         config: Configuration of the layer.
         load: Also compute the smooth load (`routing: noisy_top_k`).
         expert_l1: Sum of the experts' absolute weights, if requested.

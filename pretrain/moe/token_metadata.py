@@ -17,7 +17,7 @@ MODALITIES = ("image", "text")
 
 
 class TokenMetadata(NamedTuple):
-    """Where tokens come from; shared by all layers of a forward pass."""
+    """Sample, position and capacity group of each token; shared by all layers of a forward pass."""
 
     num_pairs: int
     """B"""
