@@ -34,10 +34,11 @@ def all_to_all_rows(
 class AsyncAllToAll:
     """`all_to_all_rows` split into `start` and `finish`, to overlap communication with computation.
 
-    exchange = AsyncAllToAll(send, receive, group)
-    pending = exchange.start(x)
-    ...                                 # overlaps in the forward pass and in the backward pass
-    received = exchange.finish(pending)
+    Example:
+        exchange = AsyncAllToAll(send, receive, group)
+        pending = exchange.start(x)
+        y = compute(z)  # overlaps with the all-to-all, in the forward and the backward pass
+        received = exchange.finish(pending)
     """
 
     def __init__(

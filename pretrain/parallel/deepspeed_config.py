@@ -174,7 +174,7 @@ def resolve(
         # clips instead.
         "gradient_clipping": run.optim.clip_norm if stage > 0 else 0.0,
     }
-    # At stage 0 DeepSpeed's bf16 optimizer runs an extra step at the start. There the parameters
+    # At stage 0 DeepSpeed's bf16 optimizer would run an extra step at the start. So the parameters
     # stay in fp32 and the model casts its inputs itself.
     if run.precision.compute == "bf16" and stage > 0:
         resolved["bf16"] = {"enabled": True}
@@ -190,6 +190,7 @@ def resolve_for_run(run: RunConfig, run_path: Path, batch_plan: BatchPlan) -> di
 
 
 def _problems(profile: Mapping[str, Any], path: Path, run_path: Path) -> list[str]:
+    """Messages for keys set in both files, unsupported `"auto"` values and unknown keys."""
     problems: list[str] = []
     for key, value in profile.items():
         if key in YAML_KEYS:

@@ -93,7 +93,7 @@ class DeepSpeedEngine:
                 parameter.grad if self.layout.zero_stage == 0 else safe_get_full_grad(parameter)
             )
             if gradient is not None:
-                gradients[self._file_name(name)] = gradient.detach().float().clone()
+                gradients[self._checkpoint_name(name)] = gradient.detach().float().clone()
         return gradients
 
     def all_gather(self, rows: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ class DeepSpeedEngine:
             full = full_parameter(parameter)  # collective at stage 3, so every rank calls it
             writes = self.layout.writes_experts(self.rank) if is_expert(name) else self.rank == 0
             if writes:
-                tensors[self._file_name(name)] = full
+                tensors[self._checkpoint_name(name)] = full
         if self.rank == 0:
             tensors |= {name: buffer.detach() for name, buffer in self.model.named_buffers()}
         return tensors
@@ -135,7 +135,7 @@ class DeepSpeedEngine:
             return  # weights are restored from the masters, see `load_optimizer_tensors`
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
-                parameter.copy_(checked_tensor(tensors, self._file_name(name), parameter))
+                parameter.copy_(checked_tensor(tensors, self._checkpoint_name(name), parameter))
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         return optimizer_shard(self._engine.optimizer, self.layout.zero_stage)
@@ -146,7 +146,11 @@ class DeepSpeedEngine:
             load_partitioned_weights(self._engine.optimizer)
 
     def _clip_by_global_norm(self) -> float:
-        """Clip by the global norm: dense parameters once, each expert of the group once."""
+        """Clip the gradients by their norm over all ranks; return the norm before clipping.
+
+        Dense gradients, which all ranks share, count once; the squares of expert
+        gradients are summed over the expert-parallel group.
+        """
         dense: list[Tensor] = []
         experts: list[Tensor] = []
         for name, parameter in self.model.named_parameters():
@@ -154,7 +158,7 @@ class DeepSpeedEngine:
                 (experts if is_expert(name) else dense).append(parameter.grad)
 
         expert_square = _square_sum(experts, self.device)
-        if experts:  # a dense model has no expert group
+        if experts:  # a dense model has no expert-parallel group
             dist.all_reduce(
                 expert_square, group=groups._get_expert_parallel_group(self._expert_group_name)
             )
@@ -163,7 +167,8 @@ class DeepSpeedEngine:
             torch._foreach_mul_(dense + experts, self._clip_norm / (norm + 1e-6))
         return norm
 
-    def _file_name(self, name: str) -> str:
+    def _checkpoint_name(self, name: str) -> str:
+        """Name of a parameter in `model_tensors`: the experts of this rank as `NAME@first:last`."""
         first = self.layout.first_expert(self.rank)
         canonical = canonical_name(name, first)
         if canonical is not None:

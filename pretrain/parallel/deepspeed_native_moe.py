@@ -4,7 +4,7 @@ Routing, dispatch and expert computation are those of `deepspeed.moe.layer.MoE`,
 tokens. The rest matches `MoELayer`, so that runs are comparable: initial weights, shared experts,
 statistics and balancing losses over the global batch (computed from the logits and assignments of
 DeepSpeed's gate), and parameter names in checkpoints. DeepSpeed's own balancing loss is not used:
-it covers the tokens of one rank only, and with top-2 routing it ignores second choices.
+it covers the tokens of one rank only, and with top-2 routing it ignores each token's second expert.
 
 Settings that this layer does not support are rejected by `pretrain.config.deepspeed_moe`.
 """
@@ -49,7 +49,7 @@ class Expert(nn.Module):
 def make_native_moe(
     width: int, hidden: int, num_experts: int, k: int, *, expert_parallel_size: int = 1
 ) -> MoE:
-    """`deepspeed.moe.layer.MoE` with deterministic routing and no dropping; weights undefined."""
+    """`deepspeed.moe.layer.MoE` without dropping or random routing; experts uninitialized."""
     return MoE(
         width,
         Expert(width, hidden),

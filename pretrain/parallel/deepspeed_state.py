@@ -19,7 +19,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def full_parameter(parameter: nn.Parameter) -> Tensor:
-    """The full value of a parameter; with ZeRO-3 gathered into a copy on CPU. Collective then."""
+    """The full value of a parameter. With ZeRO-3, a copy on CPU, and the call is collective."""
     if not hasattr(parameter, "ds_id"):
         return parameter.detach()
     from deepspeed import zero
@@ -45,7 +45,7 @@ def optimizer_shard(optimizer: Any, zero_stage: int) -> dict[str, Tensor]:
 
 
 def load_optimizer_shard(optimizer: Any, zero_stage: int, shard: Mapping[str, Tensor]) -> None:
-    """Load what `optimizer_shard` returned with the same layout.
+    """Load a shard that `optimizer_shard` returned for the same layout.
 
     Raises:
         CheckpointError: A tensor is missing or has another size.

@@ -38,7 +38,7 @@ class TrainEngine(Protocol):
         Args:
             batch: The micro-batch.
             step_seed: Seed of all random routing of this step; the same on every rank.
-            coactivation: Also count which pairs of experts are selected by the same token.
+            coactivation: Also count which pairs of experts are assigned to the same token.
         """
         ...
 
@@ -47,7 +47,8 @@ class TrainEngine(Protocol):
         ...
 
     def step(self, learning_rate: float) -> float:
-        """Clip, update and zero the gradients; return the global gradient norm before clipping."""
+        """Clip the gradients, update the weights and zero the gradients; return the global gradient
+        norm before clipping."""
         ...
 
     def gradients(self) -> dict[str, Tensor]:
@@ -87,7 +88,7 @@ class TrainEngine(Protocol):
     def model_tensors(self) -> dict[str, Tensor]:
         """The model tensors that this rank saves. Collective.
 
-        Rank 0 saves the dense weights and the routers' biases; experts are named
+        Rank 0 saves the dense weights and the expert biases; experts are named
         `NAME@first:last`.
         """
         ...

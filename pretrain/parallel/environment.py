@@ -88,8 +88,8 @@ def start_process_group(environment: RankEnvironment, timeout_seconds: float) ->
     import deepspeed
     from deepspeed.ops import __compatible_ops__
 
-    # Otherwise the first start on CPU compiles a shared-memory collective for 100 s, holding a lock
-    # that is never released if the process is killed. gloo works without it.
+    # Otherwise the first start on CPU spends 100 s compiling a shared-memory collective, under a
+    # lock that is never released if the process is killed. gloo works without it.
     __compatible_ops__["deepspeed_shm_comm"] = False
     if environment.world_size == 1 and "MASTER_PORT" not in os.environ:
         rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -132,7 +132,7 @@ def stop_process_group() -> None:
 
 
 def _limit_deepspeed_logs() -> None:
-    """Log only warnings of DeepSpeed, which is verbose at INFO on every rank."""
+    """Limit DeepSpeed's log to warnings; at INFO it is verbose on every rank."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     os.environ.setdefault("DS_LOG_LEVEL", "warning")
     # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 deprecates.

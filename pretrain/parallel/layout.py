@@ -26,7 +26,7 @@ class Layout:
     precision: str
     """`fp32` or `bf16`."""
     num_experts: int
-    """Routed experts of a layer."""
+    """Number of routed experts per layer (`moe.num_experts`)."""
     expert_layer: str = "builtin"
     """Implementation of the MoE layer, `builtin` or `deepspeed`. Their optimizer shards are ordered
     differently."""
@@ -48,7 +48,7 @@ class Layout:
 
     @property
     def experts_per_rank(self) -> int:
-        """Routed experts of each layer that one rank holds."""
+        """Number of routed experts per layer that one rank holds."""
         return self.num_experts // self.expert_parallel_size
 
     def expert_rank(self, rank: int) -> int:

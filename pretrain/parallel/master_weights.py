@@ -1,6 +1,6 @@
 """The full float32 weights that an engine's optimizer updates, for comparisons between engines.
 
-With ZeRO and bfloat16 the weights of the module are a rounded copy of them.
+With ZeRO and bfloat16, the weights of the module are rounded copies of these master weights.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def master_weights(engine: TrainEngine) -> dict[str, Tensor]:
     for name, parameter in engine.model.named_parameters():
         full = _full_master(parameter, engine.layout.zero_stage)
         # `copy`: on CPU this would otherwise alias the parameter, which the next step updates.
-        weights[_file_name(name, engine)] = full.detach().to("cpu", copy=True)
+        weights[_checkpoint_name(name, engine)] = full.detach().to("cpu", copy=True)
     return weights
 
 
@@ -32,7 +32,8 @@ def destroy_engine(engine: TrainEngine) -> None:
         deepspeed_engine.destroy()
 
 
-def _file_name(name: str, engine: TrainEngine) -> str:
+def _checkpoint_name(name: str, engine: TrainEngine) -> str:
+    """Name of a parameter in `TrainEngine.model_tensors`."""
     first = engine.layout.first_expert(engine.rank)
     if engine.layout.expert_layer == "deepspeed":
         from pretrain.parallel.deepspeed_native_moe import canonical_name

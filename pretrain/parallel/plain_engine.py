@@ -51,7 +51,7 @@ class PlainEngine:
 
     def gradients(self) -> dict[str, Tensor]:
         return {
-            _file_name(name, parameter): parameter.grad.detach().float().clone()
+            _checkpoint_name(name, parameter): parameter.grad.detach().float().clone()
             for name, parameter in self.model.named_parameters()
             if parameter.grad is not None
         }
@@ -75,13 +75,15 @@ class PlainEngine:
         return [value]
 
     def model_tensors(self) -> dict[str, Tensor]:
-        weights = {_file_name(n, p): p.detach() for n, p in self.model.named_parameters()}
+        weights = {_checkpoint_name(n, p): p.detach() for n, p in self.model.named_parameters()}
         return weights | {name: buffer.detach() for name, buffer in self.model.named_buffers()}
 
     def load_model_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
-                parameter.copy_(checked_tensor(tensors, _file_name(name, parameter), parameter))
+                parameter.copy_(
+                    checked_tensor(tensors, _checkpoint_name(name, parameter), parameter)
+                )
             load_buffers(self.model, tensors)
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
@@ -110,7 +112,7 @@ def clip_gradients(gradients: Sequence[Tensor], max_norm: float) -> float:
     a reference.
 
     Args:
-        gradients: Of all parameters that have one.
+        gradients: Gradients of all parameters that have one.
         max_norm: Largest norm; 0 disables clipping.
     """
     if not gradients:
@@ -167,11 +169,11 @@ def routing_context(
 
 
 BIAS_SUFFIX = ".bias.value"
-"""Suffix of the names of routing biases (`pretrain.moe.bias.ExpertBias` in `MoELayer.bias`)."""
+"""Suffix of the names of expert biases (`pretrain.moe.bias.ExpertBias` in `MoELayer.bias`)."""
 
 
 def load_buffers(model: VisionLanguageModel, tensors: Mapping[str, Tensor]) -> None:
-    """Load the buffers of a model: the routing biases.
+    """Load the buffers of a model: the expert biases.
 
     Raises:
         CheckpointError: The checkpoint lacks a bias, or has one that this run's model does not.
@@ -180,7 +182,7 @@ def load_buffers(model: VisionLanguageModel, tensors: Mapping[str, Tensor]) -> N
     unexpected = sorted(n for n in tensors if n.endswith(BIAS_SUFFIX) and n not in buffers)
     if unexpected:
         raise CheckpointError(
-            f"the checkpoint has routing biases in {len(unexpected)} layers, such as "
+            f"the checkpoint has expert biases in {len(unexpected)} layers, such as "
             f"{unexpected[0]!r}, but this run's model has none there; without them tokens would be "
             f"routed to other experts. Set balance.bias and balance.bias_per_modality as in "
             f"config.yaml of the run folder, or use another run folder"
@@ -207,5 +209,6 @@ def checked_tensor(tensors: Mapping[str, Tensor], name: str, like: Tensor) -> Te
     return tensor
 
 
-def _file_name(name: str, parameter: Tensor) -> str:
+def _checkpoint_name(name: str, parameter: Tensor) -> str:
+    """Name of a parameter in `model_tensors`."""
     return slice_name(name, 0, parameter.shape[0]) if is_expert(name) else name
