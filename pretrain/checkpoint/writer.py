@@ -134,7 +134,7 @@ class _SaveAttempt:
             return None
         try:
             return write()
-        except Exception as error:  # noqa: BLE001 - if this rank raised alone, the others would hang
+        except Exception as error:  # noqa: BLE001 - raised on all ranks by `synchronize`
             self._cause = error
             reason = _describe_error(error, self._root)
             self._problem = f"rank {self._engine.rank} could not write {path}: {reason}"

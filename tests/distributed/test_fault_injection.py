@@ -1,4 +1,4 @@
-"""`pretrain.check` detects injected faults by the right quantity, and stops cells that hang."""
+"""`pretrain.check` detects each injected fault in the expected quantities, and stops hung cells."""
 
 from __future__ import annotations
 
@@ -30,45 +30,49 @@ class InjectedFault(NamedTuple):
 
 
 ACCUMULATION = Cell(expert_parallel_size=1, zero="2", accumulation=2, missing="none")
-VALUES = ("loss", "term", "counts", "assignments")
+FORWARD_QUANTITIES = ("loss", "term", "counts", "assignments")
 """Quantities of the first forward pass."""
 
 FAULTS = (
     InjectedFault(
         "expert_gradients_scaled_by_expert_parallel_size",
         {"gradient": ".experts.", "norm": ""},
-        VALUES,
+        FORWARD_QUANTITIES,
     ),
     InjectedFault(
         "expert_gradients_scaled_by_expert_parallel_size",
         {"gradient": ".experts."},
-        VALUES,
+        FORWARD_QUANTITIES,
         cell=Cell(expert_parallel_size=2, zero="0", precision="bf16"),
     ),
-    InjectedFault("auxiliary_terms_averaged_over_ranks", {"gradient": ".gate."}, VALUES),
+    InjectedFault(
+        "auxiliary_terms_averaged_over_ranks", {"gradient": ".gate."}, FORWARD_QUANTITIES
+    ),
     InjectedFault(
         "auxiliary_terms_averaged_over_ranks",
         {"gradient": ".gate."},
-        VALUES,
+        FORWARD_QUANTITIES,
         "noisy",
         Cell(expert_parallel_size=2, zero="2", accumulation=2),
     ),
-    # With weights as in the presets: beside the other terms these gradients would be lost in the
-    # rounding of bfloat16.
+    # With balance weights as in the presets, on auxiliary terms alone: added to the gradients of the
+    # other terms, theirs would be lost in the rounding of bfloat16.
     InjectedFault(
         "auxiliary_terms_averaged_over_ranks",
         {"gradient": "", "norm": ""},
-        VALUES,
+        FORWARD_QUANTITIES,
         "usual",
         Cell(expert_parallel_size=2, zero="1", precision="bf16", terms="aux"),
     ),
     InjectedFault(
-        "missing_expert_gradients_of_last_rank", {"gradient": "of expert 2"}, ("start", *VALUES)
+        "missing_expert_gradients_of_last_rank",
+        {"gradient": "of expert 2"},
+        ("start", *FORWARD_QUANTITIES),
     ),
     InjectedFault(
         "missing_expert_gradients_of_last_rank",
         {"gradient": "of expert 2"},
-        ("start", *VALUES),
+        ("start", *FORWARD_QUANTITIES),
         cell=Cell(expert_parallel_size=2, zero="0", precision="bf16"),
     ),
     InjectedFault(
@@ -85,7 +89,7 @@ FAULTS = (
     InjectedFault(
         "clip_by_mean_of_local_norms",
         {"norm": "norm"},
-        ("gradient", *VALUES),
+        ("gradient", *FORWARD_QUANTITIES),
         cell=Cell(expert_parallel_size=2, zero="0"),
     ),
     InjectedFault(
@@ -97,7 +101,7 @@ FAULTS = (
     InjectedFault(
         "expert_gradient_averaged_over_ranks",
         {"gradient": "blocks.1.ffn.experts.w2", "norm": ""},
-        ("start", *VALUES),
+        ("start", *FORWARD_QUANTITIES),
         cell=Cell(expert_parallel_size=2, zero="0"),
     ),
     InjectedFault(
@@ -109,7 +113,7 @@ FAULTS = (
     InjectedFault(
         "scaled_gradients_on_last_rank",
         {"gradient": "blocks.2.ffn.experts.w3@2:4"},
-        ("start", *VALUES),
+        ("start", *FORWARD_QUANTITIES),
     ),
     InjectedFault(
         "caption_loss_mean_of_means",
@@ -135,7 +139,7 @@ FAULTS = (
     InjectedFault(
         "router_bias_from_local_load",
         {"biases": "biases"},
-        ("gradient", "norm", *VALUES),
+        ("gradient", "norm", *FORWARD_QUANTITIES),
         "sampled",
     ),
     InjectedFault("expert_outputs_swapped", {"loss": "", "gradient": ""}, ("counts",)),
@@ -155,9 +159,14 @@ FAULTS = (
         "noisy",
         Cell(expert_parallel_size=1, zero="1", missing="pairs"),
     ),
-    InjectedFault("learning_rate_never_updated", {"parameters": ""}, ("gradient", "norm", *VALUES)),
     InjectedFault(
-        "earlier_micro_batches_dropped", {"gradient": "", "norm": ""}, VALUES, cell=ACCUMULATION
+        "learning_rate_never_updated", {"parameters": ""}, ("gradient", "norm", *FORWARD_QUANTITIES)
+    ),
+    InjectedFault(
+        "earlier_micro_batches_dropped",
+        {"gradient": "", "norm": ""},
+        FORWARD_QUANTITIES,
+        cell=ACCUMULATION,
     ),
     InjectedFault("negated_router_logits", {"assignments": "", "statistics": ""}, ("counts",)),
 )
@@ -180,7 +189,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Outcome]
 
 
 @pytest.mark.parametrize("index", range(len(FAULTS)), ids=[injected.fault for injected in FAULTS])
-def test_fault_is_detected_by_the_right_quantity(
+def test_fault_is_detected_in_the_expected_quantities(
     results: dict[str, list[Outcome]], index: int
 ) -> None:
     injected, outcome = FAULTS[index], results["with_fault"][index]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from pretrain.check.cells import PRECISIONS, STAGES, Cell, Precision
+from pretrain.check.cells import PRECISIONS, STAGES, Cell, Missing, Precision
 from pretrain.check.compare import QUANTITIES
 from pretrain.check.job import Outcome
 from tests.support.parity_runs import RUN_SETTINGS, describe, run_cells
@@ -20,22 +20,22 @@ def cell(
     zero: int | str,
     expert_parallel_size: int = 1,
     accumulation: int = 1,
-    missing: str = "none",
+    missing: Missing = "none",
     *,
     recompute: bool = False,
 ) -> Cell:
-    """A float32 cell."""
+    """A float32 cell; positional: ZeRO stage, expert parallelism, micro-batches, missing pairs."""
     return Cell(
         zero=str(zero),
         expert_parallel_size=expert_parallel_size,
         accumulation=accumulation,
         recompute=recompute,
         missing=missing,
-    )  # type: ignore[arg-type]
+    )
 
 
 def grid(*expert_parallel_size: int, precisions: Sequence[Precision] = PRECISIONS) -> Cases:
-    """Every stage, with and without accumulation and activation checkpointing."""
+    """Every ZeRO stage, with and without accumulation and activation checkpointing."""
     return [
         (
             "plain",
@@ -75,7 +75,7 @@ CASES: dict[int, Cases] = {
         ("plain", cell(1, 2, 2)),
         ("plain", cell(3, 2)),
         ("plain", cell(2, 4, 1, "rank")),
-        # A copy with rows and a copy without must reduce their gradients in the same order.
+        # A copy with pairs and a copy without must reduce their gradients in the same order.
         ("plain", cell(2, 2, 1, "rank")),
         ("plain", cell(3, 1, 1, "rank")),
         ("plain", Cell(zero="1", expert_parallel_size=2, precision="bf16", missing="none")),
@@ -108,8 +108,7 @@ CASES: dict[int, Cases] = {
         ),
         ("experts", cell(1, 2)),
         ("pools", cell(2, 2, 4, recompute=True)),
-        # Here some elements of the router's gradient are pure rounding error, and Adam scales them
-        # up.
+        # Here some elements of the router's gradient are pure rounding error, which Adam scales up.
         ("pools", cell(2, 2, 4, "pairs", recompute=True)),
         ("deepspeed", cell(0, 2, 1, "pairs")),
         ("deepspeed-three", cell(1, 2, 2, recompute=True)),
