@@ -55,7 +55,7 @@ FAULTS = (
         "noisy",
         Cell(expert_parallel_size=2, zero="2", accumulation=2),
     ),
-    # With balance weights as in the presets, on auxiliary terms alone: added to the gradients of the
+    # Balance weights as in the presets, and auxiliary terms alone: added to the gradients of the
     # other terms, theirs would be lost in the rounding of bfloat16.
     InjectedFault(
         "auxiliary_terms_averaged_over_ranks",
