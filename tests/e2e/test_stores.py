@@ -1,6 +1,6 @@
-"""Reading and writing object stores: every test runs with s3, gs, az and http servers.
+"""Reading and writing object stores: most tests run with servers of each kind, s3, gs, az and http.
 
-`-m az` runs only the tests with servers of this kind.
+`-m az` runs only those with servers of that kind.
 """
 
 from __future__ import annotations

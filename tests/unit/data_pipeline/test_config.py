@@ -99,7 +99,7 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mapping", "key", "facts"),
+    ("mapping", "key", "parts"),
     [
         ({"titel": "x"}, "titel", ["no such setting", "'title'"]),
         ({"inner": {"stepz": 1}}, "inner.stepz", ["no such setting", "'steps'"]),
@@ -123,12 +123,12 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
         ({"weights": {"a": "b"}}, "weights.a", ["number", "found 'b'"]),
     ],
 )
-def test_error_of_one_problem(mapping: dict[str, Any], key: str, facts: list[str]) -> None:
+def test_error_of_one_problem(mapping: dict[str, Any], key: str, parts: list[str]) -> None:
     with pytest.raises(ConfigError) as error:
         from_mapping(Outer, mapping)
     message = str(error.value)
     assert message.startswith(key) and "\n" not in message
-    assert [fact for fact in facts if fact not in message] == []
+    assert [part for part in parts if part not in message] == []
 
 
 def test_all_problems_are_reported_together() -> None:
@@ -138,8 +138,8 @@ def test_all_problems_are_reported_together() -> None:
         )
     text = str(error.value)
     assert text.startswith("run.yaml: 4 problems:\n")
-    for part in ("on: expected", "inner.lr: expected", "inner.stepz: no such", "nope: no such"):
-        assert part in text
+    for message in ("on: expected", "inner.lr: expected", "inner.stepz: no such", "nope: no such"):
+        assert message in text
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_yaml_scalars(text: str, value: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "part"),
+    ("text", "message"),
     [
         ("a: 1\nb: 2\na: 3\n", "line 3: the key 'a'"),
         ("o:\n  a: 1\n  a: 2\n", "line 3: the key 'a'"),
@@ -183,12 +183,12 @@ def test_yaml_scalars(text: str, value: object) -> None:
         ("extends: nowhere.yaml\n", "extends 'nowhere.yaml'"),
     ],
 )
-def test_invalid_files(tmp_path: Path, text: str, part: str) -> None:
+def test_invalid_files(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError) as error:
         load_yaml(path)
-    assert part in str(error.value) and str(path) in str(error.value)
+    assert message in str(error.value) and str(path) in str(error.value)
 
 
 def test_missing_file(tmp_path: Path) -> None:
@@ -249,7 +249,7 @@ def test_override_of_part_of_a_section() -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "part"),
+    ("override", "message"),
     [
         ("lr", "write it as key=value"),
         ("=3", "write it as key=value"),
@@ -258,7 +258,7 @@ def test_override_of_part_of_a_section() -> None:
         ("names=[a", "not usable YAML"),
     ],
 )
-def test_invalid_overrides(override: str, part: str) -> None:
+def test_invalid_overrides(override: str, message: str) -> None:
     with pytest.raises(ConfigError) as error:
         apply_overrides({"title": "run"}, [override])
-    assert part in str(error.value) and override in str(error.value)
+    assert message in str(error.value) and override in str(error.value)

@@ -78,7 +78,7 @@ def test_unsupported_cells_start_no_rank(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "part", "prints_table"),
+    ("arguments", "message", "prints_table"),
     [
         (["--cells", "zeros=1"], "'zeros'", False),
         (["balance.load_weight=0.1"], "balance.load_weight is 0.1", True),
@@ -86,11 +86,11 @@ def test_unsupported_cells_start_no_rank(
     ],
 )
 def test_an_invalid_run_is_an_error(
-    arguments: list[str], part: str, prints_table: bool, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, prints_table: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["check-parallel", "tiny", "--small", *arguments]) == 2
     printed, error = capsys.readouterr()
-    assert part in error
+    assert message in error
     assert prints_table or not printed
 
 

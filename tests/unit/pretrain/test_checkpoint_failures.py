@@ -215,7 +215,7 @@ def test_unexpected_error_on_one_rank_does_not_hang_the_other(tmp_path: Path) ->
     assert "not JSON serializable" in str(errors[0])
 
 
-@pytest.fixture()
+@pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A 64 KiB file system."""
     mount = tmp_path / "disk"

@@ -115,8 +115,14 @@ def test_key_set_twice_is_an_error_that_names_both_files(key: str, value: object
     with pytest.raises(ConfigError) as caught:
         _resolve({"zero_optimization": {"stage": 1}, key: value})
     text = str(caught.value)
-    for part in (f"{key} is set twice", json.dumps(value), "my.json", "run.yaml", YAML_KEYS[key]):
-        assert part in text
+    for message in (
+        f"{key} is set twice",
+        json.dumps(value),
+        "my.json",
+        "run.yaml",
+        YAML_KEYS[key],
+    ):
+        assert message in text
 
 
 def test_auto_takes_the_value_of_the_yaml() -> None:
@@ -134,7 +140,7 @@ def test_auto_takes_the_value_of_the_yaml() -> None:
 
 
 @pytest.mark.parametrize(
-    ("profile", "part"),
+    ("profile", "message"),
     [
         (
             {"zero_optimization": {"stage": 1, "reduce_bucket_size": "auto"}},
@@ -152,10 +158,10 @@ def test_auto_takes_the_value_of_the_yaml() -> None:
         ({}, "zero_optimization.stage is None"),
     ],
 )
-def test_invalid_profiles(profile: dict[str, Any], part: str) -> None:
+def test_invalid_profiles(profile: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         _resolve(profile)
-    assert part in str(caught.value) and "my.json" in str(caught.value)
+    assert message in str(caught.value) and "my.json" in str(caught.value)
 
 
 def test_all_problems_of_a_profile_are_in_one_error() -> None:
@@ -181,19 +187,19 @@ def test_profile_by_name_and_by_path(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "part"),
+    ("text", "message"),
     [
         ("{", "cannot read"),
         ("[]", "JSON object"),
         ('{"a": 1, "a": 2}', "duplicate key 'a'"),
     ],
 )
-def test_files_that_are_not_profiles(tmp_path: Path, text: str, part: str) -> None:
+def test_files_that_are_not_profiles(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "p.json"
     path.write_text(text)
     with pytest.raises(ConfigError) as caught:
         load_profile(path)
-    assert part in str(caught.value) and str(path) in str(caught.value)
+    assert message in str(caught.value) and str(path) in str(caught.value)
 
 
 def test_key_tables_are_disjoint_and_listed_in_the_readme() -> None:

@@ -43,7 +43,7 @@ def make_record() -> RoutingRecord:
     )
 
 
-@pytest.fixture()
+@pytest.fixture
 def counts() -> RoutingCounts:
     counts = RoutingCounts(1, 3, patches=2)
     counts.add([make_record()], np.array([5, 0, 5]), np.array([70, 80]))
