@@ -26,13 +26,13 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 
 @pytest.fixture
-def setup(manifest: Manifest, tokenizer_path: str) -> LoaderFactory:
+def factory(manifest: Manifest, tokenizer_path: str) -> LoaderFactory:
     return LoaderFactory(manifest, tokenizer_path)
 
 
 @pytest.fixture
 def new_clients(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No cached clients of object stores, and nothing remembered about servers."""
+    """Clears the cached clients of object stores and the list of servers without ranges."""
     object_store.clear_clients()
     monkeypatch.setattr(store_download, "_hosts_without_ranges", {})
 

@@ -1,5 +1,5 @@
-"""The order of the loader's batches: the same for any number of ranks and workers, and on
-resume."""
+"""The order of the loader's batches: the same for any number of ranks and workers, and after
+resuming."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def sample_ids(steps: Sequence[Sequence[Batch]]) -> list[int]:
     return [sample for batches in steps for batch in batches for sample in batch.ids.tolist()]
 
 
-def test_steps_follow_the_plan(setup: LoaderFactory) -> None:
-    steps, states = take_steps(setup.open(), 9)  # more than two epochs: steps span epochs
+def test_steps_follow_the_plan(factory: LoaderFactory) -> None:
+    steps, states = take_steps(factory.open(), 9)  # more than two epochs: steps span epochs
     keys = [key for batches in steps for batch in batches for key in batch.keys]
-    sizes = [shard.samples for shard in setup.manifest.shards]
+    sizes = [shard.samples for shard in factory.manifest.shards]
     plan = Plan(sizes, 9, make_data_config().shuffle_window)
     refs = plan.samples(0, 9 * GLOBAL_BATCH_SIZE)
     assert keys == [f"{7 * ref.shard + ref.sample:05d}" for ref in refs]
@@ -51,11 +51,11 @@ def test_steps_follow_the_plan(setup: LoaderFactory) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_resume_after_every_step(setup: LoaderFactory, workers: int) -> None:
-    expected, states = take_steps(setup.open(), 6)
+def test_resume_after_every_step(factory: LoaderFactory, workers: int) -> None:
+    expected, states = take_steps(factory.open(), 6)
     for done in range(6):
         state = LoaderState.from_json(states[done - 1].to_json()) if done else LoaderState()
-        loader = setup.resume(state, data=make_data_config(workers=workers))
+        loader = factory.resume(state, data=make_data_config(workers=workers))
         resumed, resumed_states = take_steps(loader, 6 - done)
         assert steps_equal(resumed, expected[done:])
         assert resumed_states == states[done:]
@@ -63,14 +63,16 @@ def test_resume_after_every_step(setup: LoaderFactory, workers: int) -> None:
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
 @pytest.mark.parametrize("runs", [(1, 1, 1, 1, 2), (3, 3)])
-def test_resume_with_other_ranks_and_workers(setup: LoaderFactory, runs: tuple[int, ...]) -> None:
+def test_resume_with_other_ranks_and_workers(factory: LoaderFactory, runs: tuple[int, ...]) -> None:
     """Several times within an epoch and beyond: 1, 2, 4 and 1 ranks, 0 to 4 workers."""
-    expected, _ = take_steps(setup.open(), sum(runs))
+    expected, _ = take_steps(factory.open(), sum(runs))
     state, resumed = LoaderState(), list[list[Batch]]()
     for num_steps, world_size, workers in zip(runs, (1, 2, 4, 1, 2), (0, 2, 1, 4, 3), strict=False):
         data = make_data_config(workers=workers)
         ranks = [
-            take_steps(setup.resume(state, data=data, rank=rank, world_size=world_size), num_steps)
+            take_steps(
+                factory.resume(state, data=data, rank=rank, world_size=world_size), num_steps
+            )
             for rank in range(world_size)
         ]
         assert len({str(states) for _, states in ranks}) == 1
@@ -139,11 +141,11 @@ def test_resume_of_a_mixture(tmp_path: Path, tokenizer_path: str) -> None:
     assert second.epochs == pytest.approx(sum(17 <= sample < 26 for sample in ids) / 9)
 
 
-def test_skipped_positions_are_not_delivered(setup: LoaderFactory) -> None:
-    unskipped = sample_ids(take_steps(setup.open(), 6)[0])
-    _, states = take_steps(setup.open(), 2)
+def test_skipped_positions_are_not_delivered(factory: LoaderFactory) -> None:
+    unskipped = sample_ids(take_steps(factory.open(), 6)[0])
+    _, states = take_steps(factory.open(), 2)
     state = states[1].with_skipped(19, 25).with_skipped(30, 31)
-    steps, later_states = take_steps(setup.resume(state), 3)
+    steps, later_states = take_steps(factory.resume(state), 3)
     assert sample_ids(steps) == unskipped[16:19] + unskipped[25:30] + unskipped[31:47]
     assert [state.position for state in later_states] == [30, 39, 47]
     assert all(state.skip == ((19, 25), (30, 31)) for state in later_states)
@@ -152,7 +154,7 @@ def test_skipped_positions_are_not_delivered(setup: LoaderFactory) -> None:
         state = LoaderState.from_json(later_states[done - 1].to_json())
         for world_size in (1, 2):
             ranks = [
-                take_steps(setup.resume(state, rank=rank, world_size=world_size), 3 - done)[0]
+                take_steps(factory.resume(state, rank=rank, world_size=world_size), 3 - done)[0]
                 for rank in range(world_size)
             ]
             resumed = [interleave([rank[i] for rank in ranks]) for i in range(3 - done)]
@@ -160,38 +162,38 @@ def test_skipped_positions_are_not_delivered(setup: LoaderFactory) -> None:
 
 
 @pytest.mark.parametrize("position", [1, 5, 29, 30, 47])
-def test_start_at_any_position(setup: LoaderFactory, position: int) -> None:
-    steps, _ = take_steps(setup.open(), 9)
+def test_start_at_any_position(factory: LoaderFactory, position: int) -> None:
+    steps, _ = take_steps(factory.open(), 9)
     keys = [key for batches in steps for batch in batches for key in batch.keys]
-    (batches,), (state,) = take_steps(setup.open(position=position), 1)
+    (batches,), (state,) = take_steps(factory.open(position=position), 1)
     expected = keys[position : position + GLOBAL_BATCH_SIZE]
     assert [key for batch in batches for key in batch.keys] == expected
     assert state.position == position + GLOBAL_BATCH_SIZE
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_global_batches_are_divided_among_ranks(setup: LoaderFactory, world_size: int) -> None:
-    expected, states = take_steps(setup.open(), 5)
+def test_global_batches_are_divided_among_ranks(factory: LoaderFactory, world_size: int) -> None:
+    expected, states = take_steps(factory.open(), 5)
     ranks = [
-        take_steps(setup.open(rank=rank, world_size=world_size), 5) for rank in range(world_size)
+        take_steps(factory.open(rank=rank, world_size=world_size), 5) for rank in range(world_size)
     ]
     assert all(rank_states == states for _, rank_states in ranks)
     combined = [interleave([steps[i] for steps, _ in ranks]) for i in range(5)]
     assert steps_equal(combined, expected)
 
 
-def test_state_of_other_data_is_an_error(setup: LoaderFactory, tmp_path: Path) -> None:
-    _, (state,) = take_steps(setup.open(), 1)
+def test_state_of_other_data_is_an_error(factory: LoaderFactory, tmp_path: Path) -> None:
+    _, (state,) = take_steps(factory.open(), 1)
     with pytest.raises(ConfigError, match=r"seed is 10, .* seed 9"):
-        setup.resume(state, seed=10)
+        factory.resume(state, seed=10)
     with pytest.raises(DataError, match=r"shards, weights, drop-lists or data\.shuffle_window"):
-        setup.resume(state, data=make_data_config(shuffle_window=3))
+        factory.resume(state, data=make_data_config(shuffle_window=3))
 
     moved = make_shards(tmp_path / "moved", count=NUM_SAMPLES)
-    assert LoaderFactory(moved, setup.tokenizer).resume(state)
+    assert LoaderFactory(moved, factory.tokenizer).resume(state)
     fewer = make_shards(tmp_path / "fewer", count=NUM_SAMPLES - 1)
     with pytest.raises(DataError, match="different shards"):
-        LoaderFactory(fewer, setup.tokenizer).resume(state)
+        LoaderFactory(fewer, factory.tokenizer).resume(state)
 
 
 def test_no_sources(tokenizer_path: str) -> None:
@@ -207,6 +209,6 @@ def test_no_sources(tokenizer_path: str) -> None:
         )
 
 
-def test_global_batch_that_cannot_be_divided(setup: LoaderFactory) -> None:
+def test_global_batch_that_cannot_be_divided(factory: LoaderFactory) -> None:
     with pytest.raises(ConfigError, match=r"global_batch_size is 8, .* 3 ranks = 6; .* 6"):
-        setup.open(world_size=3)
+        factory.open(world_size=3)

@@ -1,5 +1,5 @@
 """Contents of the loader's batches: tensors, buffers, augmentation, captions, and one pass over
-everything."""
+all samples."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def images_by_key(loader: Loader, steps: int) -> dict[str, list[torch.Tensor]]:
     return images
 
 
-def test_augmentation_depends_on_sample_and_epoch_only(setup: LoaderFactory) -> None:
-    expected = images_by_key(setup.open(), 8)
-    shifted = images_by_key(setup.open(position=3), 3)
+def test_augmentation_depends_on_sample_and_epoch_only(factory: LoaderFactory) -> None:
+    expected = images_by_key(factory.open(), 8)
+    shifted = images_by_key(factory.open(position=3), 3)
     assert all(torch.equal(images[0], expected[key][0]) for key, images in shifted.items())
 
     changed = [
@@ -46,10 +46,10 @@ def test_augmentation_depends_on_sample_and_epoch_only(setup: LoaderFactory) -> 
 
 @pytest.mark.parametrize("context_length", [16, 64])
 def test_contents_of_a_batch(
-    setup: LoaderFactory, manifest: Manifest, tokenizer_path: str, context_length: int
+    factory: LoaderFactory, manifest: Manifest, tokenizer_path: str, context_length: int
 ) -> None:
     tokenizer = Tokenizer.load(tokenizer_path)
-    batches = list(setup.evaluate(context_length=context_length))
+    batches = list(factory.evaluate(context_length=context_length))
     assert [len(batch.keys) for batch in batches] == [4] * 7 + [2]
 
     sample = 0
@@ -78,22 +78,22 @@ def test_contents_of_a_batch(
 
 
 def test_previous_contents_of_a_buffer_do_not_matter(
-    setup: LoaderFactory, monkeypatch: pytest.MonkeyPatch
+    factory: LoaderFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = list(setup.evaluate(context_length=64))
+    expected = list(factory.evaluate(context_length=64))
     assert any((batch.text_ids == Tokenizer.pad_id).any() for batch in expected)
 
     def allocate(num_bytes: int) -> tuple[torch.Tensor, bool]:
         return torch.full((num_bytes,), 171, dtype=torch.uint8), False
 
     monkeypatch.setattr(collate, "_allocate", allocate)
-    assert steps_equal([list(setup.evaluate(context_length=64))], [expected])
+    assert steps_equal([list(factory.evaluate(context_length=64))], [expected])
 
 
-def test_buffers_are_not_reused_while_referenced(setup: LoaderFactory) -> None:
+def test_buffers_are_not_reused_while_referenced(factory: LoaderFactory) -> None:
     """A reference to a batch, or to one row of it, must keep its contents unchanged."""
-    expected = take_steps(setup.open(), 40)[0]
-    with closing(setup.open(data=make_data_config(workers=1, prefetch=2))) as loader:
+    expected = take_steps(factory.open(), 40)[0]
+    with closing(factory.open(data=make_data_config(workers=1, prefetch=2))) as loader:
         kept: list[tuple[int, torch.Tensor, torch.Tensor]] = []
         for step, (batches, _) in enumerate(itertools.islice(loader.steps(), 40)):
             if step % 7 == 3:  # the whole batch
@@ -108,27 +108,27 @@ def test_buffers_are_not_reused_while_referenced(setup: LoaderFactory) -> None:
             assert torch.equal(text_ids, batch.text_ids[-len(text_ids) :])
 
 
-def test_one_pass_with_ranks_workers_and_indices(setup: LoaderFactory) -> None:
-    expected = list(setup.evaluate())
-    ranks = [list(setup.evaluate(rank=rank, world_size=3)) for rank in range(3)]
+def test_one_pass_with_ranks_workers_and_indices(factory: LoaderFactory) -> None:
+    expected = list(factory.evaluate())
+    ranks = [list(factory.evaluate(rank=rank, world_size=3)) for rank in range(3)]
     combined = [
         batch for row in itertools.zip_longest(*ranks) for batch in row if batch is not None
     ]
     assert steps_equal([combined], [expected])
-    assert steps_equal([list(setup.evaluate(workers=2))], [expected])
+    assert steps_equal([list(factory.evaluate(workers=2))], [expected])
 
-    selected = list(setup.evaluate(indices=[29, 3, 3, 7, 8]))
+    selected = list(factory.evaluate(indices=[29, 3, 3, 7, 8]))
     keys = [batch.keys for batch in selected]
     assert keys == [("00029", "00003", "00003", "00007"), ("00008",)]
-    assert list(setup.evaluate(indices=[])) == []
+    assert list(factory.evaluate(indices=[])) == []
     with pytest.raises(ConfigError, match=r"3\.\.30 are out of range.*has 30"):
-        list(setup.evaluate(indices=[3, 30]))
+        list(factory.evaluate(indices=[3, 30]))
 
 
-def test_global_random_state_is_unchanged(setup: LoaderFactory) -> None:
+def test_global_random_state_is_unchanged(factory: LoaderFactory) -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    take_steps(setup.open(data=make_data_config(workers=1)), 1)
+    take_steps(factory.open(data=make_data_config(workers=1)), 1)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -138,9 +138,9 @@ def test_caption_sampling(tmp_path: Path, tokenizer_path: str) -> None:
         sample | {"json": {"alt": [f"alt {i}", f"other {i}"]}}
         for i, sample in enumerate(make_samples(NUM_SAMPLES))
     ]
-    setup = LoaderFactory(write_shards(samples, tmp_path), tokenizer_path)
+    factory = LoaderFactory(write_shards(samples, tmp_path), tokenizer_path)
     data = make_data_config(caption_keys=("txt", "json:alt"), caption_weights=(1.0, 2.0))
-    batches = [batch for step in take_steps(setup.open(data=data), 75)[0] for batch in step]
+    batches = [batch for step in take_steps(factory.open(data=data), 75)[0] for batch in step]
 
     first_words = [text.split()[0] for batch in batches for text in batch.captions]
     for word in ("a", "alt", "other"):

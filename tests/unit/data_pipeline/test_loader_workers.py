@@ -49,8 +49,8 @@ def test_buffer_pool_of_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [packed.is_pooled for packed in batches].count(False) == 5
 
 
-def test_worker_that_dies(setup: LoaderFactory) -> None:
-    with closing(setup.open(data=make_data_config(workers=1, prefetch=1))) as loader:
+def test_worker_that_dies(factory: LoaderFactory) -> None:
+    with closing(factory.open(data=make_data_config(workers=1, prefetch=1))) as loader:
         steps = loader.steps()
         next(steps)
         (worker,) = (child for child in multiprocessing.active_children() if child.is_alive())
@@ -83,8 +83,8 @@ def test_read_that_never_returns(
         assert not worker.is_alive()
 
 
-def test_workers_end_with_the_loader(setup: LoaderFactory) -> None:
-    loader = setup.open(data=make_data_config(workers=2))
+def test_workers_end_with_the_loader(factory: LoaderFactory) -> None:
+    loader = factory.open(data=make_data_config(workers=2))
     next(loader.steps())
     workers = multiprocessing.active_children()
     assert len(workers) >= 2
@@ -104,7 +104,7 @@ from tests.support.small_shards import make_data_config
 class SignaledAtStart(ForkServerProcess):
     def start(self):
         super().start()
-        # By another process than the trainer: workers react to signals of the trainer.
+        # Sent by another process: workers ignore signals unless the trainer sends them.
         for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             subprocess.run(["kill", f"-{name.value}", str(self.pid)])
 
@@ -126,12 +126,12 @@ if __name__ == "__main__":
 
 
 def test_workers_ignore_signals_and_end_with_a_killed_trainer(
-    setup: LoaderFactory, tmp_path: Path
+    factory: LoaderFactory, tmp_path: Path
 ) -> None:
     script = tmp_path / "trainer.py"
     script.write_text(TRAINER)
     trainer = subprocess.Popen(
-        [sys.executable, str(script), setup.manifest.url, setup.tokenizer],
+        [sys.executable, str(script), factory.manifest.url, factory.tokenizer],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

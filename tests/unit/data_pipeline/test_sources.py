@@ -26,16 +26,16 @@ def with_weight(source: Source, weight: float) -> Source:
     return dataclasses.replace(source, config=config)
 
 
-def test_fingerprint_of_a_single_source(setup: LoaderFactory) -> None:
-    """Weight and repeats do not change it; it is unchanged from version 1 of the state."""
-    manifest = setup.manifest
+def test_fingerprint_of_a_single_source(factory: LoaderFactory) -> None:
+    """Weight and repeats do not change it; version 1 of the state has the same one."""
+    manifest = factory.manifest
     source = Source(manifest=manifest, config=SourceConfig(shards=manifest.url, repeats=3))
     assert data_fingerprint([manifest], 2) == data_fingerprint([source], 2)
 
     rows = [[shard.name, shard.samples, shard.sha256] for shard in manifest.shards]
     old = hashlib.sha256(json.dumps([2, rows]).encode()).hexdigest()[:32]
     state = LoaderState.from_json({"version": 1, "position": 8, "seed": 9, "data": old})
-    assert take_steps(setup.resume(state), 1)
+    assert take_steps(factory.resume(state), 1)
 
 
 def test_fingerprints_of_mixtures(tmp_path: Path) -> None:

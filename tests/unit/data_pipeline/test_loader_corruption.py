@@ -84,10 +84,10 @@ def test_unusual_shards_give_every_rank_the_same_number_of_batches(
     manifest = make_unusual_shards(tmp_path / "shards", kind)
     total = manifest.total_samples
     num_steps = 3 * total  # 3 x GLOBAL_BATCH_SIZE epochs, whatever the number of samples
-    setup = LoaderFactory(manifest, tokenizer_path)
+    factory = LoaderFactory(manifest, tokenizer_path)
     steps = []
     for rank in range(world_size):
-        steps += take_steps(setup.open(rank=rank, world_size=world_size), num_steps)[0]
+        steps += take_steps(factory.open(rank=rank, world_size=world_size), num_steps)[0]
 
     micro_batches = GLOBAL_BATCH_SIZE // MICRO_BATCH_SIZE // world_size
     assert [len(step) for step in steps] == [micro_batches] * num_steps * world_size
@@ -98,20 +98,20 @@ def test_unusual_shards_give_every_rank_the_same_number_of_batches(
     expected = dict.fromkeys(range(total), 3 * GLOBAL_BATCH_SIZE)
     assert delivered + corrupt == Counter(expected)
     assert len(corrupt) == (12 if kind == "a shard of corrupt samples" else 0)
-    assert list(setup.evaluate(rank=0, world_size=world_size))
+    assert list(factory.evaluate(rank=0, world_size=world_size))
 
 
-def test_filtered_samples(setup: LoaderFactory) -> None:
+def test_filtered_samples(factory: LoaderFactory) -> None:
     lengths = [len(make_caption(i)) for i in range(NUM_SAMPLES)]
     data = make_data_config(filters=FilterConfig(max_caption_chars=max(lengths) - 1))
-    batches = flatten(take_steps(setup.open(data=data), 15)[0])
+    batches = flatten(take_steps(factory.open(data=data), 15)[0])
     problems = [problem for batch in batches for problem in batch.problems]
     assert len(problems) == 4 * lengths.count(max(lengths))
     assert all(problem.is_filtered and problem.id == int(problem.key) for problem in problems)
     assert len(batches[0].images) + len(batches[0].problems) == MICRO_BATCH_SIZE
 
     # Filters do not apply to evaluation.
-    assert sum(len(batch.keys) for batch in setup.evaluate(data=data)) == NUM_SAMPLES
+    assert sum(len(batch.keys) for batch in factory.evaluate(data=data)) == NUM_SAMPLES
 
 
 def make_corrupt_samples(folder: Path) -> Manifest:
@@ -131,9 +131,9 @@ def make_corrupt_samples(folder: Path) -> Manifest:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_corrupt_samples_are_reported(tmp_path: Path, tokenizer_path: str, workers: int) -> None:
-    setup = LoaderFactory(make_corrupt_samples(tmp_path), tokenizer_path)
+    factory = LoaderFactory(make_corrupt_samples(tmp_path), tokenizer_path)
     data = make_data_config(workers=workers)
-    batches = flatten(take_steps(setup.open(data=data, position=0), 15)[0])
+    batches = flatten(take_steps(factory.open(data=data, position=0), 15)[0])
     num_samples = sum(len(batch.keys) + len(batch.problems) for batch in batches)
     assert num_samples == 15 * GLOBAL_BATCH_SIZE == 4 * NUM_SAMPLES  # four epochs
 
@@ -162,12 +162,12 @@ def test_slots(tmp_path: Path, tokenizer_path: str, workers: int) -> None:
     samples = list(make_samples(12))
     for i in (1, 4, 11):  # a middle one, the first and the last of a batch of four
         samples[i]["png"] = b"no image"
-    setup = LoaderFactory(write_shards(samples, tmp_path, samples_per_shard=12), tokenizer_path)
-    batches = list(setup.evaluate(workers=workers))
+    factory = LoaderFactory(write_shards(samples, tmp_path, samples_per_shard=12), tokenizer_path)
+    batches = list(factory.evaluate(workers=workers))
     assert [batch.slots.tolist() for batch in batches] == [[0, 2, 3], [1, 2, 3], [0, 1, 2]]
     assert [batch.ids.tolist() for batch in batches] == [[0, 2, 3], [5, 6, 7], [8, 9, 10]]
 
-    steps, _ = take_steps(setup.open(data=make_data_config(workers=workers)), 6)
+    steps, _ = take_steps(factory.open(data=make_data_config(workers=workers)), 6)
     plan = Plan([12], 9, make_data_config().shuffle_window)
     requested = [f"{ref.sample:05d}" for ref in plan.samples(0, 6 * GLOBAL_BATCH_SIZE)]
     num_gaps = 0
@@ -222,11 +222,11 @@ def test_every_sample_of_a_corrupt_shard_is_reported(
 ) -> None:
     manifest = make_shards(tmp_path, count=NUM_SAMPLES)
     corrupt_shard(manifest, tmp_path, corruption)
-    setup = LoaderFactory(manifest, tokenizer_path)
+    factory = LoaderFactory(manifest, tokenizer_path)
     data = make_data_config(workers=workers)
     steps = []
     for rank in range(2):
-        steps += take_steps(setup.open(data=data, rank=rank, world_size=2), 15)[0]
+        steps += take_steps(factory.open(data=data, rank=rank, world_size=2), 15)[0]
     assert [len(step) for step in steps] == [GLOBAL_BATCH_SIZE // MICRO_BATCH_SIZE // 2] * 30
 
     batches = flatten(steps)
@@ -242,10 +242,10 @@ def test_every_sample_of_a_corrupt_shard_is_reported(
 
 
 def test_unreachable_store_is_tried_again(
-    setup: LoaderFactory, monkeypatch: pytest.MonkeyPatch
+    factory: LoaderFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An outage must neither consume the data nor end the run at once."""
-    expected = take_steps(setup.open(), 3)[0]
+    expected = take_steps(factory.open(), 3)[0]
     monkeypatch.setattr(batch_dataset, "STORE_RETRY_SECONDS", 0.01)
     read_many, calls, clears = Reader.read_many, itertools.count(1), itertools.count()
 
@@ -258,12 +258,12 @@ def test_unreachable_store_is_tried_again(
 
     monkeypatch.setattr(Reader, "read_many", unreachable_at_first)
     monkeypatch.setattr(Reader, "clear_failures", lambda reader: next(clears))
-    assert steps_equal(take_steps(setup.open(), 3)[0], expected)
+    assert steps_equal(take_steps(factory.open(), 3)[0], expected)
     assert next(clears) == 3
 
 
 def test_store_that_stays_unreachable(
-    setup: LoaderFactory, monkeypatch: pytest.MonkeyPatch
+    factory: LoaderFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(batch_dataset, "STORE_RETRY_SECONDS", 0.05)
     monkeypatch.setattr(Reader, "clear_failures", lambda reader: None)
@@ -275,4 +275,4 @@ def test_store_that_stays_unreachable(
         ],
     )
     with pytest.raises(StorageError, match=r"no sample .*: the store refused.*credentials"):
-        take_steps(setup.open(data=make_data_config(shard_seconds=0.2, timeout_seconds=0.6)), 1)
+        take_steps(factory.open(data=make_data_config(shard_seconds=0.2, timeout_seconds=0.6)), 1)
