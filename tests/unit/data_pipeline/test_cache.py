@@ -132,7 +132,7 @@ def test_leftovers_are_removed(shards: WebShards) -> None:
 
 
 def test_truncated_copy_is_not_used(shards: WebShards) -> None:
-    """As a power failure may leave it: the final name, but not all of the bytes."""
+    """After a power failure, a copy may have its final name but not all of its bytes."""
     cache = make_cache(shards, 10)
     fetch_shard(shards, cache, 0)
     os.truncate(cache.path(shards.manifest.shards[0]), 600)

@@ -23,7 +23,8 @@ def reference_jitter(
     """Brightness, contrast, saturation and hue one after the other, clipped at the end."""
     ranges = (augment.brightness, augment.contrast, augment.saturation)
     factors = [
-        1 + reach * (2 * uniform - 1) for reach, uniform in zip(ranges, uniforms, strict=False)
+        1 + strength * (2 * uniform - 1)
+        for strength, uniform in zip(ranges, uniforms, strict=False)
     ]
     pixels = image.astype(np.float64) * factors[0]
     gray = (pixels @ GRAY_WEIGHTS)[..., None]

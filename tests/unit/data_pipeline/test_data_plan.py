@@ -139,7 +139,7 @@ def test_empty_shards_do_not_change_the_order() -> None:
     assert refs == plan.samples(0, 40)
 
 
-def test_windows_in_order_of_need() -> None:
+def test_windows_are_in_the_order_of_use() -> None:
     plan = Plan([3] * 7, seed=4, shuffle_window=3, first_shard=10)
     for start in (0, 4, 9, 20, 21, 50):
         for window in itertools.islice(plan.windows_from(start), 5):

@@ -48,7 +48,7 @@ def windows_per_batch(*windows: list[int]) -> Callable[[int], Iterator[list[int]
 
 
 def check_cached(store: ShardStore, thread: FetchAhead, expected: set[int]) -> None:
-    """Wait until these shards are cached; later rounds must not change that."""
+    """Wait until these shards are cached; later rounds of the thread must cache no others."""
     wait_until(lambda: cached_shards(store) >= expected)
     rounds = thread.rounds
     wait_until(lambda: thread.rounds > rounds + 2)
@@ -77,7 +77,7 @@ def test_endless_order_of_few_shards(shards: WebShards) -> None:
 
 @pytest.mark.parametrize("num_windows", [4, 9, 16])
 def test_plan_in_every_epoch(num_windows: int) -> None:
-    """Also with few windows, so that the same shards are repeated soon."""
+    """It has every needed shard, also if the same shards are repeated after few windows."""
     num_shards = num_windows * 4
     order = Order([OrderSource(name="a", sizes=[10] * num_shards)], 0, 4)
 

@@ -48,8 +48,9 @@ def reason(members: dict[str, bytes], *, limits: LimitConfig | None = None, **fi
         filters=FilterConfig(**filters),
         limits=limits or LimitConfig(),
     )
+    tokenizer: Any = LengthTokenizer()
     try:
-        sample_processor.process(RawSample("shard", "key", members), 0, LengthTokenizer())  # type: ignore[arg-type]
+        sample_processor.process(RawSample("shard", "key", members), 0, tokenizer)
     except DataError as error:
         return error.slug
     return ""

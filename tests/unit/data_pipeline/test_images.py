@@ -107,7 +107,7 @@ def test_exif_orientation_is_applied(kind: str, orientation: int) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow warns of corrupt EXIF
-def test_exif_in_unusual_places_or_encodings() -> None:
+def test_exif_at_unusual_offsets_or_in_unusual_encodings() -> None:
     pixels = gradient_image(24, 40)
     late = encode_image(
         pixels,
@@ -116,10 +116,15 @@ def test_exif_in_unusual_places_or_encodings() -> None:
         icc_profile=bytes(150_000),
         comment=b"c" * 60_000,
     )
-    moved = late.index(b"Exif") - 4
-    length = 2 + int.from_bytes(late[moved + 2 : moved + 4], "big")
+    exif_start = late.index(b"Exif") - 4
+    length = 2 + int.from_bytes(late[exif_start + 2 : exif_start + 4], "big")
     last = late.index(b"\xff\xdb")
-    late = late[:moved] + late[moved + length : last] + late[moved : moved + length] + late[last:]
+    late = (
+        late[:exif_start]
+        + late[exif_start + length : last]
+        + late[exif_start : exif_start + length]
+        + late[last:]
+    )
     assert late.index(b"Exif") > 200_000
 
     short, long = (struct.pack("<HHI", 0x0112, kind, 1) for kind in (3, 4))

@@ -52,7 +52,7 @@ def test_files_of_removed_ranks_are_truncated(training: SimulatedTraining) -> No
 
 
 def test_incomplete_record_is_removed(training: SimulatedTraining) -> None:
-    """For a file cut off at any byte."""
+    """The file may be cut off at any byte."""
     training.train(3)
     path = training.folder / rank_file(0)
     complete = path.read_bytes()
@@ -69,7 +69,7 @@ def test_incomplete_record_is_removed(training: SimulatedTraining) -> None:
 
 
 def test_zeros_at_the_end_are_an_incomplete_record(training: SimulatedTraining) -> None:
-    """As a power failure may leave them."""
+    """A power failure may leave zeros at the end of a file."""
     training.train(3)
     path = training.folder / rank_file(0)
     complete = path.read_bytes()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,9 +40,10 @@ def outcome(members: dict[str, bytes]) -> str:
         caption_weights=(1.0, 1.0),
         augment=AugmentConfig(),
     )
+    tokenizer: Any = CodePointTokenizer()
     start = time.process_time()
     try:
-        sample_processor.process(RawSample("s.tar", "k", members), 0, CodePointTokenizer())  # type: ignore[arg-type]
+        sample_processor.process(RawSample("s.tar", "k", members), 0, tokenizer)
         result = "accepted"
     except DataError as error:
         assert len(str(error)) < 500

@@ -18,7 +18,8 @@ from data_pipeline.order.source_fractions import WeightSchedule
 
 def make_source(sizes: list[int], weight: float | None = None, **options: object) -> OrderSource:
     weights = () if weight is None else ((0, weight),)
-    return OrderSource(name=f"of {sum(sizes)}", sizes=sizes, weights=weights, **options)  # type: ignore[arg-type]
+    name = f"of {sum(sizes)}"
+    return OrderSource(name=name, sizes=sizes, weights=weights, **options)  # type: ignore[arg-type]
 
 
 def test_single_source_is_its_plan() -> None:
@@ -102,7 +103,7 @@ def test_any_range_and_pickling() -> None:
 
 
 @pytest.mark.parametrize("is_sampled_late", [False, True])
-def test_shards_in_order_of_need(is_sampled_late: bool) -> None:
+def test_shards_are_in_the_order_of_use(is_sampled_late: bool) -> None:
     late_source = OrderSource(
         name="late",
         sizes=[4, 4],
@@ -114,7 +115,7 @@ def test_shards_in_order_of_need(is_sampled_late: bool) -> None:
         windows = order.shards_from(position)
         in_use, changes = next(windows), 0
         for ref in order.samples(position, 60):
-            # A reader keeps the shards of one list open, and takes the next list when it must.
+            # A reader keeps one list of shards open until a sample is in none of them.
             while ref.shard not in in_use:
                 in_use, changes = next(windows), changes + 1
                 assert len(in_use) == len(set(in_use)) <= 6

@@ -28,7 +28,7 @@ COMMANDS: dict[str, tuple[str | int, ...]] = {
     "filter": ("filter", "--min-side", 1),
     "dedup": ("dedup",),
     "stats": ("stats", "--samples", 0),
-    "stats of a sample": ("stats", "--samples", 20),
+    "stats of a random subset": ("stats", "--samples", 20),
 }
 
 
@@ -117,7 +117,7 @@ def test_disk_error_is_not_corruption(tmp_path: Path, monkeypatch: pytest.Monkey
     assert run_data_command(*arguments) == 0
 
 
-def test_stats_of_a_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stats_of_a_random_subset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A truncated shard is corrupt; an unresponsive store is not."""
     with web_shards(tmp_path) as shards:
         path = tmp_path / "data" / "shard-000001.tar"

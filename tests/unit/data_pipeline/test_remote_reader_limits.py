@@ -109,7 +109,7 @@ def test_too_many_open_files(
         store = ShardStore([load_manifest(url)], web_settings(tmp_path / "cache"), max_open=1000)
         reader, shards = Reader(store), range(40)
         if is_cached:
-            # Shards that are opened without a file, which is opened after the copy is made.
+            # Open the shards before they are cached, so that each copy is opened by a later read.
             reader.read_many([(shard, 0) for shard in shards])
             for shard in shards:
                 store.cache_shard(shard)

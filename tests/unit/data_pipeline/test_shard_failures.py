@@ -135,7 +135,7 @@ def test_record_applies_to_one_location(tmp_path: Path, shards: WebShards) -> No
 
 
 def test_invalid_record_files(shards: WebShards, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their lifetime is limited, and they need not be removable."""
+    """They expire like valid ones, even if the files cannot be removed."""
     shards.store().record_failure(0, StorageError("x", kind="missing"))
     (path,) = shards.cache.glob("failures/*")
 
