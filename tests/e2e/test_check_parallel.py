@@ -95,7 +95,7 @@ def test_all_cells_of_one_two_and_four_ranks(presets: str, tmp_path: Path) -> No
         )
         for world_size in (1, 2, 4)
     }
-    # Per expert-parallel size: 4 ZeRO stages x 2 formats x 2 x 2, and for each of the 4 stages
-    # the cells with no pair, with a rank without pairs, and by auxiliary loss term.
+    # Per expert-parallel size: 4 ZeRO stages x 2 accumulations x 2 recompute x 2 precisions, and
+    # for each stage three cells: no missing pairs, a missing rank, only auxiliary loss terms.
     assert num_ok == {1: 44, 2: 88, 4: 132}
     assert all(cell["reason"] for cell in cells if cell["status"] != "ok")

@@ -1,4 +1,4 @@
-"""Runs with DeepSpeed's own MoE layer: training, resuming, evaluation, and no mixing of layers."""
+"""Runs with DeepSpeed's own MoE layer: training, resuming, and errors if the layer changes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SETTINGS = """
     schedule.warmup_steps=0 schedule.kind=constant data.workers=0
     log.captions_every_steps=0 log.every_steps=1 checkpoint.every_steps=3
 """.split()
-NATIVE = "moe.backend=deepspeed"
+DEEPSPEED_LAYER = "moe.backend=deepspeed"
 
 
 def losses(run_dir: Path) -> list[float]:
@@ -33,7 +33,7 @@ def losses(run_dir: Path) -> list[float]:
 )
 def test_training_and_resuming(processes: int, layout: list[str], tmp_path: Path) -> None:
     shapes = make_shape_dataset(tmp_path / "shapes", pairs=32, samples_per_shard=8)
-    native, ours = tmp_path / "native", tmp_path / "ours"
+    deepspeed_run, builtin_run = tmp_path / "deepspeed", tmp_path / "builtin"
 
     def train(run_dir: Path, steps: int, *overrides: str) -> tuple[int, str]:
         """Exit status and output."""
@@ -43,24 +43,24 @@ def test_training_and_resuming(processes: int, layout: list[str], tmp_path: Path
         done = run_ranks(arguments, processes=processes, timeout_seconds=100)
         return max(done.returncodes), done.output
 
-    status, output = train(native, 3, NATIVE)
+    status, output = train(deepspeed_run, 3, DEEPSPEED_LAYER)
     assert status == 0, output
-    status, output = train(native, 6, NATIVE)
+    status, output = train(deepspeed_run, 6, DEEPSPEED_LAYER)
     assert status == 0 and "resumed from" in output, output
-    status, output = train(ours, 6)
+    status, output = train(builtin_run, 6)
     assert status == 0, output
 
-    # Equal initial values and equal mathematics, in one run or in two parts.
-    assert losses(native) == pytest.approx(losses(ours), rel=1e-4)
+    # The layers have equal initial weights and compute the same function; one run was resumed.
+    assert losses(deepspeed_run) == pytest.approx(losses(builtin_run), rel=1e-4)
     cpu = torch.device("cpu")
-    native_model = load_trained_model(native, device=cpu).model
-    our_weights = dict(load_trained_model(ours, device=cpu).model.named_parameters())
-    for name, weight in native_model.named_parameters():
-        torch.testing.assert_close(weight, our_weights[name], rtol=1e-3, atol=1e-4)
+    deepspeed_model = load_trained_model(deepspeed_run, device=cpu).model
+    builtin_weights = dict(load_trained_model(builtin_run, device=cpu).model.named_parameters())
+    for name, weight in deepspeed_model.named_parameters():
+        torch.testing.assert_close(weight, builtin_weights[name], rtol=1e-3, atol=1e-4)
 
     if processes == 1:
         # The optimizer shards of the two layers order the weights differently.
-        status, output = train(ours, 9, NATIVE)
+        status, output = train(builtin_run, 9, DEEPSPEED_LAYER)
         assert status != 0 and "moe.backend=auto" in output
-        status, output = train(native, 9)
+        status, output = train(deepspeed_run, 9)
         assert status != 0 and "moe.backend=deepspeed" in output

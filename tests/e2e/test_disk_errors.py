@@ -60,7 +60,7 @@ def test_disk_full_when_logging(workspace: Workspace) -> None:
     no_space = "No space left on device"
     assert_contains(one_error(result), "checkpoint of step 150 was not saved", no_space)
     assert f"cannot write metrics.jsonl ({no_space})" in result.output
-    # Of metrics.jsonl and of the TensorBoard files.
+    # One warning for metrics.jsonl, and one for the TensorBoard files.
     assert result.output.count("training continues without it") == 2
 
 

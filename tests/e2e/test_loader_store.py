@@ -139,8 +139,8 @@ def test_workers_read_from_a_store(
 ) -> None:
     for name, value in s3_server.env.items():
         monkeypatch.setenv(name, value)
-    # The fork server must start with this environment, as in a run. This process uses the store
-    # before it, after which a worker forked from this process would hang.
+    # The fork server must start with this environment. As in a run, this process uses the store
+    # before it starts workers; workers forked from this process itself would hang.
     multiprocessing.forkserver._forkserver._stop()  # type: ignore[attr-defined]
     local = load_manifest(folder / "a")
     remote = load_manifest(s3_server.upload(folder / "a", "loader-test"))

@@ -20,7 +20,7 @@ def test_resources_do_not_grow(tmp_path: Path) -> None:
     assert len(result.snapshots) >= 1 + soak.WORKERS, "the workers were not measured"
     growth_mib = {pid: result.growth_per_100k(pid, "resident") / 2**20 for pid in result.snapshots}
     assert max(growth_mib.values()) < soak.LIMIT_MIB, f"MiB per 100,000 samples: {growth_mib}"
-    # Batches in flight hold some; one leaked per epoch would be 40 per 100,000 samples.
+    # Prefetched batches use some of each; a leak of one per epoch would be 40 per 100,000 samples.
     for resource in ("files", "threads", "shm_mappings"):
         assert result.max_growth(resource) < 5, (resource, result.snapshots)
     assert result.leaked_shm == ()

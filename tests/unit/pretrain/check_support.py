@@ -1,4 +1,4 @@
-"""Traces and outcomes for tests of `pretrain.check`."""
+"""Traces (recorded values of training steps) and outcomes for tests of `pretrain.check`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Change = Callable[[Tensor], Tensor]
 
 
 def make_trace() -> dict[str, Tensor]:
-    """The trace of a single process for a model with four experts."""
+    """A trace: values recorded in three steps of a model with four experts in one process."""
     generator = torch.Generator().manual_seed(0)
     chosen = torch.tensor([[[10.0, 20.0, 30.0, 40.0]]]).expand(1, 2, 4)
     tensors: dict[str, Tensor] = {

@@ -34,10 +34,10 @@ def test_exact_split(
 def test_suggested_values_are_valid_and_nearest(
     global_batch_size: int, micro_batch_size: int, ranks: int
 ) -> None:
-    pairs_per_forward = micro_batch_size * ranks
-    if global_batch_size % pairs_per_forward == 0:
+    pairs_of_all_ranks = micro_batch_size * ranks
+    if global_batch_size % pairs_of_all_ranks == 0:
         plan = plan_batch(global_batch_size, micro_batch_size, ranks)
-        assert plan.accumulation_steps == global_batch_size // pairs_per_forward
+        assert plan.accumulation_steps == global_batch_size // pairs_of_all_ranks
         return
 
     with pytest.raises(ConfigError) as error:
@@ -45,7 +45,7 @@ def test_suggested_values_are_valid_and_nearest(
     message = str(error.value)
     nearest = int(re.search(r"batch\.global_batch_size=(\d+)", message)[1])  # type: ignore[index]
     plan_batch(nearest, micro_batch_size, ranks)
-    distances = [abs(n - global_batch_size) for n in range(1, 200) if n % pairs_per_forward == 0]
+    distances = [abs(n - global_batch_size) for n in range(1, 200) if n % pairs_of_all_ranks == 0]
     assert abs(nearest - global_batch_size) == min(distances)
 
     micro = re.search(r"or batch\.micro_batch_size=(\d+)", message)

@@ -1,4 +1,5 @@
-"""Cells of `pretrain.check`: selection, unsupported cells, missing rows."""
+"""Cells of `pretrain.check` (combinations of layout, precision and missing pairs): selection,
+unsupported cells, missing rows."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def test_equal_traces_have_no_mismatch() -> None:
         ("start/parameters/w", lambda t: t * (1 + 1e-6), {"start": "w"}),
         ("0/loss/total", lambda t: t * (1 + 2e-5), {"loss": "total"}),
         ("0/term/balance", lambda t: t * (1 - 2e-5), {"term": "balance"}),
-        # Relative to MIN_TERM, 1e-2.
+        # Differences of terms below MIN_TERM (1e-2) are relative to MIN_TERM.
         ("0/term/shortfall", lambda t: t + 2e-7, {"term": "shortfall"}),
         ("0/norm/norm", lambda t: t * (1 + 2e-5), {"norm": "norm"}),
         ("0/gradient/gate", lambda t: t * (1 + 2e-5), {"gradient": "gate"}),
@@ -138,6 +138,7 @@ def test_other_rounding_doubles_the_tolerances_of_bfloat16() -> None:
 
 
 def test_few_ties_loosen_the_tolerances() -> None:
+    """A tie is a token assigned to another expert because the router scores are nearly equal."""
     actual = changed_trace("0/assignments/chosen", move_assignments(1))
     actual["0/gradient/gate"] = make_trace()["0/gradient/gate"] * (1 + 1e-3)
     worst = compare_traces(actual, make_trace()).worst

@@ -86,7 +86,7 @@ def test_active_excludes_unassigned_experts() -> None:
     ],
 )
 def test_forward_flops_equal_those_counted_by_torch(overrides: list[str]) -> None:
-    """Torch counts the products that are run; they differ from the formula in one known way."""
+    """Torch counts the matrix products that it runs; the formula leaves out masked attention."""
     run = load_run("tiny", ["model.vocab_size=1000", "moe.backend=loop", *overrides])
     model = VisionLanguageModel(run.model, run.moe)
     for parameter in model.parameters():

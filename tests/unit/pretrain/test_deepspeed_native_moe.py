@@ -18,7 +18,7 @@ from pretrain.moe.token_metadata import TokenMetadata
 from pretrain.parallel.deepspeed_config import zero_stage_of
 from pretrain.parallel.layout import Layout
 
-NATIVE = "moe.backend=deepspeed"
+DEEPSPEED_LAYER = "moe.backend=deepspeed"
 UNSUPPORTED = [
     "moe.score_func=sigmoid",
     "moe.temperature=2",
@@ -34,11 +34,11 @@ UNSUPPORTED = [
 
 
 def test_supported_run() -> None:
-    assert problems(load_run("tiny", [NATIVE]), 1, zero_stage=1) == []
+    assert problems(load_run("tiny", [DEEPSPEED_LAYER]), 1, zero_stage=1) == []
 
 
 def test_all_unsupported_settings_are_in_one_error() -> None:
-    run = load_run("tiny", [NATIVE, *UNSUPPORTED])
+    run = load_run("tiny", [DEEPSPEED_LAYER, *UNSUPPORTED])
     with pytest.raises(ConfigError) as caught:
         check_run(run, 1, training=False, zero_stage=3)
     text = str(caught.value)
@@ -50,15 +50,15 @@ def test_all_unsupported_settings_are_in_one_error() -> None:
 
 
 def test_plain_engine_is_rejected() -> None:
-    (problem,) = problems(load_run("tiny", [NATIVE, "parallel.engine=plain"]), 1)
+    (problem,) = problems(load_run("tiny", [DEEPSPEED_LAYER, "parallel.engine=plain"]), 1)
     assert "parallel.engine is plain" in problem
 
 
 def test_zero_stage_is_read_only_for_the_deepspeed_layer() -> None:
-    assert zero_stage_of(load_run("tiny", [NATIVE, "parallel.deepspeed=zero3"])) == 3
+    assert zero_stage_of(load_run("tiny", [DEEPSPEED_LAYER, "parallel.deepspeed=zero3"])) == 3
     assert zero_stage_of(load_run("tiny", ["parallel.deepspeed=no-such-profile"])) is None
     with pytest.raises(ConfigError, match="no-such-profile"):
-        zero_stage_of(load_run("tiny", [NATIVE, "parallel.deepspeed=no-such-profile"]))
+        zero_stage_of(load_run("tiny", [DEEPSPEED_LAYER, "parallel.deepspeed=no-such-profile"]))
 
 
 def test_canonical_names() -> None:

@@ -101,8 +101,8 @@ def test_error_if_no_integer_width_has_equal_flops() -> None:
     ]
     with pytest.raises(ConfigError) as error:
         dense_baseline(load_run("tiny", settings), text_tokens=16)
-    for fact in ("model.ffn_width=2", "+3.0%", "1%", "moe.expert_width"):
-        assert fact in str(error.value)
+    for part in ("model.ffn_width=2", "+3.0%", "1%", "moe.expert_width"):
+        assert part in str(error.value)
 
 
 def test_error_for_a_dense_run() -> None:
@@ -118,8 +118,8 @@ def test_text_tokens_are_at_most_the_context_length(caplog: pytest.LogCaptureFix
         assert caplog.messages == []
         assert resolve_text_tokens(100.0, 64) == 64
     (warning,) = caplog.messages
-    for fact in ("--text-tokens", "100", "model.context_length", "64"):
-        assert fact in warning
+    for part in ("--text-tokens", "100", "model.context_length", "64"):
+        assert part in warning
 
 
 @pytest.mark.parametrize("requested", [-5.0, -0.01, float("nan"), float("inf"), float("-inf")])

@@ -1,4 +1,4 @@
-"""Retrieval metrics: recall against sorting, chance against enumeration."""
+"""Retrieval metrics: ranks compared with sorting, chance level with enumeration."""
 
 from __future__ import annotations
 

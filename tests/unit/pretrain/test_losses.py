@@ -1,5 +1,5 @@
-"""Contrastive loss as local terms of ranks against the full matrix, and the learning-rate
-schedule."""
+"""Contrastive loss: the sum of the ranks' terms equals the loss of the full similarity matrix.
+Learning-rate schedules."""
 
 from __future__ import annotations
 

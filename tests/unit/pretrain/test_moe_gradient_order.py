@@ -1,5 +1,5 @@
-"""Gradients of the expert weights become available in one order for every implementation: ZeRO
-reduces them in the order of arrival."""
+"""Gradients of the expert weights become available in the same order in every implementation: ZeRO
+reduces them in that order."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_synchronize_grads_is_the_identity() -> None:
 
 
 def test_selecting_the_backend_does_not_access_the_weights() -> None:
-    """Under ZeRO-3, accessing a weight gathers it, which all ranks would have to do."""
+    """Under ZeRO-3, accessing a weight starts an all-gather, which every rank must join."""
     experts = StackedExperts(16, 8, 4)
     x = torch.randn(3, 16)
     del experts.w1, experts.w2, experts.w3

@@ -1,4 +1,4 @@
-"""Metrics of the routing: biases, loads within a pool, dropped tokens, and their random numbers."""
+"""Metrics of the routing: biases, loads within a pool, dropped tokens, and sampled routing."""
 
 from __future__ import annotations
 

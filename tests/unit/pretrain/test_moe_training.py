@@ -1,7 +1,7 @@
 """Every balancing preset trains a tiny model and rebalances a collapsed router.
 
-Limits hold with a margin over seeds and processors. The worst value over seeds 0 to 7 stands beside
-each, measured by `python -m tests.unit.pretrain.test_moe_training`.
+The limits have a margin for other seeds and processors. The comment at each limit gives the worst
+value over seeds 0 to 7, measured by `python -m tests.unit.pretrain.test_moe_training`.
 """
 
 from __future__ import annotations

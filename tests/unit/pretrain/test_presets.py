@@ -94,8 +94,8 @@ def test_unknown_setting_in_a_file(tmp_path: Path) -> None:
     path.write_text("moe: {top_kk: 2}\n")
     with pytest.raises(ConfigError) as error:
         load_run(path)
-    for fact in (f"{path}: moe.top_kk", "'top_k'"):
-        assert fact in str(error.value)
+    for part in (f"{path}: moe.top_kk", "'top_k'"):
+        assert part in str(error.value)
 
 
 def test_unknown_setting_on_the_command_line() -> None:

@@ -13,7 +13,7 @@ from data_pipeline.samples import Batch
 from pretrain.model.vision_language import valid_positions
 from pretrain.train.step import train_step
 from tests.unit.pretrain.train_step_support import (
-    GLOBAL_TERMS,
+    REFERENCE_SETTINGS,
     SMALL,
     make_batch,
     make_engine,
@@ -57,7 +57,7 @@ def test_step_equals_the_definitions(micro_batches: int) -> None:
     torch.manual_seed(3)
     micro_batch_size = PAIRS // micro_batches
     engine, run = make_engine(
-        *GLOBAL_TERMS,
+        *REFERENCE_SETTINGS,
         f"batch={{global_batch_size: {PAIRS}, micro_batch_size: {micro_batch_size}}}",
     )
     assert len(engine.model.moe_layers()) == 2

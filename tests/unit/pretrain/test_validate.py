@@ -17,10 +17,10 @@ def find_problems(overrides: list[str], world_size: int) -> list[str]:
     return problems(load_run("tiny", [*batch, *overrides]), world_size)
 
 
-def assert_one_problem(overrides: list[str], world_size: int, facts: list[str]) -> None:
+def assert_one_problem(overrides: list[str], world_size: int, parts: list[str]) -> None:
     (problem,) = find_problems(overrides, world_size)
-    for fact in facts:
-        assert fact in problem
+    for part in parts:
+        assert part in problem
 
 
 def test_valid_run() -> None:
@@ -28,7 +28,7 @@ def test_valid_run() -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "world_size", "facts"),
+    ("overrides", "world_size", "parts"),
     [
         (
             ["batch.global_batch_size=100"],
@@ -97,12 +97,12 @@ def test_valid_run() -> None:
         (["moe={expert_width: 62, backend: grouped}"], 1, ["multiple of 4", "moe.backend=loop"]),
     ],
 )
-def test_layout(overrides: list[str], world_size: int, facts: list[str]) -> None:
-    assert_one_problem(overrides, world_size, facts)
+def test_layout(overrides: list[str], world_size: int, parts: list[str]) -> None:
+    assert_one_problem(overrides, world_size, parts)
 
 
 @pytest.mark.parametrize(
-    ("overrides", "facts"),
+    ("overrides", "parts"),
     [
         (["moe.stop=-2"], ["moe.stop is -2", "moe.stop=-1"]),
         (
@@ -156,12 +156,12 @@ def test_layout(overrides: list[str], world_size: int, facts: list[str]) -> None
         (["balance.bias_freeze_ratio=2"], ["balance.bias_freeze_ratio is 2.0", "in 0..1"]),
     ],
 )
-def test_experts_and_balance(overrides: list[str], facts: list[str]) -> None:
-    assert_one_problem(overrides, 1, facts)
+def test_experts_and_balance(overrides: list[str], parts: list[str]) -> None:
+    assert_one_problem(overrides, 1, parts)
 
 
 @pytest.mark.parametrize(
-    ("overrides", "facts"),
+    ("overrides", "parts"),
     [
         (["optim.lr=0"], ["optim.lr is 0.0", "above 0"]),
         (["optim.betas=[0.9, 1]"], ["optim.betas is [0.9, 1.0]", "in 0..1"]),
@@ -185,12 +185,12 @@ def test_experts_and_balance(overrides: list[str], facts: list[str]) -> None:
         ),
     ],
 )
-def test_ranges(overrides: list[str], facts: list[str]) -> None:
-    assert_one_problem(overrides, 1, facts)
+def test_ranges(overrides: list[str], parts: list[str]) -> None:
+    assert_one_problem(overrides, 1, parts)
 
 
 @pytest.mark.parametrize(
-    ("overrides", "facts"),
+    ("overrides", "parts"),
     [
         (["data.caption_keys=['json:']"], ["data.caption_keys", "'json:'", "json:FIELD"]),
         (["data.caption_weights=[0]"], ["data.caption_weights is [0.0]", "at least 0"]),
@@ -220,12 +220,12 @@ def test_ranges(overrides: list[str], facts: list[str]) -> None:
         ),
     ],
 )
-def test_data(overrides: list[str], facts: list[str]) -> None:
-    assert_one_problem(overrides, 1, facts)
+def test_data(overrides: list[str], parts: list[str]) -> None:
+    assert_one_problem(overrides, 1, parts)
 
 
 @pytest.mark.parametrize(
-    ("overrides", "facts"),
+    ("overrides", "parts"),
     [
         (
             ["moe.pools=modality", "moe.image_experts=7"],
@@ -243,11 +243,11 @@ def test_data(overrides: list[str], facts: list[str]) -> None:
         (["loss.router_z_weight=1"], ["loss.router_z_weight", "'balance.router_z_weight'"]),
     ],
 )
-def test_errors_of_a_single_section(overrides: list[str], facts: list[str]) -> None:
+def test_errors_of_a_single_section(overrides: list[str], parts: list[str]) -> None:
     with pytest.raises(ConfigError) as error:
         load_run("tiny", overrides)
-    for fact in facts:
-        assert fact in str(error.value)
+    for part in parts:
+        assert part in str(error.value)
 
 
 def test_all_problems_are_in_one_error() -> None:

@@ -28,7 +28,7 @@ SMALL = [
 ]
 NUM_EXPERTS, BIAS_RATE = 4, 0.01
 TASK_WEIGHTS = {"contrastive": 0.7, "caption": 1.3, "balance": 0.3, "router_z": 0.2}
-GLOBAL_TERMS = [
+REFERENCE_SETTINGS = [
     MODEL,
     "moe={num_experts: 4, top_k: 2, expert_width: 8, start: 0}",
     "moe={capacity_factor: 0.5, capacity_group_size: 2}",

@@ -79,7 +79,7 @@ def test_trials_and_text_tokens(capsys: pytest.CaptureFixture[str]) -> None:
         "sparse-seed5",
         "dense-seed5",
     ]
-    # At most context_length; by default more than that.
+    # Values above context_length, such as the default, are reduced to it.
     assert trials(1000.0) == trials(12.0) == trials(None)
     assert trials(1000.0) != trials(1.0)
     assert main(["--text-tokens", "-4", *settings]) == 2

@@ -107,7 +107,7 @@ def test_time_of_a_shape_is_predicted_from_its_flops(monkeypatch: pytest.MonkeyP
     measured: list[tuple[str, str]] = []
 
     class FakeOptions:
-        """35 seconds, which pass only during measurements."""
+        """A limit of 35 seconds, with a clock that advances only during measurements."""
 
         now = 0.0
         device, on_gpu = torch.device("cuda"), True

@@ -47,7 +47,7 @@ def test_interrupted_study_resumes(tmp_path: Path) -> None:
         run_study(tmp_path, trials, interrupted)
     results = run_study(tmp_path, trials, resumed)
     assert interrupted.trained == ["a-seed0", "b-seed0", "a-seed1"]
-    assert resumed.trained == ["a-seed1", "b-seed1"]  # the interrupted one in its folder
+    assert resumed.trained == ["a-seed1", "b-seed1"]  # first the interrupted one again
     assert results == run_study(tmp_path, trials, complete)
     assert complete.trained == []
     assert results == {
