@@ -37,6 +37,7 @@ class SampleProblem(NamedTuple):
     """Machine-readable reason by which samples are counted: `crc-mismatch`, `corrupt-image`,
     `no-caption`, ..."""
     detail: str
+    """Description for messages."""
     id: int = -1
     """Index of the sample over all shards of all manifests, in order; -1 if unknown."""
 

@@ -33,7 +33,7 @@ class SourceConfig:
     repeats: int = 1
     """How often each sample of this source is visited per epoch; only without weights."""
     drop: str = ""
-    """Address of a drop list (from `vlmoe data dedup`, `filter` or `check`): samples that are never
+    """Address of a drop-list (from `vlmoe data dedup`, `filter` or `check`): samples that are never
     read."""
 
     def __post_init__(self) -> None:
@@ -92,13 +92,14 @@ class AugmentConfig:
     random_background: bool = False
     """Replace transparency by a random color instead of white, with probability 0.5."""
     brightness: float = 0.0
-    """Color jitter: the brightness is multiplied by a factor of up to 1 plus or minus this."""
+    """Color jitter: the brightness is multiplied by a random factor in [1 - v, 1 + v],
+    where v is this value."""
     contrast: float = 0.0
-    """Color jitter: the difference from the mean gray is multiplied by a factor of up to 1 plus or
-    minus this."""
+    """Color jitter: the difference from the mean gray is multiplied by a random factor in
+    [1 - v, 1 + v]."""
     saturation: float = 0.0
-    """Color jitter: the difference from each pixel's gray is multiplied by a factor of up to 1 plus
-    or minus this."""
+    """Color jitter: the difference from each pixel's gray is multiplied by a random factor
+    in [1 - v, 1 + v]."""
     hue: float = 0.0
     """Color jitter: maximum rotation of the hue as a fraction of the full circle, in both
     directions; at most 0.5."""
@@ -115,17 +116,17 @@ class FilterConfig:
     """Samples that are skipped, counted by reason; 0 and empty disable a filter.
 
     Skipped samples are not replaced, so batches become smaller. If many samples are skipped, create
-    a drop list with `vlmoe data filter` instead: samples on it are not even read.
+    a drop-list with `vlmoe data filter` instead: samples on it are not even read.
     """
 
     min_side: int = 0
-    """Minimum length of the shorter side of an image in pixels."""
+    """Minimum length of the shorter side of an image in pixels; 0 means no limit."""
     max_aspect: float = 0.0
-    """Maximum ratio of the longer to the shorter side of an image."""
+    """Maximum ratio of the longer to the shorter side of an image; 0 means no limit."""
     min_caption_chars: int = 0
-    """Minimum length of a caption in characters."""
+    """Minimum length of a caption in characters; 0 means no limit."""
     max_caption_chars: int = 0
-    """Maximum length of a caption in characters."""
+    """Maximum length of a caption in characters; 0 means no limit."""
     require: tuple[str, ...] = ()
     """Conditions on fields of the `.json` member, all of which must hold: `json:similarity >=
     0.28`, `json:NSFW == "UNLIKELY"`, `json:license in ["cc0", "cc-by"]`. A sample without the field
@@ -171,7 +172,7 @@ class DataConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     """Random augmentations of training images."""
     filters: FilterConfig = field(default_factory=FilterConfig)
-    """Samples that are skipped."""
+    """Filters: samples that do not meet them are skipped."""
     limits: LimitConfig = field(default_factory=LimitConfig)
     """Maximum size of a sample; a larger one counts as corrupt."""
     shuffle_window: int = 256
@@ -191,7 +192,7 @@ class DataConfig:
     """Number of shards that a node downloads ahead; 0 downloads none and reads samples with range
     requests."""
     max_corrupt_ratio: float = 0.01
-    """Stop the run if more than this fraction of the samples (and at least 100) was corrupt."""
+    """Stop the run if more than this fraction of the samples (and at least 100) are corrupt."""
     request_seconds: float = 20.0
     """Timeout of one request to a store (8 MiB at most) in seconds, before it is retried."""
     shard_seconds: float = 120.0

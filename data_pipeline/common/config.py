@@ -102,7 +102,7 @@ class _Converter:
         """A dataclass from a mapping, or `_INVALID`."""
         if not isinstance(mapping, Mapping):
             return self.invalid(path, f"expected a section with settings, found {mapping!r}")
-        # Annotations are strings in modules that postpone them: resolve them.
+        # Resolves annotations that are strings (`from __future__ import annotations`).
         hints = typing.get_type_hints(cls)
         fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
 
@@ -194,7 +194,7 @@ class _Converter:
         for member in sorted(members, key=lambda member: type(value) is not member):
             problems: list[str] = []
             converted = _Converter(self.root, problems).value(member, value, path)
-            # Not `converted`: a section with unknown settings is converted too.
+            # `converted` alone is not enough: a section with unknown settings is created too.
             if not problems:
                 return converted
         sections = [
@@ -208,13 +208,14 @@ class _Converter:
         return self.invalid(path, f"expected {expected}, found {_yaml_repr(value)}")
 
     def _suggest(self, key: str, names: list[str], path: str) -> str:
-        """Settings with exactly this name in any section, or the most similar one of this."""
+        """A hint for an unknown key: sections that have it, or names that this section has."""
         elsewhere = [full for full in _all_settings(self.root) if full.rsplit(".", 1)[-1] == key]
         if elsewhere:
             return f"; did you mean {' or '.join(repr(full) for full in elsewhere)}?"
         matches = difflib.get_close_matches(key, names, n=1)
         if matches:
-            return f"; did you mean {matches[0]!r}?"
+            full = f"{path}.{matches[0]}" if path else matches[0]
+            return f"; did you mean {full!r}?"
         return f"; {path or 'the top level'} has {', '.join(names)}"
 
 
@@ -233,7 +234,7 @@ def _all_settings(cls: type, prefix: str = "") -> Iterator[str]:
 def _type_name(hint: Any) -> str:
     """A type in the terms of YAML."""
     if typing.get_origin(hint) is Literal:
-        return " or ".join(repr(item) for item in typing.get_args(hint))
+        return f"one of {', '.join(repr(item) for item in typing.get_args(hint))}"
     names = {
         int: "an integer",
         float: "a number",

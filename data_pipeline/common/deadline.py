@@ -50,8 +50,8 @@ class Deadline:
     def next_request_seconds(self) -> float:
         """Time limit for a request that starts now.
 
-        It is `request_seconds` divided by a power of two: every distinct value needs its own
-        client, so there are only few.
+        It is `request_seconds` divided by a power of two. This keeps the number of distinct values
+        small, because each needs its own client.
         """
         return _halve_to(self.request_seconds, max(self.remaining_seconds, MIN_REQUEST_SECONDS))
 

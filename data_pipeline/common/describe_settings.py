@@ -67,6 +67,7 @@ def _no_such_section(full_name: str, name: str, sections: list[str]) -> ConfigEr
 
 
 def _lines(cls: type, depth: int) -> list[str]:
+    """The settings of a dataclass as lines of YAML, indented by `depth` levels."""
     indent, hints, docs = "  " * depth, typing.get_type_hints(cls), field_docs(cls)
     lines: list[str] = []
     for field in dataclasses.fields(cls):

@@ -56,7 +56,7 @@ __all__ = [
 REQUEST_SECONDS = 20.0
 """Default timeout of one request."""
 UPLOAD_PARTS = 4
-"""Parts of an upload in flight."""
+"""Number of parts of an upload that are sent at the same time."""
 MAX_PARTS = 9000
 """Maximum number of parts of an upload; stores allow 10,000."""
 HTTP_PUT_SECONDS = 600.0
@@ -96,7 +96,7 @@ def read_all(
 
     If the contents cannot be verified (no `sha256`, and the ETag is not their MD5), the object is
     read until two reads agree: otherwise an error page with status 200 or a flipped bit would be
-    taken for the object.
+    accepted.
 
     Raises:
         StorageError: It is missing, access is refused, `timeout_seconds` are over, or no read gave
@@ -172,7 +172,7 @@ def fetch(
         fd: Open for reading and writing.
         timeout_seconds: Maximum time without progress, all attempts together.
         request_seconds: Timeout of one request of `PART_BYTES`.
-        expected_bytes: Its size if known; another one in three responses is an error of kind
+        expected_bytes: Its size if known; three responses with another size are an error of kind
             `changed`.
         cancel: Set by another thread to stop.
 
@@ -240,6 +240,7 @@ def list_tree(folder_url: str, timeout_seconds: float) -> list[str]:
 
 
 def _listable(folder_url: str) -> str:
+    """The address with a final slash; an error for http(s), which cannot list."""
     if folder_url.startswith("http"):
         raise StorageError(f"{redact(folder_url)} cannot be listed; name the files")
     return folder_url.rstrip("/") + "/"

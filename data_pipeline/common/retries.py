@@ -33,8 +33,8 @@ THROTTLED_WAIT_SECONDS = 0.5
 """First wait after status 429 or 503; obstore does not expose the `Retry-After` header."""
 MAX_WAIT_SECONDS = 8.0
 MAX_MISSING_ATTEMPTS = 4
-"""A 404 is accepted only after this many in a row: some stores list new objects with a delay, and
-some gateways return false ones."""
+"""A 404 is accepted only after this many in a row: some stores show new objects with a delay, and
+some gateways return 404 for existing ones."""
 MAX_NO_RANGES_ATTEMPTS = MAX_CHANGED_ATTEMPTS = 3
 MAX_CREDENTIAL_ATTEMPTS, CREDENTIAL_SECONDS = 3, 5.0
 _WARNING_SECONDS = 10.0
@@ -69,7 +69,7 @@ def call_with_retries(
 
 
 class RetryState:
-    """The failures so far of one operation."""
+    """The failures of one operation so far."""
 
     def __init__(self, verb: str, url: str, deadline: Deadline) -> None:
         self._verb, self._url, self.deadline = verb, url, deadline
@@ -81,7 +81,7 @@ class RetryState:
         self._start, self._warned = time.monotonic(), False
 
     def record_failure(self, error: Exception) -> None:
-        """Wait before the next attempt.
+        """Count a failure and wait before the next attempt.
 
         Raises:
             StorageError: The failure is permanent, time ran out, or the operation was cancelled.

@@ -57,9 +57,7 @@ def is_local(url: str) -> bool:
         return True
     if scheme not in object_store.SCHEMES:
         supported = ", ".join(f"{name}://" for name in object_store.SCHEMES)
-        raise StorageError(
-            f"{redact(url)}: unsupported kind of address; use a path, file:, {supported}"
-        )
+        raise StorageError(f"{redact(url)}: unsupported URL scheme; use a path, file:, {supported}")
     return False
 
 

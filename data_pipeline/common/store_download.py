@@ -42,7 +42,7 @@ PARTS_IN_FLIGHT = 4
 SMALLEST_PART_BYTES = 256 << 10
 """After timeouts, parts are halved down to this size."""
 STREAM_SECONDS = 24 * 3600.0
-"""Time limit for an object in one response, while data keeps arriving."""
+"""Time limit for an object in one response, as long as data is received."""
 NO_RANGES_SECONDS = 600.0
 """How long to remember that a web server does not support ranges."""
 
@@ -133,7 +133,7 @@ def _remember_no_ranges(url: str) -> None:
 
 
 def _expected_info(expected_bytes: int | None) -> ObjectInfo:
-    """An object of that size if it is known, with any ETag."""
+    """The `ObjectInfo` to compare responses with: the size if it is known, and any ETag."""
     return ObjectInfo(-1 if expected_bytes is None else expected_bytes, "")
 
 
@@ -250,7 +250,7 @@ def _chunks(
     info = validate_info(url, response.meta["size"], response.meta["e_tag"])
     check_unchanged(_expected_info(expected_bytes), info)
 
-    # In every interval, at least `SMALLEST_PART_BYTES` must arrive.
+    # In every interval, at least `SMALLEST_PART_BYTES` must be received.
     position, interval_position = 0, 0
     interval_end = time.monotonic() + interval_seconds
     yield info, memoryview(b"")

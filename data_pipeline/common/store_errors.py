@@ -57,7 +57,7 @@ _CREDENTIAL_PHRASES = (
     "/latest/api/token",
     "metadata.google",
     "/metadata/identity",
-    "redential",
+    "redential",  # upper or lower case
 )
 _CONNECTION_PHRASES = ("Connection refused", "ConnectionRefused", "dns error", "tcp connect")
 _REFUSALS = ("PermissionDeniedError", "UnauthenticatedError")
@@ -93,7 +93,7 @@ def error_kind(error: Exception) -> ErrorKind:
         return ErrorKind.NO_RANGES
     if status_of(error) == 416:
         return ErrorKind.CHANGED  # the object is shorter than the range
-    # Phrases of obstore itself; the body of an error page can contain any text.
+    # Only phrases that obstore itself adds: the body of an error page can contain any text.
     if "TimedOut" in text or "kind: Timeout" in text or "timed out" in text.lower():
         return ErrorKind.TOO_SLOW
     return ErrorKind.UNREACHABLE

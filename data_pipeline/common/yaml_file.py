@@ -20,6 +20,7 @@ import yaml
 from data_pipeline.common.errors import ConfigError
 
 Resolve = Callable[[str], Path | None]
+"""Returns the file for a name in `extends:`; None if the name is unknown."""
 
 _FLOAT = re.compile(
     r"[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?$"
@@ -94,7 +95,7 @@ def parse_yaml(text: str, *, source: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         position = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         problem = getattr(error, "problem", error)
-        raise ConfigError(f"{source}{position}: not usable YAML: {problem}") from error
+        raise ConfigError(f"{source}{position}: invalid YAML: {problem}") from error
 
 
 def to_yaml(mapping: dict[str, Any]) -> str:
