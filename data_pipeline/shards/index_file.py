@@ -17,6 +17,7 @@ import numpy as np
 from data_pipeline.common.errors import DataError
 
 _KINDS = {"I64": "<i8", "U32": "<u4", "U8": "|u1"}
+"""Name of a dtype in safetensors -> in numpy."""
 COLUMNS: dict[str, np.dtype[Any]] = {
     name: np.dtype(_KINDS[kind])
     for kind, names in {

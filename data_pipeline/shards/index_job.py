@@ -95,7 +95,7 @@ def _is_newer(index_url: str, shard: Path) -> bool:
 
 
 def _checksums_match(index: ShardIndex, shard: Path) -> bool:
-    """Check some samples: a copied file can have the modification time of another one."""
+    """Compare some samples with the index: a copied shard can keep an old modification time."""
     with open(shard, "rb") as file:
         for i in {0, len(index) // 2, len(index) - 1} if len(index) else ():
             file.seek(int(index.offsets[i]))

@@ -67,7 +67,7 @@ def index_shards(
         timeout_seconds: Limit for one operation on a store, all attempts together.
 
     Returns:
-        The manifest; with `part`, only of its shards and not written.
+        The manifest; with `part`, it has only the shards of that part and is not written.
 
     Raises:
         DataError: There are no shards, some are corrupt (all are listed, and the others were
@@ -212,8 +212,8 @@ def _report(jobs: Sequence[IndexJob], results: Sequence[IndexResult | None]) -> 
     listing = "\n  ".join(problems)
     raise DataError(
         f"{len(problems)} of {len(jobs)} shards cannot be indexed{count}:\n  {listing}\n"
-        f"The others are indexed and will not be read again. Repair or exclude these; "
-        f"`vlmoe data index --salvage` keeps what can be read of corrupt shards"
+        f"Repair or exclude these shards, or keep the readable samples of corrupt shards with "
+        f"`vlmoe data index --salvage`. Indexed shards are not read again"
     )
 
 

@@ -108,9 +108,12 @@ def load_manifest(
         is_missing = error.kind == ErrorKind.MISSING or isinstance(
             error.__cause__ or error.__context__, FileNotFoundError
         )
-        command = f"`vlmoe data index {storage.redact(folder)}`"
-        hint = f". If the folder contains shards, create it with {command}" if is_missing else ""
-        raise StorageError(f"no manifest of shards: {error}{hint}") from error
+        if not is_missing:
+            raise StorageError(f"cannot load the manifest of the shards: {error}") from error
+        raise StorageError(
+            f"no manifest of shards: {error}. If the folder contains shards, create the manifest "
+            f"with `vlmoe data index {storage.redact(folder)}`"
+        ) from error
     return parse_manifest(data, folder, storage.redact(url))
 
 
@@ -123,7 +126,7 @@ def parse_manifest(data: bytes, folder: str, where: str) -> Manifest:
         where: Its address, for messages.
 
     Raises:
-        DataError: They are not a manifest, or inconsistent.
+        DataError: The contents are not a manifest, or are inconsistent.
     """
     remedy = f"create it again with `vlmoe data index {storage.redact(folder)}`"
     try:

@@ -83,6 +83,7 @@ def _read_list(url: str, depth: int) -> list[str]:
 
 
 def _is_complete(line: str) -> bool:
+    """Whether a line of a list is an address or another list, not a name in the list's folder."""
     return line.startswith(("/", "@", "file:")) or "://" in line
 
 

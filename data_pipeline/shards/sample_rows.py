@@ -49,7 +49,9 @@ class SampleRows:
                 self._next_to_corruption.add(len(self._rows))
                 self._interrupted = False
         elif any(other.extension == extension for other in self._members):
-            self._duplicate(f"sample {key!r} has two files with the same extension; write it again")
+            self._handle_duplicate(
+                f"sample {key!r} has two files with the same extension; write it again"
+            )
         # From the end of the previous file: what is between files is part of the sample's extent.
         self._crc = self._crc32(self._end, member.end, self._crc)
         self._end = member.end
@@ -81,7 +83,7 @@ class SampleRows:
             return
         key = self._key
         if key in self._keys:
-            self._duplicate(
+            self._handle_duplicate(
                 f"the key {key!r} occurs twice: either two samples have the same key, or the files "
                 f"of one sample are not next to each other; write the shard with its files sorted "
                 f"by name"
@@ -91,13 +93,18 @@ class SampleRows:
         self._rows.append(SampleRow(key, self._offset, extent, self._crc, tuple(self._members)))
         self._key, self._members = "", []
 
-    def _duplicate(self, problem: str) -> None:
+    def _handle_duplicate(self, problem: str) -> None:
+        """Raise if strict; otherwise mark the current key, so that `finish` skips it."""
         if self._strict:
             raise DataError(f"{self._where}: {problem}")
         self._duplicate_keys.add(self._key)
 
     def _complete_rows(self) -> tuple[list[SampleRow], list[str]]:
-        """Skips duplicate keys, and samples next to corruption that lack files of the others."""
+        """The rows to keep, and the keys of the skipped ones.
+
+        Skipped are samples with duplicate keys, and samples next to corruption that lack a file
+        extension which most other samples have.
+        """
         extensions = [frozenset(member.extension for member in row.members) for row in self._rows]
         counts = Counter(
             kinds for i, kinds in enumerate(extensions) if i not in self._next_to_corruption

@@ -93,7 +93,7 @@ class ShardIndex:
 
     def key(self, i: int) -> str:
         """Key of sample `i`, as in WebDataset."""
-        i = range(len(self))[i]  # raises IndexError where numpy would accept other indices
+        i = range(len(self))[i]  # allows negative indices; raises IndexError
         ends = self.columns["key_ends"]
         start = int(ends[i - 1]) if i else 0
         text = self.columns["key_text"][start : int(ends[i])].tobytes()

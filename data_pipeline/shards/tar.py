@@ -2,7 +2,7 @@
 
 Common readers stop without an error at the first header that they cannot read, and the rest of the
 shard is silently lost. Here every header's checksum is checked, every member must be complete, and
-an archive must end with its end mark (a block of zeros) and nothing but zeros after it.
+an archive must end with an end-of-archive marker (a block of zeros) and only zeros after it.
 
 Formats: v7, ustar, GNU long names, and pax extended headers (path and size).
 """
@@ -53,8 +53,8 @@ def walk(read: Source, total_bytes: int, where: str, *, start: int = 0) -> Itera
         start: Offset of the header to start from.
 
     Raises:
-        DataError: A header is corrupt, a member or the end mark is missing (slug `corrupt-tar` or
-            `truncated`), or a member is neither a file nor a folder.
+        DataError: A header is corrupt, a member or the end-of-archive marker is missing (slug
+            `corrupt-tar` or `truncated`), or a member is neither a file nor a folder.
     """
     position = start
     while position < total_bytes:
@@ -67,7 +67,7 @@ def walk(read: Source, total_bytes: int, where: str, *, start: int = 0) -> Itera
         if member.name:
             yield member
     raise DataError(
-        f"{where} ends after {total_bytes} bytes without the end mark of a tar archive: it was "
+        f"{where} ends after {total_bytes} bytes without an end-of-archive marker: it was "
         f"truncated; copy or write it again",
         slug="truncated",
     )
@@ -248,13 +248,13 @@ def _pax_records(data: bytes, position: int, where: str) -> dict[str, str]:
 
 
 def _check_rest_is_zero(read: Source, position: int, total_bytes: int, where: str) -> None:
-    """Check that only zeros follow the end mark: other readers would ignore anything else."""
+    """Check that only zeros follow the end-of-archive marker: other readers ignore the rest."""
     step = 1 << 20
     for offset in range(position, total_bytes, step):
         if read(offset, min(step, total_bytes - offset)).strip(b"\0"):
             raise DataError(
-                f"{where}: there is data after the end mark at byte {position}: part of the "
-                f"archive was overwritten with zeros, or two archives were joined; write the shard "
-                f"again",
+                f"{where}: there is data after the end-of-archive marker at byte {position}: part "
+                f"of the archive was overwritten with zeros, or two archives were joined; write "
+                f"the shard again",
                 slug="corrupt-tar",
             )

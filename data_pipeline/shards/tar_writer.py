@@ -14,7 +14,7 @@ from data_pipeline.shards.tar import split_name
 
 
 class LazySample(Protocol):
-    """A sample that is created where it is written, so that many processes can read its files.
+    """A sample that is created in the process that writes it, so that reading is parallel too.
 
     Use a small picklable dataclass whose `repr` contains everything that the sample depends on. It
     may have an attribute `bytes`: its approximate size.
@@ -49,8 +49,8 @@ def write_tar(
     from webdataset import TarWriter  # slow to import
 
     keys = []
-    # mtime 0 and webdataset's fixed owner make equal samples equal bytes. webdataset's encoder
-    # pickles some types; ours accepts bytes, text and JSON only.
+    # With mtime 0 and webdataset's fixed owner, equal samples give equal bytes. The default encoder
+    # pickles some types; `_encode` accepts bytes, text and JSON only.
     with TarWriter(file, mtime=0, encoder=_encode) as tar:
         for sample in samples:
             contents = _load(sample, where)

@@ -64,7 +64,7 @@ def write_shards(
         metadata: Further keys of the manifest.
 
     Returns:
-        The manifest; with `part`, only of its shards and not written.
+        The manifest; with `part`, it has only the shards of that part and is not written.
 
     Raises:
         DataError: There are no samples, a key is invalid or occurs twice in a shard, or a member

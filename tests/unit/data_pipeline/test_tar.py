@@ -35,7 +35,8 @@ def test_members_match_tarfile(format: int) -> None:
         member.name: data[member.data : member.data + member.size] for member in read_members(data)
     }
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
-        assert contents == {info.name: tar.extractfile(info).read() for info in tar}  # type: ignore[union-attr]
+        members = ((info.name, tar.extractfile(info)) for info in tar)
+        assert contents == {name: file.read() for name, file in members if file is not None}
     assert contents == files
 
 
@@ -107,7 +108,7 @@ def test_truncation_at_any_offset_is_detected() -> None:
         with pytest.raises(DataError, match=r"^x\.tar.*truncated") as error:
             read_members(data[:cut])
         assert error.value.slug == "truncated"
-    assert len(read_members(data[: end + 512])) == len(FILES)  # one zero block is an end mark
+    assert len(read_members(data[: end + 512])) == len(FILES)  # one zero block is an end marker
 
 
 def test_bit_flip_in_any_header_byte_is_detected() -> None:
@@ -126,7 +127,7 @@ def test_zeros_in_the_middle_are_an_error() -> None:
     data = bytearray(archive(FILES))
     start = read_members(bytes(data))[1].start
     data[start : start + 1024] = bytes(1024)
-    with pytest.raises(DataError, match="data after the end mark at byte 1536"):
+    with pytest.raises(DataError, match="data after the end-of-archive marker at byte 1536"):
         read_members(bytes(data))
 
 
