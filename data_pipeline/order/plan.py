@@ -85,9 +85,9 @@ class Plan:
         self._dropped = {
             shard: np.asarray(samples) for shard, samples in (dropped or {}).items() if len(samples)
         }
-        # The k-th kept sample has index k + (number of dropped samples before it). These are the
-        # dropped samples whose index, minus the number of dropped samples before them, is <= k.
-        self._gaps = {
+        # For each dropped sample, the number of kept samples before it. Kept sample k has index k +
+        # (number of dropped samples before it); these are the dropped samples with a value <= k.
+        self._kept_before = {
             shard: samples - np.arange(len(samples)) for shard, samples in self._dropped.items()
         }
         self._kept = self._sizes.copy()
@@ -151,7 +151,7 @@ class Plan:
         slots = np.searchsorted(window.starts, offsets, side="right") - 1
         shards = window.shards[slots].tolist()
         samples = (offsets - window.starts[slots]).tolist()
-        if self._gaps:
+        if self._kept_before:
             samples = [
                 self._index_in_shard(shard, kept)
                 for shard, kept in zip(shards, samples, strict=True)
@@ -164,8 +164,10 @@ class Plan:
 
     def _index_in_shard(self, shard: int, kept: int) -> int:
         """Index in the shard of the `kept`-th sample that is not dropped."""
-        gaps = self._gaps.get(shard)
-        return kept if gaps is None else kept + int(np.searchsorted(gaps, kept, side="right"))
+        kept_before = self._kept_before.get(shard)
+        if kept_before is None:
+            return kept
+        return kept + int(np.searchsorted(kept_before, kept, side="right"))
 
     def _window_shards(self, epoch: int, window: int) -> np.ndarray:
         return self._epoch(epoch).shards[window * self._window : (window + 1) * self._window]

@@ -7,9 +7,9 @@ same samples:
 
 - **distance**: positions between samples that are adjacent in storage, as a fraction of the epoch;
   1/3 on average in a perfect shuffle (also its 5 % and 50 % quantiles);
-- **unevenness**: spread of a shard's samples over the epoch: the Kolmogorov-Smirnov distance
-  between their positions and a uniform distribution, mean over shards; 0 is uniform, 1 is all at
-  one position;
+- **unevenness**: how unevenly a shard's samples are spread over the epoch: the Kolmogorov-Smirnov
+  distance between their positions and a uniform distribution, mean over shards; 0 is uniform, 1 is
+  all at one position;
 - **same shard**: fraction of samples followed by a sample of the same shard;
 - **shards per batch**: effective number of shards (1 / sum of squared fractions) in a batch;
 - **class counts**: variance of a class's count in a batch if the samples had been sorted by class
@@ -61,7 +61,7 @@ LABELS = {
 
 
 def shuffle_quality(
-    shard_sizes: Sequence[int] | np.ndarray, seed: int, shuffle_window: int, batch: int
+    shard_sizes: Sequence[int] | np.ndarray, seed: int, shuffle_window: int, batch_size: int
 ) -> tuple[ShuffleQuality, ShuffleQuality]:
     """Measure the first epoch of a plan, and a perfect shuffle of the same samples.
 
@@ -69,23 +69,26 @@ def shuffle_quality(
         shard_sizes: Samples of each shard.
         seed: Seed of the plan.
         shuffle_window: Number of shards whose samples are shuffled together.
-        batch: Samples of this source in a global batch.
+        batch_size: Number of samples of this source in a global batch.
+
+    Returns:
+        The metrics of the plan, and of the perfect shuffle.
     """
     sizes = np.asarray(shard_sizes, dtype=np.int64)
     sizes = sizes[sizes > 0]
     total = int(sizes.sum())
-    batch = max(1, min(batch, total))
+    batch_size = max(1, min(batch_size, total))
 
     small, small_window = _reduced_sizes(sizes, shuffle_window)
     epoch = _sample_ids(Plan(small, seed, small_window), small, 0, int(small.sum()))
-    starts = _batch_starts(total, batch, shuffle_window * int(sizes.mean()))
+    starts = _batch_starts(total, batch_size, shuffle_window * int(sizes.mean()))
     plan = Plan(sizes, seed, shuffle_window)
-    batches = np.stack([_sample_ids(plan, sizes, start, batch) for start in starts])
+    batches = np.stack([_sample_ids(plan, sizes, start, batch_size) for start in starts])
 
     generator = rng(seed, "perfect shuffle")
     if total <= MAX_SAMPLES:
         perfect = generator.permutation(total)
-        perfect_batches = np.stack([perfect[start : start + batch] for start in starts])
+        perfect_batches = np.stack([perfect[start : start + batch_size] for start in starts])
     else:
         # With so many samples, duplicates are rare.
         perfect_batches = generator.integers(0, total, size=batches.shape)
@@ -98,28 +101,31 @@ def shuffle_quality(
 
 
 def measure(
-    epoch: np.ndarray, epoch_sizes: np.ndarray, batches: np.ndarray, batch_sizes: np.ndarray
+    epoch: np.ndarray,
+    epoch_shard_sizes: np.ndarray,
+    batches: np.ndarray,
+    batch_shard_sizes: np.ndarray,
 ) -> ShuffleQuality:
     """Compute the metrics of one order.
 
     Args:
         epoch: int64 `[samples]`, a permutation: the sample at each position. Samples are numbered
             consecutively over the shards.
-        epoch_sizes: Samples of each shard of `epoch`.
-        batches: int64 `[batches, batch]`: the samples of some batches.
-        batch_sizes: Samples of each shard of `batches`.
+        epoch_shard_sizes: Samples of each shard of `epoch`.
+        batches: int64 `[batches, batch_size]`: the samples of some batches.
+        batch_shard_sizes: Samples of each shard of `batches`.
     """
     total = len(epoch)
     position_of = np.empty(total, dtype=np.int64)
     position_of[epoch] = np.arange(total)
 
-    shard_of = np.repeat(np.arange(len(epoch_sizes)), epoch_sizes)
+    shard_of = np.repeat(np.arange(len(epoch_shard_sizes)), epoch_shard_sizes)
     adjacent = shard_of[:-1] == shard_of[1:]
     distances = np.array([1 / 3])
     if adjacent.any():
         distances = np.abs(np.diff(position_of))[adjacent] / total
 
-    shards = np.searchsorted(np.cumsum(batch_sizes), batches, side="right")
+    shards = np.searchsorted(np.cumsum(batch_shard_sizes), batches, side="right")
     same_shard = 0.0
     if shards.shape[1] > 1:
         same_shard = float(np.mean(shards[:, 1:] == shards[:, :-1]))
@@ -128,10 +134,10 @@ def measure(
         distance_mean=float(distances.mean()),
         distance_5_percent=float(np.quantile(distances, 0.05)),
         distance_median=float(np.median(distances)),
-        unevenness=_unevenness(position_of, epoch_sizes),
+        unevenness=_unevenness(position_of, epoch_shard_sizes),
         same_shard=same_shard,
         shards_per_batch=float(np.mean([_effective_number(row) for row in shards])),
-        class_variance=_class_variance(batches, int(np.sum(batch_sizes))),
+        class_variance=_class_variance(batches, int(np.sum(batch_shard_sizes))),
     )
 
 
@@ -157,14 +163,14 @@ def _reduced_sizes(sizes: np.ndarray, window: int) -> tuple[np.ndarray, int]:
     return reduced, max(1, round(window * count / len(sizes)))
 
 
-def _batch_starts(total: int, batch: int, window_samples: int) -> list[int]:
+def _batch_starts(total: int, batch_size: int, window_samples: int) -> list[int]:
     """First positions of the batches to measure: all of them, or some over the whole epoch."""
-    count = total // batch
+    count = total // batch_size
     if total > MAX_SAMPLES:
         # Each batch costs the shuffling of a window, so fewer are measured if windows are large.
         count = min(count, max(8, min(256, (1 << 25) // max(1, window_samples))))
-        return [int(start) for start in np.linspace(0, total - batch, count)]
-    return [batch * index for index in range(count)]
+        return [int(start) for start in np.linspace(0, total - batch_size, count)]
+    return [batch_size * index for index in range(count)]
 
 
 def _sample_ids(plan: Plan, sizes: np.ndarray, first: int, count: int) -> np.ndarray:

@@ -95,7 +95,7 @@ def merge_ranges(ranges: Iterable[tuple[int, int]]) -> Ranges:
 
 
 def delivered_positions(position: int, skip: Ranges, start: int, count: int) -> list[range]:
-    """The delivered positions number `start` to `start + count - 1`, counted from `position`.
+    """The delivered positions with indices `start` to `start + count - 1`, counted from `position`.
 
     Args:
         position: Where counting begins.
