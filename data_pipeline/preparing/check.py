@@ -98,15 +98,15 @@ def check(
     part: Part = SINGLE_PART,
     work_dir: str = "",
 ) -> CheckReport:
-    """Check datasets.
+    """Check every sample and shard of the datasets; returns what is corrupt or unavailable.
 
     Args:
         manifests: The datasets.
         decode: Also decode images and read captions.
         caption_keys: With `decode`, a sample needs a caption under at least one of these keys.
         workers: Number of processes.
-        part: Part of the shards to check.
-        work_dir: Folder for results; empty checks all shards again.
+        part: Part of the shards to check; see `shard_tasks`.
+        work_dir: Folder of stored results (see `ShardMap`); empty checks all shards again.
     """
     checker = _Checker(decode, tuple(caption_keys))
     shard_map = ShardMap(

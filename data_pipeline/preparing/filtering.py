@@ -41,7 +41,7 @@ class FilterReport(NamedTuple):
     samples: int
     """Number of samples that were read."""
     reasons: Counter[str]
-    """Number of excluded samples by reason: `filter:...` by a filter, anything else corrupt."""
+    """Number of excluded samples by reason: `filter:...`, or the slug of a corruption."""
     examples: dict[str, str]
     """The first excluded sample for each reason, with details."""
     dropped: list[dict[int, list[int]]]
@@ -68,8 +68,8 @@ def filter_samples(
         caption_keys: Where to find captions.
         limits: Resource limits of a sample; a sample beyond them counts as corrupt.
         workers: Number of processes.
-        part: Part of the shards.
-        work_dir: Folder for results.
+        part: Part of the shards to process; see `shard_tasks`.
+        work_dir: Folder of stored results; see `ShardMap`.
 
     Raises:
         ConfigError: A condition is invalid.

@@ -13,7 +13,7 @@ import numpy as np
 
 MAX_DISTANCE = 15
 _BLOCK_PAIRS = 1 << 22
-"""Comparisons per block: 32 MiB."""
+"""Comparisons per block: 32 MiB of XORed hashes."""
 _POPCOUNT = np.array([bin(value).count("1") for value in range(1 << 16)], np.uint8)
 
 
@@ -55,7 +55,7 @@ def popcount(values: np.ndarray) -> np.ndarray:
 
 
 def _compare_all(hashes: np.ndarray, indices: np.ndarray, distance: int) -> list[np.ndarray]:
-    """Pairs within the distance among some hashes, comparing each with each in blocks."""
+    """Pairs of `indices` whose hashes are within the distance; compares all pairs, in blocks."""
     indices = np.sort(indices)
     values, pairs = hashes[indices], []
     step = max(1, _BLOCK_PAIRS // len(indices))

@@ -119,7 +119,7 @@ def histogram(title: str, values: np.ndarray, unit: str = "", *, bins: int = 30)
 
 
 def histogram_bins(values: np.ndarray, bins: int) -> tuple[np.ndarray, np.ndarray]:
-    """Edges `[bars + 1]` and counts `[bars]`; the last bin includes all larger values."""
+    """Edges `[bins + 1]` and counts `[bins]`; the last bin also counts all larger values."""
     low, high = float(values.min()), float(np.quantile(values, 0.99))
     if np.issubdtype(values.dtype, np.integer):
         bins = int(min(bins, max(1, high - low + 1)))

@@ -28,7 +28,7 @@ def image_format(data: bytes) -> str:
 
 
 def thumbnail(data: bytes, side: int) -> np.ndarray:
-    """A copy scaled to a longer side of `side` pixels, on white: uint8 `[height, width, 3]`, RGB.
+    """The image on white, its longer side scaled to `side` pixels: uint8 RGB `[height, width, 3]`.
 
     Raises:
         DataError: The image cannot be decoded (slug `corrupt-image`).

@@ -39,7 +39,7 @@ class Hashes:
     caption: np.ndarray
     """uint64 `[n]`: hash of the caption, ignoring case and whitespace."""
     flags: np.ndarray
-    """uint64 `[n]`."""
+    """uint64 `[n]`: bitwise OR of the flags above."""
     unavailable: Sequence[UnavailableShard] = ()
     """Shards that could not be read; they have no rows."""
 
@@ -66,8 +66,8 @@ def hash_samples(
         manifests: The datasets.
         caption_keys: Where to find the caption; the first caption is used.
         workers: Number of processes.
-        part: Part of the shards.
-        work_dir: Folder for results.
+        part: Part of the shards to process; see `shard_tasks`.
+        work_dir: Folder of stored results; see `ShardMap`.
 
     Raises:
         DataError: A stored result is corrupt.

@@ -15,17 +15,17 @@ class SampleSelection:
     """Which samples to inspect; all given conditions apply."""
 
     shard: str = ""
-    """Name of a shard, the last component of its name, or its index over all datasets; empty is
-    any."""
+    """Name of a shard, the last component of its name, or its index over all datasets; empty
+    matches every shard."""
     key: str = ""
     """Key of the sample."""
     index: int | None = None
     """Index in the shard, or without `shard` over all shards."""
     random: int = 0
-    """Number of random samples; 0 takes the first ones."""
+    """Number of random samples; 0 selects none at random."""
     seed: int = 0
     count: int = 5
-    """Number of first samples."""
+    """Number of samples if none of `key`, `index` and `random` is given: the first ones."""
 
 
 def select_samples(manifests: Sequence[Manifest], selection: SampleSelection) -> list[ShardTask]:

@@ -25,7 +25,7 @@ from data_pipeline.preparing.tasks import ShardTask
 
 
 class UnavailableShard(NamedTuple):
-    """A shard that could not be read, in place of a result."""
+    """A shard that could not be read; returned in place of its result."""
 
     task: ShardTask
     reason: str

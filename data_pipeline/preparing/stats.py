@@ -123,8 +123,8 @@ def compute_stats(
         caption_keys: Where to find captions.
         tokenizer: SentencePiece model file; empty counts no tokens.
         workers: Number of processes.
-        part: Part of the shards.
-        work_dir: Folder for results.
+        part: Part of the shards to process; see `shard_tasks`.
+        work_dir: Folder of stored results; see `ShardMap`.
 
     Raises:
         TokenizerError: The tokenizer cannot be read.

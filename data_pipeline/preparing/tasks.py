@@ -69,7 +69,7 @@ def open_datasets(addresses: Sequence[str]) -> list[Manifest]:
 
 
 def shard_tasks(manifests: Sequence[Manifest], part: Part = SINGLE_PART) -> list[ShardTask]:
-    """A task for every shard of the datasets, or for every N-th one of part I of N."""
+    """A task for every shard of the datasets; for part I of N, shards I, I + N, I + 2N, ..."""
     tasks = [
         ShardTask(replace(manifest, shards=(entry,), metadata={}), dataset, shard)
         for dataset, manifest in enumerate(manifests)
@@ -82,7 +82,7 @@ def shard_tasks(manifests: Sequence[Manifest], part: Part = SINGLE_PART) -> list
 def tasks_for(
     manifests: Sequence[Manifest], samples: Mapping[tuple[int, int], Sequence[int]]
 ) -> list[ShardTask]:
-    """Tasks for given sample indices by (dataset, shard)."""
+    """One task per shard in `samples`, which maps (dataset, shard) to sample indices."""
     tasks = {(task.dataset, task.shard): task for task in shard_tasks(manifests)}
     return [
         tasks[location]._replace(samples=tuple(sorted(samples[location])))

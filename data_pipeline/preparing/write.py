@@ -90,7 +90,7 @@ def write_dataset(
     num_records, rejected = _count(plan.source)
     total = num_records + len(rejected)
     if not num_records:
-        raise DataError(f"the source has no pair to write{_examples(rejected)}")
+        raise DataError(f"the source has no image-text pair to write{_examples(rejected)}")
     _check_folder(plan)
 
     index, count = part
@@ -209,7 +209,7 @@ def _check_folder(plan: WritePlan) -> None:
 
 
 def _source_fingerprint(source: Importer) -> str:
-    """Identifies the source's files and options, not its content."""
+    """A hash of the source's files (names only) and options, not of its content."""
     return hashlib.sha256(repr(source).encode()).hexdigest()[:16]
 
 

@@ -20,7 +20,7 @@ from data_pipeline.preparing.importers.records import Record, SkippedRow, strip_
 from data_pipeline.preparing.importers.table import group_by_image, open_text
 
 _TOKEN_LINE = re.compile(r"(?P<name>[^\t#|]+)#\d+\t(?P<caption>.*)")
-# The second bar is missing in one line of the published file.
+# The second `|` is missing in one line of the published file.
 _BAR_LINE = re.compile(r"(?P<name>[^|]+?)\s*\|\s*\d+\s*\|?\s*(?P<caption>.*)")
 _HEADERS = (
     "image_name| comment_number| comment",
