@@ -119,7 +119,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         metavar="NAME",
         default=[method.name for method in METHODS],
-        help="methods to compare (default: all of the list below)",
+        help="methods to compare (default: all those listed below)",
     )
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=[0], help="one run per seed (default: 0)"
@@ -143,7 +143,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def make_trials(
     run: str, overrides: Sequence[str], *, methods: Sequence[str], seeds: Sequence[int], steps: int
 ) -> list[Trial]:
-    """All methods with the first seed, then with the next: an interrupted study covers all methods.
+    """The runs to train, ordered by seed first, so that an interrupted study covers all methods.
 
     Raises:
         ConfigError: A method is unknown, or invalid for the run.

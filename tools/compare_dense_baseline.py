@@ -2,8 +2,8 @@
 
 Trains both (the baseline has equal active FLOPs, see `pretrain.model.dense_baseline`) on the same
 pairs in the same order with several seeds, evaluates them, and prints one table: means over the
-seeds, and the mean difference per seed with its standard deviation. Each run has its own folder;
-completed runs are reused.
+seeds, and the mean and standard deviation of the differences between two runs with the same seed.
+Each run has its own folder; completed runs are reused.
 """
 
 from __future__ import annotations
@@ -147,12 +147,14 @@ def comparison(sparse: Sequence[Result], dense: Sequence[Result]) -> str:
     header = ["", "sparse", "dense baseline", "sparse - dense"]
     caption = (
         f"{sparse[0]['pairs']:,} pairs in {sparse[0]['steps']:,} steps each, seeds {seeds}: mean ± "
-        f"standard deviation, differences per seed; recalls and captions in percent"
+        f"standard deviation, differences of runs with the same seed; recalls and captions in "
+        f"percent"
     )
     return f"{markdown(header, rows)}\n\n{caption}"
 
 
 def _known(results: Sequence[Result], path: Sequence[str]) -> list[float]:
+    """The values at `path` that are not None."""
     values = [lookup(result, path) for result in results]
     return [value for value in values if value is not None]
 

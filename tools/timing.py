@@ -105,8 +105,9 @@ def interleave(
 def cpu_seconds(work: Callable[[], object], clock: Clock) -> float:
     """CPU seconds of one run, including background work that it leaves running.
 
-    Data loaders prefetch in threads or processes. Measured from idle to idle, each consumed sample
-    pays for the preparation of one prefetched sample, and no cost shifts to the next candidate.
+    Data loaders prefetch in threads or processes. Measured from idle to idle, the time includes the
+    preparation of one prefetched sample per consumed sample, and no work of this candidate is
+    counted for the next one.
     """
     before = _read_when_idle(clock)
     work()

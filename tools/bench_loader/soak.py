@@ -66,7 +66,7 @@ class Soak:
     """Samples that could not be read."""
     seconds: float
     leaked_shm: tuple[str, ...]
-    """Entries of /dev/shm named after one of the processes that remain after all have ended."""
+    """Entries of /dev/shm, named after one of the processes, that remain after all have ended."""
 
     def growth_per_100k(self, pid: int, resource: str) -> float:
         """Growth of one resource of a process per 100,000 samples of the whole loader.

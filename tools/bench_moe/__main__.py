@@ -160,8 +160,8 @@ def _measure_all(
     for result in results:
         rows += measurements(result, limits, dtype, on_gpu=device.type == "cuda")
     if means:
-        full = [result for result in results if not result.shape.full_tokens]
-        rows += mean_measurements(full, *CPU_MEAN)
+        unreduced = [result for result in results if not result.shape.full_tokens]
+        rows += mean_measurements(unreduced, *CPU_MEAN)
     return results, rows
 
 

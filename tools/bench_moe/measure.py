@@ -141,7 +141,8 @@ def _build_correct(
 def _remove_out_of_memory(
     result: ShapeResult, layers: dict[str, Implementation], x_TD: Tensor, grad_TD: Tensor
 ) -> None:
-    """Run every layer while the weights and gradients of all are allocated, as during timing."""
+    """Remove the layers that run out of memory while the weights and gradients of all others are
+    allocated, as during timing."""
     for name in reversed(list(layers)):  # the dense network, built last, has no gradients yet
         try:
             layers[name].run(x_TD, grad_TD)

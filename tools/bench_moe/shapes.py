@@ -80,12 +80,13 @@ class Shape(NamedTuple):
         return float(element_size * (3 * weights + 5 * self.tokens * self.width))
 
 
-EVERY_CPU = Bounds(1.0, None), Bounds(1.30, None)
+CPU_BOUNDS = Bounds(1.0, None), Bounds(1.30, None)
+"""Bounds of every single CPU shape: speedup, overhead."""
 CPU_SHAPES = (
-    Shape("small", 1024, 256, 512, 8, 2, *EVERY_CPU),
-    Shape("wide", 2048, 384, 1536, 16, 2, *EVERY_CPU),
-    Shape("fine", 2048, 384, 512, 32, 4, *EVERY_CPU),
-    Shape("many", 4096, 256, 512, 64, 2, *EVERY_CPU),
+    Shape("small", 1024, 256, 512, 8, 2, *CPU_BOUNDS),
+    Shape("wide", 2048, 384, 1536, 16, 2, *CPU_BOUNDS),
+    Shape("fine", 2048, 384, 512, 32, 4, *CPU_BOUNDS),
+    Shape("many", 4096, 256, 512, 64, 2, *CPU_BOUNDS),
 )
 MIN_TOKENS = 2048
 """A layer that runs out of memory is not retried with fewer tokens than this."""

@@ -21,7 +21,7 @@ class Options:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether sizes are realistic; on a CPU they are minimal, to test that the part runs."""
+        """Whether the device is a GPU; on a CPU, sizes are minimal, to test that the part runs."""
         return self.device.type == "cuda"
 
     def seconds_left(self) -> float:

@@ -14,7 +14,7 @@ class Part(NamedTuple):
     entry_point: str
     """Module of this package and function, as `module:function`."""
     only_measurements: bool = False
-    """Whether running out of time is not a failure."""
+    """Whether the part only measures, so that running out of time is not a failure."""
 
 
 PARTS = {

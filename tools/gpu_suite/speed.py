@@ -18,7 +18,10 @@ from tools.timing import MIN_REPEATS
 
 
 def layer_speed(options: Options, report: Report) -> None:
-    """Measure shape after shape while time is left; the last one predicts the next one's time."""
+    """Measure one shape after another; skip those for which too little time is left.
+
+    The time of a shape is predicted from that of the previous one.
+    """
     dtype = torch.bfloat16
     limits = measure_limits(options.device, dtype, quick=not options.on_gpu)
     repeats = MIN_REPEATS if options.on_gpu else 2

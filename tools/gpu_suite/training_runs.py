@@ -20,7 +20,7 @@ from tools.timing import Quartiles
 WARMUP_ROWS = 2
 """First rows of metrics.jsonl, excluded from measurements."""
 STARTUP_SECONDS = 60.0
-"""A run without a step after this time hangs; with less time no step is not a failure."""
+"""A run that logs no step in this time fails; with less time left, it is only not measured."""
 
 
 class LoggedMetric(NamedTuple):

@@ -72,7 +72,7 @@ def build(settings: BuildSettings) -> dict[str, Any]:
         `{"images": {split: n}, "captions": {split: n}, "sources": {source: n}, "vocab_size": n}`.
 
     Raises:
-        DataError: A package cannot be downloaded or has another hash.
+        DataError: A package cannot be downloaded or has an unexpected hash.
     """
     out = settings.out
     inputs: dict[str, object] = {

@@ -43,8 +43,8 @@ def concepts_of(
 ) -> list[Concept]:
     """Concepts of emojibase's table.
 
-    Components that are no image by themselves are excluded: skin tones and hair (group `component`)
-    and single regional letters (no group).
+    Components that are not images by themselves are excluded: skin tones and hair (group
+    `component`) and single regional letters (no group).
 
     Args:
         rows: Contents of `en/data.json`.

@@ -32,7 +32,7 @@ def fetch(packages: Sequence[Package], folder: Path) -> dict[Package, Path]:
     folder and moved when their hash is verified, so an interrupted call leaves only valid files.
 
     Raises:
-        DataError: npm is missing or fails, or a tarball has another hash.
+        DataError: npm is missing or fails, or a tarball has an unexpected hash.
     """
     folder.mkdir(parents=True, exist_ok=True)
     missing = [package for package in packages if not _is_valid(folder / package.filename, package)]

@@ -1,7 +1,8 @@
-"""Renders drawings: SVG or a large image in, a small square WebP with transparency out.
+"""Renders drawings, SVGs or large images, as small square WebP files with transparency.
 
 WebP is lossless here: at this size it needs half the space of PNG and half its decoding time. Fully
-transparent pixels keep no color, so readers must composite before resampling (`transforms` does).
+transparent pixels lose their color, so readers must composite before resampling, as `transforms`
+does.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Detects whether a data set is complete, unmodified, and what would be built now.
+"""Checks whether a data set is complete, unmodified, and built from the current inputs.
 
 The stamp contains a fingerprint of the inputs, and the size and SHA-256 of every file.
 """

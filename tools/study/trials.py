@@ -148,7 +148,7 @@ def train_in_subprocess(run: RunConfig, folder: Path) -> None:
 
 
 def load_trial(path_or_preset: str, overrides: Sequence[str], *, steps: int) -> RunConfig:
-    """Load a run and adapt it to a study: one process, no gradient accumulation, no logged images.
+    """Load a run and adapt it to a study: one process, no gradient accumulation, only metric logs.
 
     Args:
         path_or_preset: The run.
