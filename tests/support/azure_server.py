@@ -1,6 +1,6 @@
 """An Azure Blob Storage server for tests: Microsoft's azurite (from npm) on loopback.
 
-It checks signatures. It is searched in PATH and in `azurite/` of this Python environment, where
+It checks signatures. It must be in PATH or in `azurite/` of this Python environment, where
 `python -m tests.support.azure_server` installs it (190 MB, a few seconds).
 """
 
@@ -101,7 +101,8 @@ def azure_server() -> Iterator[AzureServer]:
 
 
 def _program() -> list[str]:
-    """Beginning of the command. It starts node directly: a wrapper script would be killed alone."""
+    """Command prefix; empty if not installed. It runs node itself: killing a wrapper script would
+    leave node running."""
     node = shutil.which("node") or str(Path(sys.prefix, "bin", "node"))
     script = Path(
         sys.prefix, "azurite", "node_modules", "azurite", "dist", "src", "blob", "main.js"

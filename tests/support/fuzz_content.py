@@ -68,7 +68,7 @@ def main(target: str, first_seed: int, count: int) -> None:
 
 
 def image_target() -> Callable[[np.random.Generator], str]:
-    """Decoding of image files of every format after one to three mutations."""
+    """A function that decodes an image file of a random format after one to three mutations."""
     files = list(sample_image_files().items())
     mutations = [corrupt_header, corrupt_anywhere, cut, insert, overwrite_integer, splice]
 
@@ -154,7 +154,7 @@ def with_valid_checksums(data: bytes) -> bytes:
 
 
 def fuzz_captions(rng: np.random.Generator) -> str:
-    """Random bytes and characters of every category, up to 10 MB."""
+    """Read a caption of random bytes, or of characters of any category, up to 10 MB."""
     length = int(
         rng.choice([0, 1, 10, 1000, 100_000, 10_000_000], p=[0.05, 0.2, 0.4, 0.25, 0.09, 0.01])
     )
@@ -164,7 +164,7 @@ def fuzz_captions(rng: np.random.Generator) -> str:
         case 1:
             codes = rng.integers(0, 0x110000, length)
             data = "".join(map(chr, codes[:200_000].tolist())).encode("utf-8", "surrogatepass")
-        case 2:  # repeats a few characters, which shows quadratic run time
+        case 2:  # repeats a few characters, which exposes quadratic run time
             few = [chr(code) for code in rng.choice(unusual_code_points(), 3)]
             data = ("".join(few) * (length // 3 + 1)).encode("utf-8", "surrogatepass")[:20_000_000]
         case _:
@@ -196,7 +196,7 @@ def unusual_code_points() -> list[int]:
 
 
 def fuzz_json(rng: np.random.Generator) -> str:
-    """JSON of random structure: valid, corrupt, deeply nested or long."""
+    """Read captions from JSON of random structure: valid, corrupt, deeply nested or long."""
     fields = {"caption": random_value(rng, int(rng.integers(1, 7))), "more": ["a", 1, None]}
     data = json.dumps(fields).encode()
     match rng.integers(6):

@@ -1,7 +1,7 @@
 """A Google Cloud Storage server for tests: fake-gcs-server on loopback.
 
-It requires no credentials. It does not support obstore's kind of upload, which Google's servers do
-(tested in 2026), so objects are written by `GcsServer.put`.
+It requires no credentials. Unlike Google's servers (tested in 2026), it does not support the upload
+API that obstore uses, so objects are written by `GcsServer.put`.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def web_settings(cache: Path, **changes: Any) -> DataConfig:
 
 @contextmanager
 def web_shards(folder: Path, count: int = 21, *, ranges: bool = True) -> Iterator[WebShards]:
-    """`count` valid samples behind an HTTP server."""
+    """Write `count` valid samples as shards and serve them over HTTP."""
     make_shards(folder / "data", count=count)
     with http_server(folder / "data", ranges=ranges) as web:
         yield WebShards(web=web, manifest=load_manifest(web.url()), cache=folder / "cache")

@@ -102,7 +102,7 @@ def take_steps(loader: Loader, steps: int) -> tuple[list[list[Batch]], list[Load
 
 
 def batches_equal(left: Batch, right: Batch) -> bool:
-    """Whether two batches are equal."""
+    """Whether tensors, ids, keys, captions and problems of two batches are equal."""
     tensors = zip((*left[:5], left.ids), (*right[:5], right.ids), strict=True)
     return all(torch.equal(a, b) for a, b in tensors) and left[5:8] == right[5:8]
 

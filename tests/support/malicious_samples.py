@@ -1,4 +1,4 @@
-"""Samples that try to run code, to write elsewhere, or to exhaust the memory."""
+"""Samples that try to run code, to write files, or to exhaust memory."""
 
 from __future__ import annotations
 

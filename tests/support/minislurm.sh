@@ -139,7 +139,7 @@ all_nodes_answer() { # COUNT
     [[ $(sinfo -h -N -o %T | grep -cE '^(idle|mixed|allocated)$') -ge $1 ]]
 }
 
-free_or_fail() {
+fail_if_running() {
     [[ -z $(daemons) ]] || { echo "minislurm: a cluster is already running in $root" >&2; exit 2; }
 }
 
@@ -178,7 +178,7 @@ kill_node() { # I: slurmd first, so that it cannot report that the others were k
 
 case $1 in
 run)
-    free_or_fail
+    fail_if_running
     trap down EXIT
     trap 'exit 143' TERM INT HUP
     up "${2:-2}"
@@ -186,13 +186,13 @@ run)
     read -r _ || true # returns when the parent closes the pipe or is killed
     ;;
 up)
-    free_or_fail
+    fail_if_running
     trap down EXIT # stop a partially started cluster
     up "${2:-2}"
     trap - EXIT
     ;;
 down) down ;;
 status) sinfo -N -l; squeue ;;
-kill-node) kill_node "${2:?which node?}" ;;
-start-node) start_node "${2:?which node?}" ;;
+kill-node) kill_node "${2:?missing node number}" ;;
+start-node) start_node "${2:?missing node number}" ;;
 esac

@@ -13,6 +13,7 @@ from pretrain.moe.layer import MoELayer
 
 WIDTH = 16
 LENGTHS, PATCHES = [3, 5, 1, 4], 4
+"""Caption length of each pair, and number of patches per image, for `make_tokens`."""
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "top-1": {"num_experts": 4, "top_k": 1},
@@ -106,6 +107,7 @@ class Float64Router(torch.nn.Module):
         self.weight = torch.nn.Parameter(weight.detach().clone())
 
     def forward(self, x_TD: Tensor | None = None) -> Tensor:
+        """Return the logits; without tokens, the L1 norm of the weights, as `Router` does."""
         return self.weight.abs().sum() if x_TD is None else x_TD @ self.weight.t()
 
 

@@ -24,8 +24,8 @@ def reference_terms(
     Args:
         logits_LTE: Router logits of all layers.
         num_patch_tokens: Number of patch tokens; text tokens follow them.
-        config: Experts.
-        balance: S of the global entropy.
+        config: Number of experts, pools, and scores.
+        balance: Has the target of the global entropy, `global_entropy_experts`.
         stats: The assignments and the smooth load are taken from here.
     """
     layers = []
@@ -79,10 +79,12 @@ def _layer_terms(
         "load": _squared_cv(load_ME.sum(0), distinct_pools),
     }
     for m, name in enumerate(MODALITIES):
-        own = [probs[t] for t in members[m]]
+        modality_probs = [probs[t] for t in members[m]]
         target = getattr(balance.global_entropy_experts, name)
-        terms[f"local_entropy_{name}"] = sum(_entropy(p) for p in own) / len(own)
-        shortfall = math.log(target) - _entropy(sum(own) / len(own))
+        terms[f"local_entropy_{name}"] = sum(_entropy(p) for p in modality_probs) / len(
+            modality_probs
+        )
+        shortfall = math.log(target) - _entropy(sum(modality_probs) / len(modality_probs))
         terms[f"global_entropy_{name}"] = shortfall.clamp(min=0)
     return terms
 

@@ -77,41 +77,43 @@ def make_tokens(
 ) -> tuple[TokenMetadata, list[Token]]:
     """Tokens of pairs with captions of these lengths: the layer's metadata, and as a list."""
     ids, groups = ids or list(range(len(lengths))), groups or [0] * len(lengths)
-    listed = []
+    token_list = []
     for b in range(len(lengths)):
         for p in range(patches):
-            listed.append(Token(b, 0, p, token_hash(ids[b], 0, p), groups[b]))
+            token_list.append(Token(b, 0, p, token_hash(ids[b], 0, p), groups[b]))
     for b, length in enumerate(lengths):
         for s in range(length):
-            listed.append(Token(b, 1, s, token_hash(ids[b], 1, s), groups[b]))
+            token_list.append(Token(b, 1, s, token_hash(ids[b], 1, s), groups[b]))
 
-    positions = [token.pair * columns + token.position for token in listed if token.modality == 1]
+    positions = [
+        token.pair * columns + token.position for token in token_list if token.modality == 1
+    ]
     tokens = TokenMetadata(
         len(lengths),
         patches,
         columns,
         torch.tensor(positions, dtype=torch.int64),
-        token_hash_T=torch.tensor([signed(token.hash) for token in listed], dtype=torch.int64),
-        group_T=torch.tensor([token.group for token in listed], dtype=torch.int64),
+        token_hash_T=torch.tensor([signed(token.hash) for token in token_list], dtype=torch.int64),
+        group_T=torch.tensor([token.group for token in token_list], dtype=torch.int64),
         num_groups=max(groups, default=-1) + 1,
         step_seed=step_seed,
     )
-    return tokens, listed
+    return tokens, token_list
 
 
-def reference_logits(layer: MoELayer, x_TD: Tensor, listed: list[Token]) -> list[Tensor]:
+def reference_logits(layer: MoELayer, x_TD: Tensor, token_list: list[Token]) -> list[Tensor]:
     """Router logits of each token; a caption gate adds causal attention over the caption."""
     logits = [layer.gate.weight @ x for x in x_TD]
     if layer.caption_gate is None:
         return logits
 
     query, value = layer.caption_gate.query, layer.caption_gate.value
-    for i, token in enumerate(listed):
+    for i, token in enumerate(token_list):
         if token.modality == 0:
             continue
         context = [
             j
-            for j, other in enumerate(listed)
+            for j, other in enumerate(token_list)
             if other.modality == 1 and other.pair == token.pair and other.position <= token.position
         ]
         caption_logits = []
@@ -140,7 +142,7 @@ class ReferenceRouting(NamedTuple):
 
 
 def reference_routing(
-    layer: MoELayer, logits: list[Tensor], listed: list[Token], step_seed: int
+    layer: MoELayer, logits: list[Tensor], token_list: list[Token], step_seed: int
 ) -> ReferenceRouting:
     """Scores and assignments of all tokens."""
     config, experts = layer.config, range(layer.config.num_experts)
@@ -148,7 +150,7 @@ def reference_routing(
     is_sampled = layer.training and config.routing == "sampled"
 
     scores, gates, noisy, assignments = [], [], [], []
-    for raw, token in zip(logits, listed, strict=True):
+    for raw, token in zip(logits, token_list, strict=True):
         row, pool = raw * config.temperature, list(experts[config.pool(token.modality)])
         scores.append(_score(config, row, pool))
         uniforms = [uniform(token.hash, step_seed, layer.block_index, e) for e in experts]
@@ -157,17 +159,17 @@ def reference_routing(
 
         key = gates[-1].detach().clone()
         if is_sampled:
-            gumbel = [math.log(-math.log(u)) for u in uniforms]
-            key = key.log() - torch.tensor(gumbel, dtype=row.dtype)
+            negative_gumbel = [math.log(-math.log(u)) for u in uniforms]
+            key = key.log() - torch.tensor(negative_gumbel, dtype=row.dtype)
         if layer.bias is not None:
             key = key + layer.bias.value[token.modality if len(layer.bias.value) > 1 else 0]
         assignments.append(_top_k(config, key, gates[-1], pool))
 
     if config.routing == "expert_choice":
-        _expert_choice(layer, scores, listed, assignments)
+        _expert_choice(layer, scores, token_list, assignments)
     kept = [[True] * len(assigned) for assigned in assignments]
     if config.capacity_factor and layer.training:
-        kept = _within_capacity(layer, gates, listed, assignments, step_seed)
+        kept = _within_capacity(layer, gates, token_list, assignments, step_seed)
     return ReferenceRouting(scores, gates, noisy, assignments, kept)
 
 
@@ -198,13 +200,15 @@ def _top_k(
 def _expert_choice(
     layer: MoELayer,
     scores: list[Tensor],
-    listed: list[Token],
+    token_list: list[Token],
     assignments: list[list[tuple[int, Tensor]]],
 ) -> None:
     """Replace the assignments of patches: each expert selects patches of each pair."""
     config = layer.config
-    for pair in {token.pair for token in listed}:
-        patches = [i for i, token in enumerate(listed) if (token.pair, token.modality) == (pair, 0)]
+    for pair in {token.pair for token in token_list}:
+        patches = [
+            i for i, token in enumerate(token_list) if (token.pair, token.modality) == (pair, 0)
+        ]
         pool = range(config.num_experts)[config.pool(0)]
         capacity = min(len(patches), math.ceil(len(patches) * config.top_k / len(pool)))
         for i in patches:
@@ -218,11 +222,12 @@ def _expert_choice(
 def _within_capacity(
     layer: MoELayer,
     gates: list[Tensor],
-    listed: list[Token],
+    token_list: list[Token],
     assignments: list[list[tuple[int, Tensor]]],
     step_seed: int,
 ) -> list[list[bool]]:
-    """Assign slots: all first assignments, then all second ones, each in order of priority.
+    """Whether each assignment gets a slot: first the best assignment of every token, in order of
+    priority, then the second best, and so on.
 
     Priority `batch` orders tokens by their largest gate (V-MoE).
     """
@@ -230,39 +235,41 @@ def _within_capacity(
 
     def priority(i: int) -> float:
         if config.capacity_priority == "position":
-            return listed[i].pair  # within a pair in the order of the list, patches first
+            return token_list[i].pair  # within a pair in the order of the list, patches first
         if config.capacity_priority == "batch":
             return -float(gates[i].detach().max())
         return signed(
-            random_bits(listed[i].hash, step_seed, layer.block_index, PRIORITY_PURPOSE, 0)
+            random_bits(token_list[i].hash, step_seed, layer.block_index, PRIORITY_PURPOSE, 0)
         )
 
     def capacity(token: Token) -> int:
         is_shared = config.pools == "shared"
         num_tokens = sum(
             other.group == token.group and (is_shared or other.modality == token.modality)
-            for other in listed
+            for other in token_list
         )
         pool = len(range(config.num_experts)[config.pool(token.modality)])
         return math.ceil(config.capacity_factor * config.top_k * num_tokens / pool - 1e-9)
 
-    order = sorted(range(len(listed)), key=priority)
+    order = sorted(range(len(token_list)), key=priority)
     used: dict[tuple[int, int], int] = {}
     kept = [[False] * len(assigned) for assigned in assignments]
     for k in range(config.top_k):
         for i in order:
-            expert, group = assignments[i][k][0], listed[i].group
-            if used.get((group, expert), 0) < capacity(listed[i]):
+            expert, group = assignments[i][k][0], token_list[i].group
+            if used.get((group, expert), 0) < capacity(token_list[i]):
                 used[group, expert] = used.get((group, expert), 0) + 1
                 kept[i][k] = True
     return kept
 
 
 def reference_moe(
-    layer: MoELayer, x_TD: Tensor, listed: list[Token], step_seed: int = 0
+    layer: MoELayer, x_TD: Tensor, token_list: list[Token], step_seed: int = 0
 ) -> tuple[Tensor, ReferenceRouting]:
     """The layer's output `[T, D]`, and the routing."""
-    routing = reference_routing(layer, reference_logits(layer, x_TD, listed), listed, step_seed)
+    routing = reference_routing(
+        layer, reference_logits(layer, x_TD, token_list), token_list, step_seed
+    )
     experts, rows = layer.experts, []
     for x, assigned, kept in zip(x_TD, routing.assignments, routing.kept, strict=True):
         y = torch.zeros_like(x)

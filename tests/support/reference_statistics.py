@@ -13,7 +13,7 @@ from tests.support.reference_moe import ReferenceRouting, Token
 
 
 def reference_statistics(
-    layer: MoELayer, logits: list[Tensor], routing: ReferenceRouting, listed: list[Token]
+    layer: MoELayer, logits: list[Tensor], routing: ReferenceRouting, token_list: list[Token]
 ) -> dict[str, Tensor]:
     """The fields of `RouterStats`, from which the auxiliary losses are computed."""
     config, experts = layer.config, layer.config.num_experts
@@ -27,7 +27,7 @@ def reference_statistics(
         "kept_ME": torch.zeros(2, experts, dtype=torch.int64),
     }
     stats = {name: list(value) for name, value in zeros.items()}
-    for i, token in enumerate(listed):
+    for i, token in enumerate(token_list):
         m, pool = token.modality, range(experts)[config.pool(token.modality)]
         probs = routing.scores[i] / routing.scores[i].sum()
         entropy = -sum(probs[e] * probs[e].log() for e in pool)
@@ -44,7 +44,8 @@ def reference_statistics(
 
 
 def _load(config: MoEConfig, logits: Tensor, noisy: Tensor, pool: range) -> Tensor:
-    """Probability of each expert to be in the top k if its noise is resampled; 0 outside."""
+    """Probability of each expert to be in the top k if its noise is resampled; 0 outside
+    the pool."""
     highest = sorted((noisy[e] for e in pool), key=lambda v: -float(v.detach()))
     noise_std = config.noise_std / config.num_experts
     margin = (highest[config.top_k - 1] - logits * config.temperature) / noise_std

@@ -45,7 +45,7 @@ def router_in_bfloat16() -> list[Patch]:
 
 
 def routing_noise_seeded_by_rank() -> list[Patch]:
-    """The random numbers of routing depend on the rank, as with a generator per rank."""
+    """The random numbers of routing depend on the rank, as if each rank had its own generator."""
     original = train_step.derive_step_seed
 
     def seeded_by_rank(seed: int, step: int) -> int:
@@ -65,7 +65,7 @@ def capacity_groups_shifted_by_missing_pairs() -> list[Patch]:
 
 
 def negated_router_logits() -> list[Patch]:
-    """One rank routes by other scores, as if its code or weights were stale."""
+    """Rank 1 routes by negated logits, as if its code or weights were outdated."""
 
     def stale(logits_TE: Tensor, score: Any) -> Tensor:
         return gate_scores(-logits_TE if dist.get_rank() == 1 else logits_TE, score)

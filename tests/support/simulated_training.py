@@ -40,7 +40,7 @@ class SimulatedTraining:
         self.state = replace(self.state, data=data_fingerprint(self.sources, SHUFFLE_WINDOW))
 
     def train(self, steps: int, world_size: int = 1) -> None:
-        """Train some steps from the last checkpoint on."""
+        """Record the samples of `steps` steps after the last checkpoint."""
         ledgers = [self._open_ledger(rank, world_size) for rank in range(world_size)]
         samplers = [self._sampler(rank, world_size) for rank in range(world_size)]
         micro_batches = samplers[0].micro_batches
@@ -59,7 +59,7 @@ class SimulatedTraining:
         self.end_position = before
 
     def save(self, steps: int) -> None:
-        """Write a checkpoint after the last `train`, which did `steps` steps."""
+        """Save a checkpoint at the end of the last `train`, which had `steps` steps."""
         self.steps += steps
         self.state = replace(self.state, position=self.end_position)
 
@@ -69,7 +69,7 @@ class SimulatedTraining:
         return check_ledger(self.folder, self.order, self.starts, skip)
 
     def sample_ids(self, count: int) -> list[int]:
-        """The first samples of the order."""
+        """Ids, over all sources, of the first `count` samples of the order."""
         return [int(self.starts[ref.shard]) + ref.sample for ref in self.order.samples(0, count)]
 
     def _open_ledger(self, rank: int, world_size: int) -> Ledger:

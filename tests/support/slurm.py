@@ -49,7 +49,7 @@ class Job:
 
     @property
     def finished(self) -> bool:
-        """Whether the job has ended for good."""
+        """Whether the job has ended and will not run again."""
         return self.state in _FINISHED
 
     def output(self) -> str:

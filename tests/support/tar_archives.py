@@ -22,7 +22,7 @@ def archive(files: dict[str, bytes], format: int = tarfile.USTAR_FORMAT) -> byte
 
 
 def set_checksum(header: bytearray) -> bytearray:
-    """Store the checksum of a header, computed with a plain sum."""
+    """Store the checksum of a tar header, the sum of its bytes."""
     header[148:156] = b" " * 8
     header[148:156] = f"{sum(header):06o}\0 ".encode()
     return header
@@ -35,7 +35,7 @@ def scan_bytes(data: bytes, *, chunk: int = 4096, salvage: bool = False) -> Shar
 
 
 def read_by_index(index: ShardIndex, data: bytes) -> list[dict[str, bytes] | None]:
-    """What a reader with the index reads: the samples, and None for those that it reports."""
+    """Members of each sample by extension; None if its size or CRC-32 differs from the index."""
     samples: list[dict[str, bytes] | None] = []
     for i in range(len(index)):
         offset, extent = int(index.offsets[i]), int(index.extents[i])

@@ -72,14 +72,14 @@ def rank_statistics(
 ) -> list[RouterStats]:
     """Statistics of each rank, with `split` pairs per rank; with several ranks, the expert weights
     are split over two of them, in half as many replicas as ranks."""
-    _, listed = make_tokens(LENGTHS, PATCHES)
+    _, token_list = make_tokens(LENGTHS, PATCHES)
     local_stats, start = [], 0
     for rank, num_pairs in enumerate(split):
         pairs = range(start, start + num_pairs)
         local_tokens, _ = make_tokens(
             [LENGTHS[b] for b in pairs], PATCHES, ids=[IDS[b] for b in pairs], step_seed=8
         )
-        rows = [i for i, token in enumerate(listed) if token.pair in pairs]
+        rows = [i for i, token in enumerate(token_list) if token.pair in pairs]
         local_experts = experts if len(split) == 1 else experts.chunk(2, dim=1)[rank % 2]
         l1 = (local_experts.abs().sum(1), routers.abs().sum(1))
         local_stats.append(compute_stats(logits_LTE[:, rows], local_tokens, config, l1))
@@ -103,8 +103,10 @@ def test_values_and_gradients_for_any_split(settings: dict[str, Any], split: lis
     config = MoEConfig(
         **({"num_experts": EXPERTS, "top_k": 2, "routing": "noisy_top_k"} | settings)
     )
-    tokens, listed = make_tokens(LENGTHS, PATCHES, ids=IDS, step_seed=8)
-    logits = (2 * torch.randn(LAYERS, len(listed), EXPERTS, dtype=torch.float64)).requires_grad_()
+    tokens, token_list = make_tokens(LENGTHS, PATCHES, ids=IDS, step_seed=8)
+    logits = (
+        2 * torch.randn(LAYERS, len(token_list), EXPERTS, dtype=torch.float64)
+    ).requires_grad_()
     tokens_M = torch.tensor([PATCHES * 6.0, sum(LENGTHS)], dtype=torch.float64)
     experts = torch.rand(LAYERS, 5, dtype=torch.float64).requires_grad_()
     routers = torch.rand(LAYERS, 5, dtype=torch.float64).requires_grad_()
@@ -220,8 +222,8 @@ def test_global_entropy_of_a_modality_without_tokens(
         router_z_weight=0.0,
         global_entropy_weight=PerModality(image=1.3, text=0.6),
     )
-    tokens, listed = make_tokens(lengths, patches)
-    logits = 3 * torch.randn(LAYERS, len(listed), EXPERTS)
+    tokens, token_list = make_tokens(lengths, patches)
+    logits = 3 * torch.randn(LAYERS, len(token_list), EXPERTS)
     stats = compute_stats(logits, tokens, config)
     tokens_M = torch.tensor([9.0, 9.0])
     tokens_M[missing] = 0.0
@@ -233,8 +235,8 @@ def test_global_entropy_of_a_modality_without_tokens(
 
 def test_without_weights_only_balance_and_z_are_reported() -> None:
     config = MoEConfig(num_experts=EXPERTS)
-    tokens, listed = make_tokens(LENGTHS, PATCHES)
-    stats = compute_stats(torch.randn(LAYERS, len(listed), EXPERTS), tokens, config)
+    tokens, token_list = make_tokens(LENGTHS, PATCHES)
+    stats = compute_stats(torch.randn(LAYERS, len(token_list), EXPERTS), tokens, config)
     balance = BalanceConfig(balance_weight=0.0, router_z_weight=0.0)
     losses = linearize(detached_double(stats), torch.tensor([18.0, 17.0]), config, balance)
     assert set(losses.values) == {"balance", "router_z"}

@@ -72,9 +72,14 @@ def test_casting_the_model_keeps_the_bias_in_float32() -> None:
 def test_with_expert_choice_a_shared_bias_equals_the_text_bias(rule: str, pools: str) -> None:
     """Every expert takes the same number of patches, so only the text load deviates from its
     mean."""
-    config = MoEConfig(num_experts=6, top_k=2, routing="expert_choice", pools=pools)  # type: ignore[arg-type]
-    tokens, listed = make_tokens([5, 8, 3], 7)
-    x_TD = torch.randn(len(listed), 8)
+    config = MoEConfig(
+        num_experts=6,
+        top_k=2,
+        routing="expert_choice",
+        pools=pools,  # type: ignore[arg-type]
+    )
+    tokens, token_list = make_tokens([5, 8, 3], 7)
+    x_TD = torch.randn(len(token_list), 8)
 
     text_assignments, biases = [], []
     for per_modality in (False, True):
@@ -103,8 +108,8 @@ def test_biases_balance_a_skewed_router(rule: str) -> None:
     layer = MoELayer(8, config, BalanceConfig(bias=rule))  # type: ignore[arg-type]
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    tokens, listed = make_tokens([8] * 8, 24)
-    x = torch.randn(len(listed), 8)
+    tokens, token_list = make_tokens([8] * 8, 24)
+    x = torch.randn(len(token_list), 8)
     x[:, 0] = 1.0
 
     loads = []

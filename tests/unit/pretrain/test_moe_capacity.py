@@ -24,11 +24,16 @@ WIDTH = 16
 @pytest.mark.parametrize("priority", ["position", "random", "batch"])
 def test_capacity_and_priority(priority: str) -> None:
     torch.manual_seed(3)
-    config = MoEConfig(num_experts=4, top_k=2, capacity_factor=0.5, capacity_priority=priority)  # type: ignore[arg-type]
+    config = MoEConfig(
+        num_experts=4,
+        top_k=2,
+        capacity_factor=0.5,
+        capacity_priority=priority,  # type: ignore[arg-type]
+    )
     layer = MoELayer(WIDTH, config)
     torch.nn.init.normal_(layer.gate.weight)
-    tokens, listed = make_tokens([4] * 6, 6, groups=[0, 0, 0, 1, 1, 1], step_seed=5)
-    logits_TE = layer.gate(torch.randn(len(listed), WIDTH))
+    tokens, token_list = make_tokens([4] * 6, 6, groups=[0, 0, 0, 1, 1, 1], step_seed=5)
+    logits_TE = layer.gate(torch.randn(len(token_list), WIDTH))
     scored = score_tokens(logits_TE, config, tokens, block_index=0, noise=True)
     unlimited = assign_experts(scored, config, tokens, None, block_index=0, noise=True)
     limited = apply_capacity(unlimited, scored.gates_TE, config, tokens, block_index=0)
@@ -42,16 +47,20 @@ def test_capacity_and_priority(priority: str) -> None:
 
     max_score_T = scored.scores_TE.amax(1)
     for group in (0, 1):
-        in_group_T = torch.tensor([token.group == group for token in listed])
+        in_group_T = torch.tensor([token.group == group for token in token_list])
         for expert in range(4):
             assigned_TK = (ids_TK == expert) & in_group_T.unsqueeze(1)
             # Every slot is used if there are enough assignments.
             assert int((kept_TK & assigned_TK).sum()) == min(8, int(assigned_TK.sum()))
-            check_order(priority, kept_TK, assigned_TK, max_score_T, listed)
+            check_order(priority, kept_TK, assigned_TK, max_score_T, token_list)
 
 
 def check_order(
-    priority: str, kept_TK: Tensor, assigned_TK: Tensor, max_score_T: Tensor, listed: list[Token]
+    priority: str,
+    kept_TK: Tensor,
+    assigned_TK: Tensor,
+    max_score_T: Tensor,
+    token_list: list[Token],
 ) -> None:
     """The assignments kept by one expert in one group come first in the priority order."""
     first_dropped = not kept_TK[:, 0][assigned_TK[:, 0]].all()
@@ -66,7 +75,7 @@ def check_order(
         if priority == "position":
             in_order = sorted(
                 assigned_T.nonzero().flatten().tolist(),
-                key=lambda i: (listed[i].pair, listed[i].modality, listed[i].position),
+                key=lambda i: (token_list[i].pair, token_list[i].modality, token_list[i].position),
             )
             is_kept = kept_T[in_order].int()
             assert torch.equal(is_kept, is_kept.sort(descending=True).values)
@@ -107,17 +116,17 @@ def test_batch_priority_uses_noisy_gates() -> None:
     layer = MoELayer(WIDTH, config, block_index=2)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    tokens, listed = make_tokens([4] * 6, 6, groups=[0, 0, 0, 1, 1, 1], step_seed=5)
-    x_TD = torch.randn(len(listed), WIDTH)
+    tokens, token_list = make_tokens([4] * 6, 6, groups=[0, 0, 0, 1, 1, 1], step_seed=5)
+    x_TD = torch.randn(len(token_list), WIDTH)
     _, _, routing = layer.route(x_TD, tokens)
-    reference = reference_routing(layer, reference_logits(layer, x_TD, listed), listed, 5)
+    reference = reference_routing(layer, reference_logits(layer, x_TD, token_list), token_list, 5)
     kept = (routing.expert_ids_N < 4).view(-1, 2).tolist()
     noisy = [float(row.detach().max()) for row in reference.gates]
     clean = [float(row.detach().max()) for row in reference.scores]
 
-    assert count_inversions(noisy, kept, reference, listed) == 0
+    assert count_inversions(noisy, kept, reference, token_list) == 0
     # Noise of this size changes the order, so the assertion above does distinguish the two.
-    assert count_inversions(clean, kept, reference, listed) > 5
+    assert count_inversions(clean, kept, reference, token_list) > 5
     # The weight of a first assignment is the token's largest gate.
     first_weights = [float(token[0][1].detach()) for token in reference.assignments]
     assert first_weights == noisy
@@ -127,7 +136,7 @@ def count_inversions(
     priority: list[float],
     kept: list[list[bool]],
     reference: ReferenceRouting,
-    listed: list[Token],
+    token_list: list[Token],
 ) -> int:
     """Dropped assignments with a higher priority than a kept one of the same expert, group and
     rank."""
@@ -135,7 +144,7 @@ def count_inversions(
     for rank in (0, 1):
         kept_priorities: dict[tuple[int, int], list[float]] = {}
         dropped: list[tuple[tuple[int, int], float]] = []
-        for i, token in enumerate(listed):
+        for i, token in enumerate(token_list):
             cell = (reference.assignments[i][rank][0], token.group)
             if kept[i][rank]:
                 kept_priorities.setdefault(cell, []).append(priority[i])

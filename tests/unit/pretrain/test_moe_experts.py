@@ -66,11 +66,13 @@ class IdentityExperts(torch.nn.Module):
 def test_dispatch_and_combine_with_identity_experts(routing: str) -> None:
     """With identity experts and weights that sum to 1, every token is returned unchanged."""
     torch.manual_seed(2)
-    tokens, listed = make_tokens([5, 8], 6)
+    tokens, token_list = make_tokens([5, 8], 6)
     config = MoEConfig(num_experts=8, top_k=3, routing=routing)  # type: ignore[arg-type]
-    scored = score_tokens(torch.randn(len(listed), 8), config, tokens, block_index=0, noise=False)
+    scored = score_tokens(
+        torch.randn(len(token_list), 8), config, tokens, block_index=0, noise=False
+    )
     assigned = assign_experts(scored, config, tokens, None, block_index=0, noise=False)
-    x = torch.randn(len(listed), 4)
+    x = torch.randn(len(token_list), 4)
     y = LocalDispatcher().run(x, assigned, IdentityExperts(), None)  # type: ignore[arg-type]
     torch.testing.assert_close(y[12:], x[12:])
     if routing == "top_k":

@@ -34,13 +34,15 @@ from tests.support.reference_statistics import reference_statistics
 def test_layer_equals_the_reference(settings: dict[str, Any], balance: dict[str, Any]) -> None:
     is_noisy = settings.get("routing") == "noisy_top_k"
     layer = make_layer(balance | ({"load_weight": 1.0} if is_noisy else {}), **settings)
-    tokens, listed = make_tokens(
+    tokens, token_list = make_tokens(
         LENGTHS, PATCHES, ids=[5, 900, 7, 8], groups=[0, 0, 1, 1], step_seed=123
     )
-    x = torch.randn(len(listed), WIDTH, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(len(token_list), WIDTH, dtype=torch.float64, requires_grad=True)
     y, stats = layer(x, tokens)
-    expected_y, routing = reference_moe(layer, x, listed, step_seed=123)
-    expected = reference_statistics(layer, reference_logits(layer, x, listed), routing, listed)
+    expected_y, routing = reference_moe(layer, x, token_list, step_seed=123)
+    expected = reference_statistics(
+        layer, reference_logits(layer, x, token_list), routing, token_list
+    )
 
     # Noise and the caption gate are computed in float32.
     is_float32 = is_noisy or settings.get("router_input") == "caption"
@@ -75,9 +77,9 @@ def test_backends_are_equal(settings: dict[str, Any]) -> None:
     results = []
     for backend in ("loop", "grouped"):
         layer = make_layer(**settings, backend=backend).float()
-        tokens, listed = make_tokens(LENGTHS, PATCHES, groups=[0, 0, 1, 1], step_seed=4)
+        tokens, token_list = make_tokens(LENGTHS, PATCHES, groups=[0, 0, 1, 1], step_seed=4)
         torch.manual_seed(7)
-        x = torch.randn(len(listed), WIDTH, requires_grad=True)
+        x = torch.randn(len(token_list), WIDTH, requires_grad=True)
         y, _ = layer(x, tokens)
         results.append([y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])])
     for loop, grouped in zip(*results, strict=True):
@@ -99,14 +101,16 @@ def test_empty_batch_has_zero_gradients(settings: dict[str, Any]) -> None:
 
 def test_top1_and_coactivation_statistics() -> None:
     layer = make_layer(num_experts=5, top_k=2)
-    tokens, listed = make_tokens(LENGTHS, PATCHES)
-    x = torch.randn(len(listed), WIDTH, dtype=torch.float64)
+    tokens, token_list = make_tokens(LENGTHS, PATCHES)
+    x = torch.randn(len(token_list), WIDTH, dtype=torch.float64)
     _, stats = layer(x, tokens._replace(coactivation=True))
-    _, routing = reference_moe(layer, x, listed)
+    _, routing = reference_moe(layer, x, token_list)
 
     top1, top1_prob = torch.zeros(2, 5), torch.zeros(2)
     coactivation = torch.zeros(5, 5)
-    for token, assigned, scores in zip(listed, routing.assignments, routing.scores, strict=True):
+    for token, assigned, scores in zip(
+        token_list, routing.assignments, routing.scores, strict=True
+    ):
         top1[token.modality, assigned[0][0]] += 1
         top1_prob[token.modality] += float(scores.detach().max())
         for a, _ in assigned:

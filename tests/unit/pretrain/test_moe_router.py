@@ -46,14 +46,14 @@ def test_router_computes_in_float32(mixed: str) -> None:
 @pytest.mark.parametrize("mixed", ["bfloat16", "autocast"])
 def test_caption_gate_and_scores_compute_in_float32(mixed: str) -> None:
     layer = make_layer(num_experts=4, router_input="caption")
-    tokens, listed = make_tokens(LENGTHS, PATCHES)
-    x_TD = torch.randn(len(listed), WIDTH)
+    tokens, token_list = make_tokens(LENGTHS, PATCHES)
+    x_TD = torch.randn(len(token_list), WIDTH)
     if mixed == "bfloat16":
         layer, x_TD = layer.bfloat16(), x_TD.bfloat16()
     exact_layer = copy.deepcopy(layer).double()
     with autocast_if(mixed == "autocast"):
         logits_TE, scored, routing = layer.route(x_TD, tokens)
-    exact_TE = torch.stack(reference_logits(exact_layer, x_TD.double(), listed))
+    exact_TE = torch.stack(reference_logits(exact_layer, x_TD.double(), token_list))
     exact_scores_TE = torch.softmax(exact_TE, 1)
 
     assert {t.dtype for t in (logits_TE, scored.scores_TE, routing.weights_N)} == {torch.float32}
@@ -70,12 +70,12 @@ def test_confident_router_stays_in_the_pool(routing: str, score_func: str) -> No
     )
     with torch.no_grad():
         layer.gate.weight *= 300
-    tokens, listed = make_tokens([8] * 8, PATCHES, step_seed=3)
-    _, scored, _ = layer.route(torch.randn(len(listed), WIDTH), tokens)
+    tokens, token_list = make_tokens([8] * 8, PATCHES, step_seed=3)
+    _, scored, _ = layer.route(torch.randn(len(token_list), WIDTH), tokens)
     in_pool = scored.logits_TE > float("-inf")
     assert (scored.scores_TE[in_pool] == 0).sum() > 50
 
-    _, stats = layer(torch.randn(len(listed), WIDTH), tokens)
+    _, stats = layer(torch.randn(len(token_list), WIDTH), tokens)
     for counts_ME in (stats.assignments_ME, stats.kept_ME, stats.top1_ME):
         assert not counts_ME[0, 3:].any() and not counts_ME[1, :3].any()
     assert stats.top1_ME.sum(dim=1).tolist() == [PATCHES * 8, 8 * 8]
