@@ -79,8 +79,8 @@ def run_on_rank_zero(engine: TrainEngine, out: Path, work: Callable[[], T]) -> T
         except OSError as error:
             problem = [
                 StorageError.__name__,
-                f"cannot write into the run folder {out}: {error.strerror}; free some space or fix "
-                f"the permissions there, or choose another --out",
+                f"cannot write into the run folder {out}: {error.strerror}; check the path, "
+                f"its permissions and the free space, or choose another --out",
             ]
     problem = engine.broadcast_json(problem)
     if problem:

@@ -225,5 +225,5 @@ def test_yaml_files_cannot_run_code(folder: Path, command: str) -> None:
     (folder / "evil.yaml").write_text(f"data:\n  filters:\n    min_side: {tag}\n")
     files = files_below(folder.parent)
     done = run_python(folder, *command.split())
-    assert done.returncode == 2 and "not usable YAML" in done.stderr, done.stderr[-2000:]
+    assert done.returncode == 2 and "invalid YAML" in done.stderr, done.stderr[-2000:]
     assert files_below(folder.parent) == files

@@ -105,7 +105,7 @@ def _default_index(
         if name in lower:
             return lower.index(name)
     raise DataError(
-        f"{problem} ({', '.join(defaults)}); the columns are {', '.join(names)[:300] or 'none'}. "
+        f"{problem} ({', '.join(defaults)}); columns: {', '.join(names)[:300] or 'none'}. "
         f"Set --{option}-column, or name all columns with --header"
     )
 

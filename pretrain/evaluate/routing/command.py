@@ -123,9 +123,7 @@ def resolve_set(run: RunConfig, name: str) -> tuple[str, str]:
         )
     selected = name or next(iter(sets))
     if selected not in sets:
-        raise ConfigError(
-            f"--set: the run has no set {selected!r}; expected one of {', '.join(sets)}"
-        )
+        raise ConfigError(f"--set: the run has no set {selected!r}; available: {', '.join(sets)}")
     return selected, sets[selected]
 
 

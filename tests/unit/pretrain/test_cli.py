@@ -71,7 +71,7 @@ def test_an_unknown_setting_is_one_line_and_status_2(capsys: pytest.CaptureFixtu
     printed, error = capsys.readouterr()
     assert printed == ""
     assert error.startswith("error: ") and error.count("\n") == 1
-    assert "moe.tpo_k" in error and "'top_k'" in error
+    assert "moe.tpo_k" in error and "'moe.top_k'" in error
 
 
 def test_train_validates_before_it_creates_the_run_folder(
@@ -79,7 +79,7 @@ def test_train_validates_before_it_creates_the_run_folder(
 ) -> None:
     assert main(["train", "tiny", "--out", str(tmp_path / "run"), "optim.lrr=1"]) == 2
     error = capsys.readouterr().err
-    assert "optim.lrr" in error and "'lr'" in error
+    assert "optim.lrr" in error and "'optim.lr'" in error
     assert not (tmp_path / "run").exists()
 
 

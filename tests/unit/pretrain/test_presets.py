@@ -94,7 +94,7 @@ def test_unknown_setting_in_a_file(tmp_path: Path) -> None:
     path.write_text("moe: {top_kk: 2}\n")
     with pytest.raises(ConfigError) as error:
         load_run(path)
-    for part in (f"{path}: moe.top_kk", "'top_k'"):
+    for part in (f"{path}: moe.top_kk", "'moe.top_k'"):
         assert part in str(error.value)
 
 
