@@ -26,8 +26,8 @@ _EXAMPLES = """\
 
 Compares the size and SHA-256 of every shard, its index, and the CRC-32 of every sample; --decode
 also decodes every image and reads every caption. The exit status is 1 if there are any findings.
-With the drop-list as a source's `drop`, training does not read the corrupt samples. Unavailable
-shards are listed, but not added to the drop-list."""
+To exclude the corrupt samples from training, set `drop` of the data.train source to the drop-list.
+Unavailable shards are listed, but not added to the drop-list."""
 
 
 def add(subparsers: Subparsers) -> None:

@@ -31,8 +31,8 @@ _EXAMPLES = """\
 --by exact: equal image files; near: equal files, or 64-bit perceptual hashes that differ in at most
 --distance bits; caption: equal captions, ignoring case and whitespace; pair: near, and equal
 captions. The first sample of each group is kept. Samples of --against are always kept, and their
-duplicates are dropped. Set the drop-list as a source's `drop` for training. The exit status is 1
-if a shard is unavailable."""
+duplicates are dropped. For training, set `drop` of the data.train source to the drop-list. The exit
+status is 1 if a shard is unavailable."""
 
 _MAX_SHOWN = 8
 """Maximum number of samples of a group on the HTML page."""

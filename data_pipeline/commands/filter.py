@@ -28,9 +28,9 @@ _EXAMPLES = """\
       --require 'json:NSFW == "UNLIKELY"'
   vlmoe data filter shards/ --config run.yaml --drop-list drop.json       the filters of a run
 
-Training applies the same filters (data.filters) to every sample that it reads. With the drop-list
-as a source's `drop`, it does not read the excluded samples at all. Corrupt samples are also
-excluded. The exit status is 1 if a shard is unavailable."""
+Training applies the same filters (data.filters) to every sample that it reads. If `drop` of
+a data.train source is set to the drop-list, the excluded samples are not read at all. Corrupt
+samples are also excluded. The exit status is 1 if a shard is unavailable."""
 
 _FILTER_OPTIONS = ("min_side", "max_aspect", "min_caption_chars", "max_caption_chars", "require")
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _EXAMPLES = """\
   vlmoe data ledger runs/b16
   vlmoe data ledger runs/b16/ledger
-  vlmoe data ledger runs/b16 --data b16.yaml    the run file, if its URLs have signed queries
+  vlmoe data ledger runs/b16 --data b16.yaml    the run file, if its URLs are presigned
 
 Enable the ledger with data.ledger=true. The exit status is 1 if, over all ranks and restarts, a
 sample was lost, read twice, or read at another position than the data order defines."""
@@ -38,7 +38,7 @@ def add(subparsers: Subparsers) -> None:
         "--data",
         metavar="FILE",
         default="",
-        help="YAML file with the run's data.train; the ledger stores URLs without signed queries",
+        help="YAML file with the run's data.train; needed if its URLs are presigned",
     )
     ledger.set_defaults(handle=handle)
 

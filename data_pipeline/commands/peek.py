@@ -54,7 +54,10 @@ def add(subparsers: Subparsers) -> None:
     )
     add_caption_keys(peek)
     peek.add_argument(
-        "--out", metavar="FILE", default="", help="write a sheet of images: .html or .png"
+        "--out",
+        metavar="FILE",
+        default="",
+        help="write a contact sheet (.html or .png)",
     )
     peek.set_defaults(handle=handle)
 
