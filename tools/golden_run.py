@@ -242,7 +242,9 @@ def differences(before: Any, after: Any, path: str = "") -> Iterator[str]:
 def main() -> None:
     """Record the results, or compare them with recorded ones."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m tools.golden_run",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("action", choices=("record", "compare"))
     parser.add_argument("file", type=Path, help="JSON file of the recorded results")

@@ -104,8 +104,8 @@ def summary(
 
 def _tolerances() -> str:
     return (
-        "Differences are relative to one process of plain torch with the same precision, initial "
-        "weights and batch; those of biases are absolute, those of assignments are counts. "
+        "Differences are relative to a single process without DeepSpeed with the same precision, "
+        "initial weights and batch; those of biases are absolute, those of assignments are counts. "
         "Initial weights must be equal. "
         f"Tolerances of the first step: {FIRST_STEP_TOLERANCE['fp32']:g} in fp32, "
         f"{FIRST_STEP_TOLERANCE['bf16']:g} in bf16; biases {BIAS_TOLERANCE:g} if assignments are "

@@ -22,7 +22,7 @@ GPUs, and a cell that fails or hangs ends the check. On SLURM: sbatch slurm/chec
 The model, losses, balancing and optimizer are those of the run file. The batch is synthetic, with
 some pairs missing, so no data is needed.
 
-Cells (--cells):
+A cell is one combination of parallel layout, precision and test case. Cells (--cells):
   all         every value of every axis (default)
   own         the layout of the run file
   AXIS=V,...  all combinations of the given values; axes:
@@ -46,8 +46,8 @@ def add(subparsers: Subparsers) -> None:
         "check-parallel",
         examples=_EXAMPLES,
         summary="compare parallel layouts of a run with a single process",
-        description="Train the same weights on the same batch with every parallel layout and in\n"
-        "one process of plain torch, and compare losses, gradients, weights and routing.",
+        description="Train the same weights on the same batch with every parallel layout and in a\n"
+        "single process without DeepSpeed, and compare losses, gradients, weights and routing.",
     )
     add_run_arguments(parser)
     parser.add_argument(
@@ -74,7 +74,7 @@ def add(subparsers: Subparsers) -> None:
         metavar="N",
         type=int,
         default=None,
-        help="global batch size (default: the smallest that all cells can split)",
+        help="global batch size (default: the smallest that divides evenly in all cells)",
     )
     parser.add_argument(
         "--timeout",

@@ -178,7 +178,7 @@ class ScheduleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PrecisionConfig:
-    """Number formats."""
+    """Numeric precision."""
 
     compute: Literal["fp32", "bf16"] = "fp32"
     """Dtype of activations and matrix products. Master weights, optimizer states, router logits and
@@ -206,8 +206,7 @@ class CheckpointConfig:
     """Checkpoints, from which a run resumes."""
 
     every_steps: int = 500
-    """Steps between checkpoints; 0 writes one only at the end of the run, where one is always
-    written."""
+    """Steps between checkpoints, besides the one at the end of the run; 0 writes only that one."""
     keep: int = 2
     """Number of most recent checkpoints to keep."""
 
@@ -248,7 +247,7 @@ class EvalConfig:
     """Evaluation on held-out sets."""
 
     sets: tuple[EvalSet, ...] = ()
-    """Held-out sets."""
+    """Held-out sets; `vlmoe settings eval.sets` lists the settings of a set."""
     batch_size: int = 128
     """Pairs per forward pass during evaluation."""
     caption_samples: int = 200
