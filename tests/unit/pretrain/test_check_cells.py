@@ -93,7 +93,7 @@ def test_a_profile_of_the_run_replaces_the_default_of_its_stage(tmp_path: Path) 
     ("cell", "pairs", "parts"),
     [
         (Cell(expert_parallel_size=3), 12, ["expert_parallel_size is 3", "moe.num_experts"]),
-        (Cell(expert_parallel_size=8), 8, ["expert_parallel_size is 8", "4 ranks"]),
+        (Cell(expert_parallel_size=8), 8, ["expert_parallel_size is 8", "number of ranks (4)"]),
         (Cell(accumulation=4), 24, ["24 pairs", "4 ranks x 4 micro-batches", "multiple of 16"]),
         (Cell(zero="7"), 8, ["zero7"]),
     ],
