@@ -34,7 +34,9 @@ def test_index_restores_the_manifest_of_the_writer(
     shards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     manifest = (shards / "manifest.json").read_bytes()
-    for index in shards.glob("*.index.json"):
+    indices = list(shards.glob("*.index"))
+    assert len(indices) == 2
+    for index in indices:
         index.unlink()
     assert main(["data", "index", *map(str, sorted(shards.glob("*.tar")))]) == 0
     assert "2 shards, 6 samples" in capsys.readouterr().out
