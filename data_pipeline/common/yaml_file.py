@@ -34,7 +34,9 @@ class _Loader(yaml.SafeLoader):
     """The safe loader with scalars as in YAML 1.2."""
 
     # Overrides the table of PyYAML, which would be inherited.
-    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}  # type: ignore[misc]
+    yaml_implicit_resolvers: ClassVar[  # type: ignore[misc]
+        dict[str, list[tuple[str, re.Pattern[str]]]]
+    ] = {}
 
 
 class _Dumper(yaml.SafeDumper):

@@ -86,7 +86,8 @@ class Attention(nn.Module):
             padded = y_BHSQ.transpose(1, 2).reshape(layout.num_pairs * layout.context_length, width)
             outputs.append(padded.index_select(0, layout.text_positions))
 
-        return self.out(torch.cat(outputs) if len(outputs) > 1 else outputs[0])  # type: ignore[no-any-return]
+        output_TD: Tensor = self.out(torch.cat(outputs) if len(outputs) > 1 else outputs[0])
+        return output_TD
 
 
 def _split_pairs(x_THQ: Tensor, layout: TokenLayout) -> Tensor:

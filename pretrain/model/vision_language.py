@@ -165,7 +165,8 @@ class VisionLanguageModel(nn.Module):
         x_TD = self._embed_text(text_ids.flatten().index_select(0, text_positions))
         for block in list(self.blocks)[: self.config.fusion_layer]:
             x_TD, _ = block(x_TD, layout)
-        return self.text_head(x_TD.index_select(0, text_lengths.cumsum(0) - 1))  # type: ignore[no-any-return]
+        embedding: Tensor = self.text_head(x_TD.index_select(0, text_lengths.cumsum(0) - 1))
+        return embedding
 
     def caption_logits(self, images: Tensor, text_ids: Tensor, text_positions: Tensor) -> Tensor:
         """Next-token logits at each valid text token, float32 `[valid tokens, V]`."""
@@ -223,8 +224,11 @@ class VisionLanguageModel(nn.Module):
         twice.
         """
         if self.config.activation_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x_TD, layout, use_reentrant=False)  # type: ignore[no-any-return]
-        return block(x_TD, layout)  # type: ignore[no-any-return]
+            output: tuple[Tensor, RouterStats | None]
+            output = checkpoint(block, x_TD, layout, use_reentrant=False)
+        else:
+            output = block(x_TD, layout)
+        return output
 
     def _layout(
         self,
@@ -259,7 +263,8 @@ class VisionLanguageModel(nn.Module):
     def _embed_text(self, ids_T: Tensor) -> Tensor:
         # Embeddings are initialized small for the tied LM head; sqrt(width) scales them to the
         # magnitude of the patch tokens.
-        return self.text_embedding(ids_T).to(self.compute_dtype) * math.sqrt(self.config.width)  # type: ignore[no-any-return]
+        embedded_TD: Tensor = self.text_embedding(ids_T).to(self.compute_dtype)
+        return embedded_TD * math.sqrt(self.config.width)
 
     def _caption_loss(self, text_TD: Tensor, ids_T: Tensor, ends_B: Tensor) -> tuple[Tensor, int]:
         """Cross-entropy summed over the caption tokens, and their number."""

@@ -103,7 +103,8 @@ def synchronize_grads(*weights: Tensor) -> tuple[Tensor, ...]:
     function its gradient of w1 would be added to their gradient of w2.
     """
     # Each view is a separate node of the autograd graph, and nodes created later run first.
-    return _SynchronizeGrads.apply(*(weight.view_as(weight) for weight in weights))  # type: ignore[no-any-return]
+    views: tuple[Tensor, ...] = _SynchronizeGrads.apply(*(w.view_as(w) for w in weights))
+    return views
 
 
 class _SynchronizeGrads(torch.autograd.Function):

@@ -68,7 +68,8 @@ class DeepSpeedEngine:
         self, batch: Batch, *, step_seed: int = 0, coactivation: bool = False
     ) -> ModelOutput:
         context = routing_context(batch, self.model.moe, self.device, step_seed, coactivation)
-        return self._engine(*model_inputs(batch, self.device), context)  # type: ignore[no-any-return]
+        output: ModelOutput = self._engine(*model_inputs(batch, self.device), context)
+        return output
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         assert last == self._engine.is_gradient_accumulation_boundary()

@@ -20,7 +20,8 @@ def fetch_shard(shards: WebShards, cache: ShardCache, shard: int, **options: obj
     """Copy a shard into a cache."""
     entry = shards.manifest.shards[shard]
     defaults: dict[str, object] = {"timeout_seconds": 5.0, "request_seconds": 1.0}
-    return cache.fetch(entry, shards.manifest.shard_url(entry), **defaults | options)  # type: ignore[arg-type]
+    url = shards.manifest.shard_url(entry)
+    return cache.fetch(entry, url, **defaults | options)  # type: ignore[arg-type]
 
 
 def cached_shards(shards: WebShards, cache: ShardCache) -> list[int]:

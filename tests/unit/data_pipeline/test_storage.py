@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ def test_is_local(url: str, local: bool) -> None:
 
 @pytest.mark.parametrize("url", ["pipe:cat x", "ftp://h/k", "-"])
 def test_unsupported_addresses_are_rejected(url: str) -> None:
-    with pytest.raises(StorageError, match="address|URL scheme"):
+    with pytest.raises(StorageError, match=re.escape(url)):
         storage.is_local(url)
 
 
