@@ -1,6 +1,6 @@
 """The manifest of a folder of shards: `manifest.json`, the file that training starts from.
 
-    {"version": 2, "total_samples": 1024,
+    {"version": 3, "total_samples": 1024,
      "shards": [{"name": "shard-000000.tar", "samples": 512, "bytes": ..., "sha256": "...",
                  "index": "shard-000000.tar.index", "index_sha256": "..."}, ...],
      ... and metadata of the dataset (licenses, sources) ...}
@@ -46,7 +46,7 @@ __all__ = [
 ]
 
 MANIFEST_NAME = "manifest.json"
-VERSION = 2
+VERSION = 3
 _UNFINISHED = {"version": VERSION, "unfinished": True}
 RESERVED_KEYS = ("version", "base", "shards", "total_samples")
 

@@ -36,7 +36,7 @@ from data_pipeline.common.errors import DataError, StorageError
 from data_pipeline.shards.index_file import COLUMNS, Columns, check_columns, decode, encode
 
 INDEX_SUFFIX = ".index"
-VERSION = "2"
+VERSION = "3"
 _OPTIONAL_METADATA = ("etag", "corruption", "source_hash")
 
 

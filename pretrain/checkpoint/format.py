@@ -28,7 +28,7 @@ from torch import Tensor
 from data_pipeline.common.errors import CheckpointError
 from pretrain.checkpoint.files import FileRecord
 
-VERSION = 1
+VERSION = 2
 LATEST = "latest"
 META = "meta.json"
 WRITING_PREFIX = ".writing-"

@@ -148,7 +148,7 @@ def _check_layout(path: Path, meta: Meta, layout: dict[str, Any]) -> None:
 def _how_to_match(name: str, value: Any) -> str:
     if name == "zero_stage" and value == -1:
         return "set parallel.engine=plain"
-    if name == "expert_layer" and value is None:
+    if name == "expert_layer" and value == "builtin":
         return "set moe.backend=auto"
     return _HOW_TO_MATCH.get(name, f"use {name} {{value}}").format(value=value)
 

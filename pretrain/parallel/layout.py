@@ -65,7 +65,4 @@ class Layout:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object from which `Layout(**object)` restores the layout."""
-        fields = asdict(self)
-        if self.expert_layer == "builtin":
-            del fields["expert_layer"]  # older checkpoints do not have this field
-        return fields
+        return asdict(self)

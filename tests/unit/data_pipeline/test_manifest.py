@@ -12,6 +12,7 @@ import pytest
 from data_pipeline.common.errors import DataError
 from data_pipeline.shards.manifest import (
     MANIFEST_NAME,
+    VERSION,
     Manifest,
     ShardEntry,
     load_index,
@@ -125,7 +126,7 @@ def test_resolve_base(folder: str, base: str, expected: str) -> None:
     ],
 )
 def test_invalid_base(folder: str, base: object) -> None:
-    content = {"version": 2, "base": base, "total_samples": 1, "shards": [entry().__dict__]}
+    content = {"version": VERSION, "base": base, "total_samples": 1, "shards": [entry().__dict__]}
     with pytest.raises(DataError):
         parse_manifest(json.dumps(content).encode(), folder, "x")
 
@@ -183,7 +184,7 @@ def test_manifest_of_an_older_version(tmp_path: Path) -> None:
         json.dumps({"version": 1, "shards": [row], "total_samples": 1})
     )
     with pytest.raises(
-        DataError, match=r"manifest.json has version 1, .*version 2 .*`vlmoe data index"
+        DataError, match=r"manifest.json has version 1, .*version 3 .*`vlmoe data index"
     ):
         load_manifest(tmp_path)
 

@@ -67,7 +67,7 @@ CHANGES: list[Change] = [
     set_metadata("shard_bytes", "100"),
     set_metadata("shard_bytes", "-1"),
     set_metadata("shard_bytes", str(2**62)),
-    set_metadata("version", "1"),
+    set_metadata("version", "2"),
     set_metadata("extensions", "{}"),
     set_metadata("extensions", "[1, 2]"),
     set_metadata("extensions", "["),
