@@ -29,6 +29,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         def _split_scope(self, nodeid: str) -> str:
             return "processes" if nodeid.startswith(PROCESS_TESTS) else nodeid.partition("::")[0]
 
+    # In the order of collection: the tests that start processes take longest and must start first.
+    config.option.loadscopereorder = False
     return FileScheduling(config, log)
 
 
