@@ -29,8 +29,8 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
             "parallel.expert_parallel_size=8",
             ("parallel.expert_parallel_size is 8", "4 experts", "at most 1 with 1 ranks"),
         ),
-        ("parallel.expert_parallel_size=3", ("moe.num_experts (4)", "1, 2, 4")),
-        ("data.train=[]", ("data.train is empty",)),
+        ("parallel.expert_parallel_size=3", ("does not divide moe.num_experts (4)", "1, 2, 4")),
+        ("data.train=[]", ("data.train is empty", "manifests")),
     ],
 )
 def test_invalid_setting(workspace: Workspace, setting: str, parts: tuple[str, ...]) -> None:

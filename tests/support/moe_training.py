@@ -81,11 +81,18 @@ def train(
     ]
 
 
-def excess_load(run: RunConfig, results: Sequence[StepResult]) -> float:
-    """Load of the busiest expert over the mean load, minus 1; the mean over layers and pools."""
+def pool_load_ratios(run: RunConfig, results: Sequence[StepResult]) -> list[torch.Tensor]:
+    """Load over the mean load of the pool, `[layers, experts of the pool]`, for each pool."""
     load_LE = torch.stack([result.assignments_LME.sum(dim=1) for result in results]).sum(dim=0)
-    ratios = [
-        load_LE[:, pool].amax(dim=1) / load_LE[:, pool].mean(dim=1)
-        for pool in run.moe.pool_slices()
-    ]
-    return float(torch.cat(ratios).mean()) - 1.0
+    pools = [load_LE[:, pool] for pool in run.moe.pool_slices()]
+    return [pool / pool.mean(dim=1, keepdim=True) for pool in pools]
+
+
+def excess_load(run: RunConfig, results: Sequence[StepResult]) -> float:
+    """Largest load over the mean load of its pool, minus 1; the maximum over layers and pools."""
+    return max(float(ratios.max()) for ratios in pool_load_ratios(run, results)) - 1.0
+
+
+def min_load(run: RunConfig, results: Sequence[StepResult]) -> float:
+    """Smallest load over the mean load of its pool; the minimum over layers and pools."""
+    return min(float(ratios.min()) for ratios in pool_load_ratios(run, results))

@@ -65,7 +65,9 @@ def test_uninterrupted_run(training: SimulatedTraining, capsys: pytest.CaptureFi
     assert report.filtered == ids.count(FILTERED_SAMPLE) > 0
 
     assert run_command(training.folder) == run_command(training.folder.parent) == 0
-    assert re.search(r"lost +0\n", capsys.readouterr().out)
+    out = capsys.readouterr().out
+    assert re.search(r"lost +0\n", out)
+    assert "every step" in out.splitlines()[-1]
 
 
 def test_restarts_with_other_world_sizes(training: SimulatedTraining) -> None:

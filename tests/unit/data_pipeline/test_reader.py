@@ -58,6 +58,7 @@ def test_flipped_bit_affects_one_sample_only(tmp_path: Path) -> None:
         assert (problem.shard, problem.key) == ("shard-000000.tar", "00001")
         assert problem.reason == "crc-mismatch"
         assert f"at byte {first}" in problem.detail
+        assert f"{int(index.crc32[1]):08x}" in problem.detail
         assert isinstance(before, RawSample) and isinstance(after, RawSample)
         assert (before.key, after.key) == ("00000", "00002")
         with pytest.raises(DataError) as error:

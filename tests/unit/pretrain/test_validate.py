@@ -194,7 +194,10 @@ def test_ranges(overrides: list[str], parts: list[str]) -> None:
     [
         (["data.caption_keys=['json:']"], ["data.caption_keys", "'json:'", "json:FIELD"]),
         (["data.caption_weights=[0]"], ["data.caption_weights is [0.0]", "at least 0"]),
-        (["data.augment.crop_scale=[0.9, 0.5]"], ["data.augment.crop_scale is [0.9, 0.5]"]),
+        (
+            ["data.augment.crop_scale=[0.9, 0.5]"],
+            ["data.augment.crop_scale is [0.9, 0.5]", "ascending"],
+        ),
         (
             ["data.augment.crop_scale=[0.9, 1.5]"],
             ["data.augment.crop_scale is [0.9, 1.5]", "at most 1"],
@@ -274,5 +277,5 @@ def test_only_training_needs_shards_and_a_tokenizer() -> None:
     [("{shards: t, wieght: 3}", "weight"), ("{shards: t, dropp: d}", "drop")],
 )
 def test_unknown_setting_of_a_source(entry: str, suggestion: str) -> None:
-    with pytest.raises(ConfigError, match=rf"data\.train\[0\]\.\w+: .*'{suggestion}'"):
+    with pytest.raises(ConfigError, match=rf"data\.train\[0\]\.\w+: .*{suggestion}'"):
         load_run("tiny", [f"data.train=[{entry}]"])
