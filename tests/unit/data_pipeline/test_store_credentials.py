@@ -99,9 +99,11 @@ _CANARY_PROGRAM = """
 import logging, sys
 logging.basicConfig(level=logging.DEBUG)
 from data_pipeline.common import storage
-storage.TIMEOUT_SECONDS = storage.read_bytes.__kwdefaults__["timeout_seconds"] = 1.0
+OPERATIONS = (storage.exists, storage.read_bytes, storage.list_names)
+for operation in OPERATIONS:
+    operation.__kwdefaults__["timeout_seconds"] = 1.0
 for url in sys.argv[1:]:
-    for operation in (storage.exists, storage.read_bytes, storage.list_names):
+    for operation in OPERATIONS:
         try:
             print(operation(url))
         except Exception as error:

@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,7 @@ def test_resumed_run_logs_every_step_once(tmp_path: Path) -> None:
 
 def test_run_that_restarts_from_step_0_overwrites_its_logs(tmp_path: Path) -> None:
     for value in (1.0, 2.0):
+        time.sleep(1.1)  # TensorBoard orders event files by the second in their names
         reporter = Reporter(tmp_path, RUN, 0)
         reporter.log_step(10, {"loss/total": value}, NO_TABLES)
         reporter.close()
