@@ -172,14 +172,7 @@ def test_inconsistent_manifest(tmp_path: Path, change: dict[str, object], messag
 
 
 def test_manifest_of_an_older_version(tmp_path: Path) -> None:
-    row = {
-        "name": "x.tar",
-        "samples": 1,
-        "bytes": 1,
-        "sha256": "a" * 64,
-        "index": "x.tar.index.json",
-        "extra": 1,
-    }
+    row = {"name": "x.tar", "samples": 1, "bytes": 1, "sha256": "a" * 64, "index": "x.json"}
     (tmp_path / MANIFEST_NAME).write_text(
         json.dumps({"version": 1, "shards": [row], "total_samples": 1})
     )
