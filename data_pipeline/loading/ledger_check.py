@@ -2,8 +2,9 @@
 positions.
 
 For each step, the records of all participating ranks are combined. Micro-batch m of rank r has the
-positions given by `micro_batch_positions`, and must contain the samples at those positions, with
-the delivered ones in order. A step must begin at the position where the previous step ended.
+positions given by `micro_batch_positions`, and must record the samples at those positions: first
+the samples that it contains, in order, then those that were filtered out or corrupt. A step must
+begin at the position where the previous step ended.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def check_ledger(
         folder: The ledger.
         order: Computed again from the same data.
         shard_starts: int64, index of the first sample of each shard over all sources.
-        skip: Positions that were not delivered.
+        skip: Positions that the run skips (`LoaderState.skip`); they are never recorded.
 
     Raises:
         DataError: There are no rank files, or one is corrupt.
@@ -206,13 +207,13 @@ class _Checker:
         return ids + np.array([ref.sample for ref in refs], dtype=np.int64)
 
     def _num_skipped(self, before: int, after: int) -> int:
-        """How many positions from `before` to `after - 1` are not delivered."""
+        """How many positions from `before` to `after - 1` are skipped."""
         return sum(max(0, min(end, after) - max(first, before)) for first, end in self._skip)
 
 
 def _is_in_order(record: Record, rank: int, expected: np.ndarray) -> bool:
     """Whether each micro-batch of a rank contains the samples of its positions, in order."""
-    size, ids, is_delivered = record.micro_batch_size, record.ids, record.samples < FILTERED
+    size, ids, is_used = record.micro_batch_size, record.ids, record.samples < FILTERED
     if len(ids) * record.world_size != len(expected) or len(ids) % max(1, size):
         return False
 
@@ -221,18 +222,18 @@ def _is_in_order(record: Record, rank: int, expected: np.ndarray) -> bool:
             0, micro, rank, micro_batch_size=size, world_size=record.world_size
         )
         batch = slice(micro * size, (micro + 1) * size)
-        delivered = ids[batch][is_delivered[batch]].tolist()
+        used = ids[batch][is_used[batch]].tolist()
 
-        # Samples that were not delivered are at the end of their micro-batch. Without them, the
+        # Filtered and corrupt samples are at the end of their micro-batch. Without them, the
         # order must be the same.
-        not_delivered = Counter(ids[batch][~is_delivered[batch]].tolist())
+        left_out = Counter(ids[batch][~is_used[batch]].tolist())
         remaining = []
         for sample in expected[positions.start : positions.stop].tolist():
-            if not_delivered[sample]:
-                not_delivered[sample] -= 1
+            if left_out[sample]:
+                left_out[sample] -= 1
             else:
                 remaining.append(sample)
-        if remaining != delivered:
+        if remaining != used:
             return False
     return True
 

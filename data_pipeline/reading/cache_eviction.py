@@ -11,6 +11,7 @@ from pathlib import Path
 from data_pipeline.reading.file_locks import try_lock
 
 MISMATCH_SUFFIX, PART_SUFFIX = ".mismatch", ".part"
+"""Of copies whose checksum is not that of the manifest, and of incomplete copies."""
 RESERVED_DISK_FRACTION = 0.01
 """Fraction of the disk that is left free for other programs."""
 

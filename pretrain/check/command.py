@@ -1,4 +1,7 @@
-"""`vlmoe check-parallel`: checks the selected cells of a run for each world size."""
+"""`vlmoe check-parallel`: checks the selected cells of a run for each world size.
+
+A cell is one combination of parallel layout, precision and test case.
+"""
 
 from __future__ import annotations
 

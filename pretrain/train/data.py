@@ -68,7 +68,7 @@ def index_data(run: RunConfig, out: Path, engine: TrainEngine) -> tuple[Source, 
 
 
 def _needs_indexing(address: str, run: RunConfig) -> bool:
-    """Whether an address names shards that have no manifest."""
+    """Whether an address names shards that have no manifest; `@FILE` names a list of shards."""
     path = address.partition("?")[0] if address.startswith(("http://", "https://")) else address
     if path.endswith(".json"):
         return False

@@ -16,6 +16,7 @@ WORKER = Path(__file__).with_name("resume_worker.py")
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300)]
 
 
+# A case: DeepSpeed settings, precision, expert-parallel size, steps after which the run is stopped.
 @pytest.mark.parametrize(
     ("processes", "cases"),
     [

@@ -1,4 +1,6 @@
-"""The ledger's files: format, truncation on resume, incomplete and corrupt records."""
+"""Files of the ledger, which records the samples of every step and rank: format, truncation on
+resume, incomplete and corrupt records.
+"""
 
 from __future__ import annotations
 

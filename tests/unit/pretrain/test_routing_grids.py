@@ -1,4 +1,7 @@
-"""Grids of expert load and coactivation, and the chance model of coactivation."""
+"""Grids of expert load and coactivation, and the chance model of coactivation.
+
+Shapes: R rows and C columns of a grid, L MoE layers, M modalities, E experts.
+"""
 
 from __future__ import annotations
 
