@@ -181,7 +181,7 @@ def summarize(out: Path) -> dict[str, Any]:
     write_json(out / "summary.json", summary)
 
     print(f"\n{format_table(results)}\n")
-    print(f"training images: {train_captions['caption_exact']:.1f} % of captions exactly right")
+    print(f"training images: {train_captions['caption_exact']:.1f} % exact matches of captions")
     examples = results["unseen_style"]["examples"][:PRINTED_CAPTIONS]
     print(f"\n{len(examples)} images of a held-out style (true caption -> generated caption):")
     for example in examples:
