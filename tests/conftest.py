@@ -21,13 +21,15 @@ if TYPE_CHECKING:
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """The scheduler of `pytest -n N`: which tests run in the same worker, one after another.
 
-    All tests that start processes, and otherwise the tests of a file, because they share fixtures.
+    The tests of `tests/distributed`, which use all cores, those of `tests/e2e`, which mostly wait,
+    and otherwise the tests of a file, because they share fixtures.
     """
     from xdist.scheduler import LoadScopeScheduling
 
     class FileScheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "processes" if nodeid.startswith(PROCESS_TESTS) else nodeid.partition("::")[0]
+            file = nodeid.partition("::")[0]
+            return next((folder for folder in PROCESS_TESTS if file.startswith(folder)), file)
 
     # In the order of collection: the tests that start processes take longest and must start first.
     config.option.loadscopereorder = False

@@ -18,7 +18,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
 
 from pretrain.model.layers import Linear, RMSNorm, apply_rotary
 from pretrain.moe.token_metadata import TokenMetadata
@@ -108,6 +107,9 @@ def _causal_attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     if num_queries == num_keys:
         return F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
     if queries.is_cuda:
+        # Imported late: it imports torch's compiler, which takes a second.
+        from torch.nn.attention.bias import causal_lower_right
+
         bias = causal_lower_right(num_queries, num_keys)
         return F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias)
 

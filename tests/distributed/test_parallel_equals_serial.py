@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import itertools
 
 import pytest
 
@@ -34,31 +35,48 @@ def cell(
     )
 
 
-def grid(*expert_parallel_size: int, precisions: Sequence[Precision] = PRECISIONS) -> Cases:
-    """Every ZeRO stage, with and without accumulation and activation checkpointing."""
+def full_grid(*expert_parallel_size: int) -> Cases:
+    """All combinations of stage, accumulation, activation checkpointing and precision."""
     return [
-        (
-            "plain",
-            Cell(
-                expert_parallel_size=size,
-                zero=zero,
-                accumulation=accumulation,
-                recompute=recompute,
-                precision=precision,
-                missing="none",
-            ),
-        )
+        ("plain", plain_cell(zero, size, accumulation, recompute, precision))
         for size in expert_parallel_size
         for zero in STAGES
         for accumulation in (1, 4)
         for recompute in (False, True)
-        for precision in precisions
+        for precision in PRECISIONS
     ]
+
+
+def pairwise_grid(*expert_parallel_size: int) -> Cases:
+    """A quarter of `full_grid` that contains every pair of values of two of its settings."""
+    cases = []
+    for size in expert_parallel_size:
+        for index, zero in enumerate(STAGES):
+            first, second = PRECISIONS if index % 2 == 0 else reversed(PRECISIONS)
+            # The two rows of a stage differ in all three other settings.
+            accumulations = (1, 4) if index < 2 else (4, 1)
+            cases.append(("plain", plain_cell(zero, size, accumulations[0], False, first)))
+            cases.append(("plain", plain_cell(zero, size, accumulations[1], True, second)))
+    return cases
+
+
+def plain_cell(
+    zero: str, size: int, accumulation: int, recompute: bool, precision: Precision
+) -> Cell:
+    """A cell of the grids."""
+    return Cell(
+        expert_parallel_size=size,
+        zero=zero,
+        accumulation=accumulation,
+        recompute=recompute,
+        precision=precision,
+        missing="none",
+    )
 
 
 CASES: dict[int, Cases] = {
     1: [
-        *grid(1),
+        *pairwise_grid(1),
         ("plain", cell("2_offload", 1, 4)),
         # A micro-batch without pairs.
         ("plain", cell(0, 1, 4, "rank")),
@@ -70,7 +88,9 @@ CASES: dict[int, Cases] = {
     # With expert parallelism 2 there are two copies of the experts: gradients are summed inside
     # a copy and averaged over the copies.
     4: [
-        *grid(4, precisions=("fp32",)),
+        ("plain", cell(0, 4, 4, recompute=True)),
+        ("plain", cell(1, 4, recompute=True)),
+        ("plain", cell(3, 4, 4)),
         ("plain", cell(0, 2)),
         ("plain", cell(1, 2, 2)),
         ("plain", cell(3, 2)),
@@ -84,7 +104,7 @@ CASES: dict[int, Cases] = {
         ("pools", cell(0, 1, 2)),
     ],
     2: [
-        *grid(1, 2),
+        *pairwise_grid(1, 2),
         ("plain", cell("2_offload", 2, 2)),
         ("plain", cell(1, 2, 1, "pairs")),
         ("plain", cell(2, 2, 2, "pairs")),
@@ -118,16 +138,27 @@ CASES: dict[int, Cases] = {
 }
 """Runs and cells by world size."""
 
+FULL_CASES = {1: full_grid(1), 2: full_grid(1, 2), 4: full_grid(4)}
+"""All combinations; takes minutes, so `make test` leaves them out."""
+
 
 @pytest.fixture(
-    scope="module", params=[1, 2, 4], ids=["one-process", "two-processes", "four-processes"]
+    scope="module",
+    params=[
+        pytest.param((CASES, 1), id="one-process"),
+        pytest.param((CASES, 2), id="two-processes"),
+        pytest.param((CASES, 4), id="four-processes"),
+        pytest.param((FULL_CASES, 1), id="full-one-process", marks=pytest.mark.long),
+        pytest.param((FULL_CASES, 2), id="full-two-processes", marks=pytest.mark.long),
+        pytest.param((FULL_CASES, 4), id="full-four-processes", marks=pytest.mark.long),
+    ],
 )
 def results(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> list[Outcome]:
     """Outcomes of all cells of a world size, from one launch: starting the ranks is slow."""
-    world_size: int = request.param
-    return run_cells(CASES[world_size], world_size, tmp_path_factory.mktemp(f"world-{world_size}"))
+    cases, world_size = request.param
+    return run_cells(cases[world_size], world_size, tmp_path_factory.mktemp(f"world-{world_size}"))
 
 
 def test_every_cell_equals_one_process(results: list[Outcome]) -> None:
@@ -156,3 +187,11 @@ def test_runs_clip_drop_and_update_biases(results: list[Outcome]) -> None:
             outcome
         )
         assert outcome.reference_stats["biases_moved"] == ("bias" in balance), describe(outcome)
+
+
+def test_pairwise_grid_contains_every_pair_of_values() -> None:
+    def pairs(cases: Cases) -> set[tuple[tuple[str, object], ...]]:
+        rows = [sorted(dataclasses.asdict(cell).items()) for _, cell in cases]
+        return {pair for row in rows for pair in itertools.combinations(row, 2)}
+
+    assert pairs(pairwise_grid(1, 2)) == pairs(full_grid(1, 2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -195,7 +196,9 @@ def test_killed_command_resumes(store: S3Server, tmp_path: Path) -> None:
     resumed = subprocess.run(
         command, cwd=ROOT, env=os.environ, capture_output=True, text=True, check=True
     )
-    assert f"{len(done)} of 24 shards" in resumed.stderr
+    reused = re.search(r"(\d+) of 24 shards", resumed.stderr)
+    # The server may have finished an upload after `done` was listed.
+    assert reused and len(done) <= int(reused[1]) < 24
     assert "manifest.json: 24 shards, 2,400 samples" in resumed.stdout
     assert modification_times() == times
 
