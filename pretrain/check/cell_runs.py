@@ -10,7 +10,6 @@ from data_pipeline.common.errors import ConfigError
 from pretrain.check.cells import Cell, stage_of
 from pretrain.config.schema import BatchConfig, PrecisionConfig, RunConfig
 from pretrain.config.validate import problems
-from pretrain.parallel.deepspeed_config import zero_stage_of
 
 
 def min_global_batch_size(cells: Iterable[Cell], run: RunConfig, world_size: int) -> int:
@@ -62,7 +61,7 @@ def unsupported_reason(run: RunConfig, cell: Cell, world_size: int, pairs: int) 
 
     # With terms=all: validation rejects a run without main losses, but such a cell is meaningful.
     config = run_for_cell(run, replace(cell, terms="all"), world_size, pairs)
-    return "; ".join(problems(config, world_size, zero_stage_of(config)))
+    return "; ".join(problems(config, world_size))
 
 
 def run_problems(run: RunConfig, world_size: int, pairs: int) -> list[str]:

@@ -20,9 +20,8 @@ from pretrain.check.batches import GlobalBatch
 from pretrain.config.schema import BatchConfig, OptimConfig, RunConfig
 from pretrain.model import build_model
 from pretrain.model.vision_language import VisionLanguageModel
-from pretrain.parallel.engine import TrainEngine
+from pretrain.parallel.engine import Engine
 from pretrain.parallel.layout import Layout
-from pretrain.parallel.master_weights import master_weights
 from pretrain.parallel.plain_engine import PlainEngine
 from pretrain.train.step import StepResult, train_step
 
@@ -35,7 +34,7 @@ Record = Callable[[str, Tensor], None]
 """Receives the name and the value of each tensor of a trace."""
 
 
-def trace(engine: TrainEngine, run: RunConfig, missing: Collection[int], record: Record) -> None:
+def trace(engine: Engine, run: RunConfig, missing: Collection[int], record: Record) -> None:
     """Train three steps and record them. Collective.
 
     Args:
@@ -45,7 +44,7 @@ def trace(engine: TrainEngine, run: RunConfig, missing: Collection[int], record:
         record: Called with every name and tensor, on CPU.
     """
     _record_first_gradients(engine, record)
-    _record_all(record, "start/parameters", _weights(engine))
+    _record_all(record, "start/parameters", engine.master_weights())
     for step in range(STEPS):
         result = train_step(
             engine,
@@ -56,31 +55,22 @@ def trace(engine: TrainEngine, run: RunConfig, missing: Collection[int], record:
         )
         _record_all(record, str(step), _step_tensors(result))
         if step in WEIGHT_STEPS:
-            _record_all(record, f"{step}/parameters", _weights(engine))
+            _record_all(record, f"{step}/parameters", engine.master_weights())
 
 
-def _record_first_gradients(engine: TrainEngine, record: Record) -> None:
-    """Wraps `engine.step` so that gradients are recorded before the first optimizer step."""
-    original_step, is_first = engine.step, [True]
+def _record_first_gradients(engine: Engine, record: Record) -> None:
+    """Record the gradients of the first optimizer step."""
 
-    def step(rate: float) -> float:
-        if is_first:
-            is_first.clear()
-            _record_all(record, "0/gradient", engine.gradients())
-        return original_step(rate)
+    def observe(gradients: dict[str, Tensor]) -> None:
+        engine.gradient_observer = None
+        _record_all(record, "0/gradient", gradients)
 
-    engine.step = step  # type: ignore[method-assign, assignment]
+    engine.gradient_observer = observe
 
 
 def _record_all(record: Record, prefix: str, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         record(f"{prefix}/{name}", tensor.cpu())
-
-
-def _weights(engine: TrainEngine) -> Trace:
-    if isinstance(engine, _RoundedEngine):
-        return engine.master_weights()
-    return master_weights(engine)
 
 
 def learning_rate(run: RunConfig, step: int) -> float:
@@ -89,14 +79,14 @@ def learning_rate(run: RunConfig, step: int) -> float:
 
 
 def micro_batches(
-    engine: TrainEngine, run: RunConfig, step: int, missing: Collection[int]
+    engine: Engine, run: RunConfig, step: int, missing: Collection[int]
 ) -> list[Batch]:
     """This rank's micro-batches of a step, split as the data loader splits the global batch."""
     micro_batch_size, pairs = run.batch.micro_batch_size, run.batch.global_batch_size
     global_batch = GlobalBatch(run.model, run.seed, step, pairs, missing)
-    pairs_per_round = micro_batch_size * engine.world_size
+    pairs_per_round = micro_batch_size * engine.communicator.world_size
     return [
-        global_batch.rows(first + engine.rank * micro_batch_size, micro_batch_size)
+        global_batch.rows(first + engine.communicator.rank * micro_batch_size, micro_batch_size)
         for first in range(0, pairs, pairs_per_round)
     ]
 
@@ -166,12 +156,7 @@ class _RoundedEngine(PlainEngine):
         return norm
 
     def master_weights(self) -> dict[str, Tensor]:
-        """The unrounded weights by their names in checkpoints."""
-        names = zip(self.model_tensors(), self.model.named_parameters(), strict=False)
-        return {
-            checkpoint_name: self.masters[name].to("cpu", copy=True)
-            for checkpoint_name, (name, _) in names
-        }
+        return {self._name(name): m.to("cpu", copy=True) for name, m in self.masters.items()}
 
     def _round(self) -> None:
         self.masters = {

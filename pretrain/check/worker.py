@@ -46,6 +46,7 @@ from pretrain.check.tracing import Record, Trace, reference, trace
 from pretrain.config.batch import plan_batch
 from pretrain.config.presets import load_run
 from pretrain.config.schema import RunConfig
+from pretrain.parallel.communicator import TorchCommunicator
 from pretrain.parallel.environment import (
     RankEnvironment,
     rank_environment,
@@ -53,7 +54,6 @@ from pretrain.parallel.environment import (
     start_process_group,
     stop_process_group,
 )
-from pretrain.parallel.master_weights import destroy_engine
 from pretrain.train.build import build_engine
 
 START_SECONDS = 120.0
@@ -195,10 +195,7 @@ class RankWorker:
 
     def all_gather_json(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order. Collective."""
-        # Imported late: DeepSpeed takes seconds to import and requires DS_ACCELERATOR to be set.
-        from pretrain.parallel.deepspeed_engine import all_gather_json
-
-        return all_gather_json(value, self.environment.device)
+        return TorchCommunicator(self.environment.device).all_gather_json(value)
 
 
 def _is_rounded(cell: Cell) -> bool:
@@ -209,12 +206,9 @@ def _is_rounded(cell: Cell) -> bool:
 def _has_other_rounding(run: RunConfig) -> bool:
     """Whether the cell's MoE layers round at other points than the reference's, in bfloat16.
 
-    DeepSpeed's layer does, and so does the loop backend with expert parallelism; without it, the
-    loop accumulates in float32.
+    The loop backend does with expert parallelism; without it, the loop accumulates in float32.
     """
-    return run.moe.backend == "deepspeed" or (
-        run.moe.backend == "loop" and run.parallel.expert_parallel_size > 1
-    )
+    return run.moe.backend == "loop" and run.parallel.expert_parallel_size > 1
 
 
 def trace_cell(
@@ -228,7 +222,7 @@ def trace_cell(
     try:
         trace(engine, run, missing, record)
     finally:
-        destroy_engine(engine)
+        engine.close()
         del engine
         _free_memory()
 

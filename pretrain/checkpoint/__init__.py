@@ -1,7 +1,7 @@
 """Saving and loading checkpoints."""
 
 from pretrain.checkpoint.files import FileRecord
-from pretrain.checkpoint.format import CheckpointEngine, CorruptCheckpointError, Meta
+from pretrain.checkpoint.format import CorruptCheckpointError, Meta
 from pretrain.checkpoint.reader import (
     LoadedState,
     ResumedCheckpoint,
@@ -14,7 +14,6 @@ from pretrain.checkpoint.weights import load_model_weights
 from pretrain.checkpoint.writer import save
 
 __all__ = [
-    "CheckpointEngine",
     "CorruptCheckpointError",
     "FileRecord",
     "LoadedState",

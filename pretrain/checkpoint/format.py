@@ -18,12 +18,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
-
-from torch import Tensor
+from typing import Any
 
 from data_pipeline.common.errors import CheckpointError
 from pretrain.checkpoint.files import FileRecord
@@ -37,38 +34,6 @@ WEIGHTS_PREFIX = "model-"
 
 _STEP_NAME = re.compile(r"step-(\d{8,})")
 _FILE_NAME = re.compile(r"(model|optimizer)-\d{5,}\.safetensors|rank-\d{5,}\.json")
-
-
-class LayoutLike(Protocol):
-    """Parallel layout of a run; shards can be loaded if the JSON of both layouts is equal."""
-
-    def to_json(self) -> dict[str, Any]: ...
-
-
-class CheckpointEngine(Protocol):
-    """The part of `pretrain.parallel.engine.TrainEngine` that saving and loading use."""
-
-    @property
-    def rank(self) -> int: ...
-    @property
-    def world_size(self) -> int: ...
-    @property
-    def layout(self) -> LayoutLike: ...
-
-    def model_tensors(self) -> Mapping[str, Tensor]:
-        """The weights that this rank saves; empty on ranks that save none. Collective."""
-
-    def optimizer_tensors(self) -> Mapping[str, Tensor]:
-        """This rank's optimizer shard. Collective."""
-
-    def load_model_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Load weights from a lazy mapping of *all* ranks' tensors; each access reads from disk."""
-
-    def load_optimizer_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Load what `optimizer_tensors` returned on this rank."""
-
-    def all_gather_json(self, value: Any) -> list[Any]:
-        """The values of all ranks in rank order, on every rank. Collective."""
 
 
 class CorruptCheckpointError(CheckpointError):

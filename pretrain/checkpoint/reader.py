@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 from data_pipeline.common.errors import CheckpointError
 from pretrain.checkpoint.format import (
     LATEST,
-    CheckpointEngine,
     CorruptCheckpointError,
     Meta,
     optimizer_file,
@@ -27,6 +26,7 @@ from pretrain.checkpoint.format import (
 from pretrain.checkpoint.retention import list_checkpoints, read_latest, remove_incomplete
 from pretrain.checkpoint.verify import check_hashes, check_sizes, read_meta
 from pretrain.checkpoint.weights import TensorFiles, weight_files
+from pretrain.parallel.engine import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,6 @@ _HOW_TO_MATCH = {
     "zero_stage": "set parallel.deepspeed to a profile with ZeRO stage {value}",
     "precision": "set precision.compute={value}",
     "num_experts": "set moe.num_experts={value}",
-    "expert_layer": "set moe.backend={value}",
 }
 """How to start a run with the same value as the checkpoint, for each field of a layout."""
 
@@ -76,7 +75,7 @@ def find_latest(root: Path) -> Path | None:
     return None
 
 
-def load(engine: CheckpointEngine, path: Path) -> LoadedState:
+def load(engine: Engine, path: Path) -> LoadedState:
     """Load one checkpoint into the engine. Collective.
 
     Raises:
@@ -84,29 +83,29 @@ def load(engine: CheckpointEngine, path: Path) -> LoadedState:
             engine is changed.
         CheckpointError: It was written with another layout.
     """
-    problem, meta = None, None
+    rank, problem, meta = engine.communicator.rank, None, None
     try:
         meta = read_meta(path)
         _check_layout(path, meta, engine.layout.to_json())
         check_sizes(path, meta)
         # Each file is hashed by the rank in its name; equal layouts imply that the rank exists.
-        suffix = f"-{engine.rank:05d}."
+        suffix = f"-{rank:05d}."
         check_hashes(path, meta, [name for name in meta.files if suffix in name])
     except (CheckpointError, OSError) as error:
         problem = {"message": str(error), "corrupt": type(error) is not CheckpointError}
-    problems = [p for p in engine.all_gather_json(problem) if p is not None]
+    problems = [p for p in engine.communicator.all_gather_json(problem) if p is not None]
     if problems:
         error_class = CorruptCheckpointError if problems[0]["corrupt"] else CheckpointError
         raise error_class(problems[0]["message"])
 
     assert meta is not None
     engine.load_model_tensors(TensorFiles(weight_files(path, meta)))
-    shard = optimizer_file(engine.rank)
+    shard = optimizer_file(rank)
     engine.load_optimizer_tensors(dict(TensorFiles([path / shard])) if shard in meta.files else {})
-    return LoadedState(meta.state, json.loads((path / rank_file(engine.rank)).read_bytes()))
+    return LoadedState(meta.state, json.loads((path / rank_file(rank)).read_bytes()))
 
 
-def load_latest(engine: CheckpointEngine, root: Path) -> ResumedCheckpoint | None:
+def load_latest(engine: Engine, root: Path) -> ResumedCheckpoint | None:
     """Remove incomplete folders, then load the checkpoint to resume from. Collective.
 
     Returns:
@@ -116,10 +115,10 @@ def load_latest(engine: CheckpointEngine, root: Path) -> ResumedCheckpoint | Non
         CheckpointError: There are checkpoints, but none is intact, or their layout differs.
     """
     names: list[str] = []
-    if engine.rank == 0:
+    if engine.communicator.rank == 0:
         remove_incomplete(root)
         names = [path.name for path in _candidates(root)]
-    names = engine.all_gather_json(names)[0]
+    names = engine.communicator.all_gather_json(names)[0]
     for name in names:
         try:
             return ResumedCheckpoint(root / name, *load(engine, root / name))
@@ -148,8 +147,6 @@ def _check_layout(path: Path, meta: Meta, layout: dict[str, Any]) -> None:
 def _how_to_match(name: str, value: Any) -> str:
     if name == "zero_stage" and value == -1:
         return "set parallel.engine=plain"
-    if name == "expert_layer" and value == "builtin":
-        return "set moe.backend=auto"
     return _HOW_TO_MATCH.get(name, f"use {name} {{value}}").format(value=value)
 
 

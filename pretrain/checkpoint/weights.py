@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pretrain.checkpoint.format import WEIGHTS_PREFIX, CorruptCheckpointError, Meta
 from pretrain.checkpoint.verify import check_hashes, check_sizes, read_meta
+from pretrain.parallel.tensor_names import slice_name, split_name
 
 
 class TensorFiles(Mapping[str, Tensor]):
@@ -61,12 +62,11 @@ def load_model_weights(path: Path, *, verify: bool = True) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     slices: dict[str, list[tuple[int, int]]] = {}
     for name in tensors:
-        base, separator, span = name.rpartition("@")
-        if separator:
-            first, last = (int(index) for index in span.split(":"))
-            slices.setdefault(base, []).append((first, last))
-        else:
+        base, span = split_name(name)
+        if span is None:
             weights[name] = tensors[name]
+        else:
+            slices.setdefault(base, []).append(span)
     for base, spans in slices.items():
         weights[base] = _concatenate_experts(base, sorted(spans), tensors, meta)
     return weights
@@ -80,7 +80,7 @@ def weight_files(path: Path, meta: Meta) -> list[Path]:
 def _concatenate_experts(
     base: str, spans: list[tuple[int, int]], tensors: TensorFiles, meta: Meta
 ) -> Tensor:
-    parts = [tensors[f"{base}@{first}:{last}"] for first, last in spans]
+    parts = [tensors[slice_name(base, first, last - first)] for first, last in spans]
     end = 0
     for (first, last), part in zip(spans, parts, strict=True):
         if first != end or part.shape[0] != last - first:

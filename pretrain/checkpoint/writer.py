@@ -34,7 +34,6 @@ from pretrain.checkpoint.format import (
     META,
     REPLACED_PREFIX,
     WRITING_PREFIX,
-    CheckpointEngine,
     Meta,
     model_file,
     optimizer_file,
@@ -43,12 +42,14 @@ from pretrain.checkpoint.format import (
 )
 from pretrain.checkpoint.reader import find_latest
 from pretrain.checkpoint.retention import remove_incomplete, remove_old_checkpoints
+from pretrain.parallel.communicator import Communicator
+from pretrain.parallel.engine import Engine
 
 logger = logging.getLogger(__name__)
 
 
 def save(
-    engine: CheckpointEngine,
+    engine: Engine,
     *,
     root: Path,
     step: int,
@@ -75,8 +76,8 @@ def save(
     """
     started = time.monotonic()
     writing, final = root / (WRITING_PREFIX + step_name(step)), root / step_name(step)
-    attempt = _SaveAttempt(engine, root=root, step=step)
-    if engine.rank == 0:
+    attempt = _SaveAttempt(engine.communicator, root=root, step=step)
+    if engine.communicator.rank == 0:
         attempt.run(writing, lambda: _create_folder(writing))
     attempt.synchronize(writing)
 
@@ -84,14 +85,14 @@ def save(
     gathered = attempt.synchronize(writing, result=files)
 
     records: dict[str, FileRecord] = {}
-    if engine.rank == 0:
+    if engine.communicator.rank == 0:
         for rank_files in gathered:
             records |= {name: FileRecord(**record) for name, record in rank_files.items()}
         meta = Meta(step=step, layout=engine.layout.to_json(), files=records, state=state_json)
         attempt.run(final, lambda: _publish(writing, final, meta))
     attempt.synchronize(writing)
 
-    if engine.rank == 0:
+    if engine.communicator.rank == 0:
         remove_old_checkpoints(root, keep)
         gib = sum(record.bytes for record in records.values()) / 2**30
         logger.info("saved %s: %.2f GiB in %.1f s", final, gib, time.monotonic() - started)
@@ -99,7 +100,7 @@ def save(
 
 
 def _write_rank_files(
-    engine: CheckpointEngine, attempt: _SaveAttempt, writing: Path, rank_state: dict[str, Any]
+    engine: Engine, attempt: _SaveAttempt, writing: Path, rank_state: dict[str, Any]
 ) -> dict[str, dict[str, Any]]:
     """Write this rank's files; returns the JSON of their `FileRecord`s by name."""
     files: dict[str, dict[str, Any]] = {}
@@ -112,19 +113,19 @@ def _write_rank_files(
     # Both calls are collective, so they are made even if writing has already failed.
     model = engine.model_tensors()
     if model:
-        write(model_file(engine.rank), lambda path: write_tensors(path, model))
+        write(model_file(engine.communicator.rank), lambda path: write_tensors(path, model))
     optimizer = engine.optimizer_tensors()
     if optimizer:
-        write(optimizer_file(engine.rank), lambda path: write_tensors(path, optimizer))
-    write(rank_file(engine.rank), lambda path: write_json(path, rank_state))
+        write(optimizer_file(engine.communicator.rank), lambda path: write_tensors(path, optimizer))
+    write(rank_file(engine.communicator.rank), lambda path: write_json(path, rank_state))
     return files
 
 
 class _SaveAttempt:
     """Collects the errors of this rank until all ranks exchange them."""
 
-    def __init__(self, engine: CheckpointEngine, *, root: Path, step: int) -> None:
-        self._engine, self._root, self._step = engine, root, step
+    def __init__(self, communicator: Communicator, *, root: Path, step: int) -> None:
+        self._communicator, self._root, self._step = communicator, root, step
         self._problem: str | None = None
         self._cause: Exception | None = None
 
@@ -137,7 +138,7 @@ class _SaveAttempt:
         except Exception as error:  # noqa: BLE001 - raised on all ranks by `synchronize`
             self._cause = error
             reason = _describe_error(error, self._root)
-            self._problem = f"rank {self._engine.rank} could not write {path}: {reason}"
+            self._problem = f"rank {self._communicator.rank} could not write {path}: {reason}"
             return None
 
     def synchronize(self, writing: Path, result: Any = None) -> list[Any]:
@@ -146,17 +147,17 @@ class _SaveAttempt:
         Raises:
             CheckpointError: An operation failed on some rank; raised on every rank.
         """
-        reports = self._engine.all_gather_json({"problem": self._problem, "result": result})
+        reports = self._communicator.all_gather_json({"problem": self._problem, "result": result})
         problems = [report["problem"] for report in reports if report["problem"] is not None]
         if not problems:
             return [report["result"] for report in reports]
 
         previous = ""
-        if self._engine.rank == 0:
+        if self._communicator.rank == 0:
             shutil.rmtree(writing, ignore_errors=True)
             previous = _describe_previous(self._root)
         # Also ensures that the folder is removed before any rank continues.
-        previous = self._engine.all_gather_json(previous)[0]
+        previous = self._communicator.all_gather_json(previous)[0]
         others = f" (and {len(problems) - 1} more ranks failed)" if len(problems) > 1 else ""
         raise CheckpointError(
             f"checkpoint of step {self._step} was not saved: {problems[0]}{others}. {previous}"

@@ -22,7 +22,7 @@ from pretrain.model.dense_baseline import (
     dense_baseline,
     resolve_text_tokens,
 )
-from pretrain.parallel.deepspeed_config import profile_path, resolve_for_run, zero_stage_of
+from pretrain.parallel.deepspeed_config import profile_path, resolve_for_run
 
 _EXAMPLES = """\
   vlmoe plan b16 --world-size 64
@@ -74,7 +74,7 @@ def handle(args: argparse.Namespace) -> None:
     run = load_run(path, args.overrides)
     world_size = run.parallel.expert_parallel_size if args.world_size is None else args.world_size
     text_tokens = resolve_text_tokens(args.text_tokens, run.model.context_length)
-    check_run(run, world_size, source=str(path), training=False, zero_stage=zero_stage_of(run))
+    check_run(run, world_size, source=str(path), training=False)
     plan = make_plan(run, path, world_size=world_size, text_tokens=text_tokens)
 
     if not args.dense_baseline:

@@ -71,7 +71,7 @@ def _routing_lines(run: RunConfig) -> list[tuple[str, str]]:
     """Experts, routing options, and the active auxiliary losses and biases."""
     moe = run.moe
     capacity = "dropless"
-    if moe.capacity_factor:
+    if moe.uses_capacity:
         capacity = f"capacity {moe.capacity_factor:g} by {moe.capacity_priority}"
     normalized = moe.norm_topk_prob and moe.top_k > 1
 
@@ -99,7 +99,7 @@ def _balancing_terms(run: RunConfig) -> list[str]:
         for modality, value in by_modality.items():
             if value:
                 terms.append(f"{name.removesuffix('_weight')} {modality}".rstrip() + f" {value:g}")
-    if balance.bias != "none":
+    if balance.uses_bias:
         scope = " per modality" if balance.bias_per_modality else ""
         terms.append(f"{balance.bias} bias{scope}, rate {balance.bias_rate:g}")
     return terms

@@ -64,10 +64,9 @@ class MoEConfig:
     one."""
     stop: int = -1
     """Index at which the MoE blocks end (exclusive); -1 means that the last block is included."""
-    backend: Literal["auto", "grouped", "loop", "deepspeed"] = "auto"
+    backend: Literal["auto", "grouped", "loop"] = "auto"
     """Implementation of the experts: `grouped` uses one grouped matrix product, `loop` computes one
-    expert after the other, and `auto` selects the faster one. `deepspeed` trains with DeepSpeed's
-    MoE layer, for comparison."""
+    expert after the other, and `auto` selects the faster one."""
 
     def __post_init__(self) -> None:
         require(
@@ -98,7 +97,7 @@ class MoEConfig:
             f"moe.capacity_group_size is {self.capacity_group_size}, but must be at least 1",
         )
         require(
-            not (self.routing == "expert_choice" and self.capacity_factor),
+            not (self.routing == "expert_choice" and self.uses_capacity),
             f"moe.routing is expert_choice, where all experts have equal load, but "
             f"moe.capacity_factor is {self.capacity_factor}; set moe.capacity_factor=0",
         )
@@ -142,10 +141,20 @@ class MoEConfig:
         return self.noise_std / self.num_experts
 
     @property
+    def uses_capacity(self) -> bool:
+        """Whether the capacity of the experts is limited during training."""
+        return self.capacity_factor > 0
+
+    @property
+    def uses_noise(self) -> bool:
+        """Whether noise is added to the router logits during training."""
+        return self.routing == "noisy_top_k"
+
+    @property
     def is_random(self) -> bool:
         """Whether routing uses random numbers during training."""
-        has_random_priority = self.capacity_factor > 0 and self.capacity_priority == "random"
-        return self.routing in ("sampled", "noisy_top_k") or has_random_priority
+        has_random_priority = self.uses_capacity and self.capacity_priority == "random"
+        return self.uses_noise or self.routing == "sampled" or has_random_priority
 
     def patches_per_expert(self, num_patches: int) -> int:
         """Number of patches of an image that each expert takes with `routing: expert_choice`:
@@ -212,3 +221,8 @@ class BalanceConfig:
     """Separate biases for patches and text, each updated from the load of its modality."""
     bias_freeze_ratio: float = 0.03
     """Last fraction of the run in which the biases are not updated."""
+
+    @property
+    def uses_bias(self) -> bool:
+        """Whether the layers have expert biases."""
+        return self.bias != "none"

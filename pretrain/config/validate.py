@@ -13,7 +13,6 @@ from pretrain.config.checks.data import augment_problems, data_problems, eval_pr
 from pretrain.config.checks.experts import balance_problems, expert_problems
 from pretrain.config.checks.layout import batch_problems, parallel_problems, precision_problems
 from pretrain.config.checks.ranges import range_problems
-from pretrain.config.deepspeed_moe import deepspeed_moe_problems
 from pretrain.config.schema import RunConfig
 
 
@@ -23,7 +22,6 @@ def check_run(
     *,
     source: str = "",
     training: bool = True,
-    zero_stage: int | None = None,
 ) -> None:
     """Raise one error that lists all problems of a run.
 
@@ -32,20 +30,18 @@ def check_run(
         world_size: Number of ranks.
         source: Prefix of the error message, such as the run's file.
         training: Also check what only training needs: shards and a tokenizer.
-        zero_stage: ZeRO stage of the DeepSpeed profile, if it matters
-            (`pretrain.parallel.deepspeed_config.zero_stage_of`).
 
     Raises:
         ConfigError: There is at least one problem.
     """
-    messages = problems(run, world_size, zero_stage)
+    messages = problems(run, world_size)
     if training:
         messages += training_problems(run)
     if messages:
         raise ConfigError(join_problems(messages, source))
 
 
-def problems(run: RunConfig, world_size: int, zero_stage: int | None = None) -> list[str]:
+def problems(run: RunConfig, world_size: int) -> list[str]:
     """One message for every invalid setting and every contradiction between settings or with the
     number of ranks; empty for a valid run."""
     return [
@@ -58,7 +54,6 @@ def problems(run: RunConfig, world_size: int, zero_stage: int | None = None) -> 
         *augment_problems(run.data.augment),
         *eval_problems(run),
         *precision_problems(run),
-        *deepspeed_moe_problems(run, zero_stage),
     ]
 
 

@@ -13,38 +13,12 @@ R = Q / 2 rotary frequencies.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.model.layers import Linear, RMSNorm, apply_rotary
-from pretrain.moe.token_metadata import TokenMetadata
-
-
-class TokenLayout(NamedTuple):
-    """Layout of the flat token list; shared by all blocks of a forward pass."""
-
-    num_pairs: int
-    """B"""
-    num_patches: int
-    """P; 0 for a batch without images."""
-    context_length: int
-    """S, the padded length; 0 for a batch without captions."""
-    text_positions: Tensor
-    """Flat indices b x S + s of the valid text tokens, int64."""
-    cos_T1R: Tensor
-    """Rotary cosines of every token, `[tokens, 1, head_width / 2]`."""
-    sin_T1R: Tensor
-    """Rotary sines of every token, `[tokens, 1, head_width / 2]`."""
-    metadata: TokenMetadata
-    """Metadata of the tokens for the routers."""
-
-    @property
-    def num_patch_tokens(self) -> int:
-        """Number of patch tokens in the flat list; text tokens follow them."""
-        return self.num_pairs * self.num_patches
+from pretrain.moe.tokens import TokenBatch
 
 
 class Attention(nn.Module):
@@ -58,47 +32,48 @@ class Attention(nn.Module):
         self.key_norm = RMSNorm(width // num_heads)
         self.out = Linear(width, width)
 
-    def forward(self, x_TD: Tensor, layout: TokenLayout) -> Tensor:
+    def forward(self, x_TD: Tensor, tokens: TokenBatch) -> Tensor:
         """Return `[tokens, width]`."""
-        tokens, width = x_TD.shape
-        split = layout.num_patch_tokens
-        qkv_T3HQ = self.qkv(x_TD).view(tokens, 3, self.num_heads, width // self.num_heads)
+        num_tokens, width = x_TD.shape
+        split = tokens.num_patch_tokens
+        qkv_T3HQ = self.qkv(x_TD).view(num_tokens, 3, self.num_heads, width // self.num_heads)
         q, k, v = qkv_T3HQ.unbind(1)
-        q = apply_rotary(self.query_norm(q), layout.cos_T1R, layout.sin_T1R)
-        k = apply_rotary(self.key_norm(k), layout.cos_T1R, layout.sin_T1R)
+        assert tokens.cos_T1R is not None and tokens.sin_T1R is not None
+        q = apply_rotary(self.query_norm(q), tokens.cos_T1R, tokens.sin_T1R)
+        k = apply_rotary(self.key_norm(k), tokens.cos_T1R, tokens.sin_T1R)
 
         outputs = []
         patch_keys = patch_values = None
         if split:
             patch_queries, patch_keys, patch_values = (
-                _split_pairs(t[:split], layout) for t in (q, k, v)
+                _split_pairs(t[:split], tokens) for t in (q, k, v)
             )
             y_BHPQ = F.scaled_dot_product_attention(patch_queries, patch_keys, patch_values)
             outputs.append(y_BHPQ.transpose(1, 2).reshape(split, width))
 
-        if layout.context_length:
-            text_queries, text_keys, text_values = (_pad_text(t[split:], layout) for t in (q, k, v))
+        if tokens.context_length:
+            text_queries, text_keys, text_values = (_pad_text(t[split:], tokens) for t in (q, k, v))
             if self.fused and patch_keys is not None and patch_values is not None:
                 text_keys = torch.cat([patch_keys, text_keys], dim=2)
                 text_values = torch.cat([patch_values, text_values], dim=2)
             y_BHSQ = _causal_attention(text_queries, text_keys, text_values)
-            padded = y_BHSQ.transpose(1, 2).reshape(layout.num_pairs * layout.context_length, width)
-            outputs.append(padded.index_select(0, layout.text_positions))
+            padded = y_BHSQ.transpose(1, 2).reshape(tokens.num_pairs * tokens.context_length, width)
+            outputs.append(padded.index_select(0, tokens.text_positions))
 
         output_TD: Tensor = self.out(torch.cat(outputs) if len(outputs) > 1 else outputs[0])
         return output_TD
 
 
-def _split_pairs(x_THQ: Tensor, layout: TokenLayout) -> Tensor:
+def _split_pairs(x_THQ: Tensor, tokens: TokenBatch) -> Tensor:
     """Patch tokens `[B x P, heads, q]` -> `[B, heads, P, q]`."""
-    return x_THQ.view(layout.num_pairs, layout.num_patches, *x_THQ.shape[1:]).transpose(1, 2)
+    return x_THQ.view(tokens.num_pairs, tokens.num_patches, *x_THQ.shape[1:]).transpose(1, 2)
 
 
-def _pad_text(x_THQ: Tensor, layout: TokenLayout) -> Tensor:
+def _pad_text(x_THQ: Tensor, tokens: TokenBatch) -> Tensor:
     """Valid text tokens `[text tokens, heads, q]` -> `[B, heads, S, q]`, zeros at the padding."""
-    padded = x_THQ.new_zeros(layout.num_pairs * layout.context_length, *x_THQ.shape[1:])
-    padded = padded.index_copy(0, layout.text_positions, x_THQ)
-    return padded.view(layout.num_pairs, layout.context_length, *x_THQ.shape[1:]).transpose(1, 2)
+    padded = x_THQ.new_zeros(tokens.num_pairs * tokens.context_length, *x_THQ.shape[1:])
+    padded = padded.index_copy(0, tokens.text_positions, x_THQ)
+    return padded.view(tokens.num_pairs, tokens.context_length, *x_THQ.shape[1:]).transpose(1, 2)
 
 
 def _causal_attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from pretrain.config.experts import BalanceConfig, MoEConfig
 from pretrain.config.schema import ModelConfig
-from pretrain.model.attention import Attention, TokenLayout
+from pretrain.model.attention import Attention
 from pretrain.model.layers import RMSNorm
 from pretrain.moe.layer import MoELayer, SwiGLU
 from pretrain.moe.statistics import RouterStats
+from pretrain.moe.tokens import TokenBatch
 
 
 class MoELayerFactory(Protocol):
@@ -54,11 +55,11 @@ class Block(nn.Module):
         else:
             self.ffn = SwiGLU(model.width, model.ffn_width)
 
-    def forward(self, x_TD: Tensor, layout: TokenLayout) -> tuple[Tensor, RouterStats | None]:
+    def forward(self, x_TD: Tensor, tokens: TokenBatch) -> tuple[Tensor, RouterStats | None]:
         """Return the tokens `[tokens, width]` and, for a sparse block, the router's statistics."""
-        x_TD = x_TD + self.attention(self.attention_norm(x_TD), layout)
+        x_TD = x_TD + self.attention(self.attention_norm(x_TD), tokens)
         normed_TD = self.ffn_norm(x_TD)
         if self.is_sparse:
-            y_TD, stats = self.ffn(normed_TD, layout.metadata)
+            y_TD, stats = self.ffn(normed_TD, tokens)
             return x_TD + y_TD, stats
         return x_TD + self.ffn(normed_TD), None

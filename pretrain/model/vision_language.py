@@ -25,15 +25,13 @@ from torch.utils.checkpoint import checkpoint
 
 from pretrain.config.experts import BalanceConfig, MoEConfig
 from pretrain.config.schema import ModelConfig
-from pretrain.model.attention import TokenLayout
 from pretrain.model.block import Block, MoELayerFactory
 from pretrain.model.heads import ImageHead, TextHead
 from pretrain.model.layers import RMSNorm, TextEmbedding, rotary_angles_1d, rotary_angles_2d
-from pretrain.model.routing_context import RoutingContext, add_routing_context
 from pretrain.model.stem import make_stem
 from pretrain.moe.layer import MoELayer
 from pretrain.moe.statistics import RouterStats, stack_stats
-from pretrain.moe.token_metadata import TokenMetadata
+from pretrain.moe.tokens import TokenBatch
 
 # Normalization of uint8 pixels to about zero mean and unit variance, the same for all channels.
 PIXEL_MEAN, PIXEL_STD = 127.5, 63.75
@@ -102,8 +100,7 @@ class VisionLanguageModel(nn.Module):
         images: Tensor,
         text_ids: Tensor,
         text_lengths: Tensor,
-        text_positions: Tensor,
-        context: RoutingContext | None = None,
+        tokens: TokenBatch,
     ) -> ModelOutput:
         """Compute embeddings and caption loss of a micro-batch in one pass.
 
@@ -112,32 +109,33 @@ class VisionLanguageModel(nn.Module):
             text_ids: int64 `[pairs, S]`: start token, caption, end token, padding on the right.
             text_lengths: Valid tokens of each caption, start and end tokens included, int64
                 `[pairs]`.
-            text_positions: Flat indices b x S + s of the valid tokens in row-major order, int64.
-            context: What routing depends on in addition to the tokens; not needed for evaluation.
+            tokens: Which tokens are valid, and what random routing and capacity limits need
+                (`token_batch`).
         """
-        patches = self.config.num_patches
-        layout = self._layout(images.shape[0], patches, text_ids.shape[1], text_positions, context)
-        ids_T = text_ids.flatten().index_select(0, text_positions)
+        tokens = self._with_rotary(tokens)
+        ids_T = text_ids.flatten().index_select(0, tokens.text_positions)
         x_TD = torch.cat([self._embed_patches(images), self._embed_text(ids_T)])
         ends_B = text_lengths.cumsum(0) - 1
-        split = layout.num_patch_tokens
+        split = tokens.num_patch_tokens
 
         stats: list[RouterStats] = []
         text_embedding = x_TD.new_zeros(0)
         for index, block in enumerate(self.blocks):
             if index == self.config.fusion_layer:
                 text_embedding = self.text_head(x_TD[split:].index_select(0, ends_B))
-            x_TD, block_stats = self._run(block, x_TD, layout)
+            x_TD, block_stats = self._run(block, x_TD, tokens)
             if block_stats is not None:
                 stats.append(block_stats)
 
-        image_embedding = self.image_head(x_TD[:split].view(len(images), patches, x_TD.shape[1]))
+        image_embedding = self.image_head(
+            x_TD[:split].view(len(images), tokens.num_patches, x_TD.shape[1])
+        )
         loss_sum, predicted = self._caption_loss(x_TD[split:], ids_T, ends_B)
 
         # `full` fills on the device; copying from the host would wait for the whole forward pass.
         counts = [
             torch.full((), count, device=x_TD.device)
-            for count in (predicted, split, text_positions.shape[0])
+            for count in (predicted, split, tokens.text_positions.shape[0])
         ]
         return ModelOutput(
             image_embedding=image_embedding,
@@ -149,35 +147,46 @@ class VisionLanguageModel(nn.Module):
             router=stack_stats(stats, self.moe.num_experts, x_TD.device),
         )
 
+    def token_batch(self, text_ids: Tensor, text_positions: Tensor) -> TokenBatch:
+        """The tokens of image-text pairs for `forward`, as evaluation needs them.
+
+        Args:
+            text_ids: `[pairs, S]`.
+            text_positions: Flat indices b x S + s of the valid tokens in row-major order, int64.
+        """
+        return TokenBatch(
+            text_ids.shape[0], self.config.num_patches, text_ids.shape[1], text_positions
+        )
+
     def encode_image(self, images: Tensor) -> Tensor:
         """Embed images without captions: unit vectors, float32 `[images, embed_dim]`."""
         no_text = torch.zeros(0, dtype=torch.int64, device=images.device)
-        layout = self._layout(images.shape[0], self.config.num_patches, 0, no_text)
+        tokens = TokenBatch(images.shape[0], self.config.num_patches, 0, no_text)
+        tokens = self._with_rotary(tokens)
         x_TD = self._embed_patches(images)
         for block in self.blocks:
-            x_TD, _ = block(x_TD, layout)
+            x_TD, _ = block(x_TD, tokens)
         patches_BPD = x_TD.view(images.shape[0], self.config.num_patches, self.config.width)
         return self.image_head(patches_BPD)  # type: ignore[no-any-return]
 
     def encode_text(self, text_ids: Tensor, text_lengths: Tensor, text_positions: Tensor) -> Tensor:
         """Embed captions without images: unit vectors, float32 `[captions, embed_dim]`."""
-        layout = self._layout(text_ids.shape[0], 0, text_ids.shape[1], text_positions)
+        tokens = TokenBatch(text_ids.shape[0], 0, text_ids.shape[1], text_positions)
+        tokens = self._with_rotary(tokens)
         x_TD = self._embed_text(text_ids.flatten().index_select(0, text_positions))
         for block in list(self.blocks)[: self.config.fusion_layer]:
-            x_TD, _ = block(x_TD, layout)
+            x_TD, _ = block(x_TD, tokens)
         embedding: Tensor = self.text_head(x_TD.index_select(0, text_lengths.cumsum(0) - 1))
         return embedding
 
     def caption_logits(self, images: Tensor, text_ids: Tensor, text_positions: Tensor) -> Tensor:
         """Next-token logits at each valid text token, float32 `[valid tokens, V]`."""
-        layout = self._layout(
-            images.shape[0], self.config.num_patches, text_ids.shape[1], text_positions
-        )
+        tokens = self._with_rotary(self.token_batch(text_ids, text_positions))
         text_TD = self._embed_text(text_ids.flatten().index_select(0, text_positions))
         x_TD = torch.cat([self._embed_patches(images), text_TD])
         for block in self.blocks:
-            x_TD, _ = block(x_TD, layout)
-        hidden_TD = self.caption_norm(x_TD[layout.num_patch_tokens :])
+            x_TD, _ = block(x_TD, tokens)
+        hidden_TD = self.caption_norm(x_TD[tokens.num_patch_tokens :])
         return self.text_embedding(hidden=hidden_TD).float()  # type: ignore[no-any-return]
 
     def next_token_logits(self, images: Tensor, text_ids: Tensor, text_lengths: Tensor) -> Tensor:
@@ -216,7 +225,7 @@ class VisionLanguageModel(nn.Module):
         return torch.stack(values) if values else torch.zeros(0, 1, self.moe.num_experts)
 
     def _run(
-        self, block: nn.Module, x_TD: Tensor, layout: TokenLayout
+        self, block: nn.Module, x_TD: Tensor, tokens: TokenBatch
     ) -> tuple[Tensor, RouterStats | None]:
         """Run one block, with activation checkpointing if configured.
 
@@ -225,35 +234,24 @@ class VisionLanguageModel(nn.Module):
         """
         if self.config.activation_checkpointing and torch.is_grad_enabled():
             output: tuple[Tensor, RouterStats | None]
-            output = checkpoint(block, x_TD, layout, use_reentrant=False)
+            output = checkpoint(block, x_TD, tokens, use_reentrant=False)
         else:
-            output = block(x_TD, layout)
+            output = block(x_TD, tokens)
         return output
 
-    def _layout(
-        self,
-        pairs: int,
-        patches: int,
-        context_length: int,
-        text_positions: Tensor,
-        context: RoutingContext | None = None,
-    ) -> TokenLayout:
-        """Rotary angles and metadata of all tokens of the flat list."""
-        device = text_positions.device
+    def _with_rotary(self, tokens: TokenBatch) -> TokenBatch:
+        """Add the rotary angles of all tokens."""
+        device = tokens.text_positions.device
         if self.text_angles.device != device:
             self.patch_angles = self.patch_angles.to(device)
             self.text_angles = self.text_angles.to(device)
 
-        angles = self.patch_angles[:patches].repeat(pairs, 1)
-        if context_length:
-            text_angles = self.text_angles.index_select(0, text_positions % context_length)
-            angles = torch.cat([angles, text_angles])
+        angles = self.patch_angles[: tokens.num_patches].repeat(tokens.num_pairs, 1)
+        if tokens.context_length:
+            columns = tokens.text_positions % tokens.context_length
+            angles = torch.cat([angles, self.text_angles.index_select(0, columns)])
         cos, sin = (f(angles).unsqueeze(1).to(self.compute_dtype) for f in (torch.cos, torch.sin))
-
-        metadata = TokenMetadata(pairs, patches, context_length, text_positions)
-        if context is not None:
-            metadata = add_routing_context(metadata, context, self.moe)
-        return TokenLayout(pairs, patches, context_length, text_positions, cos, sin, metadata)
+        return tokens._replace(cos_T1R=cos, sin_T1R=sin)
 
     def _embed_patches(self, images: Tensor) -> Tensor:
         """uint8 images -> `[images x P, width]`, patches in row-major order."""

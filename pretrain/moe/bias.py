@@ -31,7 +31,7 @@ class ExpertBias(nn.Module):
 
 def build_expert_bias(moe: MoEConfig, balance: BalanceConfig) -> ExpertBias | None:
     """Zero-initialized biases of a layer, or None if `balance.bias` is `none`."""
-    if balance.bias == "none":
+    if not balance.uses_bias:
         return None
     return ExpertBias(2 if balance.bias_per_modality else 1, moe.num_experts)
 
@@ -39,7 +39,7 @@ def build_expert_bias(moe: MoEConfig, balance: BalanceConfig) -> ExpertBias | No
 def bias_rate(balance: BalanceConfig, step: int, total_steps: int) -> float:
     """Update rate at `step` (0-based); 0 during the last `bias_freeze_ratio` of the run."""
     frozen = step >= total_steps * (1 - balance.bias_freeze_ratio)
-    return 0.0 if frozen or balance.bias == "none" else balance.bias_rate
+    return 0.0 if frozen or not balance.uses_bias else balance.bias_rate
 
 
 def updated_bias(

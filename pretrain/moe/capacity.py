@@ -19,14 +19,14 @@ from torch import Tensor
 from pretrain.config.experts import MoEConfig
 from pretrain.moe.noise import PRIORITY, random_int64
 from pretrain.moe.routing import Routing, count_assignments, count_ids
-from pretrain.moe.token_metadata import TokenMetadata
+from pretrain.moe.tokens import TokenBatch
 
 
 def apply_capacity(
     routing: Routing,
     gates_TE: Tensor,
     config: MoEConfig,
-    tokens: TokenMetadata,
+    tokens: TokenBatch,
     *,
     block_index: int,
 ) -> Routing:
@@ -61,7 +61,7 @@ def apply_capacity(
     )
 
 
-def capacity(config: MoEConfig, tokens: TokenMetadata) -> Tensor:
+def capacity(config: MoEConfig, tokens: TokenBatch) -> Tensor:
     """Capacity of every expert in every group: ceil(factor x k x tokens / experts), int64 `[groups,
     experts]`.
 
@@ -91,9 +91,7 @@ def _pool_capacity(tokens_G: Tensor, config: MoEConfig, num_experts: int) -> Ten
     return torch.ceil(exact_G - 1e-9).to(torch.int64).unsqueeze(1).expand(-1, num_experts)
 
 
-def _priority(
-    gates_TE: Tensor, config: MoEConfig, tokens: TokenMetadata, block_index: int
-) -> Tensor:
+def _priority(gates_TE: Tensor, config: MoEConfig, tokens: TokenBatch, block_index: int) -> Tensor:
     """Priority of each token; the smallest value comes first."""
     if config.capacity_priority == "position":
         # By pair. In the order of the flat list, all patches of a group would come before its text.

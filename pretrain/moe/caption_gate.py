@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain.moe.token_metadata import TokenMetadata
+from pretrain.moe.tokens import TokenBatch
 
 SCORE_CAP = 10.0
 """Attention logits are soft-capped to -10..10 (tanh), so that running sums of their exponentials
@@ -39,7 +39,7 @@ class CaptionGate(nn.Module):
         self.query = nn.Parameter(torch.empty(num_experts, width))
         self.value = nn.Parameter(torch.empty(num_experts, width))
 
-    def forward(self, text_TD: Tensor, tokens: TokenMetadata) -> Tensor:
+    def forward(self, text_TD: Tensor, tokens: TokenBatch) -> Tensor:
         """Return logits to add for the text tokens, float32 `[text tokens, experts]`."""
         with torch.autocast(text_TD.device.type, enabled=False):
             x_TD = text_TD.float()
@@ -52,7 +52,7 @@ class CaptionGate(nn.Module):
             return value_sum_TE / weight_sum_TE
 
 
-def _running_sums(x_TX: Tensor, tokens: TokenMetadata) -> Tensor:
+def _running_sums(x_TX: Tensor, tokens: TokenBatch) -> Tensor:
     """Cumulative sum of every column X over the positions of each caption, `[text tokens, X]`."""
     columns = x_TX.shape[1]
     padded = x_TX.new_zeros(tokens.num_pairs * tokens.context_length, columns)

@@ -22,7 +22,7 @@ from pretrain.moe.dispatch import Dispatcher, LocalDispatcher
 from pretrain.moe.experts import StackedExperts, l1_norm
 from pretrain.moe.routing import Routing, Scores, assign_experts, score_tokens
 from pretrain.moe.statistics import RouterStats, router_stats
-from pretrain.moe.token_metadata import TokenMetadata
+from pretrain.moe.tokens import TokenBatch
 
 
 class SwiGLU(nn.Module):
@@ -97,16 +97,14 @@ class MoELayer(nn.Module):
             width,
             config.expert_width,
             num_local_experts or config.num_experts,
-            # Models trained with DeepSpeed's MoE layer are evaluated with this one, which computes
-            # the same function.
-            "auto" if config.backend == "deepspeed" else config.backend,
+            config.backend,
         )
         self.shared = None
         if config.shared_experts:
             self.shared = SwiGLU(width, config.shared_experts * config.expert_width)
         self.dispatcher: Dispatcher = dispatcher or LocalDispatcher()
 
-    def forward(self, x_TD: Tensor, tokens: TokenMetadata) -> tuple[Tensor, RouterStats]:
+    def forward(self, x_TD: Tensor, tokens: TokenBatch) -> tuple[Tensor, RouterStats]:
         """Apply the layer.
 
         During training, routing may be random and the capacity limited. In evaluation mode every
@@ -123,7 +121,7 @@ class MoELayer(nn.Module):
         y_TD = self.dispatcher.run(x_TD, routing, self.experts, self.shared)
         return y_TD, self._statistics(logits_TE, scored, routing, tokens)
 
-    def route(self, x_TD: Tensor, tokens: TokenMetadata) -> tuple[Tensor, Scores, Routing]:
+    def route(self, x_TD: Tensor, tokens: TokenBatch) -> tuple[Tensor, Scores, Routing]:
         """Compute the router logits `[tokens, experts]`, the gate scores and the assignments."""
         config, split = self.config, tokens.num_patch_tokens
         logits_TE = self.gate(x_TD)
@@ -138,14 +136,14 @@ class MoELayer(nn.Module):
         routing = assign_experts(
             scored, config, tokens, bias_ME, block_index=self.block_index, noise=self.training
         )
-        if config.capacity_factor and self.training:
+        if config.uses_capacity and self.training:
             routing = apply_capacity(
                 routing, scored.gates_TE, config, tokens, block_index=self.block_index
             )
         return logits_TE, scored, routing
 
     def _statistics(
-        self, logits_TE: Tensor, scored: Scores, routing: Routing, tokens: TokenMetadata
+        self, logits_TE: Tensor, scored: Scores, routing: Routing, tokens: TokenBatch
     ) -> RouterStats:
         return router_stats(
             logits_TE,

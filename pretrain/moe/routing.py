@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pretrain.config.experts import MoEConfig
 from pretrain.moe.noise import gumbel, normal
-from pretrain.moe.token_metadata import TokenMetadata
+from pretrain.moe.tokens import TokenBatch
 from pretrain.moe.topk import topk_indices
 
 
@@ -70,7 +70,7 @@ def gate_scores(logits_TE: Tensor, score_func: Literal["softmax", "sigmoid"]) ->
 
 
 def score_tokens(
-    logits_TE: Tensor, config: MoEConfig, tokens: TokenMetadata, *, block_index: int, noise: bool
+    logits_TE: Tensor, config: MoEConfig, tokens: TokenBatch, *, block_index: int, noise: bool
 ) -> Scores:
     """Compute the gate scores of every token for every expert.
 
@@ -83,7 +83,7 @@ def score_tokens(
     """
     logits_TE = mask_pools(logits_TE * config.temperature, config, tokens.num_patch_tokens)
     scores_TE = gate_scores(logits_TE, config.score_func)
-    if not (noise and config.routing == "noisy_top_k"):
+    if not (noise and config.uses_noise):
         return Scores(logits_TE, scores_TE, scores_TE)
 
     assert tokens.token_hash_T is not None
@@ -113,7 +113,7 @@ def mask_pools(logits_TE: Tensor, config: MoEConfig, num_patch_tokens: int) -> T
 def assign_experts(
     scored: Scores,
     config: MoEConfig,
-    tokens: TokenMetadata,
+    tokens: TokenBatch,
     bias_ME: Tensor | None,
     *,
     block_index: int,
@@ -204,7 +204,7 @@ def _select_top_k(
 
 
 def _expert_choice(
-    scored: Scores, config: MoEConfig, tokens: TokenMetadata, bias_ME: Tensor | None
+    scored: Scores, config: MoEConfig, tokens: TokenBatch, bias_ME: Tensor | None
 ) -> Routing:
     """Assign to every expert its best patches of each image; text tokens use top-k routing.
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pretrain.config.experts import MoEConfig
 from pretrain.moe.routing import Routing, Scores, count_assignments, mask_other_pool, mask_pools
-from pretrain.moe.token_metadata import MODALITIES, TokenMetadata
+from pretrain.moe.tokens import MODALITIES, TokenBatch
 
 __all__ = ["GRADIENT_FIELDS", "MODALITIES", "RouterStats", "router_stats", "stack_stats"]
 
@@ -66,7 +66,7 @@ def router_stats(
     logits_TE: Tensor,
     scored: Scores,
     routing: Routing,
-    tokens: TokenMetadata,
+    tokens: TokenBatch,
     config: MoEConfig,
     *,
     load: bool = False,

@@ -126,20 +126,6 @@ def zero_stage(profile_json: Mapping[str, Any], path: Path) -> int:
     return stage
 
 
-def zero_stage_of(run: RunConfig) -> int | None:
-    """ZeRO stage of a run's profile, for `pretrain.config.validate`.
-
-    None unless the run uses DeepSpeed's MoE layer; for others the stage needs no validation.
-
-    Raises:
-        ConfigError: The profile does not exist or is invalid.
-    """
-    if run.moe.backend != "deepspeed" or run.parallel.engine == "plain":
-        return None
-    path = profile_path(run.parallel.deepspeed)
-    return zero_stage(load_profile(path), path)
-
-
 def resolve(
     run: RunConfig,
     profile_json: Mapping[str, Any],

@@ -1,34 +1,36 @@
-"""The interface between the training loop and the hardware: `TrainEngine`.
+"""Model and optimizer of one rank: `Engine`.
 
-`PlainEngine` (one process) and `DeepSpeedEngine` implement it.
-
-The gradients of an engine are those of the *mean over ranks* of the losses passed to `backward`,
-summed over the micro-batches of a step. A loss that is one rank's term of the global loss must
-therefore be multiplied by `world_size`.
+`PlainEngine` (one process of plain torch, the reference) and `DeepSpeedEngine` implement it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from data_pipeline.samples import Batch
 from pretrain.model.vision_language import ModelOutput, VisionLanguageModel
+from pretrain.parallel.communicator import Communicator
 from pretrain.parallel.layout import Layout
 
+GradientObserver = Callable[[dict[str, Tensor]], None]
+"""Receives the gradients of a step by name, see `Engine.gradients`."""
 
-class TrainEngine(Protocol):
-    """Model, optimizer and collectives of one rank."""
 
-    rank: int
-    world_size: int
+class Engine(Protocol):
+    """Forward, backward, optimizer step and state of one rank.
+
+    Names of tensors are those of `pretrain.parallel.tensor_names`.
+    """
+
+    communicator: Communicator
     layout: Layout
-    device: torch.device
     model: VisionLanguageModel
     """This rank's module. With expert parallelism every call of it is collective."""
+    gradient_observer: GradientObserver | None
+    """Called by every rank at the start of each `step`, before clipping."""
 
     def forward(
         self, batch: Batch, *, step_seed: int = 0, coactivation: bool = False
@@ -43,7 +45,8 @@ class TrainEngine(Protocol):
         ...
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Accumulate the gradients of `loss`; `last` is set for the last micro-batch of a step."""
+        """Accumulate the gradients of the sum over ranks of `loss`, this rank's term of the global
+        loss; `last` is set for the last micro-batch of a step."""
         ...
 
     def step(self, learning_rate: float) -> float:
@@ -52,44 +55,23 @@ class TrainEngine(Protocol):
         ...
 
     def gradients(self) -> dict[str, Tensor]:
-        """Full gradients by parameter name, float32; valid between the last backward and the step.
+        """Full gradients of this rank's weights by name, float32; valid between the last backward
+        and the step. Collective."""
+        ...
 
-        This rank's slice of the experts is named `NAME@first:last`. Collective.
+    def master_weights(self) -> dict[str, Tensor]:
+        """The weights that the optimizer updates, float32 on CPU, by name. Collective.
+
+        With ZeRO and bfloat16, the weights of the module are rounded copies of these. Unlike
+        `model_tensors`, every rank returns all weights that it holds, so that diverged replicas can
+        be detected.
         """
-        ...
-
-    def all_gather(self, rows: Tensor) -> Tensor:
-        """Concatenate the rows of all ranks along dim 0, in rank order.
-
-        Differentiable: gradients are summed over ranks and returned to the rank of each row.
-        """
-        ...
-
-    def all_reduce_sum(self, values: Tensor) -> Tensor:
-        """Sum over ranks, without gradient."""
-        ...
-
-    def all_ranks_true(self, value: bool) -> bool:
-        """Whether `value` is true on every rank. Collective."""
-        ...
-
-    def barrier(self) -> None:
-        """Wait for every rank."""
-        ...
-
-    def broadcast_json(self, value: Any) -> Any:
-        """Rank 0's value, on every rank. Collective."""
-        ...
-
-    def all_gather_json(self, value: Any) -> list[Any]:
-        """Every rank's value, in rank order, on every rank. Collective."""
         ...
 
     def model_tensors(self) -> dict[str, Tensor]:
-        """The model tensors that this rank saves. Collective.
+        """The model tensors that this rank saves, by name. Collective.
 
-        Rank 0 saves the dense weights and the expert biases; experts are named
-        `NAME@first:last`.
+        Rank 0 saves the dense weights and the expert biases.
         """
         ...
 
@@ -105,7 +87,6 @@ class TrainEngine(Protocol):
         """Load this rank's optimizer shard, saved with the same layout."""
         ...
 
-
-def slice_name(name: str, first: int, count: int) -> str:
-    """Name of a slice of stacked experts in files: `NAME@first:last`, `last` excluded."""
-    return f"{name}@{first}:{first + count}"
+    def close(self) -> None:
+        """Free references to this engine outside of it; it cannot be used afterwards."""
+        ...

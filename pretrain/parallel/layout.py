@@ -27,9 +27,6 @@ class Layout:
     """`fp32` or `bf16`."""
     num_experts: int
     """Number of routed experts per layer (`moe.num_experts`)."""
-    expert_layer: str = "builtin"
-    """Implementation of the MoE layer, `builtin` or `deepspeed`. Their optimizer shards are ordered
-    differently."""
 
     def __post_init__(self) -> None:
         if self.world_size % self.expert_parallel_size:

@@ -3,43 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from data_pipeline.common.errors import CheckpointError, DataError
 from data_pipeline.samples import Batch
-from pretrain.config.experts import MoEConfig
 from pretrain.config.schema import OptimConfig
-from pretrain.model.routing_context import RoutingContext
 from pretrain.model.vision_language import ModelOutput, VisionLanguageModel
-from pretrain.optim.groups import build_adamw, is_expert, parameter_groups
-from pretrain.parallel.engine import slice_name
+from pretrain.optim.groups import build_adamw, parameter_groups
+from pretrain.parallel.communicator import Communicator, LocalCommunicator
+from pretrain.parallel.engine import GradientObserver
+from pretrain.parallel.inputs import model_inputs
 from pretrain.parallel.layout import Layout
+from pretrain.parallel.load_weights import checked_tensor, load_buffers
+from pretrain.parallel.tensor_names import tensor_name
 
 
 class PlainEngine:
-    """`TrainEngine` for a world size of 1."""
+    """`Engine` for a world size of 1."""
 
     def __init__(
         self, model: VisionLanguageModel, optim: OptimConfig, layout: Layout, device: torch.device
     ) -> None:
-        self.rank, self.world_size, self.layout, self.device = 0, 1, layout, device
+        self.communicator: Communicator = LocalCommunicator(device)
+        self.layout = layout
         self.model = model.to(device)
+        self.gradient_observer: GradientObserver | None = None
         self._clip_norm = optim.clip_norm
         self._optimizer = build_adamw(parameter_groups(self.model, optim, "experts"), optim)
 
     def forward(
         self, batch: Batch, *, step_seed: int = 0, coactivation: bool = False
     ) -> ModelOutput:
-        context = routing_context(batch, self.model.moe, self.device, step_seed, coactivation)
-        return self.model(*model_inputs(batch, self.device), context)  # type: ignore[no-any-return]
+        device = self.communicator.device
+        inputs = model_inputs(
+            batch, self.model, device, step_seed=step_seed, coactivation=coactivation
+        )
+        return self.model(*inputs)  # type: ignore[no-any-return]
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         loss.backward()
 
     def step(self, learning_rate: float) -> float:
+        if self.gradient_observer is not None:
+            self.gradient_observer(self.gradients())
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         norm = clip_gradients(
@@ -51,39 +58,25 @@ class PlainEngine:
 
     def gradients(self) -> dict[str, Tensor]:
         return {
-            _checkpoint_name(name, parameter): parameter.grad.detach().float().clone()
+            self._name(name): parameter.grad.detach().float().clone()
             for name, parameter in self.model.named_parameters()
             if parameter.grad is not None
         }
 
-    def all_gather(self, rows: Tensor) -> Tensor:
-        return rows
-
-    def all_reduce_sum(self, values: Tensor) -> Tensor:
-        return values.detach()
-
-    def all_ranks_true(self, value: bool) -> bool:
-        return value
-
-    def barrier(self) -> None:
-        return None
-
-    def broadcast_json(self, value: Any) -> Any:
-        return value
-
-    def all_gather_json(self, value: Any) -> list[Any]:
-        return [value]
+    def master_weights(self) -> dict[str, Tensor]:
+        return {
+            self._name(name): parameter.detach().to("cpu", copy=True)
+            for name, parameter in self.model.named_parameters()
+        }
 
     def model_tensors(self) -> dict[str, Tensor]:
-        weights = {_checkpoint_name(n, p): p.detach() for n, p in self.model.named_parameters()}
+        weights = {self._name(n): p.detach() for n, p in self.model.named_parameters()}
         return weights | {name: buffer.detach() for name, buffer in self.model.named_buffers()}
 
     def load_model_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
-                parameter.copy_(
-                    checked_tensor(tensors, _checkpoint_name(name, parameter), parameter)
-                )
+                parameter.copy_(checked_tensor(tensors, self._name(name), parameter))
             load_buffers(self.model, tensors)
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
@@ -102,6 +95,12 @@ class PlainEngine:
             }
             if state:
                 self._optimizer.state[parameter] = state
+
+    def close(self) -> None:
+        return None
+
+    def _name(self, parameter_name: str) -> str:
+        return tensor_name(parameter_name, self.layout, self.communicator.rank)
 
 
 def clip_gradients(gradients: Sequence[Tensor], max_norm: float) -> float:
@@ -122,93 +121,3 @@ def clip_gradients(gradients: Sequence[Tensor], max_norm: float) -> float:
     if max_norm and norm > max_norm:
         torch._foreach_mul_(list(gradients), max_norm / (norm + 1e-6))
     return norm
-
-
-def model_inputs(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Images, text ids, text lengths and text positions of a batch, on `device`."""
-    tensors = (batch.images, batch.text_ids, batch.text_lengths, batch.text_positions)
-    images, ids, lengths, positions = (tensor.to(device, non_blocking=True) for tensor in tensors)
-    return images, ids, lengths, positions
-
-
-def routing_context(
-    batch: Batch, moe: MoEConfig, device: torch.device, step_seed: int, coactivation: bool
-) -> RoutingContext:
-    """Inputs of routing other than the tokens, on `device`.
-
-    Capacity groups are consecutive pairs of the global batch. A micro-batch holds whole groups, so
-    the group of a pair follows from its slot in the micro-batch, whether or not other samples were
-    skipped.
-
-    Raises:
-        DataError: This run's routing needs sample ids or slots, but the batch has none.
-    """
-
-    def check_length(values: Tensor, name: str) -> Tensor:
-        if len(values) != len(batch.images):
-            raise DataError(
-                f"a batch of {len(batch.images)} pairs has {len(values)} {name}; this run's "
-                f"routing (moe.routing {moe.routing}, moe.capacity_factor {moe.capacity_factor}) "
-                f"needs one per pair"
-            )
-        return values
-
-    context = RoutingContext(step_seed=step_seed, coactivation=coactivation)
-    if moe.is_random:
-        pair_ids_B = check_length(batch.ids, "ids")
-        context = context._replace(pair_ids_B=pair_ids_B.to(device, non_blocking=True))
-    if moe.capacity_factor:
-        slots_B = check_length(batch.slots, "slots")
-        group_B = torch.div(slots_B, moe.capacity_group_size, rounding_mode="floor")
-        # Computed before the copy to the device, to avoid a synchronization.
-        num_groups = int(group_B.max()) + 1 if len(group_B) else 0
-        context = context._replace(
-            group_B=group_B.to(device, non_blocking=True), num_groups=num_groups
-        )
-    return context
-
-
-BIAS_SUFFIX = ".bias.value"
-"""Suffix of the names of expert biases (`pretrain.moe.bias.ExpertBias` in `MoELayer.bias`)."""
-
-
-def load_buffers(model: VisionLanguageModel, tensors: Mapping[str, Tensor]) -> None:
-    """Load the buffers of a model: the expert biases.
-
-    Raises:
-        CheckpointError: The checkpoint lacks a bias, or has one that this run's model does not.
-    """
-    buffers = dict(model.named_buffers())
-    unexpected = sorted(n for n in tensors if n.endswith(BIAS_SUFFIX) and n not in buffers)
-    if unexpected:
-        raise CheckpointError(
-            f"the checkpoint has expert biases in {len(unexpected)} layers, such as "
-            f"{unexpected[0]!r}, but this run's model has none there; without them tokens would be "
-            f"routed to other experts. Set balance.bias and balance.bias_per_modality as in "
-            f"config.yaml of the run folder, or use another run folder"
-        )
-    for name, buffer in buffers.items():
-        buffer.copy_(checked_tensor(tensors, name, buffer))
-
-
-def checked_tensor(tensors: Mapping[str, Tensor], name: str, like: Tensor) -> Tensor:
-    """The tensor of a checkpoint with this name, which must have the shape of `like`.
-
-    Raises:
-        CheckpointError: There is no such tensor, or it has another shape.
-    """
-    tensor = tensors.get(name)
-    if tensor is None or tensor.shape != like.shape:
-        actual = f"no {name!r}" if tensor is None else f"{name!r} of shape {list(tensor.shape)}"
-        raise CheckpointError(
-            f"the checkpoint has {actual}, but this run's model needs shape {list(like.shape)}. "
-            f"Set the model, moe and balance sections as in config.yaml of the run folder "
-            f"(balance.bias and balance.bias_per_modality determine the biases), or use another "
-            f"run folder"
-        )
-    return tensor
-
-
-def _checkpoint_name(name: str, parameter: Tensor) -> str:
-    """Name of a parameter in `model_tensors`."""
-    return slice_name(name, 0, parameter.shape[0]) if is_expert(name) else name

@@ -16,14 +16,14 @@ from pretrain.config.batch import BatchPlan, plan_batch
 from pretrain.config.schema import RunConfig
 from pretrain.config.validate import check_run
 from pretrain.model import build_model
+from pretrain.parallel.communicator import Communicator
 from pretrain.parallel.deepspeed_config import (
     load_profile,
     profile_path,
     resolve,
     zero_stage,
-    zero_stage_of,
 )
-from pretrain.parallel.engine import TrainEngine
+from pretrain.parallel.engine import Engine
 from pretrain.parallel.environment import (
     RankEnvironment,
     rank_environment,
@@ -50,7 +50,7 @@ def build(run: RunConfig, out: Path) -> TrainComponents:
     setup_logging(environment.rank)
     if environment.device.type == "cpu":
         retain_freed_memory()
-    check_run(run, environment.world_size, source="this run", zero_stage=zero_stage_of(run))
+    check_run(run, environment.world_size, source="this run")
     batch_plan = plan_batch(
         run.batch.global_batch_size, run.batch.micro_batch_size, environment.world_size
     )
@@ -58,15 +58,18 @@ def build(run: RunConfig, out: Path) -> TrainComponents:
     _check_vocabulary(run, tokenizer)
     sources = open_sources_if_indexed(run)
     engine = build_engine(run, environment, batch_plan)
+    communicator = engine.communicator
     # All ranks decide together: files on a node's local disk may differ.
-    if not engine.all_ranks_true(sources is not None) or sources is None:
-        sources = index_data(run, out, engine)
+    if not communicator.all_true(sources is not None) or sources is None:
+        sources = index_data(run, out, communicator)
 
     fingerprint = data_fingerprint(sources, run.data.shuffle_window)
-    check_same_on_all_ranks(engine, fingerprint, tokenizer.fingerprint)
+    check_same_on_all_ranks(communicator, fingerprint, tokenizer.fingerprint)
     manifests = [source.manifest for source in sources]
-    run_on_rank_zero(engine, out, lambda: check_local_shards(manifests, run.data.max_corrupt_ratio))
-    run_on_rank_zero(engine, out, lambda: create_run_folder(run, out, tokenizer))
+    run_on_rank_zero(
+        communicator, out, lambda: check_local_shards(manifests, run.data.max_corrupt_ratio)
+    )
+    run_on_rank_zero(communicator, out, lambda: create_run_folder(run, out, tokenizer))
     log_to_file(out / "logs" / f"rank-{environment.rank:05d}.log", environment.rank)
     _log_sources(run, environment.world_size, sources)
     return TrainComponents(
@@ -81,9 +84,7 @@ def build(run: RunConfig, out: Path) -> TrainComponents:
     )
 
 
-def build_engine(
-    run: RunConfig, environment: RankEnvironment, batch_plan: BatchPlan
-) -> TrainEngine:
+def build_engine(run: RunConfig, environment: RankEnvironment, batch_plan: BatchPlan) -> Engine:
     """The initialized model on this rank's engine. Collective with DeepSpeed."""
     if run.parallel.engine == "plain":
         plain = Layout(
@@ -96,46 +97,40 @@ def build_engine(
         return PlainEngine(build_model(run), run.optim, plain, environment.device)
     path = profile_path(run.parallel.deepspeed)
     profile = load_profile(path)
-    native = run.moe.backend == "deepspeed"
     layout = Layout(
         world_size=environment.world_size,
         expert_parallel_size=run.parallel.expert_parallel_size,
         zero_stage=zero_stage(profile, path),
         precision=run.precision.compute,
         num_experts=run.moe.num_experts,
-        expert_layer="deepspeed" if native else "builtin",
     )
     start_process_group(environment, run.parallel.timeout_seconds)
 
     # Imported late: DeepSpeed takes seconds to import and requires DS_ACCELERATOR to be set.
     from pretrain.parallel.deepspeed_engine import DeepSpeedEngine
     from pretrain.parallel.deepspeed_moe import expert_parallel_layer_factory
-    from pretrain.parallel.deepspeed_native_moe import init_like_moe_layer, native_layer_factory
 
-    first_expert = layout.first_expert(environment.rank)
-    if native:
-        make_moe_layer = native_layer_factory(layout)
-    else:
-        make_moe_layer = expert_parallel_layer_factory(layout, environment.rank)
-    model = build_model(run, make_moe_layer=make_moe_layer, first_expert=first_expert)
-    if native:
-        init_like_moe_layer(model, run, first_expert)
+    model = build_model(
+        run,
+        make_moe_layer=expert_parallel_layer_factory(layout, environment.rank),
+        first_expert=layout.first_expert(environment.rank),
+    )
     config = resolve(run, profile, path, Path(CONFIG_FILE), batch_plan)
     return DeepSpeedEngine(model, run.optim, layout, environment.device, config)
 
 
-def check_same_on_all_ranks(engine: TrainEngine, data: str, tokenizer: str) -> None:
+def check_same_on_all_ranks(communicator: Communicator, data: str, tokenizer: str) -> None:
     """Check that all ranks read the same data: copies on local disks may be outdated. Collective.
 
     Args:
-        engine: Provides the collectives.
+        communicator: Provides the collectives.
         data: Fingerprint of this rank's manifests.
         tokenizer: Fingerprint of this rank's tokenizer.
 
     Raises:
         DataError: A rank's fingerprints differ from those of rank 0; raised on every rank.
     """
-    fingerprints = engine.all_gather_json([data, tokenizer])
+    fingerprints = communicator.all_gather_json([data, tokenizer])
     for index, setting in enumerate(("data.train", "data.tokenizer")):
         expected = fingerprints[0][index]
         differing = [rank for rank, values in enumerate(fingerprints) if values[index] != expected]

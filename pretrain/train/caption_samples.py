@@ -12,7 +12,7 @@ from data_pipeline.loading.loader import read_all
 from data_pipeline.samples import Batch
 from data_pipeline.shards.manifest import load_manifest
 from pretrain.evaluate.generation import generate_captions
-from pretrain.parallel.engine import TrainEngine
+from pretrain.parallel.engine import Engine
 from pretrain.train.components import TrainComponents
 from pretrain.train.reporter import Reporter
 
@@ -26,13 +26,13 @@ class RankZeroLogits:
     one that ends first would leave the others waiting in a collective.
     """
 
-    engine: TrainEngine
+    engine: Engine
 
     def next_token_logits(self, images: Tensor, text_ids: Tensor, text_lengths: Tensor) -> Tensor:
         """Logits of the token after the last valid one, `[images, vocabulary]`. Collective."""
         logits = self.engine.model.next_token_logits(images, text_ids, text_lengths)
-        return self.engine.all_reduce_sum(
-            logits if self.engine.rank == 0 else torch.zeros_like(logits)
+        return self.engine.communicator.all_reduce_sum(
+            logits if self.engine.communicator.rank == 0 else torch.zeros_like(logits)
         )
 
 
@@ -84,7 +84,7 @@ class CaptionSampleLogger:
         engine.model.eval()
         token_ids = generate_captions(
             RankZeroLogits(engine),
-            self.batch.images.to(engine.device),
+            self.batch.images.to(engine.communicator.device),
             start_id=tokenizer.start_id,
             end_id=tokenizer.end_id,
             max_length=components.run.model.context_length,

@@ -17,7 +17,8 @@ from data_pipeline.order.state import LoaderState
 from data_pipeline.settings import DataConfig
 from pretrain.config.batch import BatchPlan
 from pretrain.config.schema import RunConfig
-from pretrain.parallel.engine import TrainEngine
+from pretrain.parallel.communicator import Communicator
+from pretrain.parallel.engine import Engine
 from pretrain.parallel.environment import RankEnvironment
 from pretrain.train.run_folder import (
     CHECKPOINTS_FOLDER,
@@ -40,9 +41,14 @@ class TrainComponents:
     """`time.perf_counter()` at the start of building."""
     environment: RankEnvironment
     batch_plan: BatchPlan
-    engine: TrainEngine
+    engine: Engine
     tokenizer: Tokenizer
     sources: tuple[Source, ...]
+
+    @property
+    def communicator(self) -> Communicator:
+        """Collectives of this rank."""
+        return self.engine.communicator
 
     @property
     def data(self) -> DataConfig:
@@ -86,7 +92,7 @@ class TrainComponents:
 
     def on_rank_zero(self, work: Callable[[], T]) -> T | None:
         """See `run_on_rank_zero`. Collective."""
-        return run_on_rank_zero(self.engine, self.out, work)
+        return run_on_rank_zero(self.communicator, self.out, work)
 
     def save_resolved_config(self) -> None:
         """Write the resolved settings and the tokenizer into the run folder. Collective.

@@ -22,7 +22,7 @@ from data_pipeline.loading.sources import Source, open_sources
 from data_pipeline.shards.indexing import index_for_run
 from data_pipeline.shards.manifest import MANIFEST_NAME
 from pretrain.config.schema import RunConfig
-from pretrain.parallel.engine import TrainEngine
+from pretrain.parallel.communicator import Communicator
 
 logger = logging.getLogger(__name__)
 
@@ -44,13 +44,13 @@ def open_sources_if_indexed(run: RunConfig) -> tuple[Source, ...] | None:
     return open_sources(run.data.sources, timeout_seconds=min(60.0, run.data.timeout_seconds))
 
 
-def index_data(run: RunConfig, out: Path, engine: TrainEngine) -> tuple[Source, ...]:
+def index_data(run: RunConfig, out: Path, communicator: Communicator) -> tuple[Source, ...]:
     """Index the sources that have no manifest, and open all sources of a run. Collective.
 
     Args:
         run: The run.
         out: The run folder, shared by all ranks.
-        engine: Provides the collectives.
+        communicator: Provides the collectives.
 
     Raises:
         DataError: Shards cannot be read, or a drop-list does not belong to its source.
@@ -58,9 +58,11 @@ def index_data(run: RunConfig, out: Path, engine: TrainEngine) -> tuple[Source, 
     indexed: dict[str, str] = {}
     for address in dict.fromkeys(source.shards for source in run.data.sources):
         # Rank 0 decides, since indexing is collective and storage may change in between.
-        if engine.broadcast_json(_needs_indexing(address, run) if engine.rank == 0 else None):
+        if communicator.broadcast_json(
+            _needs_indexing(address, run) if communicator.rank == 0 else None
+        ):
             folder = out / MANIFESTS_FOLDER / hashlib.sha256(address.encode()).hexdigest()[:16]
-            _index_on_all_ranks(run, address, folder, engine)
+            _index_on_all_ranks(run, address, folder, communicator)
             indexed[address] = str(folder)
     return open_sources(
         run.data.sources, timeout_seconds=min(60.0, run.data.timeout_seconds), manifest_urls=indexed
@@ -84,26 +86,28 @@ def _needs_indexing(address: str, run: RunConfig) -> bool:
         return False  # opening the manifest then raises a more specific error
 
 
-def _index_on_all_ranks(run: RunConfig, shards: str, folder: Path, engine: TrainEngine) -> None:
+def _index_on_all_ranks(
+    run: RunConfig, shards: str, folder: Path, communicator: Communicator
+) -> None:
     """Every rank indexes a part of the shards, then rank 0 writes the manifest. Collective."""
     workers = max(1, usable_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
-    if engine.world_size > 1:
+    if communicator.world_size > 1:
         # Ranks synchronize by files, because indexing may take hours and a collective would time
         # out after parallel.timeout_seconds. If a rank fails, torchrun stops the others.
-        attempt = engine.broadcast_json(uuid.uuid4().hex)
+        attempt = communicator.broadcast_json(uuid.uuid4().hex)
         index_for_run(
             shards,
             str(folder),
             workers=workers,
-            part=(engine.rank, engine.world_size),
+            part=(communicator.rank, communicator.world_size),
             timeout_seconds=run.data.timeout_seconds,
         )
-        _wait_for_all(folder, attempt, engine.rank, engine.world_size)
-    if engine.rank == 0:
+        _wait_for_all(folder, attempt, communicator.rank, communicator.world_size)
+    if communicator.rank == 0:
         index_for_run(
             shards, str(folder), workers=workers, timeout_seconds=run.data.timeout_seconds
         )
-    engine.barrier()
+    communicator.barrier()
 
 
 def _wait_for_all(folder: Path, attempt: str, rank: int, world_size: int) -> None:

@@ -89,7 +89,7 @@ def _train_loop(
         problems = [problem for batch in batches for problem in batch.problems]
         logs.window.add(result, wait_seconds, problems)
 
-        stopping = not engine.all_ranks_true(not stop.is_set)
+        stopping = not engine.communicator.all_true(not stop.is_set)
         last = stopping or state.step == run.schedule.total_steps
         saving = last or _is_multiple(state.step, run.checkpoint.every_steps)
         # Logged before every save, so that a resumed run neither repeats nor loses a row.
@@ -123,10 +123,10 @@ class _WindowLogs:
         *,
         first_sample: int,
     ) -> None:
-        run, engine = components.run, components.engine
-        self.window = Window(run, engine.world_size, engine.device)
+        run, communicator = components.run, components.communicator
+        self.window = Window(run, communicator.world_size, communicator.device)
         self._guard = CorruptSampleGuard(run.data.max_corrupt_ratio, samples_read=first_sample)
-        self._engine, self._loader, self._reporter = engine, loader, reporter
+        self._communicator, self._loader, self._reporter = communicator, loader, reporter
 
     def write(self, state: TrainState, rate: float) -> None:
         """Log the window and start a new one. Collective.
@@ -134,7 +134,7 @@ class _WindowLogs:
         Raises:
             DataError: Too many samples were corrupt; raised on every rank.
         """
-        gathered = self._engine.all_gather_json(self.window.rank_report().to_json())
+        gathered = self._communicator.all_gather_json(self.window.rank_report().to_json())
         reports = [RankReport.from_json(report) for report in gathered]
         if self._reporter is not None:
             problems = [problem for report in reports for problem in report.problems]

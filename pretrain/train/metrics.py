@@ -203,7 +203,7 @@ def _routing_values(
         "top_probability": float(stats.top1_prob_sum_M[layer, modality]) / tokens,
         "top1_ratio": float(stats.top1_ME[layer, modality].max()) / tokens,
     }
-    if run.moe.capacity_factor:
+    if run.moe.uses_capacity:
         assignments = float(stats.assignments_ME[layer, modality].sum())
         kept = float(stats.kept_ME[layer, modality].sum())
         values["dropped"] = 1 - kept / max(1.0, assignments)

@@ -21,7 +21,7 @@ def train_command(run: RunConfig, out: Path) -> None:
     try:
         components = build(run, out)
         train(components)
-        components.engine.barrier()
+        components.communicator.barrier()
     except RuntimeError as error:
         if not is_connection_error(error):
             raise

@@ -16,8 +16,8 @@ from data_pipeline.content.tokenizer import Tokenizer
 from pretrain.checkpoint.retention import list_checkpoints
 from pretrain.config.batch import BatchPlan
 from pretrain.config.schema import RunConfig
+from pretrain.parallel.communicator import Communicator
 from pretrain.parallel.deepspeed_config import load_profile, profile_path, resolve
-from pretrain.parallel.engine import TrainEngine
 
 T = TypeVar("T")
 
@@ -64,14 +64,14 @@ def _without_secrets(run: RunConfig) -> RunConfig:
     return replace(run, data=run.data.without_secrets(), eval=replace(run.eval, sets=eval_sets))
 
 
-def run_on_rank_zero(engine: TrainEngine, out: Path, work: Callable[[], T]) -> T | None:
+def run_on_rank_zero(communicator: Communicator, out: Path, work: Callable[[], T]) -> T | None:
     """Call `work` on rank 0; returns its result there and None on other ranks. Collective.
 
     Raises:
         VlmError: `work` raised a VlmError or an OSError; raised on every rank.
     """
     problem, result = None, None
-    if engine.rank == 0:
+    if communicator.rank == 0:
         try:
             result = work()
         except VlmError as error:
@@ -82,7 +82,7 @@ def run_on_rank_zero(engine: TrainEngine, out: Path, work: Callable[[], T]) -> T
                 f"cannot write into the run folder {out}: {error.strerror}; check the path, "
                 f"its permissions and the free space, or choose another --out",
             ]
-    problem = engine.broadcast_json(problem)
+    problem = communicator.broadcast_json(problem)
     if problem:
         raise getattr(errors, problem[0], VlmError)(problem[1])
     return result

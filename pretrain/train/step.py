@@ -38,7 +38,7 @@ from pretrain.moe.auxiliary import LinearizedLosses, linearize
 from pretrain.moe.bias import bias_rate
 from pretrain.moe.noise import derive_step_seed
 from pretrain.moe.statistics import RouterStats
-from pretrain.parallel.engine import TrainEngine
+from pretrain.parallel.engine import Engine
 
 
 class StepResult(NamedTuple):
@@ -70,7 +70,7 @@ class StepResult(NamedTuple):
 
 
 def train_step(
-    engine: TrainEngine,
+    engine: Engine,
     batches: Sequence[Batch],
     run: RunConfig,
     *,
@@ -93,7 +93,9 @@ def train_step(
     """
     work = _Step(engine, batches, run, derive_step_seed(run.seed, step), coactivation)
     terms, auxiliary, sums, scale = work.backward() if len(batches) == 1 else work.accumulate()
-    task_terms = engine.all_reduce_sum(torch.stack([term.detach().double() for term in terms]))
+    task_terms = engine.communicator.all_reduce_sum(
+        torch.stack([term.detach().double() for term in terms])
+    )
     # Called before the number of pairs is copied to the host. An empty global batch does not change
     # the biases, since it has no assignments.
     engine.model.update_biases(
@@ -101,7 +103,7 @@ def train_step(
     )
 
     losses = torch.cat([task_terms, *(value.view(1) for value in auxiliary.values.values())])
-    biases = engine.model.biases().to(engine.device)
+    biases = engine.model.biases().to(engine.communicator.device)
     on_cpu = copy_to_cpu([losses, scale, sums.pairs, sums.tokens_M, biases, *sums.router])
     losses, scale, pairs, tokens_M, biases, *router = on_cpu
     names = (*TaskLosses._fields, *auxiliary.values)
@@ -144,7 +146,7 @@ class _PassResult(NamedTuple):
 class _Step(NamedTuple):
     """Forward and backward of one step."""
 
-    engine: TrainEngine
+    engine: Engine
     batches: Sequence[Batch]
     run: RunConfig
     step_seed: int
@@ -162,7 +164,7 @@ class _Step(NamedTuple):
             sums=sums,
         )
         local_term = terms.weighted_sum(self.run.loss) + auxiliary.local_term(output.router)
-        engine.backward(engine.world_size * local_term, last=True)
+        engine.backward(local_term, last=True)
         return _PassResult(terms, auxiliary, sums, output.logit_scale.detach())
 
     def accumulate(self) -> _PassResult:
@@ -177,7 +179,7 @@ class _Step(NamedTuple):
         zero = torch.zeros_like(contrastive.detach())
         # The weight of the contrastive loss is applied here, so the gradients of the leaves, and
         # hence the surrogates below, already contain it.
-        (engine.world_size * TaskLosses(contrastive, zero).weighted_sum(loss)).backward()
+        TaskLosses(contrastive, zero).weighted_sum(loss).backward()
 
         caption = zero.clone()
         for index, (batch, leaf) in enumerate(zip(self.batches, leaves, strict=True)):
@@ -194,9 +196,7 @@ class _Step(NamedTuple):
             scale_term = _surrogate(output.logit_scale, leaves[0].logit_scale)
             surrogate = surrogate + scale_term / len(self.batches)
             local_term = terms.weighted_sum(loss) + auxiliary.local_term(output.router)
-            engine.backward(
-                engine.world_size * local_term + surrogate, last=index == len(self.batches) - 1
-            )
+            engine.backward(local_term + surrogate, last=index == len(self.batches) - 1)
             caption += terms.caption.detach()
         terms = TaskLosses(contrastive.detach(), caption)
         return _PassResult(terms, auxiliary, sums, first_pass[0].logit_scale)
@@ -210,7 +210,7 @@ class _Step(NamedTuple):
         The gradient of a weight penalty is computed in every micro-batch of every rank that holds
         the weight, hence the numbers of copies.
         """
-        num_micro_batches = len(self.batches) * self.engine.world_size
+        num_micro_batches = len(self.batches) * self.engine.communicator.world_size
         return linearize(
             sums.router,
             sums.tokens_M,
@@ -225,7 +225,7 @@ class _Step(NamedTuple):
         return _contrastive(self.engine, outputs, self.batches, sums, self.run.loss, num_rows)
 
 
-def global_sums(engine: TrainEngine, outputs: Sequence[ModelOutput]) -> GlobalSums:
+def global_sums(engine: Engine, outputs: Sequence[ModelOutput]) -> GlobalSums:
     """Sum counts and statistics over all micro-batches and ranks, in one all-reduce."""
     device = outputs[0].tokens_M.device
     num_pairs = sum(output.image_embedding.shape[0] for output in outputs)
@@ -238,7 +238,7 @@ def global_sums(engine: TrainEngine, outputs: Sequence[ModelOutput]) -> GlobalSu
     ]
 
     local_sums = [pairs, caption, tokens_M, *stats]
-    packed = engine.all_reduce_sum(
+    packed = engine.communicator.all_reduce_sum(
         torch.cat([tensor.detach().flatten().double() for tensor in local_sums])
     )
     chunks = packed.split([tensor.numel() for tensor in local_sums])
@@ -264,7 +264,7 @@ def _surrogate(value: Tensor, leaf: Tensor) -> Tensor:
 
 
 def _contrastive(
-    engine: TrainEngine,
+    engine: Engine,
     outputs: Sequence[ModelOutput],
     batches: Sequence[Batch],
     sums: GlobalSums,
@@ -280,14 +280,14 @@ def _contrastive(
     both_RD = F.pad(torch.cat([image_BD, text_BD], dim=1), (0, 0, 0, num_rows - pairs))
     labels_R2 = hashes_B.new_zeros(num_rows, 2)
     labels_R2[:pairs, 0], labels_R2[:pairs, 1] = hashes_B, 1
-    image_GD, text_GD = engine.all_gather(both_RD).chunk(2, dim=1)
-    hashes_G, valid_G = engine.all_gather(labels_R2).unbind(1)
+    image_GD, text_GD = engine.communicator.all_gather(both_RD).chunk(2, dim=1)
+    hashes_G, valid_G = engine.communicator.all_gather(labels_R2).unbind(1)
     gathered = GatheredPairs(
         image_GD=image_GD,
         text_GD=text_GD,
         hashes_G=hashes_G,
         valid_G=valid_G.bool(),
-        first_row=engine.rank * num_rows,
+        first_row=engine.communicator.rank * num_rows,
     )
     return local_info_nce(
         image_BD,

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from data_pipeline.common.config import apply_overrides, from_mapping
 from pretrain.config.schema import RunConfig
-from pretrain.parallel.deepspeed_engine import all_gather_json
+from pretrain.parallel.communicator import TorchCommunicator
 from pretrain.parallel.environment import stop_process_group
 from pretrain.train import loop
 from pretrain.train.build import build
@@ -143,8 +143,8 @@ def compare(run: RunConfig, out: Path, name: str, stop_steps: list[int]) -> None
             equal["rows"] = rows == comparable_rows(uninterrupted)
             equal["logged_steps"] = [row["step"] for row in rows] == list(range(1, STEPS + 1))
 
-        different = all_gather_json(
-            [key for key, is_equal in equal.items() if not is_equal], torch.device("cpu")
+        different = TorchCommunicator(torch.device("cpu")).all_gather_json(
+            [key for key, is_equal in equal.items() if not is_equal]
         )
         if dist.get_rank() == 0:
             result = {"name": name, "stop_step": stop_step, "different": different}

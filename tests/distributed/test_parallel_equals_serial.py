@@ -82,8 +82,6 @@ CASES: dict[int, Cases] = {
         ("plain", cell(0, 1, 4, "rank")),
         ("noisy", cell(0, 1, 4, recompute=True)),
         ("sampled", cell(3, 1, 2)),
-        ("deepspeed-one", cell(0)),
-        ("deepspeed", cell(1, 1, 4, recompute=True)),
     ],
     # With expert parallelism 2 there are two copies of the experts: gradients are summed inside
     # a copy and averaged over the copies.
@@ -130,10 +128,6 @@ CASES: dict[int, Cases] = {
         ("pools", cell(2, 2, 4, recompute=True)),
         # Here some elements of the router's gradient are pure rounding error, which Adam scales up.
         ("pools", cell(2, 2, 4, "pairs", recompute=True)),
-        ("deepspeed", cell(0, 2, 1, "pairs")),
-        ("deepspeed-three", cell(1, 2, 2, recompute=True)),
-        ("deepspeed", cell(2, 1, 1, "rank")),
-        ("deepspeed-one", Cell(zero="1", expert_parallel_size=2, precision="bf16", missing="none")),
     ],
 }
 """Runs and cells by world size."""

@@ -64,13 +64,6 @@ RUN_SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"routing": "expert_choice", "router_input": "caption"},
         {"router_l1_weight": 1e-2},
     ),
-    # DeepSpeed's MoE layer; the reference is the builtin layer in one process.
-    "deepspeed": (
-        {"backend": "deepspeed"},
-        {"importance_weight": 0.1, "local_entropy_weight": BOTH_MODALITIES},
-    ),
-    "deepspeed-one": ({"backend": "deepspeed", "top_k": 1, "shared_experts": 0}, {}),
-    "deepspeed-three": ({"backend": "deepspeed", "top_k": 3}, {}),
     "pools": (
         {
             "backend": "loop",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pretrain.config.experts import BalanceConfig, MoEConfig
 from pretrain.moe.statistics import RouterStats
-from pretrain.moe.token_metadata import MODALITIES
+from pretrain.moe.tokens import MODALITIES
 
 
 def reference_terms(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pretrain.config.experts import MoEConfig
 from pretrain.moe.layer import MoELayer
-from pretrain.moe.token_metadata import TokenMetadata
+from pretrain.moe.tokens import TokenBatch
 
 # Shapes: T tokens, D width, M modalities, E experts.
 
@@ -74,7 +74,7 @@ def make_tokens(
     groups: list[int] | None = None,
     step_seed: int = 0,
     columns: int = 8,
-) -> tuple[TokenMetadata, list[Token]]:
+) -> tuple[TokenBatch, list[Token]]:
     """Tokens of pairs with captions of these lengths: the layer's metadata, and as a list."""
     ids, groups = ids or list(range(len(lengths))), groups or [0] * len(lengths)
     token_list = []
@@ -88,7 +88,7 @@ def make_tokens(
     positions = [
         token.pair * columns + token.position for token in token_list if token.modality == 1
     ]
-    tokens = TokenMetadata(
+    tokens = TokenBatch(
         len(lengths),
         patches,
         columns,

@@ -56,12 +56,12 @@ def routing_noise_seeded_by_rank() -> list[Patch]:
 
 def capacity_groups_shifted_by_missing_pairs() -> list[Patch]:
     """Capacity groups consist of the remaining pairs instead of the slots of the batch."""
-    original = deepspeed_engine.routing_context
+    original = deepspeed_engine.model_inputs
 
-    def renumbered(batch: Any, *args: Any) -> Any:
-        return original(batch._replace(slots=torch.arange(len(batch.slots))), *args)
+    def renumbered(batch: Any, *args: Any, **options: Any) -> Any:
+        return original(batch._replace(slots=torch.arange(len(batch.slots))), *args, **options)
 
-    return [mock.patch.object(deepspeed_engine, "routing_context", renumbered)]
+    return [mock.patch.object(deepspeed_engine, "model_inputs", renumbered)]
 
 
 def negated_router_logits() -> list[Patch]:
@@ -87,11 +87,11 @@ def one_rank_hangs() -> list[Patch]:
 
 def one_rank_raises() -> list[Patch]:
     """One rank raises an error while the others wait for it."""
-    original = deepspeed_engine.routing_context
+    original = deepspeed_engine.model_inputs
 
-    def fail(*args: Any) -> Any:
+    def fail(*args: Any, **options: Any) -> Any:
         if dist.get_rank() == 1:
             raise RuntimeError("injected error")
-        return original(*args)
+        return original(*args, **options)
 
-    return [mock.patch.object(deepspeed_engine, "routing_context", fail)]
+    return [mock.patch.object(deepspeed_engine, "model_inputs", fail)]

@@ -43,7 +43,7 @@ def clip_by_mean_of_local_norms() -> list[Patch]:
         squares = [gradient.float().square().sum() for gradient in gradients]
         norm = torch.stack(squares).sum().sqrt()
         dist.all_reduce(norm)
-        mean_norm = float(norm) / self.world_size
+        mean_norm = float(norm) / self.communicator.world_size
         if mean_norm > self._clip_norm:
             torch._foreach_mul_(gradients, self._clip_norm / (mean_norm + 1e-6))
         return mean_norm
@@ -80,7 +80,7 @@ def perturbed_weights_on_last_rank() -> list[Patch]:
 
     def build(*args: Any) -> Any:
         engine = original(*args)
-        if engine.rank == engine.world_size - 1:
+        if engine.communicator.rank == engine.communicator.world_size - 1:
             engine.model.get_parameter("caption_norm.weight").data.mul_(1 + 1e-6)
         return engine
 
@@ -93,7 +93,7 @@ def scaled_gradients_on_last_rank() -> list[Patch]:
 
     def build(*args: Any) -> Any:
         engine = original(*args)
-        if engine.rank == engine.world_size - 1:
+        if engine.communicator.rank == engine.communicator.world_size - 1:
             engine.model.get_parameter("blocks.2.ffn.experts.w3").register_hook(
                 lambda gradient: gradient * 1.001
             )
@@ -128,7 +128,7 @@ def missing_expert_gradients_of_last_rank() -> list[Patch]:
 
     def gradients(self: Any) -> Any:
         tensors = original(self)
-        if self.rank == self.world_size - 1:
+        if self.communicator.rank == self.communicator.world_size - 1:
             tensors = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
         return tensors
 

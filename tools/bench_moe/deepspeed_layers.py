@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tools.bench_moe.implementations import (
@@ -27,8 +28,17 @@ def native(shape: Shape, weights: Weights) -> Implementation:
     Raises:
         Unavailable: DeepSpeed cannot be imported.
     """
-    deepspeed_moe = _import("pretrain.parallel.deepspeed_native_moe", weights.w1.device)
-    layer = deepspeed_moe.make_native_moe(shape.width, shape.hidden, shape.experts, shape.k)
+    moe = _import("deepspeed.moe.layer", weights.w1.device).MoE
+    layer = moe(
+        shape.width,
+        _SwiGLUExpert(shape.width, shape.hidden),
+        num_experts=shape.experts,
+        k=shape.k,
+        min_capacity=0,
+        drop_tokens=False,
+        use_rts=False,
+        top2_2nd_expert_sampling=False,
+    )
     layer = layer.to(weights.w1.device, weights.w1.dtype)
     experts = layer.deepspeed_moe.experts.deepspeed_experts
     with torch.no_grad():
@@ -49,6 +59,21 @@ def native(shape: Shape, weights: Weights) -> Implementation:
         )
 
     return Implementation(layer, lambda x_TD: layer(x_TD)[0], gradients)
+
+
+class _SwiGLUExpert(nn.Module):
+    """One SwiGLU expert with weights `[1, out, in]`: one slice of `Weights`."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.w1 = nn.Parameter(torch.empty(1, hidden, width))
+        self.w2 = nn.Parameter(torch.empty(1, width, hidden))
+        self.w3 = nn.Parameter(torch.empty(1, hidden, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map the last dimension from `width` to `width`."""
+        w1, w2, w3 = (weight[0].to(x.dtype) for weight in (self.w1, self.w2, self.w3))
+        return F.linear(F.silu(F.linear(x, w1)) * F.linear(x, w3), w2)
 
 
 def auto_ep(shape: Shape, weights: Weights) -> Implementation:

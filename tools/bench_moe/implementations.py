@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pretrain.config.experts import BalanceConfig, MoEConfig
 from pretrain.moe.layer import MoELayer, SwiGLU
-from pretrain.moe.token_metadata import TokenMetadata
+from pretrain.moe.tokens import TokenBatch
 from tools.bench_moe.shapes import UNEVEN, Shape
 
 
@@ -116,7 +116,7 @@ def ours(shape: Shape, weights: Weights) -> Implementation:
     parameters = Weights(layer.gate.weight, layer.experts.w1, layer.experts.w2, layer.experts.w3)
     copy_weights(parameters, weights)
     text = shape.tokens // 2
-    tokens = TokenMetadata(1, shape.tokens - text, text, torch.arange(text, device=device))
+    tokens = TokenBatch(1, shape.tokens - text, text, torch.arange(text, device=device))
     return Implementation(
         layer, lambda x_TD: layer(x_TD, tokens)[0], lambda: gradients_of(parameters)
     )

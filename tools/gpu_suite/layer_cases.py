@@ -11,7 +11,7 @@ from torch import Tensor
 from pretrain.config.experts import BalanceConfig, MoEConfig
 from pretrain.moe.layer import MoELayer
 from pretrain.moe.noise import hash_tokens
-from pretrain.moe.token_metadata import TokenMetadata
+from pretrain.moe.tokens import TokenBatch
 from tools.bench_moe.implementations import sample_tokens, sample_weights
 from tools.bench_moe.shapes import Shape
 
@@ -46,7 +46,7 @@ class LayerCase(NamedTuple):
     layer: MoELayer
     x_TD: Tensor
     grad_TD: Tensor
-    tokens: TokenMetadata
+    tokens: TokenBatch
 
     def run(self) -> dict[str, Tensor]:
         """Forward and backward pass; returns the output and all gradients by name."""
@@ -93,10 +93,10 @@ def build(name: str, shape: Shape, device: torch.device, dtype: torch.dtype) -> 
     x_TD, grad_TD = sample_tokens(shape._replace(k=config.top_k), weights)
     layer = layer.to(device, dtype)
     x_TD = x_TD.detach().to(device, dtype).requires_grad_()
-    return LayerCase(layer, x_TD, grad_TD.to(device, dtype), _token_metadata(shape, device))
+    return LayerCase(layer, x_TD, grad_TD.to(device, dtype), _token_batch(shape, device))
 
 
-def _token_metadata(shape: Shape, device: torch.device) -> TokenMetadata:
+def _token_batch(shape: Shape, device: torch.device) -> TokenBatch:
     """Four pairs in two capacity groups; half of the tokens are patches, half text."""
     pairs, text = 4, shape.tokens // 8
     patches = shape.tokens // 4 - text
@@ -105,7 +105,7 @@ def _token_metadata(shape: Shape, device: torch.device) -> TokenMetadata:
     groups = torch.cat(
         [torch.arange(pairs).repeat_interleave(count) // 2 for count in (patches, text)]
     )
-    return TokenMetadata(
+    return TokenBatch(
         num_pairs=pairs,
         num_patches=patches,
         context_length=text,

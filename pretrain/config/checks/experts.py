@@ -34,7 +34,7 @@ def expert_problems(run: RunConfig) -> Iterator[str]:
         yield f"model.ffn_width is {model.ffn_width}, but must be at least 1"
 
     micro_batch_size = run.batch.micro_batch_size
-    if moe.capacity_factor and micro_batch_size % moe.capacity_group_size:
+    if moe.uses_capacity and micro_batch_size % moe.capacity_group_size:
         yield (
             f"moe.capacity_group_size is {moe.capacity_group_size}, which does not divide "
             f"batch.micro_batch_size ({micro_batch_size}); possible: "
@@ -83,12 +83,12 @@ def _global_entropy_problems(run: RunConfig) -> Iterator[str]:
 
 def _load_weight_problems(run: RunConfig) -> Iterator[str]:
     balance = run.balance
-    if balance.load_weight and run.moe.routing != "noisy_top_k":
+    if balance.load_weight and not run.moe.uses_noise:
         yield (
             f"balance.load_weight is {balance.load_weight}, but the load loss needs noise on the "
             f"logits; set moe.routing=noisy_top_k, or balance.load_weight=0"
         )
-    if balance.load_weight and balance.bias != "none":
+    if balance.load_weight and balance.uses_bias:
         yield (
             f"balance.load_weight is {balance.load_weight}, but the expected load is computed "
             f"without balance.bias ({balance.bias}), which affects the selection; set "
@@ -98,7 +98,7 @@ def _load_weight_problems(run: RunConfig) -> Iterator[str]:
 
 def _bias_problems(run: RunConfig) -> Iterator[str]:
     balance = run.balance
-    if balance.bias_per_modality and balance.bias == "none":
+    if balance.bias_per_modality and not balance.uses_bias:
         yield (
             "balance.bias_per_modality is true, but balance.bias is none; set balance.bias=sign or "
             "zscore, or balance.bias_per_modality=false"

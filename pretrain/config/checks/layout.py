@@ -65,7 +65,7 @@ def _expert_parallel_problems(run: RunConfig, world_size: int) -> Iterator[str]:
 def precision_problems(run: RunConfig) -> Iterator[str]:
     """Widths that the grouped matrix product does not support."""
     # `auto` uses the grouped product on GPU, and where the run will train is not known here.
-    if run.moe.backend in ("loop", "deepspeed"):
+    if run.moe.backend == "loop":
         return
     # torch's grouped matrix product needs rows that are aligned to 16 bytes.
     multiple = {"bf16": 8, "fp32": 4}[run.precision.compute]

@@ -138,7 +138,8 @@ def count(trained: TrainedModel, batches: Iterable[Batch], *, patches: int = 4) 
             if not batch.captions:
                 continue
             inputs = (batch.images, batch.text_ids, batch.text_lengths, batch.text_positions)
-            model(*(tensor.to(trained.device) for tensor in inputs))
+            images, ids, lengths, positions = (tensor.to(trained.device) for tensor in inputs)
+            model(images, ids, lengths, model.token_batch(ids, positions))
             counts.add(records, word_indices(vocabulary, batch), batch.ids.numpy())
     if problems:
         logger.warning("skipped %d corrupt samples: %s", problems.total(), dict(problems))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pretrain.model.vision_language import VisionLanguageModel
 from pretrain.moe.layer import MoELayer
-from pretrain.moe.token_metadata import MODALITIES, TokenMetadata
+from pretrain.moe.tokens import MODALITIES, TokenBatch
 
 Array = np.ndarray[Any, Any]
 
@@ -54,7 +54,7 @@ def record_routing(model: VisionLanguageModel) -> Iterator[list[RoutingRecord]]:
     records: list[RoutingRecord] = []
     layers = model.moe_layers()
 
-    def record(layer: nn.Module, inputs: tuple[Tensor, TokenMetadata], _: Any) -> None:
+    def record(layer: nn.Module, inputs: tuple[Tensor, TokenBatch], _: Any) -> None:
         assert isinstance(layer, MoELayer)
         assert not layer.training, "routing is only deterministic in evaluation mode"
         if layer is layers[0]:
@@ -69,7 +69,7 @@ def record_routing(model: VisionLanguageModel) -> Iterator[list[RoutingRecord]]:
             hook.remove()
 
 
-def _route(layer: MoELayer, x_TD: Tensor, tokens: TokenMetadata) -> RoutingRecord:
+def _route(layer: MoELayer, x_TD: Tensor, tokens: TokenBatch) -> RoutingRecord:
     """Evaluate the layer's router again."""
     _, scored, routing = layer.route(x_TD, tokens)
     probs_TE = scored.scores_TE / scored.scores_TE.sum(dim=-1, keepdim=True).clamp(min=1e-20)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pretrain.config.experts import MoEConfig
-from pretrain.moe.token_metadata import MODALITIES
+from pretrain.moe.tokens import MODALITIES
 
 Array = np.ndarray[Any, Any]
 

@@ -15,7 +15,7 @@ import numpy as np
 from pretrain.config.experts import MoEConfig
 from pretrain.evaluate.routing.counts import RoutingCounts
 from pretrain.evaluate.routing.grids import expected_coactivation, load_over_mean
-from pretrain.moe.token_metadata import MODALITIES
+from pretrain.moe.tokens import MODALITIES
 
 Array = np.ndarray[Any, Any]
 Report = dict[str, Any]

@@ -52,6 +52,7 @@ class FakeEngine:
     """Dense weights on rank 0, two experts and an optimizer shard on each rank."""
 
     def __init__(self, world: FakeWorld, rank: int, *, value: float = 0.0, **layout: Any) -> None:
+        self.communicator = self
         self.rank, self.world_size = rank, world.size
         defaults = {"expert_parallel_size": world.size, "num_experts": 2 * world.size}
         self.layout = FakeLayout(world_size=world.size, **(defaults | layout))

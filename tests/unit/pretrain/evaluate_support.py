@@ -44,6 +44,10 @@ class ExpertParallelWriter:
     world_size: int = 1
 
     @property
+    def communicator(self) -> ExpertParallelWriter:
+        return self
+
+    @property
     def layout(self) -> Layout:
         return Layout(
             world_size=2, expert_parallel_size=2, zero_stage=1, precision="fp32", num_experts=4

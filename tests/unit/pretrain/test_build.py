@@ -7,11 +7,11 @@ from typing import Any, cast
 import pytest
 
 from data_pipeline.common.errors import DataError
-from pretrain.parallel.engine import TrainEngine
+from pretrain.parallel.communicator import Communicator
 from pretrain.train.build import check_same_on_all_ranks
 
 
-class FakeEngine:
+class FakeCommunicator:
     """Returns fixed values of all ranks."""
 
     def __init__(self, *values: list[str]) -> None:
@@ -21,12 +21,12 @@ class FakeEngine:
         return self.values
 
 
-def engine(*values: list[str]) -> TrainEngine:
-    return cast(TrainEngine, FakeEngine(*values))
+def communicator(*values: list[str]) -> Communicator:
+    return cast(Communicator, FakeCommunicator(*values))
 
 
 def test_equal_data_on_every_rank() -> None:
-    check_same_on_all_ranks(engine(["a", "t"], ["a", "t"]), "a", "t")
+    check_same_on_all_ranks(communicator(["a", "t"], ["a", "t"]), "a", "t")
 
 
 @pytest.mark.parametrize(
@@ -35,4 +35,4 @@ def test_equal_data_on_every_rank() -> None:
 )
 def test_outdated_copies_on_a_node(second: list[str], message: str) -> None:
     with pytest.raises(DataError, match=message):
-        check_same_on_all_ranks(engine(["a", "t"], second), *second)
+        check_same_on_all_ranks(communicator(["a", "t"], second), *second)

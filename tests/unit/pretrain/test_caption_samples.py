@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pretrain.evaluate.generation import generate_captions
-from pretrain.parallel.engine import TrainEngine
+from pretrain.parallel.engine import Engine
 from pretrain.train.caption_samples import RankZeroLogits
 
 END, WORD = 2, 5
@@ -43,12 +43,12 @@ def test_all_ranks_use_the_logits_of_rank_0() -> None:
         (0, 1e-6, all_reduce_on_rank_0),
         (1, -1e-6, all_reduce_on_rank_1),
     ):
+        communicator = SimpleNamespace(rank=rank, all_reduce_sum=all_reduce_sum)
         attributes: dict[str, Any] = {
-            "rank": rank,
+            "communicator": communicator,
             "model": Model(margin=margin),
-            "all_reduce_sum": all_reduce_sum,
         }
-        engine = cast(TrainEngine, SimpleNamespace(**attributes))
+        engine = cast(Engine, SimpleNamespace(**attributes))
         images = torch.zeros(3, 3, 8, 8, dtype=torch.uint8)
         captions.append(
             generate_captions(RankZeroLogits(engine), images, start_id=1, end_id=END, max_length=6)

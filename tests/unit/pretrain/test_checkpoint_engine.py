@@ -60,7 +60,9 @@ def train(engine: PlainEngine, first: int, last: int) -> list[float]:
         images = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8, generator=generator)
         ids = torch.randint(4, 50, (4, 8), generator=generator)
         lengths = torch.tensor([8, 3, 5, 2])
-        output = engine.model(images, ids, lengths, valid_positions(lengths, 8))
+        output = engine.model(
+            images, ids, lengths, engine.model.token_batch(ids, valid_positions(lengths, 8))
+        )
         loss = output.caption_loss_sum / output.caption_tokens
         engine.backward(loss, last=True)
         engine.step(1e-2)

@@ -93,13 +93,14 @@ def test_forward_flops_equal_those_counted_by_torch(overrides: list[str]) -> Non
         torch.nn.init.normal_(parameter.data, std=0.02)
     pairs, text_tokens = 2, 16
     lengths = torch.full((pairs,), text_tokens)
+    text_ids = torch.ones(pairs, text_tokens, dtype=torch.int64)
     # The counter does not support the fused attention kernel of the CPU.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         model(
             torch.zeros(pairs, 3, 48, 48, dtype=torch.uint8),
-            torch.ones(pairs, text_tokens, dtype=torch.int64),
+            text_ids,
             lengths,
-            valid_positions(lengths, text_tokens),
+            model.token_batch(text_ids, valid_positions(lengths, text_tokens)),
         )
     expected = count_flops(run.model, run.moe, text_tokens=text_tokens).forward
     # The counter includes the masked half of causal attention; the formula does not.

@@ -59,16 +59,18 @@ def make_batch(lengths: list[int], seed: int = 0, columns: int = 16) -> tuple[to
 def test_image_embedding_does_not_depend_on_the_caption(model: VisionLanguageModel) -> None:
     images, ids, lengths, positions = make_batch([5, 9, 3])
     _, other_ids, other_lengths, other_positions = make_batch([7, 4, 12], seed=1)
-    first = model(images, ids, lengths, positions).image_embedding
-    second = model(images, other_ids, other_lengths, other_positions).image_embedding
+    first = model(images, ids, lengths, model.token_batch(ids, positions)).image_embedding
+    second = model(
+        images, other_ids, other_lengths, model.token_batch(other_ids, other_positions)
+    ).image_embedding
     torch.testing.assert_close(first, second, atol=1e-6, rtol=0)
     torch.testing.assert_close(first, model.encode_image(images), atol=1e-6, rtol=0)
 
 
 def test_text_embedding_does_not_depend_on_the_image(model: VisionLanguageModel) -> None:
     images, ids, lengths, positions = make_batch([5, 9, 3])
-    first = model(images, ids, lengths, positions).text_embedding
-    second = model(255 - images, ids, lengths, positions).text_embedding
+    first = model(images, ids, lengths, model.token_batch(ids, positions)).text_embedding
+    second = model(255 - images, ids, lengths, model.token_batch(ids, positions)).text_embedding
     torch.testing.assert_close(first, second, atol=1e-6, rtol=0)
     torch.testing.assert_close(first, model.encode_text(ids, lengths, positions), atol=1e-6, rtol=0)
 
@@ -98,12 +100,12 @@ def test_caption_gate_affects_text_in_fused_blocks_only() -> None:
     model = build_model(replace(SMALL, moe=replace(SMALL.moe, router_input="caption", top_k=4)))
     assert [layer.caption_gate is not None for layer in model.moe_layers()] == [False, True, True]
     batch = make_batch([6, 9])
-    before = model(*batch)
+    before = model(*batch[:3], model.token_batch(batch[1], batch[3]))
     with torch.no_grad():
         for layer in model.moe_layers()[1:]:
             assert layer.caption_gate is not None
             layer.caption_gate.value.mul_(50)
-    after = model(*batch)
+    after = model(*batch[:3], model.token_batch(batch[1], batch[3]))
 
     assert torch.equal(after.image_embedding, before.image_embedding)
     assert torch.equal(after.text_embedding, before.text_embedding)
@@ -118,8 +120,8 @@ def test_padding_has_no_effect(model: VisionLanguageModel) -> None:
     # The padding tokens are not the pad id.
     padded = torch.full((3, 16), 17)
     padded[:, :8] = torch.where(torch.arange(8) < lengths.unsqueeze(1), ids, 23)
-    short = model(images, ids, lengths, positions)
-    long = model(images, padded, lengths, valid_positions(lengths, 16))
+    short = model(images, ids, lengths, model.token_batch(ids, positions))
+    long = model(images, padded, lengths, model.token_batch(padded, valid_positions(lengths, 16)))
     for name, expected, actual in zip(short._fields, short, long, strict=True):
         torch.testing.assert_close(
             actual, expected, atol=2e-5, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
@@ -128,11 +130,14 @@ def test_padding_has_no_effect(model: VisionLanguageModel) -> None:
 
 def test_pairs_are_independent_of_the_batch(model: VisionLanguageModel) -> None:
     images, ids, lengths, positions = make_batch([5, 9, 3, 7])
-    batch = model(images, ids, lengths, positions)
+    batch = model(images, ids, lengths, model.token_batch(ids, positions))
     for row in range(4):
         length = lengths[row : row + 1]
         single = model(
-            images[row : row + 1], ids[row : row + 1], length, valid_positions(length, 16)
+            images[row : row + 1],
+            ids[row : row + 1],
+            length,
+            model.token_batch(ids[row : row + 1], valid_positions(length, 16)),
         )
         torch.testing.assert_close(
             single.image_embedding[0], batch.image_embedding[row], atol=1e-5, rtol=0
@@ -152,11 +157,14 @@ def test_evaluation_is_independent_of_the_batch_with_random_routing_and_capacity
     )
     model = build_model(replace(SMALL, moe=moe)).eval()
     images, ids, lengths, positions = make_batch([5, 9, 3, 7])
-    batch = model(images, ids, lengths, positions)
+    batch = model(images, ids, lengths, model.token_batch(ids, positions))
     for row in (0, 3):
         length = lengths[row : row + 1]
         single = model(
-            images[row : row + 1], ids[row : row + 1], length, valid_positions(length, 16)
+            images[row : row + 1],
+            ids[row : row + 1],
+            length,
+            model.token_batch(ids[row : row + 1], valid_positions(length, 16)),
         )
         torch.testing.assert_close(
             single.image_embedding[0], batch.image_embedding[row], atol=1e-5, rtol=0
@@ -166,7 +174,7 @@ def test_evaluation_is_independent_of_the_batch_with_random_routing_and_capacity
 
 def test_only_valid_tokens_are_routed(model: VisionLanguageModel) -> None:
     images, ids, lengths, positions = make_batch([5, 9, 3])
-    out = model(images, ids, lengths, positions)
+    out = model(images, ids, lengths, model.token_batch(ids, positions))
     assert out.tokens_M.tolist() == [3 * 16, 17]
     assert out.router.assignments_ME.sum(dim=2).tolist() == [[2 * 48, 2 * 17]] * 3
     torch.testing.assert_close(out.router.prob_sum_ME.sum(2), torch.tensor([[48.0, 17.0]] * 3))
@@ -179,7 +187,7 @@ def test_activation_checkpointing_gives_the_same_gradients_and_counts() -> None:
         model = build_model(
             replace(SMALL, model=replace(SMALL.model, activation_checkpointing=enabled))
         )
-        out = model(*batch)
+        out = model(*batch[:3], model.token_batch(batch[1], batch[3]))
         (out.caption_loss_sum + out.image_embedding.sum() + out.router.z_sum_M.sum()).backward()
         assignments.append(out.router.assignments_ME)
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
@@ -224,7 +232,7 @@ def test_overfitting_eight_pairs() -> None:
     ids[torch.arange(8), lengths - 1] = 2
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(150):
-        out = model(images, ids, lengths, positions)
+        out = model(images, ids, lengths, model.token_batch(ids, positions))
         (out.caption_loss_sum / out.caption_tokens).backward()
         optimizer.step()
         optimizer.zero_grad()

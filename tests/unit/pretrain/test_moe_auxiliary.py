@@ -19,7 +19,7 @@ from pretrain.moe.auxiliary import (
 )
 from pretrain.moe.routing import assign_experts, score_tokens
 from pretrain.moe.statistics import RouterStats, router_stats, stack_stats
-from pretrain.moe.token_metadata import TokenMetadata
+from pretrain.moe.tokens import TokenBatch
 from tests.support.reference_auxiliary import reference_terms
 from tests.support.reference_moe import make_tokens
 
@@ -40,7 +40,7 @@ LENGTHS, IDS = [4, 2, 5, 1, 3, 2], [3, 1, 4, 15, 9, 26]
 
 def compute_stats(
     logits_LTE: Tensor,
-    tokens: TokenMetadata,
+    tokens: TokenBatch,
     config: MoEConfig,
     l1: tuple[Tensor, Tensor] | None = None,
 ) -> RouterStats:

@@ -16,7 +16,7 @@ import torch
 
 from pretrain.config.schema import RunConfig
 from pretrain.model import VisionLanguageModel
-from pretrain.parallel.plain_engine import model_inputs
+from pretrain.parallel.inputs import model_inputs
 from pretrain.train.metrics import routing_metrics
 from pretrain.train.step import StepResult
 from tests.support.moe_training import (
@@ -68,7 +68,7 @@ def collapse_router(model: VisionLanguageModel) -> None:
         inputs: list[torch.Tensor] = []
         hook = layer.register_forward_pre_hook(lambda _, args, seen=inputs: seen.append(args[0]))
         with torch.no_grad():
-            model(*model_inputs(make_batch(1000), torch.device("cpu")))
+            model(*model_inputs(make_batch(1000), model, torch.device("cpu")))
             hook.remove()
             patches, text = inputs[0].tensor_split([NUM_PAIRS * NUM_PATCHES])
             for modality, x_TD in enumerate((patches, text)):

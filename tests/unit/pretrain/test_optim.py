@@ -13,6 +13,7 @@ from pretrain.config.experts import MoEConfig
 from pretrain.config.schema import ModelConfig, OptimConfig
 from pretrain.model.vision_language import VisionLanguageModel
 from pretrain.optim.groups import parameter_groups
+from pretrain.parallel.communicator import LocalCommunicator
 from pretrain.parallel.deepspeed_engine import DeepSpeedEngine
 
 
@@ -58,7 +59,10 @@ def test_gradient_clipping_of_a_dense_model() -> None:
     model = nn.Linear(2, 2, bias=False)
     model.weight.grad = torch.tensor([[3.0, 0.0], [0.0, 4.0]])
     engine = SimpleNamespace(
-        model=model, device=torch.device("cpu"), _clip_norm=1.0, _expert_group_name="ep_size_1"
+        model=model,
+        communicator=LocalCommunicator(torch.device("cpu")),
+        _clip_norm=1.0,
+        _expert_group_name="ep_size_1",
     )
     norm = DeepSpeedEngine._clip_by_global_norm(cast(Any, engine))
     assert norm == pytest.approx(5.0)

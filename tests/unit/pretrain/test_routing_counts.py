@@ -12,7 +12,7 @@ from pretrain.config.schema import ModelConfig
 from pretrain.evaluate.routing.counts import RoutingCounts, RoutingRecord, record_routing
 from pretrain.evaluate.routing.words import WordVocabulary, words_of
 from pretrain.model import VisionLanguageModel
-from pretrain.model.vision_language import RoutingContext, valid_positions
+from pretrain.model.vision_language import valid_positions
 
 SMALL = ModelConfig(
     width=32,
@@ -123,8 +123,9 @@ def test_counts_equal_the_statistics_of_the_model(moe: MoEConfig) -> None:
         for pairs in (5, 3):
             inputs = make_inputs(pairs)
             groups = torch.zeros(pairs).long()
-            context = RoutingContext(torch.arange(pairs), groups, 1, coactivation=True)
-            stats.append(model(*inputs, context).router)
+            tokens = model.token_batch(inputs[1], inputs[3]).with_sample_ids(torch.arange(pairs))
+            tokens = tokens.with_capacity_groups(groups, 1)._replace(coactivation=True)
+            stats.append(model(*inputs[:3], tokens).router)
             counts.add(records, np.zeros(len(inputs[3]), dtype=np.int64), np.arange(pairs))
 
     first, second = stats
@@ -135,16 +136,21 @@ def test_counts_equal_the_statistics_of_the_model(moe: MoEConfig) -> None:
     np.testing.assert_allclose(counts.entropy_LM, entropies, rtol=1e-4, atol=1e-4)
 
 
+def run_model(model: VisionLanguageModel, inputs: tuple[torch.Tensor, ...]) -> None:
+    images, ids, lengths, positions = inputs
+    model(images, ids, lengths, model.token_batch(ids, positions))
+
+
 def test_recording_ends_with_the_context() -> None:
     model = VisionLanguageModel(SMALL, MoEConfig(num_experts=4, expert_width=8)).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter)
     with torch.no_grad():
         with record_routing(model) as records:
-            model(*make_inputs(2))
+            run_model(model, make_inputs(2))
             assert len(records) == 2
         records.clear()
-        model(*make_inputs(2))
+        run_model(model, make_inputs(2))
     assert records == []
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from data_pipeline.samples import Batch
 from pretrain.model.vision_language import valid_positions
+from pretrain.parallel.tensor_names import split_name
 from pretrain.train.step import train_step
 from tests.unit.pretrain.train_step_support import (
     REFERENCE_SETTINGS,
@@ -70,14 +71,11 @@ def test_step_equals_the_definitions(micro_batches: int) -> None:
     assert (expected.biases != expected.biases_from_kept).any(dim=1).all()
 
     gradients: dict[str, Tensor] = {}
-    engine_step = engine.step
 
-    def record_gradients_and_step(rate: float) -> float:
-        for name, gradient in engine.gradients().items():
-            gradients[name.split("@")[0]] = gradient
-        return engine_step(rate)
+    def observe(named: dict[str, Tensor]) -> None:
+        gradients.update({split_name(name)[0]: gradient for name, gradient in named.items()})
 
-    engine.step = record_gradients_and_step  # type: ignore[method-assign]
+    engine.gradient_observer = observe
     batches = split_batch(batch, micro_batches)
     step = LAST_STEP_WITH_BIAS_UPDATE
     result = train_step(engine, batches, run, step=step, learning_rate=1e-3)

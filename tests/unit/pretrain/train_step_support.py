@@ -12,8 +12,9 @@ from data_pipeline.samples import Batch
 from pretrain.config.schema import RunConfig
 from pretrain.model import build_model
 from pretrain.model.vision_language import VisionLanguageModel, valid_positions
+from pretrain.parallel.inputs import model_inputs
 from pretrain.parallel.layout import Layout
-from pretrain.parallel.plain_engine import PlainEngine, model_inputs, routing_context
+from pretrain.parallel.plain_engine import PlainEngine
 from tests.unit.pretrain.test_losses import full_matrix_loss
 
 MODEL = (
@@ -103,8 +104,7 @@ def reference_step(model: VisionLanguageModel, batch: Batch, run: RunConfig) -> 
         for layer in model.moe_layers()
     ]
     cpu = torch.device("cpu")
-    context = routing_context(batch, run.moe, cpu, 0, False)
-    output = model(*model_inputs(batch, cpu), context)
+    output = model(*model_inputs(batch, model, cpu))
     for hook in hooks:
         hook.remove()
 
