@@ -158,12 +158,12 @@ def summarize(out: Path) -> dict[str, Any]:
     from pretrain.checkpoint.reader import find_latest, read_meta
     from pretrain.evaluate.command import evaluate_caption_samples, evaluate_sets
     from pretrain.evaluate.report import format_table, write_json
-    from pretrain.evaluate.trained_model import load_trained_model
+    from pretrain.evaluate.trained_model import load_model
 
     checkpoint = find_latest(out / "checkpoints")
     assert checkpoint is not None, "training always ends with a checkpoint"
     state = read_meta(checkpoint).state["train"]
-    trained = load_trained_model(out)
+    trained = load_model(out)
     results = evaluate_sets(trained, trained.run.eval.sets)
     train_captions = evaluate_caption_samples(trained, str(DATA_FOLDER / "train"), name="train")
     summary = {

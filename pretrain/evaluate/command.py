@@ -8,13 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from data_pipeline.common.errors import ConfigError, DataError
 from data_pipeline.common.storage import read_bytes
 from data_pipeline.content.captions import clean_caption
-from data_pipeline.content.images import decode_image
-from data_pipeline.content.transforms import eval_transform
 from data_pipeline.loading.batch_spec import BatchSpec
 from data_pipeline.loading.loader import read_all
 from data_pipeline.samples import Batch
@@ -23,7 +19,7 @@ from pretrain.config.schema import EvalSet
 from pretrain.evaluate.evaluator import Evaluator, SetOptions, evaluation_mode, sample_indices
 from pretrain.evaluate.generated_captions import CaptionInput
 from pretrain.evaluate.report import format_examples, format_table, write_json
-from pretrain.evaluate.trained_model import TrainedModel, load_trained_model
+from pretrain.evaluate.trained_model import TrainedModel, load_model
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +41,7 @@ def eval_command(
     Returns:
         Results by name of the set; see `Evaluator.evaluate_set`.
     """
-    trained = load_trained_model(run_dir)
+    trained = load_model(run_dir)
     sets = named_sets(shards, labels or "") if shards else trained.run.eval.sets
     if not sets:
         raise ConfigError(f"eval.sets of {run_dir}/config.yaml is empty; pass shards with --shards")
@@ -103,17 +99,17 @@ def caption_command(run_dir: Path, images: Sequence[Path]) -> None:
     Raises:
         DataError: Some files are not images; captions of the others have been printed.
     """
-    trained = load_trained_model(run_dir)
+    trained = load_model(run_dir)
     inputs, problems = [], []
     for path in images:
         try:
-            image = eval_transform(decode_image(path.read_bytes()), trained.run.model.image_size)
+            image = trained.preprocess(path)
         except DataError as error:
             problems.append(f"{path}: {error}")
         except OSError as error:
             problems.append(f"{path}: {error.strerror}")
         else:
-            inputs.append(CaptionInput(str(path), "", torch.as_tensor(image)))
+            inputs.append(CaptionInput(str(path), "", image))
 
     with evaluation_mode(trained.model):
         captions = make_evaluator(trained).generate(inputs)

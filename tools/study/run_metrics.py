@@ -32,11 +32,11 @@ def evaluate_run(folder: Path) -> dict[str, Any]:
     """Evaluate a trained run on its held-out sets; returns all metrics as JSON values."""
     from pretrain.checkpoint.reader import find_latest, read_meta
     from pretrain.evaluate.command import evaluate_sets
-    from pretrain.evaluate.trained_model import load_trained_model
+    from pretrain.evaluate.trained_model import load_model
 
-    trained = load_trained_model(folder)
+    trained = load_model(folder)
     checkpoint = find_latest(folder / "checkpoints")
-    assert checkpoint is not None, "load_trained_model needs a checkpoint"
+    assert checkpoint is not None, "load_model needs a checkpoint"
     state = read_meta(checkpoint).state["train"]
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = end_of_run([json.loads(line) for line in lines])

@@ -24,7 +24,7 @@ from pretrain.evaluate.routing.html_page import PageImage, routing_page
 from pretrain.evaluate.routing.report import Report, routing_report
 from pretrain.evaluate.routing.text_table import routing_table
 from pretrain.evaluate.routing.words import WordVocabulary
-from pretrain.evaluate.trained_model import TrainedModel, load_trained_model
+from pretrain.evaluate.trained_model import TrainedModel, load_model
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def routing_command(
         ConfigError: The run has no experts, or no such set.
         DataError: No sample could be read.
     """
-    trained = load_trained_model(run_dir)
+    trained = load_model(run_dir)
     run = trained.run
     blocks = run.moe.blocks(run.model.num_layers)
     if not blocks:

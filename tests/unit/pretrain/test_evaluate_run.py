@@ -28,7 +28,7 @@ from pretrain.evaluate.command import (
 )
 from pretrain.evaluate.embed import embed_texts
 from pretrain.evaluate.evaluator import SetOptions, evaluation_mode, sample_indices
-from pretrain.evaluate.trained_model import load_trained_model
+from pretrain.evaluate.trained_model import load_model
 from tests.support.shape_dataset import CAPTIONS, ShapeDataset, render_shape_png
 from tests.unit.pretrain.evaluate_support import RunFolder
 
@@ -39,7 +39,7 @@ def folder(tmp_path: Path, shapes: ShapeDataset) -> RunFolder:
 
 
 def test_the_loaded_model_equals_the_saved_one(folder: RunFolder) -> None:
-    trained = load_trained_model(folder.path)
+    trained = load_model(folder.path)
     assert trained.step == 12
     assert not trained.model.training
     expected = folder.model.state_dict()
@@ -72,7 +72,7 @@ def test_eval_prints_a_table_and_writes_json(
 def test_token_accuracy_equals_predicting_tokens_one_by_one(
     folder: RunFolder, shapes: ShapeDataset
 ) -> None:
-    trained = load_trained_model(folder.path)
+    trained = load_model(folder.path)
     batch = next(iter(read_set(trained, load_manifest(shapes.folder), [3, 5, 8])))
     options = SetOptions(name="three", num_pairs=3)
     result = make_evaluator(trained).evaluate_set([batch], options)
@@ -93,7 +93,7 @@ def test_token_accuracy_equals_predicting_tokens_one_by_one(
 def test_text_embeddings_do_not_depend_on_the_batch(
     folder: RunFolder, shapes: ShapeDataset
 ) -> None:
-    trained = load_trained_model(folder.path)
+    trained = load_model(folder.path)
 
     def embed(texts_per_forward: int) -> Tensor:
         with evaluation_mode(trained.model):
@@ -113,7 +113,7 @@ def test_text_embeddings_do_not_depend_on_the_batch(
 def test_caption_samples_equal_those_of_the_full_evaluation(
     folder: RunFolder, shapes: ShapeDataset
 ) -> None:
-    trained = load_trained_model(folder.path)
+    trained = load_model(folder.path)
     samples = evaluate_caption_samples(trained, str(shapes.folder), name="held")
     full = evaluate_sets(trained, trained.run.eval.sets)["held"]
     assert samples["examples"] == full["examples"]
@@ -133,7 +133,7 @@ def test_corrupt_samples_are_counted(folder: RunFolder, tmp_path: Path) -> None:
 
     result = eval_command(folder.path, [shards], labels=None, json_path=None)["mixed"]
     assert (result["images"], result["corrupt_samples"]) == (3, 1)
-    captions = evaluate_caption_samples(load_trained_model(folder.path), shards, name="mixed")
+    captions = evaluate_caption_samples(load_model(folder.path), shards, name="mixed")
     assert (captions["caption_samples"], captions["corrupt_samples"]) == (3, 1)
 
 
@@ -205,4 +205,4 @@ def test_an_invalid_run_folder_is_an_error(
 ) -> None:
     change(folder)
     with pytest.raises(error, match=message):
-        load_trained_model(folder.path)
+        load_model(folder.path)
