@@ -12,6 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pretrain.train.log_entry import LogEntry
+
+METRICS_FILE = "metrics.jsonl"
+
 
 class JsonlWriter:
     """Appends JSON objects, one per line; each has a `step`."""
@@ -39,6 +43,15 @@ class JsonlWriter:
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a file, without an incomplete last line."""
     return list(_rows_up_to(path, None))
+
+
+def read_log(path: Path) -> list[LogEntry]:
+    """The entries of a metrics.jsonl; empty if there is no file.
+
+    Raises:
+        DataError: A row was written by another version of this program.
+    """
+    return [LogEntry.from_row(row) for row in read_rows(path)]
 
 
 def _rows_up_to(path: Path, last_step: int | None) -> list[dict[str, Any]]:
