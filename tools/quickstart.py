@@ -155,9 +155,10 @@ def _train(out: Path, overrides: list[str]) -> None:
 
 def summarize(out: Path) -> dict[str, Any]:
     """Evaluate the run, print the scores and some captions, and write `summary.json`."""
+    from data_pipeline.common.json_file import write_json
     from pretrain.checkpoint.reader import find_latest, read_meta
     from pretrain.evaluate.command import evaluate_caption_samples, evaluate_sets
-    from pretrain.evaluate.report import format_table, write_json
+    from pretrain.evaluate.report import format_results
     from pretrain.evaluate.trained_model import load_trained_model
 
     checkpoint = find_latest(out / "checkpoints")
@@ -180,7 +181,7 @@ def summarize(out: Path) -> dict[str, Any]:
     }
     write_json(out / "summary.json", summary)
 
-    print(f"\n{format_table(results)}\n")
+    print(f"\n{format_results(results)}\n")
     print(f"training images: {train_captions['caption_exact']:.1f} % exact matches of captions")
     examples = results["unseen_style"]["examples"][:PRINTED_CAPTIONS]
     print(f"\n{len(examples)} images of a held-out style (true caption -> generated caption):")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from data_pipeline.common.errors import ConfigError, DataError
+from data_pipeline.common.json_file import write_json
 from data_pipeline.common.storage import read_bytes
 from data_pipeline.content.captions import clean_caption
 from data_pipeline.content.images import decode_image
@@ -22,7 +23,7 @@ from data_pipeline.shards.manifest import Manifest, load_manifest
 from pretrain.config.schema import EvalSet
 from pretrain.evaluate.evaluator import Evaluator, SetOptions, evaluation_mode, sample_indices
 from pretrain.evaluate.generated_captions import CaptionInput
-from pretrain.evaluate.report import format_examples, format_table, write_json
+from pretrain.evaluate.report import format_examples, format_results
 from pretrain.evaluate.trained_model import TrainedModel, load_trained_model
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ def eval_command(
         raise ConfigError(f"eval.sets of {run_dir}/config.yaml is empty; pass shards with --shards")
 
     results = evaluate_sets(trained, sets)
-    print(f"{run_dir}, step {trained.step:,} (percent)\n\n{format_table(results)}")
+    print(f"{run_dir}, step {trained.step:,} (percent)\n\n{format_results(results)}")
     for name, result in results.items():
         print(f"\n{name}, captions (= exact match):\n{format_examples(result)}")
     if json_path is not None:

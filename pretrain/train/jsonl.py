@@ -7,11 +7,11 @@ Opening the file at the step of that checkpoint removes both.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.common import storage
 from pretrain.train.log_entry import LogEntry
 
 METRICS_FILE = "metrics.jsonl"
@@ -24,10 +24,7 @@ class JsonlWriter:
         """Open `path`, keeping only rows of steps up to `resumed_step`."""
         self.path = path
         self.kept = tuple(_rows_up_to(path, resumed_step))
-        temporary = path.with_name(f".{path.name}.part")
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.writelines(_line(row) for row in self.kept)
-        os.replace(temporary, path)
+        storage.write_bytes(str(path), "".join(_line(row) for row in self.kept).encode())
         self._stream = path.open("a", encoding="utf-8")
 
     def write(self, row: Mapping[str, Any]) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
 from data_pipeline.common.escaping import escape_control
+from data_pipeline.common.tables import markdown_table
 from data_pipeline.samples import SampleProblem
 from pretrain.config.schema import RunConfig
 from pretrain.evaluate.routing.grids import coactivation_grids, load_grids
@@ -198,15 +199,14 @@ def _silence_tensorboard_thread() -> None:
 def _caption_table(generated: Sequence[str], references: Sequence[str]) -> str:
     """Generated and reference captions as a Markdown table."""
     rows = [
-        f"| {_escape_cell(caption)} | {_escape_cell(reference)} |"
+        (_escape_html(caption), _escape_html(reference))
         for caption, reference in zip(generated, references, strict=True)
     ]
-    return "\n".join(["| generated | reference |", "|---|---|", *rows])
+    return markdown_table(["generated", "reference"], rows, align="l")
 
 
-def _escape_cell(text: str) -> str:
-    """Text escaped for a cell of a Markdown table."""
-    escaped = (
+def _escape_html(text: str) -> str:
+    """Text in which nothing is HTML or Markdown."""
+    return (
         text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "&#124;").replace("`", "&#96;")
     )
-    return escaped.replace("\n", " ")

@@ -9,9 +9,11 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+from data_pipeline.common.json_file import write_json
+from data_pipeline.common.tables import markdown_table
 from tools.bench_loader.options import Benchmark, Options
 from tools.measurements import HEADER, Measurement
-from tools.reporting import describe_machine, format_table, log_progress, write_json
+from tools.reporting import describe_machine, log_progress
 from tools.timing import MIN_REPEATS
 
 PACKAGES = (
@@ -100,7 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     for name, rows in results.items():
         print(f"\n{name}: {benchmarks[name].description}\n")
-        print(format_table([row.row() for row in rows], HEADER))
+        print(markdown_table(HEADER, [row.row() for row in rows], align="l"))
     report = {
         "machine": machine,
         "repeats": repeats,

@@ -14,9 +14,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_pipeline.common.json_file import write_json
+from data_pipeline.common.tables import markdown_table
 from tools.bench_moe.shapes import CPU_MEAN, CPU_SHAPES, GPU_SHAPES, LOADS, QUICK_SHAPES, Shape
 from tools.measurements import HEADER, Measurement
-from tools.reporting import describe_machine, format_table, log_progress, write_json
+from tools.reporting import describe_machine, log_progress
 from tools.timing import MIN_REPEATS, use_one_thread
 
 if TYPE_CHECKING:
@@ -121,7 +123,7 @@ def _run(
 
     print("\n".join(f"{shape.name}: {shape.describe()}" for shape in selected))
     print("\n".join(f"{load}: {LOADS[load]}" for load in options.load))
-    print("\n" + format_table([row.row() for row in rows], HEADER))
+    print("\n" + markdown_table(HEADER, [row.row() for row in rows], align="l"))
     write_json(
         options.out,
         {

@@ -13,10 +13,12 @@ import tempfile
 import time
 from pathlib import Path
 
+from data_pipeline.common.json_file import write_json
+from data_pipeline.common.tables import markdown_table
 from tools.gpu_suite.parts import PARTS
 from tools.gpu_suite.results import HEADER, Report, measurement_row
 from tools.gpu_suite.runner import run_in_this_process, run_part
-from tools.reporting import describe_machine, format_table, log_progress, write_json
+from tools.reporting import describe_machine, log_progress
 
 PACKAGES = ("torch", "deepspeed", "torchtitan", "triton", "numpy")
 TOTAL_SECONDS = 530.0
@@ -94,7 +96,7 @@ def write_report(
     )
     log_progress(f"wrote {options.out}; seconds: {seconds}")
     print(f"\n{machine['gpu']}, {machine['date']}, torch {machine['torch']}\n")
-    print(format_table(rows, HEADER))
+    print(markdown_table(HEADER, rows, align="l"))
     return int(bool(failed))
 
 

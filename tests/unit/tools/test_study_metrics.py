@@ -11,7 +11,7 @@ from pretrain.config.experts import MoEConfig
 from pretrain.config.schema import ModelConfig, RunConfig
 from pretrain.train.log_entry import LogEntry, Losses
 from tests.support.log_entries import layer, log_entry
-from tools.study import run_metrics, tables
+from tools.study import run_metrics, seed_means
 
 RUN = RunConfig(model=ModelConfig(num_layers=3), moe=MoEConfig(num_experts=4))
 
@@ -93,27 +93,19 @@ def test_text_tokens_exclude_patches() -> None:
 
 
 def test_mean_over_seeds() -> None:
-    assert tables.seed_mean([1.0, 2.0, 3.0]) == (2.0, 1.0, 3)
-    assert tables.seed_mean([1.0, None]).text() == "1.00"
-    assert tables.seed_mean([]).text() == "-"
+    assert seed_means.seed_mean([1.0, 2.0, 3.0]) == (2.0, 1.0, 3)
+    assert seed_means.seed_mean([1.0, None]).text() == "1.00"
+    assert seed_means.seed_mean([]).text() == "-"
 
 
 def test_paired_difference() -> None:
     # Both vary by 10 with the seed; their difference hardly varies.
-    difference = tables.paired_difference([11.0, 21.0, 31.2], [10.0, 20.0, 30.0])
+    difference = seed_means.paired_difference([11.0, 21.0, 31.2], [10.0, 20.0, 30.0])
     assert difference.mean == pytest.approx(1.0667, abs=1e-3) and difference.deviation < 0.2
     assert difference.text(1, signed=True) == "+1.1 ± 0.1"
 
 
 def test_lookup_of_nested_values() -> None:
-    assert tables.lookup({"a": {"b": 2}}, ("a", "b")) == 2.0
-    assert tables.lookup({"a": None}, ("a", "b")) is None
-    assert tables.lookup({"a": {"b": None}}, ("a", "b")) is None
-
-
-def test_markdown_table_is_aligned_and_escaped() -> None:
-    table = tables.markdown(["method", "loss"], [["a|b", "1.0"], ["long name", "12.5 ± 0.1"]])
-    lines = table.splitlines()
-    assert len({len(line) for line in lines}) == 1
-    assert lines[1] == "| --------- | ---------: |"
-    assert lines[2].startswith("| a\\|b ")
+    assert seed_means.lookup({"a": {"b": 2}}, ("a", "b")) == 2.0
+    assert seed_means.lookup({"a": None}, ("a", "b")) is None
+    assert seed_means.lookup({"a": {"b": None}}, ("a", "b")) is None
