@@ -12,7 +12,7 @@ from data_pipeline.common.config import to_mapping
 from pretrain.cli.common import add_run_arguments
 from pretrain.cli.plan_text import format_comparison, format_plan
 from pretrain.config.batch import plan_batch
-from pretrain.config.presets import load_run, run_path
+from pretrain.config.presets import load_unchecked_run, run_path
 from pretrain.config.schema import RunConfig
 from pretrain.config.validate import check_run
 from pretrain.model.count import count_flops, count_parameters
@@ -71,7 +71,7 @@ def handle(args: argparse.Namespace) -> None:
     if args.world_size is not None and args.world_size < 1:
         args.parser.error(f"--world-size is {args.world_size}, but must be at least 1")
     path = run_path(args.run)
-    run = load_run(path, args.overrides)
+    run = load_unchecked_run(path, args.overrides)
     world_size = run.parallel.expert_parallel_size if args.world_size is None else args.world_size
     text_tokens = resolve_text_tokens(args.text_tokens, run.model.context_length)
     check_run(run, world_size, source=str(path), training=False, zero_stage=zero_stage_of(run))

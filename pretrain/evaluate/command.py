@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
+from data_pipeline.common.addresses import userinfo_problems
 from data_pipeline.common.errors import ConfigError, DataError
 from data_pipeline.common.json_file import write_json
+from data_pipeline.common.problems import join_problems
 from data_pipeline.common.storage import read_bytes
 from data_pipeline.content.captions import clean_caption
 from data_pipeline.content.images import decode_image
@@ -146,15 +148,23 @@ def read_set(
 
 
 def named_sets(shards: Sequence[str], labels: str = "") -> tuple[EvalSet, ...]:
-    """Evaluation sets named after their folders, or after their addresses if names repeat."""
+    """Evaluation sets named after their folders, or after their addresses if names repeat.
+
+    Raises:
+        ConfigError: An address contains a user or password.
+    """
     folders = [address.removesuffix("/manifest.json").rstrip("/") for address in shards]
     names = [folder.rpartition("/")[2] or folder for folder in folders]
     if len(set(names)) < len(names):
         names = folders
-    return tuple(
+    sets = tuple(
         EvalSet(name=name, shards=address, labels=labels)
         for name, address in zip(names, shards, strict=True)
     )
+    userinfo = [text for item in sets for text in userinfo_problems(item.shards, "--shards")]
+    if userinfo:
+        raise ConfigError(join_problems(userinfo))
+    return sets
 
 
 def read_labels(address: str) -> tuple[str, ...]:
