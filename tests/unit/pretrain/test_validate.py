@@ -296,12 +296,3 @@ def test_only_training_needs_shards_and_a_tokenizer() -> None:
     settings = [problem.split(" ")[0] for problem in training_problems(run)]
     assert settings == ["data.train", "data.tokenizer"]
     assert training_problems(load_run("tiny", ["data.train=[a]", "data.tokenizer=t"])) == []
-
-
-@pytest.mark.parametrize(
-    ("entry", "suggestion"),
-    [("{shards: t, wieght: 3}", "weight"), ("{shards: t, dropp: d}", "drop")],
-)
-def test_unknown_setting_of_a_source(entry: str, suggestion: str) -> None:
-    with pytest.raises(ConfigError, match=rf"data\.train\[0\]\.\w+: .*{suggestion}'"):
-        load_run("tiny", [f"data.train=[{entry}]"])
