@@ -7,11 +7,12 @@ docstrings below.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from data_pipeline.common.addresses import reject_userinfo, without_secrets
-from data_pipeline.common.errors import require
+from data_pipeline.common.addresses import userinfo_problems, without_secrets
+from data_pipeline.common.problems import Problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,37 +37,39 @@ class SourceConfig:
     """Address of a drop-list (from `vlmoe data dedup`, `filter` or `check`): samples that are never
     read."""
 
-    def __post_init__(self) -> None:
+    def problems(self) -> list[str]:
+        """Invalid settings of this source."""
         source = f"data.train source {self.name or without_secrets(self.shards)!r}"
-        reject_userinfo(self.shards, "data.train")
-        reject_userinfo(self.drop, f"{source}: drop")
-        require(
+        found = Problems(self, source)
+        found.messages += userinfo_problems(self.shards, "data.train")
+        found.messages += userinfo_problems(self.drop, f"{source}: drop")
+        found.require(
             bool(self.shards),
             "a source of data.train has an empty `shards`; set it to a manifest or a folder",
         )
-        require(
-            self.weight is None or self.weight >= 0,
-            f"{source}: weight is {self.weight}, below 0",
+        found.require(
+            self.weight is None or self.weight >= 0, f"{source}: weight is {self.weight}, below 0"
         )
-        require(
+        found.require(
             self.weight is None or not self.weight_schedule,
             f"{source} has both weight and weight_schedule; set only one",
         )
-        require(self.repeats >= 1, f"{source}: repeats is {self.repeats}, below 1")
+        found.require(self.repeats >= 1, f"{source}: repeats is {self.repeats}, below 1")
         points = [pairs for pairs, _ in self.weight_schedule]
-        require(
+        found.require(
             points == sorted(set(points)) and min(points, default=0) >= 0,
             f"{source}: weight_schedule has points at {points} pairs; they must be increasing and "
             f"not negative",
         )
-        require(
+        found.require(
             all(weight >= 0 for _, weight in self.weight_schedule),
             f"{source}: weight_schedule has a weight below 0",
         )
-        require(
+        found.require(
             self.repeats == 1 or (self.weight is None and not self.weight_schedule),
             f"{source} has both repeats and a weight; with a weight, remove repeats",
         )
+        return found.messages
 
     def without_secrets(self) -> SourceConfig:
         """A copy for writing to files: addresses without the query of presigned URLs."""
@@ -104,11 +107,30 @@ class AugmentConfig:
     """Color jitter: maximum rotation of the hue as a fraction of the full circle, in both
     directions; at most 0.5."""
 
-    def __post_init__(self) -> None:
-        for name in ("brightness", "contrast", "saturation"):
-            value = getattr(self, name)
-            require(0 <= value <= 1, f"data.augment.{name} is {value}, but must be in 0..1")
-        require(0 <= self.hue <= 0.5, f"data.augment.hue is {self.hue}, but must be in 0..0.5")
+    def problems(self) -> list[str]:
+        """Invalid ranges."""
+        found = Problems(self, "data.augment")
+        found.within(0, 1, "brightness", "contrast", "saturation")
+        found.within(0, 0.5, "hue")
+        found.within(0, 180, "affine_degrees")
+        for name in ("crop_scale", "crop_ratio", "affine_scale"):
+            low, high = getattr(self, name)
+            found.require(
+                0 < low <= high,
+                f"data.augment.{name} is [{low}, {high}], but must be two positive numbers in "
+                f"ascending order",
+            )
+        found.require(
+            self.crop_scale[1] <= 1,
+            f"data.augment.crop_scale is {list(self.crop_scale)}, but must be at most 1, the whole "
+            f"area",
+        )
+        found.require(
+            0 <= self.affine_translate < 1,
+            f"data.augment.affine_translate is {self.affine_translate}, but must be in 0..1, 1 "
+            f"excluded",
+        )
+        return found.messages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,13 +154,14 @@ class FilterConfig:
     0.28`, `json:NSFW == "UNLIKELY"`, `json:license in ["cc0", "cc-by"]`. A sample without the field
     is skipped."""
 
-    def __post_init__(self) -> None:
-        for name in ("min_side", "max_aspect", "min_caption_chars", "max_caption_chars"):
-            value = getattr(self, name)
-            require(value >= 0, f"data.filters.{name} is {value}, below 0")
-        require(
+    def problems(self) -> list[str]:
+        """Invalid limits; conditions are checked where they are parsed."""
+        found = Problems(self, "data.filters")
+        found.at_least(0, "min_side", "max_aspect", "min_caption_chars", "max_caption_chars")
+        found.require(
             not 0 < self.max_aspect < 1, f"data.filters.max_aspect is {self.max_aspect}, below 1"
         )
+        return found.messages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,32 +226,54 @@ class DataConfig:
     ledger: bool = False
     """Record the samples of every step in `ledger/` of the run folder (8 bytes per sample)."""
 
-    def __post_init__(self) -> None:
-        require(
-            len(self.caption_keys) == len(self.caption_weights),
-            f"data.caption_weights has {len(self.caption_weights)} values for "
-            f"{len(self.caption_keys)} data.caption_keys; set one weight per key",
-        )
-        require(self.workers >= 0, f"data.workers is {self.workers}, below 0")
-        require(self.shuffle_window >= 1, f"data.shuffle_window is {self.shuffle_window}, below 1")
-        for name in ("cache_gib", "fetch_ahead"):
-            value = getattr(self, name)
-            require(value >= 0, f"data.{name} is {value}, below 0")
-        for name in ("request_seconds", "shard_seconds", "timeout_seconds"):
-            value = getattr(self, name)
-            require(value > 0, f"data.{name} is {value}, but must be positive")
-        require(
+    def problems(self) -> list[str]:
+        """Invalid settings, without those of `train` entries, augmentation, filters and limits."""
+        found = Problems(self, "data")
+        found.at_least(0, "workers", "cache_gib", "fetch_ahead")
+        found.at_least(1, "shuffle_window", "prefetch")
+        found.above_zero("request_seconds", "shard_seconds", "timeout_seconds")
+        found.within(0, 1, "max_corrupt_ratio")
+        found.require(
             self.shard_seconds < self.timeout_seconds,
             f"data.shard_seconds is {self.shard_seconds:g}, not below data.timeout_seconds "
             f"({self.timeout_seconds:g}): waiting for a batch would time out first",
         )
-        has_weight = [
-            bool(source.weight is not None or source.weight_schedule) for source in self.sources
-        ]
-        require(
-            all(has_weight) or not any(has_weight),
-            "data.train: some sources have a weight and others do not; set it for all or none",
+        return found.messages + self._caption_problems() + self._source_problems()
+
+    def _caption_problems(self) -> list[str]:
+        found, weights = Problems(self, "data"), self.caption_weights
+        found.require(
+            bool(self.caption_keys),
+            "data.caption_keys is empty; give the location of the captions, such as txt",
         )
+        found.require(
+            len(self.caption_keys) == len(weights),
+            f"data.caption_weights has {len(weights)} values for {len(self.caption_keys)} "
+            f"data.caption_keys; set one weight per key",
+        )
+        for key in self.caption_keys:
+            found.require(
+                re.fullmatch(r"json:.+|([^:\s]+\.)?(txt|text|caption)", key) is not None,
+                f"data.caption_keys contains {key!r}; use txt (or another text member: text, "
+                f"caption, en.txt), or json:FIELD for a field of the .json member",
+            )
+        found.require(
+            all(weight >= 0 for weight in weights) and (not weights or sum(weights) > 0),
+            f"data.caption_weights is {list(weights)}, but all must be at least 0 and one above 0",
+        )
+        return found.messages
+
+    def _source_problems(self) -> list[str]:
+        addresses = [entry for entry in self.train if isinstance(entry, str)]
+        messages = [text for entry in addresses for text in SourceConfig(shards=entry).problems()]
+        has_weight = [
+            source.weight is not None or bool(source.weight_schedule) for source in self.sources
+        ]
+        if any(has_weight) and not all(has_weight):
+            messages.append(
+                "data.train: some sources have a weight and others do not; set it for all or none"
+            )
+        return messages
 
     @property
     def sources(self) -> tuple[SourceConfig, ...]:

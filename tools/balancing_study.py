@@ -16,14 +16,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_pipeline.common.errors import ConfigError
+from data_pipeline.common.json_file import write_json
 from data_pipeline.common.logs import setup_logging
+from data_pipeline.common.tables import markdown_table
 from data_pipeline.common.yaml_file import load_yaml
 from pretrain.config.presets import preset_path
 from pretrain.config.schema import RunConfig
 from pretrain.config.validate import check_run
-from pretrain.evaluate.report import write_json
 from tools.study.methods import METHODS, apply_method
-from tools.study.tables import lookup, markdown, seed_mean
+from tools.study.seed_means import lookup, seed_mean
 from tools.study.trials import Result, Trial, load_trial, run_or_report_error
 
 DOCS = Path("docs/balancing.md")
@@ -199,7 +200,7 @@ def report(results: Mapping[str, Sequence[Result]], run: RunConfig) -> str:
             scaled = [None if value is None else column.factor * value for value in values]
             row.append(seed_mean(scaled).text(column.digits))
         rows.append(row)
-    table = markdown(["method", *(column.header for column in table_columns)], rows)
+    table = markdown_table(["method", *(column.header for column in table_columns)], rows)
     return f"{table}\n\n{_caption(next(iter(results.values())), run)}"
 
 

@@ -15,12 +15,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.common.json_file import write_json
 from data_pipeline.common.logs import setup_logging
+from data_pipeline.common.tables import markdown_table
 from pretrain.config.schema import RunConfig
 from pretrain.config.validate import check_run
-from pretrain.evaluate.report import write_json
 from pretrain.model.dense_baseline import DEFAULT_TEXT_TOKENS, dense_baseline, resolve_text_tokens
-from tools.study.tables import lookup, markdown, paired_difference, seed_mean
+from tools.study.seed_means import lookup, paired_difference, seed_mean
 from tools.study.trials import Result, Trial, load_trial, run_or_report_error
 
 SPARSE, DENSE = "sparse", "dense"
@@ -150,7 +151,7 @@ def comparison(sparse: Sequence[Result], dense: Sequence[Result]) -> str:
         f"standard deviation, differences of runs with the same seed; recalls and captions in "
         f"percent"
     )
-    return f"{markdown(header, rows)}\n\n{caption}"
+    return f"{markdown_table(header, rows)}\n\n{caption}"
 
 
 def _known(results: Sequence[Result], path: Sequence[str]) -> list[float]:

@@ -250,7 +250,9 @@ def main() -> None:
     parser.add_argument("file", type=Path, help="JSON file of the recorded results")
     options = parser.parse_args()
     if options.action == "record":
-        options.file.write_text(json.dumps(measure(), indent=1) + "\n", encoding="utf-8")
+        from data_pipeline.common.json_file import write_json
+
+        write_json(options.file, measure(), indent=1)
         return
 
     before = json.loads(options.file.read_text(encoding="utf-8"))

@@ -8,7 +8,6 @@ trial measures the speed of this machine, and the run has as many steps as fit i
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import shutil
@@ -22,6 +21,7 @@ from data_pipeline.common.logs import setup_logging
 from pretrain.config.presets import load_run
 from pretrain.config.schema import RunConfig
 from pretrain.parallel.environment import free_port
+from pretrain.train.jsonl import METRICS_FILE, read_log
 from tools.quickstart_data import __main__ as quickstart_data_command
 
 logger = logging.getLogger(__name__)
@@ -120,7 +120,7 @@ def _measure_steps(options: argparse.Namespace) -> int:
             *options.overrides,
         ],
     )
-    seconds_per_step = _last_metrics(trial)["perf/seconds_per_step"]
+    seconds_per_step = read_log(trial / METRICS_FILE)[-1].throughput.seconds_per_step
     shutil.rmtree(trial)
     steps = min(MAX_STEPS, int(60 * options.minutes / seconds_per_step))
     logger.info(
@@ -155,9 +155,10 @@ def _train(out: Path, overrides: list[str]) -> None:
 
 def summarize(out: Path) -> dict[str, Any]:
     """Evaluate the run, print the scores and some captions, and write `summary.json`."""
+    from data_pipeline.common.json_file import write_json
     from pretrain.checkpoint.reader import find_latest, read_meta
     from pretrain.evaluate.command import evaluate_caption_samples, evaluate_sets
-    from pretrain.evaluate.report import format_table, write_json
+    from pretrain.evaluate.report import format_results
     from pretrain.evaluate.trained_model import load_model
 
     checkpoint = find_latest(out / "checkpoints")
@@ -180,7 +181,7 @@ def summarize(out: Path) -> dict[str, Any]:
     }
     write_json(out / "summary.json", summary)
 
-    print(f"\n{format_table(results)}\n")
+    print(f"\n{format_results(results)}\n")
     print(f"training images: {train_captions['caption_exact']:.1f} % exact matches of captions")
     examples = results["unseen_style"]["examples"][:PRINTED_CAPTIONS]
     print(f"\n{len(examples)} images of a held-out style (true caption -> generated caption):")
@@ -202,23 +203,11 @@ def _parameter_counts(run: RunConfig) -> dict[str, int]:
 
 def _expert_load(out: Path) -> dict[str, float]:
     """Smallest and largest load of any expert in the last logged step, relative to the mean."""
-    # Only names like moe/max_over_mean_load/layer_03; metrics of one modality end with /image or
-    # /text.
-    loads = {
-        name: value
-        for name, value in _last_metrics(out).items()
-        if "_over_mean_load/" in name and name.count("/") == 2
+    layers = read_log(out / METRICS_FILE)[-1].layers
+    return {
+        "min_over_mean_load": min(layer.min_over_mean_load for layer in layers),
+        "max_over_mean_load": max(layer.max_over_mean_load for layer in layers),
     }
-    smallest = min(value for name, value in loads.items() if name.startswith("moe/min"))
-    largest = max(value for name, value in loads.items() if name.startswith("moe/max"))
-    return {"min_over_mean_load": smallest, "max_over_mean_load": largest}
-
-
-def _last_metrics(out: Path) -> dict[str, Any]:
-    """The last row of `metrics.jsonl`."""
-    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    row: dict[str, Any] = json.loads(lines[-1])
-    return row
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
-"""Output of benchmarks: progress messages, tables, JSON reports, and the machine description."""
+"""Output of benchmarks: progress messages, numbers, and the machine description."""
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -60,24 +59,6 @@ def format_number(value: float) -> str:
     if value >= 10:
         return f"{value:.1f}"
     return f"{value:.2f}" if value >= 0.1 else f"{value:.4f}"
-
-
-def format_table(rows: Sequence[Sequence[str]], header: Sequence[str]) -> str:
-    """Format a Markdown table with aligned columns, readable as plain text."""
-    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
-    lines = []
-    for row in (header, ["-" * width for width in widths], *rows):
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON report atomically; create its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
 
 
 def log_progress(text: str) -> None:

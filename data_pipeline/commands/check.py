@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import TYPE_CHECKING
 
 from data_pipeline.commands.options import (
@@ -15,6 +14,7 @@ from data_pipeline.commands.options import (
     workers_of,
 )
 from data_pipeline.common.commands import Subparsers, add_command
+from data_pipeline.common.json_file import write_json
 
 if TYPE_CHECKING:
     from data_pipeline.preparing.check import CheckReport
@@ -56,7 +56,6 @@ def add(subparsers: Subparsers) -> None:
 
 def handle(args: argparse.Namespace) -> int:
     """Check the datasets and print a table."""
-    from data_pipeline.common import storage
     from data_pipeline.common.processes import SINGLE_PART, parse_part
     from data_pipeline.preparing.check import check
     from data_pipeline.preparing.drop_lists import write_drop_lists
@@ -85,7 +84,7 @@ def handle(args: argparse.Namespace) -> int:
     if args.json:
         rows = [finding._asdict() for finding in report.findings]
         content = {"samples": report.samples, "shards": report.shards, "findings": rows}
-        storage.write_bytes(args.json, json.dumps(content, indent=1).encode())
+        write_json(args.json, content)
     if args.drop_list:
         about = {"made by": "vlmoe data check" + (" --decode" if args.decode else "")}
         corrupt = [report.corrupt_samples(index) for index in range(len(manifests))]
@@ -101,8 +100,9 @@ def _counts(report: CheckReport) -> str:
 
 def _print_report(report: CheckReport, args: argparse.Namespace) -> None:
     from data_pipeline.common.escaping import escape_control
+    from data_pipeline.common.tables import format_table
     from data_pipeline.preparing.check import describe_location
-    from data_pipeline.preparing.text_format import format_table, truncate
+    from data_pipeline.preparing.text_format import truncate
 
     if not report.findings:
         decoded = "; all images and captions are readable" if args.decode else ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import TYPE_CHECKING, Any
 
 from data_pipeline.commands.options import (
@@ -15,6 +14,7 @@ from data_pipeline.commands.options import (
     workers_of,
 )
 from data_pipeline.common.commands import Subparsers, add_command
+from data_pipeline.common.json_file import write_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -120,8 +120,8 @@ def handle(args: argparse.Namespace) -> int:
 
 
 def _print_counts(hashes: Hashes, groups: dict[Any, Groups]) -> None:
+    from data_pipeline.common.tables import format_table
     from data_pipeline.preparing.sample_hashes import READABLE
-    from data_pipeline.preparing.text_format import format_table
 
     unreadable = int((~hashes.has(READABLE)).sum())
     ignored = f", {unreadable:,} of them unreadable and ignored" if unreadable else ""
@@ -155,7 +155,7 @@ def _write_files(
         print("\n".join(write_drop_lists(args.drop_list, datasets, dropped, about)))
     if args.json:
         content = about | {"groups": _groups_json(hashes, groups, manifests)}
-        storage.write_bytes(args.json, json.dumps(content, indent=1).encode())
+        write_json(args.json, content)
     if args.html:
         storage.write_bytes(args.html, _html(args, hashes, groups, manifests))
         print(storage.redact(args.html))

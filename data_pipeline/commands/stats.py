@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -16,6 +15,7 @@ from data_pipeline.commands.options import (
     workers_of,
 )
 from data_pipeline.common.commands import Subparsers, add_command
+from data_pipeline.common.json_file import write_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -85,10 +85,10 @@ def handle(args: argparse.Namespace) -> int:
     """Measure the datasets and print tables."""
     from data_pipeline.common import storage
     from data_pipeline.common.processes import SINGLE_PART, parse_part
+    from data_pipeline.common.tables import format_table
     from data_pipeline.preparing.shard_map import require_work_dir
     from data_pipeline.preparing.stats import compute_stats
     from data_pipeline.preparing.tasks import open_datasets
-    from data_pipeline.preparing.text_format import format_table
 
     part, keys = parse_part(args.part), args.caption_key or ["txt"]
     require_work_dir(part, args.work_dir)
@@ -116,7 +116,7 @@ def handle(args: argparse.Namespace) -> int:
     if args.json:
         shards = sum(len(manifest.shards) for manifest in manifests)
         content = {"samples": total, "shards": shards} | stats.to_json(keys)
-        storage.write_bytes(args.json, json.dumps(content, indent=1).encode())
+        write_json(args.json, content)
     if args.html:
         page = _html(stats, manifests, keys, [datasets, *tables], note, args.seed)
         storage.write_bytes(args.html, page)

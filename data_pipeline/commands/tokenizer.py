@@ -189,8 +189,8 @@ def _line_ranges(widths: list[int], limit: int) -> list[tuple[int, int]]:
 def handle_inspect(args: argparse.Namespace) -> None:
     """Describe a vocabulary."""
     from data_pipeline.common.escaping import escape_control
+    from data_pipeline.common.tables import format_table
     from data_pipeline.content.tokenizer import Tokenizer
-    from data_pipeline.preparing.text_format import format_table
     from data_pipeline.preparing.tokenizer_stats import (
         NUM_BYTE_TOKENS,
         NUM_SPECIAL_TOKENS,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 
-from data_pipeline.common.errors import ConfigError
 from data_pipeline.common.escaping import escape_control
 
 _USERINFO = re.compile(r"([a-z0-9+.-]+://)[^/?]*@", re.IGNORECASE)
@@ -36,19 +35,17 @@ def without_secrets(address: str) -> str:
     return _QUERY.sub(r"\1", _USERINFO.sub(r"\1", address))
 
 
-def reject_userinfo(address: str, setting: str) -> None:
-    """Check that an address in the settings has no user or password: settings are saved with runs.
+def userinfo_problems(address: str, setting: str) -> list[str]:
+    """The problem of an address in the settings that has a user or password: settings are saved
+    with runs.
 
     Args:
-        address: The address to check.
+        address: The address to check; the message shows it without user and password.
         setting: Name of the setting that contains it, for the message.
-
-    Raises:
-        ConfigError: It has one; the message shows the address without it.
     """
-    if has_userinfo(address):
-        raise ConfigError(
-            f"{setting}: the address {escape_control(without_secrets(address))} contains a user or "
-            f"password, which would be written to files of the run; remove it and "
-            f"{CREDENTIALS_HINT}"
-        )
+    if not has_userinfo(address):
+        return []
+    return [
+        f"{setting}: the address {escape_control(without_secrets(address))} contains a user or "
+        f"password, which would be written to files of the run; remove it and {CREDENTIALS_HINT}"
+    ]

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TypeVar, Union
 
 from data_pipeline.common.errors import ConfigError
+from data_pipeline.common.problems import Section, join_problems
 from data_pipeline.common.yaml_file import apply_overrides, load_yaml, merge, parse_yaml, to_yaml
 
 __all__ = [
@@ -32,7 +33,9 @@ __all__ = [
 C = TypeVar("C")
 
 
-def from_mapping(cls: type[C], mapping: Mapping[str, Any], *, source: str = "") -> C:
+def from_mapping(
+    cls: type[C], mapping: Mapping[str, Any], *, source: str = "", check: bool = True
+) -> C:
     """Build the dataclass `cls` from `mapping`; missing fields keep their defaults.
 
     Args:
@@ -40,24 +43,20 @@ def from_mapping(cls: type[C], mapping: Mapping[str, Any], *, source: str = "") 
             with string keys, unions, or such dataclasses.
         mapping: Plain values as read from YAML or JSON; lists stand for tuples.
         source: Put in front of the error message, such as the path of the file.
+        check: Also raise if a section has problems; without it, only keys and types are checked,
+            and the caller checks the sections together with what it knows in addition.
 
     Raises:
-        ConfigError: Lists every unknown key, wrong type and failed check.
+        ConfigError: Lists every unknown key, every wrong type and every problem of a section.
     """
     problems: list[str] = []
-    value = _Converter(cls, problems).section(cls, mapping, "")
+    converter = _Converter(cls, problems)
+    value = converter.section(cls, mapping, "")
+    if problems or check:
+        problems += [message for section in converter.sections for message in section.problems()]
     if problems:
         raise ConfigError(join_problems(problems, source))
     return typing.cast(C, value)
-
-
-def join_problems(problems: list[str], source: str = "") -> str:
-    """One message for one or several problems."""
-    head = f"{source}: " if source else ""
-    if len(problems) == 1:
-        return head + problems[0]
-    lines = "\n".join(f"  - {problem}" for problem in problems)
-    return f"{head}{len(problems)} problems:\n{lines}"
 
 
 def to_mapping(config: Any) -> dict[str, Any]:
@@ -93,6 +92,7 @@ class _Converter:
     def __init__(self, root: type, problems: list[str]) -> None:
         self.root = root
         self.problems = problems
+        self.sections: list[Section] = []
 
     def invalid(self, path: str, message: str) -> _Invalid:
         self.problems.append(f"{path}: {message}" if path else message)
@@ -122,11 +122,10 @@ class _Converter:
 
         if any(isinstance(value, _Invalid) for value in values.values()):
             return _INVALID
-        try:
-            return cls(**values)
-        except ConfigError as error:
-            # The checks of a section already give the full names of its settings.
-            return self.invalid("", str(error))
+        section = cls(**values)
+        if isinstance(section, Section):
+            self.sections.append(section)
+        return section
 
     def value(self, hint: Any, value: Any, path: str) -> Any:
         """`value` as the type `hint`, or `_INVALID`."""
@@ -193,9 +192,11 @@ class _Converter:
         # An exact type is preferred to a conversion: 3 stays an integer in `float | int`.
         for member in sorted(members, key=lambda member: type(value) is not member):
             problems: list[str] = []
-            converted = _Converter(self.root, problems).value(member, value, path)
+            converter = _Converter(self.root, problems)
+            converted = converter.value(member, value, path)
             # `converted` alone is not enough: a section with unknown settings is created too.
             if not problems:
+                self.sections += converter.sections
                 return converted
         sections = [
             member

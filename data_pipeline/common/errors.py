@@ -14,16 +14,6 @@ class ConfigError(VlmError):
     """A setting is unknown, out of range, or contradicts another one."""
 
 
-def require(condition: bool, message: str) -> None:
-    """Check a setting.
-
-    Raises:
-        ConfigError: `condition` is false; `message` states the value and what is allowed.
-    """
-    if not condition:
-        raise ConfigError(message)
-
-
 class DataError(VlmError):
     """A shard, manifest, image or caption is missing or corrupt."""
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import sentencepiece
 
+from data_pipeline.common import storage
 from data_pipeline.common.errors import TokenizerError
 from data_pipeline.content.captions import clean_caption
 
@@ -147,10 +148,7 @@ def train_tokenizer(
         raise _training_error(error, vocab_size) from error
 
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
-    temporary.write_bytes(model.getvalue())
-    os.replace(temporary, target)
+    storage.write_bytes(str(target), model.getvalue())
     return Tokenizer.load(target)
 
 

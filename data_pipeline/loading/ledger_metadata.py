@@ -11,6 +11,7 @@ from data_pipeline.common import storage
 from data_pipeline.common.addresses import has_query, without_secrets
 from data_pipeline.common.config import from_mapping, to_mapping
 from data_pipeline.common.errors import ConfigError, DataError
+from data_pipeline.common.json_file import write_json
 from data_pipeline.loading.sources import Source
 from data_pipeline.order.state import LoaderState, Ranges
 from data_pipeline.settings import SourceConfig
@@ -76,10 +77,7 @@ class LedgerMetadata:
     def write(self, folder: Path) -> None:
         """Write to the folder of a ledger."""
         content = asdict(self) | {"sources": [to_mapping(source) for source in self.sources]}
-        data = json.dumps(
-            {"version": LEDGER_VERSION} | content, indent=1, ensure_ascii=False
-        ).encode()
-        storage.write_bytes(str(folder / METADATA_FILE), data + b"\n")
+        write_json(folder / METADATA_FILE, {"version": LEDGER_VERSION} | content, indent=1)
 
     @staticmethod
     def read(folder: Path) -> LedgerMetadata:

@@ -16,6 +16,7 @@ import numpy as np
 
 from data_pipeline.common import storage
 from data_pipeline.common.errors import ConfigError, DataError
+from data_pipeline.common.problems import check_sections
 from data_pipeline.content.sample_processor import SampleProcessor
 from data_pipeline.content.tokenizer import Tokenizer
 from data_pipeline.loading.batch_dataset import BatchDataset, ReaderConfig
@@ -65,11 +66,12 @@ class Loader:
             ranks: This rank, and the number of ranks that share each global batch.
 
         Raises:
-            ConfigError: The global batch cannot be divided among the ranks, the state has another
-                seed, or a source with a weight above 0 has no samples.
+            ConfigError: `data` is invalid, the global batch cannot be divided among the ranks, the
+                state has another seed, or a source with a weight above 0 has no samples.
             DataError: The state was saved with other shards, weights, drop-lists or another window.
             TokenizerError: There is no tokenizer at `tokenizer_path`.
         """
+        check_sections(data)
         self._micro_batches = micro_batches_per_step(
             global_batch_size, batch.micro_batch_size, ranks.world_size
         )

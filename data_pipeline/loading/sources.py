@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 from data_pipeline.common import storage
 from data_pipeline.common.addresses import without_secrets
+from data_pipeline.common.problems import check_sections
 from data_pipeline.order.drop_list import (
     Dropped,
     apply_drop_list,
@@ -78,8 +79,11 @@ def open_sources(
         manifest_urls: `SourceConfig.shards` -> where its manifest is, if it is elsewhere.
 
     Raises:
+        ConfigError: The settings of a source are invalid.
         DataError: A manifest or drop-list is missing or corrupt, or they do not match.
     """
+    configs = tuple(configs)
+    check_sections(*configs)
     sources = []
     for config in configs:
         address = (manifest_urls or {}).get(config.shards, config.shards)

@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from data_pipeline.common.seeds import rng
+from data_pipeline.common.tables import format_table
 from data_pipeline.order.plan import Plan
 
 MAX_SAMPLES = 1 << 20
@@ -143,11 +144,12 @@ def measure(
 
 def format_quality_table(measured: ShuffleQuality, perfect: ShuffleQuality) -> str:
     """A table of both, side by side."""
-    lines = [f"{'':<66} {'this order':>11} {'perfect':>11}"]
-    for name, label in LABELS.items():
-        value, perfect_value = asdict(measured)[name], asdict(perfect)[name]
-        lines.append(f"{label:<66} {value:>11.4g} {perfect_value:>11.4g}")
-    return "\n".join(lines)
+    values, perfect_values = asdict(measured), asdict(perfect)
+    rows = [
+        (label, f"{values[name]:.4g}", f"{perfect_values[name]:.4g}")
+        for name, label in LABELS.items()
+    ]
+    return format_table(["", "this order", "perfect"], rows, rule=False)
 
 
 def _reduced_sizes(sizes: np.ndarray, window: int) -> tuple[np.ndarray, int]:

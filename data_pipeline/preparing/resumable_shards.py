@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 from data_pipeline.common import storage
+from data_pipeline.common.json_file import write_json
 from data_pipeline.preparing.importers.load_samples import Sample, load_samples
 from data_pipeline.preparing.importers.records import Importer, Record, SkippedRow
 from data_pipeline.shards.manifest import ShardEntry
@@ -62,8 +63,7 @@ class ShardWriter:
         samples = load_samples(shard.records, self.source, decode=self.decode)
         entry = write_shard(_split_skipped(samples, skipped), self.out, shard.name)
         content = {"fingerprint": fingerprint, "entry": asdict(entry), "skipped": skipped}
-        text = json.dumps(content, ensure_ascii=False)
-        storage.write_bytes(record_url, text.encode("utf-8", "surrogatepass"))
+        write_json(record_url, content, indent=None)
         return ShardResult(entry, skipped, False)
 
     def _is_still_skipped(self, shard: ShardPlan, skipped: list[SkippedRow]) -> bool:

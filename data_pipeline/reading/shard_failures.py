@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from data_pipeline.common import storage
 from data_pipeline.common.errors import StorageError
+from data_pipeline.common.json_file import write_json
 from data_pipeline.common.store_errors import ErrorKind
 from data_pipeline.shards.manifest import Manifest, ShardEntry
 
@@ -79,7 +79,7 @@ class ShardFailures:
             if self._folder is not None and error.kind != ErrorKind.REFUSED:
                 # If the disk is full, every process detects the failure on its own.
                 with contextlib.suppress(StorageError):
-                    storage.write_bytes(str(self._folder / key), json.dumps(failure).encode())
+                    write_json(self._folder / key, failure, indent=None)
         return failure
 
     def clear(self) -> None:

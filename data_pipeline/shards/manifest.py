@@ -25,6 +25,7 @@ from typing import Any
 
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError, StorageError
+from data_pipeline.common.json_file import write_json
 from data_pipeline.common.object_store import REQUEST_SECONDS
 from data_pipeline.common.store_errors import ErrorKind
 from data_pipeline.shards.index_cache import RemoteIndex, open_cached, read_index
@@ -247,8 +248,7 @@ def write_manifest(
     content |= {"base": base} if manifest.base != manifest.url else {}
     content |= {"shards": [_row(entry) for entry in entries], **metadata}
 
-    data = json.dumps(content, indent=1, ensure_ascii=False).encode() + b"\n"
-    storage.write_bytes(storage.join(url, name), data)
+    write_json(storage.join(url, name), content, indent=1)
     return manifest
 
 
@@ -268,7 +268,7 @@ def invalidate_manifest(folder: str | os.PathLike[str]) -> None:
             ) from error
     elif storage.exists(url):
         # Overwritten instead of deleted: write access to a bucket may not include deletion.
-        storage.write_bytes(url, json.dumps(_UNFINISHED).encode())
+        write_json(url, _UNFINISHED, indent=None)
 
 
 def _row(entry: ShardEntry) -> dict[str, Any]:

@@ -43,10 +43,10 @@ def add(subparsers: Subparsers) -> None:
 
 def handle(args: argparse.Namespace) -> None:
     """Run the command."""
-    from pretrain.config.presets import load_run
+    from pretrain.config.presets import load_unchecked_run
     from pretrain.config.validate import check_run
 
-    run = load_run(args.run, args.overrides)
+    run = load_unchecked_run(args.run, args.overrides)
     _, world_size = launched_rank_and_world_size()
     check_run(run, world_size, source=args.run)
     # Imported after validation: an error in the run is reported before torch is loaded.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from data_pipeline.common.errors import require
+from data_pipeline.common.problems import Problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,53 +68,41 @@ class MoEConfig:
     """Implementation of the experts: `grouped` uses one grouped matrix product, `loop` computes one
     expert after the other, and `auto` selects the faster one."""
 
-    def __post_init__(self) -> None:
-        require(
-            self.num_experts >= 1, f"moe.num_experts is {self.num_experts}, but must be at least 1"
-        )
-        require(
+    def problems(self) -> list[str]:
+        """Numbers out of range, and options that contradict one another."""
+        found = Problems(self, "moe")
+        found.at_least(1, "num_experts", "every", "expert_width", "capacity_group_size")
+        found.at_least(0, "shared_experts", "start")
+        found.above_zero("temperature", "noise_std")
+        found.at_least(0, "capacity_factor", note=" (0 means no limit)")
+        found.require(
             1 <= self.top_k <= self.num_experts,
             f"moe.top_k is {self.top_k}, but must be in 1..moe.num_experts ({self.num_experts})",
         )
-        require(
-            self.shared_experts >= 0,
-            f"moe.shared_experts is {self.shared_experts}, but must be at least 0",
+        found.require(
+            self.stop >= -1,
+            f"moe.stop is {self.stop}, but negative indices are not supported; give the index of "
+            f"the block before which the MoE blocks end, or set moe.stop=-1 for no limit",
         )
-        require(self.temperature > 0, f"moe.temperature is {self.temperature}, but must be above 0")
-        require(self.every >= 1, f"moe.every is {self.every}, but must be at least 1")
-        require(self.noise_std > 0, f"moe.noise_std is {self.noise_std}, but must be above 0")
-        self._check_capacity()
-        self._check_pools()
-
-    def _check_capacity(self) -> None:
-        require(
-            self.capacity_factor >= 0,
-            f"moe.capacity_factor is {self.capacity_factor}, but must be at least 0 (0 means no "
-            f"limit)",
-        )
-        require(
-            self.capacity_group_size >= 1,
-            f"moe.capacity_group_size is {self.capacity_group_size}, but must be at least 1",
-        )
-        require(
+        found.require(
             not (self.routing == "expert_choice" and self.uses_capacity),
             f"moe.routing is expert_choice, where all experts have equal load, but "
             f"moe.capacity_factor is {self.capacity_factor}; set moe.capacity_factor=0",
         )
+        return found.messages + self._pool_problems()
 
-    def _check_pools(self) -> None:
-        if self.pools == "modality":
-            num_text_experts = self.num_experts - self.num_image_experts
-            require(
-                min(self.num_image_experts, num_text_experts) >= self.top_k,
-                f"moe.pools is modality with {self.num_image_experts} experts for patches and "
-                f"{num_text_experts} for text; each pool needs at least moe.top_k ({self.top_k})",
-            )
-        else:
-            require(
-                self.image_experts == 0,
-                f"moe.image_experts is {self.image_experts}, which only moe.pools=modality uses",
-            )
+    def _pool_problems(self) -> list[str]:
+        found, num_text_experts = Problems(self, "moe"), self.num_experts - self.num_image_experts
+        found.require(
+            self.pools == "shared" or min(self.num_image_experts, num_text_experts) >= self.top_k,
+            f"moe.pools is modality with {self.num_image_experts} experts for patches and "
+            f"{num_text_experts} for text; each pool needs at least moe.top_k ({self.top_k})",
+        )
+        found.require(
+            self.pools == "modality" or self.image_experts == 0,
+            f"moe.image_experts is {self.image_experts}, which only moe.pools=modality uses",
+        )
+        return found.messages
 
     @property
     def num_image_experts(self) -> int:
@@ -221,6 +209,39 @@ class BalanceConfig:
     """Separate biases for patches and text, each updated from the load of its modality."""
     bias_freeze_ratio: float = 0.03
     """Last fraction of the run in which the biases are not updated."""
+
+    def problems(self) -> list[str]:
+        """Numbers out of range, and options that contradict one another."""
+        found = Problems(self, "balance")
+        found.at_least(
+            0,
+            *("balance_weight", "router_z_weight", "importance_weight", "load_weight"),
+            *("expert_l1_weight", "router_l1_weight"),
+        )
+        for name in ("local_entropy_weight", "global_entropy_weight", "global_entropy_experts"):
+            per_modality = Problems(getattr(self, name), f"balance.{name}")
+            per_modality.at_least(0, "image", "text")
+            found.messages += per_modality.messages
+        for modality, target in vars(self.global_entropy_experts).items():
+            found.require(
+                not 0 < target < 1,
+                f"balance.global_entropy_experts.{modality} is {target:g}, but below 1 the loss is "
+                f"always 0; use at least 1, or 0 for the default",
+            )
+        found.require(
+            not (self.load_weight and self.uses_bias),
+            f"balance.load_weight is {self.load_weight}, but the expected load is computed without "
+            f"balance.bias ({self.bias}), which affects the selection; set balance.bias=none, or "
+            f"balance.load_weight=0",
+        )
+        found.require(
+            self.uses_bias or not self.bias_per_modality,
+            "balance.bias_per_modality is true, but balance.bias is none; set balance.bias=sign or "
+            "zscore, or balance.bias_per_modality=false",
+        )
+        found.above_zero("bias_rate", note=" (balance.bias=none turns biases off)")
+        found.within(0, 1, "bias_freeze_ratio")
+        return found.messages
 
     @property
     def uses_bias(self) -> bool:

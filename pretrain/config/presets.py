@@ -59,9 +59,23 @@ def load_run(path_or_preset: str | Path, overrides: Sequence[str] = ()) -> RunCo
         settings across sections.
 
     Raises:
-        ConfigError: Lists all unknown keys, wrong types and invalid sections.
+        ConfigError: Lists all unknown keys, wrong types and problems of sections.
     """
+    return _load(path_or_preset, overrides, check=True)
+
+
+def load_unchecked_run(path_or_preset: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """As `load_run`, for a caller that then calls `pretrain.config.validate.check_run`: one error
+    lists the problems of sections together with those across sections.
+
+    Raises:
+        ConfigError: Lists all unknown keys and wrong types.
+    """
+    return _load(path_or_preset, overrides, check=False)
+
+
+def _load(path_or_preset: str | Path, overrides: Sequence[str], *, check: bool) -> RunConfig:
     path = run_path(path_or_preset)
     mapping = apply_overrides(load_yaml(path, preset_path), overrides)
     source = f"{path} with settings from the command line" if overrides else str(path)
-    return from_mapping(RunConfig, mapping, source=source)
+    return from_mapping(RunConfig, mapping, source=source, check=check)

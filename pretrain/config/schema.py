@@ -2,107 +2,22 @@
 
 The YAML file of a run is read into `RunConfig`. DeepSpeed settings for memory and communication
 (ZeRO stage, buckets, offload) are in `ds_configs/*.json`; a key that is set in both is an error.
-Checks of a single section are in its `__post_init__`. Checks across sections are in
-`pretrain.config.validate`, which reports all problems at once.
+Every section lists its own problems; `pretrain.config.validate` adds those across sections and
+reports all at once.
 """
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Literal
 
-from data_pipeline.common.addresses import reject_userinfo
-from data_pipeline.common.errors import require
+from data_pipeline.common.addresses import userinfo_problems
+from data_pipeline.common.problems import Problems
 from data_pipeline.settings import DataConfig
 from pretrain.config.experts import BalanceConfig, MoEConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """The transformer trunk, shared by image patches and text tokens, with its stem and heads."""
-
-    width: int = 128
-    """Hidden size of the trunk (D)."""
-    num_layers: int = 4
-    """Number of transformer blocks."""
-    num_heads: int = 4
-    """Number of attention heads (H); `width / num_heads` must be a multiple of 4."""
-    ffn_width: int = 256
-    """Hidden width of the SwiGLU networks in dense blocks."""
-    fusion_layer: int = 2
-    """Index of the first block in which text attends to the patches of its image."""
-    image_size: int = 48
-    """Side of the square input image, pixels."""
-    patch_size: int = 8
-    """Side of a patch, pixels; must divide `image_size`."""
-    stem: Literal["linear", "conv"] = "linear"
-    """Map from pixels to patch tokens: one linear map, or strided convolutions, with which small
-    models learn faster. `conv` needs a `patch_size` that is a power of two."""
-    vocab_size: int = 32000
-    """Size of the text vocabulary (V); must equal that of the tokenizer."""
-    context_length: int = 64
-    """Maximum number of text tokens of a caption, start and end tokens included (S)."""
-    embed_dim: int = 128
-    """Dimension of the shared image-text embedding."""
-    pool_heads: int = 4
-    """Number of heads of the attention pooling for the image embedding."""
-    rope_theta: float = 10000.0
-    """Base of the rotary position frequencies."""
-    activation_checkpointing: bool = False
-    """Recompute the activations of the blocks in the backward pass to save memory."""
-
-    def __post_init__(self) -> None:
-        require(
-            self.num_heads > 0 and self.width % self.num_heads == 0,
-            f"model.width is {self.width}, not a multiple of model.num_heads ({self.num_heads})",
-        )
-        require(
-            (self.width // self.num_heads) % 4 == 0,
-            f"model.width / model.num_heads is {self.width // self.num_heads}; two-dimensional "
-            f"rotary positions need a multiple of 4",
-        )
-        self._check_image()
-        require(
-            1 <= self.fusion_layer < self.num_layers,
-            f"model.fusion_layer is {self.fusion_layer}, but must be in 1..num_layers-1 "
-            f"({self.num_layers - 1}): the text embedding is computed before that block, captions "
-            f"after it",
-        )
-        require(
-            self.width % self.pool_heads == 0,
-            f"model.width is {self.width}, not a multiple of model.pool_heads ({self.pool_heads})",
-        )
-        require(
-            self.context_length >= 2,
-            f"model.context_length is {self.context_length}; start and end tokens need 2",
-        )
-        require(
-            self.vocab_size > 4, f"model.vocab_size is {self.vocab_size}; four ids are reserved"
-        )
-
-    def _check_image(self) -> None:
-        require(
-            self.patch_size > 0 and self.image_size % self.patch_size == 0,
-            f"model.image_size is {self.image_size}, not a multiple of model.patch_size "
-            f"({self.patch_size})",
-        )
-        require(
-            self.stem == "linear" or self.patch_size & (self.patch_size - 1) == 0,
-            f"model.patch_size is {self.patch_size}, but each convolution of model.stem=conv "
-            f"halves the image: use a power of two, or model.stem=linear",
-        )
-
-    @property
-    def num_patches(self) -> int:
-        """Number of patches per image (P)."""
-        return (self.image_size // self.patch_size) ** 2
-
-    @property
-    def stem_channels(self) -> tuple[int, ...]:
-        """Channels of the convolutional stem: 3 for the pixels, then a quarter, half and all of the
-        trunk's width (at least 8)."""
-        num_convs = self.patch_size.bit_length() - 1
-        return (3, *(max(8, self.width >> max(0, 2 - index)) for index in range(num_convs)))
+from pretrain.config.model import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +36,22 @@ class LossConfig:
     logit_scale_max: float = 100.0
     """Upper bound of the contrastive scale, as a soft cap."""
 
+    def problems(self) -> list[str]:
+        """Invalid weights, and an objective without any loss."""
+        found = Problems(self, "loss")
+        found.at_least(0, "contrastive_weight", "caption_weight")
+        found.require(
+            self.contrastive_weight != 0 or self.caption_weight != 0,
+            "loss.contrastive_weight and loss.caption_weight are both 0, so there is no training "
+            "objective",
+        )
+        found.require(
+            0 < self.logit_scale_init < self.logit_scale_max,
+            f"loss.logit_scale_init is {self.logit_scale_init}, but must be above 0 and below "
+            f"loss.logit_scale_max ({self.logit_scale_max})",
+        )
+        return found.messages
+
 
 @dataclass(frozen=True, kw_only=True)
 class BatchConfig:
@@ -130,6 +61,12 @@ class BatchConfig:
     """Pairs per optimizer step, over all ranks (G); a multiple of `micro_batch_size` x ranks."""
     micro_batch_size: int = 64
     """Pairs per forward pass of one rank (B)."""
+
+    def problems(self) -> list[str]:
+        """Sizes below 1; `plan_batch` checks the split over ranks."""
+        found = Problems(self, "batch")
+        found.at_least(1, "global_batch_size", "micro_batch_size")
+        return found.messages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +85,18 @@ class OptimConfig:
     clip_norm: float = 1.0
     """Maximum of the global gradient norm; 0 turns clipping off."""
 
+    def problems(self) -> list[str]:
+        """Numbers that are out of range."""
+        found = Problems(self, "optim")
+        found.above_zero("lr", "eps")
+        found.at_least(0, "weight_decay")
+        found.at_least(0, "clip_norm", note=" (0 turns it off)")
+        found.require(
+            all(0 <= beta < 1 for beta in self.betas),
+            f"optim.betas is {list(self.betas)}, but must be in 0..1, 1 excluded",
+        )
+        return found.messages
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
@@ -164,16 +113,26 @@ class ScheduleConfig:
     decay_ratio: float = 0.2
     """Last fraction of the run in which the learning rate decays linearly (`wsd` only)."""
 
-    def __post_init__(self) -> None:
-        require(
-            self.total_steps >= 1,
-            f"schedule.total_steps is {self.total_steps}, but must be at least 1",
-        )
-        require(
-            0 <= self.warmup_steps <= self.total_steps,
+    def problems(self) -> list[str]:
+        """Ratios out of range, and a run that is too short for its warm-up and decay."""
+        found = Problems(self, "schedule")
+        found.at_least(1, "total_steps")
+        found.within(0, 1, "min_lr_ratio", "decay_ratio")
+        is_valid = 0 <= self.warmup_steps <= self.total_steps
+        found.require(
+            is_valid,
             f"schedule.warmup_steps is {self.warmup_steps}, but must be in 0..total_steps "
             f"({self.total_steps})",
         )
+        decay_steps = round(self.decay_ratio * self.total_steps)
+        found.require(
+            not is_valid
+            or self.kind != "wsd"
+            or self.warmup_steps + decay_steps <= self.total_steps,
+            f"schedule.warmup_steps ({self.warmup_steps}) plus decay (schedule.decay_ratio x "
+            f"total_steps = {decay_steps}) exceed schedule.total_steps ({self.total_steps})",
+        )
+        return found.messages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,6 +159,13 @@ class ParallelConfig:
     timeout_seconds: float = 600.0
     """Timeout of collective operations, after which the run stops with an error."""
 
+    def problems(self) -> list[str]:
+        """Numbers that are out of range."""
+        found = Problems(self, "parallel")
+        found.at_least(1, "expert_parallel_size")
+        found.above_zero("timeout_seconds")
+        return found.messages
+
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
@@ -209,6 +175,13 @@ class CheckpointConfig:
     """Steps between checkpoints, besides the one at the end of the run; 0 writes only that one."""
     keep: int = 2
     """Number of most recent checkpoints to keep."""
+
+    def problems(self) -> list[str]:
+        """Numbers that are out of range."""
+        found = Problems(self, "checkpoint")
+        found.at_least(0, "every_steps")
+        found.at_least(1, "keep")
+        return found.messages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,6 +198,13 @@ class LogConfig:
     """Steps between routing figures: load by layer and expert, and coactivation of experts; 0 turns
     them off."""
 
+    def problems(self) -> list[str]:
+        """Numbers that are out of range."""
+        found = Problems(self, "log")
+        found.at_least(1, "every_steps")
+        found.at_least(0, "captions_every_steps", "routing_every_steps", "num_captions")
+        return found.messages
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSet:
@@ -238,8 +218,19 @@ class EvalSet:
     """Text file with one candidate caption per line for retrieval; empty means the captions of the
     set."""
 
-    def __post_init__(self) -> None:
-        reject_userinfo(self.shards, f"eval.sets {self.name!r}")
+    def problems(self) -> list[str]:
+        """An invalid name, or no shards."""
+        messages = userinfo_problems(self.shards, f"eval.sets {self.name!r}")
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.name):
+            messages.append(
+                f"eval.sets has a set named {self.name!r}; use letters, digits and _ . - only"
+            )
+        if not self.shards:
+            messages.append(
+                f"eval.sets {self.name!r} has no shards; give a manifest or the folder that "
+                f"contains one"
+            )
+        return messages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,6 +244,18 @@ class EvalConfig:
     caption_samples: int = 200
     """Number of images per set for which captions are generated and compared with the
     references."""
+
+    def problems(self) -> list[str]:
+        """Numbers that are out of range, and names that are not unique."""
+        found = Problems(self, "eval")
+        found.at_least(1, "batch_size")
+        found.at_least(0, "caption_samples")
+        counts = Counter(eval_set.name for eval_set in self.sets)
+        for name, count in sorted(counts.items()):
+            found.require(
+                count == 1, f"eval.sets has {count} sets named {name!r}; names must be unique"
+            )
+        return found.messages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,3 +279,9 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+
+    def problems(self) -> list[str]:
+        """An invalid seed."""
+        found = Problems(self, "")
+        found.at_least(0, "seed")
+        return found.messages

@@ -1,18 +1,21 @@
 """Validation of a run across sections and against the number of ranks; reports all problems at
 once.
 
-Checks of a single section are in its `__post_init__`. Whether files exist and match the run
-(manifests, the tokenizer's vocabulary) is checked where they are opened.
+Every section lists its own problems. Whether files exist and match the run (manifests, the
+tokenizer's vocabulary) is checked where they are opened.
 """
 
 from __future__ import annotations
 
-from data_pipeline.common.config import join_problems
+import dataclasses
+from collections.abc import Iterator
+from itertools import chain
+
 from data_pipeline.common.errors import ConfigError
-from pretrain.config.checks.data import augment_problems, data_problems, eval_problems
+from data_pipeline.common.problems import join_problems, section_problems
+from pretrain.config.checks.data import data_problems, eval_problems
 from pretrain.config.checks.experts import balance_problems, expert_problems
 from pretrain.config.checks.layout import batch_problems, parallel_problems, precision_problems
-from pretrain.config.checks.ranges import range_problems
 from pretrain.config.schema import RunConfig
 
 
@@ -43,18 +46,29 @@ def check_run(
 
 def problems(run: RunConfig, world_size: int) -> list[str]:
     """One message for every invalid setting and every contradiction between settings or with the
-    number of ranks; empty for a valid run."""
-    return [
-        *batch_problems(run, world_size),
-        *parallel_problems(run, world_size),
-        *expert_problems(run),
-        *balance_problems(run),
-        *range_problems(run),
-        *data_problems(run),
-        *augment_problems(run.data.augment),
-        *eval_problems(run),
-        *precision_problems(run),
-    ]
+    number of ranks; empty for a valid run.
+
+    Sections are compared with others only if each is valid by itself.
+    """
+    by_section = {
+        field.name: section_problems(getattr(run, field.name)) for field in dataclasses.fields(run)
+    }
+    messages = [*run.problems(), *chain.from_iterable(by_section.values())]
+    for sections, check in _cross_checks(run, world_size):
+        if not any(by_section[name] for name in sections.split()):
+            messages += check
+    return messages
+
+
+def _cross_checks(run: RunConfig, world_size: int) -> Iterator[tuple[str, Iterator[str]]]:
+    """The sections that a check compares, and its messages, which are computed when read."""
+    yield "batch loss", batch_problems(run, world_size)
+    yield "parallel moe model", parallel_problems(run, world_size)
+    yield "moe model batch", expert_problems(run)
+    yield "balance moe", balance_problems(run)
+    yield "data", data_problems(run)
+    yield "eval data", eval_problems(run)
+    yield "precision moe model", precision_problems(run)
 
 
 def training_problems(run: RunConfig) -> list[str]:

@@ -8,7 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.common.addresses import userinfo_problems
 from data_pipeline.common.errors import ConfigError, DataError
+from data_pipeline.common.json_file import write_json
+from data_pipeline.common.problems import join_problems
 from data_pipeline.common.storage import read_bytes
 from data_pipeline.content.captions import clean_caption
 from data_pipeline.loading.batch_spec import BatchSpec
@@ -18,7 +21,7 @@ from data_pipeline.shards.manifest import Manifest, load_manifest
 from pretrain.config.schema import EvalSet
 from pretrain.evaluate.evaluator import Evaluator, SetOptions, evaluation_mode, sample_indices
 from pretrain.evaluate.generated_captions import CaptionInput
-from pretrain.evaluate.report import format_examples, format_table, write_json
+from pretrain.evaluate.report import format_examples, format_results
 from pretrain.evaluate.trained_model import TrainedModel, load_model
 
 logger = logging.getLogger(__name__)
@@ -47,7 +50,7 @@ def eval_command(
         raise ConfigError(f"eval.sets of {run_dir}/config.yaml is empty; pass shards with --shards")
 
     results = evaluate_sets(trained, sets)
-    print(f"{run_dir}, step {trained.step:,} (percent)\n\n{format_table(results)}")
+    print(f"{run_dir}, step {trained.step:,} (percent)\n\n{format_results(results)}")
     for name, result in results.items():
         print(f"\n{name}, captions (= exact match):\n{format_examples(result)}")
     if json_path is not None:
@@ -141,15 +144,23 @@ def read_set(
 
 
 def named_sets(shards: Sequence[str], labels: str = "") -> tuple[EvalSet, ...]:
-    """Evaluation sets named after their folders, or after their addresses if names repeat."""
+    """Evaluation sets named after their folders, or after their addresses if names repeat.
+
+    Raises:
+        ConfigError: An address contains a user or password.
+    """
     folders = [address.removesuffix("/manifest.json").rstrip("/") for address in shards]
     names = [folder.rpartition("/")[2] or folder for folder in folders]
     if len(set(names)) < len(names):
         names = folders
-    return tuple(
+    sets = tuple(
         EvalSet(name=name, shards=address, labels=labels)
         for name, address in zip(names, shards, strict=True)
     )
+    userinfo = [text for item in sets for text in userinfo_problems(item.shards, "--shards")]
+    if userinfo:
+        raise ConfigError(join_problems(userinfo))
+    return sets
 
 
 def read_labels(address: str) -> tuple[str, ...]:

@@ -1,18 +1,16 @@
-"""Evaluation results as text and JSON."""
+"""Evaluation results as text."""
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from data_pipeline.common.tables import format_table
 from pretrain.evaluate.captions import same_caption
 from pretrain.evaluate.retrieval import RECALL_AT
 
 
-def format_table(results: Mapping[str, Mapping[str, Any]]) -> str:
+def format_results(results: Mapping[str, Mapping[str, Any]]) -> str:
     """A table of the results of each set; recalls and accuracies in percent."""
     return "\n\n".join("\n".join(_set_lines(name, result)) for name, result in results.items())
 
@@ -29,29 +27,21 @@ def format_examples(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write_json(path: Path, results: Mapping[str, Any]) -> None:
-    """Write results as JSON, atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    temporary.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def _set_lines(name: str, result: Mapping[str, Any]) -> list[str]:
     head = f"{name}: {result['images']:,} images, {result['texts']:,} texts"
+    recalls = [
+        ("  image to text", result["image_to_text"]),
+        ("    chance", result["chance"]),
+        ("  text to image", result["text_to_image"]),
+        ("    chance", result["chance_text_to_image"]),
+    ]
+    names = [f"R@{k}" for k in RECALL_AT]
+    rows = [(label, *(f"{values[name]:.2f}" for name in names)) for label, values in recalls]
     lines = [
-        f"{head:<34}" + "".join(f"{f'R@{k}':>9}" for k in RECALL_AT),
-        _row("image to text", result["image_to_text"]),
-        _row("  chance", result["chance"]),
-        _row("text to image", result["text_to_image"]),
-        _row("  chance", result["chance_text_to_image"]),
+        format_table([head, *names], rows, rule=False),
         f"  captions: {result['caption_exact']:.1f} % exact matches "
         f"(of {result['caption_samples']}), {result['caption_token_accuracy']:.1f} % of tokens",
     ]
     if result["corrupt_samples"]:
         lines.append(f"  skipped: {result['corrupt_samples']} corrupt samples")
     return lines
-
-
-def _row(label: str, recalls: Mapping[str, float]) -> str:
-    return f"  {label:<32}" + "".join(f"{recalls[f'R@{k}']:>9.2f}" for k in RECALL_AT)

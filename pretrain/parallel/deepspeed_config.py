@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.common.config import join_problems
 from data_pipeline.common.errors import ConfigError
+from data_pipeline.common.problems import join_problems
 from pretrain.config.batch import BatchPlan
 from pretrain.config.schema import RunConfig
 

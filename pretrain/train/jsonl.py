@@ -7,10 +7,14 @@ Opening the file at the step of that checkpoint removes both.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from data_pipeline.common import storage
+from pretrain.train.log_entry import LogEntry
+
+METRICS_FILE = "metrics.jsonl"
 
 
 class JsonlWriter:
@@ -20,10 +24,7 @@ class JsonlWriter:
         """Open `path`, keeping only rows of steps up to `resumed_step`."""
         self.path = path
         self.kept = tuple(_rows_up_to(path, resumed_step))
-        temporary = path.with_name(f".{path.name}.part")
-        with temporary.open("w", encoding="utf-8") as stream:
-            stream.writelines(_line(row) for row in self.kept)
-        os.replace(temporary, path)
+        storage.write_bytes(str(path), "".join(_line(row) for row in self.kept).encode())
         self._stream = path.open("a", encoding="utf-8")
 
     def write(self, row: Mapping[str, Any]) -> None:
@@ -39,6 +40,15 @@ class JsonlWriter:
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a file, without an incomplete last line."""
     return list(_rows_up_to(path, None))
+
+
+def read_log(path: Path) -> list[LogEntry]:
+    """The entries of a metrics.jsonl; empty if there is no file.
+
+    Raises:
+        DataError: A row was written by another version of this program.
+    """
+    return [LogEntry.from_row(row) for row in read_rows(path)]
 
 
 def _rows_up_to(path: Path, last_step: int | None) -> list[dict[str, Any]]:

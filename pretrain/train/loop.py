@@ -17,7 +17,7 @@ from pretrain.optim.schedule import learning_rate
 from pretrain.train.caption_samples import CaptionSampleLogger
 from pretrain.train.components import TrainComponents
 from pretrain.train.corrupt_samples import CorruptSampleGuard, empty_batch_error
-from pretrain.train.metrics import RankReport, Window, source_metrics
+from pretrain.train.metrics import RankReport, Window
 from pretrain.train.random_state import get_random_state, set_random_state
 from pretrain.train.reporter import Reporter
 from pretrain.train.signals import StopFlag
@@ -139,9 +139,14 @@ class _WindowLogs:
         if self._reporter is not None:
             problems = [problem for report in reports for problem in report.problems]
             self._reporter.log_corrupt_samples(problems, state.step)
-            metrics, tables = self.window.summary(state, reports, rate)
-            metrics |= source_metrics(self._loader.order, state.loader.position)
-            self._reporter.log_step(state.step, metrics, tables)
+            entry = self.window.entry(
+                state,
+                reports,
+                learning_rate=rate,
+                consumed=self._loader.order.consumed(state.loader.position),
+                corrupt=self._reporter.corrupt_counts,
+            )
+            self._reporter.log_step(entry)
         self.window.reset()
         self._guard.add(reports, samples_read=state.loader.position)
 

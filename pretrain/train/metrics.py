@@ -1,7 +1,6 @@
 """Metrics of training steps, aggregated over the steps since the last log entry.
 
-Every rank keeps a `Window`. Rank 0 combines it with a `RankReport` of each rank into metrics and
-tables.
+Every rank keeps a `Window`. Rank 0 combines it with a `RankReport` of each rank into a `LogEntry`.
 
 Shapes: L MoE layers, M modalities, E experts.
 """
@@ -12,19 +11,31 @@ import resource
 import sys
 import time
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from data_pipeline.order.order import Order
+from data_pipeline.order.order import Consumed
 from data_pipeline.samples import SampleProblem
 from pretrain.config.schema import RunConfig
 from pretrain.model.count import count_flops
 from pretrain.moe.statistics import MODALITIES
+from pretrain.train.log_entry import (
+    DataMetrics,
+    LayerMetrics,
+    LogEntry,
+    Losses,
+    ModalityMetrics,
+    RouterMetrics,
+    Throughput,
+)
 from pretrain.train.state import TrainState
 from pretrain.train.step import StepResult
+
+Array = np.ndarray[Any, Any]
 
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
 """Peak dense bf16 FLOP/s by a substring of the GPU's name, from data sheets; for MFU."""
@@ -103,44 +114,75 @@ class Window:
             filtered=dict(self._filtered),
         )
 
-    def summary(
-        self, state: TrainState, reports: list[RankReport], rate: float
-    ) -> tuple[dict[str, float], dict[str, np.ndarray[Any, Any]]]:
-        """Metrics by name and tables by name; losses are means over the window."""
+    def entry(
+        self,
+        state: TrainState,
+        reports: list[RankReport],
+        *,
+        learning_rate: float,
+        consumed: Sequence[Consumed],
+        corrupt: Mapping[str, int],
+    ) -> LogEntry:
+        """The log entry of this window.
+
+        Args:
+            state: The run after the last step.
+            reports: Of every rank.
+            learning_rate: Of the last step.
+            consumed: Samples of each source so far.
+            corrupt: Number of corrupt samples so far, by reason.
+        """
         seconds = max(1e-9, time.perf_counter() - self._start)
         results, last = self._results, self._results[-1]
-        pairs, tokens = sum(r.pairs for r in results), sum(r.tokens for r in results)
-        metrics = {
-            f"loss/{name}": float(np.mean([r.losses[name] for r in results]))
-            for name in last.losses
-        }
-        metrics |= {
-            "loss/logit_scale": last.logit_scale,
-            "optim/lr": rate,
-            "optim/grad_norm": float(np.mean([r.grad_norm for r in results])),
-            "perf/samples_per_second": pairs / seconds,
-            "perf/tokens_per_second": tokens / seconds,
-            "perf/seconds_per_step": seconds / len(results),
-            "perf/flops_per_second": self._flops(pairs, tokens) / seconds,
-            "perf/memory_gib": max(report.memory_gib for report in reports),
-            "data/wait_seconds": max(report.wait_seconds for report in reports),
-            "data/samples_seen": float(state.samples_seen),
-            "data/epoch_position": float(state.loader.position),
-        }
-        metrics |= self._filtered_ratios(reports, len(results))
-        peak = _peak_flops(self._device)
-        if peak:
-            metrics["perf/mfu"] = metrics["perf/flops_per_second"] / (peak * self._world_size)
         assignments_LME = torch.stack([r.assignments_LME for r in results]).sum(dim=0).numpy()
-        metrics |= routing_metrics(last, self._run) | load_metrics(assignments_LME, self._run)
-        return metrics, {"moe/tokens_per_expert": assignments_LME}
+        return LogEntry(
+            step=state.step,
+            losses=self._losses(),
+            logit_scale=last.logit_scale,
+            learning_rate=learning_rate,
+            grad_norm=float(np.mean([r.grad_norm for r in results])),
+            throughput=self._throughput(seconds, reports),
+            data=DataMetrics(
+                wait_seconds=max(report.wait_seconds for report in reports),
+                samples_seen=float(state.samples_seen),
+                epoch_position=float(state.loader.position),
+                filtered=self._filtered_ratios(reports, len(results)),
+                epochs={name: epochs for name, _, epochs in consumed},
+                sample_ratio={
+                    name: samples / max(1, state.loader.position) for name, samples, _ in consumed
+                },
+                corrupt={reason: float(count) for reason, count in corrupt.items()},
+            ),
+            layers=layer_metrics(last, assignments_LME, self._run),
+        )
+
+    def _losses(self) -> Losses:
+        """Means over the window."""
+        first = self._results[0].losses
+        means = {name: float(np.mean([r.losses[name] for r in self._results])) for name in first}
+        terms = {name: means[name] for name in means if f"weighted/{name}" in means}
+        weighted = {name: means[f"weighted/{name}"] for name in terms}
+        return Losses(total=means["total"], terms=terms, weighted=weighted)
+
+    def _throughput(self, seconds: float, reports: list[RankReport]) -> Throughput:
+        pairs = sum(r.pairs for r in self._results)
+        tokens = sum(r.tokens for r in self._results)
+        flops_per_second = self._flops(pairs, tokens) / seconds
+        peak = _peak_flops(self._device)
+        return Throughput(
+            samples_per_second=pairs / seconds,
+            tokens_per_second=tokens / seconds,
+            seconds_per_step=seconds / len(self._results),
+            flops_per_second=flops_per_second,
+            memory_gib=max(report.memory_gib for report in reports),
+            mfu=flops_per_second / (peak * self._world_size) if peak else None,
+        )
 
     def _filtered_ratios(self, reports: list[RankReport], steps: int) -> dict[str, float]:
-        """Fraction of read samples that each filter excluded; filters without any are omitted."""
         counts = sum((Counter(report.filtered) for report in reports), Counter[str]())
         samples_read = steps * self._run.batch.global_batch_size
         return {
-            f"data/filtered/{reason.removeprefix('filter:')}": count / samples_read
+            reason.removeprefix("filter:"): count / samples_read
             for reason, count in sorted(counts.items())
         }
 
@@ -151,76 +193,76 @@ class Window:
         return pairs * count_flops(model, self._run.moe, text_tokens=max(0.0, text_tokens)).training
 
 
-def load_metrics(assignments_LME: np.ndarray[Any, Any], run: RunConfig) -> dict[str, float]:
-    """Largest and smallest expert load of each layer, divided by the mean load.
+def layer_metrics(
+    last: StepResult, assignments_LME: Array, run: RunConfig
+) -> tuple[LayerMetrics, ...]:
+    """Loads and routing of every MoE layer.
 
-    The mean is that of the expert's pool: with modality pools, the experts of the other pool cannot
-    receive its tokens.
+    Loads are relative to the mean of the expert's pool: with modality pools, the experts of the
+    other pool cannot receive its tokens.
+
+    Args:
+        last: The last step, for the statistics of its routers.
+        assignments_LME: Assignments of all steps, `[MoE layers, modalities, experts]`.
+        run: The experts and their pools.
     """
-    metrics = {}
+    layers = []
     for layer, block in enumerate(run.moe.blocks(run.model.num_layers)):
-        load_E = assignments_LME[layer].sum(axis=0)
+        load_ME = assignments_LME[layer]
+        load_E = load_ME.sum(axis=0)
         pools = [
             load_E[pool] / max(1.0, float(load_E[pool].mean())) for pool in run.moe.pool_slices()
         ]
         ratio_E = np.concatenate(pools)
-        metrics[f"moe/max_over_mean_load/layer_{block:02d}"] = float(ratio_E.max())
-        metrics[f"moe/min_over_mean_load/layer_{block:02d}"] = float(ratio_E.min())
-    return metrics
+        modalities = {
+            name: ModalityMetrics(
+                tokens_per_expert=tuple(load_ME[index].astype(np.int64).tolist()),
+                max_over_mean_load=max_over_mean(load_ME[index, run.moe.pool(index)]),
+                router=router_metrics(last, run, layer, index),
+            )
+            for index, name in enumerate(MODALITIES)
+        }
+        layers.append(
+            LayerMetrics(
+                block=block,
+                max_over_mean_load=float(ratio_E.max()),
+                min_over_mean_load=float(ratio_E.min()),
+                modalities=modalities,
+            )
+        )
+    return tuple(layers)
 
 
-def routing_metrics(result: StepResult, run: RunConfig) -> dict[str, float]:
-    """Routing statistics of one step by layer and modality; modalities without tokens are omitted.
-
-    Names are `moe/NAME/layer_LL/MODALITY`, where NAME is
-
-    - `entropy` (nats): mean entropy of a token's scores;
-    - `mean_entropy` (nats): entropy of the mean scores;
-    - `top_probability`: mean of a token's largest score;
-    - `top1_ratio`: fraction of tokens whose best expert is the most common best expert;
-    - `dropped`: fraction of assignments dropped by the capacity limit (only with a capacity);
-    - `bias_range`: largest minus smallest routing bias (only with biases).
-    """
-    metrics: dict[str, float] = {}
-    for layer, block in enumerate(run.moe.blocks(run.model.num_layers)):
-        for index, modality in enumerate(MODALITIES):
-            if not result.tokens_M[index]:
-                continue
-            for name, value in _routing_values(result, run, layer, index).items():
-                metrics[f"moe/{name}/layer_{block:02d}/{modality}"] = value
-    return metrics
-
-
-def _routing_values(
+def router_metrics(
     result: StepResult, run: RunConfig, layer: int, modality: int
-) -> dict[str, float]:
-    """`routing_metrics` of one layer and modality, by NAME."""
+) -> RouterMetrics | None:
+    """Routing of one step in one layer and modality, by index; None without tokens."""
     stats, tokens = result.router, float(result.tokens_M[modality])
+    if not tokens:
+        return None
     mean_E = stats.prob_sum_ME[layer, modality] / tokens
-    values = {
-        "entropy": float(stats.entropy_sum_M[layer, modality]) / tokens,
-        "mean_entropy": float(torch.special.entr(mean_E).sum()),
-        "top_probability": float(stats.top1_prob_sum_M[layer, modality]) / tokens,
-        "top1_ratio": float(stats.top1_ME[layer, modality].max()) / tokens,
-    }
+    dropped = bias_range = None
     if run.moe.uses_capacity:
         assignments = float(stats.assignments_ME[layer, modality].sum())
         kept = float(stats.kept_ME[layer, modality].sum())
-        values["dropped"] = 1 - kept / max(1.0, assignments)
+        dropped = 1 - kept / max(1.0, assignments)
     if len(result.biases):
         bias_index = min(modality, result.biases.shape[1] - 1)
         bias_E = result.biases[layer, bias_index, run.moe.pool(modality)]
-        values["bias_range"] = float(bias_E.max() - bias_E.min())
-    return values
+        bias_range = float(bias_E.max() - bias_E.min())
+    return RouterMetrics(
+        entropy=float(stats.entropy_sum_M[layer, modality]) / tokens,
+        mean_entropy=float(torch.special.entr(mean_E).sum()),
+        top_probability=float(stats.top1_prob_sum_M[layer, modality]) / tokens,
+        top1_ratio=float(stats.top1_ME[layer, modality].max()) / tokens,
+        dropped=dropped,
+        bias_range=bias_range,
+    )
 
 
-def source_metrics(order: Order, position: int) -> dict[str, float]:
-    """Completed epochs of each source, and its fraction of all samples so far."""
-    metrics = {}
-    for name, samples, epochs in order.consumed(position):
-        metrics[f"data/epochs/{name}"] = epochs
-        metrics[f"data/sample_ratio/{name}"] = samples / max(1, position)
-    return metrics
+def max_over_mean(load_E: Array) -> float:
+    """Largest expert load over the mean load; 1 is balanced, 0 means no tokens."""
+    return float(load_E.max() / load_E.mean()) if load_E.sum() > 0 else 0.0
 
 
 def _peak_memory_gib(device: torch.device) -> float:

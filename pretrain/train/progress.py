@@ -2,54 +2,45 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from data_pipeline.common.logs import format_duration
 from pretrain.config.schema import RunConfig
+from pretrain.train.log_entry import LogEntry, Losses
 
 LOSS_TERMS = ("contrastive", "caption", "balance", "router_z")
 
-_LAYER_LOAD = re.compile(r"moe/max_over_mean_load/layer_\d+")
-"""Load metric of a layer over both modalities."""
 
+def progress_line(entry: LogEntry, run: RunConfig) -> str:
+    """The console line of a log entry.
 
-def progress_line(step: int, metrics: Mapping[str, float], run: RunConfig) -> str:
-    """The console line of a step.
-
-    Parts without a metric are omitted, and so are loss terms with weight 0. The maximum expert load
-    is that of all layers.
+    Loss terms with weight 0 are omitted. The maximum expert load is that of all layers.
     """
-    return "  ".join(_parts(step, metrics, run))
+    return "  ".join(_parts(entry, run))
 
 
-def _parts(step: int, metrics: Mapping[str, float], run: RunConfig) -> Iterator[str]:
-    yield f"step {step}/{run.schedule.total_steps}"
-    if "loss/total" in metrics:
-        yield _loss(metrics)
-    loads = [load for name, load in metrics.items() if _LAYER_LOAD.fullmatch(name)]
-    if loads:
-        yield f"max/mean expert load {max(loads):.2f}"
-    if "optim/lr" in metrics:
-        yield f"lr {metrics['optim/lr']:.2e}"
-    if "perf/samples_per_second" in metrics:
-        yield f"{metrics['perf/samples_per_second']:,.0f} samples/s"
-    if "perf/tokens_per_second" in metrics:
-        yield f"{metrics['perf/tokens_per_second']:,.0f} tokens/s"
-    filtered = sum(ratio for name, ratio in metrics.items() if name.startswith("data/filtered/"))
-    if filtered:
+def _parts(entry: LogEntry, run: RunConfig) -> Iterator[str]:
+    throughput, total_steps = entry.throughput, run.schedule.total_steps
+    yield f"step {entry.step}/{total_steps}"
+    yield _loss(entry.losses)
+    if entry.layers:
+        max_load = max(layer.max_over_mean_load for layer in entry.layers)
+        yield f"max/mean expert load {max_load:.2f}"
+    yield f"lr {entry.learning_rate:.2e}"
+    yield f"{throughput.samples_per_second:,.0f} samples/s"
+    yield f"{throughput.tokens_per_second:,.0f} tokens/s"
+    if filtered := sum(entry.data.filtered.values()):
         yield f"filtered {filtered:.0%}"
-    seconds = metrics.get("perf/seconds_per_step", 0.0)
-    if seconds > 0:
-        if "data/wait_seconds" in metrics:
-            yield f"data wait {min(1.0, metrics['data/wait_seconds'] / seconds):.0%}"
-        yield f"{format_duration((run.schedule.total_steps - step) * seconds)} left"
+    seconds = throughput.seconds_per_step
+    yield f"data wait {min(1.0, entry.data.wait_seconds / seconds):.0%}"
+    yield f"{format_duration((total_steps - entry.step) * seconds)} left"
 
 
-def _loss(metrics: Mapping[str, float]) -> str:
-    terms = []
-    for name in LOSS_TERMS:
-        if f"loss/{name}" in metrics and metrics.get(f"loss/weighted/{name}") != 0:
-            terms.append(f"{name} {metrics[f'loss/{name}']:.3f}")
-    total = f"loss {metrics['loss/total']:.4f}"
+def _loss(losses: Losses) -> str:
+    terms = [
+        f"{name} {losses.terms[name]:.3f}"
+        for name in LOSS_TERMS
+        if name in losses.terms and losses.weighted[name] != 0
+    ]
+    total = f"loss {losses.total:.4f}"
     return f"{total} ({', '.join(terms)})" if terms else total

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +18,21 @@ import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
 from data_pipeline.common.escaping import escape_control
+from data_pipeline.common.tables import markdown_table
 from data_pipeline.samples import SampleProblem
 from pretrain.config.schema import RunConfig
 from pretrain.evaluate.routing.grids import coactivation_grids, load_grids
 from pretrain.evaluate.routing.heatmap import draw_grids
-from pretrain.moe.statistics import MODALITIES
 from pretrain.train.caption_figure import draw_captions
-from pretrain.train.jsonl import JsonlWriter
+from pretrain.train.jsonl import METRICS_FILE, JsonlWriter
+from pretrain.train.log_entry import LogEntry
 from pretrain.train.progress import progress_line
 
 logger = logging.getLogger(__name__)
 
 Array = np.ndarray[Any, Any]
 
-TOKENS_PER_EXPERT = "moe/tokens_per_expert"
-METRICS_FILE, CORRUPT_SAMPLES_FILE, TENSORBOARD_FOLDER = (
-    "metrics.jsonl",
-    "corrupt_samples.jsonl",
-    "tensorboard",
-)
+CORRUPT_SAMPLES_FILE, TENSORBOARD_FOLDER = "corrupt_samples.jsonl", "tensorboard"
 
 
 class Reporter:
@@ -65,29 +61,12 @@ class Reporter:
             str(run_dir / TENSORBOARD_FOLDER), purge_step=resumed_step + 1, flush_secs=10
         )
 
-    def log_step(
-        self, step: int, metrics: Mapping[str, float], tables: Mapping[str, Array]
-    ) -> None:
-        """Log metrics to all files and the console.
-
-        Args:
-            step: Number of completed optimizer steps.
-            metrics: Values by name, such as `loss/total`.
-            tables: `moe/tokens_per_expert`, `[MoE layers, modalities, experts]`.
-        """
-        self._last_step = step
-        values = dict(metrics)
-        for reason, count in self.corrupt_counts.items():
-            values[f"data/corrupt/{reason}"] = float(count)
-        loads: dict[str, Array] = {}
-        load_LME = tables.get(TOKENS_PER_EXPERT)
-        if load_LME is not None:
-            values |= self._max_loads(load_LME)
-            loads = self._loads(load_LME)
-        rows = {name: load_E.tolist() for name, load_E in loads.items()}
-        self._try(METRICS_FILE, lambda: self._metrics.write({"step": step} | values | rows))
-        self._try(TENSORBOARD_FOLDER, lambda: self._write_events(step, values, loads))
-        logger.info("%s", progress_line(step, metrics, self._run))
+    def log_step(self, entry: LogEntry) -> None:
+        """Write an entry to all files and to the console."""
+        self._last_step = entry.step
+        self._try(METRICS_FILE, lambda: self._metrics.write(entry.to_row()))
+        self._try(TENSORBOARD_FOLDER, lambda: self._write_events(entry))
+        logger.info("%s", progress_line(entry, self._run))
 
     def log_captions(
         self, step: int, images: Array, generated: Sequence[str], references: Sequence[str]
@@ -171,33 +150,11 @@ class Reporter:
         self._try(METRICS_FILE, self._metrics.close)
         self._try(CORRUPT_SAMPLES_FILE, self._corrupt.close)
 
-    def _max_loads(self, load_LME: Array) -> dict[str, float]:
-        """Largest over mean expert load by layer and modality, in the modality's pool."""
-        values = {}
-        for layer, block in enumerate(self._blocks):
-            for index, modality in enumerate(MODALITIES):
-                load_E = load_LME[layer, index, self._run.moe.pool(index)]
-                values[f"moe/max_over_mean_load/layer_{block:02d}/{modality}"] = max_over_mean(
-                    load_E
-                )
-        return values
-
-    def _loads(self, load_LME: Array) -> dict[str, Array]:
-        """Assignments of each expert by layer and modality, by metric name."""
-        loads = {}
-        for layer, block in enumerate(self._blocks):
-            for index, modality in enumerate(MODALITIES):
-                name = f"{TOKENS_PER_EXPERT}/layer_{block:02d}/{modality}"
-                loads[name] = load_LME[layer, index].astype(np.int64)
-        return loads
-
-    def _write_events(
-        self, step: int, values: Mapping[str, float], loads: Mapping[str, Array]
-    ) -> None:
-        for name, value in values.items():
-            self._events.add_scalar(name, value, step)
-        for name, load_E in loads.items():
-            self._write_histogram(name, load_E, step)
+    def _write_events(self, entry: LogEntry) -> None:
+        for name, value in entry.scalars().items():
+            self._events.add_scalar(name, value, entry.step)
+        for name, load in entry.expert_loads().items():
+            self._write_histogram(name, np.array(load), entry.step)
         self._events.flush()
 
     def _write_histogram(self, name: str, load_E: Array, step: int) -> None:
@@ -239,23 +196,17 @@ def _silence_tensorboard_thread() -> None:
     threading.excepthook = hook
 
 
-def max_over_mean(load_E: Array) -> float:
-    """Largest expert load over the mean load; 1 is balanced, 0 means no tokens."""
-    return float(load_E.max() / load_E.mean()) if load_E.sum() > 0 else 0.0
-
-
 def _caption_table(generated: Sequence[str], references: Sequence[str]) -> str:
     """Generated and reference captions as a Markdown table."""
     rows = [
-        f"| {_escape_cell(caption)} | {_escape_cell(reference)} |"
+        (_escape_html(caption), _escape_html(reference))
         for caption, reference in zip(generated, references, strict=True)
     ]
-    return "\n".join(["| generated | reference |", "|---|---|", *rows])
+    return markdown_table(["generated", "reference"], rows, align="l")
 
 
-def _escape_cell(text: str) -> str:
-    """Text escaped for a cell of a Markdown table."""
-    escaped = (
+def _escape_html(text: str) -> str:
+    """Text in which nothing is HTML or Markdown."""
+    return (
         text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "&#124;").replace("`", "&#96;")
     )
-    return escaped.replace("\n", " ")

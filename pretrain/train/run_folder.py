@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from data_pipeline.common import errors, storage
 from data_pipeline.common.addresses import without_secrets
 from data_pipeline.common.config import dump_yaml
 from data_pipeline.common.errors import StorageError, TokenizerError, VlmError
+from data_pipeline.common.json_file import write_json
 from data_pipeline.content.tokenizer import Tokenizer
 from pretrain.checkpoint.retention import list_checkpoints
 from pretrain.config.batch import BatchPlan
@@ -53,7 +53,7 @@ def write_run_files(run: RunConfig, out: Path, tokenizer: Tokenizer, batch_plan:
         return
     path = profile_path(run.parallel.deepspeed)
     resolved = resolve(run, load_profile(path), path, out / CONFIG_FILE, batch_plan)
-    storage.write_bytes(str(out / DEEPSPEED_FILE), json.dumps(resolved, indent=2).encode() + b"\n")
+    write_json(out / DEEPSPEED_FILE, resolved)
 
 
 def _without_secrets(run: RunConfig) -> RunConfig:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from pretrain.train.jsonl import read_rows
 from tests.support.s3_server import S3Server
 from tests.support.shape_dataset import ShapeDataset
 from tests.support.slurm import Job, SlurmCluster
@@ -75,8 +76,7 @@ class ClusterRun:
 
     def rows(self) -> list[dict[str, Any]]:
         """Rows of metrics.jsonl, without an incomplete last line of a killed job."""
-        lines = (self.folder / "metrics.jsonl").read_text().splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        return read_rows(self.folder / "metrics.jsonl")
 
     def log(self, job_id: int, *, node: int) -> str:
         return (self.folder / "logs" / f"{job_id}-node{node}.log").read_text()

@@ -9,9 +9,12 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+from data_pipeline.common.json_file import write_json
+from data_pipeline.common.tables import markdown_table
+from tools.arguments import benchmark_parser, import_peers, print_error, unknown_name
 from tools.bench_loader.options import Benchmark, Options
 from tools.measurements import HEADER, Measurement
-from tools.reporting import describe_machine, format_table, log_progress, write_json
+from tools.reporting import describe_machine, log_progress
 from tools.timing import MIN_REPEATS
 
 PACKAGES = (
@@ -74,16 +77,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     benchmarks = _benchmarks()
     names = options.only or list(benchmarks)
-    if unknown := [name for name in names if name not in benchmarks]:
-        print(
-            f"error: --only {unknown[0]}: unknown benchmark; expected one of "
-            f"{', '.join(benchmarks)}",
-            file=sys.stderr,
-        )
-        return 2
+    if problem := unknown_name(names, benchmarks, "benchmark"):
+        return print_error(problem)
 
-    for folder in options.peers:
-        sys.path.append(str(folder))  # at the end, so that installed versions take precedence
+    import_peers(options.peers)
     machine = describe_machine(PACKAGES)
     log_progress(
         f"{machine['cpu']}, {machine['cores']} cores, load {machine['load'][0]}, "
@@ -100,7 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     for name, rows in results.items():
         print(f"\n{name}: {benchmarks[name].description}\n")
-        print(format_table([row.row() for row in rows], HEADER))
+        print(markdown_table(HEADER, [row.row() for row in rows], align="l"))
     report = {
         "machine": machine,
         "repeats": repeats,
@@ -113,14 +110,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.bench_loader",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--only", action="append", metavar="NAME", help="run this benchmark (repeatable)"
+    parser = benchmark_parser(
+        "tools.bench_loader",
+        __doc__,
+        EXAMPLES,
+        out="data/bench/report.json",
+        unit="benchmark",
+        peers="other loaders",
     )
     parser.add_argument("--quick", action="store_true", help="minimal data in a temporary folder")
     parser.add_argument(
@@ -134,20 +130,6 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         type=Path,
         default=Path("data/bench"),
         help="folder of generated data (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("data/bench/report.json"),
-        help="JSON report (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--peers",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="FOLDER",
-        help="folder with other loaders (made by pip install --target); repeatable",
     )
     return parser.parse_args(arguments)
 

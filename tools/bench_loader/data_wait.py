@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -10,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from pretrain.train.jsonl import METRICS_FILE, read_log
 from tools.bench_loader.options import Options
 from tools.bench_loader.workloads import SMALL, VOCAB_SIZE, prepare
 from tools.measurements import Measurement, not_measured
@@ -53,10 +53,9 @@ def measure(options: Options) -> Iterator[Measurement]:
 
 
 def _wait_fraction(name: str, run: Path) -> Measurement:
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [row for row in map(json.loads, lines) if "data/wait_seconds" in row][WARMUP_STEPS:]
-    waits = [row["data/wait_seconds"] for row in rows]
-    seconds = [row["perf/seconds_per_step"] for row in rows]
+    entries = read_log(run / METRICS_FILE)[WARMUP_STEPS:]
+    waits = [entry.data.wait_seconds for entry in entries]
+    seconds = [entry.throughput.seconds_per_step for entry in entries]
     percent = 100 * sum(waits) / sum(seconds)
     by_step = Quartiles.of([100 * wait / step for wait, step in zip(waits, seconds, strict=True)])
     return Measurement(
@@ -66,6 +65,6 @@ def _wait_fraction(name: str, run: Path) -> Measurement:
         floor=3.0,
         goal=1.0,
         less_is_better=True,
-        note=f"mean over {len(rows)} steps after {WARMUP_STEPS}, quartiles of single steps; "
+        note=f"mean over {len(entries)} steps after {WARMUP_STEPS}, quartiles of single steps; "
         f"a step takes {sum(seconds) / len(seconds):.2f} s on one thread",
     )

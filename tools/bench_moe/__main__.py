@@ -11,12 +11,14 @@ import argparse
 import os
 import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_pipeline.common.json_file import write_json
+from data_pipeline.common.tables import markdown_table
+from tools.arguments import benchmark_parser, import_peers, print_error, unknown_name
 from tools.bench_moe.shapes import CPU_MEAN, CPU_SHAPES, GPU_SHAPES, LOADS, QUICK_SHAPES, Shape
 from tools.measurements import HEADER, Measurement
-from tools.reporting import describe_machine, format_table, log_progress, write_json
+from tools.reporting import describe_machine, log_progress
 from tools.timing import MIN_REPEATS, use_one_thread
 
 if TYPE_CHECKING:
@@ -44,8 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     Invalid options return 2.
     """
     options = _parse(arguments)
-    for folder in options.peers:
-        sys.path.append(str(folder))  # at the end, so that installed versions take precedence
+    import_peers(options.peers)
     # torch's profiler logs warnings, for example about memory allocated before it started.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
@@ -57,8 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype_name]
     shapes = QUICK_SHAPES if options.quick else GPU_SHAPES if on_gpu else CPU_SHAPES
     if problem := _option_problem(options, shapes, on_gpu=on_gpu):
-        print(f"error: {problem}", file=sys.stderr)
-        return 2
+        return print_error(problem)
     if not on_gpu:
         prepare_cpu()
     return _run(options, shapes, device, dtype)
@@ -68,9 +68,8 @@ def _option_problem(options: argparse.Namespace, shapes: tuple[Shape, ...], *, o
     """What is wrong with the options; empty if they are valid."""
     import torch
 
-    names = [shape.name for shape in shapes]
-    if unknown := [name for name in options.only if name not in names]:
-        return f"--only {unknown[0]}: unknown shape; expected one of {', '.join(names)}"
+    if problem := unknown_name(options.only, [shape.name for shape in shapes], "shape"):
+        return problem
     if on_gpu and not torch.cuda.is_available():
         return "--device cuda: torch finds no GPU; use --device cpu"
     if options.repeats is not None and options.repeats < 1:
@@ -121,7 +120,7 @@ def _run(
 
     print("\n".join(f"{shape.name}: {shape.describe()}" for shape in selected))
     print("\n".join(f"{load}: {LOADS[load]}" for load in options.load))
-    print("\n" + format_table([row.row() for row in rows], HEADER))
+    print("\n" + markdown_table(HEADER, [row.row() for row in rows], align="l"))
     write_json(
         options.out,
         {
@@ -179,18 +178,13 @@ def prepare_cpu() -> None:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.bench_moe",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--only",
-        action="append",
-        default=[],
-        metavar="SHAPE",
-        help="measure this shape (repeatable)",
+    parser = benchmark_parser(
+        "tools.bench_moe",
+        __doc__,
+        EXAMPLES,
+        out="data/bench/moe.json",
+        unit="shape",
+        peers="torchtitan",
     )
     parser.add_argument(
         "--load",
@@ -208,20 +202,6 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="minimal layers, two rounds")
     parser.add_argument(
         "--repeats", type=int, help=f"rounds of each comparison (default: {MIN_REPEATS})"
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("data/bench/moe.json"),
-        help="JSON report (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--peers",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="FOLDER",
-        help="folder with torchtitan (made by pip install --target); repeatable",
     )
     return parser.parse_args(arguments)
 

@@ -13,10 +13,13 @@ import tempfile
 import time
 from pathlib import Path
 
+from data_pipeline.common.json_file import write_json
+from data_pipeline.common.tables import markdown_table
+from tools.arguments import benchmark_parser, print_error, unknown_name
 from tools.gpu_suite.parts import PARTS
 from tools.gpu_suite.results import HEADER, Report, measurement_row
 from tools.gpu_suite.runner import run_in_this_process, run_part
-from tools.reporting import describe_machine, format_table, log_progress, write_json
+from tools.reporting import describe_machine, log_progress
 
 PACKAGES = ("torch", "deepspeed", "torchtitan", "triton", "numpy")
 TOTAL_SECONDS = 530.0
@@ -40,12 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
         0; 1 if a check failed; 2 for invalid options.
     """
     options = _parse(arguments)
-    if unknown := [name for name in options.only if name not in PARTS]:
-        print(
-            f"error: --only {unknown[0]}: unknown part; expected one of {', '.join(PARTS)}",
-            file=sys.stderr,
-        )
-        return 2
+    if problem := unknown_name(options.only, PARTS, "part"):
+        return print_error(problem)
     if options.run_part:
         return run_in_this_process(options)
 
@@ -94,7 +93,7 @@ def write_report(
     )
     log_progress(f"wrote {options.out}; seconds: {seconds}")
     print(f"\n{machine['gpu']}, {machine['date']}, torch {machine['torch']}\n")
-    print(format_table(rows, HEADER))
+    print(markdown_table(HEADER, rows, align="l"))
     return int(bool(failed))
 
 
@@ -107,19 +106,16 @@ def _gpu_name(cpu: bool) -> str:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.gpu_suite",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    budgets = "parts: " + ", ".join(
+        f"{name} ({part.seconds:.0f} s)" for name, part in PARTS.items()
     )
-    budgets = ", ".join(f"{name} ({part.seconds:.0f} s)" for name, part in PARTS.items())
-    parser.add_argument(
-        "--only",
-        action="append",
-        default=[],
-        metavar="PART",
-        help=f"run this part (repeatable): {budgets}",
+    parser = benchmark_parser(
+        "tools.gpu_suite",
+        __doc__,
+        EXAMPLES + budgets,
+        out="data/bench/gpu.json",
+        unit="part",
+        peers="torchtitan",
     )
     parser.add_argument("--cpu", action="store_true", help="use the CPU even if there is a GPU")
     parser.add_argument(
@@ -127,20 +123,6 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         type=float,
         default=TOTAL_SECONDS,
         help="time limit of all parts in total (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("data/bench/gpu.json"),
-        help="JSON report (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--peers",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="FOLDER",
-        help="folder with torchtitan (made by pip install --target); repeatable",
     )
     # For the subprocess of a part.
     parser.add_argument("--run-part", choices=tuple(PARTS), help=argparse.SUPPRESS)

@@ -6,8 +6,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.common.json_file import write_json
 from tools.measurements import Measurement
-from tools.reporting import format_number, write_json
+from tools.reporting import format_number
 from tools.timing import Quartiles
 
 HEADER = ["part", "name", "measured", "expected", "verdict", "note"]

@@ -14,6 +14,7 @@ from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 
+from tools.arguments import import_peers
 from tools.gpu_suite.parts import PARTS
 from tools.gpu_suite.results import Check, Report
 from tools.measurements import not_measured
@@ -85,8 +86,7 @@ def run_in_this_process(options: argparse.Namespace) -> int:
     """
     # Before the imports: they take seconds, which the parent process counts.
     deadline = time.monotonic() + options.seconds
-    for folder in options.peers:
-        sys.path.append(str(folder))
+    import_peers(options.peers)
     part, report = PARTS[options.run_part], Report(path=options.out)
     report.write()
     try:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from pretrain.train.jsonl import METRICS_FILE, read_log
+from pretrain.train.log_entry import LogEntry
 from tools.gpu_suite.options import Options
 from tools.gpu_suite.results import Check, Report
 from tools.measurements import Measurement, not_measured
@@ -27,17 +28,18 @@ class LoggedMetric(NamedTuple):
     """A metric of metrics.jsonl that is reported."""
 
     label: str
-    key: str
+    value: Callable[[LogEntry], float | None]
+    """None if the run does not log it."""
     unit: str
     scale: float
 
 
 METRICS = (
-    LoggedMetric("samples per second", "perf/samples_per_second", "", 1.0),
-    LoggedMetric("model FLOPs utilization", "perf/mfu", "%", 100.0),
-    LoggedMetric("memory", "perf/memory_gib", "GiB", 1.0),
-    LoggedMetric("data wait per step", "data/wait_seconds", "s", 1.0),
-    LoggedMetric("seconds per step", "perf/seconds_per_step", "s", 1.0),
+    LoggedMetric("samples per second", lambda row: row.throughput.samples_per_second, "", 1.0),
+    LoggedMetric("model FLOPs utilization", lambda row: row.throughput.mfu, "%", 100.0),
+    LoggedMetric("memory", lambda row: row.throughput.memory_gib, "GiB", 1.0),
+    LoggedMetric("data wait per step", lambda row: row.data.wait_seconds, "s", 1.0),
+    LoggedMetric("seconds per step", lambda row: row.throughput.seconds_per_step, "s", 1.0),
 )
 CPU_SETTINGS = [
     "model.width=32",
@@ -102,8 +104,8 @@ def _run(preset: str, settings: list[str], options: Options, report: Report) -> 
 
     seconds = max(5.0, options.seconds_left() - 3)
     outcome = _train(command, seconds, on_gpu=options.on_gpu)
-    rows = read_rows(out / "metrics.jsonl")
-    losses = [row["loss/total"] for row in rows if "loss/total" in row]
+    rows = read_log(out / METRICS_FILE)
+    losses = [row.losses.total for row in rows]
     if outcome.timed_out and not losses and seconds < STARTUP_SECONDS:
         report.add(not_measured(f"{preset} trains", f"no step in the remaining {seconds:.0f} s"))
     else:
@@ -159,24 +161,16 @@ def _train(command: list[str], seconds: float, *, on_gpu: bool) -> Outcome:
     return Outcome(completed=False, timed_out=False, note=" / ".join(lines[-3:])[-400:])
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Complete lines of a metrics.jsonl; empty if there is no file."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines if line.endswith("}")]
-
-
-def run_measurements(preset: str, rows: list[dict[str, Any]]) -> list[Measurement]:
+def run_measurements(preset: str, rows: Sequence[LogEntry]) -> list[Measurement]:
     """Quartiles of the logged metrics after the warm-up."""
     rows = rows[WARMUP_ROWS:]
     measurements = []
-    for label, key, unit, scale in METRICS:
+    for label, value_of, unit, scale in METRICS:
         name = f"{preset}: {label}"
-        values = [scale * row[key] for row in rows if key in row]
+        values = [scale * value for row in rows if (value := value_of(row)) is not None]
         if values:
             measurements.append(Measurement(name=name, value=Quartiles.of(values), unit=unit))
-        elif key == "perf/mfu" and rows:
+        elif rows:  # only the utilization may be missing
             measurements.append(not_measured(name, "the peak FLOP/s of this device is unknown"))
         else:
             measurements.append(not_measured(name, "no steps after the warm-up"))

@@ -11,6 +11,7 @@ from typing import Any
 
 from data_pipeline.common.errors import VlmError
 from data_pipeline.common.logs import format_duration, setup_logging
+from data_pipeline.common.tables import format_table
 from tools.quickstart_data.build import BuildSettings, build
 from tools.quickstart_data.sources import SOURCES, attribution
 from tools.quickstart_data.split import SPLITS
@@ -86,22 +87,21 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def credits_table() -> str:
     """Authors and licenses, one line per source; `--attribution` also prints addresses."""
-    lines = [f"{'drawings':<22}{'license':<15}by"]
-    lines += [f"{source.title:<22}{source.license:<15}{source.author}" for source in SOURCES]
-    lines.append(f"{'Names and tags':<22}{'MIT':<15}Miles Johnson (emojibase)")
-    return "\n".join(lines)
+    rows = [(source.title, source.license, source.author) for source in SOURCES]
+    rows.append(("Names and tags", "MIT", "Miles Johnson (emojibase)"))
+    return format_table(["drawings", "license", "by"], rows, align="l", rule=False)
 
 
 def counts_table(counts: dict[str, Any], *, complete: bool) -> str:
     """Counts of each split; for a complete set also the expected ones where they differ."""
-    lines = [f"{'set':<16}{'images':>10}{'captions':>10}"]
+    rows = []
     for split in SPLITS:
         images, captions = counts["images"][split], counts["captions"][split]
         note = ""
         if complete and (images, captions) != EXPECTED[split]:
-            note = f"  expected {EXPECTED[split]}"
-        lines.append(f"{split:<16}{images:>10,}{captions:>10,}{note}")
-    return "\n".join(lines)
+            note = f"expected {EXPECTED[split]}"
+        rows.append((split, images, captions, note))
+    return format_table(["set", "images", "captions", ""], rows, rule=False)
 
 
 if __name__ == "__main__":

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import zipfile
 from pathlib import Path
 
 import numpy as np
 
+from data_pipeline.common.storage import atomic_write
+
 
 def save(path: Path, images: dict[str, bytes]) -> None:
     """Write images by key atomically."""
-    temporary = path.with_suffix(f".{os.getpid()}.part")
-    with temporary.open("wb") as file:
+    with atomic_write(path) as descriptor, open(descriptor, "wb", closefd=False) as file:
         np.savez(
             file,
             keys=np.array(list(images)),
             sizes=np.array([len(data) for data in images.values()], np.int64),
             data=np.frombuffer(b"".join(images.values()), np.uint8),
         )
-    os.replace(temporary, path)
 
 
 def load(path: Path) -> dict[str, bytes] | None:

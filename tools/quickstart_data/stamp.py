@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from data_pipeline.common.json_file import write_json
 
 NAME = "stamp.json"
 LIBRARIES = ("numpy", "opencv-python-headless", "resvg-py", "sentencepiece", "webdataset")
@@ -45,9 +46,7 @@ def write(folder: Path, inputs: str, files: Sequence[str], counts: dict[str, Any
         for name in files
     }
     contents = {"fingerprint": inputs, "counts": counts, "files": file_hashes}
-    temporary = folder / f".{NAME}.part"
-    temporary.write_text(json.dumps(contents, indent=1) + "\n")
-    os.replace(temporary, folder / NAME)
+    write_json(folder / NAME, contents, indent=1)
 
 
 def read_if_complete(folder: Path, inputs: str) -> tuple[dict[str, Any] | None, str]:

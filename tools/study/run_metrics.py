@@ -7,8 +7,7 @@ Shapes: L MoE layers, M modalities, E experts.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,8 @@ import numpy as np
 from pretrain.config.schema import RunConfig
 from pretrain.evaluate.routing.report import effective_num_experts
 from pretrain.model.count import count_flops, count_parameters
+from pretrain.train.jsonl import METRICS_FILE, read_log
+from pretrain.train.log_entry import LogEntry, RouterMetrics
 
 MODALITIES = ("image", "text")
 END_FRACTION = 0.1
@@ -24,7 +25,6 @@ END_FRACTION = 0.1
 DEAD_LOAD_RATIO = 0.01
 """An expert with less than this multiple of the mean load is dead."""
 
-Row = Mapping[str, Any]
 Array = np.ndarray[Any, Any]
 
 
@@ -38,8 +38,7 @@ def evaluate_run(folder: Path) -> dict[str, Any]:
     checkpoint = find_latest(folder / "checkpoints")
     assert checkpoint is not None, "load_model needs a checkpoint"
     state = read_meta(checkpoint).state["train"]
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = end_of_run([json.loads(line) for line in lines])
+    rows = end_of_run(read_log(folder / METRICS_FILE))
     run = trained.run
     parameters = count_parameters(run.model, run.moe)
     flops = count_flops(run.model, run.moe, text_tokens=text_tokens_per_pair(rows, run))
@@ -58,19 +57,20 @@ def evaluate_run(folder: Path) -> dict[str, Any]:
     }
 
 
-def end_of_run(rows: Sequence[Row]) -> Sequence[Row]:
+def end_of_run(rows: Sequence[LogEntry]) -> Sequence[LogEntry]:
     """The last tenth of the rows, at least one."""
     return rows[-max(1, round(END_FRACTION * len(rows))) :]
 
 
-def losses(rows: Sequence[Row]) -> dict[str, float]:
+def losses(rows: Sequence[LogEntry]) -> dict[str, float]:
     """Mean losses; `main` is the weighted sum without auxiliary losses."""
     terms = ("contrastive", "caption")
-    weighted = [mean_of(rows, f"loss/weighted/{term}") for term in terms]
-    return {"main": sum(weighted)} | {term: mean_of(rows, f"loss/{term}") for term in terms}
+    weighted = [_mean(row.losses.weighted[term] for row in rows) for term in terms]
+    means = {term: _mean(row.losses.terms[term] for row in rows) for term in terms}
+    return {"main": sum(weighted)} | means
 
 
-def routing(rows: Sequence[Row], run: RunConfig) -> dict[str, Any] | None:
+def routing(rows: Sequence[LogEntry], run: RunConfig) -> dict[str, Any] | None:
     """Expert load and router entropy; None for a dense run.
 
     Returns:
@@ -80,10 +80,9 @@ def routing(rows: Sequence[Row], run: RunConfig) -> dict[str, Any] | None:
         entropy at uniform load); `entropy` of a token's scores and `mean_entropy` of the mean
         scores, nats; `dropped`, the fraction of assignments over capacity.
     """
-    blocks = run.moe.blocks(run.model.num_layers)
-    if not blocks:
+    if not run.moe.blocks(run.model.num_layers):
         return None
-    load_LME = expert_loads(rows, blocks)
+    load_LME = expert_loads(rows)
     pools = [load_LME[:, :, pool].sum(axis=1) for pool in run.moe.pool_slices()]
     metrics: dict[str, Any] = {
         "max_over_mean": float(
@@ -94,53 +93,47 @@ def routing(rows: Sequence[Row], run: RunConfig) -> dict[str, Any] | None:
     }
     for column, modality in enumerate(MODALITIES):
         load_LE = load_LME[:, column, run.moe.pool(column)]
-        metrics[modality] = _modality_metrics(rows, load_LE, blocks, modality)
+        metrics[modality] = _modality_metrics(rows, load_LE, modality)
     return metrics
 
 
-def _modality_metrics(
-    rows: Sequence[Row], load_LE: Array, blocks: Sequence[int], modality: str
-) -> dict[str, float]:
-    layers = [f"layer_{block:02d}/{modality}" for block in blocks]
-
-    def layer_mean(metric: str, missing: float | None = None) -> float:
-        values = [mean_of(rows, f"moe/{metric}/{layer}", missing=missing) for layer in layers]
-        return float(np.mean(values))
+def _modality_metrics(rows: Sequence[LogEntry], load_LE: Array, modality: str) -> dict[str, float]:
+    def layer_mean(value_of: Callable[[RouterMetrics], float]) -> float:
+        """Mean over layers of the mean over rows."""
+        return _mean(
+            _mean(value_of(_router(row, layer, modality)) for row in rows)
+            for layer in range(len(load_LE))
+        )
 
     return {
         "max_over_mean": float(_max_over_mean(load_LE).mean()),
         "used": float(np.mean([effective_num_experts(load_E) for load_E in load_LE])),
-        "entropy": layer_mean("entropy"),
-        "mean_entropy": layer_mean("mean_entropy"),
-        "dropped": layer_mean("dropped", missing=0.0),
+        "entropy": layer_mean(lambda router: router.entropy),
+        "mean_entropy": layer_mean(lambda router: router.mean_entropy),
+        "dropped": layer_mean(lambda router: router.dropped or 0.0),
     }
 
 
-def expert_loads(rows: Sequence[Row], blocks: Sequence[int]) -> Array:
+def _router(row: LogEntry, layer: int, modality: str) -> RouterMetrics:
+    router = row.layers[layer].modalities[modality].router
+    assert router is not None, f"step {row.step} has no {modality} tokens"
+    return router
+
+
+def expert_loads(rows: Sequence[LogEntry]) -> Array:
     """Assignments summed over all rows, float64 `[L, M, E]`."""
+    loads = [
+        [
+            [layer.modalities[modality].tokens_per_expert for modality in MODALITIES]
+            for layer in row.layers
+        ]
+        for row in rows
+    ]
+    return np.sum(np.array(loads, dtype=np.float64), axis=0)  # type: ignore[no-any-return]
 
-    def load_E(block: int, modality: str) -> Array:
-        name = f"moe/tokens_per_expert/layer_{block:02d}/{modality}"
-        load: Array = np.sum([row[name] for row in rows], axis=0)
-        return load
 
-    loads = [[load_E(block, modality) for modality in MODALITIES] for block in blocks]
-    return np.array(loads, dtype=np.float64)
-
-
-def mean_of(rows: Sequence[Row], name: str, missing: float | None = None) -> float:
-    """Mean of a metric over rows; "nan" strings count as NaN.
-
-    Args:
-        rows: Rows of `metrics.jsonl`.
-        name: The metric.
-        missing: Value for rows without the metric; None makes them an error.
-
-    Raises:
-        KeyError: A row lacks the metric and `missing` is None.
-    """
-    values = [row[name] if missing is None else row.get(name, missing) for row in rows]
-    return float(np.mean([float(value) for value in values]))
+def _mean(values: Iterable[float]) -> float:
+    return float(np.mean(list(values)))
 
 
 def _max_over_mean(load_LE: Array) -> Array:
@@ -153,10 +146,11 @@ def _num_dead(load_LE: Array) -> int:
     return int((load_LE < DEAD_LOAD_RATIO * load_LE.mean(axis=1, keepdims=True)).sum())
 
 
-def text_tokens_per_pair(rows: Sequence[Row], run: RunConfig) -> float:
+def text_tokens_per_pair(rows: Sequence[LogEntry], run: RunConfig) -> float:
     """Measured mean number of text tokens per pair."""
-    tokens = mean_of(rows, "perf/tokens_per_second") / mean_of(rows, "perf/samples_per_second")
-    return max(0.0, tokens - run.model.num_patches)
+    tokens = _mean(row.throughput.tokens_per_second for row in rows)
+    pairs = _mean(row.throughput.samples_per_second for row in rows)
+    return max(0.0, tokens / pairs - run.model.num_patches)
 
 
 def _scores(result: Mapping[str, Any]) -> dict[str, float]:

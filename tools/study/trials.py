@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 
 from data_pipeline.common.config import dump_yaml
 from data_pipeline.common.errors import ConfigError, VlmError
+from data_pipeline.common.json_file import write_json
 from pretrain.config.presets import load_run
 from pretrain.config.schema import RunConfig
-from pretrain.evaluate.report import write_json
 from tools.study.run_metrics import evaluate_run
 
 logger = logging.getLogger(__name__)

@@ -11,12 +11,12 @@ from typing import NamedTuple
 import numpy as np
 
 from data_pipeline.common.errors import ConfigError, DataError
+from data_pipeline.common.json_file import write_json
 from data_pipeline.samples import Batch
 from data_pipeline.shards.manifest import Manifest, load_manifest
 from pretrain.config.schema import RunConfig
 from pretrain.evaluate.command import read_set
 from pretrain.evaluate.evaluator import evaluation_mode, sample_indices
-from pretrain.evaluate.report import write_json
 from pretrain.evaluate.routing.counts import RoutingCounts, record_routing
 from pretrain.evaluate.routing.grids import Grid, coactivation_grids, load_grids
 from pretrain.evaluate.routing.heatmap import draw_grids

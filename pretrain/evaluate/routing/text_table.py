@@ -5,16 +5,15 @@ from __future__ import annotations
 import unicodedata
 from typing import Any
 
+from data_pipeline.common.tables import format_table
+
 Report = dict[str, Any]
 
 MAX_WORDS = 5
 """Words listed for each expert."""
 MIN_PREFERENCE = 0.05
 """Smaller modality preferences are shown as `both`."""
-_HEAD = (
-    f"{'expert':>6}  {'image':>7}  {'text':>7}  {'modality':<10}  {'weight':>6}  {'entropy':>7}  "
-    f"{'bits':>5}  words"
-)
+_HEADER = ("expert", "image", "text", "modality", "weight", "entropy", "bits", "words")
 _LEGEND = """\
 image, text: fraction of the modality's tokens that the expert processes (uniform: {uniform})
 modality: the larger of these fractions, and the preference from 0 (equal) to 1 (only that one)
@@ -38,7 +37,8 @@ def _layer_lines(layer: Report) -> list[str]:
     for modality, load in layer["load"].items():
         if load["max_over_mean"] is not None:
             lines.append(f"  {modality:<5}  {load_text(load)}")
-    lines += [_HEAD, *(_expert_line(expert) for expert in layer["experts"])]
+    rows = [_expert_row(expert) for expert in layer["experts"]]
+    lines.append(format_table(_HEADER, rows, align="rrrlrrrl", rule=False))
     for modality, pairs in layer["coactivation"].items():
         if pairs:
             listed = ", ".join(
@@ -57,17 +57,20 @@ def load_text(load: Report) -> str:
     )
 
 
-def _expert_line(expert: Report) -> str:
+def _expert_row(expert: Report) -> list[str]:
     words = "  ".join(
         f"{replace_control(word['word'])} x{word['lift']:.1f}"
         for word in expert["words"][:MAX_WORDS]
     )
     fraction = expert["token_fraction"]
-    return (
-        f"{expert['expert']:>6}  {fraction['image']:>7.1%}  {fraction['text']:>7.1%}  "
-        f"{preference_text(expert['modality_preference']):<10}  {_number(expert['weight'], 6)}  "
-        f"{_number(expert['entropy'], 7)}  {_number(expert['word_bits'], 5)}  {words}"
-    ).rstrip()
+    return [
+        str(expert["expert"]),
+        f"{fraction['image']:.1%}",
+        f"{fraction['text']:.1%}",
+        preference_text(expert["modality_preference"]),
+        *(_number(expert[name]) for name in ("weight", "entropy", "word_bits")),
+        words,
+    ]
 
 
 def preference_text(preference: float | None) -> str:
@@ -87,5 +90,5 @@ def replace_control(word: str) -> str:
     )
 
 
-def _number(value: float | None, width: int) -> str:
-    return f"{'-' if value is None else format(value, '.2f'):>{width}}"
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"

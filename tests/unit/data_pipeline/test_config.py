@@ -18,6 +18,7 @@ from data_pipeline.common.config import (
     to_yaml,
 )
 from data_pipeline.common.errors import ConfigError
+from data_pipeline.common.problems import Problems, check_sections, section_problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +27,11 @@ class Inner:
     steps: int = 10
     kind: Literal["cosine", "flat"] = "cosine"
 
-    def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ConfigError(f"inner.steps is {self.steps}, below 1")
+    def problems(self) -> list[str]:
+        found = Problems(self, "inner")
+        found.at_least(1, "steps")
+        found.above_zero("lr")
+        return found.messages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +116,7 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
         ({"inner": {"kind": "cosin"}}, "inner.kind", ["one of 'cosine', 'flat'", "found 'cosin'"]),
         ({"inner": {"kind": "cosin"}}, "inner.kind", ["did you mean 'cosine'?"]),
         ({"inner": 3}, "inner", ["section", "found 3"]),
-        ({"inner": {"steps": 0}}, "inner.steps", ["is 0, below 1"]),
+        ({"inner": {"steps": 0}}, "inner.steps", ["is 0", "at least 1"]),
         ({"title": 3}, "title", ["string", "found 3", "quotes"]),
         ({"pair": [1]}, "pair", ["list of 2", "found 1 items: [1]"]),
         ({"names": "a"}, "names", ["list", "found 'a'", "write it as ['a']"]),
@@ -140,6 +143,23 @@ def test_all_problems_are_reported_together() -> None:
     assert text.startswith("run.yaml: 4 problems:\n")
     for message in ("on: expected", "inner.lr: expected", "inner.stepz: no such", "nope: no such"):
         assert message in text
+
+
+def test_problems_of_sections_are_reported_with_unknown_keys() -> None:
+    with pytest.raises(ConfigError) as error:
+        from_mapping(Outer, {"titel": "x", "inner": {"steps": 0, "lr": 0}}, source="run.yaml")
+    text = str(error.value)
+    assert text.startswith("run.yaml: 3 problems:\n")
+    for setting in ("titel", "inner.steps is 0", "inner.lr is 0"):
+        assert setting in text
+
+
+def test_sections_are_checked_on_demand() -> None:
+    config = from_mapping(Outer, {"inner": {"steps": 0}}, check=False)
+    assert section_problems(config) == Inner(steps=0).problems() != []
+    with pytest.raises(ConfigError, match=r"run: inner\.steps is 0"):
+        check_sections(Outer(), config, source="run")
+    check_sections(Outer())
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from data_pipeline.common import object_store, store_credentials
 from data_pipeline.common.addresses import has_userinfo, without_secrets
 from data_pipeline.common.config import from_mapping, to_mapping
 from data_pipeline.common.errors import ConfigError, DataError, StorageError
+from data_pipeline.common.problems import check_sections
 from data_pipeline.common.yaml_file import load_yaml
 from data_pipeline.content.tokenizer import Tokenizer
 from data_pipeline.loading.ledger_metadata import LedgerMetadata
@@ -25,6 +26,7 @@ from data_pipeline.shards.manifest import load_manifest, write_manifest
 from pretrain.config.batch import plan_batch
 from pretrain.config.presets import load_run
 from pretrain.config.schema import EvalSet
+from pretrain.evaluate.command import named_sets
 from pretrain.train.run_folder import write_run_files
 from tests.support.http_server import http_server
 from tests.support.small_shards import make_shards
@@ -59,24 +61,36 @@ def test_without_secrets(address: str, expected: str) -> None:
     ],
 )
 def test_errors_of_a_source_do_not_quote_its_query(given: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=r"https://host/data/manifest\.json") as error:
-        SourceConfig(shards=SIGNED, **given)
-    assert "SECRET" not in str(error.value)
+    (problem,) = SourceConfig(shards=SIGNED, **given).problems()
+    assert "https://host/data/manifest.json" in problem
+    assert "SECRET" not in problem
 
 
 def test_settings_with_a_password_are_rejected() -> None:
     address = "https://me:SECRET@host/data"
-    for make in (
-        lambda: SourceConfig(shards=address),
-        lambda: SourceConfig(shards="d", drop=address),
-        lambda: DataConfig(train=(address,)),
-        lambda: EvalSet(name="e", shards=address),
+    for section in (
+        SourceConfig(shards=address),
+        SourceConfig(shards="d", drop=address),
+        DataConfig(train=(address,)),
+        DataConfig(train=(SourceConfig(shards=address),)),
+        EvalSet(name="e", shards=address),
     ):
         with pytest.raises(
             ConfigError, match=r"https://host/data .*netrc.*AWS_SECRET_ACCESS_KEY"
         ) as error:
-            make()
+            check_sections(section)
         assert "SECRET@" not in str(error.value) and "me:" not in str(error.value)
+
+
+def test_passwords_are_rejected_before_anything_is_read() -> None:
+    address = "https://me:SECRET@host.invalid/data"
+    for read in (
+        lambda: open_sources([SourceConfig(shards=address)]),
+        lambda: named_sets([address]),
+    ):
+        with pytest.raises(ConfigError, match=r"https://host\.invalid/data .*netrc") as error:
+            read()
+        assert "SECRET@" not in str(error.value)
 
 
 def test_manifests_contain_no_password(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from data_pipeline.content.tokenizer import Tokenizer
 from data_pipeline.preparing.html_report import histogram, histogram_bins
 from data_pipeline.preparing.stats import compute_stats
 from data_pipeline.preparing.tasks import sample_tasks
-from data_pipeline.preparing.text_format import format_bytes, format_table, truncate
+from data_pipeline.preparing.text_format import format_bytes, truncate
 from data_pipeline.preparing.unicode_scripts import script_of
 from data_pipeline.shards.writer import write_shards
 from tests.support.data_commands import run_data_command
@@ -138,15 +138,6 @@ def test_histogram_counts_all_values() -> None:
         assert counts.sum() == len(values) and len(edges) == len(counts) + 1
         assert histogram("x", values).count("<rect") == len(counts)
     assert histogram("x", np.array([])) == ""
-
-
-def test_format_table() -> None:
-    assert format_table(["name", "count"], [("a", 1234), ("long name", 5)]).splitlines() == [
-        "name       count",
-        "---------  -----",
-        "a          1,234",
-        "long name      5",
-    ]
 
 
 def test_format_bytes() -> None:

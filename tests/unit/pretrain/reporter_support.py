@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -16,7 +15,6 @@ RUN = RunConfig(
     schedule=ScheduleConfig(total_steps=100, warmup_steps=10),
 )
 MOE_BLOCKS = (1, 3)
-NO_TABLES: dict[str, Any] = {}
 
 
 def events(run_dir: Path) -> EventAccumulator:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from data_pipeline.order.state import LoaderState
-from pretrain.train.metrics import Window, routing_metrics
-from pretrain.train.reporter import Reporter
+from pretrain.train.metrics import Window, router_metrics
 from pretrain.train.state import TrainState
 from pretrain.train.step import train_step
 from tests.support.moe_training import NUM_STEPS, make_batch, make_engine, small_run
@@ -33,8 +31,8 @@ def test_bias_range(tmp_path: Path) -> None:
     result = train_step(engine, [make_batch(0)], run, step=0, learning_rate=0.0)
     load_E = result.assignments_LME[1, 1]
     expected = 0.5 * float((load_E.max() - load_E.min()) / load_E.std(correction=0))
-    metrics = routing_metrics(result, run)
-    assert metrics["moe/bias_range/layer_02/text"] == pytest.approx(expected, rel=1e-4)
+    metrics = router_metrics(result, run, 1, 1)
+    assert metrics is not None and metrics.bias_range == pytest.approx(expected, rel=1e-4)
 
     frozen = train_step(engine, [make_batch(0)], run, step=NUM_STEPS - 1, learning_rate=0.0)
     assert torch.equal(frozen.biases, result.biases)
@@ -49,30 +47,32 @@ def test_load_ratios_are_relative_to_the_pool(tmp_path: Path) -> None:
     load_ME = torch.tensor([[300, 100, 0, 0, 0, 0, 0, 0], [0, 0, 20, 10, 10, 10, 10, 0]]).double()
     router = result.router._replace(assignments_ME=load_ME.expand(2, 2, 8))
     window.add(result._replace(router=router), 0.0, [])
-    metrics, tables = window.summary(TrainState(loader=LoaderState()), [window.rank_report()], 1e-3)
-    assert metrics["moe/max_over_mean_load/layer_01"] == pytest.approx(2.0)
-    assert metrics["moe/min_over_mean_load/layer_01"] == 0.0
-
-    reporter = Reporter(tmp_path, run, 0)
-    reporter.log_step(1, metrics, tables)
-    reporter.close()
-    row = json.loads((tmp_path / "metrics.jsonl").read_text())
-    assert row["moe/max_over_mean_load/layer_01"] == pytest.approx(2.0)
-    assert row["moe/max_over_mean_load/layer_02/image"] == pytest.approx(1.5)
-    assert row["moe/max_over_mean_load/layer_02/text"] == pytest.approx(2.0)
+    entry = window.entry(
+        TrainState(loader=LoaderState()),
+        [window.rank_report()],
+        learning_rate=1e-3,
+        consumed=[],
+        corrupt={},
+    )
+    first, second = entry.layers
+    assert first.max_over_mean_load == pytest.approx(2.0)
+    assert first.min_over_mean_load == 0.0
+    assert second.modalities["image"].max_over_mean_load == pytest.approx(1.5)
+    assert second.modalities["text"].max_over_mean_load == pytest.approx(2.0)
 
 
 def test_dropped_assignments(tmp_path: Path) -> None:
     run = small_run(tmp_path, "[tiny, switch]", "moe.capacity_factor=0.5")
     engine = make_engine(run)
     result = train_step(engine, [make_batch(0)], run, step=0, learning_rate=0.0, coactivation=True)
-    metrics = routing_metrics(result, run)
+    image, text = router_metrics(result, run, 0, 0), router_metrics(result, run, 1, 1)
+    assert image is not None and text is not None
     kept_LME, assignments_LME = result.router.kept_ME, result.router.assignments_ME
     dropped = 1 - float(kept_LME[0, 0].sum() / assignments_LME[0, 0].sum())
-    assert metrics["moe/dropped/layer_01/image"] == pytest.approx(dropped)
-    assert metrics["moe/dropped/layer_01/image"] > 0.3
+    assert image.dropped == pytest.approx(dropped)
+    assert image.dropped is not None and image.dropped > 0.3
 
     top1_ratio = float(result.router.top1_ME[1, 1].max() / result.tokens_M[1])
-    assert metrics["moe/top1_ratio/layer_02/text"] == pytest.approx(top1_ratio)
+    assert text.top1_ratio == pytest.approx(top1_ratio)
     diagonal_LE = result.router.coactivation_EE.diagonal(dim1=1, dim2=2)
     assert torch.equal(diagonal_LE, kept_LME.sum(dim=1))

@@ -17,7 +17,7 @@ import torch
 from pretrain.config.schema import RunConfig
 from pretrain.model import VisionLanguageModel
 from pretrain.parallel.inputs import model_inputs
-from pretrain.train.metrics import routing_metrics
+from pretrain.train.metrics import router_metrics
 from pretrain.train.step import StepResult
 from tests.support.moe_training import (
     NUM_PAIRS,
@@ -96,13 +96,13 @@ def measure(preset: str, make_run: Callable[..., RunConfig], seed: int) -> dict[
     balanced = train_collapsed(balanced_run, 10000 * seed)
     unbalanced = train_collapsed(unbalanced_run, 10000 * seed)
 
-    metrics = routing_metrics(balanced[-1], balanced_run)
     image_pool = balanced_run.moe.num_image_experts
     text_pool = balanced_run.moe.num_experts - image_pool or image_pool
-    used_experts = [
-        math.exp(metrics[f"moe/mean_entropy/layer_02/{modality}"]) / pool
-        for modality, pool in (("image", image_pool), ("text", text_pool))
-    ]
+    used_experts = []
+    for modality, pool in enumerate((image_pool, text_pool)):
+        metrics = router_metrics(balanced[-1], balanced_run, 1, modality)
+        assert metrics is not None
+        used_experts.append(math.exp(metrics.mean_entropy) / pool)
     last, first = balanced[-LAST:], balanced[0]
     with_balancing = excess_load(balanced_run, last)
     without_balancing = excess_load(unbalanced_run, unbalanced[-LAST:])

@@ -101,3 +101,12 @@ def test_unknown_setting_in_a_file(tmp_path: Path) -> None:
 def test_unknown_setting_on_the_command_line() -> None:
     with pytest.raises(ConfigError, match=r"command line: lr: .*'optim\.lr'"):
         load_run("tiny", ["lr=1"])
+
+
+@pytest.mark.parametrize(
+    ("entry", "suggestion"),
+    [("{shards: t, wieght: 3}", "weight"), ("{shards: t, dropp: d}", "drop")],
+)
+def test_unknown_setting_of_a_source(entry: str, suggestion: str) -> None:
+    with pytest.raises(ConfigError, match=rf"data\.train\[0\]\.\w+: .*{suggestion}'"):
+        load_run("tiny", [f"data.train=[{entry}]"])

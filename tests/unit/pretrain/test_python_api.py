@@ -20,7 +20,6 @@ from tests.support.launch import ROOT
 from tests.support.shape_dataset import ShapeDataset
 from tests.unit.pretrain.evaluate_support import RunFolder
 
-
 SIDE = 48
 """Image size of the run of `RunFolder`."""
 

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,13 @@ import pytest
 
 from data_pipeline.samples import SampleProblem
 from pretrain.train.jsonl import read_rows
+from pretrain.train.log_entry import Losses
+from pretrain.train.metrics import max_over_mean
 from pretrain.train.progress import progress_line
-from pretrain.train.reporter import Reporter, max_over_mean
-from tests.unit.pretrain.reporter_support import MOE_BLOCKS, NO_TABLES, RUN, events, scalars
+from pretrain.train.reporter import Reporter
+from tests.support.log_entries import layer as layer_of
+from tests.support.log_entries import log_entry
+from tests.unit.pretrain.reporter_support import MOE_BLOCKS, RUN, events, scalars
 
 
 def problem(key: str, reason: str = "corrupt-image") -> SampleProblem:
@@ -27,19 +32,26 @@ def problem(key: str, reason: str = "corrupt-image") -> SampleProblem:
 def test_metrics_are_written_to_tensorboard_and_jsonl(tmp_path: Path) -> None:
     reporter = Reporter(tmp_path, RUN, 0)
     for step in (10, 20):
-        reporter.log_step(step, {"loss/total": 1 / step, "optim/lr": 1e-3}, NO_TABLES)
+        reporter.log_step(log_entry(step, total=1 / step, learning_rate=1e-3))
     reporter.close()
     assert scalars(tmp_path, "loss/total") == {10: pytest.approx(0.1), 20: pytest.approx(0.05)}
-    assert read_rows(tmp_path / "metrics.jsonl") == [
-        {"step": 10, "loss/total": 0.1, "optim/lr": 1e-3},
-        {"step": 20, "loss/total": 0.05, "optim/lr": 1e-3},
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    assert [(row["step"], row["loss/total"], row["optim/lr"]) for row in rows] == [
+        (10, 0.1, 1e-3),
+        (20, 0.05, 1e-3),
     ]
+    logged = set(events(tmp_path).Tags()["scalars"])
+    assert all(set(row) == logged | {"step"} for row in rows)
 
 
 def test_tokens_per_expert_by_layer_and_modality(tmp_path: Path) -> None:
-    load_LME = np.arange(16.0).reshape(2, 2, 4)
+    load_LME = np.arange(16).reshape(2, 2, 4)
+    layers = tuple(
+        layer_of(block, {"image": load_ME[0].tolist(), "text": load_ME[1].tolist()})
+        for block, load_ME in zip(MOE_BLOCKS, load_LME, strict=True)
+    )
     reporter = Reporter(tmp_path, RUN, 0)
-    reporter.log_step(5, {}, {"moe/tokens_per_expert": load_LME})
+    reporter.log_step(log_entry(5, layers=layers))
     reporter.close()
     row = read_rows(tmp_path / "metrics.jsonl")[0]
     accumulator = events(tmp_path)
@@ -57,7 +69,7 @@ def test_tokens_per_expert_by_layer_and_modality(tmp_path: Path) -> None:
 def test_resumed_run_logs_every_step_once(tmp_path: Path) -> None:
     reporter = Reporter(tmp_path, RUN, 0)
     for step in (10, 20, 30):
-        reporter.log_step(step, {"loss/total": float(step)}, NO_TABLES)
+        reporter.log_step(log_entry(step, total=float(step)))
         reporter.log_corrupt_samples([problem(f"first-{step}")], step)
     reporter.close()
     with (tmp_path / "metrics.jsonl").open("a") as stream:
@@ -65,7 +77,7 @@ def test_resumed_run_logs_every_step_once(tmp_path: Path) -> None:
     resumed = Reporter(tmp_path, RUN, 20)
     assert resumed.corrupt_counts == {"corrupt-image": 2}
     for step in (30, 40):
-        resumed.log_step(step, {"loss/total": -float(step)}, NO_TABLES)
+        resumed.log_step(log_entry(step, total=-float(step)))
         resumed.log_corrupt_samples([problem(f"second-{step}")], step)
     resumed.close()
     expected = {10: 10.0, 20: 20.0, 30: -30.0, 40: -40.0}
@@ -81,7 +93,7 @@ def test_run_that_restarts_from_step_0_overwrites_its_logs(tmp_path: Path) -> No
     for value in (1.0, 2.0):
         time.sleep(1.1)  # TensorBoard orders event files by the second in their names
         reporter = Reporter(tmp_path, RUN, 0)
-        reporter.log_step(10, {"loss/total": value}, NO_TABLES)
+        reporter.log_step(log_entry(10, total=value))
         reporter.close()
     assert scalars(tmp_path, "loss/total") == {10: 2.0}
     assert len(read_rows(tmp_path / "metrics.jsonl")) == 1
@@ -89,12 +101,12 @@ def test_run_that_restarts_from_step_0_overwrites_its_logs(tmp_path: Path) -> No
 
 def test_nan_and_infinity_are_valid_json(tmp_path: Path) -> None:
     reporter = Reporter(tmp_path, RUN, 0)
-    reporter.log_step(1, {"loss/total": math.nan, "optim/grad_norm": math.inf}, NO_TABLES)
+    reporter.log_step(log_entry(1, total=math.nan, grad_norm=math.inf))
     reporter.close()
     row = json.loads(
         (tmp_path / "metrics.jsonl").read_text(), parse_constant=lambda name: pytest.fail(name)
     )
-    assert row == {"step": 1, "loss/total": "nan", "optim/grad_norm": "inf"}
+    assert (row["loss/total"], row["optim/grad_norm"]) == ("nan", "inf")
 
 
 def test_corrupt_samples_are_listed_and_counted(
@@ -104,7 +116,6 @@ def test_corrupt_samples_are_listed_and_counted(
     with caplog.at_level(logging.WARNING):
         reporter.log_corrupt_samples([problem("k1"), problem("k2", "no-caption"), problem("k3")])
         reporter.log_corrupt_samples([])
-    reporter.log_step(8, {}, NO_TABLES)
     reporter.close()
     assert read_rows(tmp_path / "corrupt_samples.jsonl")[1] == {
         "step": 8,
@@ -116,7 +127,7 @@ def test_corrupt_samples_are_listed_and_counted(
     }
     assert sum(record.levelno == logging.WARNING for record in caplog.records) == 1
     assert "corrupt-image 2, no-caption 1" in caplog.text
-    assert scalars(tmp_path, "data/corrupt/corrupt-image") == {8: 2.0}
+    assert reporter.corrupt_counts == {"corrupt-image": 2, "no-caption": 1}
 
 
 def test_full_disk_does_not_stop_a_run(
@@ -129,7 +140,7 @@ def test_full_disk_does_not_stop_a_run(
 
     monkeypatch.setattr(reporter._metrics, "write", disk_full)
     for step in (1, 2):
-        reporter.log_step(step, {"loss/total": 1.0}, NO_TABLES)
+        reporter.log_step(log_entry(step, total=1.0))
     reporter.close()
     errors = [record.message for record in caplog.records if record.levelno == logging.ERROR]
     assert len(errors) == 1
@@ -138,38 +149,27 @@ def test_full_disk_does_not_stop_a_run(
 
 
 def test_progress_line() -> None:
-    metrics = {
-        "loss/total": 4.2,
-        "loss/contrastive": 3.0,
-        "loss/caption": 0.6,
-        "optim/lr": 3e-4,
-        "perf/samples_per_second": 396.2,
-        "perf/tokens_per_second": 21000.0,
-        "perf/seconds_per_step": 2.0,
-        "data/wait_seconds": 0.1,
-    }
-    assert progress_line(40, metrics, RUN) == (
+    assert progress_line(log_entry(40), RUN) == (
         "step 40/100  loss 4.2000 (contrastive 3.000, caption 0.600)  lr 3.00e-04  396 samples/s  "
         "21,000 tokens/s  data wait 5%  2m00s left"
     )
-    assert progress_line(100, {}, RUN) == "step 100/100"
 
 
-def test_progress_line_of_routing() -> None:
-    metrics = {
-        "loss/total": 4.2,
-        "optim/lr": 3e-4,
-        "loss/balance": 1.2,
-        "loss/weighted/balance": 0.0,
-        "loss/router_z": 2.0,
-        "loss/weighted/router_z": 0.02,
-        "moe/max_over_mean_load/layer_01": 1.3,
-        "moe/max_over_mean_load/layer_03": 1.5,
-        "moe/max_over_mean_load/layer_03/text": 9.0,
-    }
-    assert progress_line(40, metrics, RUN) == (
-        "step 40/100  loss 4.2000 (router_z 2.000)  max/mean expert load 1.50  lr 3.00e-04"
+def test_progress_line_of_routing_and_filters() -> None:
+    losses = Losses(
+        total=4.2,
+        terms={"balance": 1.2, "router_z": 2.0},
+        weighted={"balance": 0.0, "router_z": 0.02},
     )
+    layers = tuple(
+        layer_of(block, {"text": [9, 0, 0, 0]}, max_over_mean_load=load)
+        for block, load in zip(MOE_BLOCKS, (1.3, 1.5), strict=True)
+    )
+    entry = log_entry(40, losses=losses, layers=layers)
+    data = replace(entry.data, filtered={"min-side": 0.2, "words": 0.05})
+    line = progress_line(replace(entry, data=data), RUN)
+    assert "loss 4.2000 (router_z 2.000)  max/mean expert load 1.50  lr 3.00e-04" in line
+    assert "filtered 25%" in line
 
 
 def test_max_over_mean() -> None:

@@ -16,7 +16,7 @@ from pretrain.train.run import train_command
 from tests.support.shape_dataset import ShapeDataset, make_shape_dataset
 from tools.balancing_study import columns, report
 from tools.compare_dense_baseline import comparison, main, make_trials
-from tools.study import tables
+from tools.study import seed_means
 from tools.study.trials import run_trials
 
 SMALL = [
@@ -115,7 +115,7 @@ def test_both_models_are_trained_and_compared(tmp_path: Path, shapes: ShapeDatas
     assert "32 pairs in 2 steps" in table
 
     study_columns = columns(trials[0].run)
-    missing = [c.header for c in study_columns if tables.lookup(sparse, c.path) is None]
+    missing = [c.header for c in study_columns if seed_means.lookup(sparse, c.path) is None]
     assert missing == []
     assert study_columns[1].path == ("eval", "held", "image_to_text/R@1")
     assert report({"none": [sparse], "dense": [dense]}, trials[0].run).count("\n| ") == 3

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import math
 import subprocess
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,28 +14,33 @@ from typing import Any
 import pytest
 import torch
 
+from pretrain.train.jsonl import JsonlWriter
+from tests.support.log_entries import log_entry
 from tools.bench_loader import workloads
 from tools.gpu_suite import training_runs
 from tools.gpu_suite.options import Options
 from tools.gpu_suite.results import Report
 
-TWO_LOSSES = ['{"loss/total": 3.5}', '{"loss/total": 2.5}']
-NAN_LOSS = ['{"loss/total": 3.5}', '{"loss/total": NaN}']
+TWO_LOSSES = (3.5, 2.5)
+NAN_LOSS = (3.5, math.nan)
 
 
 def report_of_run(
-    rows: list[str],
+    losses: Sequence[float],
     status: int | None,
     seconds: float,
     scratch: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Report:
-    """The report of a run of `tiny` with these rows and exit status; None means a timeout."""
+    """The report of a run of `tiny` with these losses and exit status; None means a timeout."""
 
     def train(command: list[str], *, timeout: float, **kwargs: Any) -> Any:
         folder = Path(command[command.index("--out") + 1])
         folder.mkdir(parents=True)
-        (folder / "metrics.jsonl").write_text("".join(f"{row}\n" for row in rows))
+        metrics = JsonlWriter(folder / "metrics.jsonl", resumed_step=0)
+        for step, loss in enumerate(losses, start=1):
+            metrics.write(log_entry(step, total=loss).to_row())
+        metrics.close()
         if status is None:
             raise subprocess.TimeoutExpired(command, timeout)
         return SimpleNamespace(returncode=status, stdout="", stderr="first\nthe reason")
@@ -52,28 +59,28 @@ def report_of_run(
 
 
 @pytest.mark.parametrize(
-    ("rows", "status", "seconds", "passed"),
+    ("losses", "status", "seconds", "passed"),
     [
         (TWO_LOSSES, 0, 90, True),
         (TWO_LOSSES, None, 20, True),  # stopped when its time was up
         (TWO_LOSSES, 1, 90, False),
         (NAN_LOSS, 0, 90, False),
-        ([], 0, 90, False),
-        ([], None, 90, False),  # hangs
+        ((), 0, 90, False),
+        ((), None, 90, False),  # hangs
     ],
 )
 def test_run_must_succeed_with_finite_losses(
-    rows: list[str],
+    losses: Sequence[float],
     status: int | None,
     seconds: float,
     passed: bool,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    (check,) = report_of_run(rows, status, seconds, tmp_path, monkeypatch).checks
+    (check,) = report_of_run(losses, status, seconds, tmp_path, monkeypatch).checks
     assert (check.name, check.passed) == ("tiny trains", passed)
-    measured = {0: "no step", 2: "loss 3.500 to " + ("nan" if rows is NAN_LOSS else "2.500")}
-    assert check.measured == measured[len(rows)]
+    measured = {0: "no step", 2: "loss 3.500 to " + ("nan" if losses is NAN_LOSS else "2.500")}
+    assert check.measured == measured[len(losses)]
     if status:
         assert "the reason" in check.note
 
@@ -81,23 +88,31 @@ def test_run_must_succeed_with_finite_losses(
 def test_too_little_time_for_a_step_is_not_a_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    report = report_of_run([], None, 20, tmp_path, monkeypatch)
+    report = report_of_run((), None, 20, tmp_path, monkeypatch)
     assert report.checks == []
     measurement = report.measurements[0]
     assert "no step" in measurement.note and "17 s" in measurement.note
     assert (measurement.name, measurement.verdict()) == ("tiny trains", "not measured")
 
 
-def test_incomplete_last_row_is_ignored(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    rows = [{"perf/samples_per_second": speed, "perf/mfu": 0.3} for speed in (1.0, 2.0, 30.0, 40.0)]
-    path.write_text("\n".join(map(json.dumps, rows)) + '\n{"perf/samples_per')
-    measurements = training_runs.run_measurements("s16", training_runs.read_rows(path))
+def test_measurements_exclude_the_warm_up() -> None:
+    first = log_entry().throughput
+    rows = [
+        log_entry(throughput=replace(first, samples_per_second=speed, mfu=0.3))
+        for speed in (1.0, 2.0, 30.0, 40.0)
+    ]
+    measurements = training_runs.run_measurements("s16", rows)
     values = {measurement.name: measurement.value for measurement in measurements}
 
     speed = values["s16: samples per second"]
-    assert speed is not None and speed.median == 35.0  # without the warm-up
+    assert speed is not None and speed.median == 35.0
     mfu = values["s16: model FLOPs utilization"]
     assert mfu is not None and mfu.median == pytest.approx(30)
-    assert values["s16: memory"] is None
-    assert training_runs.read_rows(tmp_path / "none.jsonl") == []
+
+
+def test_metrics_that_were_not_measured_have_a_reason() -> None:
+    measurements = training_runs.run_measurements("s16", [log_entry(step) for step in range(4)])
+    missing = [measurement for measurement in measurements if measurement.value is None]
+    assert [measurement.name for measurement in missing] == ["s16: model FLOPs utilization"]
+    assert "peak FLOP/s" in missing[0].note
+    assert all(row.value is None for row in training_runs.run_measurements("s16", [log_entry()]))

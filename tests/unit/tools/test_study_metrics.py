@@ -3,50 +3,42 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
 
 from pretrain.config.experts import MoEConfig
 from pretrain.config.schema import ModelConfig, RunConfig
-from tools.study import run_metrics, tables
+from pretrain.train.log_entry import LogEntry, Losses
+from tests.support.log_entries import layer, log_entry
+from tools.study import run_metrics, seed_means
 
 RUN = RunConfig(model=ModelConfig(num_layers=3), moe=MoEConfig(num_experts=4))
 
 
-def metrics_row(**changes: float) -> dict[str, Any]:
-    """A row of metrics.jsonl of a run with two sparse layers of four experts."""
-    row: dict[str, Any] = {
-        "loss/contrastive": 1.0,
-        "loss/caption": 2.0,
-        "loss/weighted/contrastive": 1.0,
-        "loss/weighted/caption": 4.0,
-    } | changes
-    loads = {
-        1: {"image": [10, 10, 20, 0], "text": [4, 4, 4, 4]},
-        2: {"image": [10, 10, 10, 10], "text": [16, 0, 0, 0]},
-    }
-    for layer, by_modality in loads.items():
-        for modality, load in by_modality.items():
-            name = f"layer_{layer:02d}/{modality}"
-            row[f"moe/tokens_per_expert/{name}"] = load
-            row[f"moe/entropy/{name}"] = 1.0 * layer
-            row[f"moe/mean_entropy/{name}"] = 1.2
-    return row
+def metrics_row(contrastive: float = 1.0) -> LogEntry:
+    """The log entry of a run with two sparse layers of four experts."""
+    return log_entry(
+        losses=Losses(
+            total=5.0,
+            terms={"contrastive": contrastive, "caption": 2.0},
+            weighted={"contrastive": 1.0, "caption": 4.0},
+        ),
+        layers=(
+            layer(1, {"image": [10, 10, 20, 0], "text": [4, 4, 4, 4]}),
+            layer(2, {"image": [10, 10, 10, 10], "text": [16, 0, 0, 0]}),
+        ),
+    )
 
 
-def loads_row(image: list[int], text: list[int]) -> dict[str, Any]:
-    """A row with the same expert loads in both layers."""
-    row = metrics_row()
-    for layer in (1, 2):
-        row[f"moe/tokens_per_expert/layer_{layer:02d}/image"] = image
-        row[f"moe/tokens_per_expert/layer_{layer:02d}/text"] = text
-    return row
+def loads_row(image: list[int], text: list[int]) -> LogEntry:
+    """An entry with the same expert loads in both layers."""
+    layers = tuple(layer(block, {"image": image, "text": text}) for block in (1, 2))
+    return replace(metrics_row(), layers=layers)
 
 
 def test_end_of_a_run_is_its_last_tenth() -> None:
-    rows = [metrics_row(**{"loss/contrastive": float(step)}) for step in range(40)]
+    rows = [metrics_row(float(step)) for step in range(40)]
     assert run_metrics.losses(run_metrics.end_of_run(rows)) == {
         "main": 5.0,
         "contrastive": 37.5,
@@ -91,8 +83,9 @@ def test_dense_run_has_no_routing_metrics() -> None:
 
 
 def test_text_tokens_exclude_patches() -> None:
+    throughput = replace(log_entry().throughput, samples_per_second=10.0)
     rows = [
-        {"perf/tokens_per_second": tokens, "perf/samples_per_second": 10.0}
+        log_entry(throughput=replace(throughput, tokens_per_second=tokens))
         for tokens in (480.0, 500.0)
     ]
     assert RUN.model.num_patches == 36
@@ -100,27 +93,19 @@ def test_text_tokens_exclude_patches() -> None:
 
 
 def test_mean_over_seeds() -> None:
-    assert tables.seed_mean([1.0, 2.0, 3.0]) == (2.0, 1.0, 3)
-    assert tables.seed_mean([1.0, None]).text() == "1.00"
-    assert tables.seed_mean([]).text() == "-"
+    assert seed_means.seed_mean([1.0, 2.0, 3.0]) == (2.0, 1.0, 3)
+    assert seed_means.seed_mean([1.0, None]).text() == "1.00"
+    assert seed_means.seed_mean([]).text() == "-"
 
 
 def test_paired_difference() -> None:
     # Both vary by 10 with the seed; their difference hardly varies.
-    difference = tables.paired_difference([11.0, 21.0, 31.2], [10.0, 20.0, 30.0])
+    difference = seed_means.paired_difference([11.0, 21.0, 31.2], [10.0, 20.0, 30.0])
     assert difference.mean == pytest.approx(1.0667, abs=1e-3) and difference.deviation < 0.2
     assert difference.text(1, signed=True) == "+1.1 ± 0.1"
 
 
 def test_lookup_of_nested_values() -> None:
-    assert tables.lookup({"a": {"b": 2}}, ("a", "b")) == 2.0
-    assert tables.lookup({"a": None}, ("a", "b")) is None
-    assert tables.lookup({"a": {"b": None}}, ("a", "b")) is None
-
-
-def test_markdown_table_is_aligned_and_escaped() -> None:
-    table = tables.markdown(["method", "loss"], [["a|b", "1.0"], ["long name", "12.5 ± 0.1"]])
-    lines = table.splitlines()
-    assert len({len(line) for line in lines}) == 1
-    assert lines[1] == "| --------- | ---------: |"
-    assert lines[2].startswith("| a\\|b ")
+    assert seed_means.lookup({"a": {"b": 2}}, ("a", "b")) == 2.0
+    assert seed_means.lookup({"a": None}, ("a", "b")) is None
+    assert seed_means.lookup({"a": {"b": None}}, ("a", "b")) is None

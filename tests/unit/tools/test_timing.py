@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 
-from tools import process_stats, reporting, timing
+from tools import process_stats, timing
 from tools.measurements import HEADER, Measurement, not_measured
 from tools.timing import Clock, Quartiles
 
@@ -100,18 +98,3 @@ def test_not_measured_keeps_the_reason() -> None:
     assert measurement.verdict() == "not measured"
     assert measurement.to_json()["value"] is None
     assert measurement.row()[-1] == "not installed" and len(measurement.row()) == len(HEADER)
-
-
-def test_table_columns_are_aligned() -> None:
-    table = reporting.format_table([["a", "10"], ["long name", "1"]], ["name", "n"])
-    lines = table.splitlines()
-    assert len({len(line) for line in lines}) == 1
-    assert [line.count("|") for line in lines] == [3] * 4
-
-
-def test_report_is_replaced_atomically(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "report.json"
-    for value in (1, 2):
-        reporting.write_json(path, {"value": value})
-    assert json.loads(path.read_text()) == {"value": 2}
-    assert list(path.parent.iterdir()) == [path]

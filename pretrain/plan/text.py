@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.common.config import to_mapping
+from data_pipeline.common.tables import format_table
 from pretrain.config.schema import RunConfig
 
 
@@ -114,7 +115,7 @@ def format_comparison(run: RunConfig, dense: RunConfig, comparison: dict[str, An
         comparison: Plans of both runs, and the settings of the dense baseline.
     """
     sparse_plan, dense_plan = comparison["sparse"], comparison["dense"]
-    rows = [("", "sparse", "dense", "dense / sparse")]
+    rows = []
     for name, section, key in (
         ("parameters", "params", "total"),
         ("  active per token", "params", "active"),
@@ -132,7 +133,7 @@ def format_comparison(run: RunConfig, dense: RunConfig, comparison: dict[str, An
     rows.append(("dense FFN width", str(run.model.ffn_width), str(dense.model.ffn_width), ""))
 
     flops = sparse_plan["flops_per_pair"]
-    lines = [f"{a:<20}{b:>12}{c:>12}{d:>15}".rstrip() for a, b, c, d in rows]
+    lines = [format_table(["", "sparse", "dense", "dense / sparse"], rows, rule=False)]
     lines.append(f"for {flops['patches']} patches and {flops['text_tokens']:g} text tokens a pair")
     lines.append(f"settings of the dense baseline: {shlex.join(comparison['dense_settings'])}")
     return "\n".join(lines)

@@ -1,9 +1,8 @@
-"""Means with standard deviations over seeds, and Markdown tables with aligned columns."""
+"""Means with standard deviations over seeds."""
 
 from __future__ import annotations
 
 import math
-import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -49,28 +48,3 @@ def lookup(result: Mapping[str, Any] | None, path: Sequence[str]) -> float | Non
             return None
         value = value[key]
     return None if value is None else float(value)
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table with aligned columns: the first to the left, the others to the right."""
-    cells = [[_escape(text) for text in row] for row in (header, *rows)]
-    widths = [max(_width(row[column]) for row in cells) for column in range(len(header))]
-    lines = [_line(row, widths) for row in cells]
-    lines.insert(1, _line(["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])], widths))
-    return "\n".join(lines)
-
-
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    padding = [" " * (width - _width(text)) for text, width in zip(cells, widths, strict=True)]
-    padded = [cells[0] + padding[0]]
-    padded += [pad + text for text, pad in zip(cells[1:], padding[1:], strict=True)]
-    return f"| {' | '.join(padded)} |"
-
-
-def _escape(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
-
-
-def _width(text: str) -> int:
-    """Width in a terminal, columns."""
-    return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)

@@ -1,0 +1,58 @@
+"""Tables with aligned columns, and JSON files that are replaced atomically."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from data_pipeline.common.json_file import write_json
+from data_pipeline.common.tables import format_table, markdown_table
+
+
+def test_format_table() -> None:
+    assert format_table(["name", "count"], [("a", 1234), ("long name", 5)]).splitlines() == [
+        "name       count",
+        "---------  -----",
+        "a          1,234",
+        "long name      5",
+    ]
+
+
+def test_alignment_of_each_column() -> None:
+    table = format_table(["a", "b", "c"], [("1", "2", "3"), ("11", "22", "33")], align="rl")
+    assert table.splitlines()[2:] == [" 1  2   3", "11  22  33"]
+    assert format_table(["a", "b"], [], rule=False) == "a  b"
+
+
+def test_wide_characters_take_two_columns() -> None:
+    lines = format_table(["key", "n"], [("日本", 1), ("abcdef", 2)], rule=False).splitlines()
+    assert lines == ["key     n", "日本    1", "abcdef  2"]
+
+
+def test_markdown_table_is_aligned_and_escaped() -> None:
+    table = markdown_table(["method", "loss"], [["a|b", "1.0"], ["long name", "12.5 ± 0.1"]])
+    lines = table.splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert lines[1] == "| --------- | ---------: |"
+    assert lines[2].startswith("| a\\|b ")
+
+
+def test_markdown_table_with_text_columns() -> None:
+    lines = markdown_table(["name", "n"], [["a", "10"], ["long name", "1"]], align="l").splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert [line.count("|") for line in lines] == [3] * 4 and ":" not in lines[1]
+
+
+def test_json_file_is_replaced_atomically(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "report.json"
+    for value in (1, 2):
+        write_json(path, {"value": value})
+    assert json.loads(path.read_text()) == {"value": 2}
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_json_file_keeps_names_that_are_not_utf8(tmp_path: Path) -> None:
+    value = {"key": "caf\udce9 日本"}
+    write_json(tmp_path / "names.json", value, indent=None)
+    data = (tmp_path / "names.json").read_bytes()
+    assert json.loads(data) == value and "日本" in data.decode()
