@@ -11,18 +11,19 @@ from pretrain.cli.common import add_run_arguments
 
 _EXAMPLES = """\
   vlmoe check-parallel run.yaml --small --world-size 1,2,4
-  vlmoe check-parallel run.yaml --small --world-size 4 --cells "ep=1,2,4 zero=1,3" --out parity.json
-  vlmoe check-parallel b16 --world-size 2 --cells own model.num_layers=4
-  torchrun --nproc-per-node 8 -m pretrain check-parallel run.yaml --cells own --out parity.json
+  vlmoe check-parallel run.yaml --small --world-size 4 --cases "ep=1,2,4 zero=1,3" --out parity.json
+  vlmoe check-parallel b16 --world-size 2 --cases own model.num_layers=4
+  torchrun --nproc-per-node 8 -m pretrain check-parallel run.yaml --cases own --out parity.json
 
-Without torchrun, the command starts ranks on the CPUs of this machine; a cell that fails or hangs
-is reported, and the other cells still run. Under torchrun, it uses the launched ranks and their
-GPUs, and a cell that fails or hangs ends the check. On SLURM: sbatch slurm/check_parallel.sbatch.
+Without torchrun, the command starts ranks on the CPUs of this machine; a case that fails or hangs
+is reported, and the other cases still run. Under torchrun, it uses the launched ranks and their
+GPUs, and a case that fails or hangs ends the check. On SLURM: sbatch slurm/check_parallel.sbatch.
 
 The model, losses, balancing and optimizer are those of the run file. The batch is synthetic, with
 some pairs missing, so no data is needed.
 
-A cell is one combination of parallel layout, precision and test case. Cells (--cells):
+A case is one combination of parallel layout, precision, missing pairs and loss terms.
+Cases (--cases):
   all         every value of every axis (default)
   own         the layout of the run file
   AXIS=V,...  all combinations of the given values; axes:
@@ -35,8 +36,8 @@ A cell is one combination of parallel layout, precision and test case. Cells (--
     terms      loss terms: all, aux (only the auxiliary losses of the routers)
 In the table, `recomp` is recompute=on, `gaps` missing=pairs, `empty` missing=rank.
 
-Exit status: 0 if every cell agrees with a single process; 1 if a cell does not agree, fails or
-hangs; 2 if the run cannot be checked. Unsupported cells are listed with the reason."""
+Exit status: 0 if every case agrees with a single process; 1 if a case does not agree, fails or
+hangs; 2 if the run cannot be checked. Unsupported cases are listed with the reason."""
 
 
 def add(subparsers: Subparsers) -> None:
@@ -58,11 +59,11 @@ def add(subparsers: Subparsers) -> None:
         help="numbers of ranks to start, one after the other (default: 2)",
     )
     parser.add_argument(
-        "--cells",
-        metavar="CELLS",
+        "--cases",
+        metavar="CASES",
         action="append",
         default=None,
-        help="cells to check, see below; may be repeated (default: all)",
+        help="cases to check, see below; may be repeated (default: all)",
     )
     parser.add_argument(
         "--small",
@@ -74,14 +75,14 @@ def add(subparsers: Subparsers) -> None:
         metavar="N",
         type=int,
         default=None,
-        help="global batch size (default: the smallest that divides evenly in all cells)",
+        help="global batch size (default: the smallest that divides evenly in all cases)",
     )
     parser.add_argument(
         "--timeout",
         metavar="SECONDS",
         type=float,
         default=300.0,
-        help="time limit of one cell, in seconds (default: 300)",
+        help="time limit of one case, in seconds (default: 300)",
     )
     parser.add_argument(
         "--out", metavar="FILE", type=Path, default=None, help="write a JSON report to FILE"
@@ -90,17 +91,17 @@ def add(subparsers: Subparsers) -> None:
 
 
 def handle(args: argparse.Namespace) -> int:
-    """Run the command; exit status 1 if a cell does not agree."""
+    """Run the command; exit status 1 if a case does not agree."""
     for name, value in (("--timeout", args.timeout), ("--pairs", args.pairs)):
         if value is not None and value <= 0:
             args.parser.error(f"{name} is {value:g}, but must be above 0")
     _check_world_size(args)
 
-    from pretrain.check.command import CheckOptions, check_parallel
+    from pretrain.parity.command import CheckOptions, check_parallel
 
     options = CheckOptions(
         world_sizes=args.world_size or [2],
-        cells=args.cells or ["all"],
+        cases=args.cases or ["all"],
         small=args.small,
         pairs=args.pairs,
         timeout_seconds=args.timeout,

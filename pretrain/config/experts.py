@@ -244,6 +244,16 @@ class BalanceConfig:
         return found.messages
 
     @property
+    def uses_losses(self) -> bool:
+        """Whether any auxiliary loss or weight penalty has a weight above 0."""
+        scalars = (
+            *(self.balance_weight, self.router_z_weight, self.importance_weight, self.load_weight),
+            *(self.expert_l1_weight, self.router_l1_weight),
+        )
+        entropies = (self.local_entropy_weight, self.global_entropy_weight)
+        return any(scalars) or any(weight.image or weight.text for weight in entropies)
+
+    @property
     def uses_bias(self) -> bool:
         """Whether the layers have expert biases."""
         return self.bias != "none"

@@ -1,16 +1,17 @@
-"""`pretrain.check` detects each injected fault in the expected quantities, and stops hung cells."""
+"""`pretrain.parity` detects each injected fault in the expected quantities and stops hung cases."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
-from pretrain.check.cells import Cell
-from pretrain.check.job import Outcome
-from tests.support.parity_runs import describe, run_cells
+from pretrain.parity.cases import Case
+from pretrain.parity.job import Result
+from tests.support.parity_runs import describe, run_cases
 
 WORKER = ("-m", "tests.support.fault_injection_worker")
 
@@ -26,10 +27,10 @@ class InjectedFault(NamedTuple):
     passes: tuple[str, ...] = ()
     """Quantities that must not differ."""
     run: str = "plain"
-    cell: Cell = Cell(expert_parallel_size=2, zero="1", missing="pairs")
+    case: Case = Case(expert_parallel_size=2, zero="1", missing="pairs")
 
 
-ACCUMULATION = Cell(expert_parallel_size=1, zero="2", accumulation=2, missing="none")
+ACCUMULATION = Case(expert_parallel_size=1, zero="2", accumulation=2, missing="none")
 FORWARD_QUANTITIES = ("loss", "term", "counts", "assignments")
 """Quantities of the first forward pass."""
 
@@ -43,7 +44,7 @@ FAULTS = (
         "expert_gradients_scaled_by_expert_parallel_size",
         {"gradient": ".experts."},
         FORWARD_QUANTITIES,
-        cell=Cell(expert_parallel_size=2, zero="0", precision="bf16"),
+        case=Case(expert_parallel_size=2, zero="0", precision="bf16"),
     ),
     InjectedFault(
         "auxiliary_terms_averaged_over_ranks", {"gradient": ".gate."}, FORWARD_QUANTITIES
@@ -53,7 +54,7 @@ FAULTS = (
         {"gradient": ".gate."},
         FORWARD_QUANTITIES,
         "noisy",
-        Cell(expert_parallel_size=2, zero="2", accumulation=2),
+        Case(expert_parallel_size=2, zero="2", accumulation=2),
     ),
     # Balance weights as in the presets, and auxiliary terms alone: added to the gradients of the
     # other terms, theirs would be lost in the rounding of bfloat16.
@@ -62,7 +63,7 @@ FAULTS = (
         {"gradient": "", "norm": ""},
         FORWARD_QUANTITIES,
         "usual",
-        Cell(expert_parallel_size=2, zero="1", precision="bf16", terms="aux"),
+        Case(expert_parallel_size=2, zero="1", precision="bf16", terms="aux"),
     ),
     InjectedFault(
         "missing_expert_gradients_of_last_rank",
@@ -73,13 +74,13 @@ FAULTS = (
         "missing_expert_gradients_of_last_rank",
         {"gradient": "of expert 2"},
         ("start", *FORWARD_QUANTITIES),
-        cell=Cell(expert_parallel_size=2, zero="0", precision="bf16"),
+        case=Case(expert_parallel_size=2, zero="0", precision="bf16"),
     ),
     InjectedFault(
         "statistics_counted_in_recomputation",
         {"term": "", "statistics": "", "assignments": ""},
         ("counts",),
-        cell=Cell(expert_parallel_size=2, zero="1", recompute=True),
+        case=Case(expert_parallel_size=2, zero="1", recompute=True),
     ),
     InjectedFault(
         "padding_counted_as_tokens",
@@ -90,25 +91,25 @@ FAULTS = (
         "clip_by_mean_of_local_norms",
         {"norm": "norm"},
         ("gradient", *FORWARD_QUANTITIES),
-        cell=Cell(expert_parallel_size=2, zero="0"),
+        case=Case(expert_parallel_size=2, zero="0"),
     ),
     InjectedFault(
         "expert_weight_not_tagged",
         {"start": "blocks.1.ffn.experts.w2"},
         ("counts",),
-        cell=Cell(expert_parallel_size=2, zero="0"),
+        case=Case(expert_parallel_size=2, zero="0"),
     ),
     InjectedFault(
         "expert_gradient_averaged_over_ranks",
         {"gradient": "blocks.1.ffn.experts.w2", "norm": ""},
         ("start", *FORWARD_QUANTITIES),
-        cell=Cell(expert_parallel_size=2, zero="0"),
+        case=Case(expert_parallel_size=2, zero="0"),
     ),
     InjectedFault(
         "perturbed_weights_on_last_rank",
         {"start": "caption_norm.weight"},
         ("counts", "gradient"),
-        cell=Cell(expert_parallel_size=1, zero="0"),
+        case=Case(expert_parallel_size=1, zero="0"),
     ),
     InjectedFault(
         "scaled_gradients_on_last_rank",
@@ -129,7 +130,7 @@ FAULTS = (
         "negatives_from_local_rank_only",
         {"term": "contrastive", "loss": ""},
         ("counts", "assignments", "statistics"),
-        cell=ACCUMULATION,
+        case=ACCUMULATION,
     ),
     InjectedFault(
         "duplicate_captions_of_other_ranks_unmasked",
@@ -157,7 +158,7 @@ FAULTS = (
         {"assignments": "kept"},
         ("counts",),
         "noisy",
-        Cell(expert_parallel_size=1, zero="1", missing="pairs"),
+        Case(expert_parallel_size=1, zero="1", missing="pairs"),
     ),
     InjectedFault(
         "learning_rate_never_updated", {"parameters": ""}, ("gradient", "norm", *FORWARD_QUANTITIES)
@@ -166,19 +167,19 @@ FAULTS = (
         "earlier_micro_batches_dropped",
         {"gradient": "", "norm": ""},
         FORWARD_QUANTITIES,
-        cell=ACCUMULATION,
+        case=ACCUMULATION,
     ),
     InjectedFault("negated_router_logits", {"assignments": "", "statistics": ""}, ("counts",)),
 )
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Outcome]]:
-    """Outcomes `with_fault`, in the order of `FAULTS`, and `without_fault`."""
-    cases = [(injected.run, injected.cell) for injected in FAULTS]
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Result]]:
+    """Results `with_fault`, in the order of `FAULTS`, and `without_fault`."""
+    cases = [replace(injected.case, run=injected.run) for injected in FAULTS]
     distinct = list(dict.fromkeys(cases))
     faults = [injected.fault for injected in FAULTS] + [""] * len(distinct)
-    both = run_cells(
+    both = run_cases(
         cases + distinct,
         2,
         tmp_path_factory.mktemp("faults"),
@@ -190,28 +191,28 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Outcome]
 
 @pytest.mark.parametrize("index", range(len(FAULTS)), ids=[injected.fault for injected in FAULTS])
 def test_fault_is_detected_in_the_expected_quantities(
-    results: dict[str, list[Outcome]], index: int
+    results: dict[str, list[Result]], index: int
 ) -> None:
-    injected, outcome = FAULTS[index], results["with_fault"][index]
-    assert outcome.status == "mismatch" and outcome.result is not None, describe(outcome)
-    mismatches = {mismatch.quantity: mismatch.name for mismatch in outcome.result.mismatches}
-    assert injected.mismatches.keys() <= mismatches.keys(), describe(outcome)
+    injected, result = FAULTS[index], results["with_fault"][index]
+    assert result.status == "mismatch", describe(result)
+    mismatches = {mismatch.quantity: mismatch.name for mismatch in result.mismatches}
+    assert injected.mismatches.keys() <= mismatches.keys(), describe(result)
     wrong_names = {
         q: mismatches[q] for q, part in injected.mismatches.items() if part not in mismatches[q]
     }
-    assert not wrong_names, describe(outcome)
-    assert not set(injected.passes) & mismatches.keys(), describe(outcome)
+    assert not wrong_names, describe(result)
+    assert not set(injected.passes) & mismatches.keys(), describe(result)
 
 
-def test_the_same_cells_pass_without_a_fault(results: dict[str, list[Outcome]]) -> None:
+def test_the_same_cases_pass_without_a_fault(results: dict[str, list[Result]]) -> None:
     failures = [describe(o) for o in results["without_fault"] if o.status != "ok"]
     assert not failures, "\n".join(failures)
 
 
-def test_other_cells_are_checked_if_one_hangs_or_fails(tmp_path: Path) -> None:
-    cells = [("plain", Cell(expert_parallel_size=2, zero="0"))] * 4
-    ok, hung, failed, last = run_cells(
-        cells,
+def test_other_cases_are_checked_if_one_hangs_or_fails(tmp_path: Path) -> None:
+    cases = [Case(run="plain", expert_parallel_size=2, zero="0")] * 4
+    ok, hung, failed, last = run_cases(
+        cases,
         2,
         tmp_path,
         worker=WORKER,

@@ -1,4 +1,4 @@
-"""DeepSpeed on one, two and four processes, compared with plain torch by `pretrain.check`."""
+"""DeepSpeed on one, two and four processes, compared with plain torch by `pretrain.parity`."""
 
 from __future__ import annotations
 
@@ -7,26 +7,28 @@ import itertools
 
 import pytest
 
-from pretrain.check.cells import PRECISIONS, STAGES, Cell, Missing, Precision
-from pretrain.check.compare import QUANTITIES
-from pretrain.check.job import Outcome
-from tests.support.parity_runs import RUN_SETTINGS, describe, run_cells
+from pretrain.parity.cases import PRECISIONS, STAGES, Case, Missing, Precision
+from pretrain.parity.compare import QUANTITIES
+from pretrain.parity.job import Result
+from tests.support.parity_runs import RUN_SETTINGS, describe, run_cases
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
 
-Cases = list[tuple[str, Cell]]
+Cases = list[Case]
 
 
-def cell(
+def case(
+    run: str,
     zero: int | str,
     expert_parallel_size: int = 1,
     accumulation: int = 1,
     missing: Missing = "none",
     *,
     recompute: bool = False,
-) -> Cell:
-    """A float32 cell; positional: ZeRO stage, expert parallelism, micro-batches, missing pairs."""
-    return Cell(
+) -> Case:
+    """A float32 case; positional: run, stage, expert parallelism, micro-batches, missing pairs."""
+    return Case(
+        run=run,
         zero=str(zero),
         expert_parallel_size=expert_parallel_size,
         accumulation=accumulation,
@@ -38,7 +40,7 @@ def cell(
 def full_grid(*expert_parallel_size: int) -> Cases:
     """All combinations of stage, accumulation, activation checkpointing and precision."""
     return [
-        ("plain", plain_cell(zero, size, accumulation, recompute, precision))
+        plain_case(zero, size, accumulation, recompute, precision)
         for size in expert_parallel_size
         for zero in STAGES
         for accumulation in (1, 4)
@@ -55,16 +57,17 @@ def pairwise_grid(*expert_parallel_size: int) -> Cases:
             first, second = PRECISIONS if index % 2 == 0 else reversed(PRECISIONS)
             # The two rows of a stage differ in all three other settings.
             accumulations = (1, 4) if index < 2 else (4, 1)
-            cases.append(("plain", plain_cell(zero, size, accumulations[0], False, first)))
-            cases.append(("plain", plain_cell(zero, size, accumulations[1], True, second)))
+            cases.append(plain_case(zero, size, accumulations[0], False, first))
+            cases.append(plain_case(zero, size, accumulations[1], True, second))
     return cases
 
 
-def plain_cell(
+def plain_case(
     zero: str, size: int, accumulation: int, recompute: bool, precision: Precision
-) -> Cell:
-    """A cell of the grids."""
-    return Cell(
+) -> Case:
+    """A case of the grids."""
+    return Case(
+        run="plain",
         expert_parallel_size=size,
         zero=zero,
         accumulation=accumulation,
@@ -77,60 +80,60 @@ def plain_cell(
 CASES: dict[int, Cases] = {
     1: [
         *pairwise_grid(1),
-        ("plain", cell("2_offload", 1, 4)),
+        case("plain", "2_offload", 1, 4),
         # A micro-batch without pairs.
-        ("plain", cell(0, 1, 4, "rank")),
-        ("noisy", cell(0, 1, 4, recompute=True)),
-        ("sampled", cell(3, 1, 2)),
+        case("plain", 0, 1, 4, "rank"),
+        case("noisy", 0, 1, 4, recompute=True),
+        case("sampled", 3, 1, 2),
     ],
     # With expert parallelism 2 there are two copies of the experts: gradients are summed inside
     # a copy and averaged over the copies.
     4: [
-        ("plain", cell(0, 4, 4, recompute=True)),
-        ("plain", cell(1, 4, recompute=True)),
-        ("plain", cell(3, 4, 4)),
-        ("plain", cell(0, 2)),
-        ("plain", cell(1, 2, 2)),
-        ("plain", cell(3, 2)),
-        ("plain", cell(2, 4, 1, "rank")),
+        case("plain", 0, 4, 4, recompute=True),
+        case("plain", 1, 4, recompute=True),
+        case("plain", 3, 4, 4),
+        case("plain", 0, 2),
+        case("plain", 1, 2, 2),
+        case("plain", 3, 2),
+        case("plain", 2, 4, 1, "rank"),
         # A copy with pairs and a copy without must reduce their gradients in the same order.
-        ("plain", cell(2, 2, 1, "rank")),
-        ("plain", cell(3, 1, 1, "rank")),
-        ("plain", Cell(zero="1", expert_parallel_size=2, precision="bf16", missing="none")),
-        ("noisy", cell(1, 2, 1, "pairs")),
-        ("sampled", cell(2, 4)),
-        ("pools", cell(0, 1, 2)),
+        case("plain", 2, 2, 1, "rank"),
+        case("plain", 3, 1, 1, "rank"),
+        Case(run="plain", zero="1", expert_parallel_size=2, precision="bf16", missing="none"),
+        case("noisy", 1, 2, 1, "pairs"),
+        case("sampled", 2, 4),
+        case("pools", 0, 1, 2),
     ],
     2: [
         *pairwise_grid(1, 2),
-        ("plain", cell("2_offload", 2, 2)),
-        ("plain", cell(1, 2, 1, "pairs")),
-        ("plain", cell(2, 2, 2, "pairs")),
+        case("plain", "2_offload", 2, 2),
+        case("plain", 1, 2, 1, "pairs"),
+        case("plain", 2, 2, 2, "pairs"),
         # One rank has no pairs and must still take part in every collective.
-        ("plain", cell(1, 2, 1, "rank")),
-        ("plain", cell(3, 2, 1, "rank")),
-        ("sampled", cell(1, 2, 2, "rank")),
-        ("plain", cell(2, 1, 1, "rank")),
-        ("plain", cell(3, 1, 1, "rank")),
-        ("noisy", cell(0, 2)),
-        ("noisy", cell(3, 2, 2, "pairs", recompute=True)),
-        ("sampled", cell(2, 1, 1, "pairs")),
+        case("plain", 1, 2, 1, "rank"),
+        case("plain", 3, 2, 1, "rank"),
+        case("sampled", 1, 2, 2, "rank"),
+        case("plain", 2, 1, 1, "rank"),
+        case("plain", 3, 1, 1, "rank"),
+        case("noisy", 0, 2),
+        case("noisy", 3, 2, 2, "pairs", recompute=True),
+        case("sampled", 2, 1, 1, "pairs"),
         *(
-            ("usual", Cell(expert_parallel_size=2, zero=zero, precision="bf16", terms="aux"))
+            Case(run="usual", expert_parallel_size=2, zero=zero, precision="bf16", terms="aux")
             for zero in STAGES
         ),
         *(
-            (name, Cell(expert_parallel_size=size, zero="1", precision="bf16", missing="pairs"))
+            Case(run=name, expert_parallel_size=size, zero="1", precision="bf16", missing="pairs")
             for name in ("noisy", "sampled", "experts", "pools")
             for size in (1, 2)
         ),
-        ("experts", cell(1, 2)),
-        ("pools", cell(2, 2, 4, recompute=True)),
+        case("experts", 1, 2),
+        case("pools", 2, 2, 4, recompute=True),
         # Here some elements of the router's gradient are pure rounding error, which Adam scales up.
-        ("pools", cell(2, 2, 4, "pairs", recompute=True)),
+        case("pools", 2, 2, 4, "pairs", recompute=True),
     ],
 }
-"""Runs and cells by world size."""
+"""Runs and cases by world size."""
 
 FULL_CASES = {1: full_grid(1), 2: full_grid(1, 2), 4: full_grid(4)}
 """All combinations; takes minutes, so `make test` leaves them out."""
@@ -149,43 +152,43 @@ FULL_CASES = {1: full_grid(1), 2: full_grid(1, 2), 4: full_grid(4)}
 )
 def results(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> list[Outcome]:
-    """Outcomes of all cells of a world size, from one launch: starting the ranks is slow."""
+) -> list[Result]:
+    """Results of all cases of a world size, from one launch: starting the ranks is slow."""
     cases, world_size = request.param
-    return run_cells(cases[world_size], world_size, tmp_path_factory.mktemp(f"world-{world_size}"))
+    return run_cases(cases[world_size], world_size, tmp_path_factory.mktemp(f"world-{world_size}"))
 
 
-def test_every_cell_equals_one_process(results: list[Outcome]) -> None:
-    failures = [describe(outcome) for outcome in results if outcome.status != "ok"]
+def test_every_case_equals_one_process(results: list[Result]) -> None:
+    failures = [describe(result) for result in results if result.status != "ok"]
     assert not failures, "\n".join(failures)
 
 
-def test_every_quantity_is_compared_and_no_assignment_differs(results: list[Outcome]) -> None:
-    for outcome in results:
-        assert set(outcome.worst) == set(QUANTITIES), describe(outcome)
-        compare_later = outcome.cell.precision == "fp32"
+def test_every_quantity_is_compared_and_no_assignment_differs(results: list[Result]) -> None:
+    for result in results:
+        assert set(result.worst) == set(QUANTITIES), describe(result)
+        compare_later = result.case.precision == "fp32"
         assignments = [
-            outcome.worst["assignments"].value,
-            outcome.worst["later-assignments"].value if compare_later else 0.0,
+            result.worst["assignments"].value,
+            result.worst["later-assignments"].value if compare_later else 0.0,
         ]
-        assert assignments == [0.0, 0.0], describe(outcome)
+        assert assignments == [0.0, 0.0], describe(result)
 
 
-def test_runs_clip_drop_and_update_biases(results: list[Outcome]) -> None:
+def test_runs_clip_drop_and_update_biases(results: list[Result]) -> None:
     """Otherwise these features would not be covered."""
-    for outcome in results:
-        moe, balance = RUN_SETTINGS[outcome.run]
-        if outcome.cell.terms == "all":  # gradients of the routers' terms alone are not clipped
-            assert outcome.reference_stats["clipped_steps"] == 3, describe(outcome)
-        assert (outcome.reference_stats["dropped"] > 0) == ("capacity_factor" in moe), describe(
-            outcome
+    for result in results:
+        moe, balance = RUN_SETTINGS[result.case.run]
+        if result.case.terms == "all":  # gradients of the routers' terms alone are not clipped
+            assert result.reference_stats["clipped_steps"] == 3, describe(result)
+        assert (result.reference_stats["dropped"] > 0) == ("capacity_factor" in moe), describe(
+            result
         )
-        assert outcome.reference_stats["biases_moved"] == ("bias" in balance), describe(outcome)
+        assert result.reference_stats["biases_moved"] == ("bias" in balance), describe(result)
 
 
 def test_pairwise_grid_contains_every_pair_of_values() -> None:
     def pairs(cases: Cases) -> set[tuple[tuple[str, object], ...]]:
-        rows = [sorted(dataclasses.asdict(cell).items()) for _, cell in cases]
+        rows = [sorted(dataclasses.asdict(case).items()) for case in cases]
         return {pair for row in rows for pair in itertools.combinations(row, 2)}
 
     assert pairs(pairwise_grid(1, 2)) == pairs(full_grid(1, 2))

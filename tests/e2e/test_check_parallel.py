@@ -44,23 +44,23 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def test_several_world_sizes(tmp_path: Path) -> None:
     run, out = write_run(tmp_path / "run.yaml", "[b16, vmoe]"), tmp_path / "parity.json"
-    cells = ["--world-size", "1,2", "--cells", "ep=1,2 zero=1 accum=4"]
+    cases = ["--world-size", "1,2", "--cases", "ep=1,2 zero=1 accum=4"]
     overrides = ["precision.compute=fp32", "optim.lr=1e-3"]
-    output = check(run, "--small", *cells, "--out", out, *overrides, timeout_seconds=200)
-    assert "4 cells: 3 ok, 1 unsupported" in output
+    output = check(run, "--small", *cases, "--out", out, *overrides, timeout_seconds=200)
+    assert "4 cases: 3 ok, 1 unsupported" in output
 
     report = read_json(out)
-    by_cell = {
-        (cell["world_size"], cell["cell"]["expert_parallel_size"]): cell for cell in report["cells"]
+    by_case = {
+        (case["world_size"], case["case"]["expert_parallel_size"]): case for case in report["cases"]
     }
-    assert {key: cell["status"] for key, cell in by_cell.items()} == {
+    assert {key: case["status"] for key, case in by_case.items()} == {
         (1, 1): "ok",
         (1, 2): "unsupported",
         (2, 1): "ok",
         (2, 2): "ok",
     }
-    assert by_cell[2, 2]["reference_stats"]["dropped"] > 0
-    by_name = by_cell[2, 2]["by_name"]
+    assert by_case[2, 2]["reference_stats"]["dropped"] > 0
+    by_name = by_case[2, 2]["by_name"]
     assert {"importance", "weighted/load"} <= by_name["term"].keys()
     parameters = {"blocks.1.ffn.gate.weight", "blocks.1.ffn.experts.w1", "log_scale"}
     assert parameters <= by_name["gradient"].keys()
@@ -69,33 +69,33 @@ def test_several_world_sizes(tmp_path: Path) -> None:
 
 def test_under_torchrun(tmp_path: Path) -> None:
     out = tmp_path / "parity.json"
-    options = ["--small", "--cells", "ep=2 zero=1,3", "--out", str(out)]
+    options = ["--small", "--cases", "ep=2 zero=1,3", "--out", str(out)]
     done = torchrun([*COMMAND, "tiny", *options], processes=2, timeout_seconds=200).check()
     # The header of the table is printed by one rank only.
     assert done.output.count("result") == 1, done.output
 
     report = read_json(out)
     assert report["complete"]
-    assert [cell["status"] for cell in report["cells"]] == ["ok", "ok"]
-    assert {cell["world_size"] for cell in report["cells"]} == {2}
+    assert [case["status"] for case in report["cases"]] == ["ok", "ok"]
+    assert {case["world_size"] for case in report["cases"]} == {2}
 
 
 @pytest.mark.long
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("presets", ["[tiny]", "[s16, limoe]", "[s16, ours]"])
-def test_all_cells_of_one_two_and_four_ranks(presets: str, tmp_path: Path) -> None:
+def test_all_cases_of_one_two_and_four_ranks(presets: str, tmp_path: Path) -> None:
     run, out = write_run(tmp_path / "run.yaml", presets), tmp_path / "parity.json"
     options = ["--small", "--world-size", "1,2,4", "--out", out, "precision.compute=fp32"]
     check(run, *options, timeout_seconds=2900)
 
-    cells = read_json(out)["cells"]
+    cases = read_json(out)["cases"]
     num_ok = {
         world_size: sum(
-            cell["world_size"] == world_size and cell["status"] == "ok" for cell in cells
+            case["world_size"] == world_size and case["status"] == "ok" for case in cases
         )
         for world_size in (1, 2, 4)
     }
     # Per expert-parallel size: 4 ZeRO stages x 2 accumulations x 2 recompute x 2 precisions, and
-    # for each stage three cells: no missing pairs, a missing rank, only auxiliary loss terms.
+    # for each stage three cases: no missing pairs, a missing rank, only auxiliary loss terms.
     assert num_ok == {1: 44, 2: 88, 4: 132}
-    assert all(cell["reason"] for cell in cells if cell["status"] != "ok")
+    assert all(case["reason"] for case in cases if case["status"] != "ok")

@@ -19,7 +19,7 @@ def test_ranks_on_two_nodes(slurm_cluster: SlurmCluster, tmp_path: Path) -> None
     script = ROOT / "slurm" / "check_parallel.sbatch"
     job = slurm_cluster.submit(
         *(f"--output={tmp_path}/batch.log", script, "tiny", out),
-        *("--small", "--cells", "ep=2 zero=1,3"),
+        *("--small", "--cases", "ep=2 zero=1,3"),
         cwd=ROOT,
         env={"VLMOE_PYTHON": sys.executable, "VLMOE_PROCESSES_PER_NODE": "1"},
     )
@@ -27,7 +27,7 @@ def test_ranks_on_two_nodes(slurm_cluster: SlurmCluster, tmp_path: Path) -> None
 
     report = json.loads((out / "parity.json").read_text(encoding="utf-8"))
     assert report["complete"]
-    cells = [(cell["world_size"], cell["status"]) for cell in report["cells"]]
-    assert cells == [(2, "ok"), (2, "ok")]
+    cases = [(case["world_size"], case["status"]) for case in report["cases"]]
+    assert cases == [(2, "ok"), (2, "ok")]
     logs = {path.name: path.read_text(encoding="utf-8") for path in (out / "logs").iterdir()}
-    assert "2 cells: 2 ok" in logs[f"{job}-node0.log"] and "result" not in logs[f"{job}-node1.log"]
+    assert "2 cases: 2 ok" in logs[f"{job}-node0.log"] and "result" not in logs[f"{job}-node1.log"]

@@ -1,4 +1,4 @@
-"""A rank of `pretrain.check` that injects a fault into the training of each cell.
+"""A rank of `pretrain.parity` that injects a fault into the training of each case.
 
 The environment variable FAULTS is a JSON list with a name of `FAULTS` for each case, or an empty
 string for no fault. The reference in one process is not affected. Started by
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from pretrain.check import worker
+from pretrain.parity import worker
 from tests.support import loss_faults, routing_faults, update_faults
 
 FAULTS: dict[str, Callable[[], list[Any]]] = {
@@ -57,19 +57,19 @@ def injected(name: str) -> Iterator[None]:
 
 
 def main() -> None:
-    """Run the worker of `pretrain.check` with the faults."""
+    """Run the worker of `pretrain.parity` with the faults."""
     faults, current_case = json.loads(os.environ["FAULTS"]), [0]
-    trace_cell, compare = worker.trace_cell, worker.RankWorker._compare
+    trace_case, compare = worker.trace_case, worker.RankWorker._compare
 
     def trace_with_fault(*args: Any) -> Any:
         with injected(faults[current_case[0]]):
-            return trace_cell(*args)
+            return trace_case(*args)
 
     def compare_and_record_index(self: Any, index: int, case: Any) -> Any:
         current_case[0] = index
         return compare(self, index, case)
 
-    worker.trace_cell = trace_with_fault
+    worker.trace_case = trace_with_fault
     worker.RankWorker._compare = compare_and_record_index  # type: ignore[method-assign]
     worker.main()
 

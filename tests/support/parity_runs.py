@@ -1,4 +1,4 @@
-"""Small runs with many kinds of routing, and jobs of `pretrain.check` on them."""
+"""Small runs with many kinds of routing, and jobs of `pretrain.parity` on them."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.common.config import dump_yaml
-from pretrain.check.cells import Cell
-from pretrain.check.job import Case, Job, Outcome
-from pretrain.check.launch import WORKER, launch_local_ranks
 from pretrain.config.experts import BalanceConfig, MoEConfig, PerModality
 from pretrain.config.schema import BatchConfig, LossConfig, ModelConfig, OptimConfig, RunConfig
+from pretrain.parity.cases import Case
+from pretrain.parity.job import Job, Result
+from pretrain.parity.launch import WORKER, launch_local_ranks
 from tests.support.launch import ROOT
 
 PAIRS = 8
-"""Minimum global batch size; `run_cells` increases it so that no micro-batch is empty."""
+"""Minimum global batch size; `run_cases` increases it so that no micro-batch is empty."""
 
 BOTH_MODALITIES = PerModality(image=0.05, text=0.1)
 RUN_SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -110,24 +110,24 @@ def run_config(name: str) -> RunConfig:
     )
 
 
-def run_cells(
-    cases: Sequence[tuple[str, Cell]],
+def run_cases(
+    cases: Sequence[Case],
     world_size: int,
     folder: Path,
     *,
     worker: Sequence[str] = WORKER,
     variables: Mapping[str, str] | None = None,
     seconds: float = 120.0,
-) -> list[Outcome]:
-    """Check cells of the runs on `world_size` ranks; outcomes in the order of `cases`."""
-    runs, pairs = {}, max(PAIRS, world_size * max(cell.accumulation for _, cell in cases))
-    for name in dict(cases):
+) -> list[Result]:
+    """Check cases of the runs on `world_size` ranks; results in the order of `cases`."""
+    runs, pairs = {}, max(PAIRS, world_size * max(case.accumulation for case in cases))
+    for name in {case.run for case in cases}:
         path = folder / f"{name}.yaml"
         path.write_text(dump_yaml(run_config(name)), encoding="utf-8")
         runs[name] = str(path)
     job = Job(
         runs=runs,
-        cases=tuple(Case(*case) for case in cases),
+        cases=tuple(cases),
         pairs=pairs,
         folder=str(folder),
         seconds=seconds,
@@ -143,9 +143,9 @@ def run_cells(
     )
     indices = [message.get("case") for message in messages]
     assert indices == list(range(len(cases))), json.dumps(messages)[-3000:]
-    return [Outcome.from_json(message["outcome"]) for message in messages]
+    return [Result.from_json(message["result"]) for message in messages]
 
 
-def describe(outcome: Outcome) -> str:
-    """An outcome as one line, for assertion messages."""
-    return json.dumps(outcome.to_json())
+def describe(result: Result) -> str:
+    """An result as one line, for assertion messages."""
+    return json.dumps(result.to_json())

@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pretrain.check import worker
 from pretrain.optim.groups import is_expert
 from pretrain.parallel import deepspeed_engine, deepspeed_moe
+from pretrain.parity import worker
 
 Patch = Any
 """A patcher of `mock.patch.object`, to be entered as a context manager."""

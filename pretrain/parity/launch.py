@@ -16,9 +16,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pretrain.check.job import AFTER_ALL_CASES, Job, MessageLog, Outcome
+from pretrain.parity.job import AFTER_ALL_CASES, Job, MessageLog, Result
 
-WORKER = ("-m", "pretrain.check.worker")
+WORKER = ("-m", "pretrain.parity.worker")
 MAX_FAILURES = 3
 """After this many failed cases the remaining ones are not run."""
 MAX_REPORTED_RANKS = 4
@@ -54,7 +54,7 @@ def launch_local_ranks(
         job: The cases.
         world_size: Number of ranks, each a process with gloo on CPU.
         on_message: Called with every message as soon as it is written (see
-            `pretrain.check.worker.run_job`); there is one message for each case.
+            `pretrain.parity.worker.run_job`); there is one message for each case.
         worker: Arguments of the Python interpreter for each rank, before the path of the job.
         variables: Environment variables added for the ranks.
     """
@@ -78,7 +78,7 @@ def launch_local_ranks(
         failures += 1
         job = replace(job, first=done + 1)
         if failures == MAX_FAILURES:
-            reason = f"not run: {failures} earlier cells failed or hung"
+            reason = f"not run: {failures} earlier cases failed or hung"
             for index in range(job.first, len(job.cases)):
                 on_message(_failed_case(job, index, world_size, "not-run", reason))
             return
@@ -199,11 +199,8 @@ def _end_of_log(folder: Path, rank: int) -> str:
 
 def _failed_case(job: Job, index: int, world_size: int, status: str, reason: str) -> dict[str, Any]:
     """The message for a case that the ranks did not finish."""
-    case = job.cases[index]
-    outcome = Outcome(
-        run=case.run, world_size=world_size, cell=case.cell, status=status, reason=reason
-    )
-    return {"case": index, "outcome": outcome.to_json()}
+    result = Result(case=job.cases[index], world_size=world_size, status=status, reason=reason)
+    return {"case": index, "result": result.to_json()}
 
 
 def _terminate(processes: Sequence[subprocess.Popen[bytes]]) -> None:

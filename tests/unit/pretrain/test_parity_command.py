@@ -10,77 +10,77 @@ from typing import Any
 import pytest
 
 from data_pipeline.common.errors import LayoutError
-from pretrain.check import command
-from pretrain.check.cells import Cell
-from pretrain.check.job import Case, Job, Outcome
-from pretrain.check.launch import launch_local_ranks
 from pretrain.cli.main import main
 from pretrain.parallel.environment import rank_environment
-from tests.unit.pretrain.check_support import changed_trace, make_outcome
+from pretrain.parity import command
+from pretrain.parity.cases import Case
+from pretrain.parity.job import Job, Result
+from pretrain.parity.launch import launch_local_ranks
+from tests.unit.pretrain.parity_support import changed_trace, make_result
 
 
-def launcher_with(*outcomes: Outcome) -> Callable[..., None]:
-    """A replacement for `launch_local_ranks` that reports these outcomes."""
+def launcher_with(*results: Result) -> Callable[..., None]:
+    """A replacement for `launch_local_ranks` that reports these results."""
 
     def launch(job: Job, world_size: int, on_message: Callable[[dict[str, Any]], None]) -> None:
-        for index, outcome in enumerate(outcomes):
-            on_message({"case": index, "outcome": outcome.to_json()})
+        for index, result in enumerate(results):
+            on_message({"case": index, "result": result.to_json()})
         on_message({"float32_error": "run", "worst": {"gradient": [2e-6, "gate"]}})
 
     return launch
 
 
-MISMATCH = make_outcome("mismatch", changed_trace("0/loss/total", lambda t: t * 2))
+MISMATCH = make_result("mismatch", changed_trace("0/loss/total", lambda t: t * 2))
 
 
 @pytest.mark.parametrize(
-    ("outcomes", "status"),
+    ("results", "status"),
     [
-        ((make_outcome(),), 0),
-        ((make_outcome(), make_outcome("unsupported", reason="no")), 0),
-        ((make_outcome(), MISMATCH), 1),
-        ((make_outcome(), make_outcome("hang", reason="late")), 1),
-        ((make_outcome(), make_outcome("error", reason="broken")), 1),
-        ((make_outcome(), make_outcome("not-run", reason="three failures")), 1),
-        ((make_outcome("unsupported", reason="no"),), 2),
+        ((make_result(),), 0),
+        ((make_result(), make_result("unsupported", reason="no")), 0),
+        ((make_result(), MISMATCH), 1),
+        ((make_result(), make_result("hang", reason="late")), 1),
+        ((make_result(), make_result("error", reason="broken")), 1),
+        ((make_result(), make_result("not-run", reason="three failures")), 1),
+        ((make_result("unsupported", reason="no"),), 2),
     ],
 )
 def test_exit_status_and_json_report(
-    outcomes: tuple[Outcome, ...],
+    results: tuple[Result, ...],
     status: int,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(command, "launch_local_ranks", launcher_with(*outcomes))
+    monkeypatch.setattr(command, "launch_local_ranks", launcher_with(*results))
     out = tmp_path / "parity.json"
-    arguments = ["tiny", "--small", "--world-size", "2", "--cells", "zero=1", "--out", str(out)]
+    arguments = ["tiny", "--small", "--world-size", "2", "--cases", "zero=1", "--out", str(out)]
     assert main(["check-parallel", *arguments]) == status
 
     report = json.loads(out.read_text(encoding="utf-8"))
     assert report["complete"]
-    assert [cell["status"] for cell in report["cells"]] == [outcome.status for outcome in outcomes]
+    assert [case["status"] for case in report["cases"]] == [result.status for result in results]
     assert report["tolerance"]["first"] == {"fp32": 1e-5, "bf16": 2e-2}
     assert report["float64"]["run"]["gradient"] == {"value": 2e-6, "name": "gate"}
-    assert f"{len(outcomes)} cells: " in capsys.readouterr().out
+    assert f"{len(results)} cases: " in capsys.readouterr().out
 
 
-def test_unsupported_cells_start_no_rank(
+def test_unsupported_cases_start_no_rank(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(command, "launch_local_ranks", None)
-    arguments = ["tiny", "--small", "--world-size", "2", "--cells", "ep=3,5"]
+    arguments = ["tiny", "--small", "--world-size", "2", "--cases", "ep=3,5"]
     assert main(["check-parallel", *arguments]) == 2
     printed, error = capsys.readouterr()
-    assert error.startswith("error: ") and "--cells" in error
+    assert error.startswith("error: ") and "--cases" in error
     assert printed.count("unsupported: parallel.expert_parallel_size is") == 2
-    assert "No cell was compared" in printed
+    assert "No case was compared" in printed
 
 
 @pytest.mark.parametrize(
     ("arguments", "message", "prints_table"),
     [
-        (["--cells", "zeros=1"], "'zeros'", False),
+        (["--cases", "zeros=1"], "'zeros'", False),
         (["balance.load_weight=0.1"], "balance.load_weight is 0.1", True),
         (["optim.lr=-1"], "optim.lr is -1", True),
     ],
@@ -120,11 +120,11 @@ def test_invalid_numbers_are_usage_errors(arguments: list[str]) -> None:
 
 
 def test_after_three_failures_the_remaining_cases_are_not_run(tmp_path: Path) -> None:
-    job = Job(runs={}, cases=(Case("run", Cell()),) * 5, pairs=8, folder=str(tmp_path), seconds=5)
+    job = Job(runs={}, cases=(Case(),) * 5, pairs=8, folder=str(tmp_path), seconds=5)
     messages: list[dict[str, Any]] = []
     worker = ["-c", "raise SystemExit('no such module')"]
     launch_local_ranks(job, 2, messages.append, worker=worker)
 
-    outcomes = [Outcome.from_json(message["outcome"]) for message in messages]
-    assert [outcome.status for outcome in outcomes] == ["error"] * 3 + ["not-run"] * 2
-    assert "no such module" in outcomes[0].reason
+    results = [Result.from_json(message["result"]) for message in messages]
+    assert [result.status for result in results] == ["error"] * 3 + ["not-run"] * 2
+    assert "no such module" in results[0].reason

@@ -1,10 +1,10 @@
-"""The program of each rank: trains each cell, compares it with the reference, reports to rank 0.
+"""The program of each rank: trains each case, compares it with the reference, reports to rank 0.
 
-One set of processes runs all cells of a world size, because importing DeepSpeed takes longer than
+One set of processes runs all cases of a world size, because importing DeepSpeed takes longer than
 training a small model. The reference is trained by one rank of each node, stored in a file, and
 read by all ranks of the node.
 
-    python -m pretrain.check.worker JOB.json      with the environment variables of torchrun
+    python -m pretrain.parity.worker JOB.json      with the environment variables of torchrun
 """
 
 from __future__ import annotations
@@ -20,29 +20,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from pretrain.check.cell_runs import missing_rows, run_for_cell
-from pretrain.check.cells import Cell, stage_of
-from pretrain.check.compare import (
-    Comparison,
-    float64_errors,
-    merge,
-    merge_by_name,
-    missing_names,
-    num_assignments,
-    reference_stats,
-)
-from pretrain.check.deadline import Deadline
-from pretrain.check.job import (
-    AFTER_ALL_CASES,
-    Case,
-    Job,
-    MessageLog,
-    Outcome,
-    by_name_to_json,
-    worst_to_json,
-)
-from pretrain.check.tolerances import find_mismatches
-from pretrain.check.tracing import Record, Trace, reference, trace
 from pretrain.config.batch import plan_batch
 from pretrain.config.presets import load_run
 from pretrain.config.schema import RunConfig
@@ -54,12 +31,34 @@ from pretrain.parallel.environment import (
     start_process_group,
     stop_process_group,
 )
+from pretrain.parity.case_runs import missing_rows, run_for_case
+from pretrain.parity.cases import Case, stage_of
+from pretrain.parity.compare import (
+    Comparison,
+    float64_errors,
+    merge,
+    merge_by_name,
+    missing_names,
+    num_assignments,
+    reference_stats,
+)
+from pretrain.parity.deadline import Deadline
+from pretrain.parity.job import (
+    AFTER_ALL_CASES,
+    Job,
+    MessageLog,
+    Result,
+    by_name_to_json,
+    worst_to_json,
+)
+from pretrain.parity.tolerances import find_mismatches
+from pretrain.parity.tracing import Record, Trace, reference, trace
 from pretrain.train.build import build_engine
 
 START_SECONDS = 120.0
 """Minimum timeout of the process group; ranks import DeepSpeed before the first collective."""
 MAX_ATTEMPTS = 3
-"""Seeds tried for a float32 cell until no assignment differs because of a tie."""
+"""Seeds tried for a float32 case until no assignment differs because of a tie."""
 
 OnMessage = Callable[[dict[str, Any]], None]
 
@@ -77,8 +76,8 @@ class RankWorker:
         folders = self.all_gather_json(job.folder)
         self._folder = Path(folders[environment.rank - environment.local_rank])
 
-    def outcomes(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Index and outcome of every case, in order; the same on every rank."""
+    def results(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Index and result of every case, in order; the same on every rank."""
         for index, case in list(enumerate(self.job.cases))[self.job.first :]:
             yield index, self._compare(index, case)
 
@@ -95,28 +94,27 @@ class RankWorker:
                     yield {"float32_error_unavailable": reason}
 
     def _compare(self, index: int, case: Case) -> dict[str, Any]:
-        """The outcome of a case; a float32 case with ties is repeated with other seeds."""
+        """The result of a case; a float32 case with ties is repeated with other seeds."""
         start = time.perf_counter()
         for attempt in range(MAX_ATTEMPTS):
-            outcome = self._compare_once(index, case, attempt)
-            assert outcome.result is not None
+            result = self._compare_once(index, case, attempt)
             # The same decision on all ranks: each has merged the differences of all ranks.
-            if not (case.cell.precision == "fp32" and outcome.result.has_ties):
+            if not (case.precision == "fp32" and (result.ties or result.later_ties)):
                 break
-        return replace(outcome, seconds=time.perf_counter() - start).to_json()
+        return replace(result, seconds=time.perf_counter() - start).to_json()
 
-    def _compare_once(self, index: int, case: Case, attempt: int) -> Outcome:
+    def _compare_once(self, index: int, case: Case, attempt: int) -> Result:
         world_size, pairs = self.environment.world_size, self.job.pairs
-        label = case.cell.label(world_size)
+        label = case.label(world_size)
         base = replace(self.runs[case.run], seed=self.runs[case.run].seed + attempt)
-        run = run_for_cell(base, case.cell, world_size, pairs)
+        run = run_for_case(base, case, world_size, pairs)
 
         with self._deadline.limit(index, f"the reference for {label}"):
             expected = self._reference(case, run)
         with self._deadline.limit(index, label):
             comparison = Comparison(expected)
-            missing = missing_rows(case.cell, world_size, pairs)
-            trace_cell(run, self.environment, missing, comparison.add)
+            missing = missing_rows(case, world_size, pairs)
+            trace_case(run, self.environment, missing, comparison.add)
             ranks = self.all_gather_json(
                 [
                     worst_to_json(comparison.worst),
@@ -127,19 +125,20 @@ class RankWorker:
 
         seen = {name for _, names, _ in ranks for name in names}
         worst = merge([*(values for values, _, _ in ranks), missing_names(seen, expected)])
-        result = find_mismatches(
+        mismatches, ties, later_ties = find_mismatches(
             worst,
-            case.cell.precision,
+            case.precision,
             num_assignments(expected),
             other_rounding=_has_other_rounding(run),
         )
-        return Outcome(
-            run=case.run,
+        return Result(
+            case=case,
             world_size=world_size,
-            cell=case.cell,
             worst=worst,
-            result=result,
-            status="mismatch" if result.mismatches else "ok",
+            mismatches=mismatches,
+            ties=ties,
+            later_ties=later_ties,
+            status="mismatch" if mismatches else "ok",
             reference_stats=reference_stats(expected, run.optim.clip_norm),
             by_name={
                 quantity: merge_by_name(by_name[quantity] for _, _, by_name in ranks)
@@ -161,24 +160,23 @@ class RankWorker:
 
     def _reference_name(self, case: Case, run: RunConfig) -> str:
         """File name of the reference; contains everything that determines it."""
-        cell = case.cell
         # The rows that `missing=rank` removes depend on the number of micro-batches.
-        rows = f"rank{cell.accumulation}" if cell.missing == "rank" else cell.missing
-        rounded = "-rounded" if _is_rounded(cell) else ""
-        return f"{case.run}-{run.seed}-{cell.terms}-{cell.precision}{rounded}-{rows}"
+        rows = f"rank{case.accumulation}" if case.missing == "rank" else case.missing
+        rounded = "-rounded" if _is_rounded(case) else ""
+        return f"{case.run}-{run.seed}-{case.terms}-{case.precision}{rounded}-{rows}"
 
     def _train_reference(self, case: Case, run: RunConfig, path: Path) -> None:
         base = replace(self.runs[case.run], seed=run.seed)
-        cell = Cell(
-            precision=case.cell.precision,
+        single = Case(
+            precision=case.precision,
             recompute=base.model.activation_checkpointing,
-            terms=case.cell.terms,
+            terms=case.terms,
         )
         tensors = reference(
-            run_for_cell(base, cell, 1, self.job.pairs),
-            missing_rows(case.cell, self.environment.world_size, self.job.pairs),
+            run_for_case(base, single, 1, self.job.pairs),
+            missing_rows(case, self.environment.world_size, self.job.pairs),
             self.environment.device,
-            rounded=_is_rounded(case.cell),
+            rounded=_is_rounded(case),
         )
 
         temporary = path.with_suffix(".part")
@@ -187,8 +185,8 @@ class RankWorker:
         _free_memory()
 
     def _float32_error(self, run: RunConfig) -> dict[str, list[Any]]:
-        cell = Cell(recompute=run.model.activation_checkpointing)
-        single_process = run_for_cell(run, cell, 1, self.job.pairs)
+        case = Case(recompute=run.model.activation_checkpointing)
+        single_process = run_for_case(run, case, 1, self.job.pairs)
         float32 = reference(single_process, (), self.environment.device)
         exact = reference(single_process, (), self.environment.device, float64=True)
         return worst_to_json(dict(float64_errors(float32, exact)))
@@ -198,23 +196,23 @@ class RankWorker:
         return TorchCommunicator(self.environment.device).all_gather_json(value)
 
 
-def _is_rounded(cell: Cell) -> bool:
+def _is_rounded(case: Case) -> bool:
     """Whether the forward pass uses weights rounded to bfloat16."""
-    return cell.precision == "bf16" and stage_of(cell) > 0
+    return case.precision == "bf16" and stage_of(case) > 0
 
 
 def _has_other_rounding(run: RunConfig) -> bool:
-    """Whether the cell's MoE layers round at other points than the reference's, in bfloat16.
+    """Whether the case's MoE layers round at other points than the reference's, in bfloat16.
 
     The loop backend does with expert parallelism; without it, the loop accumulates in float32.
     """
     return run.moe.backend == "loop" and run.parallel.expert_parallel_size > 1
 
 
-def trace_cell(
+def trace_case(
     run: RunConfig, environment: RankEnvironment, missing: Collection[int], record: Record
 ) -> None:
-    """This rank's trace of a cell. Collective."""
+    """This rank's trace of a case. Collective."""
     plan = plan_batch(
         run.batch.global_batch_size, run.batch.micro_batch_size, environment.world_size
     )
@@ -233,7 +231,7 @@ def run_job(job: Job, environment: RankEnvironment, on_message: OnMessage) -> No
     Args:
         job: The cases.
         environment: This rank.
-        on_message: Called on every rank with `{"case": index, "outcome": {...}}`, and on rank 0
+        on_message: Called on every rank with `{"case": index, "result": {...}}`, and on rank 0
             with `{"float32_error": run, "worst": {...}}` or
             `{"float32_error_unavailable": reason}`.
     """
@@ -243,8 +241,8 @@ def run_job(job: Job, environment: RankEnvironment, on_message: OnMessage) -> No
     # wait for it.
     start_process_group(environment, max(START_SECONDS, 2 * job.seconds + 60))
     worker = RankWorker(job, environment)
-    for index, outcome in worker.outcomes():
-        on_message({"case": index, "outcome": outcome})
+    for index, result in worker.results():
+        on_message({"case": index, "result": result})
     for message in worker.float32_errors() if job.float64 else ():
         on_message(message)
     worker.all_gather_json(None)
@@ -253,7 +251,7 @@ def run_job(job: Job, environment: RankEnvironment, on_message: OnMessage) -> No
 
 
 def main() -> None:
-    """One rank started by `pretrain.check.launch`."""
+    """One rank started by `pretrain.parity.launch`."""
     parser = argparse.ArgumentParser(description="one rank of vlmoe check-parallel")
     parser.add_argument("job", type=Path)
     job = Job.from_json(parser.parse_args().job.read_text(encoding="utf-8"))

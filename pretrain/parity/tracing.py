@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from data_pipeline.samples import Batch
-from pretrain.check.batches import GlobalBatch
 from pretrain.config.schema import BatchConfig, OptimConfig, RunConfig
 from pretrain.model import build_model
 from pretrain.model.vision_language import VisionLanguageModel
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.layout import Layout
 from pretrain.parallel.plain_engine import PlainEngine
+from pretrain.parity.batches import GlobalBatch
 from pretrain.train.step import StepResult, train_step
 
 STEPS = 3
@@ -102,7 +102,7 @@ def reference(
     """The trace of one process of plain torch with the whole batch in one forward pass.
 
     Args:
-        run: Run configuration of a cell; of its layout only batch size and precision are used.
+        run: Run configuration of a case; of its layout only batch size and precision are used.
         missing: Missing rows.
         device: Device to train on.
         rounded: The forward pass uses all weights rounded to bfloat16, as with DeepSpeed's ZeRO

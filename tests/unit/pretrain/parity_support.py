@@ -1,4 +1,4 @@
-"""Traces (recorded values of training steps) and outcomes for tests of `pretrain.check`."""
+"""Traces (recorded values of training steps) and results for tests of `pretrain.parity`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.check.cells import Cell
-from pretrain.check.compare import compare_traces, merge, missing_names, num_assignments
-from pretrain.check.job import Outcome
-from pretrain.check.tolerances import find_mismatches
+from pretrain.parity.cases import Case
+from pretrain.parity.compare import compare_traces, merge, missing_names, num_assignments
+from pretrain.parity.job import Result
+from pretrain.parity.tolerances import find_mismatches
 
 Change = Callable[[Tensor], Tensor]
 
@@ -63,26 +63,27 @@ def mismatches(actual: dict[str, Tensor], precision: str = "fp32") -> dict[str, 
     """Name of the largest difference of each mismatching quantity."""
     reference = make_trace()
     worst = merge([compare_traces(actual, reference).worst, missing_names(actual, reference)])
-    result = find_mismatches(worst, precision, num_assignments(reference))
-    return {mismatch.quantity: mismatch.name for mismatch in result.mismatches}
+    found, _, _ = find_mismatches(worst, precision, num_assignments(reference))
+    return {mismatch.quantity: mismatch.name for mismatch in found}
 
 
-def make_outcome(
+def make_result(
     status: str = "ok", actual: dict[str, Tensor] | None = None, **fields: Any
-) -> Outcome:
-    """An outcome with this status, or that of comparing `actual` with `make_trace()`."""
+) -> Result:
+    """An result with this status, or that of comparing `actual` with `make_trace()`."""
     if status not in ("ok", "mismatch"):
-        return Outcome(run="run", world_size=2, cell=Cell(), status=status, **fields)
+        return Result(case=Case(), world_size=2, status=status, **fields)
     reference = make_trace()
     comparison = compare_traces(actual or make_trace(), reference)
-    result = find_mismatches(comparison.worst, "fp32", num_assignments(reference))
-    return Outcome(
-        run="run",
+    found, ties, later_ties = find_mismatches(comparison.worst, "fp32", num_assignments(reference))
+    return Result(
+        case=Case(),
         world_size=2,
-        cell=Cell(),
-        status="mismatch" if result.mismatches else "ok",
+        status="mismatch" if found else "ok",
         worst=comparison.worst,
-        result=result,
+        mismatches=found,
+        ties=ties,
+        later_ties=later_ties,
         by_name=comparison.by_name,
         **fields,
     )

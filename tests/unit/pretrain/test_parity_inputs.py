@@ -1,4 +1,4 @@
-"""Inputs of `pretrain.check`: the scaled-down run and the synthetic batch."""
+"""Inputs of `pretrain.parity`: the scaled-down run and the synthetic batch."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain.check.batches import GlobalBatch
-from pretrain.check.cell_runs import min_global_batch_size, run_for_cell, unsupported_reason
-from pretrain.check.cells import Cell
-from pretrain.check.scale_down import shrink, small_num_experts
 from pretrain.config.experts import MoEConfig
 from pretrain.config.presets import load_run
 from pretrain.config.schema import ModelConfig, RunConfig
 from pretrain.config.validate import problems
+from pretrain.parity.batches import GlobalBatch
+from pretrain.parity.case_runs import min_global_batch_size, run_for_case, unsupported_reason
+from pretrain.parity.cases import Case
+from pretrain.parity.scale_down import shrink, small_num_experts
 
 TINY = load_run("tiny")
 
@@ -29,9 +29,9 @@ def test_every_preset_shrinks_to_a_supported_run(
     path.write_text(f"extends: [{preset}, {balancing}]\n", encoding="utf-8")
     run = load_run(path)
     small = shrink(run)
-    pairs = min_global_batch_size([Cell(accumulation=4)], small, 4)
-    cell = Cell(expert_parallel_size=4, zero="1", accumulation=4, precision="bf16")
-    assert not unsupported_reason(small, cell, 4, pairs)
+    pairs = min_global_batch_size([Case(accumulation=4)], small, 4)
+    case = Case(expert_parallel_size=4, zero="1", accumulation=4, precision="bf16")
+    assert not unsupported_reason(small, case, 4, pairs)
     assert small.model.width <= 32 and small.moe.num_experts <= 8 and small.model.num_layers <= 4
 
     assert small.optim == run.optim and small.loss == run.loss
@@ -85,7 +85,7 @@ def test_small_num_experts_keeps_divisibility(experts: int) -> None:
 def test_shrink_keeps_sparse_layers_and_pools(moe: MoEConfig) -> None:
     run = RunConfig(model=ModelConfig(num_layers=24, fusion_layer=12), moe=moe)
     small = shrink(run)
-    assert not problems(run_for_cell(small, Cell(), 1, 8), 1)
+    assert not problems(run_for_case(small, Case(), 1, 8), 1)
     assert bool(small.moe.blocks(small.model.num_layers)) == bool(moe.blocks(24))
     assert (small.moe.image_experts > 0) == (moe.image_experts > 0)
 

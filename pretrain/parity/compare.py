@@ -1,6 +1,6 @@
 """Differences between a rank's trace and the reference trace.
 
-Which differences are too large is decided in `pretrain.check.tolerances`.
+Which differences are too large is decided in `pretrain.parity.tolerances`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One cell of the test matrix: how a training step is distributed."""
+"""One case of the test matrix: how a training step is distributed."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ TERMS: tuple[Terms, ...] = ("all", "aux")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cell:
+class Case:
     """One combination of parallel layout, precision, missing pairs and loss terms."""
 
+    run: str = "run"
+    """Name of the run in `Job.runs`."""
     expert_parallel_size: int = 1
     """Ranks that share one copy of the experts."""
     zero: str = "1"
@@ -39,7 +41,7 @@ class Cell:
 
     @property
     def profile(self) -> str:
-        """The cell's value of `parallel.deepspeed`."""
+        """The case's value of `parallel.deepspeed`."""
         return self.zero if self.zero.endswith(".json") else f"zero{self.zero}"
 
     def label(self, world_size: int) -> str:
@@ -61,15 +63,15 @@ class Cell:
         return " ".join(parts)
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object; `Cell(**object)` restores the cell."""
+        """A JSON object; `Case(**object)` restores the case."""
         return asdict(self)
 
 
-def stage_of(cell: Cell) -> int:
-    """The ZeRO stage of the cell's profile.
+def stage_of(case: Case) -> int:
+    """The ZeRO stage of the case's profile.
 
     Raises:
         ConfigError: The profile does not exist or does not set a stage.
     """
-    path = profile_path(cell.profile)
+    path = profile_path(case.profile)
     return zero_stage(load_profile(path), path)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from pretrain.check.compare import Difference
+from pretrain.parity.compare import Difference
 
 FIRST_STEP_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
 """Of losses, terms, gradient norm, gradients and statistics in the first step."""
@@ -45,36 +45,25 @@ class Mismatch(NamedTuple):
     tolerance: float
 
 
-class ComparisonResult(NamedTuple):
-    """The result of comparing a cell with the reference."""
-
-    mismatches: tuple[Mismatch, ...]
-    ties: int
-    """Assignments of the first step that differ, few enough to be explained by ties."""
-    later_ties: int = 0
-    """The same for later steps."""
-
-    @property
-    def has_ties(self) -> bool:
-        """Whether looser tolerances were used because of ties."""
-        return bool(self.ties or self.later_ties)
-
-
 def find_mismatches(
     worst: Mapping[str, Difference],
     precision: str,
     assignments: float,
     *,
     other_rounding: bool = False,
-) -> ComparisonResult:
+) -> tuple[tuple[Mismatch, ...], int, int]:
     """The differences that exceed their tolerances.
 
     Args:
-        worst: Differences of a cell, merged over all ranks.
+        worst: Differences of a case, merged over all ranks.
         precision: `fp32` or `bf16`.
         assignments: Expert assignments of all tokens in the first step.
-        other_rounding: The cell's MoE layers round intermediate results at other points than the
+        other_rounding: The case's MoE layers round intermediate results at other points than the
             reference does; doubles the tolerances of the first step in bfloat16.
+
+    Returns:
+        The mismatches, and the numbers of assignments of the first step and of later steps that
+        differ, but are few enough to be explained by ties.
     """
     max_ties = MAX_TIE_FRACTION[precision] * assignments
     changed = worst["assignments"].value
@@ -107,6 +96,8 @@ def find_mismatches(
         for quantity, tolerance in tolerances.items()
         if quantity in worst and not worst[quantity].value <= tolerance
     )
-    return ComparisonResult(
-        mismatches, int(changed) if has_ties else 0, int(later_changed) if has_later_ties else 0
+    return (
+        mismatches,
+        int(changed) if has_ties else 0,
+        int(later_changed) if has_later_ties else 0,
     )

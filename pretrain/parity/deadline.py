@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pretrain.check.job import MessageLog
+from pretrain.parity.job import MessageLog
 
 EXIT_TIMEOUT, EXIT_ERROR = 3, 4
 """Exit statuses of a rank whose case exceeded the time limit, or failed."""

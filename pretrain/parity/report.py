@@ -1,4 +1,4 @@
-"""The report of a check: a table, one row per cell as it finishes, and JSON."""
+"""The report of a check: a table, one row per case as it finishes, and JSON."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from pretrain.check.compare import MIN_GRADIENT_RATIO, MIN_TERM, Difference, WorstDifferences
-from pretrain.check.job import Outcome
-from pretrain.check.tolerances import (
+from pretrain.parity.compare import MIN_GRADIENT_RATIO, MIN_TERM, Difference, WorstDifferences
+from pretrain.parity.job import Result
+from pretrain.parity.tolerances import (
     BIAS_TOLERANCE,
     FIRST_STEP_TOLERANCE,
     LATER_TOLERANCE,
@@ -29,7 +29,7 @@ _STATUSES = ("ok", "mismatch", "error", "hang", "not-run", "unsupported")
 def header(width: int) -> list[str]:
     """The column names and a separator line."""
     term, gradient = _name_widths(width)
-    columns = ["cell".ljust(_LABEL), " loss", " term"]
+    columns = ["case".ljust(_LABEL), " loss", " term"]
     if width < FULL_WIDTH:
         columns += [" norm", "gradient", "weights", "result"]
     else:
@@ -39,14 +39,14 @@ def header(width: int) -> list[str]:
     return [line, "-" * len(line)]
 
 
-def row(outcome: Outcome, width: int) -> str:
-    """One outcome in one line: the largest difference of each quantity."""
-    label = _shorten(outcome.cell.label(outcome.world_size), _LABEL).ljust(_LABEL)
-    if outcome.result is None:
-        status = outcome.status.upper() if outcome.is_failure else outcome.status
-        return f"{label} {status}: {outcome.reason}"
+def row(result: Result, width: int) -> str:
+    """One result in one line: the largest difference of each quantity."""
+    label = _shorten(result.case.label(result.world_size), _LABEL).ljust(_LABEL)
+    if not result.is_compared:
+        status = result.status.upper() if result.is_failure else result.status
+        return f"{label} {status}: {result.reason}"
 
-    worst = outcome.worst
+    worst = result.worst
 
     def number(quantity: str, column_width: int = _NUMBER) -> str:
         return _format(worst.get(quantity, Difference(0.0)).value).rjust(column_width)
@@ -58,22 +58,22 @@ def row(outcome: Outcome, width: int) -> str:
     else:
         columns += [_name(worst, "term", term), number("norm"), number("gradient", 8)]
         columns += [_name(worst, "gradient", gradient), number("later"), number("parameters", 7)]
-        columns += [number("biases", 6), number("assignments", 7), f"{outcome.seconds:5.1f}"]
-    return " ".join([*columns, _result(outcome)])
+        columns += [number("biases", 6), number("assignments", 7), f"{result.seconds:5.1f}"]
+    return " ".join([*columns, _result(result)])
 
 
-def mismatch_lines(outcome: Outcome) -> list[str]:
+def mismatch_lines(result: Result) -> list[str]:
     """Lines below the row of a mismatch: each quantity with its difference and tolerance."""
-    if outcome.result is None:
+    if not result.is_compared:
         return []
 
     lines = []
-    for mismatch in outcome.result.mismatches:
+    for mismatch in result.mismatches:
         lines.append(
             f"    {mismatch.quantity}: difference {mismatch.value:.2g} in {mismatch.name}, "
             f"tolerance {mismatch.tolerance:.2g}"
         )
-        by_name = outcome.by_name.get(mismatch.quantity, {})
+        by_name = result.by_name.get(mismatch.quantity, {})
         above = [name for name, value in by_name.items() if not value <= mismatch.tolerance]
         others = [name for name in above if name != mismatch.name.partition("@")[0]]
         if others:
@@ -86,20 +86,20 @@ def mismatch_lines(outcome: Outcome) -> list[str]:
 
 
 def summary(
-    outcomes: Sequence[Outcome],
+    results: Sequence[Result],
     float32_errors: Mapping[str, WorstDifferences],
     width: int = FULL_WIDTH,
 ) -> list[str]:
-    """Lines below the table: tolerances, error of the reference, number of cells by status."""
+    """Lines below the table: tolerances, error of the reference, number of cases by status."""
     lines = ["", *textwrap.wrap(_tolerances(), min(width, FULL_WIDTH))]
     for name, worst in float32_errors.items():
         lines += _reference_error(name, worst)
 
-    counts = {status: sum(outcome.status == status for outcome in outcomes) for status in _STATUSES}
+    counts = {status: sum(result.status == status for result in results) for status in _STATUSES}
     if not counts["ok"] + counts["mismatch"]:
-        lines.append("No cell was compared; select cells that this number of ranks supports.")
+        lines.append("No case was compared; select cases that this number of ranks supports.")
     listed = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
-    return [*lines, f"{len(outcomes)} cells: {listed or 'none'}"]
+    return [*lines, f"{len(results)} cases: {listed or 'none'}"]
 
 
 def _tolerances() -> str:
@@ -114,7 +114,7 @@ def _tolerances() -> str:
         f"of their update. Later steps are compared in fp32 if assignments are equal: "
         f"{LATER_TOLERANCE:g}. A fraction of {MAX_TIE_FRACTION['fp32']:g} (fp32) or "
         f"{MAX_TIE_FRACTION['bf16']:g} (bf16) of the assignments may differ, as experts with "
-        "nearly equal scores (ties) do; an fp32 cell with ties is repeated with other seeds, and "
+        "nearly equal scores (ties) do; an fp32 case with ties is repeated with other seeds, and "
         "compared with the tolerances of bf16 if ties remain. Terms below "
         f"{MIN_TERM:g} are compared as if they were {MIN_TERM:g}, gradients below "
         f"{MIN_GRADIENT_RATIO:g} of the global norm as if they had that norm."
@@ -137,13 +137,13 @@ def _reference_error(name: str, worst: WorstDifferences) -> list[str]:
 
 
 def as_json(
-    outcomes: Iterable[Outcome],
+    results: Iterable[Result],
     float32_errors: Mapping[str, WorstDifferences],
     metadata: Mapping[str, Any],
     *,
     complete: bool,
 ) -> dict[str, Any]:
-    """The report as a JSON object; `complete` is false until all cells are done."""
+    """The report as a JSON object; `complete` is false until all cases are done."""
     return {
         "version": 1,
         **metadata,
@@ -162,18 +162,17 @@ def as_json(
             name: {quantity: difference._asdict() for quantity, difference in worst.items()}
             for name, worst in float32_errors.items()
         },
-        "cells": [outcome.to_json() for outcome in outcomes],
+        "cases": [result.to_json() for result in results],
     }
 
 
-def _result(outcome: Outcome) -> str:
-    assert outcome.result is not None
-    if outcome.result.mismatches:
-        return "MISMATCH: " + ", ".join(m.quantity for m in outcome.result.mismatches)
-    if outcome.result.ties:
-        return f"ok, {outcome.result.ties} ties"
-    if outcome.result.later_ties:
-        return f"ok, {outcome.result.later_ties} later ties"
+def _result(result: Result) -> str:
+    if result.mismatches:
+        return "MISMATCH: " + ", ".join(m.quantity for m in result.mismatches)
+    if result.ties:
+        return f"ok, {result.ties} ties"
+    if result.later_ties:
+        return f"ok, {result.later_ties} later ties"
     return "ok"
 
 

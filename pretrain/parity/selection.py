@@ -1,11 +1,11 @@
-"""Which cells to check: parses `--cells`.
+"""Which cases to check: parses `--cases`.
 
-    all                        every value of every axis (see `all_cells`)
+    all                        every value of every axis (see `all_cases`)
     own                        the run file's layout, with and without gradient accumulation,
                                and with the routers' auxiliary terms alone
     ep=1,2 zero=1,3 accum=4    all combinations of these values; other axes keep one value
 
-Several selections give the union of their cells.
+Several selections give the union of their cases.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from dataclasses import replace
 from typing import Any
 
 from data_pipeline.common.errors import ConfigError
-from pretrain.check.cells import MISSING, PRECISIONS, STAGES, TERMS, Cell, stage_of
 from pretrain.config.schema import RunConfig
+from pretrain.parity.cases import MISSING, PRECISIONS, STAGES, TERMS, Case, stage_of
 
 AXES: Mapping[str, str] = {
     "ep": "expert_parallel_size",
@@ -28,7 +28,7 @@ AXES: Mapping[str, str] = {
     "missing": "missing",
     "terms": "terms",
 }
-"""Field of `Cell` for each axis of the command line."""
+"""Field of `Case` for each axis of the command line."""
 
 _EXAMPLE = (
     "'ep=1,2 zero=0,1,2,3 accum=1,4 recompute=off,on precision=fp32,bf16 missing=none,pairs,rank "
@@ -44,8 +44,8 @@ _ALLOWED: Mapping[str, Mapping[str, Any]] = {
 """Value of the field for each value of the command line."""
 
 
-def parse_cells(selections: Sequence[str], run: RunConfig, world_size: int) -> list[Cell]:
-    """The selected cells without duplicates, in the order of selection.
+def parse_cases(selections: Sequence[str], run: RunConfig, world_size: int) -> list[Case]:
+    """The selected cases without duplicates, in the order of selection.
 
     Args:
         selections: Such as `all`, `own`, `ep=1,2 zero=0,3`; axes may also be separated by
@@ -56,27 +56,27 @@ def parse_cells(selections: Sequence[str], run: RunConfig, world_size: int) -> l
     Raises:
         ConfigError: An axis or a value is unknown.
     """
-    selected: dict[Cell, None] = {}
+    selected: dict[Case, None] = {}
     for selection in selections:
         words = selection.replace(";", " ").split()
         if words == ["all"]:
-            cells = all_cells(run, world_size)
+            cases = all_cases(run, world_size)
         elif words == ["own"]:
-            own = cell_of_run(run)
-            cells = [own, replace(own, accumulation=4), replace(own, terms="aux")]
+            own = case_of_run(run)
+            cases = [own, replace(own, accumulation=4), replace(own, terms="aux")]
         elif words and all("=" in word for word in words):
-            cells = _product(words, run)
+            cases = _product(words, run)
         else:
             raise ConfigError(
-                f"--cells {selection!r}: expected all, own, or axes such as {_EXAMPLE}"
+                f"--cases {selection!r}: expected all, own, or axes such as {_EXAMPLE}"
             )
-        selected |= dict.fromkeys(cells)
+        selected |= dict.fromkeys(cases)
     return list(selected)
 
 
-def cell_of_run(run: RunConfig) -> Cell:
+def case_of_run(run: RunConfig) -> Case:
     """The layout of the run file, with one micro-batch per step."""
-    return Cell(
+    return Case(
         expert_parallel_size=run.parallel.expert_parallel_size,
         zero=zero_of_run(run),
         recompute=run.model.activation_checkpointing,
@@ -85,11 +85,11 @@ def cell_of_run(run: RunConfig) -> Cell:
 
 
 def zero_of_run(run: RunConfig) -> str:
-    """The run's DeepSpeed profile as a value of `Cell.zero`."""
+    """The run's DeepSpeed profile as a value of `Case.zero`."""
     return run.parallel.deepspeed.removeprefix("zero")
 
 
-def all_cells(run: RunConfig, world_size: int) -> list[Cell]:
+def all_cases(run: RunConfig, world_size: int) -> list[Case]:
     """The whole test matrix.
 
     All combinations of expert parallelism, ZeRO stage, precision, accumulation (1, 4) and
@@ -102,7 +102,7 @@ def all_cells(run: RunConfig, world_size: int) -> list[Cell]:
     """
     powers = {size for size in (1, 2, 4, 8) if size <= world_size}
     layouts = [
-        Cell(expert_parallel_size=size, zero=zero)
+        Case(expert_parallel_size=size, zero=zero)
         for size in sorted(powers | {run.parallel.expert_parallel_size})
         for zero in _profiles(run)
     ]
@@ -127,23 +127,23 @@ def all_cells(run: RunConfig, world_size: int) -> list[Cell]:
 
 def _profiles(run: RunConfig) -> list[str]:
     """A profile for each ZeRO stage: the run's profile for its stage, the default for others."""
-    own = cell_of_run(run)
+    own = case_of_run(run)
     own_stage = str(stage_of(own))
     return [own.zero if stage == own_stage else stage for stage in STAGES]
 
 
-def _product(words: Sequence[str], run: RunConfig) -> list[Cell]:
+def _product(words: Sequence[str], run: RunConfig) -> list[Case]:
     values: dict[str, list[Any]] = {}
     for word in words:
         axis, _, text = word.partition("=")
         if axis not in AXES:
             raise ConfigError(
-                f"--cells: unknown axis {axis!r}; expected one of {', '.join(AXES)}, such as "
+                f"--cases: unknown axis {axis!r}; expected one of {', '.join(AXES)}, such as "
                 f"{_EXAMPLE}"
             )
         values[AXES[axis]] = [_value(axis, part, run) for part in text.split(",")]
 
-    default = Cell(
+    default = Case(
         expert_parallel_size=run.parallel.expert_parallel_size,
         zero=zero_of_run(run),
         precision=run.precision.compute,
@@ -158,9 +158,9 @@ def _value(axis: str, text: str, run: RunConfig) -> Any:
     if axis in ("ep", "accum"):
         if text.isdigit() and int(text) > 0:
             return int(text)
-        raise ConfigError(f"--cells: {axis}={text}: expected a positive integer")
+        raise ConfigError(f"--cases: {axis}={text}: expected a positive integer")
     if axis == "zero":
         return zero_of_run(run) if text == "own" else text.removeprefix("zero")
     if text not in _ALLOWED[axis]:
-        raise ConfigError(f"--cells: {axis}={text!r}: expected one of {', '.join(_ALLOWED[axis])}")
+        raise ConfigError(f"--cases: {axis}={text!r}: expected one of {', '.join(_ALLOWED[axis])}")
     return _ALLOWED[axis][text]

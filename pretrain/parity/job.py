@@ -6,25 +6,17 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from pretrain.check.cells import Cell
-from pretrain.check.compare import Difference, WorstDifferences
-from pretrain.check.tolerances import ComparisonResult, Mismatch
+from pretrain.parity.cases import Case
+from pretrain.parity.compare import Difference, WorstDifferences
+from pretrain.parity.tolerances import Mismatch
 
 AFTER_ALL_CASES = -1
 """Replaces the index of a case in the error report of ranks that had finished all cases."""
 
 FAILURES = ("mismatch", "error", "hang", "not-run")
-"""Statuses of an `Outcome` that make the check fail."""
-
-
-class Case(NamedTuple):
-    """One cell of one run."""
-
-    run: str
-    """Name of the run in `Job.runs`."""
-    cell: Cell
+"""Statuses of an `Result` that make the check fail."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,51 +39,55 @@ class Job:
 
     def to_json(self) -> str:
         """The job as JSON text."""
-        cases = [[case.run, case.cell.to_json()] for case in self.cases]
+        cases = [case.to_json() for case in self.cases]
         return json.dumps(vars(self) | {"cases": cases})
 
     @staticmethod
     def from_json(text: str) -> Job:
         """The inverse of `to_json`."""
         values = json.loads(text)
-        cases = tuple(Case(run, Cell(**cell)) for run, cell in values.pop("cases"))
+        cases = tuple(Case(**case) for case in values.pop("cases"))
         return Job(**values, cases=cases)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """The result of one cell."""
+class Result:
+    """The result of one case."""
 
-    run: str
+    case: Case
     world_size: int
-    cell: Cell
     status: str
     """`ok`, `mismatch`, `unsupported`, `error` (a rank failed), `hang` (a rank exceeded the time
     limit) or `not-run`."""
     reason: str = ""
-    """Why the cell was not compared."""
+    """Why the case was not compared."""
     worst: WorstDifferences = field(default_factory=dict)
-    result: ComparisonResult | None = None
-    """None if the cell was not compared."""
+    mismatches: tuple[Mismatch, ...] = ()
+    ties: int = 0
+    """Assignments of the first step that differ, few enough to be explained by ties."""
+    later_ties: int = 0
+    """The same for later steps."""
     seconds: float = 0.0
     reference_stats: dict[str, Any] = field(default_factory=dict)
-    """The result of `pretrain.check.compare.reference_stats`."""
+    """The result of `pretrain.parity.compare.reference_stats`."""
     by_name: dict[str, dict[str, float]] = field(default_factory=dict)
     """Difference of every `term` and every `gradient` of the first step, in descending order."""
 
     @property
+    def is_compared(self) -> bool:
+        """Whether all ranks finished it."""
+        return self.status in ("ok", "mismatch")
+
+    @property
     def is_failure(self) -> bool:
-        """Whether this outcome makes the check fail."""
+        """Whether this result makes the check fail."""
         return self.status in FAILURES
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object; infinite numbers become text, because JSON has none."""
-        result = self.result
-        mismatches = result.mismatches if result else ()
         return {
-            "run": self.run,
             "world_size": self.world_size,
-            "cell": self.cell.to_json(),
+            "case": self.case.to_json(),
             "status": self.status,
             "reason": self.reason,
             "seconds": round(self.seconds, 3),
@@ -102,22 +98,21 @@ class Outcome:
             },
             "mismatches": [
                 mismatch._asdict() | {"value": json_number(mismatch.value)}
-                for mismatch in mismatches
+                for mismatch in self.mismatches
             ],
-            "ties": result.ties if result else 0,
-            "later_ties": result.later_ties if result else 0,
+            "ties": self.ties,
+            "later_ties": self.later_ties,
             "by_name": by_name_to_json(self.by_name),
         }
 
     @staticmethod
-    def from_json(values: Mapping[str, Any]) -> Outcome:
+    def from_json(values: Mapping[str, Any]) -> Result:
         """The inverse of `to_json`."""
         fields = dict(values)
         mismatches = tuple(
             Mismatch(m["quantity"], float(m["value"]), m["name"], m["tolerance"])
             for m in fields.pop("mismatches")
         )
-        result = ComparisonResult(mismatches, fields.pop("ties"), fields.pop("later_ties"))
         worst = {
             quantity: Difference(float(difference["value"]), difference["name"])
             for quantity, difference in fields.pop("worst").items()
@@ -126,10 +121,8 @@ class Outcome:
             quantity: {name: float(value) for name, value in values_by_name.items()}
             for quantity, values_by_name in fields.pop("by_name").items()
         }
-        cell = Cell(**fields.pop("cell"))
-        return Outcome(
-            **fields, cell=cell, worst=worst, by_name=by_name, result=result if worst else None
-        )
+        case = Case(**fields.pop("case"))
+        return Result(**fields, case=case, worst=worst, by_name=by_name, mismatches=mismatches)
 
 
 class MessageLog:
