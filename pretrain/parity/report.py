@@ -12,6 +12,7 @@ from pretrain.parity.job import Result
 from pretrain.parity.tolerances import (
     BIAS_TOLERANCE,
     FIRST_STEP_TOLERANCE,
+    GRADIENT_TOLERANCE,
     LATER_TOLERANCE,
     MAX_TIE_FRACTION,
     UPDATE_TOLERANCE,
@@ -109,8 +110,9 @@ def _tolerances() -> str:
         "initial weights and batch; those of biases are absolute, those of assignments are counts. "
         "Initial weights must be equal, and all runs use the expert assignments of the single "
         f"process. Tolerances of the first step: {FIRST_STEP_TOLERANCE['fp32']:g} in fp32, "
-        f"{FIRST_STEP_TOLERANCE['bf16']:g} in bf16; biases {BIAS_TOLERANCE:g}. After it, weights "
-        f"may differ by {WEIGHT_TOLERANCE:g} in fp32, and by {UPDATE_TOLERANCE['fp32']:g} (fp32) "
+        f"{FIRST_STEP_TOLERANCE['bf16']:g} in bf16 ({GRADIENT_TOLERANCE['bf16']:g} for gradients); "
+        f"biases {BIAS_TOLERANCE:g}. After it, weights may differ by {WEIGHT_TOLERANCE:g} in "
+        f"fp32, and by {UPDATE_TOLERANCE['fp32']:g} (fp32) "
         f"or {UPDATE_TOLERANCE['bf16']:g} (bf16) of the norm of their update. Later steps are "
         f"compared in fp32: {LATER_TOLERANCE:g}. One assignment, or a fraction of "
         f"{MAX_TIE_FRACTION['fp32']:g} (fp32) or {MAX_TIE_FRACTION['bf16']:g} (bf16), may differ "
@@ -150,6 +152,7 @@ def as_json(
         "complete": complete,
         "tolerance": {
             "first": FIRST_STEP_TOLERANCE,
+            "gradient": GRADIENT_TOLERANCE,
             "later": LATER_TOLERANCE,
             "weights": WEIGHT_TOLERANCE,
             "update": UPDATE_TOLERANCE,
