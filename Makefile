@@ -4,6 +4,7 @@
 #   make test         all tests except those marked `long`
 #   make lint         ruff, mypy and import-linter
 #   make env          only create the environment in .venv
+#   make lock         renew requirements.lock: the newest versions that pyproject.toml allows
 #   make stores       install an Azure emulator; without it, tests marked `az` are skipped
 #
 # PYTHON=python3.12 selects the interpreter for a new `.venv`.
@@ -18,12 +19,15 @@ SHELL := /bin/bash
 
 VENV := .venv
 RUN := $(VENV)/bin/python
-STAMP := $(VENV)/.made-$(shell cat pyproject.toml setup.py | cksum | tr ' ' '-')
+LOCK := requirements.lock
+EXTRAS := quickstart,dev
+STAMP := $(VENV)/.made-$(shell cat pyproject.toml setup.py $(LOCK) | cksum | tr ' ' '-')
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 # torch is installed first, at the version pinned in pyproject.toml: other packages depend on any
 # torch and would install the newest.
 TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 
-.PHONY: help quickstart test lint env system stores clean
+.PHONY: help quickstart test lint env lock system stores clean
 .DEFAULT_GOAL := help
 
 help:
@@ -31,16 +35,27 @@ help:
 
 env: $(STAMP)
 
-$(STAMP): pyproject.toml setup.py
+$(STAMP): pyproject.toml setup.py $(LOCK)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "error: $(PYTHON) is older than Python 3.11; use a newer one: make PYTHON=python3.12" >&2; exit 2; }
 	@echo "creating $(VENV): takes a few minutes, mostly for torch"
 	@$(RUN) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV) \
 		|| { echo "error: $(PYTHON) cannot create environments; on Debian: apt-get install python3-venv" >&2; exit 2; }
-	$(RUN) -m pip install --quiet --disable-pip-version-check $(TORCH)
-	$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[quickstart,dev]'
+	$(RUN) $(PIP_INSTALL) --constraint $(LOCK) $(TORCH)
+	$(RUN) $(PIP_INSTALL) --constraint $(LOCK) --editable '.[$(EXTRAS)]'
 	@rm -f $(VENV)/.made-*
 	@touch $@
+
+# From a new environment, because `.venv` may hold other packages. Without torch's build (`+cpu`),
+# which depends on the package index. No hashes, which would bind the file to one platform.
+lock:
+	@new=$$(mktemp -d) && trap 'rm -rf "$$new"' EXIT \
+		&& $(PYTHON) -m venv "$$new/env" && python="$$new/env/bin/python" \
+		&& "$$python" $(PIP_INSTALL) $(TORCH) \
+		&& "$$python" $(PIP_INSTALL) --editable '.[$(EXTRAS)]' \
+		&& echo '# Versions that `make env` installs, as pip constraints. Made by `make lock`.' > "$$new/lock" \
+		&& "$$python" -m pip freeze --exclude-editable | sed 's/+[^+]*$$//' >> "$$new/lock" \
+		&& mv "$$new/lock" $(LOCK)
 
 quickstart: env
 	$(RUN) -m tools.quickstart
