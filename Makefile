@@ -3,17 +3,20 @@
 #   make quickstart   download images, train on two processes, evaluate
 #   make test         all tests except those marked `long`
 #   make lint         ruff, mypy and import-linter
+#   make coverage     run the tests and show which lines of both packages they execute; htmlcov/
 #   make env          only create the environment in .venv
 #   make lock         renew requirements.lock: the newest versions that pyproject.toml allows
 #   make stores       install an Azure emulator; without it, tests marked `az` are skipped
 #
 # PYTHON=python3.12 selects the interpreter for a new `.venv`.
 # TEST_WORKERS=4 runs the tests in so many processes (default 2).
+# TESTS='tests/unit -k loader' selects the tests of `make test` and `make coverage`.
 # SLURM=no skips the installation of SLURM; its tests are then skipped.
 
 PYTHON ?= python3
 SLURM ?= yes
 TEST_WORKERS ?= 2
+TESTS ?= tests
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 
@@ -27,7 +30,7 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 # torch and would install the newest.
 TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 
-.PHONY: help quickstart test lint env lock system stores clean
+.PHONY: help quickstart test coverage lint env lock system stores clean
 .DEFAULT_GOAL := help
 
 help:
@@ -61,7 +64,15 @@ quickstart: env
 	$(RUN) -m tools.quickstart
 
 test: env system
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -m 'not long' -n $(TEST_WORKERS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m 'not long' -n $(TEST_WORKERS) $(TESTS)
+
+# The report is written also if tests fail: under measurement some may exceed their time limits.
+coverage: env system
+	@$(RUN) -m coverage erase
+	@status=0; OMP_NUM_THREADS=1 $(RUN) -m coverage run -m pytest -m 'not long' -n $(TEST_WORKERS) \
+		$(TESTS) || status=$$?; \
+	$(RUN) -m coverage combine --quiet && $(RUN) -m coverage report && $(RUN) -m coverage html --quiet; \
+	echo "by line: htmlcov/index.html"; exit $$status
 
 lint: env
 	$(VENV)/bin/ruff check .
@@ -82,4 +93,5 @@ stores: env
 	$(RUN) -m tests.support.azure_server
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache \
+		htmlcov .coverage .coverage.*
