@@ -13,6 +13,7 @@ The names below are imported on first use: importing torch takes seconds.
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -32,7 +33,13 @@ __all__ = [
     "RankInfo",
     "SampleProblem",
     "SourceConfig",
+    "__version__",
 ]
+
+try:
+    __version__ = version("vlmoe")  # from pyproject.toml, the only place that states it
+except PackageNotFoundError:  # a source tree that is not installed
+    __version__ = "0+unknown"
 
 _MODULES = {
     "Loader": "loading.loader",

@@ -9,18 +9,14 @@ print(model.caption(["fox.jpg"]))
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
+
+from data_pipeline import __version__
 
 if TYPE_CHECKING:
     from pretrain.evaluate.trained_model import TrainedModel, load_model
 
 __all__ = ["TrainedModel", "__version__", "load_model"]
-
-try:
-    __version__ = version("vlmoe")
-except PackageNotFoundError:  # a source tree that is not installed
-    __version__ = "0+unknown"
 
 
 def __getattr__(name: str) -> Any:
