@@ -35,7 +35,7 @@ def add(subparsers: Subparsers) -> None:
     check = add_command(
         subparsers,
         "check",
-        summary="verify every sample against the manifest, and decode it",
+        summary="verify every sample against the manifest",
         examples=_EXAMPLES,
         description="Verify every sample of datasets, and list corrupt and missing ones.",
     )
