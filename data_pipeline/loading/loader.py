@@ -23,7 +23,13 @@ from data_pipeline.loading.batch_dataset import BatchDataset, ReaderConfig
 from data_pipeline.loading.batch_samplers import ListBatchSampler, TrainBatchSampler
 from data_pipeline.loading.batch_spec import SINGLE_RANK, BatchSpec, RankInfo
 from data_pipeline.loading.batch_stream import BatchStream
-from data_pipeline.loading.sources import Source, as_source, data_fingerprint, make_order
+from data_pipeline.loading.sources import (
+    Source,
+    as_source,
+    data_fingerprint,
+    make_order,
+    open_sources,
+)
 from data_pipeline.order.order import Order
 from data_pipeline.order.plan import micro_batches_per_step
 from data_pipeline.order.state import LoaderState
@@ -97,6 +103,54 @@ class Loader:
         self._dataset = self._make_dataset(Tokenizer.load(tokenizer_path), batch, seed)
         self._stream: BatchStream | None = None
         self._steps_done = 0
+
+    @classmethod
+    def open(
+        cls,
+        data: DataConfig,
+        *,
+        image_size: int,
+        context_length: int,
+        global_batch_size: int,
+        micro_batch_size: int | None = None,
+        ranks: RankInfo = SINGLE_RANK,
+        seed: int = 0,
+        state: LoaderState | None = None,
+    ) -> Loader:
+        """A loader of the sources and the tokenizer that `data` names.
+
+        Args:
+            data: Sources (`train`), tokenizer, and how to read.
+            image_size: Side of the square images, pixels.
+            context_length: Maximum number of text positions, start and end tokens included.
+            global_batch_size: Pairs per step, over all ranks.
+            micro_batch_size: Pairs of a micro-batch; None for one micro-batch per rank and step.
+            ranks: This rank, and the number of ranks that share each global batch.
+            seed: Seed of the order and of every sample's augmentation.
+            state: Where to begin; None for the start.
+
+        Raises:
+            ConfigError: Settings are invalid, or `data` names no tokenizer.
+            DataError: A manifest is missing or corrupt, or see the constructor.
+            TokenizerError: There is no tokenizer at `data.tokenizer`.
+        """
+        check_sections(data)
+        if not data.tokenizer:
+            raise ConfigError("data.tokenizer is empty; name a SentencePiece model")
+        return cls(
+            sources=open_sources(data.sources, timeout_seconds=data.timeout_seconds),
+            tokenizer_path=data.tokenizer,
+            data=data,
+            batch=BatchSpec(
+                image_size=image_size,
+                context_length=context_length,
+                micro_batch_size=micro_batch_size or max(1, global_batch_size // ranks.world_size),
+            ),
+            global_batch_size=global_batch_size,
+            seed=seed,
+            state=state or LoaderState(seed=seed),
+            ranks=ranks,
+        )
 
     @property
     def order(self) -> Order:

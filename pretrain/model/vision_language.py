@@ -72,6 +72,8 @@ class VisionLanguageModel(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.moe = model, moe
+        self.needs_sample_ids = moe.is_random
+        """Whether training needs `TokenBatch.token_hash_T`."""
         balance = balance or BalanceConfig()
         self.logit_scale_max = logit_scale_max
         self.compute_dtype = compute_dtype

@@ -20,7 +20,7 @@ from pretrain.moe.capacity import apply_capacity
 from pretrain.moe.caption_gate import CaptionGate
 from pretrain.moe.dispatch import Dispatcher, LocalDispatcher
 from pretrain.moe.experts import StackedExperts, l1_norm
-from pretrain.moe.routing import Routing, Scores, assign_experts, score_tokens
+from pretrain.moe.routing import ReplaceSelection, Routing, Scores, assign_experts, score_tokens
 from pretrain.moe.statistics import RouterStats, router_stats
 from pretrain.moe.tokens import TokenBatch
 
@@ -103,6 +103,7 @@ class MoELayer(nn.Module):
         if config.shared_experts:
             self.shared = SwiGLU(width, config.shared_experts * config.expert_width)
         self.dispatcher: Dispatcher = dispatcher or LocalDispatcher()
+        self.replace_selection: ReplaceSelection | None = None
 
     def forward(self, x_TD: Tensor, tokens: TokenBatch) -> tuple[Tensor, RouterStats]:
         """Apply the layer.
@@ -134,7 +135,13 @@ class MoELayer(nn.Module):
         )
         bias_ME = None if self.bias is None else self.bias.value
         routing = assign_experts(
-            scored, config, tokens, bias_ME, block_index=self.block_index, noise=self.training
+            scored,
+            config,
+            tokens,
+            bias_ME,
+            block_index=self.block_index,
+            noise=self.training,
+            replace_selection=self.replace_selection,
         )
         if config.uses_capacity and self.training:
             routing = apply_capacity(

@@ -10,6 +10,7 @@ C patches per expert.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -19,6 +20,11 @@ from pretrain.config.experts import MoEConfig
 from pretrain.moe.noise import gumbel, normal
 from pretrain.moe.tokens import TokenBatch
 from pretrain.moe.topk import topk_indices
+
+ReplaceSelection = Callable[[str, Tensor, Tensor], Tensor]
+"""Replaces the selected indices of each row, `[rows, n]`: experts of a token (`top_k`), or patches
+of an expert in an image (`expert_choice`). Arguments: one of these names, the indices, and a hash
+that identifies each row, int64 `[rows]`."""
 
 
 class Routing(NamedTuple):
@@ -118,6 +124,7 @@ def assign_experts(
     *,
     block_index: int,
     noise: bool,
+    replace_selection: ReplaceSelection | None = None,
 ) -> Routing:
     """Assign experts to every token or, with `routing: expert_choice`, patches to every expert.
 
@@ -128,12 +135,13 @@ def assign_experts(
         bias_ME: Expert biases, `[M or 1, experts]`; they affect the selection, not the weights.
         block_index: Index of the layer's block; part of the seed of sampled routing.
         noise: True during training; evaluation always takes the best experts.
+        replace_selection: Replaces the selected experts; needs `tokens.token_hash_T`.
 
     Sources: bias for selection only: Wang et al. 2024, arXiv:2408.15664; sampling without
     replacement as the k largest of log p + Gumbel noise: Kool et al. 2019, arXiv:1903.06059.
     """
     if config.routing == "expert_choice" and tokens.num_patch_tokens:
-        return _expert_choice(scored, config, tokens, bias_ME)
+        return _expert_choice(scored, config, tokens, bias_ME, replace_selection)
 
     selection_scores_TE = scored.gates_TE.detach()
     if noise and config.routing == "sampled":
@@ -149,7 +157,11 @@ def assign_experts(
         _add_bias(selection_scores_TE, bias_ME, tokens.num_patch_tokens), scored, config
     )
 
-    weights_TK, ids_TK = _select_top_k(scored.gates_TE, selection_scores_TE, config)
+    ids_TK = topk_indices(selection_scores_TE, config.top_k)
+    if replace_selection is not None:
+        assert tokens.token_hash_T is not None
+        ids_TK = replace_selection("top_k", ids_TK, tokens.token_hash_T)
+    weights_TK = _top_k_weights(scored.gates_TE, ids_TK, config)
     k = ids_TK.shape[1]
     assignments_ME = count_assignments(
         ids_TK.flatten(), tokens.num_patch_tokens * k, config.num_experts
@@ -187,24 +199,25 @@ def mask_other_pool(selection_scores_TE: Tensor, scored: Scores, config: MoEConf
     return selection_scores_TE.masked_fill(scored.logits_TE == float("-inf"), float("-inf"))
 
 
-def _select_top_k(
-    gates_TE: Tensor, selection_scores_TE: Tensor, config: MoEConfig
-) -> tuple[Tensor, Tensor]:
-    """Weights and indices of the k experts with the largest selection scores.
+def _top_k_weights(gates_TE: Tensor, ids_TK: Tensor, config: MoEConfig) -> Tensor:
+    """Weights of the selected experts, `[tokens, k]`.
 
     With `norm_topk_prob`, the weights of a token sum to 1. For k = 1 that would make every weight
     the constant 1 and leave the router without a gradient, so the raw score is kept (Fedus et al.
     2021, arXiv:2101.03961).
     """
-    ids_TK = topk_indices(selection_scores_TE, config.top_k)
     weights_TK = gates_TE.gather(1, ids_TK)
     if config.norm_topk_prob and config.top_k > 1:
         weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True).clamp(min=1e-20)
-    return weights_TK, ids_TK
+    return weights_TK
 
 
 def _expert_choice(
-    scored: Scores, config: MoEConfig, tokens: TokenBatch, bias_ME: Tensor | None
+    scored: Scores,
+    config: MoEConfig,
+    tokens: TokenBatch,
+    bias_ME: Tensor | None,
+    replace_selection: ReplaceSelection | None,
 ) -> Routing:
     """Assign to every expert its best patches of each image; text tokens use top-k routing.
 
@@ -221,7 +234,15 @@ def _expert_choice(
     scores_TE = scored.scores_TE[:split]
     scores_BPE = scores_TE.view(tokens.num_pairs, tokens.num_patches, -1)[:, :, pool]
     patches_per_expert = config.patches_per_expert(tokens.num_patches)
-    weights_BEC, patch_BEC = scores_BPE.transpose(1, 2).topk(patches_per_expert, dim=-1)
+    scores_BEP = scores_BPE.transpose(1, 2)
+    weights_BEC, patch_BEC = scores_BEP.topk(patches_per_expert, dim=-1)
+    if replace_selection is not None:
+        assert tokens.token_hash_T is not None
+        hash_B = tokens.token_hash_T[:split].view(tokens.num_pairs, -1)[:, 0]
+        hash_BE = hash_B.unsqueeze(1) + torch.arange(patch_BEC.shape[1], device=device)
+        selected = replace_selection("expert_choice", patch_BEC.flatten(0, 1), hash_BE.flatten())
+        patch_BEC = selected.view_as(patch_BEC)
+        weights_BEC = scores_BEP.gather(2, patch_BEC)
     first_token_B11 = torch.arange(tokens.num_pairs, device=device).view(-1, 1, 1)
     first_token_B11 = first_token_B11 * tokens.num_patches
     expert_BEC = torch.arange(pool.start, pool.stop, device=device).view(1, -1, 1)
@@ -232,7 +253,11 @@ def _expert_choice(
     selection_scores_TE = mask_other_pool(
         _add_bias(text.gates_TE.detach(), text_bias, 0), text, config
     )
-    weights_TK, ids_TK = _select_top_k(text.gates_TE, selection_scores_TE, config)
+    ids_TK = topk_indices(selection_scores_TE, config.top_k)
+    if replace_selection is not None:
+        assert tokens.token_hash_T is not None
+        ids_TK = replace_selection("top_k", ids_TK, tokens.token_hash_T[split:])
+    weights_TK = _top_k_weights(text.gates_TE, ids_TK, config)
     text_token_N = torch.arange(split, split + len(ids_TK), device=device)
     text_token_N = text_token_N.repeat_interleave(ids_TK.shape[1])
 

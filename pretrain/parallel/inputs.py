@@ -54,7 +54,7 @@ def model_inputs(
     images, ids, lengths, positions = (tensor.to(device, non_blocking=True) for tensor in tensors)
     tokens = model.token_batch(ids, positions)
     tokens = tokens._replace(step_seed=step_seed, coactivation=coactivation)
-    if moe.is_random:
+    if model.needs_sample_ids:
         sample_ids_B = per_pair(batch.ids, "ids")
         tokens = tokens.with_sample_ids(sample_ids_B.to(device, non_blocking=True))
     if moe.uses_capacity:

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pretrain.parallel.tensor_names import split_name
+
 QUANTITIES = (
     "start",
     "loss",
@@ -95,7 +97,8 @@ class Comparison:
             self._add_update(name, leaf, actual)
         if step == "0" and quantity in self.by_name:
             values = self.by_name[quantity]
-            values[_plain(leaf)] = max(value, values.get(_plain(leaf), 0.0))
+            weight, _ = split_name(leaf)
+            values[weight] = max(value, values.get(weight, 0.0))
 
     def _keep_worst(self, key: str, value: float, name: str) -> None:
         if key not in self.worst or value > self.worst[key].value:
@@ -149,8 +152,8 @@ def missing_names(seen: Iterable[str], reference: Mapping[str, Tensor]) -> Worst
     """
     ranges: dict[str, list[tuple[int, int]]] = {}
     for name in set(seen):
-        plain, _, span = name.partition("@")
-        ranges.setdefault(plain, []).append(_parse_span(span) if span else (0, UNSPLIT_END))
+        plain, experts = split_name(name)
+        ranges.setdefault(plain, []).append(experts or (0, UNSPLIT_END))
 
     worst: WorstDifferences = {}
     for name, tensor in sorted(_by_plain_name(reference).items()):
@@ -202,27 +205,14 @@ def _distance(quantity: str, actual: Tensor, expected: Tensor, gradient_norm: fl
 
 def _expected(name: str, reference: Mapping[str, Tensor]) -> Tensor | None:
     """The reference tensor of this name; for a shard of the experts, its slice."""
-    expected = reference.get(_plain(name))
-    _, _, span = name.partition("@")
-    if expected is None or not span:
-        return expected
-    first, end = _parse_span(span)
-    return expected[first:end]
-
-
-def _parse_span(span: str) -> tuple[int, int]:
-    first, end = map(int, span.split(":"))
-    return first, end
+    plain, experts = split_name(name)
+    expected = reference.get(plain)
+    return expected if expected is None or experts is None else expected[slice(*experts)]
 
 
 def _by_plain_name(reference: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors by name without a range of experts: the reference holds all experts."""
-    return {_plain(name): tensor for name, tensor in reference.items()}
-
-
-def _plain(name: str) -> str:
-    """The name without the range of experts `@first:last`."""
-    return name.partition("@")[0]
+    return {split_name(name)[0]: tensor for name, tensor in reference.items()}
 
 
 def _key(step: str, quantity: str) -> str:

@@ -63,10 +63,6 @@ class Result:
     """Why the case was not compared."""
     worst: WorstDifferences = field(default_factory=dict)
     mismatches: tuple[Mismatch, ...] = ()
-    ties: int = 0
-    """Assignments of the first step that differ, few enough to be explained by ties."""
-    later_ties: int = 0
-    """The same for later steps."""
     seconds: float = 0.0
     reference_stats: dict[str, Any] = field(default_factory=dict)
     """The result of `pretrain.parity.compare.reference_stats`."""
@@ -100,8 +96,6 @@ class Result:
                 mismatch._asdict() | {"value": json_number(mismatch.value)}
                 for mismatch in self.mismatches
             ],
-            "ties": self.ties,
-            "later_ties": self.later_ties,
             "by_name": by_name_to_json(self.by_name),
         }
 

@@ -2,8 +2,9 @@
 
 The first step shows what is wrong; later steps only show that something was. Adam takes a full-size
 step even where a gradient is nothing but rounding error, so weights diverge where a gradient is
-close to 0, and a token may be assigned to another expert when two experts have nearly equal scores
-(a tie).
+close to 0. Expert assignments are those of the reference (`pretrain.parity.replay`); how many of
+its own assignments differ, as they do when two experts have nearly equal scores (a tie), is
+compared apart.
 """
 
 from __future__ import annotations
@@ -14,12 +15,18 @@ from typing import NamedTuple
 from pretrain.parity.compare import Difference
 
 FIRST_STEP_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
-"""Of losses, terms, gradient norm, gradients and statistics in the first step."""
+"""Of losses, terms, gradient norm and statistics in the first step."""
+GRADIENT_TOLERANCE = {"fp32": 1e-5, "bf16": 3e-2}
+"""Of every gradient of the first step.
+
+In bfloat16 the rounding of the forward and backward passes alone gives 1.5e-2 in most weights.
+Worst seen in `tiny --small` with 1 and 16 micro-batches and ZeRO 0 to 3: 2.1e-2, a query norm.
+"""
 LATER_TOLERANCE = 1e-4
 """Of losses, terms and gradient norms after the first step, in float32.
 
 Bfloat16 is compared in the first step only: its rounding changes weights whose gradient is close to
-0 by a full Adam step, and with them the assignment of tokens.
+0 by a full Adam step.
 """
 WEIGHT_TOLERANCE = 1e-3
 """Of weights after a step, in float32."""
@@ -31,9 +38,9 @@ direction, so a tolerance relative to the weights alone is not sufficient. A mis
 gives 1; 6 % of the elements moving in the opposite direction give 0.5.
 """
 BIAS_TOLERANCE = 1e-6
-"""Absolute. Biases follow from counts alone, so they are equal if assignments are."""
+"""Absolute. Biases follow from the numbers of assignments alone."""
 MAX_TIE_FRACTION = {"fp32": 1e-4, "bf16": 5e-3}
-"""Fraction of the assignments that may differ because of ties."""
+"""Fraction of the assignments that may differ because of ties; one may always."""
 
 
 class Mismatch(NamedTuple):
@@ -51,7 +58,7 @@ def find_mismatches(
     assignments: float,
     *,
     other_rounding: bool = False,
-) -> tuple[tuple[Mismatch, ...], int, int]:
+) -> tuple[Mismatch, ...]:
     """The differences that exceed their tolerances.
 
     Args:
@@ -60,44 +67,31 @@ def find_mismatches(
         assignments: Expert assignments of all tokens in the first step.
         other_rounding: The case's MoE layers round intermediate results at other points than the
             reference does; doubles the tolerances of the first step in bfloat16.
-
-    Returns:
-        The mismatches, and the numbers of assignments of the first step and of later steps that
-        differ, but are few enough to be explained by ties.
     """
-    max_ties = MAX_TIE_FRACTION[precision] * assignments
-    changed = worst["assignments"].value
-    later_changed = worst["later-assignments"].value
-    has_ties, has_later_ties = 0 < changed <= max_ties, 0 < later_changed <= max_ties
-
-    first_step = FIRST_STEP_TOLERANCE["bf16" if has_ties else precision]
+    max_ties = max(1.0, MAX_TIE_FRACTION[precision] * assignments)
+    first_step = FIRST_STEP_TOLERANCE[precision]
+    gradient = GRADIENT_TOLERANCE[precision]
     if precision == "bf16" and other_rounding:
-        first_step *= 2
-    tolerances = dict.fromkeys(("loss", "term", "norm", "gradient", "statistics"), first_step)
-
-    strict = precision == "fp32" and not has_ties
-    if strict:
-        tolerances["parameters"] = WEIGHT_TOLERANCE
-    tolerances["update"] = UPDATE_TOLERANCE["fp32" if strict else "bf16"]
-    tolerances |= {"start": 0.0, "counts": 0.0, "assignments": max_ties}
-    if not changed:
-        tolerances["biases"] = BIAS_TOLERANCE
-    # After a tie, the two computations are no longer comparable.
-    if strict and not has_later_ties:
+        first_step, gradient = 2 * first_step, 2 * gradient
+    tolerances = dict.fromkeys(("loss", "term", "norm", "statistics"), first_step)
+    tolerances |= {
+        "gradient": gradient,
+        "update": UPDATE_TOLERANCE[precision],
+        "start": 0.0,
+        "counts": 0.0,
+        "biases": BIAS_TOLERANCE,
+        "assignments": max_ties,
+    }
+    if precision == "fp32":
         tolerances |= {
+            "parameters": WEIGHT_TOLERANCE,
             "later": LATER_TOLERANCE,
             "later-parameters": WEIGHT_TOLERANCE,
-            "later-assignments": 0.0,
+            "later-assignments": max_ties,
             "later-biases": BIAS_TOLERANCE,
         }
-
-    mismatches = tuple(
+    return tuple(
         Mismatch(quantity, worst[quantity].value, worst[quantity].name, tolerance)
         for quantity, tolerance in tolerances.items()
         if quantity in worst and not worst[quantity].value <= tolerance
-    )
-    return (
-        mismatches,
-        int(changed) if has_ties else 0,
-        int(later_changed) if has_later_ties else 0,
     )

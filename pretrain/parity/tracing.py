@@ -23,6 +23,7 @@ from pretrain.parallel.engine import Engine
 from pretrain.parallel.layout import Layout
 from pretrain.parallel.plain_engine import PlainEngine
 from pretrain.parity.batches import GlobalBatch
+from pretrain.parity.replay import RoutingReplay
 from pretrain.train.step import StepResult, train_step
 
 STEPS = 3
@@ -34,7 +35,17 @@ Record = Callable[[str, Tensor], None]
 """Receives the name and the value of each tensor of a trace."""
 
 
-def trace(engine: Engine, run: RunConfig, missing: Collection[int], record: Record) -> None:
+SELECTIONS = "selections/"
+"""Prefix of the names of recorded selections in a reference (`pretrain.parity.replay`)."""
+
+
+def trace(
+    engine: Engine,
+    run: RunConfig,
+    missing: Collection[int],
+    record: Record,
+    replay: RoutingReplay,
+) -> None:
     """Train three steps and record them. Collective.
 
     Args:
@@ -42,10 +53,12 @@ def trace(engine: Engine, run: RunConfig, missing: Collection[int], record: Reco
         run: Defines how the batch is split.
         missing: Missing rows of the global batch.
         record: Called with every name and tensor, on CPU.
+        replay: Records or replaces the expert selections of this rank's model.
     """
     _record_first_gradients(engine, record)
     _record_all(record, "start/parameters", engine.master_weights())
     for step in range(STEPS):
+        replay.step = step
         result = train_step(
             engine,
             micro_batches(engine, run, step, missing),
@@ -54,6 +67,9 @@ def trace(engine: Engine, run: RunConfig, missing: Collection[int], record: Reco
             learning_rate=learning_rate(run, step),
         )
         _record_all(record, str(step), _step_tensors(result))
+        different = torch.tensor(replay.pop_num_different(), device=engine.communicator.device)
+        different = engine.communicator.all_reduce_sum(different)
+        record(f"{step}/assignments/selected", different.double().cpu())
         if step in WEIGHT_STEPS:
             _record_all(record, f"{step}/parameters", engine.master_weights())
 
@@ -118,19 +134,34 @@ def reference(
         precision=run.precision.compute,
         num_experts=run.moe.num_experts,
     )
-    model, tensors = build_model(run), Trace()
+    model = build_model(run)
 
     if not float64:
         engine_class = _RoundedEngine if rounded else PlainEngine
         engine = engine_class(model, run.optim, layout, device)
-        trace(engine, run, missing, tensors.__setitem__)
-        return tensors
+        return _recorded_trace(engine, run, missing)
 
     model.compute_dtype = torch.float64
     with _KeepFloat64():
         engine = PlainEngine(model.double(), run.optim, layout, device)
-        trace(engine, run, missing, tensors.__setitem__)
-    return tensors
+        return _recorded_trace(engine, run, missing)
+
+
+def _recorded_trace(engine: PlainEngine, run: RunConfig, missing: Collection[int]) -> Trace:
+    tensors, replay = Trace(), RoutingReplay(engine.model)
+    trace(engine, run, missing, tensors.__setitem__, replay)
+    return tensors | {SELECTIONS + name: t for name, t in replay.selections.items()}
+
+
+def split_selections(tensors: Trace) -> tuple[Trace, Trace]:
+    """The trace of a reference without its recorded selections, and the selections."""
+    trace_only = {name: t for name, t in tensors.items() if not name.startswith(SELECTIONS)}
+    selections = {
+        name.removeprefix(SELECTIONS): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(SELECTIONS)
+    }
+    return trace_only, selections
 
 
 class _RoundedEngine(PlainEngine):

@@ -12,13 +12,13 @@ from __future__ import annotations
 import argparse
 import gc
 import time
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from pretrain.config.batch import plan_batch
 from pretrain.config.presets import load_run
@@ -51,15 +51,13 @@ from pretrain.parity.job import (
     by_name_to_json,
     worst_to_json,
 )
+from pretrain.parity.replay import RoutingReplay
 from pretrain.parity.tolerances import find_mismatches
-from pretrain.parity.tracing import Record, Trace, reference, trace
+from pretrain.parity.tracing import Record, Trace, reference, split_selections, trace
 from pretrain.train.build import build_engine
 
 START_SECONDS = 120.0
 """Minimum timeout of the process group; ranks import DeepSpeed before the first collective."""
-MAX_ATTEMPTS = 3
-"""Seeds tried for a float32 case until no assignment differs because of a tie."""
-
 OnMessage = Callable[[dict[str, Any]], None]
 
 
@@ -94,27 +92,18 @@ class RankWorker:
                     yield {"float32_error_unavailable": reason}
 
     def _compare(self, index: int, case: Case) -> dict[str, Any]:
-        """The result of a case; a float32 case with ties is repeated with other seeds."""
+        """The result of a case."""
         start = time.perf_counter()
-        for attempt in range(MAX_ATTEMPTS):
-            result = self._compare_once(index, case, attempt)
-            # The same decision on all ranks: each has merged the differences of all ranks.
-            if not (case.precision == "fp32" and (result.ties or result.later_ties)):
-                break
-        return replace(result, seconds=time.perf_counter() - start).to_json()
-
-    def _compare_once(self, index: int, case: Case, attempt: int) -> Result:
         world_size, pairs = self.environment.world_size, self.job.pairs
         label = case.label(world_size)
-        base = replace(self.runs[case.run], seed=self.runs[case.run].seed + attempt)
-        run = run_for_case(base, case, world_size, pairs)
+        run = run_for_case(self.runs[case.run], case, world_size, pairs)
 
         with self._deadline.limit(index, f"the reference for {label}"):
-            expected = self._reference(case, run)
+            expected, selections = split_selections(self._reference(case, run))
         with self._deadline.limit(index, label):
             comparison = Comparison(expected)
             missing = missing_rows(case, world_size, pairs)
-            trace_case(run, self.environment, missing, comparison.add)
+            trace_case(run, self.environment, missing, comparison.add, selections)
             ranks = self.all_gather_json(
                 [
                     worst_to_json(comparison.worst),
@@ -125,26 +114,26 @@ class RankWorker:
 
         seen = {name for _, names, _ in ranks for name in names}
         worst = merge([*(values for values, _, _ in ranks), missing_names(seen, expected)])
-        mismatches, ties, later_ties = find_mismatches(
+        mismatches = find_mismatches(
             worst,
             case.precision,
             num_assignments(expected),
             other_rounding=_has_other_rounding(run),
         )
-        return Result(
+        result = Result(
             case=case,
             world_size=world_size,
             worst=worst,
             mismatches=mismatches,
-            ties=ties,
-            later_ties=later_ties,
             status="mismatch" if mismatches else "ok",
             reference_stats=reference_stats(expected, run.optim.clip_norm),
             by_name={
                 quantity: merge_by_name(by_name[quantity] for _, _, by_name in ranks)
                 for quantity in comparison.by_name
             },
+            seconds=time.perf_counter() - start,
         )
+        return result.to_json()
 
     def _reference(self, case: Case, run: RunConfig) -> Trace:
         """The reference of a case, trained by the node's first rank unless its file exists."""
@@ -166,7 +155,7 @@ class RankWorker:
         return f"{case.run}-{run.seed}-{case.terms}-{case.precision}{rounded}-{rows}"
 
     def _train_reference(self, case: Case, run: RunConfig, path: Path) -> None:
-        base = replace(self.runs[case.run], seed=run.seed)
+        base = self.runs[case.run]
         single = Case(
             precision=case.precision,
             recompute=base.model.activation_checkpointing,
@@ -187,8 +176,10 @@ class RankWorker:
     def _float32_error(self, run: RunConfig) -> dict[str, list[Any]]:
         case = Case(recompute=run.model.activation_checkpointing)
         single_process = run_for_case(run, case, 1, self.job.pairs)
-        float32 = reference(single_process, (), self.environment.device)
-        exact = reference(single_process, (), self.environment.device, float64=True)
+        float32, _ = split_selections(reference(single_process, (), self.environment.device))
+        exact, _ = split_selections(
+            reference(single_process, (), self.environment.device, float64=True)
+        )
         return worst_to_json(dict(float64_errors(float32, exact)))
 
     def all_gather_json(self, value: Any) -> list[Any]:
@@ -210,7 +201,11 @@ def _has_other_rounding(run: RunConfig) -> bool:
 
 
 def trace_case(
-    run: RunConfig, environment: RankEnvironment, missing: Collection[int], record: Record
+    run: RunConfig,
+    environment: RankEnvironment,
+    missing: Collection[int],
+    record: Record,
+    selections: Mapping[str, Tensor],
 ) -> None:
     """This rank's trace of a case. Collective."""
     plan = plan_batch(
@@ -218,7 +213,7 @@ def trace_case(
     )
     engine = build_engine(run, environment, plan)
     try:
-        trace(engine, run, missing, record)
+        trace(engine, run, missing, record, RoutingReplay(engine.model, selections))
     finally:
         engine.close()
         del engine

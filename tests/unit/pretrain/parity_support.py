@@ -63,7 +63,7 @@ def mismatches(actual: dict[str, Tensor], precision: str = "fp32") -> dict[str, 
     """Name of the largest difference of each mismatching quantity."""
     reference = make_trace()
     worst = merge([compare_traces(actual, reference).worst, missing_names(actual, reference)])
-    found, _, _ = find_mismatches(worst, precision, num_assignments(reference))
+    found = find_mismatches(worst, precision, num_assignments(reference))
     return {mismatch.quantity: mismatch.name for mismatch in found}
 
 
@@ -75,15 +75,13 @@ def make_result(
         return Result(case=Case(), world_size=2, status=status, **fields)
     reference = make_trace()
     comparison = compare_traces(actual or make_trace(), reference)
-    found, ties, later_ties = find_mismatches(comparison.worst, "fp32", num_assignments(reference))
+    found = find_mismatches(comparison.worst, "fp32", num_assignments(reference))
     return Result(
         case=Case(),
         world_size=2,
         status="mismatch" if found else "ok",
         worst=comparison.worst,
         mismatches=found,
-        ties=ties,
-        later_ties=later_ties,
         by_name=comparison.by_name,
         **fields,
     )
