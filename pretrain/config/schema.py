@@ -17,7 +17,7 @@ from data_pipeline.common.addresses import userinfo_problems
 from data_pipeline.common.problems import Problems
 from data_pipeline.settings import DataConfig
 from pretrain.config.experts import BalanceConfig, MoEConfig
-from pretrain.config.model import ModelConfig
+from pretrain.config.model import ModelConfig as ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
