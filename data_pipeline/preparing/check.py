@@ -19,7 +19,7 @@ from typing import NamedTuple
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError
 from data_pipeline.common.processes import SINGLE_PART, Part
-from data_pipeline.content.images import decode_image
+from data_pipeline.content.image import decode_image
 from data_pipeline.content.sample_processor import image_bytes
 from data_pipeline.preparing.sample_captions import all_captions
 from data_pipeline.preparing.shard_access import (

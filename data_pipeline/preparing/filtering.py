@@ -24,8 +24,7 @@ from data_pipeline.content.filters import (
     check_image_size,
     parse_conditions,
 )
-from data_pipeline.content.image_header import read_header
-from data_pipeline.content.images import check_pixels
+from data_pipeline.content.image import check_pixels, read_header
 from data_pipeline.content.sample_processor import image_bytes
 from data_pipeline.preparing.shard_access import ShardUnavailableError, open_shard
 from data_pipeline.preparing.shard_map import ShardMap, UnavailableShard

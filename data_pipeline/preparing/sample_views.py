@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from data_pipeline.common.errors import DataError
 from data_pipeline.common.escaping import escape_control
 from data_pipeline.content.captions import find_captions
-from data_pipeline.content.image_header import read_header
+from data_pipeline.content.image import read_header
 from data_pipeline.content.sample_processor import image_bytes
 from data_pipeline.preparing.html_report import card
 from data_pipeline.preparing.image_files import data_uri, image_format, thumbnail

@@ -20,7 +20,7 @@ import numpy as np
 from data_pipeline.common.errors import DataError
 from data_pipeline.common.processes import SINGLE_PART, Part
 from data_pipeline.content.captions import hash_clean_caption
-from data_pipeline.content.image_header import read_header
+from data_pipeline.content.image import read_header
 from data_pipeline.content.sample_processor import image_bytes
 from data_pipeline.content.tokenizer import Tokenizer
 from data_pipeline.preparing.image_files import image_format
