@@ -12,15 +12,9 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from zlib import crc32
 
 from data_pipeline.common.errors import DataError
-from data_pipeline.reading.open_shard import (
-    OpenShard,
-    corruption_problem,
-    sample_problem,
-    split_members,
-)
+from data_pipeline.reading.open_shard import OpenShard
 from data_pipeline.reading.remote import RemoteReader, SampleRequest
 from data_pipeline.reading.store import ShardStore
 from data_pipeline.samples import RawSample, SampleProblem
@@ -138,11 +132,10 @@ class Reader:
 
         A corrupt sample of a cached copy gets no result, because the store may have it intact.
         """
-        _, extents, checksums = shard.columns[:3]
         for slot in slots:
             i = batch.refs[slot][1]
-            if extents[i] > self._max_bytes:
-                batch.results[slot] = self._oversize_problem(shard, i)
+            if problem := shard.oversize_problem(i, self._max_bytes):
+                batch.results[slot] = problem
                 continue
 
             try:
@@ -157,12 +150,11 @@ class Reader:
                 self._fail(batch, shard_index, DataError(message, slug="unreachable"))
                 return
 
-            if crc32(data) == checksums[i]:
-                batch.results[slot] = split_members(shard, i, data)
-            elif shard.is_copy:
+            result = shard.verify(i, data)
+            if shard.is_copy and isinstance(result, SampleProblem):
                 shard.copy_is_corrupt = True
             else:
-                batch.results[slot] = corruption_problem(shard, i, data)
+                batch.results[slot] = result
 
     def _read_remote(
         self, batch: _BatchRead, shards: dict[int, OpenShard | None], deadline: float
@@ -179,16 +171,16 @@ class Reader:
                 self._read_file(batch, shard_index, shard, missing)
             for slot in missing:
                 i = batch.refs[slot][1]
-                if batch.results[slot] is None and shard.columns[1][i] > self._max_bytes:
-                    batch.results[slot] = self._oversize_problem(shard, i)
-                elif batch.results[slot] is None:
+                if batch.results[slot] is None:
+                    batch.results[slot] = shard.oversize_problem(i, self._max_bytes)
+                if batch.results[slot] is None:
                     requests.append(SampleRequest(slot, shard, shard_index, i))
 
         for request, result in self._remote.read(requests, deadline):
             if isinstance(result, DataError):
                 reason = result.slug or "unreachable"
-                batch.results[request.slot] = sample_problem(
-                    request.shard, request.sample, reason, str(result)
+                batch.results[request.slot] = request.shard.problem(
+                    request.sample, reason, str(result)
                 )
                 continue
 
@@ -203,7 +195,3 @@ class Reader:
         for slot in batch.missing(shard):
             key = f"{UNKNOWN_KEY_PREFIX}{batch.refs[slot][1]}"
             batch.results[slot] = SampleProblem(name, key, reason, str(error))
-
-    def _oversize_problem(self, shard: OpenShard, i: int) -> SampleProblem:
-        detail = f"the sample has {shard.columns[1][i]} bytes, more than {self._max_bytes}"
-        return sample_problem(shard, i, "oversize", detail)

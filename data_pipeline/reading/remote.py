@@ -11,13 +11,12 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, as_completed
 from typing import NamedTuple
-from zlib import crc32
 
 from data_pipeline.common import object_store
 from data_pipeline.common.errors import DataError, StorageError
 from data_pipeline.common.open_files import is_too_many_open_files
 from data_pipeline.common.store_errors import ErrorKind
-from data_pipeline.reading.open_shard import OpenShard, corruption_problem, split_members
+from data_pipeline.reading.open_shard import OpenShard
 from data_pipeline.reading.request_pool import ByteBudget, RequestPool
 from data_pipeline.reading.shard_failures import failure_reason
 from data_pipeline.reading.store import ShardStore
@@ -181,11 +180,10 @@ class RemoteReader:
     def _verify(self, request: SampleRequest, data: bytes, deadline: float) -> SampleResult:
         """The sample, requested again while its checksum is wrong."""
         shard, i = request.shard, request.sample
-        offset, count, expected = (column[i] for column in shard.columns[:3])
-        for attempt in range(1, MAX_CHECKSUM_ATTEMPTS + 1):
-            if crc32(data) == expected:
-                return split_members(shard, i, data)
-            if attempt == MAX_CHECKSUM_ATTEMPTS:
+        offset, count = shard.columns[0][i], shard.columns[1][i]
+        result = shard.verify(i, data)
+        for _ in range(MAX_CHECKSUM_ATTEMPTS - 1):
+            if isinstance(result, RawSample):
                 break
             try:
                 with self._budget.reserve(count):
@@ -194,7 +192,8 @@ class RemoteReader:
                 if is_too_many_open_files(error):
                     raise
                 break
-        return corruption_problem(shard, i, data)
+            result = shard.verify(i, data)
+        return result
 
     def _read_whole_shard(
         self, shard_index: int, requests: Sequence[SampleRequest], deadline: float
@@ -230,9 +229,7 @@ class RemoteReader:
                 slug="unreachable",
             )
 
-        if crc32(data) == shard.columns[2][i]:
-            return split_members(shard, i, data)
-        return corruption_problem(shard, i, data)
+        return shard.verify(i, data)
 
     def _read_range(self, shard: OpenShard, first: int, end: int, deadline: float) -> bytes:
         return object_store.read_range(
