@@ -158,7 +158,7 @@ def _tables(stats: Stats, manifests: Sequence[Manifest], keys: Sequence[str]) ->
 
 def _datasets_table(manifests: Sequence[Manifest]) -> _Table:
     from data_pipeline.common.storage import redact
-    from data_pipeline.preparing.text_format import format_bytes
+    from data_pipeline.common.tables import format_bytes
 
     rows: list[_Row] = []
     for manifest in manifests:

@@ -10,8 +10,7 @@ from itertools import chain
 
 from data_pipeline.common.errors import DataError
 from data_pipeline.common.escaping import escape_control
-from data_pipeline.content.captions import check_caption_key
-from data_pipeline.preparing.sample_captions import all_captions
+from data_pipeline.content.captions import all_captions, check_caption_key
 from data_pipeline.preparing.shard_access import read_samples
 from data_pipeline.preparing.shard_map import ShardMap, UnavailableShard
 from data_pipeline.preparing.tasks import ShardTask, sample_tasks
@@ -89,7 +88,7 @@ class _Reader:
                 corrupt.append((raw.key, raw.reason, raw.detail))
                 continue
             try:
-                captions += chain.from_iterable(all_captions(raw, self.keys))
+                captions += chain.from_iterable(all_captions(raw.members, self.keys))
             except DataError as error:
                 corrupt.append((raw.key, error.slug, str(error)))
 

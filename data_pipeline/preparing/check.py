@@ -19,9 +19,9 @@ from typing import NamedTuple
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError
 from data_pipeline.common.processes import SINGLE_PART, Part
+from data_pipeline.content.captions import all_captions
 from data_pipeline.content.image import decode_image
 from data_pipeline.content.sample_processor import image_bytes
-from data_pipeline.preparing.sample_captions import all_captions
 from data_pipeline.preparing.shard_access import (
     MAX_SAMPLE_BYTES,
     ShardUnavailableError,
@@ -209,7 +209,7 @@ class _Checker:
     def _check_content(self, raw: RawSample) -> tuple[str, str] | None:
         try:
             decode_image(image_bytes(raw))
-            if not any(all_captions(raw, self.caption_keys)):
+            if not any(all_captions(raw.members, self.caption_keys)):
                 keys, members = ", ".join(self.caption_keys), ", ".join(raw.members)
                 return "no-caption", f"no caption under {keys}; the sample has {members}"
         except DataError as error:

@@ -10,10 +10,9 @@ import numpy as np
 
 from data_pipeline.common.errors import DataError
 from data_pipeline.common.processes import SINGLE_PART, Part
-from data_pipeline.content.captions import hash_caption
+from data_pipeline.content.captions import first_caption, hash_caption
 from data_pipeline.content.sample_processor import image_bytes
 from data_pipeline.preparing.perceptual_hash import perceptual_hash
-from data_pipeline.preparing.sample_captions import first_caption
 from data_pipeline.preparing.shard_access import ShardUnavailableError, read_samples
 from data_pipeline.preparing.shard_map import ShardMap, UnavailableShard
 from data_pipeline.preparing.tasks import ShardTask, shard_tasks
@@ -134,7 +133,7 @@ class _Hasher:
             return 0, 0, 0, 0
 
         try:
-            caption = first_caption(raw, self.caption_keys)
+            caption = first_caption(raw.members, self.caption_keys)
         except DataError:
             caption = None
 

@@ -9,15 +9,14 @@ from PIL import Image, ImageDraw, ImageFont
 
 from data_pipeline.common.errors import DataError
 from data_pipeline.common.escaping import escape_control
-from data_pipeline.content.captions import find_captions
+from data_pipeline.common.tables import format_bytes, truncate
+from data_pipeline.content.captions import find_captions, first_caption
 from data_pipeline.content.image import read_header
 from data_pipeline.content.sample_processor import image_bytes
 from data_pipeline.preparing.html_report import card
 from data_pipeline.preparing.image_files import data_uri, image_format, thumbnail
-from data_pipeline.preparing.sample_captions import first_caption
 from data_pipeline.preparing.shard_access import read_samples
 from data_pipeline.preparing.tasks import ShardTask, tasks_for
-from data_pipeline.preparing.text_format import format_bytes, truncate
 from data_pipeline.samples import RawSample, SampleProblem
 from data_pipeline.shards.manifest import Manifest
 
@@ -146,7 +145,7 @@ def _wrap(text: str, draw: ImageDraw.ImageDraw, font: Font) -> list[str]:
 
 def _caption(raw: RawSample, keys: Sequence[str]) -> str:
     try:
-        return first_caption(raw, keys) or "(no caption)"
+        return first_caption(raw.members, keys) or "(no caption)"
     except DataError as error:
         return f"({error.slug})"
 

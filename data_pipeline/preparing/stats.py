@@ -19,12 +19,11 @@ import numpy as np
 
 from data_pipeline.common.errors import DataError
 from data_pipeline.common.processes import SINGLE_PART, Part
-from data_pipeline.content.captions import hash_clean_caption
+from data_pipeline.content.captions import all_captions, hash_clean_caption
 from data_pipeline.content.image import read_header
 from data_pipeline.content.sample_processor import image_bytes
 from data_pipeline.content.tokenizer import Tokenizer
 from data_pipeline.preparing.image_files import image_format
-from data_pipeline.preparing.sample_captions import all_captions
 from data_pipeline.preparing.shard_access import ShardUnavailableError, read_samples
 from data_pipeline.preparing.shard_map import ShardMap, UnavailableShard
 from data_pipeline.preparing.tasks import ShardTask, sample_tasks
@@ -187,7 +186,7 @@ class _ShardStats:
         try:
             data = image_bytes(raw)
             header = read_header(data)
-            captions = all_captions(raw, self.caption_keys)
+            captions = all_captions(raw.members, self.caption_keys)
         except DataError as error:
             stats.corrupt[error.slug] += 1
             return
