@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 
@@ -38,7 +37,7 @@ from data_pipeline.content.image import (
     uniform_numbers,
 )
 from data_pipeline.content.tokenizer import Tokenizer
-from data_pipeline.samples import RawSample
+from data_pipeline.samples import ProcessedSample, RawSample
 from data_pipeline.settings import AugmentConfig, FilterConfig, LimitConfig
 
 # Shapes: C image channels, H and W height and width of the model's input (both `image_size`).
@@ -65,19 +64,6 @@ neither image, text nor JSON are never read."""
 
 _CAPTION_UNIFORMS = slice(12, 14)
 """The first twelve of a sample's random numbers are for the image."""
-
-
-class ProcessedSample(NamedTuple):
-    """One sample, ready for a batch."""
-
-    image_CHW: np.ndarray
-    """uint8."""
-    ids: list[int]
-    """Token ids, including start and end."""
-    key: str
-    caption: str
-    caption_hash: int
-    """Hash of the sample's first caption; equal captions are not used as negatives."""
 
 
 @dataclass(frozen=True, kw_only=True)

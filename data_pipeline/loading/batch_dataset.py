@@ -131,8 +131,7 @@ class BatchDataset(Dataset[PackedBatch | WorkerError]):
             StorageError: The store did not respond in time.
         """
         settings = self._config.settings
-        shard_samples = [(ref.shard, ref.sample) for ref in refs]
-        results = reader.read_many(shard_samples)
+        results = reader.read_many(refs)
         while results and all(
             isinstance(result, SampleProblem) and result.reason == "unreachable"
             for result in results
@@ -149,7 +148,7 @@ class BatchDataset(Dataset[PackedBatch | WorkerError]):
 
             time.sleep(STORE_RETRY_SECONDS)
             reader.clear_failures()
-            results = reader.read_many(shard_samples)
+            results = reader.read_many(refs)
         return results
 
     def _open_reader(self, index: int) -> Reader:

@@ -16,7 +16,7 @@ from data_pipeline.common.errors import StorageError
 from data_pipeline.loading import batch_dataset
 from data_pipeline.order.plan import Plan
 from data_pipeline.reading.reader import Reader
-from data_pipeline.samples import Batch, RawSample, SampleProblem
+from data_pipeline.samples import Batch, RawSample, SampleProblem, SampleRef
 from data_pipeline.settings import FilterConfig
 from data_pipeline.shards.indexing import index_shards
 from data_pipeline.shards.manifest import Manifest, load_index
@@ -250,7 +250,7 @@ def test_unreachable_store_is_tried_again(
     read_many, calls, clears = Reader.read_many, itertools.count(1), itertools.count()
 
     def unreachable_at_first(
-        reader: Reader, refs: Sequence[tuple[int, int]]
+        reader: Reader, refs: Sequence[SampleRef]
     ) -> list[RawSample | SampleProblem]:
         if 2 <= next(calls) <= 4:
             return [SampleProblem("shard", "key", "unreachable", "no route") for _ in refs]

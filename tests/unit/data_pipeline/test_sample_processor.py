@@ -24,10 +24,9 @@ from data_pipeline.content.image.rendering import hwc_to_chw
 from data_pipeline.content.image.transforms import NUM_COLOR_UNIFORMS, train_transform
 from data_pipeline.content.sample_processor import (
     IMAGE_EXTENSIONS,
-    ProcessedSample,
     SampleProcessor,
 )
-from data_pipeline.samples import RawSample
+from data_pipeline.samples import ProcessedSample, RawSample
 from data_pipeline.settings import AugmentConfig, FilterConfig
 from tests.support.images import encode_image, gradient_image, psnr, synthetic_photo
 
