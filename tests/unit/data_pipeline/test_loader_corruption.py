@@ -13,7 +13,7 @@ import pytest
 from webdataset import TarWriter
 
 from data_pipeline.common.errors import StorageError
-from data_pipeline.loading import batch_dataset
+from data_pipeline.loading import batch_reader
 from data_pipeline.order.plan import Plan
 from data_pipeline.reading.reader import Reader
 from data_pipeline.samples import Batch, RawSample, SampleProblem, SampleRef
@@ -246,7 +246,7 @@ def test_unreachable_store_is_tried_again(
 ) -> None:
     """An outage must neither consume the data nor end the run at once."""
     expected = take_steps(factory.open(), 3)[0]
-    monkeypatch.setattr(batch_dataset, "STORE_RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(batch_reader, "STORE_RETRY_SECONDS", 0.01)
     read_many, calls, clears = Reader.read_many, itertools.count(1), itertools.count()
 
     def unreachable_at_first(
@@ -265,7 +265,7 @@ def test_unreachable_store_is_tried_again(
 def test_store_that_stays_unreachable(
     factory: LoaderFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batch_dataset, "STORE_RETRY_SECONDS", 0.05)
+    monkeypatch.setattr(batch_reader, "STORE_RETRY_SECONDS", 0.05)
     monkeypatch.setattr(Reader, "clear_failures", lambda reader: None)
     monkeypatch.setattr(
         Reader,
