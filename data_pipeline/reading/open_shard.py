@@ -82,7 +82,7 @@ class OpenShard:
         Raises:
             OSError: The file cannot be read.
         """
-        data = os.pread(self.fd, count, offset)
+        data = b""
         # One call returns at most 2 GiB, and network file systems may return less.
         while len(data) < count and (
             more := os.pread(self.fd, count - len(data), offset + len(data))
@@ -92,14 +92,18 @@ class OpenShard:
 
     def read(self, i: int) -> bytes:
         """The bytes of sample `i` from the file, as `pread`."""
-        return self.pread(self.columns[1][i], self.columns[0][i])
+        offset, count = self.columns[0][i], self.columns[1][i]
+        data = os.pread(self.fd, count, offset)
+        if len(data) < count:
+            data += self.pread(count - len(data), offset + len(data))
+        return data
 
     def verify(self, i: int, data: bytes) -> RawSample | SampleProblem:
         """Sample `i`, whose bytes are `data`; a problem if they are truncated or corrupt."""
-        offset, count, expected = (column[i] for column in self.columns[:3])
-        checksum = crc32(data)
+        checksum, expected = crc32(data), self.columns[2][i]
         if checksum == expected:
             return self.split(i, data)
+        offset, count = self.columns[0][i], self.columns[1][i]
         if len(data) < count:
             detail = f"{len(data)} of {count} bytes at byte {offset}"
             return self.problem(i, "truncated", detail)

@@ -78,8 +78,7 @@ class Reader:
             if shard is None or shard.fd < 0:
                 remote[shard_index] = shard
             else:
-                self._read_file(batch, shard_index, shard, shard_refs)
-                if batch.missing(shard_index):
+                if not self._read_file(batch, shard_index, shard, shard_refs):
                     remote[shard_index] = shard
 
         if remote:
@@ -88,11 +87,15 @@ class Reader:
 
     def _read_file(
         self, batch: _BatchRead, shard_index: int, shard: OpenShard, refs: Sequence[SampleRef]
-    ) -> None:
+    ) -> bool:
         """Read from a file.
 
         A corrupt sample of a cached copy gets no result, because the store may have it intact.
+
+        Returns:
+            Whether every sample has a result.
         """
+        has_results = True
         for ref in refs:
             if problem := shard.oversize_problem(ref.sample, self._max_bytes):
                 batch.results[ref] = problem
@@ -108,13 +111,14 @@ class Reader:
                     f"check the disk or the network file system"
                 )
                 self._fail(batch, shard_index, DataError(message, slug="unreachable"))
-                return
+                return True
 
             result = shard.verify(ref.sample, data)
             if shard.is_copy and isinstance(result, SampleProblem):
-                shard.copy_is_corrupt = True
+                shard.copy_is_corrupt, has_results = True, False
             else:
                 batch.results[ref] = result
+        return has_results
 
     def _read_remote(
         self, batch: _BatchRead, shards: dict[int, OpenShard | None], deadline: float
