@@ -1,15 +1,24 @@
-"""Data types of the pipeline: samples, skipped samples and batches."""
+"""The forms of a sample from the order to a batch, and the batch.
+
+    SampleRef        which sample: from the order to the reader
+    RawSample        its files, as they are stored in its shard
+    ProcessedSample  its image and token ids, as they are put into a batch
+    Batch            the samples of one rank's micro-batch
+
+A sample that is skipped on the way becomes a `SampleProblem`, which is in the batch too.
+"""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 
 class SampleRef(NamedTuple):
-    """The sample at one position of the training order."""
+    """Which sample, and for which time: the one at a position of the training order."""
 
     epoch: int
     shard: int
@@ -26,6 +35,19 @@ class RawSample(NamedTuple):
     members: dict[str, bytes]
     """Contents by extension in lower case, e.g. `{"jpg": ..., "txt": ...}`, in the order of the
     shard."""
+
+
+class ProcessedSample(NamedTuple):
+    """One sample, ready for a batch. Shapes: C image channels, H and W size of the image."""
+
+    image_CHW: np.ndarray
+    """uint8."""
+    ids: list[int]
+    """Token ids, including start and end."""
+    key: str
+    caption: str
+    caption_hash: int
+    """Hash of the sample's first caption; equal captions are not used as negatives."""
 
 
 class SampleProblem(NamedTuple):

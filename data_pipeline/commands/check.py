@@ -100,9 +100,8 @@ def _counts(report: CheckReport) -> str:
 
 def _print_report(report: CheckReport, args: argparse.Namespace) -> None:
     from data_pipeline.common.escaping import escape_control
-    from data_pipeline.common.tables import format_table
+    from data_pipeline.common.tables import format_table, truncate
     from data_pipeline.preparing.check import describe_location
-    from data_pipeline.preparing.text_format import truncate
 
     if not report.findings:
         decoded = "; all images and captions are readable" if args.decode else ""

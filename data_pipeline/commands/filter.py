@@ -134,8 +134,7 @@ def handle(args: argparse.Namespace) -> int:
 
 def _print_report(report: FilterReport) -> None:
     from data_pipeline.common.escaping import escape_control
-    from data_pipeline.common.tables import format_table
-    from data_pipeline.preparing.text_format import truncate
+    from data_pipeline.common.tables import format_table, truncate
 
     num_samples, excluded = max(1, report.samples), report.reasons.total()
     rows = [

@@ -68,7 +68,7 @@ def handle(args: argparse.Namespace) -> None:
     from data_pipeline.preparing.html_report import flex_row, html_page
     from data_pipeline.preparing.sample_views import (
         contact_sheet,
-        read_samples,
+        read_tasks,
         sample_card,
         sample_text,
     )
@@ -88,7 +88,7 @@ def handle(args: argparse.Namespace) -> None:
         count=args.first,
     )
     tasks = select_samples(open_datasets(args.datasets), selection)
-    samples = [(f"{task.entry.name} #{index}", raw) for task, index, raw in read_samples(tasks)]
+    samples = [(f"{task.entry.name} #{index}", raw) for task, index, raw in read_tasks(tasks)]
     if not args.out:
         print("\n\n".join(sample_text(raw, keys, location) for location, raw in samples))
         return

@@ -158,7 +158,7 @@ def _tables(stats: Stats, manifests: Sequence[Manifest], keys: Sequence[str]) ->
 
 def _datasets_table(manifests: Sequence[Manifest]) -> _Table:
     from data_pipeline.common.storage import redact
-    from data_pipeline.preparing.text_format import format_bytes
+    from data_pipeline.common.tables import format_bytes
 
     rows: list[_Row] = []
     for manifest in manifests:
@@ -201,7 +201,7 @@ def _html(
         html_table,
         paragraph,
     )
-    from data_pipeline.preparing.sample_views import read_samples, sample_card
+    from data_pipeline.preparing.sample_views import read_tasks, sample_card
     from data_pipeline.preparing.tasks import sample_tasks
 
     histograms = [histogram(name, values) for name, values in stats.quantities(keys).items()]
@@ -210,7 +210,7 @@ def _html(
         parts += [heading(table.title), html_table(table.headings, table.rows)]
 
     cards = []
-    for task, index, raw in read_samples(sample_tasks(manifests, _SAMPLES_ON_PAGE, seed)):
+    for task, index, raw in read_tasks(sample_tasks(manifests, _SAMPLES_ON_PAGE, seed)):
         cards.append(sample_card(raw, keys, f"{task.entry.name} #{index}"))
     parts += [heading("Samples"), flex_row(cards)]
     return html_page("Dataset statistics", parts)

@@ -180,8 +180,7 @@ def handle(args: argparse.Namespace) -> None:
 
 def _print_result(result: WriteResult, args: argparse.Namespace) -> None:
     from data_pipeline.common.storage import join, redact
-    from data_pipeline.common.tables import format_table
-    from data_pipeline.preparing.text_format import format_bytes
+    from data_pipeline.common.tables import format_bytes, format_table
     from data_pipeline.preparing.write import SKIPPED_NAME
 
     reused = f", {result.reused:,} of them already written" if result.reused else ""

@@ -1,4 +1,4 @@
-"""Tables of text with aligned columns: for terminals, and as Markdown."""
+"""Text for terminals: tables with aligned columns (also as Markdown), numbers, truncated text."""
 
 from __future__ import annotations
 
@@ -47,6 +47,22 @@ def markdown_table(
 def format_count(value: object) -> str:
     """A value as text; integers get thousands separators."""
     return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def format_bytes(count: float) -> str:
+    """A number of bytes with a binary unit, such as `4.2 MiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if count < 1024 or unit == "TiB":
+            break
+        count /= 1024
+    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+
+
+def truncate(text: str, limit: int) -> str:
+    """At most `limit` characters of a text, followed by the number of omitted ones."""
+    if len(text) <= limit:
+        return text
+    return f"{text[:limit]} … ({len(text) - limit:,} more characters)"
 
 
 def _widths(cells: Sequence[Sequence[str]]) -> list[int]:

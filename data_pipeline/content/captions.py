@@ -163,6 +163,25 @@ def find_captions(members: Mapping[str, bytes], key: str) -> list[str]:
     return SampleTexts(members).find_captions(key)
 
 
+def all_captions(members: Mapping[str, bytes], keys: Sequence[str]) -> list[list[str]]:
+    """The clean captions of a sample under each key.
+
+    Raises:
+        ConfigError, DataError: As for `find_captions`.
+    """
+    texts = SampleTexts(members)
+    return [texts.find_captions(key) for key in keys]
+
+
+def first_caption(members: Mapping[str, bytes], keys: Sequence[str]) -> str | None:
+    """The first caption of the first key that has one, as in evaluation.
+
+    Raises:
+        ConfigError, DataError: As for `find_captions`.
+    """
+    return next(itertools.chain.from_iterable(all_captions(members, keys)), None)
+
+
 def select_caption(
     texts: SampleTexts,
     keys: Sequence[str],

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 
 from data_pipeline.common.errors import DataError
-from data_pipeline.content import color_jitter
 from data_pipeline.content.captions import (
     SampleTexts,
     check_caption_key,
@@ -29,13 +27,17 @@ from data_pipeline.content.filters import (
     check_image_size,
     parse_conditions,
 )
-from data_pipeline.content.image_header import ImageHeader, read_header
-from data_pipeline.content.images import check_pixels, decode_pixels
+from data_pipeline.content.image import (
+    ImageHeader,
+    check_pixels,
+    color_jitter_enabled,
+    eval_image,
+    read_header,
+    train_image,
+    uniform_numbers,
+)
 from data_pipeline.content.tokenizer import Tokenizer
-from data_pipeline.content.transforms import hwc_to_chw, random_background_color, render
-from data_pipeline.content.uniform_numbers import uniform_numbers
-from data_pipeline.content.views import center_view, min_decode_size, random_view, scale_view
-from data_pipeline.samples import RawSample
+from data_pipeline.samples import ProcessedSample, RawSample
 from data_pipeline.settings import AugmentConfig, FilterConfig, LimitConfig
 
 # Shapes: C image channels, H and W height and width of the model's input (both `image_size`).
@@ -62,19 +64,6 @@ neither image, text nor JSON are never read."""
 
 _CAPTION_UNIFORMS = slice(12, 14)
 """The first twelve of a sample's random numbers are for the image."""
-
-
-class ProcessedSample(NamedTuple):
-    """One sample, ready for a batch."""
-
-    image_CHW: np.ndarray
-    """uint8."""
-    ids: list[int]
-    """Token ids, including start and end."""
-    key: str
-    caption: str
-    caption_hash: int
-    """Hash of the sample's first caption; equal captions are not used as negatives."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +118,7 @@ class SampleProcessor:
         check_pixels(header, self.limits.pixels)
         check_image_size(header.width, header.height, self.filters)
         if uniforms is None:
-            image = self._eval_image(data, header, out)
+            image = eval_image(data, header, self.image_size, out=out)
         else:
             image = self._train_image(raw, epoch, data, header, uniforms, out)
 
@@ -162,11 +151,6 @@ class SampleProcessor:
             slug="no-caption",
         )
 
-    def _eval_image(self, data: bytes, header: ImageHeader, out: np.ndarray | None) -> np.ndarray:
-        pixels, _ = decode_pixels(data, header)
-        view = center_view(header.width, header.height)
-        return hwc_to_chw(render(pixels, view, self.image_size), out)
-
     def _train_image(
         self,
         raw: RawSample,
@@ -177,19 +161,19 @@ class SampleProcessor:
         out: np.ndarray | None,
     ) -> np.ndarray:
         assert self.augment is not None
-        view = random_view(header.width, header.height, self.augment, uniforms)
-        min_size = min_decode_size(view, header.width, header.height, self.image_size)
-        pixels, reduction = decode_pixels(data, header, min_size)
-        if reduction != 1:
-            view = scale_view(view, reduction, header.width, header.height)
-
-        background = random_background_color(pixels, self.augment, uniforms)
-        square = render(pixels, view, self.image_size, background=background)
+        color_uniforms: list[float] = []
         if self._has_color_jitter:
             # The purpose strings select the random numbers: changing one changes training results.
             color_uniforms = uniform_numbers(b"colour", self.seed, epoch, raw.shard, raw.key)
-            square = color_jitter.apply_color_jitter(square, self.augment, color_uniforms)
-        return hwc_to_chw(square, out)
+        return train_image(
+            data,
+            header,
+            self.image_size,
+            self.augment,
+            uniforms,
+            color_uniforms=color_uniforms,
+            out=out,
+        )
 
     @cached_property
     def _conditions(self) -> tuple[Condition, ...]:
@@ -197,7 +181,7 @@ class SampleProcessor:
 
     @cached_property
     def _has_color_jitter(self) -> bool:
-        return self.augment is not None and color_jitter.color_jitter_enabled(self.augment)
+        return self.augment is not None and color_jitter_enabled(self.augment)
 
 
 def image_bytes(raw: RawSample) -> bytes:

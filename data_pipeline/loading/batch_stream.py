@@ -15,9 +15,9 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from data_pipeline.common.errors import DataError
-from data_pipeline.loading.batch_dataset import BatchDataset, WorkerError
 from data_pipeline.loading.collate import PackedBatch
-from data_pipeline.loading.worker_process import fork_server, prepare_worker
+from data_pipeline.loading.pipeline import BatchPipeline
+from data_pipeline.loading.worker_process import WorkerError, fork_server, prepare_worker
 from data_pipeline.samples import Batch
 
 POLL_SECONDS = 5
@@ -29,14 +29,14 @@ class BatchStream:
 
     def __init__(
         self,
-        dataset: BatchDataset,
+        pipeline: BatchPipeline,
         indices: Iterable[int],
         *,
         workers: int,
         prefetch: int,
         timeout_seconds: float,
     ) -> None:
-        self._timeout, self._dataset = timeout_seconds, dataset
+        self._timeout, self._pipeline = timeout_seconds, pipeline
         worker_options: dict[str, Any] = {}
         if workers:
             # The server imports torch and this package once, so its children start fast.
@@ -48,7 +48,7 @@ class BatchStream:
             }
 
         loader = DataLoader(
-            dataset,
+            pipeline,
             batch_size=None,
             sampler=_IndexSampler(indices),
             num_workers=workers,
@@ -72,7 +72,7 @@ class BatchStream:
     def close(self) -> None:
         """Stop the worker processes, and close what was opened in this process."""
         self._batches = None  # torch stops the workers when the iterator is freed
-        self._dataset.close()
+        self._pipeline.close()
 
     def _wait(self) -> PackedBatch | WorkerError:
         if self._batches is None:

@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from data_pipeline.content.sample_processor import ProcessedSample
-from data_pipeline.samples import Batch, SampleProblem
+from data_pipeline.samples import Batch, ProcessedSample, SampleProblem
 
 # Shapes: B pairs, S text positions, T valid text tokens.
 

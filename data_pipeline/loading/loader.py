@@ -1,9 +1,8 @@
 """The data loader: endless training steps from a state, and one pass for evaluation.
 
-    sources -> order (pure) -> this rank's positions -> read, verify, decode, tokenize -> Batch
-
 `Loader.steps()` yields the micro-batches of one optimizer step and the state after it; a new loader
-with that state resumes with the next sample, on any number of ranks and workers.
+with that state resumes with the next sample, on any number of ranks and workers. The stages from
+the order of samples to a batch are in `pipeline.py`.
 """
 
 from __future__ import annotations
@@ -15,14 +14,14 @@ from dataclasses import replace
 import numpy as np
 
 from data_pipeline.common import storage
-from data_pipeline.common.errors import ConfigError, DataError
+from data_pipeline.common.errors import ConfigError
 from data_pipeline.common.problems import check_sections
 from data_pipeline.content.sample_processor import SampleProcessor
 from data_pipeline.content.tokenizer import Tokenizer
-from data_pipeline.loading.batch_dataset import BatchDataset, ReaderConfig
 from data_pipeline.loading.batch_samplers import ListBatchSampler, TrainBatchSampler
 from data_pipeline.loading.batch_spec import SINGLE_RANK, BatchSpec, RankInfo
 from data_pipeline.loading.batch_stream import BatchStream
+from data_pipeline.loading.pipeline import BatchPipeline
 from data_pipeline.loading.sources import (
     Source,
     as_source,
@@ -32,7 +31,7 @@ from data_pipeline.loading.sources import (
 )
 from data_pipeline.order.order import Order
 from data_pipeline.order.plan import micro_batches_per_step
-from data_pipeline.order.state import LoaderState
+from data_pipeline.order.state import LoaderState, check_state
 from data_pipeline.samples import Batch
 from data_pipeline.settings import DataConfig
 from data_pipeline.shards.manifest import Manifest
@@ -86,7 +85,7 @@ class Loader:
             raise ConfigError("the data loader has no sources; set data.train")
 
         fingerprint = data_fingerprint(self.sources, data.shuffle_window)
-        _check_state(state, seed, fingerprint)
+        check_state(state, seed, fingerprint)
         self._state = replace(state, seed=seed, data=fingerprint)
         self._data = data
         self._sampler = TrainBatchSampler(
@@ -100,7 +99,7 @@ class Loader:
             world_size=ranks.world_size,
         )
 
-        self._dataset = self._make_dataset(Tokenizer.load(tokenizer_path), batch, seed)
+        self._pipeline = self._make_pipeline(Tokenizer.load(tokenizer_path), batch, seed)
         self._stream: BatchStream | None = None
         self._steps_done = 0
 
@@ -172,7 +171,7 @@ class Loader:
         """
         if self._stream is None:
             self._stream = BatchStream(
-                self._dataset,
+                self._pipeline,
                 itertools.count(),
                 workers=self._data.workers,
                 prefetch=self._data.prefetch,
@@ -193,18 +192,19 @@ class Loader:
         if self._stream is not None:
             self._stream.close()
 
-    def _make_dataset(self, tokenizer: Tokenizer, batch: BatchSpec, seed: int) -> BatchDataset:
+    def _make_pipeline(self, tokenizer: Tokenizer, batch: BatchSpec, seed: int) -> BatchPipeline:
         data = self._data
         processor = replace(
             _eval_processor(data, batch), seed=seed, augment=data.augment, filters=data.filters
         )
-        config = ReaderConfig(
-            manifests=tuple(source.manifest for source in self.sources),
+        return BatchPipeline(
+            [source.manifest for source in self.sources],
+            data,
+            sampler=self._sampler,
+            processor=processor,
             tokenizer=tokenizer,
-            settings=data,
             max_open=len(self.sources) * data.shuffle_window + _EXTRA_OPEN_SHARDS,
         )
-        return BatchDataset(config, processor, self._sampler)
 
 
 def read_all(
@@ -235,13 +235,17 @@ def read_all(
             `Loader.steps`.
     """
     sample_ids = _sample_ids(manifest, indices)
-    config = ReaderConfig(
-        manifests=(manifest,), tokenizer=tokenizer, settings=data, max_open=_MAX_OPEN_IN_ONE_PASS
+    pipeline = BatchPipeline(
+        [manifest],
+        data,
+        sampler=ListBatchSampler(manifest, sample_ids, batch.micro_batch_size),
+        processor=_eval_processor(data, batch),
+        tokenizer=tokenizer,
+        max_open=_MAX_OPEN_IN_ONE_PASS,
     )
-    sampler = ListBatchSampler(manifest, sample_ids, batch.micro_batch_size)
     num_batches = -(-len(sample_ids) // batch.micro_batch_size)
     stream = BatchStream(
-        BatchDataset(config, _eval_processor(data, batch), sampler),
+        pipeline,
         range(ranks.rank, num_batches, ranks.world_size),
         workers=workers,
         prefetch=2,
@@ -277,22 +281,3 @@ def _sample_ids(manifest: Manifest, indices: Sequence[int] | None) -> np.ndarray
             f"{storage.redact(manifest.url)} has {total} samples"
         )
     return sample_ids
-
-
-def _check_state(state: LoaderState, seed: int, fingerprint: str) -> None:
-    """Check that a saved position refers to the same order."""
-    if not state.data:
-        return
-
-    if state.seed != seed:
-        raise ConfigError(
-            f"seed is {seed}, but the loader state was saved with seed {state.seed}, which gives a "
-            f"different data order; restore the seed or start a new run"
-        )
-    if state.data != fingerprint:
-        raise DataError(
-            f"the loader state (position {state.position}) was saved with different shards, "
-            f"weights, drop-lists or data.shuffle_window (fingerprint {state.data}, now "
-            f"{fingerprint}), which gives a different data order; restore the data settings or "
-            f"start a new run"
-        )

@@ -1,4 +1,5 @@
-"""Worker processes that build batches: how they start, handle signals and exit.
+"""Worker processes that build batches: how they start, handle signals, return errors
+and exit.
 
 A scheduler sends its signals to every process of a job, but the trainer still needs batches while
 it saves a checkpoint. From their start, workers therefore react only to signals of their trainer.
@@ -12,11 +13,30 @@ import signal
 import threading
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerContext
+from typing import NamedTuple
 
 import torch
 
+from data_pipeline.common import errors
+from data_pipeline.common.errors import DataError, VlmError
+
 JOB_SIGNALS = frozenset((signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2))
 """Signals that a user or a scheduler sends to all processes of a job."""
+
+
+class WorkerError(NamedTuple):
+    """An error that a worker returns as a value; torch would pass on a raised one only as the text
+    of its traceback."""
+
+    kind: str
+    message: str
+
+    def error(self) -> VlmError:
+        """The original error."""
+        error_class = getattr(errors, self.kind, DataError)
+        error = error_class(self.message)
+        assert isinstance(error, VlmError)
+        return error
 
 
 def fork_server(*, preload: str) -> ForkServerContext:

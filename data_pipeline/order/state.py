@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from data_pipeline.common.errors import DataError
+from data_pipeline.common.errors import ConfigError, DataError
 
 STATE_VERSION = 2
 
@@ -139,4 +139,33 @@ def _validate(state: LoaderState) -> None:
             f"not a loader state: position {state.position} and skip "
             f"{list(map(list, state.skip))} must not be negative, and the ranges must be "
             f"ascending and disjoint"
+        )
+
+
+def check_state(state: LoaderState, seed: int, fingerprint: str) -> None:
+    """Check that a saved position refers to the same order.
+
+    Args:
+        state: The saved state.
+        seed: Seed of the run.
+        fingerprint: Hash of the data that determines the order (`data_fingerprint`).
+
+    Raises:
+        ConfigError: The seed is another one.
+        DataError: The data is different.
+    """
+    if not state.data:
+        return
+
+    if state.seed != seed:
+        raise ConfigError(
+            f"seed is {seed}, but the loader state was saved with seed {state.seed}, which gives a "
+            f"different data order; restore the seed or start a new run"
+        )
+    if state.data != fingerprint:
+        raise DataError(
+            f"the loader state (position {state.position}) was saved with different shards, "
+            f"weights, drop-lists or data.shuffle_window (fingerprint {state.data}, now "
+            f"{fingerprint}), which gives a different data order; restore the data settings or "
+            f"start a new run"
         )

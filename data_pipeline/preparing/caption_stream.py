@@ -10,11 +10,11 @@ from itertools import chain
 
 from data_pipeline.common.errors import DataError
 from data_pipeline.common.escaping import escape_control
-from data_pipeline.content.captions import check_caption_key
-from data_pipeline.preparing.sample_captions import all_captions
-from data_pipeline.preparing.shard_access import open_shard
+from data_pipeline.content.captions import all_captions, check_caption_key
+from data_pipeline.preparing.shard_access import read_samples
 from data_pipeline.preparing.shard_map import ShardMap, UnavailableShard
 from data_pipeline.preparing.tasks import ShardTask, sample_tasks
+from data_pipeline.samples import SampleProblem
 from data_pipeline.shards.manifest import Manifest
 
 logger = logging.getLogger(__name__)
@@ -83,13 +83,13 @@ class _Reader:
     def __call__(self, task: ShardTask) -> bytes:
         captions: list[str] = []
         corrupt: list[tuple[str, str, str]] = []
-        with open_shard(task) as shard:
-            for sample, raw in shard.samples():
-                try:
-                    if isinstance(raw, DataError):
-                        raise raw
-                    captions += chain.from_iterable(all_captions(raw, self.keys))
-                except DataError as error:
-                    corrupt.append((shard.index.key(sample), error.slug, str(error)))
+        for _, raw in read_samples(task):
+            if isinstance(raw, SampleProblem):
+                corrupt.append((raw.key, raw.reason, raw.detail))
+                continue
+            try:
+                captions += chain.from_iterable(all_captions(raw.members, self.keys))
+            except DataError as error:
+                corrupt.append((raw.key, error.slug, str(error)))
 
         return json.dumps({"captions": captions, "corrupt": corrupt}).encode()

@@ -19,17 +19,18 @@ from typing import NamedTuple
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError
 from data_pipeline.common.processes import SINGLE_PART, Part
-from data_pipeline.content.images import decode_image
+from data_pipeline.content.captions import all_captions
+from data_pipeline.content.image import decode_image
 from data_pipeline.content.sample_processor import image_bytes
-from data_pipeline.preparing.sample_captions import all_captions
 from data_pipeline.preparing.shard_access import (
     MAX_SAMPLE_BYTES,
-    OpenShard,
     ShardUnavailableError,
     open_shard,
+    read_file,
 )
 from data_pipeline.preparing.shard_map import ShardMap, UnavailableShard
 from data_pipeline.preparing.tasks import ShardTask, shard_tasks
+from data_pipeline.reading.open_shard import OpenShard
 from data_pipeline.samples import RawSample
 from data_pipeline.shards.manifest import Manifest
 
@@ -184,7 +185,7 @@ class _Checker:
             if defect:
                 yield sample, index.key(sample), *defect
 
-        for chunk in _chunks(shard, position, shard.size):
+        for chunk in _chunks(shard, position, shard.file_bytes):
             sha256.update(chunk)
         yield from _compare_with_manifest(shard, sha256.hexdigest())
 
@@ -203,17 +204,12 @@ class _Checker:
         if not self.decode:
             return None
 
-        members = {
-            m.extension: extent[m.start : m.start + m.size] for m in shard.index.members(sample)
-        }
-        return self._check_content(
-            RawSample(shard.task.entry.name, shard.index.key(sample), members)
-        )
+        return self._check_content(shard.split(sample, extent))
 
     def _check_content(self, raw: RawSample) -> tuple[str, str] | None:
         try:
             decode_image(image_bytes(raw))
-            if not any(all_captions(raw, self.caption_keys)):
+            if not any(all_captions(raw.members, self.caption_keys)):
                 keys, members = ", ".join(self.caption_keys), ", ".join(raw.members)
                 return "no-caption", f"no caption under {keys}; the sample has {members}"
         except DataError as error:
@@ -222,9 +218,9 @@ class _Checker:
 
 
 def _compare_with_manifest(shard: OpenShard, sha256: str) -> Iterator[_Row]:
-    entry = shard.task.entry
-    if shard.size != entry.bytes:
-        detail = f"{shard.size} bytes, but the manifest has {entry.bytes}"
+    entry = shard.entry
+    if shard.file_bytes != entry.bytes:
+        detail = f"{shard.file_bytes} bytes, but the manifest has {entry.bytes}"
         yield _WHOLE_SHARD, "", "length", detail
     elif sha256 != entry.sha256:
         detail = f"SHA-256 {sha256}, but the manifest has {entry.sha256}"
@@ -234,7 +230,7 @@ def _compare_with_manifest(shard: OpenShard, sha256: str) -> Iterator[_Row]:
 def _chunks(shard: OpenShard, start: int, end: int) -> Iterator[bytes]:
     """The shard's bytes from `start` to `end`, fewer if the shard is truncated."""
     while start < end:
-        chunk = shard.pread(min(_CHUNK_BYTES, end - start), start)
+        chunk = read_file(shard, min(_CHUNK_BYTES, end - start), start)
         if not chunk:
             return
         yield chunk

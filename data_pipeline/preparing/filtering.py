@@ -24,13 +24,12 @@ from data_pipeline.content.filters import (
     check_image_size,
     parse_conditions,
 )
-from data_pipeline.content.image_header import read_header
-from data_pipeline.content.images import check_pixels
+from data_pipeline.content.image import check_pixels, read_header
 from data_pipeline.content.sample_processor import image_bytes
-from data_pipeline.preparing.shard_access import ShardUnavailableError, open_shard
+from data_pipeline.preparing.shard_access import ShardUnavailableError, read_samples
 from data_pipeline.preparing.shard_map import ShardMap, UnavailableShard
 from data_pipeline.preparing.tasks import ShardTask, shard_tasks
-from data_pipeline.samples import RawSample
+from data_pipeline.samples import RawSample, SampleProblem
 from data_pipeline.settings import FilterConfig, LimitConfig
 from data_pipeline.shards.manifest import Manifest
 
@@ -143,14 +142,14 @@ class _ShardFilter:
 
     def _rows(self, task: ShardTask) -> Iterator[tuple[int, str, str]]:
         try:
-            with open_shard(task) as shard:
-                for sample, raw in shard.samples():
-                    try:
-                        if isinstance(raw, DataError):
-                            raise raw
-                        self._check(raw)
-                    except DataError as error:
-                        yield sample, error.slug, str(error)
+            for sample, raw in read_samples(task):
+                if isinstance(raw, SampleProblem):
+                    yield sample, raw.reason, raw.detail
+                    continue
+                try:
+                    self._check(raw)
+                except DataError as error:
+                    yield sample, error.slug, str(error)
         except ShardUnavailableError:
             raise
         except DataError as error:

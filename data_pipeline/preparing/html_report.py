@@ -12,8 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from data_pipeline.common.escaping import escape_control
-from data_pipeline.common.tables import format_count
-from data_pipeline.preparing.text_format import truncate
+from data_pipeline.common.tables import format_count, truncate
 
 _STYLE = """
 body { font: 14px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 75em; padding: 0 1em;

@@ -7,8 +7,7 @@ import base64
 import cv2
 import numpy as np
 
-from data_pipeline.content.images import decode_image
-from data_pipeline.content.transforms import composite
+from data_pipeline.content.image import composite, decode_image
 
 _SIGNATURES = (
     (b"\xff\xd8\xff", "jpg"),

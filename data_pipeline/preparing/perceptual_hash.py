@@ -12,7 +12,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-from data_pipeline.content.images import decode_image
+from data_pipeline.content.image import decode_image
 
 _SIDE, _FREQUENCIES = 32, 8
 _MIN_STD = 2.0

@@ -10,11 +10,10 @@ import numpy as np
 
 from data_pipeline.common.errors import DataError
 from data_pipeline.common.processes import SINGLE_PART, Part
-from data_pipeline.content.captions import hash_caption
+from data_pipeline.content.captions import first_caption, hash_caption
 from data_pipeline.content.sample_processor import image_bytes
 from data_pipeline.preparing.perceptual_hash import perceptual_hash
-from data_pipeline.preparing.sample_captions import first_caption
-from data_pipeline.preparing.shard_access import ShardUnavailableError, open_shard
+from data_pipeline.preparing.shard_access import ShardUnavailableError, read_samples
 from data_pipeline.preparing.shard_map import ShardMap, UnavailableShard
 from data_pipeline.preparing.tasks import ShardTask, shard_tasks
 from data_pipeline.samples import RawSample
@@ -117,10 +116,9 @@ class _Hasher:
     def __call__(self, task: ShardTask) -> bytes:
         hashes = np.zeros((task.num_samples, 4), "<u8")
         try:
-            with open_shard(task) as shard:
-                for row, (_, raw) in enumerate(shard.samples()):
-                    if isinstance(raw, RawSample):
-                        hashes[row] = self._hash(raw)
+            for row, (_, raw) in enumerate(read_samples(task)):
+                if isinstance(raw, RawSample):
+                    hashes[row] = self._hash(raw)
         except ShardUnavailableError:
             raise
         except DataError:
@@ -135,7 +133,7 @@ class _Hasher:
             return 0, 0, 0, 0
 
         try:
-            caption = first_caption(raw, self.caption_keys)
+            caption = first_caption(raw.members, self.caption_keys)
         except DataError:
             caption = None
 

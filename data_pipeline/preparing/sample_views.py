@@ -9,16 +9,15 @@ from PIL import Image, ImageDraw, ImageFont
 
 from data_pipeline.common.errors import DataError
 from data_pipeline.common.escaping import escape_control
-from data_pipeline.content.captions import find_captions
-from data_pipeline.content.image_header import read_header
+from data_pipeline.common.tables import format_bytes, truncate
+from data_pipeline.content.captions import find_captions, first_caption
+from data_pipeline.content.image import read_header
 from data_pipeline.content.sample_processor import image_bytes
 from data_pipeline.preparing.html_report import card
 from data_pipeline.preparing.image_files import data_uri, image_format, thumbnail
-from data_pipeline.preparing.sample_captions import first_caption
-from data_pipeline.preparing.shard_access import open_shard
+from data_pipeline.preparing.shard_access import read_samples
 from data_pipeline.preparing.tasks import ShardTask, tasks_for
-from data_pipeline.preparing.text_format import format_bytes, truncate
-from data_pipeline.samples import RawSample
+from data_pipeline.samples import RawSample, SampleProblem
 from data_pipeline.shards.manifest import Manifest
 
 _SIDE = 160
@@ -27,35 +26,39 @@ _MAX_CHARS = 2000
 Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 
 
-def read_samples(tasks: Sequence[ShardTask]) -> list[tuple[ShardTask, int, RawSample | DataError]]:
-    """Task, index and content (or error) of each sample; sequential, for few samples."""
-    samples: list[tuple[ShardTask, int, RawSample | DataError]] = []
+def read_tasks(
+    tasks: Sequence[ShardTask],
+) -> list[tuple[ShardTask, int, RawSample | SampleProblem]]:
+    """Task, index and content (or problem) of each sample; sequential, for few samples."""
+    samples: list[tuple[ShardTask, int, RawSample | SampleProblem]] = []
     for task in tasks:
         try:
-            with open_shard(task) as shard:
-                samples += [(task, index, raw) for index, raw in shard.samples()]
+            samples += [(task, index, raw) for index, raw in read_samples(task)]
         except DataError as error:
             indices = range(task.entry.samples) if task.samples is None else task.samples
-            samples += [(task, index, error) for index in indices]
+            samples += [
+                (task, i, SampleProblem(task.entry.name, f"#{i}", error.slug, str(error)))
+                for i in indices
+            ]
     return samples
 
 
 def read_samples_at(
     manifests: Sequence[Manifest], locations: Sequence[tuple[int, int, int]]
-) -> Mapping[tuple[int, int, int], RawSample | DataError]:
-    """Samples (or errors) by (dataset, shard, sample index)."""
+) -> Mapping[tuple[int, int, int], RawSample | SampleProblem]:
+    """Samples (or problems) by (dataset, shard, sample index)."""
     by_shard: dict[tuple[int, int], set[int]] = {}
     for dataset, shard, index in locations:
         by_shard.setdefault((dataset, shard), set()).add(index)
 
     tasks = tasks_for(manifests, {shard: sorted(indices) for shard, indices in by_shard.items()})
-    return {(task.dataset, task.shard, index): raw for task, index, raw in read_samples(tasks)}
+    return {(task.dataset, task.shard, index): raw for task, index, raw in read_tasks(tasks)}
 
 
-def sample_card(raw: RawSample | DataError, caption_keys: Sequence[str], location: str) -> str:
+def sample_card(raw: RawSample | SampleProblem, caption_keys: Sequence[str], location: str) -> str:
     """A sample as an HTML card; an error is shown in place of the image or caption."""
-    if isinstance(raw, DataError):
-        return card("", location, f"{raw.slug}: {raw}")
+    if isinstance(raw, SampleProblem):
+        return card("", location, f"{raw.reason}: {raw.detail}")
     try:
         uri = data_uri(thumbnail(image_bytes(raw), _SIDE))
     except DataError as error:
@@ -63,10 +66,10 @@ def sample_card(raw: RawSample | DataError, caption_keys: Sequence[str], locatio
     return card(uri, location, _caption(raw, caption_keys))
 
 
-def sample_text(raw: RawSample | DataError, caption_keys: Sequence[str], location: str) -> str:
+def sample_text(raw: RawSample | SampleProblem, caption_keys: Sequence[str], location: str) -> str:
     """A sample as lines of text: its members, image size, captions and JSON."""
-    if isinstance(raw, DataError):
-        return f"{escape_control(location)}\n  {raw.slug}: {escape_control(str(raw))}"
+    if isinstance(raw, SampleProblem):
+        return f"{escape_control(location)}\n  {raw.reason}: {escape_control(raw.detail)}"
 
     members = ", ".join(
         f".{escape_control(extension)} {format_bytes(len(data))}"
@@ -91,14 +94,14 @@ def sample_text(raw: RawSample | DataError, caption_keys: Sequence[str], locatio
 
 
 def contact_sheet(
-    samples: Sequence[tuple[str, RawSample | DataError]], caption_keys: Sequence[str]
+    samples: Sequence[tuple[str, RawSample | SampleProblem]], caption_keys: Sequence[str]
 ) -> Image.Image:
     """Images in a grid with the first lines of their captions.
 
     The font covers Latin text only; use an HTML page for other scripts.
 
     Args:
-        samples: Location text and sample, or its error.
+        samples: Location text and sample, or its problem.
         caption_keys: Where to find captions.
     """
     columns = min(len(samples), max(1, round(len(samples) ** 0.5 * 1.3)))
@@ -111,8 +114,8 @@ def contact_sheet(
         row, column = divmod(position, columns)
         x, y = 10 + column * width, 10 + row * height
         try:
-            if isinstance(raw, DataError):
-                raise raw
+            if isinstance(raw, SampleProblem):
+                raise DataError(raw.detail, slug=raw.reason)
             image = Image.fromarray(thumbnail(image_bytes(raw), _SIDE))
             sheet.paste(image, (x, y + _SIDE - image.height))
             text = escape_control(_caption(raw, caption_keys))
@@ -142,7 +145,7 @@ def _wrap(text: str, draw: ImageDraw.ImageDraw, font: Font) -> list[str]:
 
 def _caption(raw: RawSample, keys: Sequence[str]) -> str:
     try:
-        return first_caption(raw, keys) or "(no caption)"
+        return first_caption(raw.members, keys) or "(no caption)"
     except DataError as error:
         return f"({error.slug})"
 

@@ -1,4 +1,4 @@
-"""Verified reads of one shard's samples, from a local file or an object store.
+"""Opens the shards of a task for the dataset commands, and reads their samples.
 
 An unavailable shard differs from a corrupt one: it may be readable later, so callers must not
 record a permanent result for it. `ShardUnavailableError` marks that case.
@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -19,7 +18,8 @@ from data_pipeline.common import object_store, storage
 from data_pipeline.common.errors import DataError, StorageError
 from data_pipeline.common.store_errors import ErrorKind
 from data_pipeline.preparing.tasks import ShardTask
-from data_pipeline.samples import RawSample
+from data_pipeline.reading.open_shard import OpenShard
+from data_pipeline.samples import RawSample, SampleProblem
 from data_pipeline.shards.manifest import load_index
 from data_pipeline.shards.shard_index import ShardIndex
 
@@ -38,77 +38,28 @@ class ShardUnavailableError(DataError):
     """
 
 
-class OpenShard:
-    """A shard opened for reading: its index, and its samples by index."""
+def read_samples(task: ShardTask) -> Iterator[tuple[int, RawSample | SampleProblem]]:
+    """Index and content of every sample of a task; a problem for a corrupt or too large sample.
 
-    def __init__(
-        self, task: ShardTask, index: ShardIndex, size: int, pread: Callable[[int, int], bytes]
-    ) -> None:
-        self.task, self.index = task, index
-        self.size = size
-        """Actual size of the shard, in bytes."""
-        self.pread = pread
-        """`pread(count, offset)`: bytes of the shard; fewer at the end of a truncated shard."""
-
-    def samples(self) -> Iterator[tuple[int, RawSample | DataError]]:
-        """Index and content of every sample of the task, or the error of `read` for it.
-
-        Raises:
-            ShardUnavailableError: The shard became unavailable.
-        """
-        indices = range(len(self.index)) if self.task.samples is None else self.task.samples
-        if self.task.samples is None or storage.is_local(self.task.manifest.base):
-            for index in indices:
-                yield index, self._read_or_error(index)
-            return
-
-        with ThreadPoolExecutor(_REQUESTS_IN_FLIGHT) as pool:
-            yield from zip(indices, pool.map(self._read_or_error, indices), strict=True)
-
-    def read(self, index: int) -> RawSample:
-        """Read one sample and verify its CRC-32.
-
-        Raises:
-            DataError: The sample is corrupt; slug `oversize`, `truncated` or `crc-mismatch`.
-            ShardUnavailableError: The shard became unavailable.
-        """
-        offset, count = int(self.index.offsets[index]), int(self.index.extents[index])
-        if count > MAX_SAMPLE_BYTES:
-            raise DataError(
-                f"the sample has {count} bytes; the limit is {MAX_SAMPLE_BYTES}", slug="oversize"
-            )
-
-        extent = self.pread(count, offset)
-        if len(extent) < count:
-            raise DataError(
-                f"read {len(extent)} of {count} bytes at offset {offset}", slug="truncated"
-            )
-        if zlib.crc32(extent) != int(self.index.crc32[index]):
-            raise DataError(
-                f"the bytes at offset {offset} do not match the CRC-32 in the index",
-                slug="crc-mismatch",
-            )
-
-        members = {
-            m.extension: extent[m.start : m.start + m.size] for m in self.index.members(index)
-        }
-        return RawSample(self.task.entry.name, self.index.key(index), members)
-
-    def _read_or_error(self, index: int) -> RawSample | DataError:
-        try:
-            return self.read(index)
-        except ShardUnavailableError:
-            raise
-        except DataError as error:
-            return error
+    Raises:
+        ShardUnavailableError, DataError: As for `open_shard`, and if the shard becomes unavailable.
+    """
+    with open_shard(task) as shard:
+        indices = range(len(shard.index)) if task.samples is None else task.samples
+        read = partial(_read_sample, shard)
+        if shard.fd >= 0:
+            yield from ((index, read(index)) for index in indices)
+        else:
+            with ThreadPoolExecutor(_REQUESTS_IN_FLIGHT) as pool:
+                yield from zip(indices, pool.map(read, indices), strict=True)
 
 
 @contextmanager
 def open_shard(task: ShardTask) -> Iterator[OpenShard]:
     """Open the shard of a task.
 
-    From an object store, a whole shard is downloaded to a temporary file; for selected samples only
-    their byte ranges are requested.
+    From an object store, a whole shard is downloaded to a temporary file; if samples are selected,
+    there is no file, and only their byte ranges are requested.
 
     Raises:
         ShardUnavailableError: The index is unavailable (slug `corrupt-index`), or the shard is
@@ -129,12 +80,28 @@ def open_shard(task: ShardTask) -> Iterator[OpenShard]:
     elif task.samples is None:
         with tempfile.TemporaryDirectory(prefix="vlmoe-shard-") as folder:
             copy = Path(folder) / "shard.tar"
-            with _as_unavailable():
+            try:
                 storage.fetch_to_file(url, copy)
+            except StorageError as error:
+                raise _unavailable(error) from error
             with _open_file(task, index, copy) as shard:
                 yield shard
     else:
-        yield OpenShard(task, index, task.entry.bytes, partial(_read_range, url, task.entry.bytes))
+        yield OpenShard(task.entry, url, index, -1, is_copy=True)
+
+
+def read_file(shard: OpenShard, count: int, offset: int) -> bytes:
+    """Bytes of an open shard's file; fewer at the end of a truncated shard.
+
+    Raises:
+        ShardUnavailableError: The file cannot be read.
+    """
+    try:
+        return shard.pread(count, offset)
+    except OSError as error:
+        raise ShardUnavailableError(
+            f"cannot read {count} bytes at offset {offset}: {error.strerror}", slug="unreachable"
+        ) from error
 
 
 @contextmanager
@@ -147,48 +114,48 @@ def _open_file(task: ShardTask, index: ShardIndex, path: Path) -> Iterator[OpenS
             f"cannot open shard {path}: {error.strerror}", slug=slug
         ) from error
 
+    url = task.manifest.shard_url(task.entry)
+    shard = OpenShard(task.entry, url, index, fd, is_copy=not storage.is_local(url))
     try:
-        yield OpenShard(task, index, os.fstat(fd).st_size, partial(_pread, fd))
+        yield shard
     finally:
-        os.close(fd)
+        shard.close()
 
 
-@contextmanager
-def _as_unavailable() -> Iterator[None]:
-    """Convert errors of an object store to `ShardUnavailableError` with a slug."""
+def _unavailable(error: StorageError) -> ShardUnavailableError:
+    slug = "missing-shard" if error.kind == ErrorKind.MISSING else "unreachable"
+    return ShardUnavailableError(str(error), slug=slug)
+
+
+def _read_sample(shard: OpenShard, i: int) -> RawSample | SampleProblem:
+    if problem := shard.oversize_problem(i, MAX_SAMPLE_BYTES):
+        return problem
+
+    offset, count = shard.columns[0][i], shard.columns[1][i]
     try:
-        yield
+        data = (read_file if shard.fd >= 0 else _request_range)(shard, count, offset)
     except StorageError as error:
-        slug = "missing-shard" if error.kind == ErrorKind.MISSING else "unreachable"
-        raise ShardUnavailableError(str(error), slug=slug) from error
+        # The object's size differs from the manifest's: corrupt, not unavailable.
+        return shard.problem(i, "truncated", str(error))
+    return shard.verify(i, data)
 
 
-def _pread(fd: int, count: int, offset: int) -> bytes:
-    chunks = []
-    while count > 0:
-        try:
-            chunk = os.pread(fd, count, offset)
-        except OSError as error:
-            raise ShardUnavailableError(
-                f"cannot read {count} bytes at offset {offset}: {error.strerror}",
-                slug="unreachable",
-            ) from error
-        if not chunk:
-            break
-        chunks.append(chunk)
-        count, offset = count - len(chunk), offset + len(chunk)
+def _request_range(shard: OpenShard, count: int, offset: int) -> bytes:
+    """Bytes of a shard in a store.
 
-    return b"".join(chunks)
-
-
-def _read_range(url: str, size: int, count: int, offset: int) -> bytes:
-    with _as_unavailable():
-        try:
-            return object_store.read_range(
-                url, offset, offset + count, timeout_seconds=_REQUEST_TIMEOUT_SECONDS, size=size
-            )
-        except StorageError as error:
-            # The object's size differs from the manifest's: corrupt, not unavailable.
-            if error.kind == ErrorKind.CHANGED:
-                raise DataError(str(error), slug="truncated") from error
+    Raises:
+        StorageError: Its size differs from that in the manifest (kind `CHANGED`).
+        ShardUnavailableError: It is unavailable.
+    """
+    try:
+        return object_store.read_range(
+            shard.url,
+            offset,
+            offset + count,
+            timeout_seconds=_REQUEST_TIMEOUT_SECONDS,
+            size=shard.entry.bytes,
+        )
+    except StorageError as error:
+        if error.kind == ErrorKind.CHANGED:
             raise
+        raise _unavailable(error) from error

@@ -19,17 +19,16 @@ import numpy as np
 
 from data_pipeline.common.errors import DataError
 from data_pipeline.common.processes import SINGLE_PART, Part
-from data_pipeline.content.captions import hash_clean_caption
-from data_pipeline.content.image_header import read_header
+from data_pipeline.content.captions import all_captions, hash_clean_caption
+from data_pipeline.content.image import read_header
 from data_pipeline.content.sample_processor import image_bytes
 from data_pipeline.content.tokenizer import Tokenizer
 from data_pipeline.preparing.image_files import image_format
-from data_pipeline.preparing.sample_captions import all_captions
-from data_pipeline.preparing.shard_access import ShardUnavailableError, open_shard
+from data_pipeline.preparing.shard_access import ShardUnavailableError, read_samples
 from data_pipeline.preparing.shard_map import ShardMap, UnavailableShard
 from data_pipeline.preparing.tasks import ShardTask, sample_tasks
 from data_pipeline.preparing.unicode_scripts import script_of
-from data_pipeline.samples import RawSample
+from data_pipeline.samples import RawSample, SampleProblem
 from data_pipeline.shards.manifest import Manifest
 
 _MAX_TOKENS = 1 << 20
@@ -167,9 +166,8 @@ class _ShardStats:
     def __call__(self, task: ShardTask) -> bytes:
         stats, tokenizer = Stats(), Tokenizer.load(self.tokenizer) if self.tokenizer else None
         try:
-            with open_shard(task) as shard:
-                for _, raw in shard.samples():
-                    self._add(raw, stats, tokenizer)
+            for _, raw in read_samples(task):
+                self._add(raw, stats, tokenizer)
         except ShardUnavailableError:
             raise
         except DataError as error:
@@ -177,14 +175,18 @@ class _ShardStats:
             stats.num_samples = task.num_samples
         return json.dumps(stats.__dict__).encode()
 
-    def _add(self, raw: RawSample | DataError, stats: Stats, tokenizer: Tokenizer | None) -> None:
+    def _add(
+        self, raw: RawSample | SampleProblem, stats: Stats, tokenizer: Tokenizer | None
+    ) -> None:
         stats.num_samples += 1
+        if isinstance(raw, SampleProblem):
+            stats.corrupt[raw.reason] += 1
+            return
+
         try:
-            if isinstance(raw, DataError):
-                raise raw
             data = image_bytes(raw)
             header = read_header(data)
-            captions = all_captions(raw, self.caption_keys)
+            captions = all_captions(raw.members, self.caption_keys)
         except DataError as error:
             stats.corrupt[error.slug] += 1
             return

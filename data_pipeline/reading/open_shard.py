@@ -1,4 +1,8 @@
-"""An open shard: its index and, if it is on this machine, its file."""
+"""An open shard: its index and, if it is on this machine, its file.
+
+Training opens shards in `store.py`, the dataset commands in `preparing/shard_access.py`; samples of
+both are verified and split here.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,11 @@ _COLUMN_NAMES = (
 
 
 class OpenShard:
-    """A shard whose index is loaded; its file is open if it is on this machine."""
+    """A shard whose index is loaded; its file is open if it is on this machine.
+
+    A sample is read in two steps, because its bytes may also come from a store:
+    `shard.verify(i, shard.read(i))`.
+    """
 
     __slots__ = (
         "__weakref__",
@@ -63,14 +71,18 @@ class OpenShard:
         self.index = ShardIndex.from_bytes(self.index.to_bytes(), self.name)
         self.columns = _columns(self.index)
 
-    def read(self, i: int) -> bytes:
-        """The bytes of sample `i` from the file; fewer if the file is truncated.
+    @property
+    def file_bytes(self) -> int:
+        """Size of the file."""
+        return os.fstat(self.fd).st_size
+
+    def pread(self, count: int, offset: int) -> bytes:
+        """Bytes of the file; fewer if it ends before.
 
         Raises:
             OSError: The file cannot be read.
         """
-        offset, count = self.columns[0][i], self.columns[1][i]
-        data = os.pread(self.fd, count, offset)
+        data = b""
         # One call returns at most 2 GiB, and network file systems may return less.
         while len(data) < count and (
             more := os.pread(self.fd, count - len(data), offset + len(data))
@@ -78,36 +90,51 @@ class OpenShard:
             data += more
         return data
 
+    def read(self, i: int) -> bytes:
+        """The bytes of sample `i` from the file, as `pread`."""
+        offset, count = self.columns[0][i], self.columns[1][i]
+        data = os.pread(self.fd, count, offset)
+        if len(data) < count:
+            data += self.pread(count - len(data), offset + len(data))
+        return data
 
-def split_members(shard: OpenShard, i: int, data: bytes) -> RawSample:
-    """The files of sample `i`; `data` is its whole extent, with a verified checksum."""
-    _, _, _, key_ends, key_text, ends, extensions, starts, sizes = shard.columns
-    names, member_range = shard.index.extensions, slice(ends[i - 1] if i else 0, ends[i])
+    def verify(self, i: int, data: bytes) -> RawSample | SampleProblem:
+        """Sample `i`, whose bytes are `data`; a problem if they are truncated or corrupt."""
+        checksum, expected = crc32(data), self.columns[2][i]
+        if checksum == expected:
+            return self.split(i, data)
+        offset, count = self.columns[0][i], self.columns[1][i]
+        if len(data) < count:
+            detail = f"{len(data)} of {count} bytes at byte {offset}"
+            return self.problem(i, "truncated", detail)
 
-    members = {}
-    for extension, start, size in zip(
-        extensions[member_range], starts[member_range], sizes[member_range], strict=True
-    ):
-        members[names[extension]] = data[start : start + size]
+        detail = f"CRC-32 {checksum:08x} at byte {offset}, but the index expects {expected:08x}"
+        return self.problem(i, "crc-mismatch", detail)
 
-    key = bytes(key_text[key_ends[i - 1] if i else 0 : key_ends[i]])
-    return RawSample(shard.name, key.decode("utf-8", "backslashreplace"), members)
+    def split(self, i: int, data: bytes) -> RawSample:
+        """The files of sample `i`; `data` is its whole extent, with a verified checksum."""
+        _, _, _, key_ends, key_text, ends, extensions, starts, sizes = self.columns
+        names, member_range = self.index.extensions, slice(ends[i - 1] if i else 0, ends[i])
 
+        members = {}
+        for extension, start, size in zip(
+            extensions[member_range], starts[member_range], sizes[member_range], strict=True
+        ):
+            members[names[extension]] = data[start : start + size]
 
-def corruption_problem(shard: OpenShard, i: int, data: bytes) -> SampleProblem:
-    """The problem with `data`, which was read for sample `i`: truncated or wrong checksum."""
-    offset, count, expected = (column[i] for column in shard.columns[:3])
-    if len(data) < count:
-        detail = f"{len(data)} of {count} bytes at byte {offset}"
-        return sample_problem(shard, i, "truncated", detail)
+        key = bytes(key_text[key_ends[i - 1] if i else 0 : key_ends[i]])
+        return RawSample(self.name, key.decode("utf-8", "backslashreplace"), members)
 
-    detail = f"CRC-32 {crc32(data):08x} at byte {offset}, but the index expects {expected:08x}"
-    return sample_problem(shard, i, "crc-mismatch", detail)
+    def oversize_problem(self, i: int, max_bytes: int) -> SampleProblem | None:
+        """The problem with sample `i` if it has more than `max_bytes`."""
+        if self.columns[1][i] <= max_bytes:
+            return None
+        detail = f"the sample has {self.columns[1][i]} bytes, more than {max_bytes}"
+        return self.problem(i, "oversize", detail)
 
-
-def sample_problem(shard: OpenShard, i: int, reason: str, detail: str) -> SampleProblem:
-    """A problem of sample `i`."""
-    return SampleProblem(shard.name, shard.index.key(i), reason, detail)
+    def problem(self, i: int, reason: str, detail: str) -> SampleProblem:
+        """A problem of sample `i`."""
+        return SampleProblem(self.name, self.index.key(i), reason, detail)
 
 
 def _columns(index: ShardIndex) -> tuple[memoryview, ...]:

@@ -10,18 +10,16 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, as_completed
-from typing import NamedTuple
-from zlib import crc32
 
 from data_pipeline.common import object_store
 from data_pipeline.common.errors import DataError, StorageError
 from data_pipeline.common.open_files import is_too_many_open_files
 from data_pipeline.common.store_errors import ErrorKind
-from data_pipeline.reading.open_shard import OpenShard, corruption_problem, split_members
+from data_pipeline.reading.open_shard import OpenShard
 from data_pipeline.reading.request_pool import ByteBudget, RequestPool
 from data_pipeline.reading.shard_failures import failure_reason
 from data_pipeline.reading.store import ShardStore
-from data_pipeline.samples import RawSample, SampleProblem
+from data_pipeline.samples import RawSample, SampleProblem, SampleRef
 from data_pipeline.shards.shard_index import ShardIndex
 
 MAX_CONCURRENT_REQUESTS = 16
@@ -33,19 +31,8 @@ MAX_GAP_BYTES, MAX_RANGE_BYTES = 64 << 10, 4 << 20
 MAX_CHECKSUM_ATTEMPTS = 3
 
 
-class SampleRequest(NamedTuple):
-    """A sample to read."""
-
-    slot: int
-    """Position in the caller's list."""
-    shard: OpenShard
-    shard_index: int
-    """Index of the shard in the store."""
-    sample: int
-    """Index of the sample in the shard."""
-
-
-SampleResult = RawSample | SampleProblem | DataError
+_Result = RawSample | SampleProblem | DataError
+"""DataError: the shard is unavailable."""
 
 
 class RemoteReader:
@@ -90,27 +77,32 @@ class RemoteReader:
             yield shard_index, opened
 
     def read(
-        self, requests: Sequence[SampleRequest], deadline: float
-    ) -> Iterator[tuple[SampleRequest, SampleResult]]:
+        self, refs: Sequence[SampleRef], shards: Mapping[int, OpenShard], deadline: float
+    ) -> Iterator[tuple[SampleRef, RawSample | SampleProblem]]:
         """Read samples, in any order.
 
         Args:
-            requests: Samples of open shards, within the size limit.
+            refs: Samples within the size limit.
+            shards: The open shards of these samples, by shard index.
             deadline: On `time.monotonic()`.
         """
-        without_ranges: dict[int, list[SampleRequest]] = {}
+        without_ranges: dict[int, list[SampleRef]] = {}
         jobs = {
-            self._pool.submit(self._read_run, run, deadline): run for run in _contiguous(requests)
+            self._pool.submit(self._read_run, run, shards[run[0].shard], deadline): run
+            for run in _contiguous(refs, shards)
         }
         for job in as_completed(jobs):
-            for request, result in self._run_result(job, jobs[job], deadline):
-                if isinstance(result, StorageError) and result.kind == ErrorKind.NO_RANGES:
-                    without_ranges.setdefault(request.shard_index, []).append(request)
+            shard = shards[jobs[job][0].shard]
+            for ref, result in self._run_result(job, jobs[job], shard, deadline):
+                if not isinstance(result, DataError):
+                    yield ref, result
+                elif isinstance(result, StorageError) and result.kind == ErrorKind.NO_RANGES:
+                    without_ranges.setdefault(ref.shard, []).append(ref)
                 else:
-                    yield request, result
+                    yield ref, _problem(shard, ref, result)
 
-        for shard_index, shard_requests in without_ranges.items():
-            yield from self._read_whole_shard(shard_index, shard_requests, deadline)
+        for shard_index, shard_refs in without_ranges.items():
+            yield from self._read_whole_shard(shard_refs, shards[shard_index], deadline)
 
     def _index_result(
         self, future: Future[ShardIndex], shard_index: int, deadline: float
@@ -126,17 +118,18 @@ class RemoteReader:
 
     def _run_result(
         self,
-        job: Future[list[tuple[SampleRequest, SampleResult]]],
-        run: list[SampleRequest],
+        job: Future[list[tuple[SampleRef, _Result]]],
+        run: list[SampleRef],
+        shard: OpenShard,
         deadline: float,
-    ) -> list[tuple[SampleRequest, SampleResult]]:
+    ) -> list[tuple[SampleRef, _Result]]:
         """The result of `_read_run`, as in `_index_result`."""
         try:
             return job.result()
         except DataError as error:
             if not is_too_many_open_files(error):
                 raise
-        return self._store.retry_out_of_files(lambda: self._read_run(run, deadline))
+        return self._store.retry_out_of_files(lambda: self._read_run(run, shard, deadline))
 
     def _load_index(self, shard_index: int, deadline: float) -> ShardIndex:
         start = time.monotonic()
@@ -148,13 +141,13 @@ class RemoteReader:
             raise
 
     def _read_run(
-        self, run: list[SampleRequest], deadline: float
-    ) -> list[tuple[SampleRequest, SampleResult]]:
+        self, run: list[SampleRef], shard: OpenShard, deadline: float
+    ) -> list[tuple[SampleRef, _Result]]:
         """Read nearby samples of one shard in one request, or one by one if it is truncated."""
         start = time.monotonic()
-        shard_index, shard = run[0].shard_index, run[0].shard
+        shard_index = run[0].shard
         if failure := self._known_failure(shard_index):
-            return [(request, failure) for request in run]
+            return [(ref, failure) for ref in run]
 
         offsets, extents = shard.columns[:2]
         first, end = offsets[run[0].sample], offsets[run[-1].sample] + extents[run[-1].sample]
@@ -166,26 +159,26 @@ class RemoteReader:
                 raise
             if len(run) > 1 and error.kind == ErrorKind.CHANGED:
                 # The shard is truncated somewhere in this range.
-                return [pair for request in run for pair in self._read_run([request], deadline)]
+                return [pair for ref in run for pair in self._read_run([ref], shard, deadline)]
             self._record_failure(shard_index, error, start)
             failure = StorageError(str(error), slug=failure_reason(error), kind=error.kind)
-            return [(request, failure) for request in run]
+            return [(ref, failure) for ref in run]
 
-        results = []
-        for request in run:
-            begin = offsets[request.sample] - first
-            sample_data = data[begin : begin + extents[request.sample]]
-            results.append((request, self._verify(request, sample_data, deadline)))
+        results: list[tuple[SampleRef, _Result]] = []
+        for ref in run:
+            begin = offsets[ref.sample] - first
+            sample_data = data[begin : begin + extents[ref.sample]]
+            results.append((ref, self._verify(shard, ref.sample, sample_data, deadline)))
         return results
 
-    def _verify(self, request: SampleRequest, data: bytes, deadline: float) -> SampleResult:
+    def _verify(
+        self, shard: OpenShard, i: int, data: bytes, deadline: float
+    ) -> RawSample | SampleProblem:
         """The sample, requested again while its checksum is wrong."""
-        shard, i = request.shard, request.sample
-        offset, count, expected = (column[i] for column in shard.columns[:3])
-        for attempt in range(1, MAX_CHECKSUM_ATTEMPTS + 1):
-            if crc32(data) == expected:
-                return split_members(shard, i, data)
-            if attempt == MAX_CHECKSUM_ATTEMPTS:
+        offset, count = shard.columns[0][i], shard.columns[1][i]
+        result = shard.verify(i, data)
+        for _ in range(MAX_CHECKSUM_ATTEMPTS - 1):
+            if isinstance(result, RawSample):
                 break
             try:
                 with self._budget.reserve(count):
@@ -194,45 +187,25 @@ class RemoteReader:
                 if is_too_many_open_files(error):
                     raise
                 break
-        return corruption_problem(shard, i, data)
+            result = shard.verify(i, data)
+        return result
 
     def _read_whole_shard(
-        self, shard_index: int, requests: Sequence[SampleRequest], deadline: float
-    ) -> Iterator[tuple[SampleRequest, SampleResult]]:
+        self, refs: Sequence[SampleRef], shard: OpenShard, deadline: float
+    ) -> Iterator[tuple[SampleRef, RawSample | SampleProblem]]:
         """Read from a server without range support, through a cached copy of the shard."""
-        start = time.monotonic()
+        start, shard_index = time.monotonic(), refs[0].shard
         try:
-            keep = {request.shard_index for request in requests}
-            self._store.cache_shard_now(shard_index, deadline, keep)
-            shard = self._store.open(shard_index)
+            self._store.cache_shard_now(shard_index, deadline, keep={shard_index})
+            copy = self._store.open(shard_index)
         except DataError as error:
             if isinstance(error, StorageError):
                 self._record_failure(shard_index, error, start)
-            for request in requests:
-                yield request, DataError(str(error), slug=error.slug or "unreachable")
+            yield from ((ref, _problem(shard, ref, error)) for ref in refs)
             return
 
-        for request in requests:
-            yield request, self._read_copy(shard, request.sample)
-
-    def _read_copy(self, shard: OpenShard, i: int) -> SampleResult:
-        if shard.fd < 0:
-            return DataError(
-                f"the copy of shard {shard.name} was removed before it was read", slug="unreachable"
-            )
-
-        try:
-            data = shard.read(i)
-        except OSError as error:
-            return DataError(
-                f"cannot read the copy of shard {shard.name}: {error.strerror}; check the disk of "
-                f"data.cache_dir",
-                slug="unreachable",
-            )
-
-        if crc32(data) == shard.columns[2][i]:
-            return split_members(shard, i, data)
-        return corruption_problem(shard, i, data)
+        for ref in refs:
+            yield ref, _read_copy(copy, ref.sample)
 
     def _read_range(self, shard: OpenShard, first: int, end: int, deadline: float) -> bytes:
         return object_store.read_range(
@@ -259,23 +232,43 @@ class RemoteReader:
             self._store.record_failure(shard_index, error, error.slug or failure_reason(error))
 
 
-def _contiguous(requests: Sequence[SampleRequest]) -> Iterator[list[SampleRequest]]:
-    """Groups (runs) of nearby samples of one shard, each read in one request."""
-    run: list[SampleRequest] = []
-    run_start = run_end = 0
-    for request in sorted(requests, key=lambda request: (request.shard_index, request.sample)):
-        offsets, extents = request.shard.columns[:2]
-        offset, count = offsets[request.sample], extents[request.sample]
+def _problem(shard: OpenShard, ref: SampleRef, error: DataError) -> SampleProblem:
+    return shard.problem(ref.sample, error.slug or "unreachable", str(error))
 
-        is_near = (
-            run and request.shard_index == run[0].shard_index and offset - run_end <= MAX_GAP_BYTES
+
+def _read_copy(shard: OpenShard, i: int) -> RawSample | SampleProblem:
+    if shard.fd < 0:
+        detail = f"the copy of shard {shard.name} was removed before it was read"
+        return shard.problem(i, "unreachable", detail)
+
+    try:
+        data = shard.read(i)
+    except OSError as error:
+        detail = (
+            f"cannot read the copy of shard {shard.name}: {error.strerror}; check the disk of "
+            f"data.cache_dir"
         )
+        return shard.problem(i, "unreachable", detail)
+    return shard.verify(i, data)
+
+
+def _contiguous(
+    refs: Sequence[SampleRef], shards: Mapping[int, OpenShard]
+) -> Iterator[list[SampleRef]]:
+    """Groups (runs) of nearby samples of one shard, each read in one request."""
+    run: list[SampleRef] = []
+    run_start = run_end = 0
+    for ref in sorted(refs, key=lambda ref: (ref.shard, ref.sample)):
+        offsets, extents = shards[ref.shard].columns[:2]
+        offset, count = offsets[ref.sample], extents[ref.sample]
+
+        is_near = run and ref.shard == run[0].shard and offset - run_end <= MAX_GAP_BYTES
         if is_near and offset + count - run_start <= MAX_RANGE_BYTES:
-            run.append(request)
+            run.append(ref)
         else:
             if run:
                 yield run
-            run, run_start = [request], offset
+            run, run_start = [ref], offset
         run_end = offset + count
     if run:
         yield run

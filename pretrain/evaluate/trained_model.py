@@ -16,9 +16,8 @@ from PIL.Image import Image
 from torch import Tensor
 
 from data_pipeline.common.errors import CheckpointError, ConfigError, DataError, TokenizerError
-from data_pipeline.content.images import decode_image
+from data_pipeline.content.image import decode_image, eval_transform
 from data_pipeline.content.tokenizer import Tokenizer
-from data_pipeline.content.transforms import eval_transform
 from pretrain.checkpoint import find_latest, load_model_weights, read_meta
 from pretrain.config.presets import load_run
 from pretrain.config.schema import PrecisionConfig, RunConfig

@@ -25,6 +25,7 @@ from data_pipeline.settings import DataConfig
 from data_pipeline.shards.manifest import load_manifest
 from tests.support.fault_proxy import FAULTS, FaultProxy, fault_proxy
 from tests.support.http_server import http_server
+from tests.support.results import read_many
 from tests.support.s3_server import S3Server
 from tests.support.small_shards import make_samples, make_shards
 
@@ -107,7 +108,7 @@ def read_all(url: str, cache: Path, count: int, *, cache_gib: float, epochs: int
             for start in range(0, len(refs), BATCH_SIZE):
                 batch = refs[start : start + BATCH_SIZE]
                 started = time.monotonic()
-                samples = reader.read_many(batch)
+                samples = read_many(reader, batch)
                 max_seconds = max(max_seconds, time.monotonic() - started)
                 for (shard, i), sample in zip(batch, samples, strict=True):
                     if isinstance(sample, RawSample):

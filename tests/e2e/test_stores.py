@@ -29,6 +29,7 @@ from tests.support.object_stores import (
     RunningStore,
     running_store,
 )
+from tests.support.results import read_many, read_one
 from tests.support.small_shards import make_samples, make_shards
 from tests.support.waiting import wait_until
 
@@ -163,7 +164,7 @@ def test_samples_by_range_and_from_the_cache(
     refs = [(2, 6), (0, 0), (1, 3), (0, 1), (2, 0)]  # (shard, sample)
 
     def assert_samples_equal() -> None:
-        for (shard, i), sample in zip(refs, reader.read_many(refs), strict=True):
+        for (shard, i), sample in zip(refs, read_many(reader, refs), strict=True):
             original = expected[shard * 7 + i]
             assert isinstance(sample, RawSample), sample
             assert (sample.key, sample.members["png"]) == (original["__key__"], original["png"])
@@ -190,7 +191,7 @@ def test_missing_shard(store: RunningStore, manifest: Manifest, tmp_path: Path) 
     missing = dataclasses.replace(second, name="missing.tar")
     manifest = dataclasses.replace(manifest, shards=(first, missing, third))
     reader = Reader(ShardStore([manifest], make_settings(tmp_path / "cache")))
-    samples = reader.read_many([(0, 0), (1, 0), (1, 5), (2, 0)])
+    samples = read_many(reader, [(0, 0), (1, 0), (1, 5), (2, 0)])
     reasons = [sample.reason if isinstance(sample, SampleProblem) else "" for sample in samples]
     assert reasons == ["", "missing-shard", "missing-shard", ""]
 
@@ -203,7 +204,7 @@ def test_index_shards(store: RunningStore, manifest: Manifest, tmp_path: Path) -
         (shard.samples, shard.sha256) for shard in manifest.shards
     ]
     shards = ShardStore([load_manifest(tmp_path / "index")], make_settings(tmp_path / "cache"))
-    assert Reader(shards).read(1, 2).key == "00009"
+    assert read_one(Reader(shards), 1, 2).key == "00009"
 
 
 @pytest.mark.http
@@ -214,11 +215,11 @@ def test_server_without_ranges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with http_server(tmp_path / "data", ranges=False) as server:
         settings = make_settings(tmp_path / "cache")
         reader = Reader(ShardStore([load_manifest(server.url())], settings))
-        samples = reader.read_many([(0, 0), (2, 6), (0, 3)])
+        samples = read_many(reader, [(0, 0), (2, 6), (0, 3)])
         assert sample_keys(samples) == ["00000", "00020", "00003"]
 
         num_requests = len(server.requests)
-        assert sample_keys(reader.read_many([(0, 5), (2, 1)])) == ["00005", "00015"]
+        assert sample_keys(read_many(reader, [(0, 5), (2, 1)])) == ["00005", "00015"]
         assert len(server.requests) == num_requests, "a cached shard was requested again"
 
 

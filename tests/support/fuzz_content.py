@@ -27,8 +27,8 @@ import numpy as np
 
 from data_pipeline.common.errors import DataError
 from data_pipeline.content.captions import SampleTexts, clean_caption, hash_clean_caption
-from data_pipeline.content.images import check_pixels, decode_pixels, read_header
-from data_pipeline.content.transforms import eval_transform
+from data_pipeline.content.image import check_pixels, eval_transform, read_header
+from data_pipeline.content.image.decoding import decode_pixels
 from tests.support.images import sample_image_files
 
 GIB = 1 << 30

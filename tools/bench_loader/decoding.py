@@ -8,15 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from data_pipeline.content.image_header import read_header
-from data_pipeline.content.images import decode_pixels
-from data_pipeline.content.transforms import hwc_to_chw, render
-from data_pipeline.content.views import (
-    NUM_GEOMETRY_UNIFORMS,
-    min_decode_size,
-    random_view,
-    scale_view,
-)
+from data_pipeline.content.image import NUM_GEOMETRY_UNIFORMS, read_header, train_image
 from tools.bench_loader.workloads import SEED, Workload
 
 
@@ -33,11 +25,4 @@ class Decoder:
             uniforms = [0.0] * NUM_GEOMETRY_UNIFORMS
         else:
             uniforms = self._rng.random(NUM_GEOMETRY_UNIFORMS).tolist()
-
-        header = read_header(data)
-        view = random_view(header.width, header.height, self._augment, uniforms)
-        min_size = min_decode_size(view, header.width, header.height, self._size)
-        pixels, reduction = decode_pixels(data, header, min_size)
-        if reduction != 1:
-            view = scale_view(view, reduction, header.width, header.height)
-        return hwc_to_chw(render(pixels, view, self._size), out)
+        return train_image(data, read_header(data), self._size, self._augment, uniforms, out=out)

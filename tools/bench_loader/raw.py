@@ -11,7 +11,7 @@ import numpy as np
 
 from data_pipeline.reading.reader import Reader
 from data_pipeline.reading.store import ShardStore
-from data_pipeline.samples import RawSample
+from data_pipeline.samples import RawSample, SampleRef
 from tools.bench_loader import peers
 from tools.bench_loader.options import Options
 from tools.bench_loader.workloads import SEED, SMALL, WEB, BenchmarkData, Workload, prepare
@@ -66,7 +66,7 @@ def _readers(workload: Workload, data: BenchmarkData) -> dict[str, ReadAll]:
     manifest = data.manifest()
     reader = Reader(ShardStore([manifest], workload.settings(), max_open=64))
     sequential = [
-        (shard, index)
+        SampleRef(0, shard, index)
         for shard, entry in enumerate(manifest.shards)
         for index in range(entry.samples)
     ]
@@ -80,9 +80,9 @@ def _readers(workload: Workload, data: BenchmarkData) -> dict[str, ReadAll]:
     }
 
 
-def _read_ours(reader: Reader, locations: list[tuple[int, int]]) -> Iterator[tuple[str, Files]]:
-    for start in range(0, len(locations), CHUNK):
-        for sample in reader.read_many(locations[start : start + CHUNK]):
+def _read_ours(reader: Reader, refs: list[SampleRef]) -> Iterator[tuple[str, Files]]:
+    for start in range(0, len(refs), CHUNK):
+        for sample in reader.read_many(refs[start : start + CHUNK]):
             assert isinstance(sample, RawSample), sample
             yield sample.key, dict(sample.members)
 

@@ -11,7 +11,7 @@ from itertools import groupby
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError, StorageError
 from data_pipeline.common.store_errors import ErrorKind
-from data_pipeline.content.images import decode_image
+from data_pipeline.content.image import decode_image
 from data_pipeline.preparing.image_files import image_format
 from data_pipeline.preparing.importers.parquet import Parquet, read_rows
 from data_pipeline.preparing.importers.records import Importer, Record, SkippedRow

@@ -93,6 +93,7 @@ from data_pipeline.reading.store import ShardStore
 from data_pipeline.samples import RawSample
 from data_pipeline.settings import DataConfig
 from data_pipeline.shards.manifest import load_manifest
+from tests.support.results import read_many
 from tests.support.small_shards import make_png
 
 url, cache_dir, cache_gib, seed, num_batches = sys.argv[1:]
@@ -116,7 +117,7 @@ for batch in range(int(num_batches)):
     window = batch // 4
     fetch_ahead.start_batch(window)
     refs = [(shards[index % 5], generator.randrange(7)) for index in (window, window + 1)]
-    for (shard, i), sample in zip(refs, reader.read_many(refs)):
+    for (shard, i), sample in zip(refs, read_many(reader, refs)):
         assert isinstance(sample, RawSample), sample
         assert sample.key == f"{7 * shard + i:05d}"
         assert sample.members["png"] == make_png(7 * shard + i)

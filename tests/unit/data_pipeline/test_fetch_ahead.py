@@ -22,6 +22,7 @@ from data_pipeline.reading.reader import Reader
 from data_pipeline.reading.store import ShardStore
 from tests.support.fault_proxy import fault_proxy
 from tests.support.http_shards import WebShards, web_settings, web_shards
+from tests.support.results import read_one
 from tests.support.small_shards import make_shards
 from tests.support.waiting import wait_until
 
@@ -70,7 +71,7 @@ def test_endless_order_of_few_shards(shards: WebShards) -> None:
     reader = Reader(store)
     for batch in range(6):
         thread.start_batch(batch)
-        assert reader.read(batch % 2, 3).key == f"{batch % 2 * 7 + 3:05d}"
+        assert read_one(reader, batch % 2, 3).key == f"{batch % 2 * 7 + 3:05d}"
     check_cached(store, thread, {0, 1})
     thread.close()
 
@@ -107,7 +108,7 @@ def test_current_window_is_not_evicted(shards: WebShards) -> None:
 
     requests = shards.request_count()
     reader = Reader(store)
-    assert reader.read(6, 0).key == "00042"  # by a ranged request
+    assert read_one(reader, 6, 0).key == "00042"  # by a ranged request
     thread.start_batch(2)
     wait_until(lambda: {5, 6} <= cached_shards(store))
     assert shards.request_count() == requests + 3, "expected one ranged request and two copies"
@@ -154,7 +155,7 @@ def copy_and_read(url: str, cache: Path, keys) -> None:  # type: ignore[no-untyp
     store = ShardStore([load_manifest(url)], web_settings(cache, fetch_ahead=10))
     FetchAhead(store, windows_per_batch(list(range(10))))
     wait_until(lambda: len(cached_shards(store)) == 10)
-    keys.put(Reader(store).read(9, 6).key)
+    keys.put(read_one(Reader(store), 9, 6).key)
 
 
 def test_processes_share_the_copies(shards: WebShards) -> None:

@@ -12,7 +12,7 @@ from data_pipeline.content.sample_processor import SampleProcessor
 from data_pipeline.content.tokenizer import Tokenizer
 from data_pipeline.order.drop_list import read_drop_list
 from data_pipeline.preparing.filtering import filter_samples
-from data_pipeline.preparing.shard_access import open_shard
+from data_pipeline.preparing.shard_access import read_samples
 from data_pipeline.preparing.tasks import shard_tasks
 from data_pipeline.samples import RawSample
 from data_pipeline.settings import FilterConfig
@@ -78,13 +78,12 @@ def reasons_in_training(manifest: Manifest, folder: Path) -> dict[tuple[int, int
     )
     tokenizer, reasons = Tokenizer.load(make_tokenizer(folder)), {}
     for task in shard_tasks([manifest]):
-        with open_shard(task) as shard:
-            for sample, raw in shard.samples():
-                assert isinstance(raw, RawSample)
-                try:
-                    processor.process(raw, 0, tokenizer)
-                except DataError as error:
-                    reasons[task.shard, sample] = error.slug
+        for sample, raw in read_samples(task):
+            assert isinstance(raw, RawSample)
+            try:
+                processor.process(raw, 0, tokenizer)
+            except DataError as error:
+                reasons[task.shard, sample] = error.slug
     return reasons
 
 

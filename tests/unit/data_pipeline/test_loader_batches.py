@@ -13,9 +13,8 @@ import torch
 
 from data_pipeline.common.errors import ConfigError
 from data_pipeline.content.captions import hash_caption
-from data_pipeline.content.images import decode_image
+from data_pipeline.content.image import decode_image, eval_transform
 from data_pipeline.content.tokenizer import Tokenizer
-from data_pipeline.content.transforms import eval_transform
 from data_pipeline.loading import collate
 from data_pipeline.loading.loader import Loader
 from data_pipeline.shards.manifest import Manifest

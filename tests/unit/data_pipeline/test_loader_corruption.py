@@ -13,10 +13,10 @@ import pytest
 from webdataset import TarWriter
 
 from data_pipeline.common.errors import StorageError
-from data_pipeline.loading import batch_dataset
+from data_pipeline.loading import batch_reader
 from data_pipeline.order.plan import Plan
 from data_pipeline.reading.reader import Reader
-from data_pipeline.samples import Batch, RawSample, SampleProblem
+from data_pipeline.samples import Batch, RawSample, SampleProblem, SampleRef
 from data_pipeline.settings import FilterConfig
 from data_pipeline.shards.indexing import index_shards
 from data_pipeline.shards.manifest import Manifest, load_index
@@ -246,11 +246,11 @@ def test_unreachable_store_is_tried_again(
 ) -> None:
     """An outage must neither consume the data nor end the run at once."""
     expected = take_steps(factory.open(), 3)[0]
-    monkeypatch.setattr(batch_dataset, "STORE_RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(batch_reader, "STORE_RETRY_SECONDS", 0.01)
     read_many, calls, clears = Reader.read_many, itertools.count(1), itertools.count()
 
     def unreachable_at_first(
-        reader: Reader, refs: Sequence[tuple[int, int]]
+        reader: Reader, refs: Sequence[SampleRef]
     ) -> list[RawSample | SampleProblem]:
         if 2 <= next(calls) <= 4:
             return [SampleProblem("shard", "key", "unreachable", "no route") for _ in refs]
@@ -265,7 +265,7 @@ def test_unreachable_store_is_tried_again(
 def test_store_that_stays_unreachable(
     factory: LoaderFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batch_dataset, "STORE_RETRY_SECONDS", 0.05)
+    monkeypatch.setattr(batch_reader, "STORE_RETRY_SECONDS", 0.05)
     monkeypatch.setattr(Reader, "clear_failures", lambda reader: None)
     monkeypatch.setattr(
         Reader,

@@ -13,7 +13,7 @@ import pytest
 
 from data_pipeline.common.errors import ConfigError, DataError
 from data_pipeline.common.yaml_file import parse_yaml
-from data_pipeline.content.images import decode_image
+from data_pipeline.content.image import decode_image
 from data_pipeline.content.sample_processor import SampleProcessor
 from data_pipeline.samples import RawSample
 from data_pipeline.settings import AugmentConfig
@@ -115,7 +115,7 @@ def test_yaml_alias_bomb_is_parsed_fast() -> None:
 
 MEASURE_MEMORY = """
 import resource, sys
-from data_pipeline.content.images import decode_image
+from data_pipeline.content.image import decode_image
 data = open(sys.argv[1], "rb").read()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(decode_image(data).shape)

@@ -16,28 +16,27 @@ from data_pipeline.reading.store import ShardStore
 from data_pipeline.samples import RawSample, SampleProblem
 from data_pipeline.shards.manifest import load_manifest
 from data_pipeline.shards.writer import write_shards
-from tests.support.results import problem_reasons
+from tests.support.results import problem_reasons, read_many, read_one
 from tests.support.small_shards import make_samples, make_shards
 
 
 def test_samples_in_any_order(tmp_path: Path) -> None:
     reader = Reader(ShardStore([make_shards(tmp_path, count=20)]))
     expected, ids = list(make_samples(20)), [19, 0, 7, 6, 13, 0]
-    results = reader.read_many([(i // 7, i % 7) for i in ids])
+    results = read_many(reader, [(i // 7, i % 7) for i in ids])
     for i, raw in zip(ids, results, strict=True):
         assert isinstance(raw, RawSample)
         assert (raw.shard, raw.key) == (f"shard-{i // 7:06d}.tar", f"{i:05d}")
         text = str(expected[i]["txt"]).encode()
         assert raw.members == {"png": expected[i]["png"], "txt": text}
         assert list(raw.members) == ["png", "txt"]
-        assert reader.name(i // 7, i % 7) == (raw.shard, raw.key)
-        assert reader.read(i // 7, i % 7) == raw
-    assert reader.read_many([]) == []
+        assert read_one(reader, i // 7, i % 7) == raw
+    assert read_many(reader, []) == []
 
 
 def test_names_of_members(tmp_path: Path) -> None:
     write_shards([{"__key__": "a.b/c/ü", "seg.PNG": b"s", "txt": "t", "json": {"x": 1}}], tmp_path)
-    raw = Reader(ShardStore([load_manifest(tmp_path)])).read(0, 0)
+    raw = read_one(Reader(ShardStore([load_manifest(tmp_path)])), 0, 0)
     assert raw.key == "a.b/c/ü"
     assert raw.members == {"json": b'{"x": 1}', "seg.png": b"s", "txt": b"t"}
 
@@ -53,7 +52,7 @@ def test_flipped_bit_affects_one_sample_only(tmp_path: Path) -> None:
         data[offset] ^= 0x10
         path.write_bytes(data)
         reader = Reader(ShardStore([manifest]))
-        before, problem, after = reader.read_many([(0, 0), (0, 1), (0, 2)])
+        before, problem, after = read_many(reader, [(0, 0), (0, 1), (0, 2)])
         assert isinstance(problem, SampleProblem)
         assert (problem.shard, problem.key) == ("shard-000000.tar", "00001")
         assert problem.reason == "crc-mismatch"
@@ -62,15 +61,15 @@ def test_flipped_bit_affects_one_sample_only(tmp_path: Path) -> None:
         assert isinstance(before, RawSample) and isinstance(after, RawSample)
         assert (before.key, after.key) == ("00000", "00002")
         with pytest.raises(DataError) as error:
-            reader.read(0, 1)
+            read_one(reader, 0, 1)
         assert error.value.slug == "crc-mismatch"
 
 
 def test_shard_truncated_while_it_is_open(tmp_path: Path) -> None:
     reader = Reader(ShardStore([make_shards(tmp_path, count=3)]))
-    reader.read(0, 0)
+    read_one(reader, 0, 0)
     os.truncate(tmp_path / "shard-000000.tar", 5000)
-    results = reader.read_many([(0, 0), (0, 2)])
+    results = read_many(reader, [(0, 0), (0, 2)])
     assert problem_reasons(results) == ["", "truncated"]
     assert isinstance(results[1], SampleProblem) and " bytes at byte " in results[1].detail
 
@@ -78,7 +77,7 @@ def test_shard_truncated_while_it_is_open(tmp_path: Path) -> None:
 def test_oversize_sample(tmp_path: Path) -> None:
     reader = Reader(ShardStore([make_shards(tmp_path, count=3)]), max_sample_bytes=1000)
     with pytest.raises(DataError, match=r"\d+ bytes, more than 1000") as error:
-        reader.read(0, 0)
+        read_one(reader, 0, 0)
     assert error.value.slug == "oversize"
 
 
@@ -88,14 +87,13 @@ def test_missing_shards_and_corrupt_indices(tmp_path: Path) -> None:
     (tmp_path / manifest.shards[2].index).write_bytes(b"not an index")
     (tmp_path / manifest.shards[3].index).unlink()
     reader = Reader(ShardStore([manifest]))
-    results = reader.read_many([(0, 3), (1, 2), (2, 0), (0, 4), (3, 5)])
+    results = read_many(reader, [(0, 3), (1, 2), (2, 0), (0, 4), (3, 5)])
     assert problem_reasons(results) == ["", "missing-shard", "corrupt-index", "", "corrupt-index"]
 
     missing = results[1]
     assert isinstance(missing, SampleProblem)
     assert (missing.shard, missing.key) == ("shard-000001.tar", "#2")
     assert "shard-000001.tar is missing" in missing.detail
-    assert reader.name(1, 2) == ("shard-000001.tar", "#2")
 
 
 def test_restored_shard_is_read_again(tmp_path: Path) -> None:
@@ -103,9 +101,9 @@ def test_restored_shard_is_read_again(tmp_path: Path) -> None:
     path = tmp_path / "shard-000000.tar"
     path.rename(tmp_path / "moved")
     reader = Reader(ShardStore([manifest]))
-    assert isinstance(reader.read_many([(0, 0)])[0], SampleProblem)
+    assert isinstance(read_many(reader, [(0, 0)])[0], SampleProblem)
     (tmp_path / "moved").rename(path)
-    assert reader.read(0, 0).key == "00000"
+    assert read_one(reader, 0, 0).key == "00000"
 
 
 def test_input_output_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,10 +114,10 @@ def test_input_output_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "pread", fails)
-        (problem,) = reader.read_many([(0, 1)])
+        (problem,) = read_many(reader, [(0, 1)])
     assert isinstance(problem, SampleProblem)
     assert problem.reason == "unreachable" and "Input/output error" in problem.detail
-    assert reader.read(0, 1).key == "00001"
+    assert read_one(reader, 0, 1).key == "00001"
 
 
 def test_low_limit_on_open_files(tmp_path: Path) -> None:
@@ -130,7 +128,7 @@ def test_low_limit_on_open_files(tmp_path: Path) -> None:
     num_open = len(os.listdir("/proc/self/fd"))
     resource.setrlimit(resource.RLIMIT_NOFILE, (num_open + 30, hard))
     try:
-        results = reader.read_many([(shard, 1) for shard in range(40)])
+        results = read_many(reader, [(shard, 1) for shard in range(40)])
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     keys = [result.key for result in results if isinstance(result, RawSample)]
@@ -156,7 +154,7 @@ def test_memory_does_not_grow(tmp_path: Path) -> None:
     def read_everything() -> None:
         generator.shuffle(refs)
         for start in range(0, len(refs), 20):
-            results = reader.read_many(refs[start : start + 20])
+            results = read_many(reader, refs[start : start + 20])
             assert all(isinstance(result, RawSample) for result in results)
 
     read_everything()

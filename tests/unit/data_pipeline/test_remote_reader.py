@@ -17,7 +17,7 @@ from data_pipeline.samples import RawSample, SampleProblem
 from data_pipeline.shards.manifest import load_manifest
 from tests.support.fault_proxy import fault_proxy
 from tests.support.http_shards import WebShards, web_settings, web_shards
-from tests.support.results import problem_reasons
+from tests.support.results import problem_reasons, read_many, read_one
 from tests.support.small_shards import make_samples
 
 pytestmark = pytest.mark.http
@@ -39,7 +39,7 @@ def shards(tmp_path: Path) -> Iterator[WebShards]:
 def test_adjacent_samples_in_one_request(shards: WebShards) -> None:
     reader, expected = Reader(shards.store()), list(make_samples(21))
     refs = [(0, 4), (0, 2), (2, 0), (0, 3), (0, 5)]
-    for (shard, i), result in zip(refs, reader.read_many(refs), strict=True):
+    for (shard, i), result in zip(refs, read_many(reader, refs), strict=True):
         assert isinstance(result, RawSample)
         assert result.members["png"] == expected[7 * shard + i]["png"]
 
@@ -54,18 +54,18 @@ def test_distant_samples_in_separate_requests(
     shards: WebShards, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote, "MAX_GAP_BYTES", 100)
-    results = Reader(shards.store()).read_many([(0, 0), (0, 3), (0, 6)])
+    results = read_many(Reader(shards.store()), [(0, 0), (0, 3), (0, 6)])
     assert problem_reasons(results) == ["", "", ""]
     assert shards.request_count() == 3
 
 
 def test_cached_indices_and_copies_are_used(shards: WebShards) -> None:
-    results = Reader(shards.store()).read_many([(0, 0), (1, 0)])
+    results = read_many(Reader(shards.store()), [(0, 0), (1, 0)])
     assert problem_reasons(results) == ["", ""]
     store = shards.store()
     store.cache_shard(1)
     before = shards.request_count(".index"), shards.request_count()
-    assert Reader(store).read(1, 3).key == "00010"
+    assert read_one(Reader(store), 1, 3).key == "00010"
     assert (shards.request_count(".index"), shards.request_count()) == before
 
 
@@ -82,7 +82,7 @@ def test_flipped_bit_in_a_response(shards: WebShards) -> None:
         expected = list(make_samples(21))
         for shard in range(3):
             for i in range(3):
-                sample = reader.read(shard, i)
+                sample = read_one(reader, shard, i)
                 assert sample.members["png"] == expected[7 * shard + i]["png"]
         assert proxy.fault_counts["bit-flip"] > 2
 
@@ -92,7 +92,7 @@ def test_flipped_bit_in_an_index(shards: WebShards) -> None:
     with fault_proxy(shards.web.port, fault_rate=0.25, seed=9, faults=["bit-flip"]) as proxy:
         manifest = load_manifest(proxy.endpoint)
         reader = Reader(ShardStore([manifest], web_settings(shards.cache)))
-        results = reader.read_many([(0, 1), (1, 1), (2, 1)])
+        results = read_many(reader, [(0, 1), (1, 1), (2, 1)])
         assert problem_reasons(results) == ["", "", ""]
         assert proxy.fault_counts["bit-flip"] == 2
 
@@ -102,7 +102,7 @@ def test_corrupt_shard_in_the_store(shards: WebShards) -> None:
     offsets, data = shards.store().open(0).columns[0], bytearray(path.read_bytes())
     data[offsets[2] + 600] ^= 1
     path.write_bytes(data[: offsets[5] + 100])
-    results = Reader(shards.store()).read_many([(0, i) for i in range(7)])
+    results = read_many(Reader(shards.store()), [(0, i) for i in range(7)])
     assert problem_reasons(results) == ["", "", "crc-mismatch", "", "", "truncated", "truncated"]
     assert isinstance(results[1], RawSample) and results[1].key == "00001"
 
@@ -119,7 +119,7 @@ def test_corrupt_copy_is_replaced(shards: WebShards) -> None:
         file.seek(offset)
         file.write(bytes([byte[0] ^ 1]))
 
-    results = Reader(store).read_many([(0, 1), (0, 2), (0, 3)])
+    results = read_many(Reader(store), [(0, 1), (0, 2), (0, 3)])
     assert problem_reasons(results) == ["", "", ""]
     assert isinstance(results[1], RawSample)
     assert results[1].members["png"] == list(make_samples(3))[2]["png"]
@@ -130,7 +130,7 @@ def test_index_that_does_not_match_its_manifest(shards: WebShards) -> None:
     entry = dataclasses.replace(shards.manifest.shards[1], index_sha256="0" * 64)
     changed = dataclasses.replace(shards.manifest, shards=(shards.manifest.shards[0], entry))
     reader = Reader(ShardStore([changed], web_settings(shards.cache)))
-    assert problem_reasons(reader.read_many([(0, 1), (1, 1)])) == ["", "corrupt-index"]
+    assert problem_reasons(read_many(reader, [(0, 1), (1, 1)])) == ["", "corrupt-index"]
 
 
 def record_clients(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
@@ -162,7 +162,7 @@ def test_clients_are_reused(shards: WebShards, monkeypatch: pytest.MonkeyPatch) 
     created = record_clients(monkeypatch)
     reader = Reader(shards.store(shard_seconds=5.0, request_seconds=2.0, cache_gib=0))
     for i in range(7):
-        reader.read_many([(shard, i) for shard in range(3)])
+        read_many(reader, [(shard, i) for shard in range(3)])
     assert shards.request_count() == 21
     assert len(created) <= 2
 
@@ -172,17 +172,17 @@ def test_ranged_requests_without_a_copy(shards: WebShards, cache_gib: int) -> No
     settings = web_settings(
         shards.cache, cache_gib=cache_gib, cache_dir=str(shards.cache) if cache_gib else ""
     )
-    assert Reader(ShardStore([shards.manifest], settings)).read(2, 1).key == "00015"
+    assert read_one(Reader(ShardStore([shards.manifest], settings)), 2, 1).key == "00015"
 
 
 def test_server_without_ranges(tmp_path: Path) -> None:
     """Whole shards are copied, if there is space for one."""
     with web_shards(tmp_path, ranges=False) as shards:
-        (result,) = Reader(shards.store(cache_gib=1e-6)).read_many([(0, 0)])
+        (result,) = read_many(Reader(shards.store(cache_gib=1e-6)), [(0, 0)])
         assert isinstance(result, SampleProblem) and result.reason == "unreachable"
         assert "data.cache_gib" in result.detail
 
         max_bytes = max(entry.bytes for entry in shards.manifest.shards)
         reader = Reader(shards.store(cache_gib=1.5 * max_bytes / 2**30))
-        keys = [reader.read(shard, 1).key for shard in (0, 1, 2, 0)]
+        keys = [read_one(reader, shard, 1).key for shard in (0, 1, 2, 0)]
         assert keys == ["00001", "00008", "00015", "00001"]

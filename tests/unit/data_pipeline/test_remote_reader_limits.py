@@ -15,15 +15,14 @@ import pytest
 
 from data_pipeline.common import object_store, store_download
 from data_pipeline.common.errors import ConfigError, DataError
-from data_pipeline.reading import remote
 from data_pipeline.reading.cache import ShardCache
 from data_pipeline.reading.open_shard import OpenShard
 from data_pipeline.reading.reader import Reader
 from data_pipeline.reading.store import ShardStore
-from data_pipeline.samples import SampleProblem
+from data_pipeline.samples import SampleProblem, SampleRef
 from data_pipeline.shards.manifest import load_manifest
 from tests.support.http_shards import WebShards, http_server_process, web_settings, web_shards
-from tests.support.results import problem_reasons
+from tests.support.results import problem_reasons, read_many, read_one
 from tests.support.small_shards import make_shards
 
 pytestmark = pytest.mark.http
@@ -51,7 +50,7 @@ def test_cache_folder_that_cannot_be_written(
 
     monkeypatch.setattr(os, "pwrite", fails)
     refs = [(shard, i) for shard in range(3) for i in range(7)]
-    assert problem_reasons(Reader(shards.store()).read_many(refs)) == [""] * 21
+    assert problem_reasons(read_many(Reader(shards.store()), refs)) == [""] * 21
     (record,) = caplog.records
     assert os.strerror(error) in record.getMessage()
     assert "data.cache_dir" in record.getMessage()
@@ -59,14 +58,14 @@ def test_cache_folder_that_cannot_be_written(
 
 def test_cache_folder_that_is_a_file(shards: WebShards) -> None:
     shards.cache.write_text("")
-    results = Reader(shards.store()).read_many([(0, 0), (2, 6)])
+    results = read_many(Reader(shards.store()), [(0, 0), (2, 6)])
     assert problem_reasons(results) == ["", ""]
 
 
 def test_corrupt_cached_index_that_cannot_be_removed(
     shards: WebShards, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Reader(shards.store()).read(0, 0)
+    read_one(Reader(shards.store()), 0, 0)
     for path in (shards.cache / "index").iterdir():
         path.write_bytes(b"corrupt")
 
@@ -74,7 +73,7 @@ def test_corrupt_cached_index_that_cannot_be_removed(
         raise PermissionError(errno.EPERM, "Operation not permitted")
 
     monkeypatch.setattr(Path, "unlink", denied)
-    assert problem_reasons(Reader(shards.store()).read_many([(0, 0)])) == [""]
+    assert problem_reasons(read_many(Reader(shards.store()), [(0, 0)])) == [""]
 
 
 @pytest.fixture
@@ -110,16 +109,16 @@ def test_too_many_open_files(
         reader, shards = Reader(store), range(40)
         if is_cached:
             # Open the shards before they are cached, so that each copy is opened by a later read.
-            reader.read_many([(shard, 0) for shard in shards])
+            read_many(reader, [(shard, 0) for shard in shards])
             for shard in shards:
                 store.cache_shard(shard)
 
         limit_open_files(40)
         for start in range(0, 40, 10):
             refs = [(shard, i) for shard in shards[start : start + 10] for i in (1, 5)]
-            assert problem_reasons(reader.read_many(refs)) == [""] * 20
+            assert problem_reasons(read_many(reader, refs)) == [""] * 20
             assert len(store._open) > 5, "more shards were closed than necessary"
-        results = reader.read_many([(shard, 2) for shard in shards])
+        results = read_many(reader, [(shard, 2) for shard in shards])
         assert problem_reasons(results) == [""] * 40
         store.close()
 
@@ -133,11 +132,11 @@ def test_no_file_can_be_opened(tmp_path: Path, limit_open_files: Callable[[int],
             while True:
                 descriptors.append(os.open(os.devnull, os.O_RDONLY))
         with pytest.raises(ConfigError, match="ulimit -n"):
-            reader.read_many([(0, 0)])
+            read_many(reader, [(0, 0)])
     finally:
         for fd in descriptors:
             os.close(fd)
-    assert problem_reasons(reader.read_many([(0, 0)])) == [""]
+    assert problem_reasons(read_many(reader, [(0, 0)])) == [""]
 
 
 def test_copy_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,14 +147,14 @@ def test_copy_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     with web_shards(tmp_path, ranges=False) as shards:
         monkeypatch.setattr(OpenShard, "read", fails)
-        results = Reader(shards.store()).read_many([(0, 0), (0, 1)])
+        results = read_many(Reader(shards.store()), [(0, 0), (0, 1)])
         assert problem_reasons(results) == ["unreachable"] * 2
 
 
 def test_copy_removed_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with web_shards(tmp_path, ranges=False) as shards:
         monkeypatch.setattr(ShardCache, "open", lambda *_: None)
-        (problem,) = Reader(shards.store()).read_many([(1, 0)])
+        (problem,) = read_many(Reader(shards.store()), [(1, 0)])
         assert isinstance(problem, SampleProblem) and problem.reason == "unreachable"
         assert "removed" in problem.detail
 
@@ -169,7 +168,7 @@ def test_corrupt_index_of_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         store = reader._store
         shard = OpenShard(store.entry(1), "", store.load_index(1, 5.0), -1, is_copy=True)
         monkeypatch.setattr(ShardStore, "open", corrupt_index)
-        request = remote.SampleRequest(slot=0, shard=shard, shard_index=1, sample=0)
-        results = reader._remote._read_whole_shard(1, [request], time.monotonic() + 5)
+        ref = SampleRef(0, shard=1, sample=0)
+        results = reader._remote._read_whole_shard([ref], shard, time.monotonic() + 5)
         ((_, result),) = results
-        assert isinstance(result, DataError) and result.slug == "corrupt-index"
+        assert isinstance(result, SampleProblem) and result.reason == "corrupt-index"

@@ -11,24 +11,22 @@ import numpy as np
 import pytest
 
 from data_pipeline.common.errors import ConfigError, DataError
-from data_pipeline.content import sample_processor
 from data_pipeline.content.captions import hash_caption
-from data_pipeline.content.color_jitter import apply_color_jitter
-from data_pipeline.content.images import decode_image
+from data_pipeline.content.image import (
+    NUM_GEOMETRY_UNIFORMS,
+    decode_image,
+    eval_transform,
+    transforms,
+    uniform_numbers,
+)
+from data_pipeline.content.image.color_jitter import apply_color_jitter
+from data_pipeline.content.image.rendering import hwc_to_chw
+from data_pipeline.content.image.transforms import NUM_COLOR_UNIFORMS, train_transform
 from data_pipeline.content.sample_processor import (
     IMAGE_EXTENSIONS,
-    ProcessedSample,
     SampleProcessor,
 )
-from data_pipeline.content.transforms import (
-    NUM_COLOR_UNIFORMS,
-    eval_transform,
-    hwc_to_chw,
-    train_transform,
-)
-from data_pipeline.content.uniform_numbers import NUM_UNIFORMS, uniform_numbers
-from data_pipeline.content.views import NUM_GEOMETRY_UNIFORMS
-from data_pipeline.samples import RawSample
+from data_pipeline.samples import ProcessedSample, RawSample
 from data_pipeline.settings import AugmentConfig, FilterConfig
 from tests.support.images import encode_image, gradient_image, psnr, synthetic_photo
 
@@ -141,31 +139,6 @@ def test_image_is_written_to_out(augment: AugmentConfig | None) -> None:
         assert (batch[[0, 2]] == 77).all()
 
 
-def test_uniform_numbers_are_fixed_and_depend_on_all_arguments() -> None:
-    uniforms = uniform_numbers(b"sample", 1, 2, "shard", "key")
-    assert uniforms[:3] == [0.36659216694533825, 0.33065076149068773, 0.37546042795293033]
-    assert len(uniforms) == NUM_UNIFORMS >= NUM_GEOMETRY_UNIFORMS + 2
-    arguments = [
-        (b"sample", 1, 2, "shard", "key"),
-        (b"colour", 1, 2, "shard", "key"),
-        (b"sample", 11, 2, "shard", "key"),
-        (b"sample", 1, 12, "shard", "key"),
-        (b"sample", 1, 2, "shardk", "ey"),
-        (b"sample", 1, 2, "shar", "dkey"),
-        (b"sample", 1, 2, "shard", "key "),
-        (b"sample", -1, 2, "shard", "key"),
-        (b"sample", 1, 2, "shard", "k\udcffey"),
-    ]
-    assert len({tuple(uniform_numbers(*args)) for args in arguments}) == len(arguments)
-
-
-def test_uniform_numbers_are_uniform_and_independent() -> None:
-    table = np.array([uniform_numbers(b"sample", 0, 0, "s", str(key)) for key in range(4000)])
-    assert table.min() >= 0 and table.max() < 1
-    assert np.abs(table.mean(axis=0) - 0.5).max() < 0.02
-    assert np.abs(np.corrcoef(table.T) - np.eye(NUM_UNIFORMS)).max() < 0.07
-
-
 def test_scaled_jpeg_decoding_only_in_training(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -173,14 +146,14 @@ def test_scaled_jpeg_decoding_only_in_training(
     del sample.members["png"]
     full = decode_image(sample.members["jpg"])
     reductions: list[int] = []
-    original = sample_processor.decode_pixels
+    original = transforms.decode_pixels
 
     def recorded(*args: Any) -> tuple[np.ndarray, int]:
         pixels, reduction = original(*args)
         reductions.append(reduction)
         return pixels, reduction
 
-    monkeypatch.setattr(sample_processor, "decode_pixels", recorded)
+    monkeypatch.setattr(transforms, "decode_pixels", recorded)
     for size, reduction in ((24, 8), (50, 4), (100, 2), (200, 1)):
         processed = process(make_processor(augment=AugmentConfig(), image_size=size), sample)
         assert psnr(processed.image_CHW, eval_transform(full, size)) > 33

@@ -22,7 +22,7 @@ from data_pipeline.shards.manifest import load_manifest
 from tests.support.fault_proxy import fault_proxy
 from tests.support.http_server import http_server
 from tests.support.http_shards import WebShards, web_settings, web_shards
-from tests.support.results import problem_reasons
+from tests.support.results import problem_reasons, read_many
 
 pytestmark = pytest.mark.http
 
@@ -42,13 +42,13 @@ def shards(tmp_path: Path) -> Iterator[WebShards]:
 
 def test_missing_shard_is_recorded_for_all_processes(shards: WebShards) -> None:
     (shards.web.folder / "shard-000001.tar").unlink()
-    results = Reader(shards.store()).read_many([(1, 0), (0, 0), (1, 6)])
+    results = read_many(Reader(shards.store()), [(1, 0), (0, 0), (1, 6)])
     assert problem_reasons(results) == ["missing-shard", "", "missing-shard"]
     assert isinstance(results[0], SampleProblem) and "shard-000001.tar" in results[0].detail
 
     num_requests = len(shards.web.requests)
     other = Reader(shards.store())  # as in another process
-    assert problem_reasons(other.read_many([(1, 3)])) == ["missing-shard"]
+    assert problem_reasons(read_many(other, [(1, 3)])) == ["missing-shard"]
     assert len(shards.web.requests) == num_requests
 
 
@@ -56,13 +56,13 @@ def test_record_expires(shards: WebShards, monkeypatch: pytest.MonkeyPatch) -> N
     path = shards.web.folder / "shard-000001.tar"
     path.rename(shards.web.folder / "moved")
     reader = Reader(shards.store())
-    assert problem_reasons(reader.read_many([(1, 0)])) == ["missing-shard"]
+    assert problem_reasons(read_many(reader, [(1, 0)])) == ["missing-shard"]
 
     (shards.web.folder / "moved").rename(path)
-    assert problem_reasons(reader.read_many([(1, 0)])) == ["missing-shard"]
+    assert problem_reasons(read_many(reader, [(1, 0)])) == ["missing-shard"]
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + 301)
-    assert problem_reasons(reader.read_many([(1, 0)])) == [""]
+    assert problem_reasons(read_many(reader, [(1, 0)])) == [""]
     assert not list(shards.cache.glob("failures/*"))
 
 
@@ -76,12 +76,12 @@ def test_unresponsive_store_costs_one_timeout(shards: WebShards) -> None:
         manifest = dataclasses.replace(shards.manifest, base=proxy.endpoint)
         settings = web_settings(shards.cache, shard_seconds=1.2, request_seconds=0.4)
         reader = Reader(ShardStore([manifest], settings))
-        results = reader.read_many([(0, 0), (0, 3), (1, 0), (2, 6)])
+        results = read_many(reader, [(0, 0), (0, 3), (1, 0), (2, 6)])
         assert set(problem_reasons(results)) == {"unreachable"}
 
         num_requests = proxy.requests
         other = Reader(ShardStore([manifest], settings))  # as in another process
-        assert set(problem_reasons(other.read_many([(2, 1), (0, 5)]))) == {"unreachable"}
+        assert set(problem_reasons(read_many(other, [(2, 1), (0, 5)]))) == {"unreachable"}
         assert proxy.requests == num_requests
 
 
@@ -90,10 +90,10 @@ def test_clear_failures(shards: WebShards) -> None:
     reader._store.record_failure(0, StorageError("no response", kind="unreachable"))
     reader._store.record_failure(1, StorageError("access denied", kind="refused"))
     refs = [(0, 0), (1, 0), (2, 0)]
-    assert problem_reasons(reader.read_many(refs)) == ["unreachable", "unreachable", ""]
-    assert problem_reasons(Reader(shards.store()).read_many(refs)) == ["unreachable", "", ""]
+    assert problem_reasons(read_many(reader, refs)) == ["unreachable", "unreachable", ""]
+    assert problem_reasons(read_many(Reader(shards.store()), refs)) == ["unreachable", "", ""]
     reader.clear_failures()
-    assert problem_reasons(reader.read_many(refs)) == [""] * 3
+    assert problem_reasons(read_many(reader, refs)) == [""] * 3
     assert not list(shards.cache.glob("failures/*"))
 
     # Earlier records of other processes are ignored too, except of missing shards.
@@ -101,27 +101,27 @@ def test_clear_failures(shards: WebShards) -> None:
     other.record_failure(1, StorageError("no such object", kind="missing"))
     time.sleep(0.05)  # more than the resolution of file times
     reader.clear_failures()
-    assert problem_reasons(reader.read_many(refs)) == ["", "missing-shard", ""]
+    assert problem_reasons(read_many(reader, refs)) == ["", "missing-shard", ""]
     time.sleep(0.05)
     other.record_failure(0, StorageError("no response", kind="unreachable"))
-    assert problem_reasons(reader.read_many(refs)) == ["unreachable", "missing-shard", ""]
+    assert problem_reasons(read_many(reader, refs)) == ["unreachable", "missing-shard", ""]
 
 
 def test_refused_requests_are_not_shared(shards: WebShards) -> None:
     """Another process may have valid credentials."""
     shards.web.password = "user:secret"
     reader = Reader(shards.store())
-    assert problem_reasons(reader.read_many([(0, 0)])) == ["unreachable"]
+    assert problem_reasons(read_many(reader, [(0, 0)])) == ["unreachable"]
     num_requests = len(shards.web.requests)
-    assert problem_reasons(reader.read_many([(0, 1)])) == ["unreachable"]
+    assert problem_reasons(read_many(reader, [(0, 1)])) == ["unreachable"]
     assert len(shards.web.requests) == num_requests
 
     url = shards.manifest.url.replace("//", "//user:secret@")
     manifest = dataclasses.replace(shards.manifest, url=url, base=url)
     with_password = Reader(ShardStore([manifest], web_settings(shards.cache)))
-    assert problem_reasons(with_password.read_many([(0, 0)])) == [""]
+    assert problem_reasons(read_many(with_password, [(0, 0)])) == [""]
     shards.web.password = ""
-    assert problem_reasons(Reader(shards.store()).read_many([(0, 0)])) == [""]
+    assert problem_reasons(read_many(Reader(shards.store()), [(0, 0)])) == [""]
 
 
 def test_record_applies_to_one_location(tmp_path: Path, shards: WebShards) -> None:
@@ -130,8 +130,8 @@ def test_record_applies_to_one_location(tmp_path: Path, shards: WebShards) -> No
     with http_server(tmp_path / "mirror") as mirror:
         manifests = [shards.manifest, load_manifest(mirror.url())]
         store = ShardStore(manifests, web_settings(shards.cache))
-        assert problem_reasons(Reader(store).read_many([(0, 0)])) == ["missing-shard"]
-        assert problem_reasons(Reader(store).read_many([(3, 0)])) == [""]
+        assert problem_reasons(read_many(Reader(store), [(0, 0)])) == ["missing-shard"]
+        assert problem_reasons(read_many(Reader(store), [(3, 0)])) == [""]
 
 
 def test_invalid_record_files(shards: WebShards, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,4 +148,4 @@ def test_invalid_record_files(shards: WebShards, monkeypatch: pytest.MonkeyPatch
         path.write_text(json.dumps(["missing-shard", "x", until]))
         failure = shards.store().failure(0)
         assert failure is None or failure.until <= time.time() + 300, until
-    assert problem_reasons(Reader(shards.store()).read_many([(0, 0)])) == [""]
+    assert problem_reasons(read_many(Reader(shards.store()), [(0, 0)])) == [""]

@@ -7,12 +7,10 @@ import cv2
 import numpy as np
 import pytest
 
-from data_pipeline.common.escaping import escape_control
 from data_pipeline.content.tokenizer import Tokenizer
 from data_pipeline.preparing.html_report import histogram, histogram_bins
 from data_pipeline.preparing.stats import compute_stats
 from data_pipeline.preparing.tasks import sample_tasks
-from data_pipeline.preparing.text_format import format_bytes, truncate
 from data_pipeline.preparing.unicode_scripts import script_of
 from data_pipeline.shards.writer import write_shards
 from tests.support.data_commands import run_data_command
@@ -138,17 +136,3 @@ def test_histogram_counts_all_values() -> None:
         assert counts.sum() == len(values) and len(edges) == len(counts) + 1
         assert histogram("x", values).count("<rect") == len(counts)
     assert histogram("x", np.array([])) == ""
-
-
-def test_format_bytes() -> None:
-    assert format_bytes(5) == "5 B"
-    assert format_bytes(1536) == "1.5 KiB"
-    assert format_bytes(3 << 50) == "3072.0 TiB"
-
-
-def test_escape_control_and_truncate() -> None:
-    assert escape_control("a\x1b[2Jb\u202ec\td\ud800") == r"a\x1b[2Jb\u202ec\td\ud800"
-    assert escape_control("日本 é\n") == "日本 é\\n"
-    assert escape_control("a\nb", lines=True) == "a\nb"
-    assert truncate("abcdef", 3) == "abc … (3 more characters)"
-    assert truncate("abc", 3) == "abc"

@@ -1,12 +1,13 @@
-"""Tables with aligned columns, and JSON files that are replaced atomically."""
+"""Text for terminals, and JSON files that are replaced atomically."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+from data_pipeline.common.escaping import escape_control
 from data_pipeline.common.json_file import write_json
-from data_pipeline.common.tables import format_table, markdown_table
+from data_pipeline.common.tables import format_bytes, format_table, markdown_table, truncate
 
 
 def test_format_table() -> None:
@@ -56,3 +57,17 @@ def test_json_file_keeps_names_that_are_not_utf8(tmp_path: Path) -> None:
     write_json(tmp_path / "names.json", value, indent=None)
     data = (tmp_path / "names.json").read_bytes()
     assert json.loads(data) == value and "日本" in data.decode()
+
+
+def test_format_bytes() -> None:
+    assert format_bytes(5) == "5 B"
+    assert format_bytes(1536) == "1.5 KiB"
+    assert format_bytes(3 << 50) == "3072.0 TiB"
+
+
+def test_escape_control_and_truncate() -> None:
+    assert escape_control("a\x1b[2Jb\u202ec\td\ud800") == r"a\x1b[2Jb\u202ec\td\ud800"
+    assert escape_control("日本 é\n") == "日本 é\\n"
+    assert escape_control("a\nb", lines=True) == "a\nb"
+    assert truncate("abcdef", 3) == "abc … (3 more characters)"
+    assert truncate("abc", 3) == "abc"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.common.errors import ConfigError, DataError
-from data_pipeline.preparing.shard_access import open_shard
+from data_pipeline.preparing import shard_access
 from data_pipeline.preparing.tasks import shard_tasks
 from data_pipeline.samples import RawSample
 from data_pipeline.shards.manifest import Manifest, load_manifest
@@ -36,11 +36,12 @@ def write_csv(table: Path, out: Path, *options: str | float | Path) -> int:
 
 
 def read_samples(manifest: Manifest) -> list[RawSample]:
-    samples = []
-    for task in shard_tasks([manifest]):
-        with open_shard(task) as shard:
-            samples += [raw for _, raw in shard.samples() if isinstance(raw, RawSample)]
-    return samples
+    return [
+        raw
+        for task in shard_tasks([manifest])
+        for _, raw in shard_access.read_samples(task)
+        if isinstance(raw, RawSample)
+    ]
 
 
 def read_files(folder: Path) -> dict[str, bytes]:

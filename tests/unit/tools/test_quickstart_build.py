@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from data_pipeline.common.errors import DataError
-from data_pipeline.content.images import decode_image
+from data_pipeline.content.image import decode_image
 from data_pipeline.content.tokenizer import Tokenizer
 from tests.unit.tools.quickstart_packages import HELD_OUT, NAMES, write_tarballs
 from tools.quickstart_data import __main__ as command

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.common.errors import DataError
-from data_pipeline.content.images import decode_image
+from data_pipeline.content.image import decode_image
 from tests.unit.tools.quickstart_packages import svg_body
 from tools.quickstart_data import render as render_module
 from tools.quickstart_data.captions import Concept

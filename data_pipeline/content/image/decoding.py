@@ -18,7 +18,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from data_pipeline.content.image_header import (
+from data_pipeline.content.image.header import (
     DECODE_ERRORS,
     PILLOW_FORMATS,
     ImageHeader,
@@ -26,15 +26,6 @@ from data_pipeline.content.image_header import (
     corrupt_image_error,
     read_header,
 )
-
-__all__ = [
-    "MAX_PIXELS",
-    "ImageHeader",
-    "check_pixels",
-    "decode_image",
-    "decode_pixels",
-    "read_header",
-]
 
 MAX_PIXELS = 64 * 2**20
 """Default limit of an image's size: 8192 x 8192, 200 MB as RGB."""

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from data_pipeline.content.color_jitter import (
+from data_pipeline.content.image.color_jitter import (
     GRAY_WEIGHTS,
     apply_color_jitter,
     color_jitter_enabled,

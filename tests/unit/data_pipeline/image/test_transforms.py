@@ -7,14 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from data_pipeline.content.transforms import (
-    WHITE,
-    composite,
+from data_pipeline.content.image.rendering import WHITE, composite, hwc_to_chw
+from data_pipeline.content.image.transforms import (
     eval_transform,
-    hwc_to_chw,
     train_transform,
 )
-from data_pipeline.content.views import (
+from data_pipeline.content.image.views import (
     NUM_GEOMETRY_UNIFORMS,
     center_view,
     random_view,

@@ -2,7 +2,7 @@
 
 The format is determined by the first bytes, never by the file name. Width and height are those
 after applying the EXIF orientation. `read_header` also selects the decoder that handles the file
-correctly; `images` decodes.
+correctly; `decoding` decodes.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Image transforms: stored pixels to the model's input.
+"""Renders a view of an image: crop, rotate, translate, zoom, flip and resize in one operation.
 
-Shapes: h, w size of the stored image; s side of the model's input. All geometric operations (crop,
-rotation, translation, zoom, flip, resize) are composed into one affine map, so an image is
-resampled once. Transparent images are composited on a background first: resampling straight alpha
-would mix in the color of transparent pixels and leave dark edges.
+Shapes: h, w size of the stored image; s side of the model's input. All geometric operations are
+composed into one affine map, so an image is resampled once. Transparent images are composited on a
+background first: resampling straight alpha would mix in the color of transparent pixels and leave
+dark edges.
 """
 
 from __future__ import annotations
@@ -14,12 +14,9 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
-from data_pipeline.content.color_jitter import apply_color_jitter
-from data_pipeline.content.views import View, center_view, random_view
+from data_pipeline.content.image.views import View
 from data_pipeline.settings import AugmentConfig
 
-NUM_COLOR_UNIFORMS = 4
-"""Random numbers used by the color jitter."""
 WHITE = (255, 255, 255)
 _MAX_LINEAR_SHRINK = 1.6
 """A linear filter reads two pixels per side; shrinking by more than this would skip pixels."""
@@ -30,48 +27,6 @@ _MIN_BACKGROUND_CONTRAST = 96.0
 """Minimum distance (sum over three channels) between a random background and the image's mean."""
 _COMPOSITE_ROWS = 64
 """Rows that are composited at a time, to keep the buffers of a large image small."""
-
-
-def train_transform(
-    image: np.ndarray,
-    size: int,
-    augment: AugmentConfig,
-    uniforms: Sequence[float],
-    color_uniforms: Sequence[float] = (),
-) -> np.ndarray:
-    """Random augmentation of an image.
-
-    Args:
-        image: uint8 RGB `[h, w, 3]` or RGBA `[h, w, 4]`.
-        size: The model's side s, pixels.
-        augment: Which operations are allowed, and their ranges.
-        uniforms: `NUM_GEOMETRY_UNIFORMS` random numbers in `[0, 1)`. Each is used for one
-            operation, whatever the settings.
-        color_uniforms: `NUM_COLOR_UNIFORMS` numbers for the color jitter; none disables it.
-
-    Returns:
-        uint8 `[3, s, s]`. Where a rotation or translation leaves a corner empty, it is filled with
-        the background, or with a reflection of the image if it has no transparency.
-    """
-    view = random_view(image.shape[1], image.shape[0], augment, uniforms)
-    background = random_background_color(image, augment, uniforms)
-    square = render(image, view, size, background=background)
-    if color_uniforms:
-        square = apply_color_jitter(square, augment, color_uniforms)
-    return hwc_to_chw(square)
-
-
-def eval_transform(image: np.ndarray, size: int) -> np.ndarray:
-    """The image's center square on white, resized to `size`.
-
-    Args:
-        image: uint8 RGB `[h, w, 3]` or RGBA `[h, w, 4]`.
-        size: The model's side s, pixels.
-
-    Returns:
-        uint8 `[3, s, s]`.
-    """
-    return hwc_to_chw(render(image, center_view(image.shape[1], image.shape[0]), size))
 
 
 def random_background_color(

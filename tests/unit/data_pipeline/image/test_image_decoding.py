@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from data_pipeline.common.errors import DataError
-from data_pipeline.content.images import check_pixels, decode_image, decode_pixels, read_header
+from data_pipeline.content.image.decoding import check_pixels, decode_image, decode_pixels
+from data_pipeline.content.image.header import read_header
 from tests.support.images import (
     decode_with_pillow,
     encode_image,

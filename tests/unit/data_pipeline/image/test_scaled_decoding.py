@@ -8,9 +8,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from data_pipeline.content.images import decode_image, decode_pixels, read_header
-from data_pipeline.content.transforms import render
-from data_pipeline.content.views import (
+from data_pipeline.content.image.decoding import decode_image, decode_pixels
+from data_pipeline.content.image.header import read_header
+from data_pipeline.content.image.rendering import render
+from data_pipeline.content.image.views import (
     NUM_GEOMETRY_UNIFORMS,
     View,
     min_decode_size,
