@@ -3,6 +3,7 @@
 #   make quickstart   download images, train on two processes, evaluate
 #   make test         all tests except those marked `long`
 #   make lint         ruff, mypy and import-linter
+#   make docs         build the documentation into site/; warnings are errors
 #   make coverage     run the tests and show which lines of both packages they execute; htmlcov/
 #   make env          only create the environment in .venv
 #   make lock         renew requirements.lock: the newest versions that pyproject.toml allows
@@ -23,14 +24,14 @@ SHELL := /bin/bash
 VENV := .venv
 RUN := $(VENV)/bin/python
 LOCK := requirements.lock
-EXTRAS := quickstart,dev
+EXTRAS := quickstart,dev,docs
 STAMP := $(VENV)/.made-$(shell cat pyproject.toml setup.py $(LOCK) | cksum | tr ' ' '-')
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 # torch is installed first, at the version pinned in pyproject.toml: other packages depend on any
 # torch and would install the newest.
 TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 
-.PHONY: help quickstart test coverage lint env lock system stores clean
+.PHONY: help quickstart test coverage lint docs env lock system stores clean
 .DEFAULT_GOAL := help
 
 help:
@@ -80,6 +81,10 @@ lint: env
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
+docs: env
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+	@echo "documentation: site/index.html"
+
 # SLURM is installed from system packages, which requires root. Otherwise its tests are skipped with
 # a reason.
 system:
@@ -94,4 +99,4 @@ stores: env
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache \
-		htmlcov .coverage .coverage.*
+		htmlcov site .coverage .coverage.*

@@ -18,6 +18,46 @@ from data_pipeline.common.yaml_file import to_yaml
 _WIDTH = 110
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One field of a settings dataclass."""
+
+    name: str
+    description: str
+    """The docstring below the field, or of its section; ends with the values of a `Literal`."""
+    section: type | None
+    """The dataclass, if the setting is a section."""
+    entry: type | None
+    """The dataclass of one entry, if the setting is a list of sections."""
+    is_required: bool
+    default: Any
+    """None for a section and for a required setting."""
+
+
+def settings_of(cls: type) -> list[Setting]:
+    """The settings of a dataclass in order, those of its sections not included."""
+    hints, docs = typing.get_type_hints(cls), field_docs(cls)
+    settings = []
+    for field in dataclasses.fields(cls):
+        hint, description = hints[field.name], docs.get(field.name, "")
+        inner = _section_type(hint)
+        section = inner if inner is hint else None
+        if section is not None:
+            description = description or (inspect.getdoc(section) or "").splitlines()[0]
+        has_default = section is None and _has_default(field)
+        settings.append(
+            Setting(
+                name=field.name,
+                description=description + _allowed_values(hint),
+                section=section,
+                entry=None if section else inner,
+                is_required=section is None and not has_default,
+                default=_default(field) if has_default else None,
+            )
+        )
+    return settings
+
+
 def describe_settings(cls: type, section: str = "") -> str:
     """The settings of a dataclass, or of one of its sections, as commented YAML.
 
@@ -68,20 +108,15 @@ def _no_such_section(full_name: str, name: str, sections: list[str]) -> ConfigEr
 
 def _lines(cls: type, depth: int) -> list[str]:
     """The settings of a dataclass as lines of YAML, indented by `depth` levels."""
-    indent, hints, docs = "  " * depth, typing.get_type_hints(cls), field_docs(cls)
-    lines: list[str] = []
-    for field in dataclasses.fields(cls):
-        hint = hints[field.name]
-        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-            doc = docs.get(field.name) or (inspect.getdoc(hint) or "").splitlines()[0]
-            lines += ["", *_comment(doc, indent), f"{indent}{field.name}:"]
-            lines += _lines(hint, depth + 1)
-            continue
-        lines += _comment(docs.get(field.name, "") + _allowed_values(hint), indent)
-        if _has_default(field):
-            lines += [indent + line for line in _setting(field.name, _default(field))]
+    indent, lines = "  " * depth, list[str]()
+    for setting in settings_of(cls):
+        comment = _comment(setting.description, indent)
+        if setting.section is not None:
+            lines += ["", *comment, f"{indent}{setting.name}:", *_lines(setting.section, depth + 1)]
+        elif setting.is_required:
+            lines += [*comment, f"{indent}# {setting.name}: required"]
         else:
-            lines.append(f"{indent}# {field.name}: required")
+            lines += [*comment, *(indent + line for line in _yaml(setting.name, setting.default))]
     return lines
 
 
@@ -96,7 +131,7 @@ def _allowed_values(hint: Any) -> str:
     return f" One of {', '.join(map(str, typing.get_args(hint)))}."
 
 
-def _setting(name: str, value: Any) -> list[str]:
+def _yaml(name: str, value: Any) -> list[str]:
     """`name: value` in YAML; lists of scalars on one line."""
     if isinstance(value, list) and all(isinstance(item, int | float | str) for item in value):
         return [f"{name}: {json.dumps(value)}"]

@@ -1,4 +1,4 @@
-"""`from data_pipeline import Loader`, and the example of data_pipeline/README.md."""
+"""`from data_pipeline import Loader`, and the example of docs/data-pipeline.md."""
 
 from __future__ import annotations
 
@@ -81,10 +81,10 @@ def test_importing_the_package_does_not_import_torch() -> None:
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-def test_the_example_of_the_readme_runs(tmp_path: Path) -> None:
+def test_the_example_of_the_documentation_runs(tmp_path: Path) -> None:
     """With small images, and ended after two steps."""
-    readme = (ROOT / "data_pipeline" / "README.md").read_text()
-    examples = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    page = (ROOT / "docs" / "data-pipeline.md").read_text()
+    examples = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     assert len(examples) == 1 and len(examples[0].split("\n")) <= 14
     for name in ("own", "web"):
         shapes = make_shape_dataset(tmp_path / name, pairs=64, samples_per_shard=16)

@@ -116,28 +116,34 @@ def test_errors_name_what_was_given(model: pretrain.TrainedModel, tmp_path: Path
         pretrain.no_such_name  # noqa: B018
 
 
-def test_the_example_of_the_readme_runs(model: pretrain.TrainedModel, tmp_path: Path) -> None:
-    readme = (ROOT / "README.md").read_text()
-    examples = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
-    assert len(examples) == 1
+@pytest.mark.parametrize("page", ["README.md", "docs/getting-started.md"])
+def test_the_examples_of_the_documentation_run(
+    page: str, model: pretrain.TrainedModel, tmp_path: Path
+) -> None:
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
+    assert examples
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "quickstart").symlink_to(model.run_dir)
     (tmp_path / "images").mkdir()
     for seed in range(3):
         pixels = np.random.default_rng(seed).integers(0, 256, (20, 20, 3), dtype=np.uint8)
         (tmp_path / "images" / f"{seed}.png").write_bytes(encoded(pixels))
-    script = tmp_path / "example.py"
-    script.write_text(examples[0] + "print(similarity.shape)\n")
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith("torch.Size([3, 48, 48])\ntorch.Size([3, 2])\n")
+    for example in examples:
+        outputs = re.findall(r"^(similarity\w*) = ", example, re.MULTILINE)
+        shapes = "".join(f"print({name}.shape)\n" for name in outputs)
+        script = tmp_path / "example.py"
+        script.write_text(example + shapes)
+        done = subprocess.run(
+            [sys.executable, str(script)],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert len(done.stdout.splitlines()) > 1
+        assert done.stdout.count("torch.Size([3, 2])") == len(outputs)
 
 
 def test_importing_the_package_does_not_import_torch() -> None:
