@@ -48,7 +48,7 @@ def outcome(members: dict[str, bytes]) -> str:
     except DataError as error:
         assert len(str(error)) < 500
         result = error.slug
-    assert time.process_time() - start < 0.5
+    assert time.process_time() - start < 2
     return result
 
 
