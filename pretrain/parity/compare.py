@@ -6,6 +6,7 @@ Which differences are too large is decided in `pretrain.parity.tolerances`.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ QUANTITIES = (
     "term",
     "norm",
     "gradient",
+    "median-gradient",
     "statistics",
     "counts",
     "assignments",
@@ -35,9 +37,10 @@ QUANTITIES = (
 
 Of the first step: `start` are the initial weights, `loss` is the total, `term` every loss term
 before and after weighting and the contrastive scale, `norm` the gradient norm before clipping,
-`statistics` the routers' sums, `counts` pairs and tokens, `assignments` the number of expert
-assignments that differ, `biases` the routers' biases, `parameters` the weights after the step, and
-`update` the difference of these weights relative to the norm of their change.
+`median-gradient` the median of `gradient` over all weights, `statistics` the routers' sums,
+`counts` pairs and tokens, `assignments` the number of expert assignments that differ, `biases` the
+routers' biases, `parameters` the weights after the step, and `update` the difference of these
+weights relative to the norm of their change.
 
 `later...` are the same quantities of later steps; `later` stands for all scalars.
 """
@@ -142,6 +145,15 @@ def merge_by_name(ranks: Iterable[Mapping[str, float]]) -> dict[str, float]:
         for name, value in rank.items():
             merged[name] = max(float(value), merged.get(name, 0.0))
     return dict(sorted(merged.items(), key=lambda item: (-item[1], item[0])))
+
+
+def median_gradient(gradients: Mapping[str, float]) -> WorstDifferences:
+    """The median over weights of the differences of gradients.
+
+    Rounding that affects all weights, as gradients accumulated in bfloat16 do, shows in the median
+    even if it is smaller than the largest difference of a single weight.
+    """
+    return {"median-gradient": Difference(statistics.median(gradients.values()), "all weights")}
 
 
 def missing_names(seen: Iterable[str], reference: Mapping[str, Tensor]) -> WorstDifferences:

@@ -76,7 +76,7 @@ def _current_location(frame: Any) -> str:
     training = [
         entry
         for entry in frames
-        if "/pretrain/" in entry.filename and "/check/" not in entry.filename
+        if "/pretrain/" in entry.filename and "/parity/" not in entry.filename
     ]
     entry = (training or frames)[-1]
     return f"{entry.name} ({Path(entry.filename).name}:{entry.lineno})"

@@ -53,9 +53,7 @@ class RoutingReplay:
     def _replace(self, layer: int, name: str, indices_RN: Tensor, hash_R: Tensor) -> Tensor:
         key = f"{self.step}/{layer}/{name}"
         if self._recorded is None:
-            order_R = hash_R.argsort()
-            self.selections[f"{key}/hash"] = hash_R[order_R].cpu()
-            self.selections[f"{key}/indices"] = indices_RN[order_R].cpu()
+            self._record(key, indices_RN, hash_R)
             return indices_RN
 
         hashes = self._recorded[f"{key}/hash"].to(hash_R.device)
@@ -65,6 +63,19 @@ class RoutingReplay:
         expected_RN = self._recorded[f"{key}/indices"].to(hash_R.device)[row_R]
         self._count_different(layer, indices_RN, expected_RN, hash_R)
         return expected_RN
+
+    def _record(self, key: str, indices_RN: Tensor, hash_R: Tensor) -> None:
+        """Add the selections of a micro-batch; a repeated pass adds none."""
+        hash_R, indices_RN = hash_R.cpu(), indices_RN.cpu()
+        if f"{key}/hash" in self.selections:
+            hash_R = torch.cat([self.selections[f"{key}/hash"], hash_R])
+            indices_RN = torch.cat([self.selections[f"{key}/indices"], indices_RN])
+        order_R = hash_R.argsort(stable=True)
+        hash_R = hash_R[order_R]
+        is_first_R = torch.ones_like(hash_R, dtype=torch.bool)
+        is_first_R[1:] = hash_R[1:] != hash_R[:-1]
+        self.selections[f"{key}/hash"] = hash_R[is_first_R]
+        self.selections[f"{key}/indices"] = indices_RN[order_R][is_first_R]
 
     def _count_different(
         self, layer: int, actual_RN: Tensor, expected_RN: Tensor, hash_R: Tensor

@@ -15,6 +15,7 @@ from pretrain.parity.tolerances import (
     GRADIENT_TOLERANCE,
     LATER_TOLERANCE,
     MAX_TIE_FRACTION,
+    MEDIAN_GRADIENT_TOLERANCE,
     UPDATE_TOLERANCE,
     WEIGHT_TOLERANCE,
 )
@@ -110,7 +111,8 @@ def _tolerances() -> str:
         "initial weights and batch; those of biases are absolute, those of assignments are counts. "
         "Initial weights must be equal, and all runs use the expert assignments of the single "
         f"process. Tolerances of the first step: {FIRST_STEP_TOLERANCE['fp32']:g} in fp32, "
-        f"{FIRST_STEP_TOLERANCE['bf16']:g} in bf16 ({GRADIENT_TOLERANCE['bf16']:g} for gradients); "
+        f"{FIRST_STEP_TOLERANCE['bf16']:g} in bf16 ({GRADIENT_TOLERANCE['bf16']:g} for gradients, "
+        f"{MEDIAN_GRADIENT_TOLERANCE['bf16']:g} for their median); "
         f"biases {BIAS_TOLERANCE:g}. After it, weights may differ by {WEIGHT_TOLERANCE:g} in "
         f"fp32, and by {UPDATE_TOLERANCE['fp32']:g} (fp32) "
         f"or {UPDATE_TOLERANCE['bf16']:g} (bf16) of the norm of their update. Later steps are "
@@ -153,6 +155,7 @@ def as_json(
         "tolerance": {
             "first": FIRST_STEP_TOLERANCE,
             "gradient": GRADIENT_TOLERANCE,
+            "median_gradient": MEDIAN_GRADIENT_TOLERANCE,
             "later": LATER_TOLERANCE,
             "weights": WEIGHT_TOLERANCE,
             "update": UPDATE_TOLERANCE,

@@ -14,13 +14,22 @@ from typing import NamedTuple
 
 from pretrain.parity.compare import Difference
 
-FIRST_STEP_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
-"""Of losses, terms, gradient norm and statistics in the first step."""
-GRADIENT_TOLERANCE = {"fp32": 1e-5, "bf16": 3e-2}
-"""Of every gradient of the first step.
+FIRST_STEP_TOLERANCE = {"fp32": 1e-5, "bf16": 5e-3}
+"""Of losses, terms, gradient norm and statistics in the first step.
 
-In bfloat16 the rounding of the forward and backward passes alone gives 1.5e-2 in most weights.
-Worst seen in `tiny --small` with 1 and 16 micro-batches and ZeRO 0 to 3: 2.1e-2, a query norm.
+Worst seen in bfloat16: 1.3e-6 in a term, 1.6e-3 in the norm (ZeRO 1 to 3 round gradients).
+"""
+GRADIENT_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
+"""Of every gradient of the first step. Worst seen in bfloat16: 1.2e-2, a key norm."""
+MEDIAN_GRADIENT_TOLERANCE = {"fp32": 1e-5, "bf16": 4e-3}
+"""Of the median over weights of the differences of gradients.
+
+Worst seen in bfloat16: 3.6e-3 (4 micro-batches that ZeRO 1 to 3 accumulate in bfloat16). Gradients
+accumulated in bfloat16 over 16 micro-batches give 4.6e-3 to 5.2e-3.
+"""
+OTHER_ROUNDING_FACTOR = {"gradient": 2, "median-gradient": 4}
+"""Factors of the bfloat16 tolerances if the MoE layers round at other points than the reference;
+2 for other quantities. Worst seen: 2.0e-2 in a gradient, 1.1e-2 in the median, 4.3e-3 in the norm.
 """
 LATER_TOLERANCE = 1e-4
 """Of losses, terms and gradient norms after the first step, in float32.
@@ -66,16 +75,20 @@ def find_mismatches(
         precision: `fp32` or `bf16`.
         assignments: Expert assignments of all tokens in the first step.
         other_rounding: The case's MoE layers round intermediate results at other points than the
-            reference does; doubles the tolerances of the first step in bfloat16.
+            reference does; looser tolerances of the first step in bfloat16.
     """
     max_ties = max(1.0, MAX_TIE_FRACTION[precision] * assignments)
-    first_step = FIRST_STEP_TOLERANCE[precision]
-    gradient = GRADIENT_TOLERANCE[precision]
+    tolerances = dict.fromkeys(
+        ("loss", "term", "norm", "statistics"), FIRST_STEP_TOLERANCE[precision]
+    )
+    tolerances["gradient"] = GRADIENT_TOLERANCE[precision]
+    tolerances["median-gradient"] = MEDIAN_GRADIENT_TOLERANCE[precision]
     if precision == "bf16" and other_rounding:
-        first_step, gradient = 2 * first_step, 2 * gradient
-    tolerances = dict.fromkeys(("loss", "term", "norm", "statistics"), first_step)
+        tolerances = {
+            quantity: OTHER_ROUNDING_FACTOR.get(quantity, 2) * tolerance
+            for quantity, tolerance in tolerances.items()
+        }
     tolerances |= {
-        "gradient": gradient,
         "update": UPDATE_TOLERANCE[precision],
         "start": 0.0,
         "counts": 0.0,

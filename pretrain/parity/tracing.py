@@ -8,7 +8,6 @@ appear as `NAME@first:last`, so the trace of a rank holds its slice.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from data_pipeline.samples import Batch
-from pretrain.config.schema import BatchConfig, OptimConfig, RunConfig
+from pretrain.config.schema import OptimConfig, RunConfig
 from pretrain.model import build_model
 from pretrain.model.vision_language import VisionLanguageModel
 from pretrain.parallel.engine import Engine
@@ -115,18 +114,16 @@ def reference(
     rounded: bool = False,
     float64: bool = False,
 ) -> Trace:
-    """The trace of one process of plain torch with the whole batch in one forward pass.
+    """The trace of one process of plain torch, which accumulates gradients in float32.
 
     Args:
-        run: Run configuration of a case; of its layout only batch size and precision are used.
+        run: Run configuration of a case; of its layout only batch sizes and precision are used.
         missing: Missing rows.
         device: Device to train on.
         rounded: The forward pass uses all weights rounded to bfloat16, as with DeepSpeed's ZeRO
             stages 1 to 3 in bfloat16.
         float64: Weights, activations and gradients in float64.
     """
-    pairs = run.batch.global_batch_size
-    run = replace(run, batch=BatchConfig(global_batch_size=pairs, micro_batch_size=pairs))
     layout = Layout(
         world_size=1,
         expert_parallel_size=1,

@@ -169,6 +169,12 @@ FAULTS = (
         FORWARD_QUANTITIES,
         case=ACCUMULATION,
     ),
+    InjectedFault(
+        "gradients_accumulated_in_bfloat16",
+        {"median-gradient": ""},
+        FORWARD_QUANTITIES,
+        case=Case(zero="0", accumulation=16, precision="bf16"),
+    ),
     InjectedFault("negated_router_logits", {"assignments": "", "statistics": ""}, ("counts",)),
 )
 

@@ -28,6 +28,7 @@ FAULTS: dict[str, Callable[[], list[Any]]] = {
         update_faults.learning_rate_never_updated,
         update_faults.earlier_micro_batches_dropped,
         update_faults.missing_expert_gradients_of_last_rank,
+        update_faults.gradients_accumulated_in_bfloat16,
         loss_faults.auxiliary_terms_averaged_over_ranks,
         loss_faults.statistics_counted_in_recomputation,
         loss_faults.padding_counted_as_tokens,

@@ -133,3 +133,16 @@ def missing_expert_gradients_of_last_rank() -> list[Patch]:
         return tensors
 
     return [mock.patch.object(deepspeed_engine.DeepSpeedEngine, "gradients", gradients)]
+
+
+def gradients_accumulated_in_bfloat16() -> list[Patch]:
+    """After every micro-batch the accumulated gradients are rounded to bfloat16."""
+    original = deepspeed_engine.DeepSpeedEngine.backward
+
+    def backward(self: Any, loss: Tensor, *, last: bool) -> None:
+        original(self, loss, last=last)
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.copy_(parameter.grad.bfloat16())
+
+    return [mock.patch.object(deepspeed_engine.DeepSpeedEngine, "backward", backward)]

@@ -60,7 +60,7 @@ def test_exit_status_and_json_report(
     report = json.loads(out.read_text(encoding="utf-8"))
     assert report["complete"]
     assert [case["status"] for case in report["cases"]] == [result.status for result in results]
-    assert report["tolerance"]["first"] == {"fp32": 1e-5, "bf16": 2e-2}
+    assert report["tolerance"]["first"] == {"fp32": 1e-5, "bf16": 5e-3}
     assert report["float64"]["run"]["gradient"] == {"value": 2e-6, "name": "gate"}
     assert f"{len(results)} cases: " in capsys.readouterr().out
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pretrain.parity.compare import Difference, compare_traces, relative
+from pretrain.parity.compare import Difference, compare_traces, median_gradient, relative
 from pretrain.parity.tolerances import find_mismatches
 from tests.unit.pretrain.parity_support import (
     Change,
@@ -123,18 +123,28 @@ def test_weights_are_compared_relative_to_their_update() -> None:
 
 
 def test_bfloat16_compares_the_first_step_with_larger_tolerances() -> None:
-    assert mismatches(changed_trace("0/gradient/gate", lambda t: t * 1.02), "bf16") == {}
-    assert mismatches(changed_trace("0/gradient/gate", lambda t: t * 1.04), "bf16") == {
+    assert mismatches(changed_trace("0/gradient/gate", lambda t: t * 1.01), "bf16") == {}
+    assert mismatches(changed_trace("0/gradient/gate", lambda t: t * 1.03), "bf16") == {
         "gradient": "gate"
     }
     assert mismatches(changed_trace("2/loss/total", lambda t: t * 2), "bf16") == {}
 
 
-def test_other_rounding_doubles_the_tolerances_of_bfloat16() -> None:
-    actual = changed_trace("0/gradient/gate", lambda t: t * 1.04)
+def test_other_rounding_has_larger_tolerances_in_bfloat16() -> None:
+    actual = changed_trace("0/gradient/gate", lambda t: t * 1.03)
     worst = compare_traces(actual, make_trace()).worst
     assert not find_mismatches(worst, "bf16", 200.0, other_rounding=True)
     assert find_mismatches(worst, "fp32", 200.0, other_rounding=True)
+
+
+def test_rounding_of_most_gradients_is_a_mismatch() -> None:
+    def found(*gradients: float) -> list[str]:
+        worst = compare_traces(make_trace(), make_trace()).worst
+        worst |= median_gradient({str(index): value for index, value in enumerate(gradients)})
+        return [mismatch.quantity for mismatch in find_mismatches(worst, "bf16", 200.0)]
+
+    assert found(1e-2, 1e-3, 1e-3) == []
+    assert found(5e-3, 5e-3, 0.0) == ["median-gradient"]
 
 
 def test_few_assignments_may_differ_but_nothing_else() -> None:

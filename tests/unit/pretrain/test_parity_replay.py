@@ -115,6 +115,17 @@ def test_micro_batches_find_their_tokens_and_repeated_passes_count_once() -> Non
     assert replay.pop_num_different() == whole > 0
 
 
+def test_micro_batches_are_recorded_together_and_once() -> None:
+    reference = make_model(0)
+    whole = RoutingReplay(reference)
+    run(reference)
+    parts = RoutingReplay(reference)
+    for rows in (slice(2, 6), slice(0, 2), slice(0, 2)):
+        run(reference, rows)
+    assert parts.selections.keys() == whole.selections.keys()
+    assert all(torch.equal(parts.selections[name], t) for name, t in whole.selections.items())
+
+
 def test_steps_are_recorded_apart() -> None:
     reference = make_model(0)
     recorded = RoutingReplay(reference)

@@ -82,7 +82,7 @@ def test_the_summary_shows_tolerances_and_counts() -> None:
     errors = {"run": {"gradient": Difference(3e-6, "gate")}}
     summary = report.summary(results, errors)
     text = " ".join(summary)
-    assert "1e-05 in fp32" in text and "0.02 in bf16" in text and "gradient 3e-06" in text
+    assert "1e-05 in fp32" in text and "0.005 in bf16" in text and "gradient 3e-06" in text
     assert summary[-1] == "2 cases: 1 ok, 1 mismatch" and "rounding alone" not in text
 
 
