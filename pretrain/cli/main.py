@@ -17,10 +17,10 @@ from typing import NoReturn
 from data_pipeline.commands import tokenizer
 from data_pipeline.common.errors import LostRankError, VlmError
 from data_pipeline.common.logs import log_to_files_only, setup_logging
-from pretrain.cli import caption, check_parallel, data, eval, plan, routing, settings, train
+from pretrain.cli import caption, data, eval, parity, plan, routing, settings, train
 from pretrain.cli.common import launched_rank_and_world_size
 
-_COMMANDS = (train, plan, settings, check_parallel, eval, caption, routing, data, tokenizer)
+_COMMANDS = (train, plan, settings, parity, eval, caption, routing, data, tokenizer)
 
 _OTHER_RANK_DELAY_SECONDS, _LOST_RANK_DELAY_SECONDS = 2.0, 5.0
 """Delays before printing an error: on ranks other than 0, and of a `LostRankError`.

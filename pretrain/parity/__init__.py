@@ -12,13 +12,13 @@ compared.
     scale_down        scales a run down so that a laptop can train it (`--small`)
     batches           the synthetic global batch
     tracing           three steps of an engine as named tensors
-    compare           differences between two traces
+    replay            expert selections of the reference, used in the compared runs
+    compare           differences between traces
     tolerances        which differences exceed their tolerance
-    job               the input and output of the ranks, as JSON
-    deadline          time limit and error report of one rank
+    job               what the launcher and the ranks exchange, as JSON
     worker            the program of each rank
+    deadline          time limit and failure message of a rank
     launch            starts ranks on this machine
-    report            table and JSON report
-    collector         collects results while cases run
-    command           `vlmoe check-parallel`
+    report            table and JSON
+    command           `vlmoe parity`
 """

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 from pretrain.parallel.deepspeed_config import load_profile, profile_path, zero_stage
 
@@ -61,10 +61,6 @@ class Case:
         parts += {"none": [], "pairs": ["gaps"], "rank": ["empty"]}[self.missing]
         parts += ["aux"] if self.terms == "aux" else []
         return " ".join(parts)
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON object; `Case(**object)` restores the case."""
-        return asdict(self)
 
 
 def stage_of(case: Case) -> int:

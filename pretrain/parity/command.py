@@ -1,4 +1,4 @@
-"""`vlmoe check-parallel`: checks the selected cases of a run for each world size.
+"""`vlmoe parity`: checks the selected cases of a run for each world size.
 
 A case is one combination of parallel layout, precision, missing pairs and loss terms.
 """
@@ -18,15 +18,15 @@ from pretrain.config.presets import load_run
 from pretrain.config.schema import RunConfig
 from pretrain.parallel.environment import check_started_by_torchrun
 from pretrain.parity.case_runs import min_global_batch_size, run_problems, unsupported_reason
-from pretrain.parity.collector import Collector
 from pretrain.parity.job import Job, Result
 from pretrain.parity.launch import launch_local_ranks
+from pretrain.parity.report import Report
 from pretrain.parity.scale_down import shrink
 from pretrain.parity.selection import parse_cases
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckOptions:
+class ParityOptions:
     """Options of the command."""
 
     world_sizes: Sequence[int]
@@ -43,7 +43,7 @@ class CheckOptions:
     """JSON report."""
 
 
-def check_parallel(run_file: str, overrides: Sequence[str], options: CheckOptions) -> bool:
+def check_parity(run_file: str, overrides: Sequence[str], options: ParityOptions) -> bool:
     """Check a run and print the results.
 
     Args:
@@ -68,35 +68,35 @@ def check_parallel(run_file: str, overrides: Sequence[str], options: CheckOption
     for world_size in world_sizes:
         parse_cases(options.cases, run, world_size)
 
-    collector = Collector(
+    report = Report(
         metadata={"run": run_file, "settings": list(overrides), "small": options.small},
         out=options.out,
         is_rank_zero=os.environ.get("RANK", "0") == "0",
     )
-    collector.print_header()
+    report.print_header()
     run_cases = _run_in_this_process if is_launched else launch_local_ranks
     with tempfile.TemporaryDirectory(prefix="vlmoe-check-") as folder:
         for world_size in world_sizes:
             job_folder = Path(folder) / str(world_size)
             job_folder.mkdir()
-            job = _make_job(run, world_size, options, job_folder, collector)
+            job = _make_job(run, world_size, options, job_folder, report)
             if job.cases:
-                collector.start_world_size(world_size, len(job.cases))
-                run_cases(job, world_size, collector.handle_message)
-    collector.finish()
+                report.start_world_size(world_size, len(job.cases))
+                run_cases(job, world_size, report.handle_message)
+    report.finish()
 
-    if all(result.status == "unsupported" for result in collector.results):
+    if all(result.status == "unsupported" for result in report.results):
         raise ConfigError(
             "none of the selected cases is supported, for the reasons above; select others with "
             "--cases"
         )
-    return collector.is_ok
+    return report.is_ok
 
 
 def _make_job(
-    run: RunConfig, world_size: int, options: CheckOptions, folder: Path, collector: Collector
+    run: RunConfig, world_size: int, options: ParityOptions, folder: Path, report: Report
 ) -> Job:
-    """The supported cases of a world size; unsupported ones are added to the collector."""
+    """The supported cases of a world size; unsupported ones are added to the report."""
     selected = parse_cases(options.cases, run, world_size)
     pairs = options.pairs or min_global_batch_size(selected, run, world_size)
     problems = run_problems(run, world_size, pairs)
@@ -109,14 +109,7 @@ def _make_job(
         if not reason:
             cases.append(case)
             continue
-        collector.add(
-            Result(
-                world_size=world_size,
-                case=case,
-                status="unsupported",
-                reason=reason,
-            )
-        )
+        report.add(Result(world_size=world_size, case=case, status="unsupported", reason=reason))
 
     path = folder / "run.yaml"
     path.write_text(dump_yaml(run), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Differences between a rank's trace and the reference trace.
+"""Differences between the traces of a case's ranks and the reference trace.
 
 Which differences are too large is decided in `pretrain.parity.tolerances`.
 """
@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from pretrain.parallel.tensor_names import split_name
@@ -45,6 +44,13 @@ weights relative to the norm of their change.
 `later...` are the same quantities of later steps; `later` stands for all scalars.
 """
 
+Differences = dict[str, dict[str, float]]
+"""Differences by quantity and name of the term, weight or statistic.
+
+Relative; absolute for biases; a count for assignments and counts; infinite for a NaN, a shape
+mismatch or a missing tensor.
+"""
+
 MIN_UPDATE_ELEMENTS = 256
 """`update` ignores smaller weights, in which a few elements could dominate."""
 MIN_TERM = 1e-2
@@ -56,31 +62,13 @@ UNSPLIT_END = 1 << 62
 """End of the range of a tensor that is not sharded over ranks."""
 
 
-class Difference(NamedTuple):
-    """The difference of one tensor."""
-
-    value: float
-    """Relative; absolute for biases; a count for assignments and counts; infinite for a NaN, a
-    shape mismatch or a missing tensor."""
-    name: str = ""
-    """Name of the term, weight or statistic."""
-
-
-WorstDifferences = dict[str, Difference]
-"""The largest difference of each quantity."""
-
-
 class Comparison:
     """Compares one rank's trace with the reference, one tensor at a time, without storing it."""
 
     def __init__(self, reference: Mapping[str, Tensor]) -> None:
         self._reference = _by_plain_name(reference)
         self._gradient_norm = float(reference["0/norm/norm"])
-        self.worst: WorstDifferences = {}
-        """The largest difference of each quantity."""
-        self.by_name: dict[str, dict[str, float]] = {"term": {}, "gradient": {}}
-        """Difference of every term and every gradient of the first step; of sharded experts the
-        largest."""
+        self.differences: Differences = {}
         self.seen: list[str] = []
         """Names of the compared tensors."""
 
@@ -93,19 +81,10 @@ class Comparison:
         value = math.inf
         if expected is not None and expected.shape == actual.shape:
             value = _distance(quantity, actual.double(), expected.double(), self._gradient_norm)
-
         location = leaf if step in ("start", "0") else f"{leaf} (step {int(step) + 1})"
-        self._keep_worst(_key(step, quantity), value, location)
+        self.differences.setdefault(_key(step, quantity), {})[location] = value
         if step == "0" and quantity == "parameters" and math.isfinite(value):
             self._add_update(name, leaf, actual)
-        if step == "0" and quantity in self.by_name:
-            values = self.by_name[quantity]
-            weight, _ = split_name(leaf)
-            values[weight] = max(value, values.get(weight, 0.0))
-
-    def _keep_worst(self, key: str, value: float, name: str) -> None:
-        if key not in self.worst or value > self.worst[key].value:
-            self.worst[key] = Difference(value, name)
 
     def _add_update(self, name: str, leaf: str, actual: Tensor) -> None:
         """Difference of a weight relative to the norm of its change in the first step."""
@@ -117,66 +96,110 @@ class Comparison:
         update_norm = float((end.double() - start.double()).norm())
         min_norm = max(1e-6 * float(end.double().norm()), 1e-30)
         value = float((actual.double() - end.double()).norm()) / max(update_norm, min_norm)
-        self._keep_worst("update", value, leaf)
+        self.differences.setdefault("update", {})[leaf] = value
 
 
-def compare_traces(actual: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> Comparison:
-    """Compare a whole trace with the reference."""
+def compare_traces(actual: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> Differences:
+    """Compare the whole trace of one process, which holds all experts, with the reference."""
     comparison = Comparison(reference)
     for name, tensor in actual.items():
         comparison.add(name, tensor)
-    return comparison
+    return merge_ranks([(comparison.differences, comparison.seen)], reference)
 
 
-def merge(ranks: Iterable[Mapping[str, Iterable[Any]]]) -> WorstDifferences:
-    """The largest difference of each quantity over ranks."""
-    merged: WorstDifferences = {}
-    for rank in ranks:
-        for quantity, (value, name) in rank.items():
-            if quantity not in merged or value > merged[quantity].value:
-                merged[quantity] = Difference(float(value), str(name))
-    return {quantity: merged[quantity] for quantity in QUANTITIES if quantity in merged}
+def merge_ranks(
+    ranks: Iterable[tuple[Differences, Iterable[str]]], reference: Mapping[str, Tensor]
+) -> Differences:
+    """The differences of a case: the largest over ranks, and what no rank has.
 
+    Args:
+        ranks: `Comparison.differences` and `Comparison.seen` of every rank.
+        reference: The reference trace.
 
-def merge_by_name(ranks: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """The largest difference of each name over ranks, in descending order."""
-    merged: dict[str, float] = {}
-    for rank in ranks:
-        for name, value in rank.items():
-            merged[name] = max(float(value), merged.get(name, 0.0))
-    return dict(sorted(merged.items(), key=lambda item: (-item[1], item[0])))
-
-
-def median_gradient(gradients: Mapping[str, float]) -> WorstDifferences:
-    """The median over weights of the differences of gradients.
-
-    Rounding that affects all weights, as gradients accumulated in bfloat16 do, shows in the median
-    even if it is smaller than the largest difference of a single weight.
+    Returns:
+        Quantities in the order of `QUANTITIES`, names by descending difference.
     """
-    return {"median-gradient": Difference(statistics.median(gradients.values()), "all weights")}
+    merged: Differences = {}
+    reported: set[str] = set()
+    for differences, seen in ranks:
+        _merge(merged, differences)
+        reported.update(seen)
+    _merge(merged, _missing(reported, reference))
+
+    if gradients := merged.get("gradient"):
+        # Rounding that affects all weights, as gradients accumulated in bfloat16 do, shows in the
+        # median even if it is smaller than the largest difference of a single weight.
+        by_weight: dict[str, float] = {}
+        for name, value in gradients.items():
+            weight, _ = split_name(name)
+            by_weight[weight] = max(value, by_weight.get(weight, 0.0))
+        merged["median-gradient"] = {"all weights": statistics.median(by_weight.values())}
+    return {
+        quantity: dict(sorted(merged[quantity].items(), key=lambda item: (-item[1], item[0])))
+        for quantity in QUANTITIES
+        if quantity in merged
+    }
 
 
-def missing_names(seen: Iterable[str], reference: Mapping[str, Tensor]) -> WorstDifferences:
-    """Tensors of the reference that no rank reported, as infinite differences.
+def largest(differences: Differences, quantity: str) -> tuple[str, float]:
+    """Name and value of the largest difference; `("", 0.0)` if there is none."""
+    values = differences.get(quantity)
+    return max(values.items(), key=lambda item: item[1]) if values else ("", 0.0)
 
-    Every expert must be reported by some rank; an expert missing from all reports counts as a
-    failure.
-    """
+
+def num_assignments(reference: Mapping[str, Tensor]) -> float:
+    """Expert assignments of all tokens in the first step."""
+    return float(reference["0/assignments/chosen"].sum())
+
+
+def reference_stats(reference: Mapping[str, Tensor], clip_norm: float) -> dict[str, Any]:
+    """Events in the reference's steps; shows whether clipping, dropping and biases were covered."""
+    norms = [float(norm) for name, norm in reference.items() if name.endswith("/norm/norm")]
+    dropped = sum(
+        float((reference[f"{step}/assignments/chosen"] - kept).sum())
+        for step in range(len(norms))
+        for kept in [reference[f"{step}/assignments/kept"]]
+    )
+    biases = reference["0/biases/biases"]
+    return {
+        "pairs": int(reference["0/counts/pairs"]),
+        "assignments": int(num_assignments(reference)),
+        "dropped": int(dropped),
+        "biases_moved": biases.numel() > 0 and all(bool(layer.any()) for layer in biases),
+        "clipped_steps": sum(norm > clip_norm for norm in norms) if clip_norm else 0,
+    }
+
+
+def relative(actual: Tensor, expected: Tensor, min_norm: float = 1e-30) -> float:
+    """||actual - expected|| / ||expected||; infinite if the result is NaN or infinite."""
+    norm = float((actual.double() - expected.double()).norm())
+    value = norm / max(float(expected.double().norm()), min_norm)
+    return value if math.isfinite(value) else math.inf
+
+
+def _merge(merged: Differences, differences: Differences) -> None:
+    for quantity, by_name in differences.items():
+        values = merged.setdefault(quantity, {})
+        for name, value in by_name.items():
+            values[name] = max(value, values.get(name, 0.0))
+
+
+def _missing(seen: Iterable[str], reference: Mapping[str, Tensor]) -> Differences:
+    """Tensors of the reference that no rank reported; of sharded experts, every one must be."""
     ranges: dict[str, list[tuple[int, int]]] = {}
-    for name in set(seen):
+    for name in seen:
         plain, experts = split_name(name)
         ranges.setdefault(plain, []).append(experts or (0, UNSPLIT_END))
 
-    worst: WorstDifferences = {}
-    for name, tensor in sorted(_by_plain_name(reference).items()):
+    missing: Differences = {}
+    for name, tensor in _by_plain_name(reference).items():
         step, quantity, leaf = name.split("/", 2)
         reported = ranges.get(name, [])
         gap = _first_gap(reported, tensor.shape[0] if tensor.dim() else 1)
-        if not reported:
-            worst[_key(step, quantity)] = Difference(math.inf, f"missing: {leaf}")
-        elif gap is not None:
-            worst[_key(step, quantity)] = Difference(math.inf, f"missing: {leaf} of expert {gap}")
-    return worst
+        if gap is not None:
+            description = f"missing: {leaf}" + (f" of expert {gap}" if reported else "")
+            missing.setdefault(_key(step, quantity), {})[description] = math.inf
+    return missing
 
 
 def _first_gap(ranges: Iterable[tuple[int, int]], count: int) -> int | None:
@@ -187,13 +210,6 @@ def _first_gap(ranges: Iterable[tuple[int, int]], count: int) -> int | None:
             break
         reached = max(reached, end)
     return reached if reached < count else None
-
-
-def relative(actual: Tensor, expected: Tensor, min_norm: float = 1e-30) -> float:
-    """||actual - expected|| / ||expected||; infinite if the result is NaN or infinite."""
-    norm = float((actual.double() - expected.double()).norm())
-    value = norm / max(float(expected.double().norm()), min_norm)
-    return value if math.isfinite(value) else math.inf
 
 
 def _distance(quantity: str, actual: Tensor, expected: Tensor, gradient_norm: float) -> float:
@@ -233,40 +249,4 @@ def _key(step: str, quantity: str) -> str:
         return "start"
     if step == "0":
         return quantity
-    if quantity in ("assignments", "biases", "parameters"):
-        return f"later-{quantity}"
-    return "later"
-
-
-def num_assignments(reference: Mapping[str, Tensor]) -> float:
-    """Expert assignments of all tokens in the first step."""
-    return float(reference["0/assignments/chosen"].sum())
-
-
-def reference_stats(reference: Mapping[str, Tensor], clip_norm: float) -> dict[str, Any]:
-    """Events in the reference's steps; shows whether clipping, dropping and biases were covered."""
-    steps = range(sum(name.endswith("/norm/norm") for name in reference))
-    dropped, clipped = 0.0, 0
-    for step in steps:
-        chosen, kept = (reference[f"{step}/assignments/{leaf}"] for leaf in ("chosen", "kept"))
-        dropped += float((chosen - kept).sum())
-        clipped += bool(clip_norm) and float(reference[f"{step}/norm/norm"]) > clip_norm
-
-    biases = reference["0/biases/biases"]
-    moved = bool(biases.numel()) and bool(torch.stack([layer.any() for layer in biases]).all())
-    return {
-        "pairs": int(reference["0/counts/pairs"]),
-        "assignments": int(num_assignments(reference)),
-        "dropped": int(dropped),
-        "biases_moved": moved,
-        "clipped_steps": clipped,
-    }
-
-
-def float64_errors(
-    reference: Mapping[str, Tensor], exact: Mapping[str, Tensor]
-) -> Iterator[tuple[str, Difference]]:
-    """Rounding error of the float32 reference in the first step: its difference from float64."""
-    for quantity, difference in compare_traces(reference, exact).worst.items():
-        if not quantity.startswith("later"):
-            yield quantity, difference
+    return f"later-{quantity}" if f"later-{quantity}" in QUANTITIES else "later"

@@ -1,22 +1,21 @@
-"""The input of the ranks, one JSON file, and their output, JSON lines."""
+"""What the launcher and the ranks exchange: one `Job` as JSON, and messages as JSON lines."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pretrain.parity.cases import Case
-from pretrain.parity.compare import Difference, WorstDifferences
+from pretrain.parity.compare import Differences
 from pretrain.parity.tolerances import Mismatch
 
-AFTER_ALL_CASES = -1
-"""Replaces the index of a case in the error report of ranks that had finished all cases."""
-
+STATUSES = ("ok", "mismatch", "error", "hang", "not-run", "unsupported")
+"""Of a case: `error` if a rank failed, `hang` if a rank exceeded the time limit."""
 FAILURES = ("mismatch", "error", "hang", "not-run")
-"""Statuses of an `Result` that make the check fail."""
+"""Statuses that make the check fail."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +28,7 @@ class Job:
     pairs: int
     """Pairs of the global batch."""
     folder: str
-    """Folder of references, messages and error reports; on a disk of this node."""
+    """Folder of references and messages; on a disk of this node."""
     seconds: float
     """Time limit of one case, and of one reference."""
     first: int = 0
@@ -37,17 +36,15 @@ class Job:
     float64: bool = True
     """Also train the reference in float64."""
 
-    def to_json(self) -> str:
-        """The job as JSON text."""
-        cases = [case.to_json() for case in self.cases]
-        return json.dumps(vars(self) | {"cases": cases})
-
     @staticmethod
     def from_json(text: str) -> Job:
-        """The inverse of `to_json`."""
+        """The job of `json.dumps(asdict(job))`."""
         values = json.loads(text)
-        cases = tuple(Case(**case) for case in values.pop("cases"))
-        return Job(**values, cases=cases)
+        return Job(**values | {"cases": tuple(Case(**case) for case in values["cases"])})
+
+    def messages_path(self, rank: int) -> Path:
+        """The file of JSON lines that a rank writes."""
+        return Path(self.folder) / f"rank-{rank:05d}.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,110 +54,41 @@ class Result:
     case: Case
     world_size: int
     status: str
-    """`ok`, `mismatch`, `unsupported`, `error` (a rank failed), `hang` (a rank exceeded the time
-    limit) or `not-run`."""
+    """One of `STATUSES`."""
     reason: str = ""
     """Why the case was not compared."""
-    worst: WorstDifferences = field(default_factory=dict)
-    mismatches: tuple[Mismatch, ...] = ()
     seconds: float = 0.0
+    differences: Differences = field(default_factory=dict)
+    mismatches: tuple[Mismatch, ...] = ()
     reference_stats: dict[str, Any] = field(default_factory=dict)
     """The result of `pretrain.parity.compare.reference_stats`."""
-    by_name: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Difference of every `term` and every `gradient` of the first step, in descending order."""
-
-    @property
-    def is_compared(self) -> bool:
-        """Whether all ranks finished it."""
-        return self.status in ("ok", "mismatch")
 
     @property
     def is_failure(self) -> bool:
         """Whether this result makes the check fail."""
         return self.status in FAILURES
 
-    def to_json(self) -> dict[str, Any]:
-        """A JSON object; infinite numbers become text, because JSON has none."""
-        return {
-            "world_size": self.world_size,
-            "case": self.case.to_json(),
-            "status": self.status,
-            "reason": self.reason,
-            "seconds": round(self.seconds, 3),
-            "reference_stats": self.reference_stats,
-            "worst": {
-                quantity: {"value": json_number(difference.value), "name": difference.name}
-                for quantity, difference in self.worst.items()
-            },
-            "mismatches": [
-                mismatch._asdict() | {"value": json_number(mismatch.value)}
-                for mismatch in self.mismatches
-            ],
-            "by_name": by_name_to_json(self.by_name),
-        }
-
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> Result:
-        """The inverse of `to_json`."""
-        fields = dict(values)
-        mismatches = tuple(
-            Mismatch(m["quantity"], float(m["value"]), m["name"], m["tolerance"])
-            for m in fields.pop("mismatches")
-        )
-        worst = {
-            quantity: Difference(float(difference["value"]), difference["name"])
-            for quantity, difference in fields.pop("worst").items()
-        }
-        by_name = {
-            quantity: {name: float(value) for name, value in values_by_name.items()}
-            for quantity, values_by_name in fields.pop("by_name").items()
-        }
-        case = Case(**fields.pop("case"))
-        return Result(**fields, case=case, worst=worst, by_name=by_name, mismatches=mismatches)
+        """The inverse of `dataclasses.asdict`, after JSON."""
+        mismatches = tuple(Mismatch(**mismatch) for mismatch in values["mismatches"])
+        return Result(**{**values, "case": Case(**values["case"]), "mismatches": mismatches})
 
 
-class MessageLog:
-    """Messages of a rank: a file of JSON lines."""
-
-    FILE = "messages.jsonl"
-
-    def __init__(self, folder: str | Path) -> None:
-        self.path = Path(folder) / self.FILE
-
-    def add(self, message: dict[str, Any]) -> None:
-        """Append one message."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(message) + "\n")
-
-    def read(self) -> list[dict[str, Any]]:
-        """All complete lines so far."""
-        if not self.path.exists():
-            return []
-        text = self.path.read_text(encoding="utf-8")
-        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+def append_message(path: Path, message: dict[str, Any]) -> None:
+    """Append one line; infinite numbers are written as `Infinity`."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(message) + "\n")
 
 
-def worst_to_json(worst: WorstDifferences) -> dict[str, list[Any]]:
-    """Differences as JSON values."""
-    return {
-        quantity: [json_number(difference.value), difference.name]
-        for quantity, difference in worst.items()
-    }
+def read_messages(path: Path) -> list[dict[str, Any]]:
+    """All complete lines so far; none if the file does not exist."""
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
-def worst_from_json(values: dict[str, list[Any]]) -> WorstDifferences:
-    """The inverse of `worst_to_json`."""
-    return {quantity: Difference(float(value), name) for quantity, (value, name) in values.items()}
-
-
-def by_name_to_json(by_name: dict[str, dict[str, float]]) -> dict[str, dict[str, float | str]]:
-    """Differences by quantity and name as JSON values."""
-    return {
-        quantity: {name: json_number(value) for name, value in values.items()}
-        for quantity, values in by_name.items()
-    }
-
-
-def json_number(value: float) -> float | str:
-    """A JSON value for a number that may be infinite."""
-    return value if abs(value) < float("inf") else "inf"
+def case_message(index: int, result: Result) -> dict[str, Any]:
+    """The message with the result of a case."""
+    return {"case": index, "result": asdict(result)}

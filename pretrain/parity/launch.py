@@ -6,37 +6,33 @@ remaining cases run in new processes.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pretrain.parity.job import AFTER_ALL_CASES, Job, MessageLog, Result
+from pretrain.parity.job import Job, Result, case_message, read_messages
 
 WORKER = ("-m", "pretrain.parity.worker")
 MAX_FAILURES = 3
 """After this many failed cases the remaining ones are not run."""
 MAX_REPORTED_RANKS = 4
-"""Ranks whose error reports are shown."""
+"""Ranks whose failures are shown."""
 REPORT_SECONDS, TERMINATE_SECONDS = 0.7, 3.0
-"""Time that ranks have to write their error reports once one of them has exited, and to exit after
+"""Time that ranks have to write their messages once one of them has exited, and to exit after
 SIGTERM."""
 
 OnMessage = Callable[[dict[str, Any]], None]
 
 
-class RankFailure(NamedTuple):
-    """Why ranks exited before all cases were done."""
-
-    case: int
-    """Index of the case in the rank's error report, or `AFTER_ALL_CASES`."""
+class _Failure(NamedTuple):
     status: str
-    """`error` or `hang`."""
     reason: str
 
 
@@ -54,69 +50,67 @@ def launch_local_ranks(
         job: The cases.
         world_size: Number of ranks, each a process with gloo on CPU.
         on_message: Called with every message as soon as it is written (see
-            `pretrain.parity.worker.run_job`); there is one message for each case.
+            `pretrain.parity.worker.run_job`); there is one message for each case, and
+            `{"failure": ..., "reason": ...}` if ranks fail after the last case.
         worker: Arguments of the Python interpreter for each rank, before the path of the job.
         variables: Environment variables added for the ranks.
     """
-    path = Path(job.folder) / f"job-{world_size}.json"
-    failures = 0
-    while job.first < len(job.cases):
-        path.write_text(job.to_json(), encoding="utf-8")
-        done, failure = _run_once(
-            job, [*worker, str(path)], rank_variables(world_size, variables or {}), on_message
-        )
+
+    def report(index: int, status: str, reason: str) -> None:
+        result = Result(case=job.cases[index], world_size=world_size, status=status, reason=reason)
+        on_message(case_message(index, result))
+
+    for _ in range(MAX_FAILURES):
+        environments = rank_variables(world_size, variables or {})
+        done, failure = _run_once(job, worker, environments, on_message)
         if failure is None:
             return
-        if failure.case == AFTER_ALL_CASES:
-            on_message({"float32_error_unavailable": failure.reason})
-            return
         if done == len(job.cases):
-            on_message({"rank_failure": failure.reason})
+            on_message({"failure": failure.status, "reason": failure.reason})
             return
 
-        on_message(_failed_case(job, done, world_size, failure.status, failure.reason))
-        failures += 1
+        report(done, *failure)
         job = replace(job, first=done + 1)
-        if failures == MAX_FAILURES:
-            reason = f"not run: {failures} earlier cases failed or hung"
-            for index in range(job.first, len(job.cases)):
-                on_message(_failed_case(job, index, world_size, "not-run", reason))
+        if job.first == len(job.cases):
             return
+
+    for index in range(job.first, len(job.cases)):
+        report(index, "not-run", f"not run: {MAX_FAILURES} earlier cases failed or hung")
 
 
 def _run_once(
     job: Job,
-    arguments: Sequence[str],
+    worker: Sequence[str],
     environments: Sequence[Mapping[str, str]],
     on_message: OnMessage,
-) -> tuple[int, RankFailure | None]:
+) -> tuple[int, _Failure | None]:
     """Start the ranks once.
 
     Returns:
         The number of finished cases, and the failure that ended the ranks early, if any.
     """
-    folder = Path(job.folder)
-    for old in (MessageLog(folder).path, *folder.glob(f"rank-*/{MessageLog.FILE}")):
-        old.unlink(missing_ok=True)
+    path = Path(job.folder) / "job.json"
+    path.write_text(json.dumps(asdict(job)), encoding="utf-8")
+    for rank in range(len(environments)):
+        job.messages_path(rank).unlink(missing_ok=True)
 
-    with _processes(arguments, environments, folder) as processes:
-        num_forwarded, last_message = 0, time.monotonic()
+    done, num_messages, last_message = job.first, 0, time.monotonic()
+    with _processes([*worker, str(path)], environments, Path(job.folder)) as processes:
         while True:
             codes = [process.poll() for process in processes]
-            messages = MessageLog(folder).read()
-            for message in messages[num_forwarded:]:
-                on_message(message)
-                last_message = time.monotonic()
-            num_forwarded = len(messages)
+            messages = read_messages(job.messages_path(0))
+            for message in messages[num_messages:]:
+                num_messages, last_message = num_messages + 1, time.monotonic()
+                if "failure" not in message:
+                    on_message(message)
+                    done += "case" in message
 
             if all(code == 0 for code in codes):
                 return len(job.cases), None
             is_silent = time.monotonic() - last_message > 2 * job.seconds + 180
             if is_silent or any(codes):
                 time.sleep(REPORT_SECONDS)
-                codes = [process.poll() for process in processes]
-                done = job.first + sum("case" in message for message in messages)
-                return done, _find_failure(folder, done, codes, is_silent)
+                return done, _find_failure(job, [process.poll() for process in processes])
             time.sleep(0.05)
 
 
@@ -164,43 +158,34 @@ def rank_variables(world_size: int, variables: Mapping[str, str]) -> list[dict[s
     ]
 
 
-def _find_failure(
-    folder: Path, done: int, codes: Sequence[int | None], is_silent: bool
-) -> RankFailure:
-    """The cause: a rank that exited without an error report, otherwise the error reports."""
-    reports_by_rank = [MessageLog(folder / f"rank-{rank:05d}").read() for rank in range(len(codes))]
-    for rank, (code, reports) in enumerate(zip(codes, reports_by_rank, strict=True)):
-        if code and not reports:
+def _find_failure(job: Job, codes: Sequence[int | None]) -> _Failure:
+    """The cause: a rank that exited without a message, otherwise the messages of the ranks."""
+    failures = []
+    for rank, code in enumerate(codes):
+        messages = read_messages(job.messages_path(rank))
+        own = [_Failure(m["failure"], m["reason"]) for m in messages if "failure" in m]
+        if code and not own:
             reason = f"rank {rank} exited with status {code}; its last output: "
-            return RankFailure(done, "error", reason + _end_of_log(folder, rank))
+            return _Failure("error", reason + _end_of_log(job, rank))
+        failures += own
 
-    reports = [report for rank_reports in reports_by_rank for report in rank_reports]
     for status in ("error", "hang"):  # errors first: a failed rank makes the others hang
-        matching = [report for report in reports if report["status"] == status]
-        if matching:
-            reasons = [report["reason"] for report in matching[:MAX_REPORTED_RANKS]]
-            if len(matching) > MAX_REPORTED_RANKS:
-                reasons.append(f"and {len(matching) - MAX_REPORTED_RANKS} more ranks")
-            return RankFailure(matching[0]["case"], status, "; ".join(reasons))
-
-    assert is_silent
+        reasons = [failure.reason for failure in failures if failure.status == status]
+        if reasons:
+            hidden = len(reasons) - MAX_REPORTED_RANKS
+            more = [f"and {hidden} more ranks"] if hidden > 0 else []
+            return _Failure(status, "; ".join(reasons[:MAX_REPORTED_RANKS] + more))
     reason = "no rank reported progress for too long; the last output of rank 0: "
-    return RankFailure(done, "hang", reason + _end_of_log(folder, 0))
+    return _Failure("hang", reason + _end_of_log(job, 0))
 
 
 def _log_path(folder: Path, rank: int) -> Path:
     return folder / f"rank-{rank:05d}.log"
 
 
-def _end_of_log(folder: Path, rank: int) -> str:
-    text = _log_path(folder, rank).read_text(encoding="utf-8", errors="replace").strip()
+def _end_of_log(job: Job, rank: int) -> str:
+    text = _log_path(Path(job.folder), rank).read_text(encoding="utf-8", errors="replace").strip()
     return text[-1500:] or "none"
-
-
-def _failed_case(job: Job, index: int, world_size: int, status: str, reason: str) -> dict[str, Any]:
-    """The message for a case that the ranks did not finish."""
-    result = Result(case=job.cases[index], world_size=world_size, status=status, reason=reason)
-    return {"case": index, "result": result.to_json()}
 
 
 def _terminate(processes: Sequence[subprocess.Popen[bytes]]) -> None:

@@ -1,202 +1,202 @@
-"""The report of a check: a table, one row per case as it finishes, and JSON."""
+"""The report of a check: a table with one row per case as it finishes, and a JSON file."""
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
-from pretrain.parallel.tensor_names import split_name
-from pretrain.parity.compare import MIN_GRADIENT_RATIO, MIN_TERM, Difference, WorstDifferences
-from pretrain.parity.job import Result
-from pretrain.parity.tolerances import (
-    BIAS_TOLERANCE,
-    FIRST_STEP_TOLERANCE,
-    GRADIENT_TOLERANCE,
-    LATER_TOLERANCE,
-    MAX_TIE_FRACTION,
-    MEDIAN_GRADIENT_TOLERANCE,
-    UPDATE_TOLERANCE,
-    WEIGHT_TOLERANCE,
-)
+from data_pipeline.common.json_file import write_json
+from data_pipeline.common.logs import Progress
+from data_pipeline.common.tables import format_table
+from pretrain.parity.compare import MIN_GRADIENT_RATIO, MIN_TERM, largest
+from pretrain.parity.job import STATUSES, Result
+from pretrain.parity.tolerances import TOLERANCES
 
-FULL_WIDTH = 144
-"""Characters of the table with all columns. Names are shortened to fit; they are complete below a
-mismatch and in the JSON. A narrower terminal gets fewer columns."""
-MAX_OTHER_NAMES = 4
-"""Further terms or weights listed below a mismatch."""
-_LABEL, _NUMBER = 36, 5
-_STATUSES = ("ok", "mismatch", "error", "hang", "not-run", "unsupported")
+logger = logging.getLogger(__name__)
+
+COLUMNS = {"loss": 5, "term": 5, "norm": 5, "gradient": 8, "update": 7, "assignments": 4}
+"""Quantities in the table, with the widths of their columns."""
+MAX_NAMES = 5
+"""Names that are listed below a mismatch."""
+MAX_JSON_NAMES = 20
+"""Names with the largest differences that the JSON lists; of terms and gradients it lists all."""
+_LABEL = 36
+_PRECISIONS = ("fp32", "bf16")
+_ROUNDED = ("loss", "term", "norm", "gradient")
+"""Quantities whose rounding error in float32 is printed."""
 
 
-def header(width: int) -> list[str]:
-    """The column names and a separator line."""
-    term, gradient = _name_widths(width)
-    columns = ["case".ljust(_LABEL), " loss", " term"]
-    if width < FULL_WIDTH:
-        columns += [" norm", "gradient", "weights", "result"]
-    else:
-        columns += ["(name)".ljust(term), " norm", "gradient", "(name)".ljust(gradient)]
-        columns += ["later", "weights", "biases", "routing", "  sec", "result"]
-    line = " ".join(columns)
-    return [line, "-" * len(line)]
+@dataclass(kw_only=True)
+class Report:
+    """Results of all cases so far; rank 0 prints a row and writes the JSON after each case."""
+
+    metadata: dict[str, Any]
+    """Top-level entries of the JSON: run file, overrides, options."""
+    out: Path | None
+    """The JSON file; None writes none."""
+    is_rank_zero: bool
+    """Other ranks print and write nothing."""
+    results: list[Result] = field(default_factory=list)
+    float32_errors: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Rounding error of each run's float32 reference, by quantity."""
+    rank_failures: list[str] = field(default_factory=list)
+    """Failures of ranks after their last case."""
+    progress: Progress | None = None
+
+    def print_header(self) -> None:
+        """Print the table's header."""
+        names = {"update": "weights", "assignments": "ties"}
+        columns = [names.get(name, name).rjust(width) for name, width in COLUMNS.items()]
+        line = " ".join(["case".ljust(_LABEL), *columns, "result"])
+        self._print(line, "-" * len(line))
+
+    def start_world_size(self, world_size: int, num_cases: int) -> None:
+        """Start the progress of a world size. Starting ranks takes a while, so it is logged."""
+        if self.is_rank_zero:
+            logger.info("comparing %d cases; starting %d ranks", num_cases, world_size)
+            self.progress = Progress(f"{world_size} ranks", num_cases, "cases")
+
+    def handle_message(self, message: dict[str, Any]) -> None:
+        """Process a message of `pretrain.parity.worker.run_job` or `launch_local_ranks`."""
+        if "result" in message:
+            self.add(Result.from_json(message["result"]))
+            if self.progress is not None:
+                self.progress.update()
+        elif "float32_error" in message:
+            self.float32_errors[message["run"]] = message["float32_error"]
+        elif "no_float64_reference" in message:
+            self._print(f"no float64 reference: {message['no_float64_reference']}")
+        else:
+            self.rank_failures.append(message["reason"])
+            self._print(f"ranks failed after the last case: {message['reason']}")
+
+    def add(self, result: Result) -> None:
+        """Store and print a result, and update the JSON file."""
+        self.results.append(result)
+        self._print(row(result), *mismatch_lines(result))
+        self._write(complete=False)
+
+    def finish(self) -> None:
+        """Print the summary and write the final JSON file."""
+        self._write(complete=True)
+        self._print(*self.summary())
+
+    def summary(self) -> list[str]:
+        """Lines below the table: tolerances, error of the reference, number of cases by status."""
+        lines = ["", *_tolerances(), ""]
+        for name, error in self.float32_errors.items():
+            values = ", ".join(f"{key} {_format(error.get(key, 0.0))}" for key in _ROUNDED)
+            lines.append(f"rounding error of the float32 reference ({name}): {values}")
+            if max(error.get(key, 0.0) for key in _ROUNDED) > TOLERANCES["gradient"]["fp32"]:
+                lines.append("It exceeds the fp32 tolerance: rounding alone may cause a mismatch.")
+
+        statuses = [result.status for result in self.results]
+        if not {"ok", "mismatch"} & set(statuses):
+            lines.append("No case was compared; select cases that this number of ranks supports.")
+        counts = ", ".join(f"{statuses.count(s)} {s}" for s in STATUSES if s in statuses)
+        return [*lines, f"{len(statuses)} cases: {counts or 'none'}"]
+
+    @property
+    def is_ok(self) -> bool:
+        """Whether at least one case was compared and nothing failed."""
+        compared = any(result.status == "ok" for result in self.results)
+        failed = any(result.is_failure for result in self.results)
+        return compared and not failed and not self.rank_failures
+
+    def as_json(self, *, complete: bool) -> dict[str, Any]:
+        """The report as a JSON object; `complete` is false until all cases are done."""
+        return {
+            "version": 2,
+            **self.metadata,
+            "complete": complete,
+            "tolerances": TOLERANCES,
+            "float32_errors": self.float32_errors,
+            "cases": [_result_json(result) for result in self.results],
+        }
+
+    def _print(self, *lines: str) -> None:
+        if self.is_rank_zero:
+            print("\n".join(lines), flush=True)
+
+    def _write(self, *, complete: bool) -> None:
+        if self.out is not None and self.is_rank_zero:
+            write_json(self.out, _without_infinity(self.as_json(complete=complete)))
 
 
-def row(result: Result, width: int) -> str:
+def row(result: Result) -> str:
     """One result in one line: the largest difference of each quantity."""
-    label = _shorten(result.case.label(result.world_size), _LABEL).ljust(_LABEL)
-    if not result.is_compared:
+    label = result.case.label(result.world_size).ljust(_LABEL)
+    if result.status not in ("ok", "mismatch"):
         status = result.status.upper() if result.is_failure else result.status
         return f"{label} {status}: {result.reason}"
-
-    worst = result.worst
-
-    def number(quantity: str, column_width: int = _NUMBER) -> str:
-        return _format(worst.get(quantity, Difference(0.0)).value).rjust(column_width)
-
-    term, gradient = _name_widths(width)
-    columns = [label, number("loss"), number("term")]
-    if width < FULL_WIDTH:
-        columns += [number("norm"), number("gradient", 8), number("parameters", 7)]
-    else:
-        columns += [_name(worst, "term", term), number("norm"), number("gradient", 8)]
-        columns += [_name(worst, "gradient", gradient), number("later"), number("parameters", 7)]
-        columns += [number("biases", 6), number("assignments", 7), f"{result.seconds:5.1f}"]
-    return " ".join([*columns, _result(result)])
+    numbers = [
+        _format(largest(result.differences, name)[1]).rjust(width)
+        for name, width in COLUMNS.items()
+    ]
+    mismatches = ", ".join(mismatch.quantity for mismatch in result.mismatches)
+    return " ".join([label, *numbers, f"MISMATCH: {mismatches}" if mismatches else "ok"])
 
 
 def mismatch_lines(result: Result) -> list[str]:
     """Lines below the row of a mismatch: each quantity with its difference and tolerance."""
-    if not result.is_compared:
-        return []
-
     lines = []
     for mismatch in result.mismatches:
-        lines.append(
-            f"    {mismatch.quantity}: difference {mismatch.value:.2g} in {mismatch.name}, "
-            f"tolerance {mismatch.tolerance:.2g}"
-        )
-        by_name = result.by_name.get(mismatch.quantity, {})
+        by_name = result.differences[mismatch.quantity]
         above = [name for name, value in by_name.items() if not value <= mismatch.tolerance]
-        others = [name for name in above if name != split_name(mismatch.name)[0]]
-        if others:
-            hidden = len(others) - MAX_OTHER_NAMES
-            more = f" and {hidden} more" if hidden > 0 else ""
-            lines.append(
-                f"        also {', '.join(others[:MAX_OTHER_NAMES])}{more}, of {len(by_name)}"
-            )
+        names = ", ".join(above[:MAX_NAMES])
+        more = f" and {len(above) - MAX_NAMES} more" if len(above) > MAX_NAMES else ""
+        lines.append(
+            f"    {mismatch.quantity}: difference {mismatch.value:.2g}, tolerance "
+            f"{mismatch.tolerance:.2g}, in {len(above)} of {len(by_name)}: {names}{more}"
+        )
     return lines
 
 
-def summary(
-    results: Sequence[Result],
-    float32_errors: Mapping[str, WorstDifferences],
-    width: int = FULL_WIDTH,
-) -> list[str]:
-    """Lines below the table: tolerances, error of the reference, number of cases by status."""
-    lines = ["", *textwrap.wrap(_tolerances(), min(width, FULL_WIDTH))]
-    for name, worst in float32_errors.items():
-        lines += _reference_error(name, worst)
-
-    counts = {status: sum(result.status == status for result in results) for status in _STATUSES}
-    if not counts["ok"] + counts["mismatch"]:
-        lines.append("No case was compared; select cases that this number of ranks supports.")
-    listed = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
-    return [*lines, f"{len(results)} cases: {listed or 'none'}"]
-
-
-def _tolerances() -> str:
-    return (
-        "Differences are relative to a single process without DeepSpeed with the same precision, "
-        "initial weights and batch; those of biases are absolute, those of assignments are counts. "
-        "Initial weights must be equal, and all runs use the expert assignments of the single "
-        f"process. Tolerances of the first step: {FIRST_STEP_TOLERANCE['fp32']:g} in fp32, "
-        f"{FIRST_STEP_TOLERANCE['bf16']:g} in bf16 ({GRADIENT_TOLERANCE['bf16']:g} for gradients, "
-        f"{MEDIAN_GRADIENT_TOLERANCE['bf16']:g} for their median); "
-        f"biases {BIAS_TOLERANCE:g}. After it, weights may differ by {WEIGHT_TOLERANCE:g} in "
-        f"fp32, and by {UPDATE_TOLERANCE['fp32']:g} (fp32) "
-        f"or {UPDATE_TOLERANCE['bf16']:g} (bf16) of the norm of their update. Later steps are "
-        f"compared in fp32: {LATER_TOLERANCE:g}. One assignment, or a fraction of "
-        f"{MAX_TIE_FRACTION['fp32']:g} (fp32) or {MAX_TIE_FRACTION['bf16']:g} (bf16), may differ "
-        "from what a run itself would select, as experts with nearly equal scores (ties) do. Terms "
-        "below "
+def _tolerances() -> Sequence[str]:
+    """The tolerances as a table, with what they are relative to."""
+    rows: dict[tuple[str, str], list[str]] = {}
+    for quantity, by_precision in TOLERANCES.items():
+        values = tuple(f"{by_precision[p]:g}" if p in by_precision else "" for p in _PRECISIONS)
+        rows.setdefault((values[0], values[1]), []).append(quantity)
+    table = format_table(
+        ["fp32", "bf16", "tolerance of"],
+        [[*values, ", ".join(quantities)] for values, quantities in rows.items()],
+        align="rrl",
+    )
+    return [
+        *table.splitlines(),
+        "",
+        "Differences are relative to one process without DeepSpeed, with the same expert",
+        "assignments; of update, to the norm of the update; of biases, absolute. Terms below",
         f"{MIN_TERM:g} are compared as if they were {MIN_TERM:g}, gradients below "
-        f"{MIN_GRADIENT_RATIO:g} of the global norm as if they had that norm."
-    )
+        f"{MIN_GRADIENT_RATIO:g} of the global",
+        "norm as if they had that norm. Of assignments, the fraction that a run itself would",
+        "select otherwise (ties); one may always differ.",
+    ]
 
 
-def _reference_error(name: str, worst: WorstDifferences) -> list[str]:
-    shown = ("loss", "term", "norm", "gradient", "assignments")
-    errors = ", ".join(
-        f"{quantity} {_format(difference.value)}"
-        for quantity, difference in worst.items()
-        if quantity in shown
-    )
-    lines = [f"Rounding error of the float32 reference ({name}), relative to float64: {errors}."]
-    tolerance = FIRST_STEP_TOLERANCE["fp32"]
-    relative = [worst[quantity] for quantity in shown[:-1] if quantity in worst]
-    if any(difference.value > tolerance for difference in relative):
-        lines.append("It exceeds the fp32 tolerance: rounding alone may cause a mismatch.")
-    return lines
-
-
-def as_json(
-    results: Iterable[Result],
-    float32_errors: Mapping[str, WorstDifferences],
-    metadata: Mapping[str, Any],
-    *,
-    complete: bool,
-) -> dict[str, Any]:
-    """The report as a JSON object; `complete` is false until all cases are done."""
-    return {
-        "version": 1,
-        **metadata,
-        "complete": complete,
-        "tolerance": {
-            "first": FIRST_STEP_TOLERANCE,
-            "gradient": GRADIENT_TOLERANCE,
-            "median_gradient": MEDIAN_GRADIENT_TOLERANCE,
-            "later": LATER_TOLERANCE,
-            "weights": WEIGHT_TOLERANCE,
-            "update": UPDATE_TOLERANCE,
-            "biases": BIAS_TOLERANCE,
-            "ties": MAX_TIE_FRACTION,
-            "min_term": MIN_TERM,
-            "min_gradient_ratio": MIN_GRADIENT_RATIO,
-        },
-        "float64": {
-            name: {quantity: difference._asdict() for quantity, difference in worst.items()}
-            for name, worst in float32_errors.items()
-        },
-        "cases": [result.to_json() for result in results],
+def _result_json(result: Result) -> dict[str, Any]:
+    limits = {"term": None, "gradient": None}
+    differences = {
+        quantity: dict(list(by_name.items())[: limits.get(quantity, MAX_JSON_NAMES)])
+        for quantity, by_name in result.differences.items()
     }
+    return asdict(result) | {"differences": differences}
 
 
-def _result(result: Result) -> str:
-    if result.mismatches:
-        return "MISMATCH: " + ", ".join(m.quantity for m in result.mismatches)
-    ties = result.worst.get("assignments", Difference(0.0)).value
-    return f"ok, {ties:.0f} ties" if ties else "ok"
-
-
-def _name_widths(width: int) -> tuple[int, int]:
-    """Widths of the columns with the names of a term and of a weight."""
-    spare = width - FULL_WIDTH
-    return 13 + spare // 3, 22 + spare // 3
-
-
-def _name(worst: WorstDifferences, quantity: str, width: int) -> str:
-    return _shorten(worst.get(quantity, Difference(0.0)).name, width).ljust(width)
+def _without_infinity(value: Any) -> Any:
+    """The value with `"inf"` for infinite numbers, which JSON does not have."""
+    if isinstance(value, dict):
+        return {name: _without_infinity(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_infinity(item) for item in value]
+    return "inf" if isinstance(value, float) and math.isinf(value) else value
 
 
 def _format(value: float) -> str:
     """One digit and the power of ten; integers below 1e5 as they are."""
     return str(int(value)) if value < 1e5 and value == int(value) else f"{value:.0e}"
-
-
-def _shorten(text: str, width: int) -> str:
-    """The text, with `..` in its middle if it is too long."""
-    if len(text) <= width:
-        return text
-    tail = (width - 2) * 2 // 3
-    return f"{text[: width - 2 - tail]}..{text[-tail:]}"

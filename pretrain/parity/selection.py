@@ -29,19 +29,17 @@ AXES: Mapping[str, str] = {
     "terms": "terms",
 }
 """Field of `Case` for each axis of the command line."""
-
-_EXAMPLE = (
-    "'ep=1,2 zero=0,1,2,3 accum=1,4 recompute=off,on precision=fp32,bf16 missing=none,pairs,rank "
-    "terms=all,aux'"
-)
-
-_ALLOWED: Mapping[str, Mapping[str, Any]] = {
-    "recompute": {"off": False, "on": True},
-    "precision": {name: name for name in PRECISIONS},
-    "missing": {name: name for name in MISSING},
-    "terms": {name: name for name in TERMS},
+VALUES: Mapping[str, Sequence[str]] = {
+    "recompute": ("off", "on"),
+    "precision": PRECISIONS,
+    "missing": MISSING,
+    "terms": TERMS,
 }
-"""Value of the field for each value of the command line."""
+_EXAMPLE = (
+    "'ep=1,2 zero=0,1,2,3 accum=1,4 "
+    + " ".join(f"{axis}={','.join(values)}" for axis, values in VALUES.items())
+    + "'"
+)
 
 
 def parse_cases(selections: Sequence[str], run: RunConfig, world_size: int) -> list[Case]:
@@ -78,15 +76,10 @@ def case_of_run(run: RunConfig) -> Case:
     """The layout of the run file, with one micro-batch per step."""
     return Case(
         expert_parallel_size=run.parallel.expert_parallel_size,
-        zero=zero_of_run(run),
+        zero=run.parallel.deepspeed.removeprefix("zero"),
         recompute=run.model.activation_checkpointing,
         precision=run.precision.compute,
     )
-
-
-def zero_of_run(run: RunConfig) -> str:
-    """The run's DeepSpeed profile as a value of `Case.zero`."""
-    return run.parallel.deepspeed.removeprefix("zero")
 
 
 def all_cases(run: RunConfig, world_size: int) -> list[Case]:
@@ -100,11 +93,13 @@ def all_cases(run: RunConfig, world_size: int) -> list[Case]:
     Expert parallelism takes the powers of two up to 8 and the run's value. The stage of the run's
     profile is checked with that profile, the other stages with the profiles of `ds_configs/`.
     """
+    own = case_of_run(run)
+    own_stage = str(stage_of(own))
     powers = {size for size in (1, 2, 4, 8) if size <= world_size}
     layouts = [
-        Case(expert_parallel_size=size, zero=zero)
-        for size in sorted(powers | {run.parallel.expert_parallel_size})
-        for zero in _profiles(run)
+        Case(expert_parallel_size=size, zero=own.zero if stage == own_stage else stage)
+        for size in sorted(powers | {own.expert_parallel_size})
+        for stage in STAGES
     ]
     grid = [
         replace(layout, precision=precision, accumulation=accumulation, recompute=recompute)
@@ -125,13 +120,6 @@ def all_cases(run: RunConfig, world_size: int) -> list[Case]:
     return grid + others + auxiliary
 
 
-def _profiles(run: RunConfig) -> list[str]:
-    """A profile for each ZeRO stage: the run's profile for its stage, the default for others."""
-    own = case_of_run(run)
-    own_stage = str(stage_of(own))
-    return [own.zero if stage == own_stage else stage for stage in STAGES]
-
-
 def _product(words: Sequence[str], run: RunConfig) -> list[Case]:
     values: dict[str, list[Any]] = {}
     for word in words:
@@ -142,12 +130,7 @@ def _product(words: Sequence[str], run: RunConfig) -> list[Case]:
                 f"{_EXAMPLE}"
             )
         values[AXES[axis]] = [_value(axis, part, run) for part in text.split(",")]
-
-    default = Case(
-        expert_parallel_size=run.parallel.expert_parallel_size,
-        zero=zero_of_run(run),
-        precision=run.precision.compute,
-    )
+    default = replace(case_of_run(run), recompute=False)
     return [
         replace(default, **dict(zip(values, combination, strict=True)))
         for combination in itertools.product(*values.values())
@@ -160,7 +143,7 @@ def _value(axis: str, text: str, run: RunConfig) -> Any:
             return int(text)
         raise ConfigError(f"--cases: {axis}={text}: expected a positive integer")
     if axis == "zero":
-        return zero_of_run(run) if text == "own" else text.removeprefix("zero")
-    if text not in _ALLOWED[axis]:
-        raise ConfigError(f"--cases: {axis}={text!r}: expected one of {', '.join(_ALLOWED[axis])}")
-    return _ALLOWED[axis][text]
+        return case_of_run(run).zero if text == "own" else text.removeprefix("zero")
+    if text not in VALUES[axis]:
+        raise ConfigError(f"--cases: {axis}={text!r}: expected one of {', '.join(VALUES[axis])}")
+    return text == "on" if axis == "recompute" else text

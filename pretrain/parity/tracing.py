@@ -34,10 +34,6 @@ Record = Callable[[str, Tensor], None]
 """Receives the name and the value of each tensor of a trace."""
 
 
-SELECTIONS = "selections/"
-"""Prefix of the names of recorded selections in a reference (`pretrain.parity.replay`)."""
-
-
 def trace(
     engine: Engine,
     run: RunConfig,
@@ -113,8 +109,8 @@ def reference(
     *,
     rounded: bool = False,
     float64: bool = False,
-) -> Trace:
-    """The trace of one process of plain torch, which accumulates gradients in float32.
+) -> tuple[Trace, Trace]:
+    """One process of plain torch, which accumulates gradients in float32.
 
     Args:
         run: Run configuration of a case; of its layout only batch sizes and precision are used.
@@ -123,6 +119,9 @@ def reference(
         rounded: The forward pass uses all weights rounded to bfloat16, as with DeepSpeed's ZeRO
             stages 1 to 3 in bfloat16.
         float64: Weights, activations and gradients in float64.
+
+    Returns:
+        The trace, and the expert selections (`RoutingReplay.selections`).
     """
     layout = Layout(
         world_size=1,
@@ -135,30 +134,17 @@ def reference(
 
     if not float64:
         engine_class = _RoundedEngine if rounded else PlainEngine
-        engine = engine_class(model, run.optim, layout, device)
-        return _recorded_trace(engine, run, missing)
+        return _traced(engine_class(model, run.optim, layout, device), run, missing)
 
     model.compute_dtype = torch.float64
     with _KeepFloat64():
-        engine = PlainEngine(model.double(), run.optim, layout, device)
-        return _recorded_trace(engine, run, missing)
+        return _traced(PlainEngine(model.double(), run.optim, layout, device), run, missing)
 
 
-def _recorded_trace(engine: PlainEngine, run: RunConfig, missing: Collection[int]) -> Trace:
+def _traced(engine: PlainEngine, run: RunConfig, missing: Collection[int]) -> tuple[Trace, Trace]:
     tensors, replay = Trace(), RoutingReplay(engine.model)
     trace(engine, run, missing, tensors.__setitem__, replay)
-    return tensors | {SELECTIONS + name: t for name, t in replay.selections.items()}
-
-
-def split_selections(tensors: Trace) -> tuple[Trace, Trace]:
-    """The trace of a reference without its recorded selections, and the selections."""
-    trace_only = {name: t for name, t in tensors.items() if not name.startswith(SELECTIONS)}
-    selections = {
-        name.removeprefix(SELECTIONS): tensor
-        for name, tensor in tensors.items()
-        if name.startswith(SELECTIONS)
-    }
-    return trace_only, selections
+    return tensors, replay.selections
 
 
 class _RoundedEngine(PlainEngine):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import gc
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,31 +35,48 @@ from pretrain.parity.case_runs import missing_rows, run_for_case
 from pretrain.parity.cases import Case, stage_of
 from pretrain.parity.compare import (
     Comparison,
-    float64_errors,
-    median_gradient,
-    merge,
-    merge_by_name,
-    missing_names,
+    compare_traces,
+    largest,
+    merge_ranks,
     num_assignments,
     reference_stats,
 )
-from pretrain.parity.deadline import Deadline
-from pretrain.parity.job import (
-    AFTER_ALL_CASES,
-    Job,
-    MessageLog,
-    Result,
-    by_name_to_json,
-    worst_to_json,
-)
+from pretrain.parity.deadline import time_limit
+from pretrain.parity.job import Job, Result, append_message, case_message
 from pretrain.parity.replay import RoutingReplay
 from pretrain.parity.tolerances import find_mismatches
-from pretrain.parity.tracing import Record, Trace, reference, split_selections, trace
+from pretrain.parity.tracing import Record, Trace, reference, trace
 from pretrain.train.build import build_engine
 
 START_SECONDS = 120.0
 """Minimum timeout of the process group; ranks import DeepSpeed before the first collective."""
 OnMessage = Callable[[dict[str, Any]], None]
+
+
+def run_job(job: Job, environment: RankEnvironment, on_message: OnMessage) -> None:
+    """Run all cases of a job. Collective.
+
+    Args:
+        job: The cases.
+        environment: This rank.
+        on_message: Called on every rank with `{"case": index, "result": {...}}`, and on rank 0
+            with `{"float32_error": {quantity: value}, "run": name}` or
+            `{"no_float64_reference": reason}`.
+    """
+    if environment.device.type == "cpu":
+        retain_freed_memory()
+    # Longer than the limit of a case, so that the slow rank reports the hang and not the ranks that
+    # wait for it.
+    start_process_group(environment, max(START_SECONDS, 2 * job.seconds + 60))
+    worker = RankWorker(job, environment)
+    for index in range(job.first, len(job.cases)):
+        on_message(case_message(index, worker.compare(index)))
+    if job.float64 and environment.rank == 0:
+        for name, run in worker.runs.items():
+            on_message(_float32_error(name, run, job.pairs, environment.device))
+    worker.communicator.barrier()
+    # Otherwise threads of the group may still run at exit, which crashes the process.
+    stop_process_group()
 
 
 class RankWorker:
@@ -68,100 +85,69 @@ class RankWorker:
     def __init__(self, job: Job, environment: RankEnvironment) -> None:
         self.job, self.environment = job, environment
         self.runs = {name: load_run(path) for name, path in job.runs.items()}
-        self._deadline = Deadline(environment.rank, job.folder, job.seconds)
-        self._references: dict[str, Trace] = {}
+        self.communicator = TorchCommunicator(environment.device)
         # With torchrun each rank has a temporary folder; the ranks of a node share that of the
         # node's first rank.
-        folders = self.all_gather_json(job.folder)
+        folders = self.communicator.all_gather_json(job.folder)
         self._folder = Path(folders[environment.rank - environment.local_rank])
 
-    def results(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Index and result of every case, in order; the same on every rank."""
-        for index, case in list(enumerate(self.job.cases))[self.job.first :]:
-            yield index, self._compare(index, case)
+    def compare(self, index: int) -> Result:
+        """The result of a case, the same on every rank. Collective."""
+        start, case, world_size = time.perf_counter(), self.job.cases[index], self.world_size
+        label = f"rank {self.environment.rank}, {case.label(world_size)}"
+        messages = self.job.messages_path(self.environment.rank)
+        run = run_for_case(self.runs[case.run], case, world_size, self.job.pairs)
 
-    def float32_errors(self) -> Iterator[dict[str, Any]]:
-        """Messages with the rounding error of each run's float32 reference; only on rank 0."""
-        for name, run in self.runs.items() if self.environment.rank == 0 else ():
-            with self._deadline.limit(AFTER_ALL_CASES, f"the reference of {name} in float64"):
-                try:
-                    yield {"float32_error": name, "worst": self._float32_error(run)}
-                except (RuntimeError, MemoryError) as error:
-                    # Out of memory, or an operation without a float64 implementation.
-                    _free_memory()
-                    reason = f"{name}: {str(error).splitlines()[0]}"
-                    yield {"float32_error_unavailable": reason}
-
-    def _compare(self, index: int, case: Case) -> dict[str, Any]:
-        """The result of a case."""
-        start = time.perf_counter()
-        world_size, pairs = self.environment.world_size, self.job.pairs
-        label = case.label(world_size)
-        run = run_for_case(self.runs[case.run], case, world_size, pairs)
-
-        with self._deadline.limit(index, f"the reference for {label}"):
-            expected, selections = split_selections(self._reference(case, run))
-        with self._deadline.limit(index, label):
+        with time_limit(self.job.seconds, f"{label}, its reference", messages):
+            expected, selections = self._reference(case, run)
+        with time_limit(self.job.seconds, label, messages):
             comparison = Comparison(expected)
-            missing = missing_rows(case, world_size, pairs)
+            missing = missing_rows(case, world_size, self.job.pairs)
             trace_case(run, self.environment, missing, comparison.add, selections)
-            ranks = self.all_gather_json(
-                [
-                    worst_to_json(comparison.worst),
-                    comparison.seen,
-                    by_name_to_json(comparison.by_name),
-                ]
-            )
+            ranks = self.communicator.all_gather_json([comparison.differences, comparison.seen])
 
-        seen = {name for _, names, _ in ranks for name in names}
-        by_name = {
-            quantity: merge_by_name(by_name[quantity] for _, _, by_name in ranks)
-            for quantity in comparison.by_name
-        }
-        worst = merge(
-            [
-                *(values for values, _, _ in ranks),
-                missing_names(seen, expected),
-                median_gradient(by_name["gradient"]),
-            ]
-        )
+        differences = merge_ranks(ranks, expected)
         mismatches = find_mismatches(
-            worst,
+            differences,
             case.precision,
             num_assignments(expected),
             other_rounding=_has_other_rounding(run),
         )
-        result = Result(
+        return Result(
             case=case,
             world_size=world_size,
-            worst=worst,
-            mismatches=mismatches,
             status="mismatch" if mismatches else "ok",
-            reference_stats=reference_stats(expected, run.optim.clip_norm),
-            by_name=by_name,
             seconds=time.perf_counter() - start,
+            differences=differences,
+            mismatches=mismatches,
+            reference_stats=reference_stats(expected, run.optim.clip_norm),
         )
-        return result.to_json()
 
-    def _reference(self, case: Case, run: RunConfig) -> Trace:
-        """The reference of a case, trained by the node's first rank unless its file exists."""
-        name = self._reference_name(case, run)
-        if name not in self._references:
-            path = self._folder / f"{name}.safetensors"
-            if self.environment.local_rank == 0 and not path.exists():
-                self._train_reference(case, run, path)
-            self.all_gather_json(None)
-            # Memory-mapped: all ranks of a node share these pages.
-            self._references[name] = load_file(path)
-        return self._references[name]
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.environment.world_size
 
-    def _reference_name(self, case: Case, run: RunConfig) -> str:
-        """File name of the reference; contains everything that determines it."""
-        # The rows that `missing=rank` removes depend on the number of micro-batches.
+    def _reference(self, case: Case, run: RunConfig) -> tuple[Trace, Trace]:
+        """Trace and selections, trained by the node's first rank unless their files exist."""
+        # Everything that determines the reference. The rows that `missing=rank` removes depend on
+        # the number of micro-batches.
         rows = f"rank{case.accumulation}" if case.missing == "rank" else case.missing
         rounded = "-rounded" if _is_rounded(case) else ""
         split = self._reference_accumulation(case)
-        return f"{case.run}-{run.seed}-{case.terms}-{case.precision}{rounded}-{rows}-{split}"
+        name = f"{case.run}-{run.seed}-{case.terms}-{case.precision}{rounded}-{rows}-{split}"
+
+        trace_path = self._folder / f"{name}.safetensors"
+        selections_path = self._folder / f"{name}.selections.safetensors"
+        if self.environment.local_rank == 0 and not trace_path.exists():
+            tensors, selections = self._train_reference(case)
+            save_file(selections, selections_path)
+            # Last, since its existence means that the reference is complete.
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, trace_path)
+            _free_memory()
+        self.communicator.barrier()
+        # Memory-mapped: all ranks of a node share these pages.
+        return load_file(trace_path), load_file(selections_path)
 
     def _reference_accumulation(self, case: Case) -> int:
         """Micro-batches of the reference: one in float32, those of all ranks in bfloat16.
@@ -170,11 +156,9 @@ class RankWorker:
         pass, that alone changes gradients by 1e-2 (`tiny --small`, 64 pairs), which would hide
         gradients accumulated in bfloat16 (5e-3). The reference accumulates in float32.
         """
-        if case.precision == "fp32":
-            return 1
-        return self.environment.world_size * case.accumulation
+        return 1 if case.precision == "fp32" else self.world_size * case.accumulation
 
-    def _train_reference(self, case: Case, run: RunConfig, path: Path) -> None:
+    def _train_reference(self, case: Case) -> tuple[Trace, Trace]:
         base = self.runs[case.run]
         single = Case(
             accumulation=self._reference_accumulation(case),
@@ -182,43 +166,12 @@ class RankWorker:
             recompute=base.model.activation_checkpointing,
             terms=case.terms,
         )
-        tensors = reference(
+        return reference(
             run_for_case(base, single, 1, self.job.pairs),
-            missing_rows(case, self.environment.world_size, self.job.pairs),
+            missing_rows(case, self.world_size, self.job.pairs),
             self.environment.device,
             rounded=_is_rounded(case),
         )
-
-        temporary = path.with_suffix(".part")
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
-        temporary.rename(path)
-        _free_memory()
-
-    def _float32_error(self, run: RunConfig) -> dict[str, list[Any]]:
-        case = Case(recompute=run.model.activation_checkpointing)
-        single_process = run_for_case(run, case, 1, self.job.pairs)
-        float32, _ = split_selections(reference(single_process, (), self.environment.device))
-        exact, _ = split_selections(
-            reference(single_process, (), self.environment.device, float64=True)
-        )
-        return worst_to_json(dict(float64_errors(float32, exact)))
-
-    def all_gather_json(self, value: Any) -> list[Any]:
-        """Every rank's value, in rank order. Collective."""
-        return TorchCommunicator(self.environment.device).all_gather_json(value)
-
-
-def _is_rounded(case: Case) -> bool:
-    """Whether the forward pass uses weights rounded to bfloat16."""
-    return case.precision == "bf16" and stage_of(case) > 0
-
-
-def _has_other_rounding(run: RunConfig) -> bool:
-    """Whether the case's MoE layers round at other points than the reference's, in bfloat16.
-
-    The loop backend does with expert parallelism; without it, the loop accumulates in float32.
-    """
-    return run.moe.backend == "loop" and run.parallel.expert_parallel_size > 1
 
 
 def trace_case(
@@ -241,49 +194,54 @@ def trace_case(
         _free_memory()
 
 
-def run_job(job: Job, environment: RankEnvironment, on_message: OnMessage) -> None:
-    """Run all cases of a job. Collective.
+def _float32_error(name: str, run: RunConfig, pairs: int, device: torch.device) -> dict[str, Any]:
+    """The message with the rounding error of a run's float32 reference: its first step compared
+    with float64."""
+    case = Case(recompute=run.model.activation_checkpointing)
+    single = run_for_case(run, case, 1, pairs)
+    try:
+        float32, _ = reference(single, (), device)
+        exact, _ = reference(single, (), device, float64=True)
+    except (RuntimeError, MemoryError) as error:
+        # Out of memory, or an operation without a float64 implementation.
+        _free_memory()
+        return {"no_float64_reference": f"{name}: {str(error).splitlines()[0]}"}
+    differences = compare_traces(float32, exact)
+    worst = {key: largest(differences, key)[1] for key in differences if "later" not in key}
+    return {"run": name, "float32_error": worst}
 
-    Args:
-        job: The cases.
-        environment: This rank.
-        on_message: Called on every rank with `{"case": index, "result": {...}}`, and on rank 0
-            with `{"float32_error": run, "worst": {...}}` or
-            `{"float32_error_unavailable": reason}`.
+
+def _is_rounded(case: Case) -> bool:
+    """Whether the forward pass uses weights rounded to bfloat16."""
+    return case.precision == "bf16" and stage_of(case) > 0
+
+
+def _has_other_rounding(run: RunConfig) -> bool:
+    """Whether the case's MoE layers round at other points than the reference's, in bfloat16.
+
+    The loop backend does with expert parallelism; without it, the loop accumulates in float32.
     """
-    if environment.device.type == "cpu":
-        retain_freed_memory()
-    # Longer than the limit of a case, so that the slow rank reports the hang and not the ranks that
-    # wait for it.
-    start_process_group(environment, max(START_SECONDS, 2 * job.seconds + 60))
-    worker = RankWorker(job, environment)
-    for index, result in worker.results():
-        on_message({"case": index, "result": result})
-    for message in worker.float32_errors() if job.float64 else ():
-        on_message(message)
-    worker.all_gather_json(None)
-    # Otherwise threads of the group may still run at exit, which crashes the process.
-    stop_process_group()
-
-
-def main() -> None:
-    """One rank started by `pretrain.parity.launch`."""
-    parser = argparse.ArgumentParser(description="one rank of vlmoe check-parallel")
-    parser.add_argument("job", type=Path)
-    job = Job.from_json(parser.parse_args().job.read_text(encoding="utf-8"))
-    environment = rank_environment()
-    is_rank_zero = environment.rank == 0
-    run_job(job, environment, MessageLog(job.folder).add if is_rank_zero else _ignore_message)
-
-
-def _ignore_message(message: dict[str, Any]) -> None:
-    """Used on all ranks but rank 0."""
+    return run.moe.backend == "loop" and run.parallel.expert_parallel_size > 1
 
 
 def _free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def main() -> None:
+    """One rank started by `pretrain.parity.launch`."""
+    parser = argparse.ArgumentParser(description="one rank of vlmoe parity")
+    parser.add_argument("job", type=Path)
+    job = Job.from_json(parser.parse_args().job.read_text(encoding="utf-8"))
+    environment = rank_environment()
+
+    def on_message(message: dict[str, Any]) -> None:
+        if environment.rank == 0:
+            append_message(job.messages_path(0), message)
+
+    run_job(job, environment, on_message)
 
 
 if __name__ == "__main__":

@@ -60,18 +60,18 @@ def injected(name: str) -> Iterator[None]:
 def main() -> None:
     """Run the worker of `pretrain.parity` with the faults."""
     faults, current_case = json.loads(os.environ["FAULTS"]), [0]
-    trace_case, compare = worker.trace_case, worker.RankWorker._compare
+    trace_case, compare = worker.trace_case, worker.RankWorker.compare
 
     def trace_with_fault(*args: Any) -> Any:
         with injected(faults[current_case[0]]):
             return trace_case(*args)
 
-    def compare_and_record_index(self: Any, index: int, case: Any) -> Any:
+    def compare_and_record_index(self: Any, index: int) -> Any:
         current_case[0] = index
-        return compare(self, index, case)
+        return compare(self, index)
 
     worker.trace_case = trace_with_fault
-    worker.RankWorker._compare = compare_and_record_index  # type: ignore[method-assign]
+    worker.RankWorker.compare = compare_and_record_index  # type: ignore[method-assign]
     worker.main()
 
 

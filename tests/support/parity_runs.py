@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -147,5 +148,5 @@ def run_cases(
 
 
 def describe(result: Result) -> str:
-    """An result as one line, for assertion messages."""
-    return json.dumps(result.to_json())
+    """A result as one line, for assertion messages."""
+    return json.dumps(dataclasses.asdict(result))

@@ -133,8 +133,8 @@ def check_job(arguments: list[str]) -> None:
     match Path(script).stem:
         case "pretrain":
             parse(["train", arguments[0], "--out", *arguments[1:]])
-        case "check_parallel":
-            parse(["check-parallel", arguments[0], "--out", *arguments[1:]])
+        case "parity":
+            parse(["parity", arguments[0], "--out", *arguments[1:]])
         case "evaluate":
             parse(["eval", *arguments])
         case "prepare_data":
@@ -196,11 +196,11 @@ def test_python_examples_are_run_by_tests() -> None:
     "command",
     [
         "vlmoe trian run.yaml",
-        "vlmoe check-parallel run.yaml --cells own",
+        "vlmoe parity run.yaml --cells own",
         "vlmoe data stats shards --htlm x",
         "make tset",
         "sbatch slurm/pretrain.sbtch run.yaml runs/a",
-        "sbatch slurm/check_parallel.sbatch run.yaml checks/run --cells own",
+        "sbatch slurm/parity.sbatch run.yaml parity/run --cells own",
         "torchrun --nproc-per-node 8 -m pretrain train run.yaml --output runs/a",
         "python -m tools.bench_moe --lod even",
         "python -m tools.bench_moes",

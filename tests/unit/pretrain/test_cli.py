@@ -17,7 +17,7 @@ COMMANDS = [
     ["train"],
     ["plan"],
     ["settings"],
-    ["check-parallel"],
+    ["parity"],
     ["eval"],
     ["caption"],
     ["routing"],

@@ -1,4 +1,4 @@
-"""`vlmoe check-parallel`: exit status, JSON report, rejected runs, failing ranks."""
+"""`vlmoe parity`: exit status, JSON report, rejected runs, failing ranks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pretrain.cli.main import main
 from pretrain.parallel.environment import rank_environment
 from pretrain.parity import command
 from pretrain.parity.cases import Case
-from pretrain.parity.job import Job, Result
+from pretrain.parity.job import Job, Result, case_message
 from pretrain.parity.launch import launch_local_ranks
 from tests.unit.pretrain.parity_support import changed_trace, make_result
 
@@ -24,8 +24,8 @@ def launcher_with(*results: Result) -> Callable[..., None]:
 
     def launch(job: Job, world_size: int, on_message: Callable[[dict[str, Any]], None]) -> None:
         for index, result in enumerate(results):
-            on_message({"case": index, "result": result.to_json()})
-        on_message({"float32_error": "run", "worst": {"gradient": [2e-6, "gate"]}})
+            on_message(case_message(index, result))
+        on_message({"float32_error": {"gradient": 2e-6}, "run": "run"})
 
     return launch
 
@@ -55,13 +55,13 @@ def test_exit_status_and_json_report(
     monkeypatch.setattr(command, "launch_local_ranks", launcher_with(*results))
     out = tmp_path / "parity.json"
     arguments = ["tiny", "--small", "--world-size", "2", "--cases", "zero=1", "--out", str(out)]
-    assert main(["check-parallel", *arguments]) == status
+    assert main(["parity", *arguments]) == status
 
     report = json.loads(out.read_text(encoding="utf-8"))
     assert report["complete"]
     assert [case["status"] for case in report["cases"]] == [result.status for result in results]
-    assert report["tolerance"]["first"] == {"fp32": 1e-5, "bf16": 5e-3}
-    assert report["float64"]["run"]["gradient"] == {"value": 2e-6, "name": "gate"}
+    assert report["tolerances"]["loss"] == {"fp32": 1e-5, "bf16": 5e-3}
+    assert report["float32_errors"] == {"run": {"gradient": 2e-6}}
     assert f"{len(results)} cases: " in capsys.readouterr().out
 
 
@@ -70,7 +70,7 @@ def test_unsupported_cases_start_no_rank(
 ) -> None:
     monkeypatch.setattr(command, "launch_local_ranks", None)
     arguments = ["tiny", "--small", "--world-size", "2", "--cases", "ep=3,5"]
-    assert main(["check-parallel", *arguments]) == 2
+    assert main(["parity", *arguments]) == 2
     printed, error = capsys.readouterr()
     assert error.startswith("error: ") and "--cases" in error
     assert printed.count("unsupported: parallel.expert_parallel_size is") == 2
@@ -88,7 +88,7 @@ def test_unsupported_cases_start_no_rank(
 def test_an_invalid_run_is_an_error(
     arguments: list[str], message: str, prints_table: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["check-parallel", "tiny", "--small", *arguments]) == 2
+    assert main(["parity", "tiny", "--small", *arguments]) == 2
     printed, error = capsys.readouterr()
     assert message in error
     assert prints_table or not printed
@@ -100,7 +100,7 @@ def test_srun_tasks_without_torchrun_are_an_error(
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "16")
     monkeypatch.setattr(command, "launch_local_ranks", None)
-    assert main(["check-parallel", "tiny", "--small"]) == 2
+    assert main(["parity", "tiny", "--small"]) == 2
     error = capsys.readouterr().err
     assert "srun" in error and "16 tasks" in error
     with pytest.raises(LayoutError, match="torchrun"):
@@ -116,7 +116,7 @@ def test_srun_tasks_without_torchrun_are_an_error(
 )
 def test_invalid_numbers_are_usage_errors(arguments: list[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
-        main(["check-parallel", "tiny", *arguments])
+        main(["parity", "tiny", *arguments])
 
 
 def test_after_three_failures_the_remaining_cases_are_not_run(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pretrain.parity.compare import Difference, compare_traces, median_gradient, relative
+from pretrain.parity.compare import compare_traces, relative
 from pretrain.parity.tolerances import find_mismatches
 from tests.unit.pretrain.parity_support import (
     Change,
@@ -69,16 +69,15 @@ def test_a_shard_of_the_experts_is_compared_with_the_same_slice() -> None:
     reference, actual = make_trace(), make_trace()
     full = actual.pop("0/gradient/a.experts.w1@0:4")
     actual["0/gradient/a.experts.w1@2:4"] = full[2:4]
-    assert compare_traces(actual, reference).worst["gradient"].value == 0
+    gradients = compare_traces(actual, reference)["gradient"]
+    others = {"gate": 0.0, "stem": 0.0, "head": 0.0}
+    others["missing: a.experts.w1 of expert 0"] = math.inf
+    assert gradients == {"a.experts.w1@2:4": 0.0} | others
 
     actual["0/gradient/a.experts.w1@2:4"] = full[0:2]
     expected = relative(full[0:2], full[2:4])
-    comparison = compare_traces(actual, reference)
-    assert comparison.worst["gradient"] == Difference(expected, "a.experts.w1@2:4")
-    assert comparison.by_name["gradient"] == {
-        "gate": 0.0,
-        "a.experts.w1": pytest.approx(expected),
-    }
+    gradients = compare_traces(actual, reference)["gradient"]
+    assert gradients == {"a.experts.w1@2:4": pytest.approx(expected)} | others
 
 
 def test_a_missing_or_additional_gradient_is_a_mismatch() -> None:
@@ -132,16 +131,18 @@ def test_bfloat16_compares_the_first_step_with_larger_tolerances() -> None:
 
 def test_other_rounding_has_larger_tolerances_in_bfloat16() -> None:
     actual = changed_trace("0/gradient/gate", lambda t: t * 1.03)
-    worst = compare_traces(actual, make_trace()).worst
+    worst = compare_traces(actual, make_trace())
     assert not find_mismatches(worst, "bf16", 200.0, other_rounding=True)
     assert find_mismatches(worst, "fp32", 200.0, other_rounding=True)
 
 
 def test_rounding_of_most_gradients_is_a_mismatch() -> None:
     def found(*gradients: float) -> list[str]:
-        worst = compare_traces(make_trace(), make_trace()).worst
-        worst |= median_gradient({str(index): value for index, value in enumerate(gradients)})
-        return [mismatch.quantity for mismatch in find_mismatches(worst, "bf16", 200.0)]
+        reference = {f"0/gradient/{index}": torch.ones(1) for index in range(len(gradients))}
+        reference["0/norm/norm"] = torch.tensor(1.0)
+        actual = {f"0/gradient/{i}": torch.ones(1) + g for i, g in enumerate(gradients)}
+        differences = compare_traces(reference | actual, reference)
+        return [mismatch.quantity for mismatch in find_mismatches(differences, "bf16", 200.0)]
 
     assert found(1e-2, 1e-3, 1e-3) == []
     assert found(5e-3, 5e-3, 0.0) == ["median-gradient"]
@@ -150,13 +151,13 @@ def test_rounding_of_most_gradients_is_a_mismatch() -> None:
 def test_few_assignments_may_differ_but_nothing_else() -> None:
     """Two experts with nearly equal scores are a tie, which rounding decides."""
     actual = changed_trace("0/assignments/chosen", move_assignments(3))
-    worst = compare_traces(actual, make_trace()).worst
+    worst = compare_traces(actual, make_trace())
     assert find_mismatches(worst, "fp32", 1e5) == ()
     found = find_mismatches(worst, "fp32", 200.0)
     assert [mismatch.quantity for mismatch in found] == ["assignments"]
 
     actual["0/gradient/gate"] = make_trace()["0/gradient/gate"] * (1 + 1e-3)
-    worst = compare_traces(actual, make_trace()).worst
+    worst = compare_traces(actual, make_trace())
     found = find_mismatches(worst, "fp32", 1e5)
     assert [mismatch.quantity for mismatch in found] == ["gradient"]
 
@@ -165,6 +166,6 @@ def test_one_assignment_may_always_differ() -> None:
     for step, quantity in (("0", "assignments"), ("1", "later-assignments")):
         for count, expected in ((1, []), (2, [quantity])):
             actual = changed_trace(f"{step}/assignments/chosen", move_assignments(count))
-            worst = compare_traces(actual, make_trace()).worst
+            worst = compare_traces(actual, make_trace())
             found = find_mismatches(worst, "fp32", 200.0)
             assert [mismatch.quantity for mismatch in found] == expected

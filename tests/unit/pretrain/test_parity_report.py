@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
+from pathlib import Path
 
+import pytest
 import torch
 
-from pretrain.parity import report
 from pretrain.parity.cases import Case
-from pretrain.parity.compare import Difference, compare_traces
-from pretrain.parity.job import Job, Result, worst_from_json, worst_to_json
+from pretrain.parity.compare import compare_traces
+from pretrain.parity.job import Job, Result, append_message, case_message, read_messages
+from pretrain.parity.report import Report, mismatch_lines, row
 from tests.unit.pretrain.parity_support import changed_trace, make_result, make_trace
-
-WIDE = 150
 
 
 def doubled_gradient() -> Result:
@@ -21,82 +22,102 @@ def doubled_gradient() -> Result:
     return make_result("mismatch", actual | {"0/norm/norm": torch.tensor(6.0)})
 
 
+def infinite_gradient() -> Result:
+    return make_result("mismatch", changed_trace("0/gradient/gate", lambda t: t * math.nan))
+
+
+def report_of(*results: Result, out: Path | None = None, is_rank_zero: bool = True) -> Report:
+    report = Report(metadata={"run": "tiny"}, out=out, is_rank_zero=is_rank_zero)
+    for result in results:
+        report.add(result)
+    return report
+
+
 def test_a_job_is_restored_from_json() -> None:
     cases = (Case(zero="3"),)
     job = Job(runs={"run": "run.yaml"}, cases=cases, pairs=8, folder="/f", seconds=3.0, first=1)
-    assert Job.from_json(job.to_json()) == job
+    assert Job.from_json(json.dumps(asdict(job))) == job
 
 
-def test_results_are_restored_from_json_with_infinite_values() -> None:
-    infinite = make_result("mismatch", changed_trace("0/gradient/gate", lambda t: t * math.nan))
-    for result in (make_result(), infinite, make_result("hang", reason="late")):
-        text = json.dumps(result.to_json(), allow_nan=False)
-        assert Result.from_json(json.loads(text)) == result
-    text = json.dumps(worst_to_json(infinite.worst), allow_nan=False)
-    assert worst_from_json(json.loads(text)) == infinite.worst
+def test_results_are_restored_from_messages_with_infinite_values(tmp_path: Path) -> None:
+    path, results = tmp_path / "m", [make_result(), infinite_gradient(), doubled_gradient()]
+    results.append(make_result("hang", reason="late"))
+    for index, result in enumerate(results):
+        append_message(path, case_message(index, result))
+    with path.open("a", encoding="utf-8") as file:
+        file.write('{"case": 4, "resu')  # being written
+    messages = read_messages(path)
+    assert [message["case"] for message in messages] == [0, 1, 2, 3]
+    assert [Result.from_json(message["result"]) for message in messages] == results
 
 
-def test_columns_are_aligned() -> None:
-    header, separator = report.header(WIDE)
-    rows = [report.row(result, WIDE) for result in (make_result(), doubled_gradient())]
+def test_columns_are_aligned_and_fit_80_characters(capsys: pytest.CaptureFixture[str]) -> None:
+    report = report_of()
+    report.print_header()
+    header, separator = capsys.readouterr().out.splitlines()
+    rows = [row(result) for result in (make_result(), doubled_gradient())]
     column = header.index("result")
-    assert len(separator) == len(header)
-    assert [row[column:] for row in rows] == ["ok", "MISMATCH: norm, gradient"]
-    name_column = header.index("gradient (name)") + len("gradient ")
-    assert rows[1][name_column:].startswith("gate ")
+    assert column <= 80 and len(separator) == len(header)
+    assert [line[column:] for line in rows] == ["ok", "MISMATCH: norm, gradient"]
+    assert rows[1][: header.index(" weights")].endswith(" 1")
 
 
 def test_an_unsupported_case_shows_its_reason() -> None:
-    row = report.row(make_result("unsupported", reason="it does not fit"), WIDE)
-    assert row.endswith("unsupported: it does not fit")
-
-
-def test_the_narrow_table_fits_80_columns() -> None:
-    actual = changed_trace("0/gradient/gate", lambda t: t * 2)
-    mismatch = make_result("mismatch", actual)
-    header, separator = report.header(80)
-    rows = [report.row(result, 80) for result in (make_result(), mismatch)]
-    assert max(map(len, [header, separator, rows[0]])) <= 80
-    assert [row[header.index("result") :] for row in rows] == ["ok", "MISMATCH: gradient"]
-    assert rows[1][: header.index(" weights")].endswith(" 1")
-    assert max(map(len, report.summary([mismatch], {}, 80))) <= 80
+    line = row(make_result("unsupported", reason="it does not fit"))
+    assert line.endswith("unsupported: it does not fit")
 
 
 def test_mismatches_are_listed_with_their_tolerances() -> None:
-    lines = report.mismatch_lines(doubled_gradient())
-    (line,) = [line for line in lines if "gradient:" in line]
-    assert all(part in line for part in ("difference 1 ", "gate", "tolerance 1e-05"))
+    (line,) = [line for line in mismatch_lines(doubled_gradient()) if " gradient:" in line]
+    assert all(part in line for part in ("difference 1,", "tolerance 1e-05", "1 of 4: gate"))
 
 
-def test_other_weights_with_mismatches_are_listed() -> None:
+def test_all_weights_with_mismatches_are_listed_largest_first() -> None:
     actual = changed_trace("0/gradient/gate", lambda t: t * 3)
     name = "0/gradient/a.experts.w1@0:4"
     actual[name] = make_trace()[name] * 2
-    first, second = report.mismatch_lines(make_result("mismatch", actual))[:2]
-    assert all(part in first for part in ("gradient:", "difference 2 ", "gate"))
-    assert "a.experts.w1, of 2" in second
+    first = mismatch_lines(make_result("mismatch", actual))[0]
+    assert "difference 2," in first and first.endswith("2 of 4: gate, a.experts.w1@0:4")
 
 
 def test_the_summary_shows_tolerances_and_counts() -> None:
-    results = [make_result(), doubled_gradient()]
-    errors = {"run": {"gradient": Difference(3e-6, "gate")}}
-    summary = report.summary(results, errors)
-    text = " ".join(summary)
-    assert "1e-05 in fp32" in text and "0.005 in bf16" in text and "gradient 3e-06" in text
-    assert summary[-1] == "2 cases: 1 ok, 1 mismatch" and "rounding alone" not in text
+    report = report_of(make_result(), doubled_gradient())
+    report.float32_errors["run"] = {"gradient": 3e-6}
+    summary = report.summary()
+    tolerances = {line.split()[-1]: line.split()[:2] for line in summary if line}
+    assert tolerances["gradient"] == ["1e-05", "0.02"]
+    assert tolerances["median-gradient"] == ["1e-05", "0.004"]
+    assert "gradient 3e-06" in "\n".join(summary) and "rounding alone" not in "\n".join(summary)
+    assert summary[-1] == "2 cases: 1 ok, 1 mismatch"
+
+    report.float32_errors["run"] = {"gradient": 3e-5}
+    assert "rounding alone" in "\n".join(report.summary())
 
 
-def test_a_large_error_of_the_reference_is_reported() -> None:
-    errors = {"run": {"gradient": Difference(3e-5, "gate")}}
-    assert "rounding alone" in "\n".join(report.summary([doubled_gradient()], errors))
+def test_the_json_lists_all_gradients_but_only_the_largest_other_differences(
+    tmp_path: Path,
+) -> None:
+    reference = {"0/norm/norm": torch.tensor(1.0)}
+    for index in range(50):
+        reference[f"0/gradient/w{index}"] = torch.ones(1)
+        reference[f"start/parameters/w{index}"] = torch.ones(1)
+    actual = reference | {"0/gradient/w7": torch.full((1,), math.nan)}
+    result = Result(
+        case=Case(), world_size=2, status="ok", differences=compare_traces(actual, reference)
+    )
+    out = tmp_path / "parity.json"
+    report_of(result, out=out)
+    values = json.loads(out.read_text(encoding="utf-8"))
+    assert not values["complete"] and values["run"] == "tiny"
+    (case,) = values["cases"]
+    assert len(case["differences"]["gradient"]) == 50 and len(case["differences"]["start"]) == 20
+    assert case["differences"]["gradient"]["w7"] == "inf"
 
 
-def test_long_names_are_shortened_in_the_middle() -> None:
-    name = f"0/gradient/{'x' * 60}.end"
-    reference = {name: torch.zeros(1), "0/norm/norm": torch.tensor(1.0)}
-    worst = compare_traces(reference | {name: torch.ones(1)}, reference).worst
-    result = Result(case=Case(), world_size=2, status="ok", worst=worst)
-    header, _ = report.header(report.FULL_WIDTH)
-    row = report.row(result, report.FULL_WIDTH)
-    assert "..xxxxxxxxx.end" in row
-    assert row.index("ok") == header.index("result")
+def test_other_ranks_print_and_write_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "parity.json"
+    report = report_of(doubled_gradient(), out=out, is_rank_zero=False)
+    report.finish()
+    assert capsys.readouterr().out == "" and not out.exists() and not report.is_ok

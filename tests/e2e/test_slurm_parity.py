@@ -1,4 +1,4 @@
-"""slurm/check_parallel.sbatch: ranks on two nodes compared with a single process."""
+"""slurm/parity.sbatch: ranks on two nodes compared with a single process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.slurm, pytest.mark.timeout(300)]
 
 def test_ranks_on_two_nodes(slurm_cluster: SlurmCluster, tmp_path: Path) -> None:
     out = tmp_path / "check"
-    script = ROOT / "slurm" / "check_parallel.sbatch"
+    script = ROOT / "slurm" / "parity.sbatch"
     job = slurm_cluster.submit(
         *(f"--output={tmp_path}/batch.log", script, "tiny", out),
         *("--small", "--cases", "ep=2 zero=1,3"),

@@ -1,4 +1,4 @@
-"""`vlmoe check-parallel`: compares parallel layouts of a run with a single process."""
+"""`vlmoe parity`: compares parallel layouts of a run with a single process."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from data_pipeline.common.commands import Subparsers, add_command
 from pretrain.cli.common import add_run_arguments
 
 _EXAMPLES = """\
-  vlmoe check-parallel run.yaml --small --world-size 1,2,4
-  vlmoe check-parallel run.yaml --small --world-size 4 --cases "ep=1,2,4 zero=1,3" --out parity.json
-  vlmoe check-parallel b16 --world-size 2 --cases own model.num_layers=4
-  torchrun --nproc-per-node 8 -m pretrain check-parallel run.yaml --cases own --out parity.json
+  vlmoe parity run.yaml --small --world-size 1,2,4
+  vlmoe parity run.yaml --small --world-size 4 --cases "ep=1,2,4 zero=1,3" --out parity.json
+  vlmoe parity b16 --world-size 2 --cases own model.num_layers=4
+  torchrun --nproc-per-node 8 -m pretrain parity run.yaml --cases own --out parity.json
 
 Without torchrun, the command starts ranks on the CPUs of this machine; a case that fails or hangs
 is reported, and the other cases still run. Under torchrun, it uses the launched ranks and their
-GPUs, and a case that fails or hangs ends the check. On SLURM: sbatch slurm/check_parallel.sbatch.
+GPUs, and a case that fails or hangs ends the check. On SLURM: sbatch slurm/parity.sbatch.
 
 The model, losses, balancing and optimizer are those of the run file. The batch is synthetic, with
 some pairs missing, so no data is needed.
@@ -44,7 +44,7 @@ def add(subparsers: Subparsers) -> None:
     """Add the command."""
     parser = add_command(
         subparsers,
-        "check-parallel",
+        "parity",
         examples=_EXAMPLES,
         summary="compare parallel layouts of a run with a single process",
         description="Train the same weights on the same batch with every parallel layout and in a\n"
@@ -97,9 +97,9 @@ def handle(args: argparse.Namespace) -> int:
             args.parser.error(f"{name} is {value:g}, but must be above 0")
     _check_world_size(args)
 
-    from pretrain.parity.command import CheckOptions, check_parallel
+    from pretrain.parity.command import ParityOptions, check_parity
 
-    options = CheckOptions(
+    options = ParityOptions(
         world_sizes=args.world_size or [2],
         cases=args.cases or ["all"],
         small=args.small,
@@ -107,7 +107,7 @@ def handle(args: argparse.Namespace) -> int:
         timeout_seconds=args.timeout,
         out=args.out,
     )
-    return 0 if check_parallel(args.run, args.overrides, options) else 1
+    return 0 if check_parity(args.run, args.overrides, options) else 1
 
 
 def _check_world_size(args: argparse.Namespace) -> None:

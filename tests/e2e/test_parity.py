@@ -1,4 +1,4 @@
-"""`vlmoe check-parallel` as a command: with ranks that it starts, and under torchrun."""
+"""`vlmoe parity` as a command: with ranks that it starts, and under torchrun."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.launch import ROOT, clean_environment, torchrun
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
-COMMAND = ["-m", "pretrain", "check-parallel"]
+COMMAND = ["-m", "pretrain", "parity"]
 
 
 def check(*arguments: str | Path, timeout_seconds: float) -> str:
@@ -60,11 +60,11 @@ def test_several_world_sizes(tmp_path: Path) -> None:
         (2, 2): "ok",
     }
     assert by_case[2, 2]["reference_stats"]["dropped"] > 0
-    by_name = by_case[2, 2]["by_name"]
-    assert {"importance", "weighted/load"} <= by_name["term"].keys()
-    parameters = {"blocks.1.ffn.gate.weight", "blocks.1.ffn.experts.w1", "log_scale"}
-    assert parameters <= by_name["gradient"].keys()
-    assert report["float64"]["run"]["gradient"]["value"] < 1e-5
+    differences = by_case[2, 2]["differences"]
+    assert {"importance", "weighted/load"} <= differences["term"].keys()
+    experts = {f"blocks.1.ffn.experts.w1@{half}" for half in ("0:4", "4:8")}
+    assert {"blocks.1.ffn.gate.weight", "log_scale"} | experts <= differences["gradient"].keys()
+    assert report["float32_errors"]["run"]["gradient"] < 1e-5
 
 
 def test_under_torchrun(tmp_path: Path) -> None:
