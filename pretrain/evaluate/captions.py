@@ -8,20 +8,8 @@ long before complete captions match.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol
-
-from torch import Tensor
 
 from data_pipeline.content.captions import clean_caption
-
-
-class TokenModel(Protocol):
-    """The model interface for token accuracy."""
-
-    def count_correct_tokens(
-        self, images: Tensor, text_ids: Tensor, text_lengths: Tensor, text_positions: Tensor
-    ) -> tuple[int, int]:
-        """Number of correctly predicted caption tokens, and of all caption tokens."""
 
 
 def same_caption(generated: str, reference: str) -> bool:

@@ -6,27 +6,13 @@ Shapes: M texts, S text positions, T valid tokens of all texts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-
-class TextModel(Protocol):
-    """The model interface for embedding texts."""
-
-    def encode_text(self, text_ids: Tensor, text_lengths: Tensor, text_positions: Tensor) -> Tensor:
-        """Unit vectors, `[texts, embed_dim]`; the arguments are the fields of a `TextBatch`."""
-
-
-class TextTokenizer(Protocol):
-    """The tokenizer interface for embedding texts."""
-
-    @property
-    def pad_id(self) -> int: ...
-
-    def encode(self, text: str, max_length: int) -> list[int]:
-        """Token ids, including the start and end tokens."""
+from data_pipeline.content.tokenizer import Tokenizer
+from pretrain.model.vision_language import VisionLanguageModel
 
 
 class TextBatch(NamedTuple):
@@ -40,7 +26,7 @@ class TextBatch(NamedTuple):
     """Flat indices m x S + s of the valid tokens, int64, ascending."""
 
 
-def batch_texts(tokenizer: TextTokenizer, texts: Sequence[str], context_length: int) -> TextBatch:
+def batch_texts(tokenizer: Tokenizer, texts: Sequence[str], context_length: int) -> TextBatch:
     """Tokenize texts and pad them to the longest one."""
     rows = [tokenizer.encode(text, context_length) for text in texts]
     width = max((len(row) for row in rows), default=0)
@@ -54,8 +40,8 @@ def batch_texts(tokenizer: TextTokenizer, texts: Sequence[str], context_length: 
 
 
 def embed_texts(
-    model: TextModel,
-    tokenizer: TextTokenizer,
+    model: VisionLanguageModel,
+    tokenizer: Tokenizer,
     texts: Sequence[str],
     *,
     context_length: int,

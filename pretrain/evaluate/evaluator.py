@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,31 +21,20 @@ from torch import Tensor, nn
 from data_pipeline.common.errors import DataError
 from data_pipeline.common.seeds import rng
 from data_pipeline.content.captions import hash_caption
+from data_pipeline.content.tokenizer import Tokenizer
 from data_pipeline.samples import Batch
-from pretrain.evaluate.captions import TokenModel, token_accuracy_percent
-from pretrain.evaluate.embed import TextModel, TextTokenizer, embed_texts
+from pretrain.evaluate.captions import token_accuracy_percent
+from pretrain.evaluate.embed import embed_texts
 from pretrain.evaluate.generated_captions import (
     CaptionInput,
-    CaptionTokenizer,
     GeneratedCaptions,
     caption_images,
     caption_inputs,
 )
-from pretrain.evaluate.generation import CaptionModel
 from pretrain.evaluate.retrieval import Retrieval, retrieve
+from pretrain.model.vision_language import VisionLanguageModel
 
 logger = logging.getLogger(__name__)
-
-
-class EvaluatedModel(CaptionModel, TokenModel, TextModel, Protocol):
-    """The model interface for evaluation."""
-
-    def encode_image(self, images: Tensor) -> Tensor:
-        """Unit vectors, `[pairs, embed_dim]`."""
-
-
-class EvaluatedTokenizer(TextTokenizer, CaptionTokenizer, Protocol):
-    """The tokenizer interface for evaluation."""
 
 
 class SetOptions(NamedTuple):
@@ -77,8 +66,8 @@ class _Pass(NamedTuple):
 class Evaluator:
     """Evaluates one model; use inside `evaluation_mode(model)`."""
 
-    model: EvaluatedModel
-    tokenizer: EvaluatedTokenizer
+    model: VisionLanguageModel
+    tokenizer: Tokenizer
     context_length: int
     """Maximum tokens of a caption, including start and end tokens."""
     device: torch.device

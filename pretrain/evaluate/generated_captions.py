@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from data_pipeline.content.tokenizer import Tokenizer
 from data_pipeline.samples import Batch
 from pretrain.evaluate.captions import exact_match_percent
-from pretrain.evaluate.generation import CaptionModel, generate_captions
+from pretrain.evaluate.generation import generate_captions
+from pretrain.model.vision_language import VisionLanguageModel
 
 IMAGES_PER_FORWARD = 64
 MAX_EXAMPLES = 10
 """Captions listed in the results."""
-
-
-class CaptionTokenizer(Protocol):
-    """The tokenizer interface for caption generation."""
-
-    @property
-    def start_id(self) -> int: ...
-    @property
-    def end_id(self) -> int: ...
-    def decode(self, ids: Sequence[int]) -> str: ...
 
 
 class CaptionInput(NamedTuple):
@@ -67,10 +59,10 @@ def caption_inputs(batch: Batch) -> list[CaptionInput]:
 
 
 def caption_images(
-    model: CaptionModel,
+    model: VisionLanguageModel,
     inputs: Sequence[CaptionInput],
     *,
-    tokenizer: CaptionTokenizer,
+    tokenizer: Tokenizer,
     context_length: int,
     device: torch.device,
 ) -> GeneratedCaptions:

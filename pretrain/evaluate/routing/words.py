@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
+
+from data_pipeline.content.tokenizer import Tokenizer
 
 MAX_WORD_LENGTH = 24
 """Maximum characters of a word joined from several tokens. In scripts without spaces a whole
@@ -17,16 +18,10 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 _SPECIAL_TOKEN = re.compile(r"<(pad|start|end|unk)>")
 
 
-class PieceTokenizer(Protocol):
-    """The tokenizer interface for joining tokens."""
-
-    def piece(self, token: int) -> str: ...
-
-
 class WordVocabulary:
     """Assigns indices to words in order of first appearance."""
 
-    def __init__(self, tokenizer: PieceTokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._pieces: dict[int, str] = {}
         self._index: dict[str, int] = {}
