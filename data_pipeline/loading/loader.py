@@ -29,8 +29,8 @@ from data_pipeline.loading.sources import (
     make_order,
     open_sources,
 )
+from data_pipeline.order.micro_batches import largest_micro_batch_size, micro_batches_per_step
 from data_pipeline.order.order import Order
-from data_pipeline.order.plan import micro_batches_per_step
 from data_pipeline.order.state import LoaderState, check_state
 from data_pipeline.samples import Batch
 from data_pipeline.settings import DataConfig
@@ -142,7 +142,8 @@ class Loader:
             batch=BatchSpec(
                 image_size=image_size,
                 context_length=context_length,
-                micro_batch_size=micro_batch_size or max(1, global_batch_size // ranks.world_size),
+                micro_batch_size=micro_batch_size
+                or largest_micro_batch_size(global_batch_size, ranks.world_size),
             ),
             global_batch_size=global_batch_size,
             seed=seed,

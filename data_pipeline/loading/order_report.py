@@ -14,7 +14,7 @@ from data_pipeline.common.escaping import escape_control
 from data_pipeline.common.tables import format_table
 from data_pipeline.loading.batch_samplers import TrainBatchSampler
 from data_pipeline.loading.sources import Source, make_order
-from data_pipeline.order.plan import micro_batches_per_step
+from data_pipeline.order.micro_batches import micro_batches_per_step
 from data_pipeline.order.shuffle_quality import ShuffleQuality, format_quality_table
 from data_pipeline.order.shuffle_quality import shuffle_quality as compare_with_perfect
 from data_pipeline.order.state import merge_ranges

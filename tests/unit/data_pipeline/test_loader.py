@@ -211,5 +211,5 @@ def test_no_sources(tokenizer: Tokenizer) -> None:
 
 
 def test_global_batch_that_cannot_be_divided(factory: LoaderFactory) -> None:
-    with pytest.raises(ConfigError, match=r"global_batch_size is 8, .* 3 ranks = 6; .* 6"):
+    with pytest.raises(ConfigError, match=r"global_batch_size is 8, .* 3 ranks = 6; .*size=6"):
         factory.open(world_size=3)
