@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from data_pipeline.common.errors import CheckpointError
+from pretrain.parallel.errors import CheckpointError
 
 _CHUNK_BYTES = 16 * 2**20
 
