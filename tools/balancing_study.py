@@ -15,10 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from data_pipeline.common import storage
 from data_pipeline.common.errors import ConfigError
 from data_pipeline.common.json_file import write_json
 from data_pipeline.common.logs import setup_logging
-from data_pipeline.common.tables import markdown_table
+from data_pipeline.common.tables import format_rows, markdown_table
 from data_pipeline.common.yaml_file import load_yaml
 from pretrain.config.presets import preset_path
 from pretrain.config.schema import RunConfig
@@ -89,15 +90,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     text = report(results, trials[0].run)
     print(text)
     write_json(options.out / "balancing.json", results)
-    (options.out / "balancing.md").write_text(text + "\n", encoding="utf-8")
+    storage.write_bytes(str(options.out / "balancing.md"), f"{text}\n".encode())
     if options.write_docs:
-        DOCS.write_text(f"{DOCS_HEAD}\n{text}\n", encoding="utf-8")
+        storage.write_bytes(str(DOCS), f"{DOCS_HEAD}\n{text}\n".encode())
         print(f"\nwrote {DOCS}")
     return 0
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    methods = "\n".join(f"  {method.name:<22} {method.description}" for method in METHODS)
+    methods = format_rows([(f"  {method.name}", method.description) for method in METHODS])
     parser = argparse.ArgumentParser(
         prog="python -m tools.balancing_study",
         description=__doc__,

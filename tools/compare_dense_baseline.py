@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.common import storage
 from data_pipeline.common.json_file import write_json
 from data_pipeline.common.logs import setup_logging
 from data_pipeline.common.tables import markdown_table
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     table = comparison(results[SPARSE], results[DENSE])
     print(table)
     write_json(options.out / "comparison.json", results)
-    (options.out / "comparison.md").write_text(table + "\n", encoding="utf-8")
+    storage.write_bytes(str(options.out / "comparison.md"), f"{table}\n".encode())
     return 0
 
 

@@ -103,11 +103,11 @@ def run_results(out: Path) -> dict[str, Any]:
     """Deterministic metrics of every step, and a hash of every tensor of the last checkpoint."""
     from safetensors import safe_open
 
-    from pretrain.train.jsonl import read_rows
+    from pretrain.train.jsonl import METRICS_FILE, read_rows
 
     rows = [
         {key: value for key, value in row.items() if key.startswith(METRIC_PREFIXES)}
-        for row in read_rows(out / "metrics.jsonl")
+        for row in read_rows(out / METRICS_FILE)
     ]
     tensors = {}
     for path in sorted((out / "checkpoints" / f"step-{STEPS:08d}").glob("*.safetensors")):

@@ -18,6 +18,7 @@ from typing import Any
 
 from data_pipeline.common.errors import VlmError
 from data_pipeline.common.logs import setup_logging
+from data_pipeline.common.tables import format_rows
 from pretrain.config.presets import load_run
 from pretrain.config.schema import RunConfig
 from pretrain.parallel.environment import free_port
@@ -185,8 +186,7 @@ def summarize(out: Path) -> dict[str, Any]:
     print(f"training images: {train_captions['caption_exact']:.1f} % exact matches of captions")
     examples = results["unseen_style"]["examples"][:PRINTED_CAPTIONS]
     print(f"\n{len(examples)} images of a held-out style (true caption -> generated caption):")
-    for example in examples:
-        print(f"  {example['reference']:<36} -> {example['generated']}")
+    print(format_rows([(f"  {e['reference']}", f"-> {e['generated']}") for e in examples]))
     return summary
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_pipeline.common.commands import Subparsers, add_command
+from data_pipeline.common.tables import format_rows
 
 if TYPE_CHECKING:
     from data_pipeline.loading.ledger_check import LedgerReport
@@ -60,7 +61,7 @@ def handle(args: argparse.Namespace) -> int:
         ("unexpected", f"{report.unexpected:,}"),
         ("steps out of order", f"{report.misplaced:,}"),
     ]
-    print("\n".join(f"{name:<20} {value}" for name, value in rows))
+    print(format_rows(rows))
 
     if report.is_complete:
         print("every step read exactly the samples that the data order defines")

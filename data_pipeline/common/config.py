@@ -116,7 +116,7 @@ class _Converter:
                 self.invalid(full_key, f"no such setting{hint}")
 
         for name, field in fields.items():
-            if name not in mapping and _is_required(field):
+            if name not in mapping and is_required(field):
                 full_key = f"{path}.{name}" if path else name
                 values[name] = self.invalid(full_key, "is required, but missing")
 
@@ -220,7 +220,8 @@ class _Converter:
         return f"; {path or 'the top level'} has {', '.join(names)}"
 
 
-def _is_required(field: dataclasses.Field[Any]) -> bool:
+def is_required(field: dataclasses.Field[Any]) -> bool:
+    """Whether a setting has no default."""
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 

@@ -11,7 +11,7 @@ import textwrap
 import typing
 from typing import Any
 
-from data_pipeline.common.config import to_mapping
+from data_pipeline.common.config import is_required, to_mapping
 from data_pipeline.common.errors import ConfigError
 from data_pipeline.common.yaml_file import to_yaml
 
@@ -44,7 +44,7 @@ def settings_of(cls: type) -> list[Setting]:
         section = inner if inner is hint else None
         if section is not None:
             description = description or (inspect.getdoc(section) or "").splitlines()[0]
-        has_default = section is None and _has_default(field)
+        has_default = section is None and not is_required(field)
         settings.append(
             Setting(
                 name=field.name,
@@ -143,12 +143,6 @@ def _section_type(hint: Any) -> type | None:
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return hint
     return next(filter(None, map(_section_type, typing.get_args(hint))), None)
-
-
-def _has_default(field: dataclasses.Field[Any]) -> bool:
-    return (
-        field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
-    )
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

@@ -2,7 +2,7 @@
 
 A message states what was given, what was expected, where it was set and what to do. The command
 line prints `error: ...` for these and exits with status 2; any other exception is a bug and is
-shown with its traceback.
+shown with its traceback. Classes for one part of the program are defined in that part.
 """
 
 
@@ -42,19 +42,3 @@ class StorageError(DataError):
         """
         super().__init__(message, slug=slug)
         self.kind = kind
-
-
-class TokenizerError(DataError):
-    """The tokenizer is missing, corrupt, or not the one that this run was trained with."""
-
-
-class CheckpointError(VlmError):
-    """A checkpoint cannot be written, is corrupt, or belongs to another model or layout."""
-
-
-class LayoutError(VlmError):
-    """The number or arrangement of the started ranks does not fit the run."""
-
-
-class LostRankError(VlmError):
-    """Communication between ranks failed, usually because one of them exited."""

@@ -23,10 +23,16 @@ def format_table(
     """
     cells = [[format_count(cell) for cell in row] for row in (header, *rows)]
     widths = _widths(cells)
-    lines = ["  ".join(_align(row, widths, align)).rstrip() for row in cells]
+    lines = _aligned_lines(cells, widths, align)
     if rule:
         lines.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(lines)
+
+
+def format_rows(rows: Sequence[Sequence[object]], *, align: str = "l") -> str:
+    """A table without a header, such as names and values; for arguments see `format_table`."""
+    cells = [[format_count(cell) for cell in row] for row in rows]
+    return "\n".join(_aligned_lines(cells, _widths(cells), align))
 
 
 def markdown_table(
@@ -67,6 +73,10 @@ def truncate(text: str, limit: int) -> str:
 
 def _widths(cells: Sequence[Sequence[str]]) -> list[int]:
     return [max(map(_width, column)) for column in zip(*cells, strict=True)]
+
+
+def _aligned_lines(cells: Sequence[Sequence[str]], widths: Sequence[int], align: str) -> list[str]:
+    return ["  ".join(_align(row, widths, align)).rstrip() for row in cells]
 
 
 def _align(row: Sequence[str], widths: Sequence[int], align: str) -> list[str]:

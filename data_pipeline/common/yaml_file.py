@@ -136,7 +136,8 @@ def _load(path: Path, resolve: Resolve | None, chain: tuple[Path, ...]) -> dict[
     if mapping is None:
         mapping = {}
     if not isinstance(mapping, dict):
-        raise ConfigError(f"{path}: expected a mapping of settings, found {_value_text(mapping)}")
+        found = "a list" if isinstance(mapping, list) else repr(mapping)
+        raise ConfigError(f"{path}: expected a mapping of settings, found {found}")
 
     names = mapping.pop("extends", [])
     names = names if isinstance(names, list) else [names]
@@ -208,7 +209,3 @@ def apply_overrides(mapping: dict[str, Any], overrides: Sequence[str]) -> dict[s
                 )
         section[parts[-1]] = _merged(section.get(parts[-1]), value)
     return result
-
-
-def _value_text(value: object) -> str:
-    return "a list" if isinstance(value, list) else f"{value!r}"

@@ -17,13 +17,17 @@ from pathlib import Path
 import sentencepiece
 
 from data_pipeline.common import storage
-from data_pipeline.common.errors import TokenizerError
+from data_pipeline.common.errors import DataError
 from data_pipeline.content.captions import clean_caption
 
 PAD_ID, START_ID, END_ID, UNK_ID = 0, 1, 2, 3
 
 _META_SPACE = "\u2581"
 """SentencePiece's internal symbol for a space; a literal one in a caption is encoded as bytes."""
+
+
+class TokenizerError(DataError):
+    """The tokenizer is missing, corrupt, or not the one that this run was trained with."""
 
 
 class Tokenizer:

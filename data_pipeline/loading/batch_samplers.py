@@ -12,8 +12,8 @@ from typing import Protocol
 
 import numpy as np
 
+from data_pipeline.order.micro_batches import micro_batch_positions
 from data_pipeline.order.order import Order
-from data_pipeline.order.plan import micro_batch_positions
 from data_pipeline.order.state import Ranges, delivered_positions
 from data_pipeline.samples import SampleRef
 from data_pipeline.shards.manifest import Manifest

@@ -18,8 +18,8 @@ import numpy as np
 
 from data_pipeline.common.errors import DataError
 from data_pipeline.loading.ledger import CORRUPT, FILTERED, Record, rank_files, read_records
+from data_pipeline.order.micro_batches import micro_batch_positions
 from data_pipeline.order.order import Order
-from data_pipeline.order.plan import micro_batch_positions
 from data_pipeline.order.state import Ranges, delivered_positions
 
 _MAX_PROBLEMS = 20

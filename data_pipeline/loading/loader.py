@@ -29,8 +29,8 @@ from data_pipeline.loading.sources import (
     make_order,
     open_sources,
 )
+from data_pipeline.order.micro_batches import largest_micro_batch_size, micro_batches_per_step
 from data_pipeline.order.order import Order
-from data_pipeline.order.plan import micro_batches_per_step
 from data_pipeline.order.state import LoaderState, check_state
 from data_pipeline.samples import Batch
 from data_pipeline.settings import DataConfig
@@ -50,7 +50,7 @@ class Loader:
         self,
         *,
         sources: Sequence[Source | Manifest],
-        tokenizer_path: str,
+        tokenizer: Tokenizer,
         data: DataConfig,
         batch: BatchSpec,
         global_batch_size: int,
@@ -62,7 +62,7 @@ class Loader:
 
         Args:
             sources: The mixture; a manifest is a source without a weight.
-            tokenizer_path: SentencePiece model file.
+            tokenizer: Tokenizer for captions.
             data: How to read.
             batch: Shape of a micro-batch.
             global_batch_size: Pairs per step, over all ranks.
@@ -74,7 +74,6 @@ class Loader:
             ConfigError: `data` is invalid, the global batch cannot be divided among the ranks, the
                 state has another seed, or a source with a weight above 0 has no samples.
             DataError: The state was saved with other shards, weights, drop-lists or another window.
-            TokenizerError: There is no tokenizer at `tokenizer_path`.
         """
         check_sections(data)
         self._micro_batches = micro_batches_per_step(
@@ -99,7 +98,7 @@ class Loader:
             world_size=ranks.world_size,
         )
 
-        self._pipeline = self._make_pipeline(Tokenizer.load(tokenizer_path), batch, seed)
+        self._pipeline = self._make_pipeline(tokenizer, batch, seed)
         self._stream: BatchStream | None = None
         self._steps_done = 0
 
@@ -138,12 +137,13 @@ class Loader:
             raise ConfigError("data.tokenizer is empty; name a SentencePiece model")
         return cls(
             sources=open_sources(data.sources, timeout_seconds=data.timeout_seconds),
-            tokenizer_path=data.tokenizer,
+            tokenizer=Tokenizer.load(data.tokenizer),
             data=data,
             batch=BatchSpec(
                 image_size=image_size,
                 context_length=context_length,
-                micro_batch_size=micro_batch_size or max(1, global_batch_size // ranks.world_size),
+                micro_batch_size=micro_batch_size
+                or largest_micro_batch_size(global_batch_size, ranks.world_size),
             ),
             global_batch_size=global_batch_size,
             seed=seed,

@@ -14,7 +14,7 @@ from data_pipeline.common.escaping import escape_control
 from data_pipeline.common.tables import format_table
 from data_pipeline.loading.batch_samplers import TrainBatchSampler
 from data_pipeline.loading.sources import Source, make_order
-from data_pipeline.order.plan import micro_batches_per_step
+from data_pipeline.order.micro_batches import micro_batches_per_step
 from data_pipeline.order.shuffle_quality import ShuffleQuality, format_quality_table
 from data_pipeline.order.shuffle_quality import shuffle_quality as compare_with_perfect
 from data_pipeline.order.state import merge_ranges
@@ -86,7 +86,8 @@ def list_steps(
 def format_step(step: Step) -> str:
     """One step as a table for each micro-batch, with the same column widths."""
     rows = [sample for micro in step["micro_batches"] for sample in micro["samples"]]
-    cells = [[_cell(row[name]) for name in _FIELDS] for row in rows]
+    # Escaped, because keys and shard names are untrusted.
+    cells = [[escape_control(str(row[name])) for name in _FIELDS] for row in rows]
     header, *body = format_table(_FIELDS, cells, align="l", rule=False).splitlines()
     lines, table = [f"step {step['step']:,}"], iter(body)
     for micro in step["micro_batches"]:
@@ -192,8 +193,3 @@ class _SampleNames:
         except DataError:
             # Training continues too, and counts the samples of the shard as corrupt.
             return None
-
-
-def _cell(value: object) -> str:
-    """A value without control characters: keys and shard names are untrusted."""
-    return escape_control(str(value))

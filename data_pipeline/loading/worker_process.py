@@ -32,7 +32,7 @@ class WorkerError(NamedTuple):
     message: str
 
     def error(self) -> VlmError:
-        """The original error."""
+        """The original error; a `DataError` if its class is not one of `common.errors`."""
         error_class = getattr(errors, self.kind, DataError)
         error = error_class(self.message)
         assert isinstance(error, VlmError)

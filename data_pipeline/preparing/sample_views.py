@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from data_pipeline.common.errors import DataError
 from data_pipeline.common.escaping import escape_control
-from data_pipeline.common.tables import format_bytes, truncate
+from data_pipeline.common.tables import format_bytes, format_rows, truncate
 from data_pipeline.content.captions import find_captions, first_caption
 from data_pipeline.content.image import read_header
 from data_pipeline.content.sample_processor import image_bytes
@@ -75,22 +75,18 @@ def sample_text(raw: RawSample | SampleProblem, caption_keys: Sequence[str], loc
         f".{escape_control(extension)} {format_bytes(len(data))}"
         for extension, data in raw.members.items()
     )
-    lines = [
-        f"{escape_control(location)}  {escape_control(raw.key)}",
-        f"  files    {members}",
-        f"  image    {_image_text(raw)}",
-    ]
+    rows = [("  files", members), ("  image", _image_text(raw))]
     for key in caption_keys:
         try:
             for caption in find_captions(raw.members, key):
-                lines.append(f"  {key:7}  {truncate(escape_control(caption), _MAX_CHARS)}")
+                rows.append((f"  {key}", truncate(escape_control(caption), _MAX_CHARS)))
         except DataError as error:
-            lines.append(f"  {key:7}  {error.slug}: {escape_control(str(error))}")
+            rows.append((f"  {key}", f"{error.slug}: {escape_control(str(error))}"))
 
     if "json" in raw.members:
         for number, line in enumerate(_json_lines(raw)):
-            lines.append(f"  {'json' if not number else '':7}  {line}")
-    return "\n".join(lines)
+            rows.append(("" if number else "  json", line))
+    return f"{escape_control(location)}  {escape_control(raw.key)}\n{format_rows(rows)}"
 
 
 def contact_sheet(

@@ -12,8 +12,10 @@ from pretrain.checkpoint.reader import (
 from pretrain.checkpoint.verify import read_meta
 from pretrain.checkpoint.weights import load_model_weights
 from pretrain.checkpoint.writer import save
+from pretrain.parallel.errors import CheckpointError
 
 __all__ = [
+    "CheckpointError",
     "CorruptCheckpointError",
     "FileRecord",
     "LoadedState",

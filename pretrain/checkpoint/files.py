@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from data_pipeline.common.errors import CheckpointError
+from pretrain.parallel.errors import CheckpointError
 
 _CHUNK_BYTES = 16 * 2**20
 
@@ -93,8 +94,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
         }
     header_bytes = json.dumps(header).encode()
     header_bytes += b" " * (-len(header_bytes) % 8)
+    header_bytes = len(header_bytes).to_bytes(8, "little") + header_bytes
     values = (_raw_bytes(tensors[name]) for name in names)
-    return write_file(path, _chain(len(header_bytes).to_bytes(8, "little") + header_bytes, values))
+    return write_file(path, itertools.chain([header_bytes], values))
 
 
 def fsync_folder(folder: Path) -> None:
@@ -111,11 +113,6 @@ def hash_file(path: Path) -> FileRecord:
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256")
         return FileRecord(stream.tell(), digest.hexdigest())
-
-
-def _chain(first: bytes, rest: Iterable[memoryview]) -> Iterable[bytes | memoryview]:
-    yield first
-    yield from rest
 
 
 def _raw_bytes(tensor: Tensor) -> memoryview:

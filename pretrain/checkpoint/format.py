@@ -22,8 +22,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.common.errors import CheckpointError
 from pretrain.checkpoint.files import FileRecord
+from pretrain.parallel.errors import CheckpointError
 
 VERSION = 2
 LATEST = "latest"

@@ -14,7 +14,6 @@ import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_pipeline.common.errors import CheckpointError
 from pretrain.checkpoint.format import (
     LATEST,
     CorruptCheckpointError,
@@ -27,6 +26,7 @@ from pretrain.checkpoint.retention import list_checkpoints, read_latest, remove_
 from pretrain.checkpoint.verify import check_hashes, check_sizes, read_meta
 from pretrain.checkpoint.weights import TensorFiles, weight_files
 from pretrain.parallel.engine import Engine
+from pretrain.parallel.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 

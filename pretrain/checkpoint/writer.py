@@ -21,7 +21,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.common.errors import CheckpointError
 from pretrain.checkpoint.files import (
     FileRecord,
     fsync_folder,
@@ -44,6 +43,7 @@ from pretrain.checkpoint.reader import find_latest
 from pretrain.checkpoint.retention import remove_incomplete, remove_old_checkpoints
 from pretrain.parallel.communicator import Communicator
 from pretrain.parallel.engine import Engine
+from pretrain.parallel.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 

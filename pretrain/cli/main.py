@@ -15,10 +15,11 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from data_pipeline.commands import tokenizer
-from data_pipeline.common.errors import LostRankError, VlmError
+from data_pipeline.common.errors import VlmError
 from data_pipeline.common.logs import log_to_files_only, setup_logging
 from pretrain.cli import caption, data, eval, parity, plan, routing, settings, train
 from pretrain.cli.common import launched_rank_and_world_size
+from pretrain.parallel.errors import LostRankError
 
 _COMMANDS = (train, plan, settings, parity, eval, caption, routing, data, tokenizer)
 

@@ -15,10 +15,10 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from data_pipeline.common.errors import CheckpointError, ConfigError, DataError, TokenizerError
+from data_pipeline.common.errors import ConfigError, DataError
 from data_pipeline.content.image import decode_image, eval_transform
-from data_pipeline.content.tokenizer import Tokenizer
-from pretrain.checkpoint import find_latest, load_model_weights, read_meta
+from data_pipeline.content.tokenizer import Tokenizer, TokenizerError
+from pretrain.checkpoint import CheckpointError, find_latest, load_model_weights, read_meta
 from pretrain.config.presets import load_run
 from pretrain.config.schema import PrecisionConfig, RunConfig
 from pretrain.evaluate.embed import embed_texts

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data_pipeline.common.errors import CheckpointError
+from pretrain.parallel.errors import CheckpointError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from data_pipeline.common.errors import LayoutError
+from pretrain.parallel.errors import LayoutError
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from data_pipeline.common.errors import LayoutError
+from pretrain.parallel.errors import LayoutError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from data_pipeline.common.errors import CheckpointError
 from pretrain.model.vision_language import VisionLanguageModel
+from pretrain.parallel.errors import CheckpointError
 from pretrain.parallel.tensor_names import BIAS_SUFFIX
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.common.config import to_mapping
-from data_pipeline.common.tables import format_table
+from data_pipeline.common.tables import format_rows, format_table
 from pretrain.config.schema import RunConfig
 
 
@@ -30,7 +30,7 @@ def format_plan(run: RunConfig, plan: dict[str, Any]) -> str:
             _relative_path(profile) if profile else "not used (parallel.engine is plain)",
         ),
     ]
-    text = "\n".join(f"{name:<12} {value}" for name, value in lines)
+    text = format_rows(lines)
     return text + (f"\n{json.dumps(plan['deepspeed'], indent=2)}" if plan["deepspeed"] else "")
 
 

@@ -64,7 +64,7 @@ class TrainComponents:
         """The training data, starting at `state`."""
         return Loader(
             sources=self.sources,
-            tokenizer_path=self.run.data.tokenizer,
+            tokenizer=self.tokenizer,
             data=self.data,
             batch=BatchSpec(
                 image_size=self.run.model.image_size,

@@ -6,7 +6,7 @@ import logging
 import time
 from dataclasses import replace
 
-from data_pipeline.common.errors import TokenizerError
+from data_pipeline.content.tokenizer import TokenizerError
 from data_pipeline.loading.ledger import Ledger
 from data_pipeline.loading.loader import Loader
 from data_pipeline.order.state import LoaderState

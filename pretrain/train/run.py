@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from data_pipeline.common.errors import LostRankError
 from pretrain.config.schema import RunConfig
 from pretrain.parallel.environment import is_connection_error, stop_process_group
+from pretrain.parallel.errors import LostRankError
 from pretrain.train.build import build
 from pretrain.train.loop import train
 

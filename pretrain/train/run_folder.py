@@ -10,9 +10,9 @@ from typing import TypeVar
 from data_pipeline.common import errors, storage
 from data_pipeline.common.addresses import without_secrets
 from data_pipeline.common.config import dump_yaml
-from data_pipeline.common.errors import StorageError, TokenizerError, VlmError
+from data_pipeline.common.errors import StorageError, VlmError
 from data_pipeline.common.json_file import write_json
-from data_pipeline.content.tokenizer import Tokenizer
+from data_pipeline.content.tokenizer import Tokenizer, TokenizerError
 from pretrain.checkpoint.retention import list_checkpoints
 from pretrain.config.batch import BatchPlan
 from pretrain.config.schema import RunConfig

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from data_pipeline.common.errors import CheckpointError
 from data_pipeline.order.state import LoaderState
+from pretrain.checkpoint import CheckpointError
 
 STATE_VERSION = 1
 

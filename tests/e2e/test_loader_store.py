@@ -67,7 +67,7 @@ def open_loader(
 ) -> Loader:
     return Loader(
         sources=[unweighted_source(manifest) for manifest in manifests],
-        tokenizer_path=str(folder / "tokenizer.model"),
+        tokenizer=Tokenizer.load(folder / "tokenizer.model"),
         data=data,
         batch=BatchSpec(image_size=8, context_length=16, micro_batch_size=MICRO_BATCH_SIZE),
         seed=3,

@@ -26,7 +26,7 @@ class LoaderFactory:
     """Creates loaders over one dataset."""
 
     manifest: Manifest
-    tokenizer: str
+    tokenizer: Tokenizer
 
     def open(
         self,
@@ -51,7 +51,7 @@ class LoaderFactory:
     ) -> Loader:
         return Loader(
             sources=[self.manifest],
-            tokenizer_path=self.tokenizer,
+            tokenizer=self.tokenizer,
             data=data or make_data_config(),
             batch=BatchSpec(
                 image_size=8,
@@ -76,7 +76,7 @@ class LoaderFactory:
     ) -> Iterator[Batch]:
         return read_all(
             self.manifest,
-            tokenizer=Tokenizer.load(self.tokenizer),
+            tokenizer=self.tokenizer,
             data=data or make_data_config(),
             batch=BatchSpec(image_size=8, context_length=context_length, micro_batch_size=4),
             indices=indices,

@@ -27,7 +27,7 @@ from data_pipeline.shards.manifest import load_manifest
 
 def main(folder: str, tokenizer_path: str) -> None:
     """Read all samples and print the report."""
-    manifest = load_manifest(folder)
+    manifest, tokenizer = load_manifest(folder), Tokenizer.load(tokenizer_path)
     data = DataConfig(
         caption_keys=("txt", "json:caption"),
         caption_weights=(1.0, 1.0),
@@ -38,7 +38,7 @@ def main(folder: str, tokenizer_path: str) -> None:
     total = manifest.total_samples
     batches = read_all(
         manifest,
-        tokenizer=Tokenizer.load(tokenizer_path),
+        tokenizer=tokenizer,
         data=data,
         batch=BatchSpec(
             image_size=32,
@@ -49,7 +49,7 @@ def main(folder: str, tokenizer_path: str) -> None:
     report: dict[str, object] = {"samples": total, "evaluation": count_outcomes(batches)}
     loader = Loader(
         sources=[unweighted_source(manifest)],
-        tokenizer_path=tokenizer_path,
+        tokenizer=tokenizer,
         data=data,
         batch=BatchSpec(
             image_size=32,

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from data_pipeline.content.tokenizer import Tokenizer
 from data_pipeline.loading.batch_spec import BatchSpec
 from data_pipeline.loading.loader import Loader
 from data_pipeline.order.state import LoaderState
@@ -65,7 +66,7 @@ def first_batch_seconds(
     start = time.perf_counter()
     loader = Loader(
         sources=[load_manifest(url)],
-        tokenizer_path=str(data.tokenizer),
+        tokenizer=Tokenizer.load(data.tokenizer),
         data=settings,
         batch=BatchSpec(
             image_size=workload.image_size,

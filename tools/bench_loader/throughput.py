@@ -16,6 +16,7 @@ from itertools import islice
 
 import numpy as np
 
+from data_pipeline.content.tokenizer import Tokenizer
 from data_pipeline.loading.batch_spec import BatchSpec
 from data_pipeline.loading.loader import Loader
 from data_pipeline.order.state import LoaderState
@@ -64,7 +65,7 @@ def our_loader(data: BenchmarkData, workload: Workload, **settings: object) -> L
     """A loader at the start of the data, one micro-batch per step."""
     return Loader(
         sources=[data.manifest()],
-        tokenizer_path=str(data.tokenizer),
+        tokenizer=Tokenizer.load(data.tokenizer),
         data=workload.settings(**settings),
         batch=BatchSpec(
             image_size=workload.image_size,

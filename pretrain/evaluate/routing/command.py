@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data_pipeline.common import storage
 from data_pipeline.common.errors import ConfigError, DataError
 from data_pipeline.common.json_file import write_json
 from data_pipeline.samples import Batch
@@ -183,4 +184,4 @@ def _write(folder: Path, report: Report, grids: Sequence[Grid], page: str) -> No
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "routing.json", report)
     draw_grids(grids).save(folder / "routing.png")
-    (folder / "routing.html").write_text(page, encoding="utf-8")
+    storage.write_bytes(str(folder / "routing.html"), page.encode())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import unicodedata
 from typing import Any
 
-from data_pipeline.common.tables import format_table
+from data_pipeline.common.tables import format_rows, format_table
 
 Report = dict[str, Any]
 
@@ -33,10 +33,12 @@ def routing_table(report: Report) -> str:
 
 
 def _layer_lines(layer: Report) -> list[str]:
-    lines = [f"layer {layer['block']:02d}"]
-    for modality, load in layer["load"].items():
-        if load["max_over_mean"] is not None:
-            lines.append(f"  {modality:<5}  {load_text(load)}")
+    loads = [
+        (f"  {modality}", load_text(load))
+        for modality, load in layer["load"].items()
+        if load["max_over_mean"] is not None
+    ]
+    lines = [f"layer {layer['block']:02d}", *format_rows(loads).splitlines()]
     rows = [_expert_row(expert) for expert in layer["experts"]]
     lines.append(format_table(_HEADER, rows, align="rrrlrrrl", rule=False))
     for modality, pairs in layer["coactivation"].items():

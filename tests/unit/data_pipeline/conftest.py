@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.common import object_store, store_download
+from data_pipeline.content.tokenizer import Tokenizer
 from data_pipeline.shards.manifest import Manifest
 from tests.support.http_server import http_server
 from tests.support.loaders import NUM_SAMPLES, LoaderFactory
@@ -21,13 +22,18 @@ def tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
+def tokenizer(tokenizer_path: str) -> Tokenizer:
+    return Tokenizer.load(tokenizer_path)
+
+
+@pytest.fixture(scope="module")
 def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     return make_shards(tmp_path_factory.mktemp("shards"), count=NUM_SAMPLES)
 
 
 @pytest.fixture
-def factory(manifest: Manifest, tokenizer_path: str) -> LoaderFactory:
-    return LoaderFactory(manifest, tokenizer_path)
+def factory(manifest: Manifest, tokenizer: Tokenizer) -> LoaderFactory:
+    return LoaderFactory(manifest, tokenizer)
 
 
 @pytest.fixture

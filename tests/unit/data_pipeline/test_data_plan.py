@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.common.errors import ConfigError
-from data_pipeline.order.plan import Plan, micro_batch_positions, micro_batches_per_step
+from data_pipeline.order.plan import Plan
 
 SIZES = (5, 3, 8, 1, 4, 7)
 TOTAL = sum(SIZES)
@@ -78,29 +78,11 @@ def test_pickling() -> None:
     assert unpickled.samples(5, 40) == plan.samples(5, 40)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_global_batch_is_the_same_for_any_world_size(world_size: int) -> None:
-    positions = []
-    for micro in range(micro_batches_per_step(16, 2, world_size)):
-        for rank in range(world_size):
-            positions += micro_batch_positions(
-                32, micro, rank, micro_batch_size=2, world_size=world_size
-            )
-    assert positions == list(range(32, 48))
-
-
 def test_window_of_one_sample() -> None:
     plan = Plan([3, 1], seed=0, shuffle_window=1)
     for epoch in range(6):  # in some of them the shard of one sample comes last
         samples = {(ref.shard, ref.sample) for ref in plan.samples(4 * epoch, 4)}
         assert samples == {(0, 0), (0, 1), (0, 2), (1, 0)}
-
-
-def test_invalid_global_batch_size() -> None:
-    with pytest.raises(ConfigError, match=r"global_batch_size is 250, .*64 .* 2 ranks .*256"):
-        micro_batches_per_step(250, 64, 2)
-    with pytest.raises(ConfigError, match=r"global_batch_size is 16, .*nearest multiple is 128"):
-        micro_batches_per_step(16, 64, 2)
 
 
 def test_speed_of_a_large_plan() -> None:

@@ -8,6 +8,7 @@ from contextlib import closing
 from pathlib import Path
 
 from data_pipeline.commands import ledger as command
+from data_pipeline.content.tokenizer import Tokenizer
 from data_pipeline.loading.batch_samplers import shard_starts
 from data_pipeline.loading.batch_spec import BatchSpec, RankInfo
 from data_pipeline.loading.ledger import Ledger
@@ -38,7 +39,7 @@ def test_ledger_of_a_loader(tmp_path: Path) -> None:
     filtered = [i for i in range(19) if len(make_caption(i)) == longest and i != 7]
     data = make_data_config(filters=FilterConfig(max_caption_chars=longest - 1))
 
-    run = _LoaderRun(sources, data, make_tokenizer(tmp_path), tmp_path / "ledger")
+    run = _LoaderRun(sources, data, Tokenizer.load(make_tokenizer(tmp_path)), tmp_path / "ledger")
     for world_size, steps, kept in ((1, 4, 3), (2, 5, 5), (4, 2, 1), (1, 3, 3)):
         run.train(world_size, steps, kept)
     assert command.handle(argparse.Namespace(folder=tmp_path, data="")) == 0
@@ -55,7 +56,7 @@ class _LoaderRun:
     """Trains with real loaders and records their batches."""
 
     def __init__(
-        self, sources: list[Manifest], data: DataConfig, tokenizer: str, folder: Path
+        self, sources: list[Manifest], data: DataConfig, tokenizer: Tokenizer, folder: Path
     ) -> None:
         self.sources, self.data, self.tokenizer, self.folder = sources, data, tokenizer, folder
         self.state, self.steps_done = LoaderState(), 0
@@ -88,7 +89,7 @@ class _LoaderRun:
     def _open_loader(self, state: LoaderState, ranks: RankInfo) -> Loader:
         return Loader(
             sources=self.sources,
-            tokenizer_path=self.tokenizer,
+            tokenizer=self.tokenizer,
             data=self.data,
             batch=BatchSpec(image_size=8, context_length=16, micro_batch_size=2),
             global_batch_size=8,

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.common.errors import ConfigError, DataError
+from data_pipeline.content.tokenizer import Tokenizer
 from data_pipeline.loading.batch_spec import BatchSpec, RankInfo
 from data_pipeline.loading.loader import Loader
 from data_pipeline.loading.sources import Source, open_sources
@@ -102,13 +103,13 @@ def make_mixture(folder: Path) -> tuple[Source, ...]:
     )
 
 
-def test_resume_of_a_mixture(tmp_path: Path, tokenizer_path: str) -> None:
+def test_resume_of_a_mixture(tmp_path: Path, tokenizer: Tokenizer) -> None:
     sources = make_mixture(tmp_path)
 
     def open_loader(state: LoaderState, rank: int = 0, world_size: int = 1) -> Loader:
         return Loader(
             sources=sources,
-            tokenizer_path=tokenizer_path,
+            tokenizer=tokenizer,
             data=make_data_config(),
             batch=BatchSpec(image_size=8, context_length=16, micro_batch_size=MICRO_BATCH_SIZE),
             global_batch_size=GLOBAL_BATCH_SIZE,
@@ -196,11 +197,11 @@ def test_state_of_other_data_is_an_error(factory: LoaderFactory, tmp_path: Path)
         LoaderFactory(fewer, factory.tokenizer).resume(state)
 
 
-def test_no_sources(tokenizer_path: str) -> None:
+def test_no_sources(tokenizer: Tokenizer) -> None:
     with pytest.raises(ConfigError, match=r"no sources.*data\.train"):
         Loader(
             sources=[],
-            tokenizer_path=tokenizer_path,
+            tokenizer=tokenizer,
             data=make_data_config(),
             batch=BatchSpec(image_size=8, context_length=16, micro_batch_size=8),
             global_batch_size=8,
@@ -210,5 +211,5 @@ def test_no_sources(tokenizer_path: str) -> None:
 
 
 def test_global_batch_that_cannot_be_divided(factory: LoaderFactory) -> None:
-    with pytest.raises(ConfigError, match=r"global_batch_size is 8, .* 3 ranks = 6; .* 6"):
+    with pytest.raises(ConfigError, match=r"global_batch_size is 8, .* 3 ranks = 6; .*size=6"):
         factory.open(world_size=3)

@@ -45,9 +45,8 @@ def test_augmentation_depends_on_sample_and_epoch_only(factory: LoaderFactory) -
 
 @pytest.mark.parametrize("context_length", [16, 64])
 def test_contents_of_a_batch(
-    factory: LoaderFactory, manifest: Manifest, tokenizer_path: str, context_length: int
+    factory: LoaderFactory, manifest: Manifest, tokenizer: Tokenizer, context_length: int
 ) -> None:
-    tokenizer = Tokenizer.load(tokenizer_path)
     batches = list(factory.evaluate(context_length=context_length))
     assert [len(batch.keys) for batch in batches] == [4] * 7 + [2]
 
@@ -131,13 +130,13 @@ def test_global_random_state_is_unchanged(factory: LoaderFactory) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_caption_sampling(tmp_path: Path, tokenizer_path: str) -> None:
+def test_caption_sampling(tmp_path: Path, tokenizer: Tokenizer) -> None:
     """Keys are sampled by weight, and captions of a list uniformly."""
     samples = [
         sample | {"json": {"alt": [f"alt {i}", f"other {i}"]}}
         for i, sample in enumerate(make_samples(NUM_SAMPLES))
     ]
-    factory = LoaderFactory(write_shards(samples, tmp_path), tokenizer_path)
+    factory = LoaderFactory(write_shards(samples, tmp_path), tokenizer)
     data = make_data_config(caption_keys=("txt", "json:alt"), caption_weights=(1.0, 2.0))
     batches = [batch for step in take_steps(factory.open(data=data), 75)[0] for batch in step]
 

@@ -13,6 +13,7 @@ import pytest
 from webdataset import TarWriter
 
 from data_pipeline.common.errors import StorageError
+from data_pipeline.content.tokenizer import Tokenizer
 from data_pipeline.loading import batch_reader
 from data_pipeline.order.plan import Plan
 from data_pipeline.reading.reader import Reader
@@ -79,12 +80,12 @@ def make_unusual_shards(folder: Path, kind: str) -> Manifest:
     ],
 )
 def test_unusual_shards_give_every_rank_the_same_number_of_batches(
-    tmp_path: Path, tokenizer_path: str, kind: str, world_size: int
+    tmp_path: Path, tokenizer: Tokenizer, kind: str, world_size: int
 ) -> None:
     manifest = make_unusual_shards(tmp_path / "shards", kind)
     total = manifest.total_samples
     num_steps = 3 * total  # 3 x GLOBAL_BATCH_SIZE epochs, whatever the number of samples
-    factory = LoaderFactory(manifest, tokenizer_path)
+    factory = LoaderFactory(manifest, tokenizer)
     steps = []
     for rank in range(world_size):
         steps += take_steps(factory.open(rank=rank, world_size=world_size), num_steps)[0]
@@ -130,8 +131,8 @@ def make_corrupt_samples(folder: Path) -> Manifest:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_corrupt_samples_are_reported(tmp_path: Path, tokenizer_path: str, workers: int) -> None:
-    factory = LoaderFactory(make_corrupt_samples(tmp_path), tokenizer_path)
+def test_corrupt_samples_are_reported(tmp_path: Path, tokenizer: Tokenizer, workers: int) -> None:
+    factory = LoaderFactory(make_corrupt_samples(tmp_path), tokenizer)
     data = make_data_config(workers=workers)
     batches = flatten(take_steps(factory.open(data=data, position=0), 15)[0])
     num_samples = sum(len(batch.keys) + len(batch.problems) for batch in batches)
@@ -156,13 +157,13 @@ def test_corrupt_samples_are_reported(tmp_path: Path, tokenizer_path: str, worke
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_slots(tmp_path: Path, tokenizer_path: str, workers: int) -> None:
+def test_slots(tmp_path: Path, tokenizer: Tokenizer, workers: int) -> None:
     """A corrupt sample leaves a gap, and the samples after it keep their slots, which determine the
     capacity groups of the router."""
     samples = list(make_samples(12))
     for i in (1, 4, 11):  # a middle one, the first and the last of a batch of four
         samples[i]["png"] = b"no image"
-    factory = LoaderFactory(write_shards(samples, tmp_path, samples_per_shard=12), tokenizer_path)
+    factory = LoaderFactory(write_shards(samples, tmp_path, samples_per_shard=12), tokenizer)
     batches = list(factory.evaluate(workers=workers))
     assert [batch.slots.tolist() for batch in batches] == [[0, 2, 3], [1, 2, 3], [0, 1, 2]]
     assert [batch.ids.tolist() for batch in batches] == [[0, 2, 3], [5, 6, 7], [8, 9, 10]]
@@ -178,9 +179,9 @@ def test_slots(tmp_path: Path, tokenizer_path: str, workers: int) -> None:
     assert num_gaps  # batches with only the second of two samples
 
 
-def test_batch_of_corrupt_samples_only(tmp_path: Path, tokenizer_path: str) -> None:
+def test_batch_of_corrupt_samples_only(tmp_path: Path, tokenizer: Tokenizer) -> None:
     manifest = write_shards([{"__key__": str(i), "txt": "x"} for i in range(4)], tmp_path)
-    (batch,) = LoaderFactory(manifest, tokenizer_path).evaluate()
+    (batch,) = LoaderFactory(manifest, tokenizer).evaluate()
     assert (batch.images.shape, batch.text_ids.shape) == ((0, 3, 8, 8), (0, 8))
     assert len(batch.text_positions) == len(batch.caption_hashes) == 0
     assert len(batch.problems) == 4
@@ -218,11 +219,11 @@ def corrupt_shard(manifest: Manifest, folder: Path, corruption: str) -> None:
     ],
 )
 def test_every_sample_of_a_corrupt_shard_is_reported(
-    tmp_path: Path, tokenizer_path: str, workers: int, corruption: str, reasons: dict[str, int]
+    tmp_path: Path, tokenizer: Tokenizer, workers: int, corruption: str, reasons: dict[str, int]
 ) -> None:
     manifest = make_shards(tmp_path, count=NUM_SAMPLES)
     corrupt_shard(manifest, tmp_path, corruption)
-    factory = LoaderFactory(manifest, tokenizer_path)
+    factory = LoaderFactory(manifest, tokenizer)
     data = make_data_config(workers=workers)
     steps = []
     for rank in range(2):

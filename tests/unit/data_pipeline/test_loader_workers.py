@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from data_pipeline.common.errors import DataError
+from data_pipeline.content.tokenizer import Tokenizer
 from data_pipeline.loading import batch_stream, collate
 from data_pipeline.loading.collate import BatchBuilder, PackedBatch
 from tests.support.loaders import NUM_SAMPLES, LoaderFactory, take_steps
@@ -62,7 +63,7 @@ def test_worker_that_dies(factory: LoaderFactory) -> None:
 
 
 def test_read_that_never_returns(
-    tmp_path: Path, tokenizer_path: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is an error after the timeout, and the worker can be terminated."""
     manifest = make_shards(tmp_path, count=NUM_SAMPLES)
@@ -70,7 +71,7 @@ def test_read_that_never_returns(
     index.unlink()
     os.mkfifo(index)  # opening it blocks until there is a writer, like a file of a dead server
     monkeypatch.setattr(batch_stream, "POLL_SECONDS", 1)
-    loader = LoaderFactory(manifest, tokenizer_path).open(
+    loader = LoaderFactory(manifest, tokenizer).open(
         data=make_data_config(workers=1, shard_seconds=1, timeout_seconds=2)
     )
     with pytest.raises(DataError, match=r"no batch within 2 s .*data\.timeout_seconds"):
@@ -95,6 +96,7 @@ def test_workers_end_with_the_loader(factory: LoaderFactory) -> None:
 TRAINER = """
 import multiprocessing, signal, subprocess, sys
 from multiprocessing.context import ForkServerProcess
+from data_pipeline.content.tokenizer import Tokenizer
 from data_pipeline.loading.batch_spec import BatchSpec
 from data_pipeline.loading.loader import Loader
 from data_pipeline.shards.manifest import load_manifest
@@ -112,7 +114,7 @@ if __name__ == "__main__":
     multiprocessing.get_context("forkserver").Process = SignaledAtStart
     loader = Loader(
         sources=[load_manifest(sys.argv[1])],
-        tokenizer_path=sys.argv[2],
+        tokenizer=Tokenizer.load(sys.argv[2]),
         data=make_data_config(workers=2),
         batch=BatchSpec(image_size=8, context_length=16, micro_batch_size=8),
         global_batch_size=8,
@@ -126,12 +128,12 @@ if __name__ == "__main__":
 
 
 def test_workers_ignore_signals_and_end_with_a_killed_trainer(
-    factory: LoaderFactory, tmp_path: Path
+    factory: LoaderFactory, tokenizer_path: str, tmp_path: Path
 ) -> None:
     script = tmp_path / "trainer.py"
     script.write_text(TRAINER)
     trainer = subprocess.Popen(
-        [sys.executable, str(script), factory.manifest.url, factory.tokenizer],
+        [sys.executable, str(script), factory.manifest.url, tokenizer_path],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

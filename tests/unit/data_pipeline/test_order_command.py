@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.content.tokenizer import Tokenizer
 from data_pipeline.loading.batch_spec import BatchSpec, RankInfo
 from data_pipeline.loading.loader import Loader
 from data_pipeline.loading.sources import open_sources
@@ -65,7 +66,7 @@ def test_output_matches_the_loader(
     for rank in range(world_size):
         loader = Loader(
             sources=open_sources(run.data.sources),
-            tokenizer_path=run.data.tokenizer,
+            tokenizer=Tokenizer.load(run.data.tokenizer),
             data=run.data,
             batch=BatchSpec(image_size=8, context_length=16, micro_batch_size=4),
             global_batch_size=16,

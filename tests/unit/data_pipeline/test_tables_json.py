@@ -7,7 +7,13 @@ from pathlib import Path
 
 from data_pipeline.common.escaping import escape_control
 from data_pipeline.common.json_file import write_json
-from data_pipeline.common.tables import format_bytes, format_table, markdown_table, truncate
+from data_pipeline.common.tables import (
+    format_bytes,
+    format_rows,
+    format_table,
+    markdown_table,
+    truncate,
+)
 
 
 def test_format_table() -> None:
@@ -23,6 +29,12 @@ def test_alignment_of_each_column() -> None:
     table = format_table(["a", "b", "c"], [("1", "2", "3"), ("11", "22", "33")], align="rl")
     assert table.splitlines()[2:] == [" 1  2   3", "11  22  33"]
     assert format_table(["a", "b"], [], rule=False) == "a  b"
+
+
+def test_rows_without_a_header() -> None:
+    rows = [("steps", 1234), ("  lost", "none")]
+    assert format_rows(rows).splitlines() == ["steps   1,234", "  lost  none"]
+    assert format_rows([]) == ""
 
 
 def test_wide_characters_take_two_columns() -> None:

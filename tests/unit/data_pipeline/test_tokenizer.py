@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from data_pipeline.common.errors import DataError, TokenizerError
+from data_pipeline.common.errors import DataError
 from data_pipeline.content.captions import clean_caption
-from data_pipeline.content.tokenizer import Tokenizer, train_tokenizer
+from data_pipeline.content.tokenizer import Tokenizer, TokenizerError, train_tokenizer
 from data_pipeline.preparing.caption_stream import iter_captions
 from data_pipeline.shards.writer import write_shards
 

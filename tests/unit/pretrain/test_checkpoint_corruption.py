@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.common.errors import CheckpointError
 from pretrain.checkpoint import (
+    CheckpointError,
     CorruptCheckpointError,
     find_latest,
     load,

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from data_pipeline.common.errors import CheckpointError
-from pretrain.checkpoint import load_latest, load_model_weights, save
+from pretrain.checkpoint import CheckpointError, load_latest, load_model_weights, save
 from pretrain.config.experts import BalanceConfig, MoEConfig
 from pretrain.config.schema import ModelConfig, OptimConfig, RunConfig
 from pretrain.model import build_model

@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.common.errors import CheckpointError
-from pretrain.checkpoint import find_latest, load_latest, load_model_weights, save
+from pretrain.checkpoint import CheckpointError, find_latest, load_latest, load_model_weights, save
 from tests.unit.pretrain.checkpoint_support import FakeEngine, FakeWorld, one_rank
 
 OPERATIONS = ("open", "write", "fsync", "mkdir", "rename", "replace", "unlink", "rmdir", "close")

@@ -36,7 +36,7 @@ def test_json_values_are_consistent(
 def test_text_shows_size_batch_and_layout(capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--world-size", "16", "parallel.expert_parallel_size=8"]
     text = plan_text(capsys, "b16", *options)
-    lines = {line[:12].strip(): line[13:] for line in text.splitlines()}
+    lines = {line[:10].strip(): line[12:] for line in text.splitlines()}
     assert lines["parameters"].startswith("488.7M total")
     assert "461.5M total, 85.22M active per token" in lines["trunk"]
     assert all(part in lines["batch"] for part in ("16,384", "256", "16 ranks", "4 accumulation"))
@@ -60,8 +60,8 @@ def test_the_default_world_size_is_that_of_expert_parallelism(
 
 def test_text_shows_routing_and_balancing(capsys: pytest.CaptureFixture[str]) -> None:
     text = plan_text(capsys, "quickstart")
-    assert "routing      softmax scores, top_k routing, renormalized, dropless\n" in text
-    assert "balancing    sign bias per modality, rate 0.001\n" in text
+    assert "routing     softmax scores, top_k routing, renormalized, dropless\n" in text
+    assert "balancing   sign bias per modality, rate 0.001\n" in text
 
     text = plan_text(
         capsys,
@@ -70,7 +70,7 @@ def test_text_shows_routing_and_balancing(capsys: pytest.CaptureFixture[str]) ->
         "balance={local_entropy_weight: {text: 0.01}, balance_weight: 0}",
     )
     assert "raw weights, capacity 1.5 by position, 4 experts for patches\n" in text
-    assert "balancing    router_z 0.001, local_entropy text 0.01\n" in text
+    assert "balancing   router_z 0.001, local_entropy text 0.01\n" in text
 
 
 def test_text_of_a_dense_run_has_no_experts(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.common.errors import LayoutError
 from pretrain.cli.main import main
 from pretrain.parallel.environment import rank_environment
+from pretrain.parallel.errors import LayoutError
 from pretrain.parity import command
 from pretrain.parity.cases import Case
 from pretrain.parity.job import Job, Result, case_message
