@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from data_pipeline.order.micro_batches import micro_batch_positions, micro_batches_per_step
 from data_pipeline.samples import Batch
 from pretrain.config.schema import OptimConfig, RunConfig
 from pretrain.model import build_model
@@ -94,12 +95,15 @@ def micro_batches(
 ) -> list[Batch]:
     """This rank's micro-batches of a step, split as the data loader splits the global batch."""
     micro_batch_size, pairs = run.batch.micro_batch_size, run.batch.global_batch_size
+    world_size, rank = engine.communicator.world_size, engine.communicator.rank
     global_batch = GlobalBatch(run.model, run.seed, step, pairs, missing)
-    pairs_per_round = micro_batch_size * engine.communicator.world_size
-    return [
-        global_batch.rows(first + engine.communicator.rank * micro_batch_size, micro_batch_size)
-        for first in range(0, pairs, pairs_per_round)
-    ]
+    batches = []
+    for micro in range(micro_batches_per_step(pairs, micro_batch_size, world_size)):
+        rows = micro_batch_positions(
+            0, micro, rank, micro_batch_size=micro_batch_size, world_size=world_size
+        )
+        batches.append(global_batch.rows(rows.start, len(rows)))
+    return batches
 
 
 def reference(
