@@ -24,6 +24,7 @@ from data_pipeline.common.yaml_file import load_yaml
 from pretrain.config.presets import preset_path
 from pretrain.config.schema import RunConfig
 from pretrain.config.validate import check_run
+from tools.study.arguments import study_parser
 from tools.study.methods import METHODS, apply_method
 from tools.study.seed_means import lookup, seed_mean
 from tools.study.trials import Result, Trial, load_trial, run_or_report_error
@@ -99,22 +100,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     methods = format_rows([(f"  {method.name}", method.description) for method in METHODS])
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.balancing_study",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"{EXAMPLES}\nmethods:\n{methods}",
-    )
-    parser.add_argument(
-        "--run",
-        default="quickstart",
-        help="a run file or preset with experts (default: quickstart)",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("runs/balancing"),
-        help="folder of all runs (default: %(default)s)",
+    parser = study_parser(
+        "tools.balancing_study",
+        __doc__,
+        f"{EXAMPLES}\nmethods:\n{methods}",
+        out="runs/balancing",
+        seeds=[0],
+        steps=600,
     )
     parser.add_argument(
         "--methods",
@@ -123,22 +115,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=[method.name for method in METHODS],
         help="methods to compare (default: all those listed below)",
     )
-    parser.add_argument(
-        "--seeds", type=int, nargs="+", default=[0], help="one run per seed (default: 0)"
-    )
-    parser.add_argument(
-        "--steps",
-        type=int,
-        default=600,
-        help="optimizer steps of each run (default: 600; 0: as in the run)",
-    )
     parser.add_argument("--write-docs", action="store_true", help=f"also write {DOCS}")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key=value",
-        help="settings of all runs, such as optim.lr=1e-3",
-    )
     return parser.parse_args(arguments)
 
 

@@ -12,7 +12,6 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from data_pipeline.common import storage
@@ -22,6 +21,7 @@ from data_pipeline.common.tables import markdown_table
 from pretrain.config.schema import RunConfig
 from pretrain.config.validate import check_run
 from pretrain.model.dense_baseline import DEFAULT_TEXT_TOKENS, dense_baseline, resolve_text_tokens
+from tools.study.arguments import study_parser
 from tools.study.seed_means import lookup, paired_difference, seed_mean
 from tools.study.trials import Result, Trial, load_trial, run_or_report_error
 
@@ -61,32 +61,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.compare_dense_baseline",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--run",
-        default="quickstart",
-        help="a run file or preset with experts (default: quickstart)",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("runs/dense-baseline"),
-        help="folder of all runs (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--seeds",
-        type=int,
-        nargs="+",
-        default=[0, 1, 2],
-        help="one pair of runs per seed (default: 0 1 2)",
-    )
-    parser.add_argument(
-        "--steps", type=int, default=0, help="optimizer steps (default: as in the run)"
+    parser = study_parser(
+        "tools.compare_dense_baseline",
+        __doc__,
+        EXAMPLES,
+        out="runs/dense-baseline",
+        seeds=[0, 1, 2],
+        steps=0,
     )
     parser.add_argument(
         "--text-tokens",
@@ -94,12 +75,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=None,
         help="mean number of caption tokens, for equal FLOPs "
         f"(default: {DEFAULT_TEXT_TOKENS}, at most model.context_length)",
-    )
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key=value",
-        help="settings of both runs, such as optim.lr=1e-3",
     )
     return parser.parse_args(arguments)
 
