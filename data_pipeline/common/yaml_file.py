@@ -187,16 +187,21 @@ def apply_overrides(mapping: dict[str, Any], overrides: Sequence[str]) -> dict[s
             an empty string). Later ones win. `from_mapping` checks whether the keys exist.
 
     Raises:
-        ConfigError: An override has no `=`, an empty key, a value that is not YAML, or a prefix
-            that is not a section.
+        ConfigError: An override has no `=value`, an empty key, a value that is not YAML, or a
+            prefix that is not a section.
     """
     result = deepcopy(mapping)
     for override in overrides:
         key, equals, text = override.partition("=")
         parts = key.strip().split(".")
-        if not equals or not all(parts):
+        if not all(parts):
             raise ConfigError(
                 f"{override!r} is not a setting; write it as key=value, such as optim.lr=3e-4"
+            )
+        if not equals:
+            raise ConfigError(
+                f"{override!r} has no value: `=value` is missing; write {key}=VALUE, such as "
+                f"optim.lr=3e-4"
             )
         value = parse_yaml(text, source=f"the value of {override!r}") if text.strip() else ""
         section = result
