@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from itertools import chain
 
 from data_pipeline.common.errors import ConfigError
+from data_pipeline.common.origins import Origins
 from data_pipeline.common.problems import join_problems, section_problems
 from pretrain.config.checks.data import data_problems, eval_problems
 from pretrain.config.checks.experts import balance_problems, expert_problems
@@ -23,7 +24,7 @@ def check_run(
     run: RunConfig,
     world_size: int,
     *,
-    source: str = "",
+    source: str | Origins = "",
     training: bool = True,
 ) -> None:
     """Raise one error that lists all problems of a run.
@@ -31,7 +32,7 @@ def check_run(
     Args:
         run: The run.
         world_size: Number of ranks.
-        source: Prefix of the error message, such as the run's file.
+        source: See `join_problems`.
         training: Also check what only training needs: shards and a tokenizer.
 
     Raises:

@@ -16,7 +16,7 @@ def find_problems(overrides: list[str], world_size: int) -> list[str]:
     batch = {1: ["batch.global_batch_size=64"], 2: []}.get(
         world_size, ["batch={global_batch_size: 480, micro_batch_size: 1}"]
     )
-    return problems(load_unchecked_run("tiny", [*batch, *overrides]), world_size)
+    return problems(load_unchecked_run("tiny", [*batch, *overrides])[0], world_size)
 
 
 def assert_one_problem(overrides: list[str], world_size: int, parts: list[str]) -> None:
@@ -271,7 +271,7 @@ def test_errors_of_a_single_section(overrides: list[str], parts: list[str]) -> N
 
 
 def test_all_problems_are_in_one_error() -> None:
-    run = load_unchecked_run(
+    run, _ = load_unchecked_run(
         "tiny", ["batch.global_batch_size=100", "parallel.expert_parallel_size=16", "optim.lr=0"]
     )
     with pytest.raises(ConfigError) as error:
@@ -302,7 +302,7 @@ def test_problems_of_several_sections_are_in_one_error() -> None:
 )
 def test_invalid_sections_do_not_break_other_checks(overrides: list[str]) -> None:
     """Checks across sections are not computed from values that are invalid by themselves."""
-    found = problems(load_unchecked_run("tiny", overrides), 2)
+    found = problems(load_unchecked_run("tiny", overrides)[0], 2)
     assert len(found) >= len(overrides)
     assert len(set(found)) == len(found)
 
