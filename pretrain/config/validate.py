@@ -8,7 +8,7 @@ tokenizer's vocabulary) is checked where they are opened.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 
 from data_pipeline.common.errors import ConfigError
@@ -26,6 +26,7 @@ def check_run(
     *,
     source: str | Origins = "",
     training: bool = True,
+    more: Sequence[str] = (),
 ) -> None:
     """Raise one error that lists all problems of a run.
 
@@ -34,6 +35,7 @@ def check_run(
         world_size: Number of ranks.
         source: See `join_problems`.
         training: Also check what only training needs: shards and a tokenizer.
+        more: Further problems for the same error, such as files that do not exist.
 
     Raises:
         ConfigError: There is at least one problem.
@@ -41,6 +43,7 @@ def check_run(
     messages = problems(run, world_size)
     if training:
         messages += training_problems(run)
+    messages += more
     if messages:
         raise ConfigError(join_problems(messages, source))
 
