@@ -19,6 +19,11 @@ from pretrain.config.checks.experts import balance_problems, expert_problems
 from pretrain.config.checks.layout import batch_problems, parallel_problems, precision_problems
 from pretrain.config.schema import RunConfig
 
+NO_TRAINING_DATA = (
+    "data.train is empty; name the manifests or folders of the training shards, such as "
+    "data.train=[data/quickstart/train]"
+)
+
 
 def check_run(
     run: RunConfig,
@@ -79,10 +84,7 @@ def training_problems(run: RunConfig) -> list[str]:
     """Settings that training needs and the run does not have."""
     messages = []
     if not run.data.train:
-        messages.append(
-            "data.train is empty; name the manifests or folders of the training shards, such as "
-            "data.train=[data/quickstart/train]"
-        )
+        messages.append(NO_TRAINING_DATA)
     if not run.data.tokenizer:
         messages.append(
             "data.tokenizer is empty; name a SentencePiece model, or train one: "
