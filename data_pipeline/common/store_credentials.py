@@ -43,7 +43,13 @@ _PROFILE_KEYS = {
     "web_identity_token_file": "web_identity_token_file",
     "role_session_name": "role_session_name",
 }
-_BOTOCORE_KEYS = ("credential_process", "sso_session", "sso_start_url", "source_profile")
+_BOTOCORE_KEYS = (
+    "credential_process",
+    "credential_source",
+    "sso_session",
+    "sso_start_url",
+    "source_profile",
+)
 _GOOGLE_TYPES = ("service_account", "authorized_user")
 """The types of credential files that obstore reads."""
 _AZURE_VARIABLES = (
