@@ -65,13 +65,13 @@ def test_paths_exist(page: Path) -> None:
     assert [path for path in paths if not list(ROOT.glob(path))] == []
 
 
-def test_architecture_names_the_files_of_every_way() -> None:
+def test_architecture_names_the_files_of_each_path() -> None:
     page = ROOT / "docs" / "architecture.md"
-    ways = page.read_text().partition("\n## ")[2].split("\n## ")
-    assert len(ways) == 5
-    for way in ways:
-        files = re.findall(rf"`((?:{FOLDERS})/[\w/]+\.py)`", way)
-        assert len(files) >= 9, way.splitlines()[0]
+    paths = page.read_text().partition("\n## ")[2].split("\n## ")
+    assert len(paths) == 5
+    for path in paths:
+        files = re.findall(rf"`((?:{FOLDERS})/[\w/]+\.py)`", path)
+        assert len(files) >= 9, path.splitlines()[0]
 
 
 @every_page
