@@ -145,7 +145,8 @@ def check_tool(module: str, arguments: list[str]) -> None:
     """Check that a tool exists and that its source defines the options."""
     path = ROOT.joinpath(*module.split("."))
     files = [*path.glob("*.py")] if path.is_dir() else [path.with_suffix(".py")]
-    source = "".join(file.read_text() for file in [*files, ROOT / "tools" / "arguments.py"])
+    files += [ROOT / "tools" / "arguments.py", ROOT / "tools" / "study" / "arguments.py"]
+    source = "".join(file.read_text() for file in files)
     for word in arguments:
         if word.startswith("--") and word != "--help":
             assert f'"{word}"' in source, f"{module} has no option {word}"
