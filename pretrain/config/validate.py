@@ -16,7 +16,12 @@ from data_pipeline.common.origins import Origins
 from data_pipeline.common.problems import join_problems, section_problems
 from pretrain.config.checks.data import data_problems, eval_problems
 from pretrain.config.checks.experts import balance_problems, expert_problems
-from pretrain.config.checks.layout import batch_problems, parallel_problems, precision_problems
+from pretrain.config.checks.layout import (
+    batch_problems,
+    negatives_problems,
+    parallel_problems,
+    precision_problems,
+)
 from pretrain.config.schema import RunConfig
 
 NO_TRAINING_DATA = (
@@ -27,7 +32,7 @@ NO_TRAINING_DATA = (
 
 def check_run(
     run: RunConfig,
-    world_size: int,
+    world_size: int | None,
     *,
     source: str | Origins = "",
     training: bool = True,
@@ -37,7 +42,8 @@ def check_run(
 
     Args:
         run: The run.
-        world_size: Number of ranks.
+        world_size: Number of ranks; None if it is unknown, because it follows from an invalid
+            setting.
         source: See `join_problems`.
         training: Also check what only training needs: shards and a tokenizer.
         more: Further problems for the same error, such as files that do not exist.
@@ -53,9 +59,9 @@ def check_run(
         raise ConfigError(join_problems(messages, source))
 
 
-def problems(run: RunConfig, world_size: int) -> list[str]:
+def problems(run: RunConfig, world_size: int | None) -> list[str]:
     """One message for every invalid setting and every contradiction between settings or with the
-    number of ranks; empty for a valid run.
+    number of ranks, if that is known; empty for a valid run.
 
     Sections are compared with others only if each is valid by itself.
     """
@@ -69,10 +75,12 @@ def problems(run: RunConfig, world_size: int) -> list[str]:
     return messages
 
 
-def _cross_checks(run: RunConfig, world_size: int) -> Iterator[tuple[str, Iterator[str]]]:
+def _cross_checks(run: RunConfig, world_size: int | None) -> Iterator[tuple[str, Iterator[str]]]:
     """The sections that a check compares, and its messages, which are computed when read."""
-    yield "batch loss", batch_problems(run, world_size)
-    yield "parallel moe model", parallel_problems(run, world_size)
+    if world_size is not None:
+        yield "batch", batch_problems(run, world_size)
+        yield "parallel moe model", parallel_problems(run, world_size)
+    yield "batch loss", negatives_problems(run)
     yield "moe model batch", expert_problems(run)
     yield "balance moe", balance_problems(run)
     yield "data", data_problems(run)

@@ -36,7 +36,9 @@ def print_plan(run_file: str, overrides: Sequence[str], options: PlanOptions) ->
     run, origins = load_unchecked_run(path, overrides)
     world_size = options.world_size or run.parallel.expert_parallel_size
     text_tokens = resolve_text_tokens(options.text_tokens, run.model.context_length)
-    check_run(run, world_size, source=origins, training=False)
+    # A setting below 1 is reported as such, not as a number of ranks that nobody asked for.
+    known_world_size = world_size if world_size > 0 else None
+    check_run(run, known_world_size, source=origins, training=False)
     plan = make_plan(run, path, world_size=world_size, text_tokens=text_tokens)
     if not options.with_baseline:
         print(json.dumps(plan, indent=2) if options.as_json else format_plan(run, plan))

@@ -10,11 +10,15 @@ from pretrain.config.schema import RunConfig
 
 
 def batch_problems(run: RunConfig, world_size: int) -> Iterator[str]:
-    """Batch sizes that cannot be split over the ranks, or are too small for the objective."""
+    """Batch sizes that cannot be split over the ranks."""
     try:
         plan_batch(run.batch.global_batch_size, run.batch.micro_batch_size, world_size)
     except ConfigError as error:
         yield str(error)
+
+
+def negatives_problems(run: RunConfig) -> Iterator[str]:
+    """A batch that is too small for the objective."""
     if run.batch.global_batch_size == 1 and run.loss.contrastive_weight > 0:
         yield (
             "batch.global_batch_size is 1, but the contrastive loss needs other pairs as "

@@ -48,15 +48,29 @@ class FakeWorld:
             return list(pool.map(run_rank, range(self.size)))
 
 
+class FakeCommunicator:
+    """The collective that checkpoints use, between threads."""
+
+    def __init__(self, world: FakeWorld, rank: int) -> None:
+        self.rank, self.world_size = rank, world.size
+        self._world = world
+
+    def all_gather_json(self, value: Any) -> list[Any]:
+        self._world.values[self.rank] = value
+        self._world.barrier.wait()
+        values = list(self._world.values)
+        self._world.barrier.wait()
+        return values
+
+
 class FakeEngine:
     """Dense weights on rank 0, two experts and an optimizer shard on each rank."""
 
     def __init__(self, world: FakeWorld, rank: int, *, value: float = 0.0, **layout: Any) -> None:
-        self.communicator = self
-        self.rank, self.world_size = rank, world.size
+        self.communicator = FakeCommunicator(world, rank)
         defaults = {"expert_parallel_size": world.size, "num_experts": 2 * world.size}
         self.layout = FakeLayout(world_size=world.size, **(defaults | layout))
-        self._world = world
+        self._rank = rank
         self.dense = torch.arange(6.0).reshape(2, 3) + value
         self.experts = torch.full((2, 3), 10.0 * rank + value)
         self.moments = {
@@ -68,28 +82,21 @@ class FakeEngine:
         self.loaded_names: list[str] = []
 
     def model_tensors(self) -> Mapping[str, Tensor]:
-        first = 2 * self.rank
+        first = 2 * self._rank
         tensors = {f"block.experts.w1@{first}:{first + 2}": self.experts}
-        return tensors | ({"dense": self.dense} if self.rank == 0 else {})
+        return tensors | ({"dense": self.dense} if self._rank == 0 else {})
 
     def optimizer_tensors(self) -> Mapping[str, Tensor]:
         return self.moments
 
     def load_model_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        first = 2 * self.rank
+        first = 2 * self._rank
         self.loaded_names = sorted(tensors)
         self.dense = tensors["dense"]
         self.experts = tensors[f"block.experts.w1@{first}:{first + 2}"]
 
     def load_optimizer_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         self.moments = dict(tensors)
-
-    def all_gather_json(self, value: Any) -> list[Any]:
-        self._world.values[self.rank] = value
-        self._world.barrier.wait()
-        values = list(self._world.values)
-        self._world.barrier.wait()
-        return values
 
 
 def one_rank(*, value: float = 0.0, **layout: Any) -> FakeEngine:

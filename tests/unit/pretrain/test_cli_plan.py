@@ -87,6 +87,29 @@ def test_all_problems_are_reported(capsys: pytest.CaptureFixture[str]) -> None:
         assert name in error
 
 
+@pytest.mark.parametrize("size", [0, -2])
+def test_invalid_expert_parallel_size_is_not_a_number_of_ranks(
+    size: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The default number of ranks follows from this setting, which is the only problem."""
+    assert main(["plan", "tiny", f"parallel.expert_parallel_size={size}"]) == 2
+    assert capsys.readouterr().err == (
+        f"error: preset tiny: parallel.expert_parallel_size is {size}, but must be at least 1 "
+        f"(set on the command line)\n"
+    )
+
+
+def test_other_problems_beside_an_invalid_expert_parallel_size(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    settings = ["batch={global_batch_size: 1, micro_batch_size: 1}", "optim.lr=0"]
+    assert main(["plan", "tiny", "parallel.expert_parallel_size=0", *settings]) == 2
+    error = capsys.readouterr().err
+    assert "3 problems:" in error and "number of ranks" not in error
+    for name in ("parallel.expert_parallel_size", "the contrastive loss", "optim.lr"):
+        assert name in error
+
+
 def test_plan_imports_neither_torch_nor_deepspeed() -> None:
     code = (
         "import sys; from pretrain.cli.main import main\n"
