@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from pretrain.train.jsonl import read_rows
-from tests.support.bad_input import SMALL_MODEL, Workspace, assert_contains, flip_bit
+from tests.support.bad_input import SMALL_MODEL, Workspace, assert_contains
+from tests.support.corruption import flip_bit
 from tests.support.launch import torchrun
 from tests.support.shape_dataset import CAPTIONS, render_shape_png
 

@@ -6,7 +6,8 @@ import os
 
 import pytest
 
-from tests.support.bad_input import Workspace, assert_contains, file_contents, flip_bit
+from tests.support.bad_input import Workspace, assert_contains, file_contents
+from tests.support.corruption import flip_bit
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
 

@@ -108,13 +108,6 @@ def assert_contains(message: str, *parts: str) -> None:
     assert not missing, f"{missing} not in: {message}"
 
 
-def flip_bit(path: Path, offset: int) -> None:
-    """Flip one bit of the byte at `offset`; the size stays the same."""
-    data = bytearray(path.read_bytes())
-    data[offset] ^= 1
-    path.write_bytes(data)
-
-
 def file_contents(run_dir: Path) -> dict[str, bytes]:
     """Contents by path of every file of a run folder that training reads when it resumes."""
     paths = [*run_dir.glob("*.*"), *run_dir.glob("checkpoints/**/*")]

@@ -11,24 +11,11 @@ from data_pipeline.common.errors import ConfigError, DataError
 from data_pipeline.common.processes import map_in_processes
 from data_pipeline.order.drop_list import apply_drop_list, read_drop_list
 from data_pipeline.preparing.check import check
-from data_pipeline.shards.manifest import Manifest, load_index, load_manifest
+from data_pipeline.shards.manifest import load_index, load_manifest
 from data_pipeline.shards.writer import write_shards
+from tests.support.corruption import flip_bit, sample_offset, shard_path
 from tests.support.data_commands import run_data_command
 from tests.support.small_shards import make_png, make_shards
-
-
-def shard_path(manifest: Manifest, shard: int) -> Path:
-    return Path(manifest.shard_url(manifest.shards[shard]))
-
-
-def flip_bit(path: Path, offset: int) -> None:
-    content = bytearray(path.read_bytes())
-    content[offset] ^= 1
-    path.write_bytes(content)
-
-
-def sample_offset(manifest: Manifest, shard: int, sample: int) -> int:
-    return int(load_index(manifest, manifest.shards[shard]).offsets[sample])
 
 
 def test_intact_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
