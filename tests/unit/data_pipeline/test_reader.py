@@ -120,6 +120,25 @@ def test_input_output_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert read_one(reader, 0, 1).key == "00001"
 
 
+@pytest.mark.parametrize("method", ["read", "pread"])
+def test_short_reads_are_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """Network file systems may return fewer bytes than requested."""
+    shard = ShardStore([make_shards(tmp_path, count=3)]).open(0)
+    offset, count = shard.columns[0][1], shard.columns[1][1]
+    pread, sizes = os.pread, list[int]()
+
+    def short_read(fd: int, size: int, position: int) -> bytes:
+        sizes.append(size)
+        return pread(fd, min(size, 700), position)
+
+    monkeypatch.setattr(os, "pread", short_read)
+    data = shard.read(1) if method == "read" else shard.pread(count, offset)
+    assert data == (tmp_path / "shard-000000.tar").read_bytes()[offset : offset + count]
+    assert sizes == [2048, 1348, 648]
+
+
 def test_low_limit_on_open_files(tmp_path: Path) -> None:
     """A process that may open fewer files than there are shards in the window."""
     manifest = make_shards(tmp_path, count=80, samples_per_shard=2)

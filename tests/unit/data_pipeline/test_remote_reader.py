@@ -15,6 +15,7 @@ from data_pipeline.reading.reader import Reader
 from data_pipeline.reading.store import ShardStore
 from data_pipeline.samples import RawSample, SampleProblem
 from data_pipeline.shards.manifest import load_manifest
+from tests.support.corruption import corrupt_caption
 from tests.support.fault_proxy import fault_proxy
 from tests.support.http_shards import WebShards, web_settings, web_shards
 from tests.support.results import problem_reasons, read_many, read_one
@@ -186,3 +187,17 @@ def test_server_without_ranges(tmp_path: Path) -> None:
         reader = Reader(shards.store(cache_gib=1.5 * max_bytes / 2**30))
         keys = [read_one(reader, shard, 1).key for shard in (0, 1, 2, 0)]
         assert keys == ["00001", "00008", "00015", "00001"]
+
+
+def test_corrupt_shard_on_a_server_without_ranges(tmp_path: Path) -> None:
+    with web_shards(tmp_path, ranges=False) as shards:
+        corrupt_caption(shards.web.folder / "shard-000000.tar", 2)
+        results = read_many(Reader(shards.store()), [(0, 1), (0, 2), (0, 3)])
+        assert problem_reasons(results) == ["", "crc-mismatch", ""]
+
+
+def test_oversize_sample(shards: WebShards) -> None:
+    """Its size is known from the index, so it is not requested."""
+    reader = Reader(shards.store(), max_sample_bytes=1000)
+    assert problem_reasons(read_many(reader, [(0, 0), (1, 6)])) == ["oversize", "oversize"]
+    assert shards.request_count() == 0
