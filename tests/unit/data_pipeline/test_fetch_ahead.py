@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import multiprocessing
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,11 +16,13 @@ from types import SimpleNamespace
 import pytest
 
 from data_pipeline.common import object_store
+from data_pipeline.loading.batch_reader import BatchReader
 from data_pipeline.order.order import Order, OrderSource
 from data_pipeline.reading import fetch_ahead
 from data_pipeline.reading.fetch_ahead import FetchAhead
 from data_pipeline.reading.reader import Reader
 from data_pipeline.reading.store import ShardStore
+from data_pipeline.samples import SampleRef
 from tests.support.fault_proxy import fault_proxy
 from tests.support.http_shards import WebShards, web_settings, web_shards
 from tests.support.results import read_one
@@ -135,7 +138,7 @@ def test_close_during_a_copy(shards: WebShards) -> None:
         start = time.monotonic()
         thread.close()
         assert time.monotonic() - start < 2
-    assert "fetch-ahead" not in {other.name for other in threading.enumerate()}
+    assert not has_fetch_ahead_thread()
     assert not list(shards.cache.glob("shards/*.part"))
 
 
@@ -147,6 +150,43 @@ def test_no_thread_without_remote_shards_or_cache(shards: WebShards, tmp_path: P
     FetchAhead(ShardStore([shards.manifest], without_cache), windows_per_batch([0])).close()
     assert threading.active_count() == before
     assert shards.request_count() == 0
+
+
+def open_batch_reader(shards: WebShards, windows: Iterator[list[int]]) -> BatchReader:
+    """Reads batches with one shard in use and two shards ahead."""
+    settings = web_settings(shards.cache, fetch_ahead=2)
+    shards_from = windows_per_batch(*windows)
+    return BatchReader([shards.manifest], settings, shards_from, max_open=4)
+
+
+def test_batch_reader_reports_its_position(shards: WebShards) -> None:
+    reader, store = open_batch_reader(shards, ([shard] for shard in range(10))), shards.store()
+    reader.read(0, [SampleRef(0, shard=0, sample=0)])
+    wait_until(lambda: cached_shards(store) == {0, 1, 2})
+    reader.read(5, [SampleRef(0, shard=5, sample=0)])
+    wait_until(lambda: cached_shards(store) == {0, 1, 2, 5, 6, 7})
+    reader.close()
+
+
+def test_batch_reader_closes_the_thread_and_all_files(shards: WebShards) -> None:
+    reader, store = open_batch_reader(shards, iter([[0]])), shards.store()
+    refs = [SampleRef(0, shard=0, sample=0)]
+    reader.read(0, refs)
+    wait_until(lambda: cached_shards(store) == {0})
+    reader.read(0, refs)  # from the copy
+    assert has_fetch_ahead_thread() and open_shards()
+    reader.close()
+    assert not has_fetch_ahead_thread() and not open_shards()
+
+
+def has_fetch_ahead_thread() -> bool:
+    return "fetch-ahead" in {thread.name for thread in threading.enumerate()}
+
+
+def open_shards() -> list[str]:
+    """Paths of the shards that this process has open."""
+    links = [os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")]
+    return [path for path in links if path.endswith(".tar")]
 
 
 def copy_and_read(url: str, cache: Path, keys) -> None:  # type: ignore[no-untyped-def]
