@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
+from data_pipeline.common.errors import StorageError
 from data_pipeline.common.escaping import escape_control
 from data_pipeline.common.json_file import write_json
 from data_pipeline.common.tables import (
@@ -14,6 +20,17 @@ from data_pipeline.common.tables import (
     markdown_table,
     truncate,
 )
+
+
+@contextlib.contextmanager
+def file_size_limit(max_bytes: int) -> Iterator[None]:
+    """Writes fail, as on a full disk, when a file is larger."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (max_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_format_table() -> None:
@@ -56,12 +73,21 @@ def test_markdown_table_with_text_columns() -> None:
     assert [line.count("|") for line in lines] == [3] * 4 and ":" not in lines[1]
 
 
-def test_json_file_is_replaced_atomically(tmp_path: Path) -> None:
+def test_json_file_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "new" / "report.json"
     for value in (1, 2):
         write_json(path, {"value": value})
     assert json.loads(path.read_text()) == {"value": 2}
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_failed_write_keeps_the_old_json_file(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    write_json(path, {"value": 1})
+    with file_size_limit(1000), pytest.raises(StorageError, match=r"report\.json.*too large"):
+        write_json(path, {"value": "x" * 5000})
+    assert json.loads(path.read_text()) == {"value": 1}
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_json_file_keeps_names_that_are_not_utf8(tmp_path: Path) -> None:
