@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 from webdataset import TarWriter
 
-from data_pipeline.common.errors import StorageError
+from data_pipeline.common.errors import DataError, StorageError
+from data_pipeline.content.sample_processor import SampleProcessor
 from data_pipeline.content.tokenizer import Tokenizer
 from data_pipeline.loading import batch_reader
 from data_pipeline.order.plan import Plan
 from data_pipeline.reading.reader import Reader
-from data_pipeline.samples import Batch, RawSample, SampleProblem, SampleRef
+from data_pipeline.samples import Batch, ProcessedSample, RawSample, SampleProblem, SampleRef
 from data_pipeline.settings import FilterConfig
 from data_pipeline.shards.indexing import index_shards
 from data_pipeline.shards.manifest import Manifest, load_index
@@ -185,6 +186,17 @@ def test_batch_of_corrupt_samples_only(tmp_path: Path, tokenizer: Tokenizer) -> 
     assert (batch.images.shape, batch.text_ids.shape) == ((0, 3, 8, 8), (0, 8))
     assert len(batch.text_positions) == len(batch.caption_hashes) == 0
     assert len(batch.problems) == 4
+
+
+def test_error_of_the_whole_run(factory: LoaderFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error without a slug ends the run: every sample would have it."""
+
+    def fails(*_: object) -> ProcessedSample:
+        raise DataError("the tokenizer is unusable")
+
+    monkeypatch.setattr(SampleProcessor, "process", fails)
+    with pytest.raises(DataError, match="the tokenizer is unusable"):
+        take_steps(factory.open(), 1)
 
 
 def corrupt_shard(manifest: Manifest, folder: Path, corruption: str) -> None:
