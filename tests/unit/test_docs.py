@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import ast
+import functools
 import re
 import shlex
 from collections.abc import Iterator
@@ -65,13 +67,69 @@ def test_paths_exist(page: Path) -> None:
     assert [path for path in paths if not list(ROOT.glob(path))] == []
 
 
-def test_architecture_names_the_files_of_each_path() -> None:
-    page = ROOT / "docs" / "architecture.md"
-    paths = page.read_text().partition("\n## ")[2].split("\n## ")
-    assert len(paths) == 5
-    for path in paths:
-        files = re.findall(rf"`((?:{FOLDERS})/[\w/]+\.py)`", path)
-        assert len(files) >= 9, path.splitlines()[0]
+@every_page
+def test_file_names_without_a_folder_exist(page: Path) -> None:
+    """Such as `prepare_data.sbatch COMMAND`; names of other endings may be files of the user."""
+    names = [re.match(r"[\w.-]+\.(py|sh|sbatch|md|toml|lock)(?= |$)", s) for s in code_spans(page)]
+    assert [name[0] for name in names if name and name[0] not in file_names()] == []
+
+
+@functools.cache
+def file_names() -> set[str]:
+    """Names of the files of the repository, without folders."""
+    in_folders = (path for name in FOLDERS.split("|") for path in (ROOT / name).rglob("*"))
+    return {path.name for path in (*ROOT.iterdir(), *in_folders)}
+
+
+def tables_of_architecture() -> dict[str, list[str]]:
+    """The paths in the first column of the tables, by the heading of the section."""
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    found = {}
+    for section in page.removeprefix("# ").split("\n## "):
+        cells = re.findall(r"^\| (.+?) \|", section, re.MULTILINE)
+        others = {cell for cell in cells if "`" not in cell}
+        assert others <= {"folder", "file", "the first seven files of a caption"}
+        paths = [path for cell in cells for path in re.findall(r"`(.+?)`", cell)]
+        found[section.partition("\n")[0]] = paths
+    return found
+
+
+def test_tables_of_architecture_name_existing_files() -> None:
+    tables = tables_of_architecture()
+    missing = [path for paths in tables.values() for path in paths if not (ROOT / path).exists()]
+    assert missing == []
+    folders = tables.pop("Architecture")
+    assert all(path.endswith("/") for path in folders) and len(folders) > 15
+    for heading, paths in tables.items():
+        assert all(path.endswith(".py") for path in paths) and len(paths) >= 9, heading
+    assert len(tables) == 5
+
+
+def test_every_file_on_the_path_of_a_caption_is_connected() -> None:
+    """It imports one of the files before it, or one of them imports it."""
+    files = tables_of_architecture()["A caption"]
+    unconnected = [
+        path
+        for index, path in enumerate(files)
+        if not any(imports(path, other) or imports(other, path) for other in files[:index])
+    ]
+    # The step calls `inputs.py` through the `Engine`.
+    assert unconnected == [files[0], "pretrain/parallel/inputs.py"]
+    assert files[6] == "data_pipeline/reading/open_shard.py"  # the seventh file, as "An image" says
+
+
+def imports(path: str, other: str) -> bool:
+    """Whether a file imports another one, or names from it."""
+    return other.removesuffix(".py").replace("/", ".") in imported_by(path)
+
+
+@functools.cache
+def imported_by(path: str) -> set[str]:
+    """The modules that a file imports, and the names from them with their module."""
+    tree = ast.parse((ROOT / path).read_text())
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    names = {f"{node.module}.{alias.name}" for node in nodes for alias in node.names}
+    return names | {node.module or "" for node in nodes}
 
 
 @every_page
