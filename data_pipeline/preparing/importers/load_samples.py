@@ -81,7 +81,7 @@ def _make_sample(record: Record, read: Callable[[], bytes], decode: bool) -> Sam
         if not record.captions:
             raise DataError("the row has no caption", slug="no-caption")
     except DataError as error:
-        return SkippedRow(record.origin, error.slug or "unreadable", str(error))
+        return SkippedRow(record.origin, error.slug or "unreadable", str(error), record.inputs)
 
     sample: Sample = {"__key__": record.key, extension: data, "txt": record.captions[0]}
     fields = dict(record.fields)
@@ -101,7 +101,8 @@ def _read(url: str) -> bytes:
         if storage.is_local(url):
             path = storage.local_path(url)
             if not path.is_file():
-                raise DataError(f"there is no file {url}", slug="missing-image")
+                hint = "; replace the backslashes in its name by /" if "\\" in url else ""
+                raise DataError(f"there is no file {url}{hint}", slug="missing-image")
             if (size := path.stat().st_size) > MAX_IMAGE_BYTES:
                 raise DataError(
                     f"{url} has {size} bytes; the limit is {MAX_IMAGE_BYTES}", slug="oversize"

@@ -104,7 +104,8 @@ def test_csv_with_default_columns(csv_file: Path) -> None:
             f"{csv_file.parent}/x/1.jpg",
             ("one, with a comma\nand a line",),
             {"score": 0.5, "zip": "007", "note": None},
-            "t.csv line 3",
+            "t.csv line 2",
+            inputs=2,
         )
     ]
     assert [row.reason for row in skipped] == ["no-caption", "malformed-row", "invalid-path"]
