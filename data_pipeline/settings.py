@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from data_pipeline.common.addresses import userinfo_problems, without_secrets
 from data_pipeline.common.problems import Problems
+from data_pipeline.sample_keys import IMAGE_KEYS, image_keys_problem
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,6 +188,8 @@ class DataConfig:
     settings data.train` lists them)."""
     tokenizer: str = ""
     """Path of the SentencePiece model file."""
+    image_keys: tuple[str, ...] = IMAGE_KEYS
+    """Extensions of the image file: exactly one file of a sample must have one of them."""
     caption_keys: tuple[str, ...] = ("txt",)
     """Where captions are read from: `txt` is the .txt member, `json:NAME` a field of the .json
     member (a string, or a list of strings from which one is sampled)."""
@@ -238,9 +241,9 @@ class DataConfig:
             f"data.shard_seconds is {self.shard_seconds:g}, not below data.timeout_seconds "
             f"({self.timeout_seconds:g}): waiting for a batch would time out first",
         )
-        return found.messages + self._caption_problems() + self._source_problems()
+        return found.messages + self._key_problems() + self._source_problems()
 
-    def _caption_problems(self) -> list[str]:
+    def _key_problems(self) -> list[str]:
         found, weights = Problems(self, "data"), self.caption_weights
         found.require(
             bool(self.caption_keys),
@@ -251,6 +254,8 @@ class DataConfig:
             f"data.caption_weights has {len(weights)} values for {len(self.caption_keys)} "
             f"data.caption_keys; set one weight per key",
         )
+        problem = image_keys_problem(self.image_keys)
+        found.require(not problem, f"data.image_keys: {problem}")
         for key in self.caption_keys:
             found.require(
                 re.fullmatch(r"json:.+|([^:\s]+\.)?(txt|text|caption)", key) is not None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 
-from data_pipeline.commands.options import add_caption_keys, add_datasets
+from data_pipeline.commands.options import add_datasets, add_sample_keys, sample_keys
 from data_pipeline.common.commands import Subparsers, add_command
 from data_pipeline.common.errors import ConfigError
 
@@ -52,7 +52,7 @@ def add(subparsers: Subparsers) -> None:
     peek.add_argument(
         "--seed", metavar="N", type=int, default=0, help="seed of --random (default: 0)"
     )
-    add_caption_keys(peek)
+    add_sample_keys(peek)
     peek.add_argument(
         "--out",
         metavar="FILE",
@@ -78,7 +78,7 @@ def handle(args: argparse.Namespace) -> None:
     if args.out and not args.out.endswith((".html", ".png")):
         raise ConfigError(f"--out {args.out}: the file name must end in .html or .png")
 
-    keys = args.caption_key or ["txt"]
+    keys = sample_keys(args)
     selection = SampleSelection(
         shard=args.shard,
         key=args.key,

@@ -15,10 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from data_pipeline.common.errors import ConfigError, DataError
 from data_pipeline.content.json_fields import get_field, parse_json_fields
+from data_pipeline.sample_keys import TEXT_EXTENSIONS
 from data_pipeline.settings import LimitConfig
-
-TEXT_EXTENSIONS = frozenset(("txt", "text", "caption"))
-"""Members that may hold a caption, by the last part of their extension."""
 
 _JOINERS = "\u200c\u200d"
 """Zero-width characters that are part of the spelling (Persian, Indic scripts, joined emoji)."""

@@ -262,6 +262,7 @@ def _eval_processor(data: DataConfig, batch: BatchSpec) -> SampleProcessor:
     return SampleProcessor(
         image_size=batch.image_size,
         context_length=batch.context_length,
+        image_keys=tuple(data.image_keys),
         caption_keys=tuple(data.caption_keys),
         caption_weights=tuple(data.caption_weights),
         limits=data.limits,

@@ -21,13 +21,13 @@ from data_pipeline.common.errors import DataError
 from data_pipeline.common.processes import SINGLE_PART, Part
 from data_pipeline.content.captions import all_captions, hash_clean_caption
 from data_pipeline.content.image import read_header
-from data_pipeline.content.sample_processor import image_bytes
 from data_pipeline.content.tokenizer import Tokenizer
 from data_pipeline.preparing.image_files import image_format
 from data_pipeline.preparing.shard_access import ShardUnavailableError, read_samples
 from data_pipeline.preparing.shard_map import ShardMap, UnavailableShard
 from data_pipeline.preparing.tasks import ShardTask, sample_tasks
 from data_pipeline.preparing.unicode_scripts import script_of
+from data_pipeline.sample_keys import DEFAULT_KEYS, SampleKeys, image_bytes
 from data_pipeline.samples import RawSample, SampleProblem
 from data_pipeline.shards.manifest import Manifest
 
@@ -107,7 +107,7 @@ def compute_stats(
     *,
     samples: int = 20_000,
     seed: int = 0,
-    caption_keys: Sequence[str] = ("txt",),
+    keys: SampleKeys = DEFAULT_KEYS,
     tokenizer: str = "",
     workers: int = 0,
     part: Part = SINGLE_PART,
@@ -119,7 +119,7 @@ def compute_stats(
         manifests: The datasets.
         samples: Number of random samples; 0 measures all.
         seed: Random seed for choosing samples.
-        caption_keys: Where to find captions.
+        keys: Where images and captions are.
         tokenizer: SentencePiece model file; empty counts no tokens.
         workers: Number of processes.
         part: Part of the shards to process; see `shard_tasks`.
@@ -129,8 +129,8 @@ def compute_stats(
         TokenizerError: The tokenizer cannot be read.
     """
     fingerprint = Tokenizer.load(tokenizer).fingerprint if tokenizer else ""
-    measure = _ShardStats(tuple(caption_keys), tokenizer)
-    settings = repr(("stats", 2, measure.caption_keys, fingerprint))
+    measure = _ShardStats(keys, tokenizer)
+    settings = repr(("stats", 3, measure.keys, fingerprint))
     shard_map = ShardMap(label="measuring", workers=workers, work_dir=work_dir, settings=settings)
 
     stats = Stats()
@@ -160,7 +160,7 @@ def _summarize(values: np.ndarray) -> dict[str, float]:
 class _ShardStats:
     """Measures the samples of one shard; the result is `Stats` as JSON."""
 
-    caption_keys: tuple[str, ...]
+    keys: SampleKeys
     tokenizer: str
 
     def __call__(self, task: ShardTask) -> bytes:
@@ -184,9 +184,9 @@ class _ShardStats:
             return
 
         try:
-            data = image_bytes(raw)
+            data = image_bytes(raw, self.keys.images)
             header = read_header(data)
-            captions = all_captions(raw.members, self.caption_keys)
+            captions = all_captions(raw.members, self.keys.captions)
         except DataError as error:
             stats.corrupt[error.slug] += 1
             return

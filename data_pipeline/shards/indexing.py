@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError, StorageError
+from data_pipeline.common.escaping import escape_control
 from data_pipeline.common.logs import Progress
 from data_pipeline.common.processes import SINGLE_PART, Part, map_in_processes
 from data_pipeline.shards.index_job import IndexJob, IndexResult, run_index_job
@@ -202,6 +204,7 @@ def _report(jobs: Sequence[IndexJob], results: Sequence[IndexResult | None]) -> 
                 result.entry.corruption,
             )
 
+    _report_sample_problems(jobs, results)
     problems = [result.problem for result in results if result and result.problem]
     if not problems:
         return
@@ -215,6 +218,25 @@ def _report(jobs: Sequence[IndexJob], results: Sequence[IndexResult | None]) -> 
         f"Repair or exclude these shards, or keep the readable samples of corrupt shards with "
         f"`vlmoe data index --salvage`. Indexed shards are not read again"
     )
+
+
+def _report_sample_problems(
+    jobs: Sequence[IndexJob], results: Sequence[IndexResult | None]
+) -> None:
+    """Log how many samples training cannot use because they have no unique image."""
+    counts: Counter[str] = Counter()
+    examples: dict[str, str] = {}
+    for job, result in zip(jobs, results, strict=True):
+        for reason, (count, example) in (result.sample_problems if result else {}).items():
+            counts[reason] += count
+            examples.setdefault(reason, f"{storage.redact(job.url)} {example}")
+    for reason, count in counts.most_common():
+        logger.warning(
+            "%s: %d samples are skipped in training; the first: %s",
+            reason,
+            count,
+            escape_control(examples[reason]),
+        )
 
 
 def _list_store(folder: str) -> set[str] | None:

@@ -11,6 +11,7 @@ from data_pipeline.common.errors import ConfigError, DataError
 from data_pipeline.common.processes import map_in_processes
 from data_pipeline.order.drop_list import apply_drop_list, read_drop_list
 from data_pipeline.preparing.check import check
+from data_pipeline.sample_keys import SampleKeys
 from data_pipeline.shards.manifest import Manifest, load_index, load_manifest
 from data_pipeline.shards.writer import write_shards
 from tests.support.data_commands import run_data_command
@@ -95,7 +96,7 @@ def test_decode_finds_invalid_content(tmp_path: Path) -> None:
         {"__key__": "f", "png": make_png(5), "json": {"t": ["y"]}},
     ]
     manifest = write_shards(samples, tmp_path)
-    assert not check([manifest]).findings
+    assert [(row.key, row.reason) for row in check([manifest]).findings] == [("d", "no-image")]
 
     reasons = {row.key: row.reason for row in check([manifest], decode=True).findings}
     assert reasons == {
@@ -105,7 +106,7 @@ def test_decode_finds_invalid_content(tmp_path: Path) -> None:
         "e": "invalid-text",
         "f": "no-caption",
     }
-    other_key = check([manifest], decode=True, caption_keys=["json:t"])
+    other_key = check([manifest], decode=True, keys=SampleKeys(captions=("json:t",)))
     assert {row.key for row in other_key.findings} == {"a", "b", "c", "d", "e"}
 
 
