@@ -39,7 +39,7 @@ from data_pipeline.content.image import (
 from data_pipeline.content.tokenizer import Tokenizer
 from data_pipeline.sample_keys import IMAGE_KEYS, check_image_keys, image_bytes
 from data_pipeline.samples import ProcessedSample, RawSample
-from data_pipeline.settings import AugmentConfig, FilterConfig, LimitConfig
+from data_pipeline.settings import AugmentConfig, FilterConfig, ImageMode, LimitConfig
 
 # Shapes: C image channels, H and W height and width of the model's input (both `image_size`).
 
@@ -58,6 +58,7 @@ class SampleProcessor:
     caption_keys: tuple[str, ...]
     caption_weights: tuple[float, ...]
     image_keys: tuple[str, ...] = IMAGE_KEYS
+    image_mode: ImageMode = "crop"
     seed: int = 0
     augment: AugmentConfig | None = None
     """Augmentation for training; None for evaluation: nothing is random and the first caption is
@@ -102,7 +103,7 @@ class SampleProcessor:
         check_pixels(header, self.limits.pixels)
         check_image_size(header.width, header.height, self.filters)
         if uniforms is None:
-            image = eval_image(data, header, self.image_size, out=out)
+            image = eval_image(data, header, self.image_size, self.image_mode, out=out)
         else:
             image = self._train_image(raw, epoch, data, header, uniforms, out)
 
@@ -155,6 +156,7 @@ class SampleProcessor:
             self.image_size,
             self.augment,
             uniforms,
+            mode=self.image_mode,
             color_uniforms=color_uniforms,
             out=out,
         )

@@ -263,6 +263,7 @@ def _eval_processor(data: DataConfig, batch: BatchSpec) -> SampleProcessor:
         image_size=batch.image_size,
         context_length=batch.context_length,
         image_keys=tuple(data.image_keys),
+        image_mode=data.image_mode,
         caption_keys=tuple(data.caption_keys),
         caption_weights=tuple(data.caption_weights),
         limits=data.limits,
