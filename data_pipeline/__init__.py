@@ -17,22 +17,29 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from data_pipeline.loading.batch_spec import RankInfo
+    from data_pipeline.content.tokenizer import Tokenizer
+    from data_pipeline.loading.batch_spec import BatchSpec, RankInfo
     from data_pipeline.loading.loader import Loader
+    from data_pipeline.loading.sources import Source
     from data_pipeline.order.state import LoaderState
     from data_pipeline.samples import Batch, SampleProblem
     from data_pipeline.settings import AugmentConfig, DataConfig, FilterConfig, SourceConfig
+    from data_pipeline.shards.manifest import Manifest
 
 __all__ = [
     "AugmentConfig",
     "Batch",
+    "BatchSpec",
     "DataConfig",
     "FilterConfig",
     "Loader",
     "LoaderState",
+    "Manifest",
     "RankInfo",
     "SampleProblem",
+    "Source",
     "SourceConfig",
+    "Tokenizer",
     "__version__",
 ]
 
@@ -44,7 +51,11 @@ except PackageNotFoundError:  # a source tree that is not installed
 _MODULES = {
     "Loader": "loading.loader",
     "LoaderState": "order.state",
+    "BatchSpec": "loading.batch_spec",
     "RankInfo": "loading.batch_spec",
+    "Source": "loading.sources",
+    "Manifest": "shards.manifest",
+    "Tokenizer": "content.tokenizer",
     "Batch": "samples",
     "SampleProblem": "samples",
 }

@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 class SampleRef(NamedTuple):
-    """Which sample, and for which time: the one at a position of the training order."""
+    """Which sample, in which epoch: the one at a position of the training order."""
 
     epoch: int
     shard: int

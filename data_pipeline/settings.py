@@ -123,8 +123,8 @@ class DataConfig:
     prefetch: int = 4
     """Number of micro-batches that each worker prepares ahead."""
     cache_dir: str = ""
-    """Local folder for copies of remote shards, shared by the ranks of a node; empty uses a
-    subfolder of the run folder."""
+    """Local folder for copies of remote shards, shared by the ranks of a node. If it is empty,
+    training uses a subfolder of the run folder; a loader without a run needs it."""
     cache_gib: float = 500.0
     """Maximum size of the copies of shards on a node in GiB; the least recently used are deleted
     first. 0 disables caching: every sample is one range request."""

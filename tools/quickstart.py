@@ -2,7 +2,8 @@
 
 It uses only commands that also run on a cluster: `python -m tools.quickstart_data`, `vlmoe train`
 under torchrun, and the evaluation of `vlmoe eval`. It only chooses the number of steps: a short
-trial measures the speed of this machine, and the run has as many steps as fit into `--minutes`.
+trial measures the speed of this machine, and the run has as many steps as fit into `--minutes`;
+`--steps` sets their number instead.
 """
 
 from __future__ import annotations
@@ -44,8 +45,12 @@ def main(arguments: list[str] | None = None) -> int:
     if status:
         return status
     try:
-        steps = options.steps or _steps_of_existing_run(options.out) or _measure_steps(options)
-        _train(options.out, [f"schedule.total_steps={steps}", *options.overrides])
+        steps = (
+            options.steps
+            or _steps_of_existing_run(options.out)
+            or choose_steps(options.minutes, _measure_seconds_per_step(options))
+        )
+        _train(options.out, [*schedule_settings(steps), *options.overrides])
         summary = summarize(options.out)
     except VlmError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -84,7 +89,7 @@ def _parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--steps",
         type=int,
         default=0,
-        help="optimizer steps (default: as many as fit into --minutes)",
+        help="optimizer steps, without a trial (default: as many as fit into --minutes)",
     )
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings, such as optim.lr=1e-3"
@@ -105,8 +110,8 @@ def _steps_of_existing_run(out: Path) -> int:
     return steps
 
 
-def _measure_steps(options: argparse.Namespace) -> int:
-    """Number of steps that fit into `--minutes`, from the speed of a short trial of the run."""
+def _measure_seconds_per_step(options: argparse.Namespace) -> float:
+    """Mean of the second half of a short trial of the run; the first steps are slower."""
     trial = options.out.with_name(options.out.name + "-trial")
     shutil.rmtree(trial, ignore_errors=True)
     logger.info("measuring the speed of this machine with a trial of %d steps", TRIAL_STEPS)
@@ -123,14 +128,37 @@ def _measure_steps(options: argparse.Namespace) -> int:
     )
     seconds_per_step = read_log(trial / METRICS_FILE)[-1].throughput.seconds_per_step
     shutil.rmtree(trial)
-    steps = min(MAX_STEPS, int(60 * options.minutes / seconds_per_step))
+    return seconds_per_step
+
+
+def choose_steps(minutes: float, seconds_per_step: float) -> int:
+    """The number of steps that fit into `minutes`, 1 to `MAX_STEPS`; logs why."""
+    fitting = int(60 * minutes / seconds_per_step)
+    steps = max(1, min(MAX_STEPS, fitting))
     logger.info(
-        "%.2f s per step: %d steps in %.1f minutes",
+        "the trial took %.2f s per step (steps %d to %d), so %d steps fit into --minutes %g",
         seconds_per_step,
+        TRIAL_STEPS // 2 + 1,
+        TRIAL_STEPS,
+        fitting,
+        minutes,
+    )
+    logger.info(
+        "training for %d steps%s, about %.1f minutes; --steps N sets their number instead, "
+        "independent of the trial",
         steps,
+        f" (at most {MAX_STEPS})" if fitting > MAX_STEPS else "",
         steps * seconds_per_step / 60,
     )
     return steps
+
+
+def schedule_settings(steps: int) -> list[str]:
+    """A run of `steps` steps; its warm-up is that of the preset, or a tenth of a shorter run."""
+    settings = [f"schedule.total_steps={steps}"]
+    if steps < load_run(PRESET).schedule.warmup_steps:
+        settings.append(f"schedule.warmup_steps={steps // 10}")
+    return settings
 
 
 def _train(out: Path, overrides: list[str]) -> None:

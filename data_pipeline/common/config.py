@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TypeVar, Union
 
 from data_pipeline.common.errors import ConfigError
+from data_pipeline.common.origins import Origins
 from data_pipeline.common.problems import Section, join_problems
 from data_pipeline.common.yaml_file import apply_overrides, load_yaml, merge, parse_yaml, to_yaml
 
@@ -27,6 +28,7 @@ __all__ = [
     "load_yaml",
     "merge",
     "parse_yaml",
+    "setting_names",
     "to_mapping",
 ]
 
@@ -34,7 +36,7 @@ C = TypeVar("C")
 
 
 def from_mapping(
-    cls: type[C], mapping: Mapping[str, Any], *, source: str = "", check: bool = True
+    cls: type[C], mapping: Mapping[str, Any], *, source: str | Origins = "", check: bool = True
 ) -> C:
     """Build the dataclass `cls` from `mapping`; missing fields keep their defaults.
 
@@ -42,7 +44,7 @@ def from_mapping(
         cls: A dataclass whose fields are numbers, strings, booleans, `Literal`s, tuples, mappings
             with string keys, unions, or such dataclasses.
         mapping: Plain values as read from YAML or JSON; lists stand for tuples.
-        source: Put in front of the error message, such as the path of the file.
+        source: See `join_problems`.
         check: Also raise if a section has problems; without it, only keys and types are checked,
             and the caller checks the sections together with what it knows in addition.
 
@@ -225,8 +227,14 @@ def is_required(field: dataclasses.Field[Any]) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
+def setting_names(cls: type) -> frozenset[str]:
+    """Dotted names of all settings of a dataclass and its sections, without the sections."""
+    names = set(_all_settings(cls))
+    return frozenset(names - {name.rpartition(".")[0] for name in names})
+
+
 def _all_settings(cls: type, prefix: str = "") -> Iterator[str]:
-    """Dotted names of all settings of a dataclass and its sections."""
+    """Dotted names of all settings of a dataclass and its sections, and of the sections."""
     for name, hint in typing.get_type_hints(cls).items():
         yield prefix + name
         if dataclasses.is_dataclass(hint) and isinstance(hint, type):

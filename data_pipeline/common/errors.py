@@ -5,9 +5,27 @@ line prints `error: ...` for these and exits with status 2; any other exception 
 shown with its traceback. Classes for one part of the program are defined in that part.
 """
 
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
 
 class VlmError(Exception):
     """Base class: the problem is outside the program, and the message says how to fix it."""
+
+
+def error_values(error: VlmError) -> list[str]:
+    """Class and message of an error as JSON values, to send it to another process."""
+    return [type(error).__module__, type(error).__name__, str(error)]
+
+
+def error_from_values(values: Sequence[str]) -> VlmError:
+    """The inverse of `error_values`; a `VlmError` if the class is not imported in this process."""
+    module, name, message = values
+    error_class = getattr(sys.modules.get(module), name, VlmError)
+    is_error = isinstance(error_class, type) and issubclass(error_class, VlmError)
+    return error_class(message) if is_error else VlmError(message)
 
 
 class ConfigError(VlmError):

@@ -15,7 +15,7 @@ from typing import TextIO
 
 TTY_SECONDS = 0.1
 """Minimum time between two redraws of a progress line on a terminal."""
-PLAIN_SECONDS = 5.0
+PLAIN_SECONDS = 10.0
 """Minimum time between two progress lines in a file or a pipe, where a line cannot be redrawn."""
 
 
@@ -32,11 +32,18 @@ def setup_logging(rank: int = 0, level: int | str | None = None) -> None:
 
     root = logging.getLogger()
     for old in list(root.handlers):
-        if getattr(old, "_vlm_console", False):
+        if hasattr(old, "_vlm_rank"):
             root.removeHandler(old)
-    handler._vlm_console = True  # type: ignore[attr-defined]
+    handler._vlm_rank = rank  # type: ignore[attr-defined]
     root.addHandler(handler)
     root.setLevel(default_level if level is None else level)
+
+
+def _console_rank() -> int:
+    """The rank given to `setup_logging`; 0 without it."""
+    return max(
+        (getattr(handler, "_vlm_rank", 0) for handler in logging.getLogger().handlers), default=0
+    )
 
 
 def log_to_file(path: Path, rank: int = 0) -> None:
@@ -85,8 +92,9 @@ class _ShortFormatter(logging.Formatter):
 class Progress:
     """One console line for a long job: units done, rate and remaining time.
 
-    On a terminal the line is redrawn in place; elsewhere a new line is printed every few seconds,
-    so that a log file stays readable. As a context manager, it prints the final line on exit.
+    On a terminal the line is redrawn in place; elsewhere a new line is printed every ten seconds,
+    so that a log file stays readable. As a context manager, it prints the final line on exit. Ranks
+    other than 0 print nothing.
     """
 
     def __init__(
@@ -116,6 +124,7 @@ class Progress:
         self._start = self._last = clock()
         self._tty = bool(getattr(self._stream, "isatty", lambda: False)())
         self._width = 0
+        self._is_rank_zero = _console_rank() == 0
 
     def update(self, count: int = 1) -> None:
         """Count `count` more units; prints only if the last line is old enough."""
@@ -147,6 +156,8 @@ class Progress:
         self._write(self.line(), end="\n")
 
     def _write(self, text: str, *, end: str) -> None:
+        if not self._is_rank_zero:
+            return
         # Pad to the width of the previous line, to overwrite it completely.
         padded = text.ljust(self._width) if self._tty else text
         self._width = len(text)

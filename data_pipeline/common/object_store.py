@@ -13,6 +13,7 @@ still make progress. Errors have a kind (`StorageError.kind`) and never contain 
     download_target.py    where a download is written, and its hash
     store_clients.py      the clients, which do not survive a fork
     store_credentials.py  where credentials are read from
+    store_providers.py    credentials from the libraries of the clouds
     store_errors.py       kinds of errors and their messages
 """
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable
 
 from data_pipeline.common.errors import ConfigError
+from data_pipeline.common.origins import Origins
 
 
 @runtime_checkable
@@ -82,8 +83,17 @@ def check_sections(*configs: object, source: str = "") -> None:
         raise ConfigError(join_problems(messages, source))
 
 
-def join_problems(problems: list[str], source: str = "") -> str:
-    """One message for one or several problems."""
+def join_problems(problems: list[str], source: str | Origins = "") -> str:
+    """One message for one or several problems.
+
+    Args:
+        problems: The messages.
+        source: Put in front, such as the path of a file; `Origins` also says for each problem where
+            its settings were set.
+    """
+    if isinstance(source, Origins):
+        problems = [source.annotate(problem) for problem in problems]
+        source = source.source
     head = f"{source}: " if source else ""
     if len(problems) == 1:
         return head + problems[0]

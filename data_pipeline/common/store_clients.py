@@ -19,12 +19,14 @@ from obstore.store import AzureStore, GCSStore, HTTPStore, ObjectStore, S3Store
 
 from data_pipeline.common.errors import StorageError
 from data_pipeline.common.store_credentials import (
+    LIBRARY_SOURCE,
     az_settings,
     gs_settings,
     http_settings,
     s3_settings,
 )
 from data_pipeline.common.store_errors import CLIENT_ERRORS, redact, to_storage_error
+from data_pipeline.common.store_providers import Provider, make_provider
 
 SCHEMES = ("s3", "gs", "az", "http", "https")
 CONNECT_SECONDS = 10.0
@@ -35,6 +37,7 @@ _BUCKET = re.compile(r"[A-Za-z0-9._-]+")
 _HOST = re.compile(r"[][A-Za-z0-9._~!$&'()*+,;=:@%-]+")
 _QUERY = re.compile(r"[!-~]*")
 _clients: OrderedDict[tuple[object, ...], ObjectStore] = OrderedDict()
+_providers: dict[tuple[object, ...], Provider] = {}
 _clients_pid: int | None = None
 _lock = threading.Lock()
 
@@ -52,6 +55,7 @@ def get_client(
     Raises:
         StorageError: This process was forked from one that had clients, the address is invalid, or
             no client can be created from the settings.
+        CredentialsError: A library could not obtain credentials.
     """
     _check_not_forked()
     scheme, host, name, query = split_url(url)
@@ -67,6 +71,10 @@ def get_client(
     # of the key because obstore reads many variables itself.
     settings, environment = _settings(scheme), _environment(scheme)
     cache_key = (scheme, host, query, timeouts, tuple(sorted(settings.items())), environment)
+    if source := settings.pop(LIBRARY_SOURCE, ""):
+        provider = _provider(scheme, source, environment)
+        provider()  # obstore would hide the reason of a failure
+        settings["credential_provider"] = provider
     with _lock:
         if cache_key in _clients:
             _clients.move_to_end(cache_key)
@@ -85,6 +93,7 @@ def clear_clients() -> None:
     global _clients_pid
     with _lock:
         _clients.clear()
+        _providers.clear()
         _clients_pid = None
 
 
@@ -113,7 +122,7 @@ def _check_not_forked() -> None:
         )
 
 
-def _settings(scheme: str) -> dict[str, str]:
+def _settings(scheme: str) -> dict[str, Any]:
     match scheme:
         case "s3":
             return s3_settings()
@@ -124,6 +133,15 @@ def _settings(scheme: str) -> dict[str, str]:
     return {}
 
 
+def _provider(scheme: str, source: str, environment: tuple[tuple[str, str], ...]) -> Provider:
+    """The provider of credentials that all clients of a source share."""
+    key = (scheme, source, environment)
+    with _lock:
+        if key not in _providers:
+            _providers[key] = make_provider(scheme, source)
+        return _providers[key]
+
+
 def _environment(scheme: str) -> tuple[tuple[str, str], ...]:
     """The environment variables that can hold credentials for a kind of store."""
     prefix = {"s3": "AWS_", "gs": "GOOGLE_", "az": "AZURE_"}.get(scheme)
@@ -131,7 +149,7 @@ def _environment(scheme: str) -> tuple[tuple[str, str], ...]:
 
 
 def _client(
-    scheme: str, host: str, query: str, settings: dict[str, str], timeouts: tuple[float, float]
+    scheme: str, host: str, query: str, settings: dict[str, Any], timeouts: tuple[float, float]
 ) -> ObjectStore:
     options: Any = {
         "timeout": timedelta(seconds=timeouts[0]),
@@ -143,14 +161,13 @@ def _client(
         options["allow_http"] = True
     # The retry timeout also limits the search for credentials.
     retry: Any = {"max_retries": 0, "retry_timeout": timedelta(seconds=timeouts[0])}
-    store_settings: Any = dict(settings)
     match scheme:
         case "s3":
-            return S3Store(host, client_options=options, retry_config=retry, **store_settings)
+            return S3Store(host, client_options=options, retry_config=retry, **settings)
         case "gs":
-            return GCSStore(host, client_options=options, retry_config=retry, **store_settings)
+            return GCSStore(host, client_options=options, retry_config=retry, **settings)
         case "az":
-            return AzureStore(host, client_options=options, retry_config=retry, **store_settings)
+            return AzureStore(host, client_options=options, retry_config=retry, **settings)
     host, headers = http_settings(host)
     if headers:
         options["default_headers"] = headers

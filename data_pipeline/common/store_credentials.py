@@ -2,12 +2,17 @@
 
 - s3: `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_SESSION_TOKEN`; else the profile
   `AWS_PROFILE` (or `default`) of `~/.aws/credentials` and `~/.aws/config`; else web identity or the
-  machine's role, which obstore requests. `AWS_REGION`, and `AWS_ENDPOINT_URL_S3` or
+  machine's role, which obstore requests. Profiles with SSO, a `credential_process` or a
+  `source_profile` are left to botocore. `AWS_REGION`, and `AWS_ENDPOINT_URL_S3` or
   `AWS_ENDPOINT_URL` for stores other than Amazon's.
 - gs: `GOOGLE_APPLICATION_CREDENTIALS`, the file of `gcloud auth application-default login`, or the
-  machine's service account; `STORAGE_EMULATOR_HOST` for a server without authentication.
+  machine's service account. Files of other types are left to google-auth.
+  `STORAGE_EMULATOR_HOST` for a server without authentication.
 - az: `AZURE_STORAGE_ACCOUNT_NAME` with `AZURE_STORAGE_ACCOUNT_KEY` or `AZURE_STORAGE_SAS_TOKEN`, or
-  `AZURE_STORAGE_CONNECTION_STRING`; `AZURE_STORAGE_ENDPOINT` for another server.
+  `AZURE_STORAGE_CONNECTION_STRING`; else a client secret, workload identity or, if
+  `AZURE_USE_AZURE_CLI` is true, `az login`, which obstore uses; else azure-identity, if
+  `AZURE_TOKEN_CREDENTIALS` is set; else the machine's identity. `AZURE_STORAGE_ENDPOINT` for
+  another server.
 - http(s): user and password in the address, or those of the host in `~/.netrc` or the file that
   `NETRC` names.
 
@@ -18,6 +23,7 @@ from __future__ import annotations
 
 import base64
 import configparser
+import json
 import netrc
 import os
 import urllib.parse
@@ -37,15 +43,32 @@ _PROFILE_KEYS = {
     "web_identity_token_file": "web_identity_token_file",
     "role_session_name": "role_session_name",
 }
-_UNSUPPORTED_KEYS = ("credential_process", "sso_session", "sso_start_url", "source_profile")
+_BOTOCORE_KEYS = (
+    "credential_process",
+    "credential_source",
+    "sso_session",
+    "sso_start_url",
+    "source_profile",
+)
+_GOOGLE_TYPES = ("service_account", "authorized_user")
+"""The types of credential files that obstore reads."""
+_AZURE_VARIABLES = (
+    *("AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_ACCESS_KEY", "AZURE_STORAGE_MASTER_KEY"),
+    *("AZURE_STORAGE_SAS_TOKEN", "AZURE_STORAGE_SAS_KEY", "AZURE_STORAGE_TOKEN"),
+    *("AZURE_CLIENT_SECRET", "AZURE_FEDERATED_TOKEN_FILE", "AZURE_USE_AZURE_CLI"),
+)
+"""Each of these gives obstore credentials."""
+
+LIBRARY_SOURCE = "library_source"
+"""Not a setting of obstore: the name that `store_providers.make_provider` needs, if the credentials
+come from a library."""
 
 
 def s3_settings(env: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Settings of an s3 client.
 
     Raises:
-        StorageError: `AWS_PROFILE` is not the name of a profile, or that profile runs a program or
-            refers to another source of credentials.
+        StorageError: `AWS_PROFILE` is not the name of a profile, or a file is invalid.
     """
     profile = _profile(env)
     if env.get("AWS_ACCESS_KEY_ID"):  # obstore reads the other variables itself
@@ -73,9 +96,25 @@ def gs_settings(env: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Settings of a gs client; obstore reads the usual credentials itself."""
     host = env.get("STORAGE_EMULATOR_HOST", "")
     if not host:
-        return {}
+        file = _google_file(env)
+        return {LIBRARY_SOURCE: file} if file else {}
     # A dummy token: without one obstore looks for an account before it writes.
     return {"base_url": host if "://" in host else f"http://{host}", "bearer_token": "anonymous"}
+
+
+def _google_file(env: Mapping[str, str]) -> str:
+    """The file of Google's credentials, if it exists and obstore does not know its type."""
+    if any(name.startswith("GOOGLE_SERVICE_ACCOUNT") and env[name] for name in env):
+        return ""
+    path = env.get("GOOGLE_APPLICATION_CREDENTIALS") or (
+        f"{env.get('HOME', '~')}/.config/gcloud/application_default_credentials.json"
+    )
+    try:
+        content = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ""  # obstore reports it
+    known = not isinstance(content, dict) or content.get("type", "") in ("", *_GOOGLE_TYPES)
+    return "" if known else path
 
 
 def az_settings(env: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -98,6 +137,10 @@ def az_settings(env: Mapping[str, str] = os.environ) -> dict[str, str]:
             settings["endpoint"] = env[name]
     if sas := env.get("AZURE_STORAGE_SAS_TOKEN"):
         settings["sas_key"] = sas.removeprefix("?")
+    kind = env.get("AZURE_TOKEN_CREDENTIALS")
+    has_keys = "account_key" in settings or "sas_key" in settings
+    if kind and not has_keys and not any(env.get(name) for name in _AZURE_VARIABLES):
+        settings[LIBRARY_SOURCE] = kind
     return settings
 
 
@@ -148,14 +191,10 @@ def _profile(env: Mapping[str, str]) -> dict[str, str]:
         )
 
     values = (settings or {}) | keys.get(name, {})
-    unsupported = [key for key in _UNSUPPORTED_KEYS if key in values]
     has_keys = "aws_access_key_id" in values or env.get("AWS_ACCESS_KEY_ID")
-    if selected and unsupported and not has_keys:
-        raise StorageError(
-            f"the AWS profile {name!r} has {unsupported[0]}, which is not supported; put keys into "
-            f"the environment with `aws configure export-credentials --format env`",
-            kind=ErrorKind.REFUSED,
-        )
+    if selected and not has_keys and any(key in values for key in _BOTOCORE_KEYS):
+        kept = {"region": values.get("region"), "endpoint": values.get("endpoint_url")}
+        return {LIBRARY_SOURCE: name} | {key: value for key, value in kept.items() if value}
     return {_PROFILE_KEYS[key]: value for key, value in values.items() if key in _PROFILE_KEYS}
 
 

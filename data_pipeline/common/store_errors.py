@@ -42,6 +42,10 @@ class InvalidResponseError(Exception):
         self.kind, self.reason = kind, reason
 
 
+class CredentialsError(InvalidResponseError):
+    """A library could not obtain credentials; another attempt may succeed."""
+
+
 _CREDENTIALS = {
     "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE,",
     "gs": "GOOGLE_APPLICATION_CREDENTIALS",
@@ -59,6 +63,7 @@ _CREDENTIAL_PHRASES = (
     "/metadata/identity",
     "redential",  # upper or lower case
 )
+_PROVIDER_PHRASE = "credential provider"  # obstore's, if a `store_providers.Provider` failed
 _CONNECTION_PHRASES = ("Connection refused", "ConnectionRefused", "dns error", "tcp connect")
 _REFUSALS = ("PermissionDeniedError", "UnauthenticatedError")
 _STATUS = re.compile(r"\b(?:status[^0-9]{1,12}|Server returned non-2xx status code: )([1-5]\d\d)\b")
@@ -73,8 +78,10 @@ def status_of(error: Exception) -> int:
 def lacks_credentials(error: Exception) -> bool:
     """Whether no credentials were found, according to obstore's message."""
     text = str(error)
+    if isinstance(error, CredentialsError):
+        return True
     if type(error).__name__ in _REFUSALS:
-        return False
+        return _PROVIDER_PHRASE in text
     return (
         any(phrase in text for phrase in _CREDENTIAL_PHRASES) or "must be specified" in text.lower()
     )
@@ -149,6 +156,8 @@ def _reason(url: str, error: Exception, kind: ErrorKind) -> str:
 def _refusal(scheme: str, error: Exception, status: str) -> str:
     if "must be specified" in str(error).lower():
         return f"an account is needed; set {_CREDENTIALS.get(scheme, 'it')} in the environment"
+    if _PROVIDER_PHRASE in str(error):
+        return "the credentials expired and could not be renewed"
     if type(error).__name__ in _REFUSALS:
         return f"the store refused access{status}; check the credentials and the bucket's policy"
     # Without keys, obstore asks the cloud's metadata service, which exists only on cloud machines.

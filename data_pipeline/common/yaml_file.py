@@ -10,7 +10,7 @@ files override earlier ones.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, ClassVar
@@ -108,26 +108,62 @@ def to_yaml(mapping: dict[str, Any]) -> str:
 def load_yaml(path: str | Path, resolve: Resolve | None = None) -> dict[str, Any]:
     """Read the mapping in a YAML file, merged over the files that it extends.
 
+    For arguments and errors see `load_layers`.
+
+    Returns:
+        A new mapping without the key `extends`.
+    """
+    return merge_layers(load_layers(path, resolve))
+
+
+def load_layers(
+    path: str | Path, resolve: Resolve | None = None
+) -> list[tuple[Path, dict[str, Any]]]:
+    """Read a YAML file and the files that it extends.
+
     Args:
         path: A local file.
         resolve: Returns the path for a name in `extends:` that is not a file, or None if the name
             is unknown.
 
     Returns:
-        A new mapping without the key `extends`.
+        The files with their mappings, without the key `extends`; later ones override earlier ones.
 
     Raises:
         ConfigError: A file is missing, is not YAML, is not a mapping, or extends itself.
     """
-    return _load(Path(path), resolve, ())
+    return list(_layers(Path(path), resolve, ()))
 
 
-def _load(path: Path, resolve: Resolve | None, chain: tuple[Path, ...]) -> dict[str, Any]:
+def merge_layers(layers: Iterable[tuple[Path, dict[str, Any]]]) -> dict[str, Any]:
+    """One mapping of all files of `load_layers`."""
+    merged: dict[str, Any] = {}
+    for _, mapping in layers:
+        merged = merge(merged, mapping)
+    return merged
+
+
+def _layers(
+    path: Path, resolve: Resolve | None, chain: tuple[Path, ...]
+) -> Iterator[tuple[Path, dict[str, Any]]]:
     resolved = path.resolve()
     if resolved in chain:
         cycle = " -> ".join(str(p) for p in (*chain, resolved))
         raise ConfigError(f"{path}: `extends` is circular: {cycle}")
 
+    mapping = _read_mapping(path)
+    names = mapping.pop("extends", [])
+    names = names if isinstance(names, list) else [names]
+    if not all(isinstance(name, str) for name in names):
+        raise ConfigError(
+            f"{path}: `extends` must be a path or a name, or a list of them, found {names!r}"
+        )
+    for name in names:
+        yield from _layers(_base_path(path, name, resolve), resolve, (*chain, resolved))
+    yield path, mapping
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -138,18 +174,7 @@ def _load(path: Path, resolve: Resolve | None, chain: tuple[Path, ...]) -> dict[
     if not isinstance(mapping, dict):
         found = "a list" if isinstance(mapping, list) else repr(mapping)
         raise ConfigError(f"{path}: expected a mapping of settings, found {found}")
-
-    names = mapping.pop("extends", [])
-    names = names if isinstance(names, list) else [names]
-    if not all(isinstance(name, str) for name in names):
-        raise ConfigError(
-            f"{path}: `extends` must be a path or a name, or a list of them, found {names!r}"
-        )
-
-    base: dict[str, Any] = {}
-    for name in names:
-        base = merge(base, _load(_base_path(path, name, resolve), resolve, (*chain, resolved)))
-    return merge(base, mapping)
+    return mapping
 
 
 def _base_path(path: Path, name: str, resolve: Resolve | None) -> Path:
@@ -188,16 +213,21 @@ def apply_overrides(mapping: dict[str, Any], overrides: Sequence[str]) -> dict[s
             an empty string). Later ones win. `from_mapping` checks whether the keys exist.
 
     Raises:
-        ConfigError: An override has no `=`, an empty key, a value that is not YAML, or a prefix
-            that is not a section.
+        ConfigError: An override has no `=value`, an empty key, a value that is not YAML, or a
+            prefix that is not a section.
     """
     result = deepcopy(mapping)
     for override in overrides:
         key, equals, text = override.partition("=")
         parts = key.strip().split(".")
-        if not equals or not all(parts):
+        if not all(parts):
             raise ConfigError(
                 f"{override!r} is not a setting; write it as key=value, such as optim.lr=3e-4"
+            )
+        if not equals:
+            raise ConfigError(
+                f"{override!r} has no value: `=value` is missing; write {key}=VALUE, such as "
+                f"optim.lr=3e-4"
             )
         value = parse_yaml(text, source=f"the value of {override!r}") if text.strip() else ""
         section = result

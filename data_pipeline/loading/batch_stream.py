@@ -43,7 +43,7 @@ class BatchStream:
             worker_options = {
                 "multiprocessing_context": fork_server(preload=__name__),
                 "worker_init_fn": prepare_worker,
-                "prefetch_factor": max(1, prefetch),
+                "prefetch_factor": prefetch,
                 "timeout": POLL_SECONDS,
             }
 

@@ -32,6 +32,7 @@ from data_pipeline.loading.sources import (
 from data_pipeline.order.micro_batches import largest_micro_batch_size, micro_batches_per_step
 from data_pipeline.order.order import Order
 from data_pipeline.order.state import LoaderState, check_state
+from data_pipeline.reading.store import check_cache_dir
 from data_pipeline.samples import Batch
 from data_pipeline.settings import DataConfig
 from data_pipeline.shards.manifest import Manifest
@@ -135,15 +136,18 @@ class Loader:
         check_sections(data)
         if not data.tokenizer:
             raise ConfigError("data.tokenizer is empty; name a SentencePiece model")
+        sources = open_sources(data.sources, timeout_seconds=data.timeout_seconds)
+        check_cache_dir((source.manifest for source in sources), data)
         return cls(
-            sources=open_sources(data.sources, timeout_seconds=data.timeout_seconds),
+            sources=sources,
             tokenizer=Tokenizer.load(data.tokenizer),
             data=data,
             batch=BatchSpec(
                 image_size=image_size,
                 context_length=context_length,
-                micro_batch_size=micro_batch_size
-                or largest_micro_batch_size(global_batch_size, ranks.world_size),
+                micro_batch_size=largest_micro_batch_size(global_batch_size, ranks.world_size)
+                if micro_batch_size is None
+                else micro_batch_size,
             ),
             global_batch_size=global_batch_size,
             seed=seed,

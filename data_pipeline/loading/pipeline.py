@@ -22,7 +22,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch.utils.data import Dataset
 
-from data_pipeline.common.errors import DataError, VlmError
+from data_pipeline.common.errors import DataError, VlmError, error_values
 from data_pipeline.content.sample_processor import SampleProcessor
 from data_pipeline.content.tokenizer import Tokenizer
 from data_pipeline.loading.batch_reader import BatchReader
@@ -65,7 +65,7 @@ class BatchPipeline(Dataset[PackedBatch | WorkerError]):
         try:
             return self.make(index)
         except VlmError as error:
-            return WorkerError(type(error).__name__, str(error))
+            return WorkerError(tuple(error_values(error)))
 
     def make(self, index: int) -> PackedBatch:
         """Build one batch.

@@ -17,8 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from data_pipeline.common import errors
-from data_pipeline.common.errors import DataError, VlmError
+from data_pipeline.common.errors import VlmError, error_from_values
 
 JOB_SIGNALS = frozenset((signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2))
 """Signals that a user or a scheduler sends to all processes of a job."""
@@ -28,15 +27,12 @@ class WorkerError(NamedTuple):
     """An error that a worker returns as a value; torch would pass on a raised one only as the text
     of its traceback."""
 
-    kind: str
-    message: str
+    values: tuple[str, ...]
+    """See `error_values`."""
 
     def error(self) -> VlmError:
-        """The original error; a `DataError` if its class is not one of `common.errors`."""
-        error_class = getattr(errors, self.kind, DataError)
-        error = error_class(self.message)
-        assert isinstance(error, VlmError)
-        return error
+        """The original error."""
+        return error_from_values(self.values)
 
 
 def fork_server(*, preload: str) -> ForkServerContext:

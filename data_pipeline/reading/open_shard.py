@@ -1,7 +1,7 @@
 """An open shard: its index and, if it is on this machine, its file.
 
 Training opens shards in `store.py`, the dataset commands in `preparing/shard_access.py`; samples of
-both are verified and split here.
+both are verified and split here. Only `preparing/check.py` verifies samples itself, in chunks.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import logging
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from threading import Event
 from typing import TypeVar
@@ -36,6 +36,21 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _POLL_SECONDS = 0.05
+
+
+def check_cache_dir(manifests: Iterable[Manifest], settings: DataConfig) -> None:
+    """Check that there is a folder for copies of remote shards.
+
+    Raises:
+        ConfigError: A manifest is remote, and caching is enabled without a `cache_dir`.
+    """
+    for manifest in manifests:
+        if not settings.cache_dir and settings.cache_gib and not storage.is_local(manifest.base):
+            raise ConfigError(
+                f"data.cache_dir is empty, but {storage.redact(manifest.base)} is remote; set "
+                f"it to a local folder for copies of its shards, or set data.cache_gib=0 to "
+                f"disable caching"
+            )
 
 
 class ShardStore:
@@ -72,15 +87,8 @@ class ShardStore:
         """Set by other threads that could not open a file; the reading thread then closes some."""
 
         raise_open_file_limit()
+        check_cache_dir(manifests, self.settings)
         cache_dir = self.settings.cache_dir
-        for manifest in manifests:
-            if not cache_dir and self.settings.cache_gib and not storage.is_local(manifest.base):
-                raise ConfigError(
-                    f"data.cache_dir is empty, but {storage.redact(manifest.base)} is remote; set "
-                    f"it to a local folder for copies of its shards, or set data.cache_gib=0 to "
-                    f"disable caching"
-                )
-
         self.cache = ShardCache(cache_dir, self.settings.cache_gib) if cache_dir else None
         self._failures = ShardFailures(Path(cache_dir, "failures") if cache_dir else None)
 

@@ -23,7 +23,6 @@ from data_pipeline.shards.manifest import (
     MANIFEST_NAME,
     RESERVED_KEYS,
     Manifest,
-    load_manifest,
     write_manifest,
 )
 from data_pipeline.shards.patterns import expand_patterns
@@ -31,7 +30,7 @@ from data_pipeline.shards.shard_entry import ShardEntry
 from data_pipeline.shards.shard_index import index_name
 from data_pipeline.shards.shard_paths import common_folder, is_same_folder, relative_name
 
-__all__ = ["expand_patterns", "index_for_run", "index_shards"]
+__all__ = ["expand_patterns", "index_shards"]
 
 logger = logging.getLogger(__name__)
 
@@ -101,58 +100,6 @@ def index_shards(
         metadata = _existing_metadata(folder)
     stored_base = "" if is_same_folder(base, folder) else base
     return write_manifest(folder, entries, metadata, base=stored_base)
-
-
-def index_for_run(
-    shards: str | Sequence[str],
-    folder: str,
-    *,
-    workers: int = 1,
-    part: Part = SINGLE_PART,
-    timeout_seconds: float = 300.0,
-) -> Manifest:
-    """Index shards without a manifest at the start of a run, into a local folder.
-
-    If the folder already has a manifest of the same addresses, it is used unchanged, even if shards
-    were added or changed since, so that a resumed run continues with the same data. Corrupt shards
-    do not stop a run; what can be read of them is used. With several ranks, each rank calls this
-    with its `part` and waits for the others; then one rank calls it without `part`, and the others
-    load the manifest of `folder`.
-
-    Args:
-        shards: As for `index_shards`.
-        folder: Folder for manifest and indices, accessible to all ranks; one per data source.
-        workers: Number of processes of this rank.
-        part: `(rank, world_size)`.
-        timeout_seconds: As for `index_shards`.
-
-    Raises:
-        DataError: There are no shards, or they cannot be read.
-    """
-    patterns = [shards] if isinstance(shards, str) else list(shards)
-    indexed_from = [storage.redact(pattern) for pattern in patterns]
-    if storage.exists(storage.join(folder, MANIFEST_NAME)):
-        manifest = load_manifest(folder)
-        if manifest.metadata.get("indexed_from") == indexed_from:
-            return manifest
-
-    parts_are_done = part == SINGLE_PART and any(storage.local_path(folder).glob("**/*.index"))
-    if part[0] == 0 and not parts_are_done:
-        logger.warning(
-            "%s has no manifest: its shards are read once from end to end before training starts. "
-            "This is repeated for every new run, and shards that are already corrupt cannot be "
-            "detected. To avoid both, run `vlmoe data index` once on intact shards",
-            ", ".join(indexed_from),
-        )
-    return index_shards(
-        shards,
-        folder,
-        workers=workers,
-        part=part,
-        salvage=True,
-        metadata={"indexed_from": indexed_from},
-        timeout_seconds=timeout_seconds,
-    )
 
 
 def _check_writable(folder: str) -> None:

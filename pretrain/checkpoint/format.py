@@ -25,7 +25,7 @@ from typing import Any
 from pretrain.checkpoint.files import FileRecord
 from pretrain.parallel.errors import CheckpointError
 
-VERSION = 2
+VERSION = 3
 LATEST = "latest"
 META = "meta.json"
 WRITING_PREFIX = ".writing-"

@@ -1,6 +1,7 @@
 """`vlmoe data order`: lists the samples of each rank and micro-batch in given steps.
 
-The order is computed from the run file and the manifests, without reading shards.
+The order is computed from the run file and the manifests. Shards that have no manifest are indexed
+for it, as in training.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ _EXAMPLES = """\
   vlmoe data order run.yaml --quality data.shuffle_window=64
 
 Steps count from 1, as in metrics.jsonl. --quality compares the shuffle with a uniformly random
-permutation. A larger data.shuffle_window is closer to it, but keeps more shards open."""
+permutation. A larger data.shuffle_window is closer to it, but keeps more shards open. Shards
+without a manifest are read once from end to end; for the config.yaml of a run folder, the manifests
+that training stored there are used."""
 
 
 def add(subparsers: Subparsers) -> None:

@@ -25,7 +25,7 @@ some pairs missing, so no data is needed.
 A case is one combination of parallel layout, precision, missing pairs and loss terms.
 Cases (--cases):
   all         every value of every axis (default)
-  own         the layout of the run file
+  own         the layout of the run file, also in float32
   AXIS=V,...  all combinations of the given values; axes:
     ep         expert parallel size
     zero       ZeRO stage (0, 1, 2, 3), 2_offload, own (the run file's profile) or a profile's path

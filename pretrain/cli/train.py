@@ -45,10 +45,11 @@ def handle(args: argparse.Namespace) -> None:
     """Run the command."""
     from pretrain.config.presets import load_unchecked_run
     from pretrain.config.validate import check_run
+    from pretrain.train.input_files import input_file_problems
 
-    run = load_unchecked_run(args.run, args.overrides)
+    run, origins = load_unchecked_run(args.run, args.overrides)
     _, world_size = launched_rank_and_world_size()
-    check_run(run, world_size, source=args.run)
+    check_run(run, world_size, source=origins, more=input_file_problems(run))
     # Imported after validation: an error in the run is reported before torch is loaded.
     from pretrain.train.run import train_command
 

@@ -10,8 +10,10 @@ import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_pipeline.common.config import apply_overrides, from_mapping, load_yaml
+from data_pipeline.common.config import apply_overrides, from_mapping, setting_names
 from data_pipeline.common.errors import ConfigError
+from data_pipeline.common.origins import Origins, find_origins
+from data_pipeline.common.yaml_file import load_layers, merge_layers
 from pretrain.config.schema import RunConfig
 
 _PRESETS_FOLDER = Path(__file__).resolve().parent / "presets"
@@ -59,14 +61,20 @@ def load_run(path_or_preset: str | Path, overrides: Sequence[str] = ()) -> RunCo
         settings across sections.
 
     Raises:
-        ConfigError: Lists all unknown keys, wrong types and problems of sections.
+        ConfigError: Lists all unknown keys, wrong types and problems of sections, and where their
+            values were set.
     """
-    return _load(path_or_preset, overrides, check=True)
+    return _load(path_or_preset, overrides, check=True)[0]
 
 
-def load_unchecked_run(path_or_preset: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_unchecked_run(
+    path_or_preset: str | Path, overrides: Sequence[str] = ()
+) -> tuple[RunConfig, Origins]:
     """As `load_run`, for a caller that then calls `pretrain.config.validate.check_run`: one error
     lists the problems of sections together with those across sections.
+
+    Returns:
+        The run, and where its settings were set.
 
     Raises:
         ConfigError: Lists all unknown keys and wrong types.
@@ -74,8 +82,19 @@ def load_unchecked_run(path_or_preset: str | Path, overrides: Sequence[str] = ()
     return _load(path_or_preset, overrides, check=False)
 
 
-def _load(path_or_preset: str | Path, overrides: Sequence[str], *, check: bool) -> RunConfig:
+def _load(
+    path_or_preset: str | Path, overrides: Sequence[str], *, check: bool
+) -> tuple[RunConfig, Origins]:
     path = run_path(path_or_preset)
-    mapping = apply_overrides(load_yaml(path, preset_path), overrides)
-    source = f"{path} with settings from the command line" if overrides else str(path)
-    return from_mapping(RunConfig, mapping, source=source, check=check)
+    layers = load_layers(path, preset_path)
+    origins = Origins(
+        source=_label(path),
+        where=find_origins(((_label(file), mapping) for file, mapping in layers), overrides),
+        names=setting_names(RunConfig),
+    )
+    mapping = apply_overrides(merge_layers(layers), overrides)
+    return from_mapping(RunConfig, mapping, source=origins, check=check), origins
+
+
+def _label(path: Path) -> str:
+    return f"preset {path.stem}" if path == preset_path(path.stem) else str(path)

@@ -117,22 +117,27 @@ class ScheduleConfig:
         """Ratios out of range, and a run that is too short for its warm-up and decay."""
         found = Problems(self, "schedule")
         found.at_least(1, "total_steps")
+        found.at_least(0, "warmup_steps")
         found.within(0, 1, "min_lr_ratio", "decay_ratio")
-        is_valid = 0 <= self.warmup_steps <= self.total_steps
-        found.require(
-            is_valid,
-            f"schedule.warmup_steps is {self.warmup_steps}, but must be in 0..total_steps "
-            f"({self.total_steps})",
-        )
-        decay_steps = round(self.decay_ratio * self.total_steps)
-        found.require(
-            not is_valid
-            or self.kind != "wsd"
-            or self.warmup_steps + decay_steps <= self.total_steps,
-            f"schedule.warmup_steps ({self.warmup_steps}) plus decay (schedule.decay_ratio x "
-            f"total_steps = {decay_steps}) exceed schedule.total_steps ({self.total_steps})",
-        )
-        return found.messages
+        return found.messages or self._warmup_problems()
+
+    def _warmup_problems(self) -> list[str]:
+        """Warm-up and decay that are longer than the run, with numbers that fit."""
+        decay_steps = round(self.decay_ratio * self.total_steps) if self.kind == "wsd" else 0
+        if self.warmup_steps + decay_steps <= self.total_steps:
+            return []
+        steps, warmup = self.total_steps, f"schedule.warmup_steps is {self.warmup_steps}"
+        fitting = f"set schedule.warmup_steps={min(steps // 10, steps - decay_steps)}"
+        if self.warmup_steps > steps:
+            return [
+                f"{warmup}, but must be in 0..schedule.total_steps ({steps}); {fitting}, or train "
+                f"for more steps"
+            ]
+        return [
+            f"{warmup}, which together with the decay (schedule.decay_ratio x total_steps = "
+            f"{decay_steps}) exceeds schedule.total_steps ({steps}); {fitting}, or reduce "
+            f"schedule.decay_ratio"
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)

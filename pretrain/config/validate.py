@@ -8,31 +8,39 @@ tokenizer's vocabulary) is checked where they are opened.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 
 from data_pipeline.common.errors import ConfigError
+from data_pipeline.common.origins import Origins
 from data_pipeline.common.problems import join_problems, section_problems
 from pretrain.config.checks.data import data_problems, eval_problems
 from pretrain.config.checks.experts import balance_problems, expert_problems
 from pretrain.config.checks.layout import batch_problems, parallel_problems, precision_problems
 from pretrain.config.schema import RunConfig
 
+NO_TRAINING_DATA = (
+    "data.train is empty; name the manifests or folders of the training shards, such as "
+    "data.train=[data/quickstart/train]"
+)
+
 
 def check_run(
     run: RunConfig,
     world_size: int,
     *,
-    source: str = "",
+    source: str | Origins = "",
     training: bool = True,
+    more: Sequence[str] = (),
 ) -> None:
     """Raise one error that lists all problems of a run.
 
     Args:
         run: The run.
         world_size: Number of ranks.
-        source: Prefix of the error message, such as the run's file.
+        source: See `join_problems`.
         training: Also check what only training needs: shards and a tokenizer.
+        more: Further problems for the same error, such as files that do not exist.
 
     Raises:
         ConfigError: There is at least one problem.
@@ -40,6 +48,7 @@ def check_run(
     messages = problems(run, world_size)
     if training:
         messages += training_problems(run)
+    messages += more
     if messages:
         raise ConfigError(join_problems(messages, source))
 
@@ -75,10 +84,7 @@ def training_problems(run: RunConfig) -> list[str]:
     """Settings that training needs and the run does not have."""
     messages = []
     if not run.data.train:
-        messages.append(
-            "data.train is empty; name the manifests or folders of the training shards, such as "
-            "data.train=[data/quickstart/train]"
-        )
+        messages.append(NO_TRAINING_DATA)
     if not run.data.tokenizer:
         messages.append(
             "data.tokenizer is empty; name a SentencePiece model, or train one: "

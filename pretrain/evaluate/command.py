@@ -82,7 +82,8 @@ def evaluate_caption_samples(trained: TrainedModel, shards: str, *, name: str) -
     manifest = load_manifest(shards)
     indices = sample_indices(name, manifest.total_samples, trained.run.eval.caption_samples)
     with evaluation_mode(trained.model):
-        return make_evaluator(trained).evaluate_captions(read_set(trained, manifest, indices))
+        batches = read_set(trained, manifest, indices)
+        return make_evaluator(trained).evaluate_captions(batches, name)
 
 
 def make_evaluator(trained: TrainedModel) -> Evaluator:

@@ -5,7 +5,7 @@ Shapes: M texts, S text positions, T valid tokens of all texts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -47,10 +47,14 @@ def embed_texts(
     context_length: int,
     texts_per_forward: int,
     device: torch.device,
+    on_progress: Callable[[int], object] = lambda count: None,
 ) -> Tensor:
-    """Unit vectors of texts, `[texts, embed_dim]` on `device`."""
+    """Unit vectors of texts, `[texts, embed_dim]` on `device`; `on_progress` is called with the
+    number of texts of each forward pass."""
     embeddings = []
     for first in range(0, len(texts), texts_per_forward):
-        batch = batch_texts(tokenizer, texts[first : first + texts_per_forward], context_length)
+        part = texts[first : first + texts_per_forward]
+        batch = batch_texts(tokenizer, part, context_length)
         embeddings.append(model.encode_text(*(tensor.to(device) for tensor in batch)))
+        on_progress(len(part))
     return torch.cat(embeddings)

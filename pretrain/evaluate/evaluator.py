@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.common.errors import DataError
+from data_pipeline.common.logs import Progress
 from data_pipeline.common.seeds import rng
 from data_pipeline.content.captions import hash_caption
 from data_pipeline.content.tokenizer import Tokenizer
@@ -75,7 +76,7 @@ class Evaluator:
     texts_per_forward: int = 128
 
     def evaluate_set(self, batches: Iterable[Batch], options: SetOptions) -> dict[str, Any]:
-        """Evaluate the model on one set.
+        """Evaluate the model on one set, and print progress.
 
         Args:
             batches: Every pair of the set once.
@@ -90,7 +91,7 @@ class Evaluator:
         """
         data = self._encode(batches, options)
         texts, text_of_image = distinct_texts(data.captions, options.labels, name=options.name)
-        retrieval = self._retrieve(data.images_ND, texts, text_of_image)
+        retrieval = self._retrieve(data.images_ND, texts, text_of_image, name=options.name)
         return {
             "image_to_text": retrieval.image_to_text,
             "text_to_image": retrieval.text_to_image,
@@ -100,10 +101,10 @@ class Evaluator:
             "texts": len(texts),
             "caption_token_accuracy": token_accuracy_percent(data.token_counts),
             "corrupt_samples": data.problems.total(),
-        } | self.generate(data.caption_inputs).to_json()
+        } | self._generate_with_progress(data.caption_inputs, options.name).to_json()
 
-    def evaluate_captions(self, batches: Iterable[Batch]) -> dict[str, Any]:
-        """Generated captions only, for all pairs of `batches`."""
+    def evaluate_captions(self, batches: Iterable[Batch], name: str) -> dict[str, Any]:
+        """Generated captions only, for all pairs of `batches`; prints progress."""
         inputs: list[CaptionInput] = []
         problems: Counter[str] = Counter()
         for batch in batches:
@@ -111,16 +112,28 @@ class Evaluator:
             problems.update(problem.reason for problem in batch.problems)
         if problems:
             logger.warning("skipped %d corrupt samples: %s", problems.total(), dict(problems))
-        return self.generate(inputs).to_json() | {"corrupt_samples": problems.total()}
+        captions = self._generate_with_progress(inputs, name)
+        return captions.to_json() | {"corrupt_samples": problems.total()}
 
-    def generate(self, inputs: Sequence[CaptionInput]) -> GeneratedCaptions:
-        """Generate a caption for each image."""
+    def _generate_with_progress(
+        self, inputs: Sequence[CaptionInput], name: str
+    ) -> GeneratedCaptions:
+        with Progress(name, len(inputs), "generated captions") as progress:
+            return self.generate(inputs, progress.update)
+
+    def generate(
+        self,
+        inputs: Sequence[CaptionInput],
+        on_progress: Callable[[int], object] = lambda count: None,
+    ) -> GeneratedCaptions:
+        """Generate a caption for each image; `on_progress` is called with their number."""
         return caption_images(
             self.model,
             inputs,
             tokenizer=self.tokenizer,
             context_length=self.context_length,
             device=self.device,
+            on_progress=on_progress,
         )
 
     def _encode(self, batches: Iterable[Batch], options: SetOptions) -> _Pass:
@@ -133,7 +146,7 @@ class Evaluator:
         token_counts: list[tuple[int, int]] = []
         problems: Counter[str] = Counter()
         inputs: list[CaptionInput] = []
-        for batch in batches:
+        for batch in _with_progress(batches, options):
             first = len(captions)
             captions += batch.captions
             problems.update(problem.reason for problem in batch.problems)
@@ -164,17 +177,27 @@ class Evaluator:
         return _Pass(torch.cat(images_ND), captions, token_counts, problems, inputs)
 
     def _retrieve(
-        self, images_ND: Tensor, texts: Sequence[str], text_of_image: Sequence[int]
+        self, images_ND: Tensor, texts: Sequence[str], text_of_image: Sequence[int], *, name: str
     ) -> Retrieval:
-        text_MD = embed_texts(
-            self.model,
-            self.tokenizer,
-            texts,
-            context_length=self.context_length,
-            texts_per_forward=self.texts_per_forward,
-            device=self.device,
-        )
+        with Progress(name, len(texts), "texts") as progress:
+            text_MD = embed_texts(
+                self.model,
+                self.tokenizer,
+                texts,
+                context_length=self.context_length,
+                texts_per_forward=self.texts_per_forward,
+                device=self.device,
+                on_progress=progress.update,
+            )
         return retrieve(images_ND, text_MD, torch.tensor(text_of_image, device=self.device))
+
+
+def _with_progress(batches: Iterable[Batch], options: SetOptions) -> Iterator[Batch]:
+    """The batches; a batch is counted when the next one is read."""
+    with Progress(options.name, options.num_pairs, "pairs") as progress:
+        for batch in batches:
+            yield batch
+            progress.update(len(batch.captions) + len(batch.problems))
 
 
 def distinct_texts(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -65,6 +65,7 @@ def caption_images(
     tokenizer: Tokenizer,
     context_length: int,
     device: torch.device,
+    on_progress: Callable[[int], object] = lambda count: None,
 ) -> GeneratedCaptions:
     """Generate a caption for each image.
 
@@ -74,6 +75,7 @@ def caption_images(
         tokenizer: The run's tokenizer.
         context_length: Maximum tokens of a caption, including start and end tokens.
         device: Device of the model.
+        on_progress: Called with the number of images of each batch.
     """
     generated: list[str] = []
     for first in range(0, len(inputs), IMAGES_PER_FORWARD):
@@ -86,6 +88,7 @@ def caption_images(
             max_length=context_length,
         )
         generated += [tokenizer.decode(tokens) for tokens in ids]
+        on_progress(len(ids))
     return GeneratedCaptions(
         tuple(item.key for item in inputs),
         tuple(item.caption for item in inputs),

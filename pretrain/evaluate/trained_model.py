@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL.Image import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from data_pipeline.common.errors import ConfigError, DataError
-from data_pipeline.content.image import decode_image, eval_transform
+from data_pipeline.content.image import decode_image, eval_transform, pillow_pixels
 from data_pipeline.content.tokenizer import Tokenizer, TokenizerError
 from pretrain.checkpoint import CheckpointError, find_latest, load_model_weights, read_meta
 from pretrain.config.presets import load_run
@@ -30,7 +30,7 @@ CONFIG_FILE, TOKENIZER_FILE = "config.yaml", "tokenizer.model"
 
 BATCH_SIZE = 64
 """Images or texts per forward pass."""
-ImageLike = str | os.PathLike[str] | bytes | np.ndarray | Tensor | Image
+ImageLike = str | os.PathLike[str] | bytes | np.ndarray | Tensor | Image.Image
 """An image: the path or the bytes of a file, pixels as an array uint8 `[height, width, 3 or 4]`, a
 Pillow image, or the result of `TrainedModel.preprocess`."""
 
@@ -123,14 +123,14 @@ class TrainedModel:
             yield torch.stack(batch).to(self.device)
 
 
-def _pixels(image: str | os.PathLike[str] | bytes | np.ndarray | Image) -> np.ndarray:
+def _pixels(image: str | os.PathLike[str] | bytes | np.ndarray | Image.Image) -> np.ndarray:
     """uint8 RGB or RGBA pixels, `[height, width, 3 or 4]`."""
     if isinstance(image, bytes):
         return decode_image(image)
     if isinstance(image, str | os.PathLike):
         return decode_image(Path(image).read_bytes())
     if not isinstance(image, np.ndarray):
-        image = np.asarray(image.convert("RGBA" if image.has_transparency_data else "RGB"))
+        return pillow_pixels(ImageOps.exif_transpose(image))
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (3, 4):
         raise DataError(
             f"an array of shape {list(image.shape)} and {image.dtype} was given as an image, "

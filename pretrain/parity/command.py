@@ -75,7 +75,7 @@ def check_parity(run_file: str, overrides: Sequence[str], options: ParityOptions
     )
     report.print_header()
     run_cases = _run_in_this_process if is_launched else launch_local_ranks
-    with tempfile.TemporaryDirectory(prefix="vlmoe-check-") as folder:
+    with tempfile.TemporaryDirectory(prefix="vlmoe-parity-") as folder:
         for world_size in world_sizes:
             job_folder = Path(folder) / str(world_size)
             job_folder.mkdir()

@@ -23,11 +23,13 @@ QUANTITIES = (
     "median-gradient",
     "statistics",
     "counts",
+    "loads",
     "assignments",
     "biases",
     "parameters",
     "update",
     "later",
+    "later-loads",
     "later-assignments",
     "later-biases",
     "later-parameters",
@@ -37,9 +39,10 @@ QUANTITIES = (
 Of the first step: `start` are the initial weights, `loss` is the total, `term` every loss term
 before and after weighting and the contrastive scale, `norm` the gradient norm before clipping,
 `median-gradient` the median of `gradient` over all weights, `statistics` the routers' sums,
-`counts` pairs and tokens, `assignments` the number of expert assignments that differ, `biases` the
-routers' biases, `parameters` the weights after the step, and `update` the difference of these
-weights relative to the norm of their change.
+`counts` pairs and tokens, `loads` the assignments of each expert, which replay makes equal,
+`assignments` how many the run itself would select otherwise, how many are kept and how many are
+first, `biases` the routers' biases, `parameters` the weights after the step, and `update` the
+difference of these weights relative to the norm of their change.
 
 `later...` are the same quantities of later steps; `later` stands for all scalars.
 """
@@ -149,14 +152,14 @@ def largest(differences: Differences, quantity: str) -> tuple[str, float]:
 
 def num_assignments(reference: Mapping[str, Tensor]) -> float:
     """Expert assignments of all tokens in the first step."""
-    return float(reference["0/assignments/chosen"].sum())
+    return float(reference["0/loads/experts"].sum())
 
 
 def reference_stats(reference: Mapping[str, Tensor], clip_norm: float) -> dict[str, Any]:
     """Events in the reference's steps; shows whether clipping, dropping and biases were covered."""
     norms = [float(norm) for name, norm in reference.items() if name.endswith("/norm/norm")]
     dropped = sum(
-        float((reference[f"{step}/assignments/chosen"] - kept).sum())
+        float((reference[f"{step}/loads/experts"] - kept).sum())
         for step in range(len(norms))
         for kept in [reference[f"{step}/assignments/kept"]]
     )
@@ -224,7 +227,7 @@ def _distance(quantity: str, actual: Tensor, expected: Tensor, gradient_norm: fl
         per_layer = difference.flatten(1) if actual.dim() > 1 else difference
         added, removed = per_layer.clamp(min=0).sum(), (-per_layer).clamp(min=0).sum()
         value = max(float(added), float(removed))
-    elif quantity in ("biases", "counts"):
+    elif quantity in ("biases", "counts", "loads"):
         value = float(difference.abs().max()) if actual.numel() else 0.0
     else:
         value = float(difference.abs()) / max(float(expected.abs()), MIN_TERM)

@@ -10,6 +10,7 @@ import faulthandler
 import os
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,19 +26,21 @@ MAX_REASON = 2000
 
 
 @contextmanager
-def time_limit(seconds: float, task: str, messages: Path) -> Iterator[None]:
+def time_limit(seconds: float, task: str, messages: Path, *, failure: str = "") -> Iterator[None]:
     """Exit the process with a message if the block fails or takes too long.
 
     Args:
         seconds: Time limit.
         task: Rank and task, for the message.
         messages: File of this rank's messages, to which `{"failure": "error" or "hang",
-            "reason": ...}` is added.
+            "reason": ..., "time": ...}` is added.
+        failure: Replaces `error` and `hang`.
     """
 
-    def fail(failure: str, reason: str) -> None:
+    def fail(kind: str, reason: str) -> None:
         reason = reason if len(reason) < MAX_REASON else reason[:MAX_REASON] + " ..."
-        append_message(messages, {"failure": failure, "reason": f"{task}: {reason}"})
+        message = {"failure": failure or kind, "reason": f"{task}: {reason}", "time": time.time()}
+        append_message(messages, message)
         print(f"error: {task}: {reason}", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(all_threads=True)
         os._exit(EXIT_STATUS)  # threads of the process group may hang too

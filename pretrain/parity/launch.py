@@ -51,7 +51,7 @@ def launch_local_ranks(
         world_size: Number of ranks, each a process with gloo on CPU.
         on_message: Called with every message as soon as it is written (see
             `pretrain.parity.worker.run_job`); there is one message for each case, and
-            `{"failure": ..., "reason": ...}` if ranks fail after the last case.
+            `{"failure": reason}` if ranks fail after the last case.
         worker: Arguments of the Python interpreter for each rank, before the path of the job.
         variables: Environment variables added for the ranks.
     """
@@ -66,7 +66,9 @@ def launch_local_ranks(
         if failure is None:
             return
         if done == len(job.cases):
-            on_message({"failure": failure.status, "reason": failure.reason})
+            is_optional = failure.status == "no-float64"
+            key = "no_float64_reference" if is_optional else "failure"
+            on_message({key: failure.reason})
             return
 
         report(done, *failure)
@@ -94,24 +96,42 @@ def _run_once(
     for rank in range(len(environments)):
         job.messages_path(rank).unlink(missing_ok=True)
 
-    done, num_messages, last_message = job.first, 0, time.monotonic()
+    inbox = _Inbox(job, on_message)
     with _processes([*worker, str(path)], environments, Path(job.folder)) as processes:
         while True:
             codes = [process.poll() for process in processes]
-            messages = read_messages(job.messages_path(0))
-            for message in messages[num_messages:]:
-                num_messages, last_message = num_messages + 1, time.monotonic()
-                if "failure" not in message:
-                    on_message(message)
-                    done += "case" in message
-
+            inbox.forward()
             if all(code == 0 for code in codes):
-                return len(job.cases), None
-            is_silent = time.monotonic() - last_message > 2 * job.seconds + 180
+                if inbox.done < len(job.cases):
+                    reason = f"the ranks exited with status 0 after {inbox.done} cases"
+                    return inbox.done, _Failure("error", reason)
+                return inbox.done, None
+            is_silent = time.monotonic() - inbox.last > 2 * job.seconds + 180
             if is_silent or any(codes):
                 time.sleep(REPORT_SECONDS)
-                return done, _find_failure(job, [process.poll() for process in processes])
+                inbox.forward()  # a result that was written meanwhile
+                codes = [process.poll() for process in processes]
+                return inbox.done, _find_failure(job, codes)
             time.sleep(0.05)
+
+
+class _Inbox:
+    """The results that rank 0 writes."""
+
+    def __init__(self, job: Job, on_message: OnMessage) -> None:
+        self._path, self._on_message, self._count = job.messages_path(0), on_message, 0
+        self.done = job.first
+        """Number of finished cases."""
+        self.last = time.monotonic()
+        """When the last message was read."""
+
+    def forward(self) -> None:
+        """Call `on_message` with new results."""
+        for message in read_messages(self._path)[self._count :]:
+            self._count, self.last = self._count + 1, time.monotonic()
+            if "failure" not in message:
+                self._on_message(message)
+                self.done += "case" in message
 
 
 @contextmanager
@@ -163,18 +183,19 @@ def _find_failure(job: Job, codes: Sequence[int | None]) -> _Failure:
     failures = []
     for rank, code in enumerate(codes):
         messages = read_messages(job.messages_path(rank))
-        own = [_Failure(m["failure"], m["reason"]) for m in messages if "failure" in m]
+        own = [message for message in messages if "failure" in message]
         if code and not own:
             reason = f"rank {rank} exited with status {code}; its last output: "
             return _Failure("error", reason + _end_of_log(job, rank))
         failures += own
 
-    for status in ("error", "hang"):  # errors first: a failed rank makes the others hang
-        reasons = [failure.reason for failure in failures if failure.status == status]
-        if reasons:
-            hidden = len(reasons) - MAX_REPORTED_RANKS
-            more = [f"and {hidden} more ranks"] if hidden > 0 else []
-            return _Failure(status, "; ".join(reasons[:MAX_REPORTED_RANKS] + more))
+    if failures:
+        # The first one is the cause: the others lose their connection to it, or wait for it.
+        failures.sort(key=lambda message: float(message["time"]))
+        reasons = [str(message["reason"]) for message in failures]
+        hidden = len(reasons) - MAX_REPORTED_RANKS
+        more = [f"and {hidden} more ranks"] if hidden > 0 else []
+        return _Failure(failures[0]["failure"], "; ".join(reasons[:MAX_REPORTED_RANKS] + more))
     reason = "no rank reported progress for too long; the last output of rank 0: "
     return _Failure("hang", reason + _end_of_log(job, 0))
 

@@ -80,8 +80,13 @@ class RoutingReplay:
     def _count_different(
         self, layer: int, actual_RN: Tensor, expected_RN: Tensor, hash_R: Tensor
     ) -> None:
-        is_expected_RN = (actual_RN.unsqueeze(2) == expected_RN.unsqueeze(1)).any(dim=2)
-        count_R = (~is_expected_RN).sum(dim=1)
+        is_equal_RNM = actual_RN.unsqueeze(2) == expected_RN.unsqueeze(1)
+        unexpected_R = (~is_equal_RNM.any(dim=2)).sum(dim=1)
+        missed_R = (~is_equal_RNM.any(dim=1)).sum(dim=1)
+        count_R = torch.maximum(unexpected_R, missed_R)
+        if actual_RN.shape == expected_RN.shape:
+            # The same experts in another order, which decides who comes first.
+            count_R = torch.maximum(count_R, (actual_RN != expected_RN).any(dim=1).int())
         rows = count_R.nonzero().flatten()
         # By token, since the selections are computed again in a second pass or a recomputation.
         for token, count in zip(hash_R[rows].tolist(), count_R[rows].tolist(), strict=True):

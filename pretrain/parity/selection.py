@@ -1,8 +1,8 @@
 """Which cases to check: parses `--cases`.
 
     all                        every value of every axis (see `all_cases`)
-    own                        the run file's layout, with and without gradient accumulation,
-                               and with the routers' auxiliary terms alone
+    own                        the run file's layout, with and without gradient accumulation, with
+                               the routers' auxiliary terms alone, and in float32
     ep=1,2 zero=1,3 accum=4    all combinations of these values; other axes keep one value
 
 Several selections give the union of their cases.
@@ -62,6 +62,9 @@ def parse_cases(selections: Sequence[str], run: RunConfig, world_size: int) -> l
         elif words == ["own"]:
             own = case_of_run(run)
             cases = [own, replace(own, accumulation=4), replace(own, terms="aux")]
+            # The bfloat16 reference has the micro-batches of the case, so an error that depends
+            # only on the split of a step is visible in float32.
+            cases.append(replace(own, accumulation=4, precision="fp32"))
         elif words and all("=" in word for word in words):
             cases = _product(words, run)
         else:

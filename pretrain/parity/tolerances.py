@@ -9,6 +9,7 @@ experts have nearly equal scores (a tie), is compared apart.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -33,14 +34,17 @@ TOLERANCES: Mapping[str, Mapping[str, float]] = {
     # opposite direction give 0.5.
     "update": {"fp32": 2e-2, "bf16": 0.5},
     "biases": {"fp32": 1e-6, "bf16": 1e-6},
+    "loads": {"fp32": 0.0, "bf16": 0.0},
     "assignments": {"fp32": 1e-4, "bf16": 5e-3},
     "parameters": {"fp32": 1e-3},
     "later": {"fp32": 1e-4},
+    "later-loads": {"fp32": 0.0},
     "later-assignments": {"fp32": 1e-4},
     "later-biases": {"fp32": 1e-6},
     "later-parameters": {"fp32": 1e-3},
 }
-"""By quantity and precision; a quantity without a value is not compared in that precision.
+"""By quantity and precision; a quantity without a value is only
+checked for infinite differences in that precision.
 
 Of assignments, the fraction that may differ because of ties; one may always. See
 `pretrain.parity.compare.QUANTITIES` for what each quantity is relative to.
@@ -81,9 +85,10 @@ def find_mismatches(
     """
     mismatches = []
     for quantity, by_precision in TOLERANCES.items():
-        if precision not in by_precision or not differences.get(quantity):
+        if not differences.get(quantity):
             continue
-        tolerance = by_precision[precision]
+        # What is not compared must still exist and be finite.
+        tolerance = by_precision.get(precision, sys.float_info.max)
         if quantity.endswith("assignments"):
             tolerance = max(1.0, tolerance * num_assignments)
         if other_rounding and precision == "bf16" and quantity in FIRST_FORWARD_BACKWARD:

@@ -113,6 +113,7 @@ def reference(
     *,
     rounded: bool = False,
     float64: bool = False,
+    selections: Trace | None = None,
 ) -> tuple[Trace, Trace]:
     """One process of plain torch, which accumulates gradients in float32.
 
@@ -123,6 +124,7 @@ def reference(
         rounded: The forward pass uses all weights rounded to bfloat16, as with DeepSpeed's ZeRO
             stages 1 to 3 in bfloat16.
         float64: Weights, activations and gradients in float64.
+        selections: Use these expert selections; None records the run's own.
 
     Returns:
         The trace, and the expert selections (`RoutingReplay.selections`).
@@ -138,15 +140,18 @@ def reference(
 
     if not float64:
         engine_class = _RoundedEngine if rounded else PlainEngine
-        return _traced(engine_class(model, run.optim, layout, device), run, missing)
+        return _traced(engine_class(model, run.optim, layout, device), run, missing, selections)
 
     model.compute_dtype = torch.float64
     with _KeepFloat64():
-        return _traced(PlainEngine(model.double(), run.optim, layout, device), run, missing)
+        engine = PlainEngine(model.double(), run.optim, layout, device)
+        return _traced(engine, run, missing, selections)
 
 
-def _traced(engine: PlainEngine, run: RunConfig, missing: Collection[int]) -> tuple[Trace, Trace]:
-    tensors, replay = Trace(), RoutingReplay(engine.model)
+def _traced(
+    engine: PlainEngine, run: RunConfig, missing: Collection[int], selections: Trace | None
+) -> tuple[Trace, Trace]:
+    tensors, replay = Trace(), RoutingReplay(engine.model, selections)
     trace(engine, run, missing, tensors.__setitem__, replay)
     return tensors, replay.selections
 
@@ -199,7 +204,7 @@ def _step_tensors(result: StepResult) -> Trace:
     router = result.router
     tensors = {
         "counts/tokens": result.tokens_M,
-        "assignments/chosen": router.assignments_ME,
+        "loads/experts": router.assignments_ME,
         "assignments/kept": router.kept_ME,
         "assignments/top1": router.top1_ME,
         "statistics/probability": router.prob_sum_ME,

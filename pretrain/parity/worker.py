@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import math
 import time
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -34,6 +35,7 @@ from pretrain.parallel.environment import (
 from pretrain.parity.case_runs import missing_rows, run_for_case
 from pretrain.parity.cases import Case, stage_of
 from pretrain.parity.compare import (
+    QUANTITIES,
     Comparison,
     compare_traces,
     largest,
@@ -73,7 +75,10 @@ def run_job(job: Job, environment: RankEnvironment, on_message: OnMessage) -> No
         on_message(case_message(index, worker.compare(index)))
     if job.float64 and environment.rank == 0:
         for name, run in worker.runs.items():
-            on_message(_float32_error(name, run, job.pairs, environment.device))
+            task = f"the reference of {name} in float64"
+            with time_limit(job.seconds, task, job.messages_path(0), failure="no-float64"):
+                message = _float32_error(name, run, job.pairs, environment.device)
+            on_message(message)
     worker.communicator.barrier()
     # Otherwise threads of the group may still run at exit, which crashes the process.
     stop_process_group()
@@ -107,6 +112,8 @@ class RankWorker:
             ranks = self.communicator.all_gather_json([comparison.differences, comparison.seen])
 
         differences = merge_ranks(ranks, expected)
+        for quantity in set(QUANTITIES) - differences.keys():
+            differences[quantity] = {"not recorded": math.inf}
         mismatches = find_mismatches(
             differences,
             case.precision,
@@ -141,9 +148,8 @@ class RankWorker:
         selections_path = self._folder / f"{name}.selections.safetensors"
         if self.environment.local_rank == 0 and not trace_path.exists():
             tensors, selections = self._train_reference(case)
-            save_file(selections, selections_path)
-            # Last, since its existence means that the reference is complete.
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, trace_path)
+            _save(selections, selections_path)
+            _save(tensors, trace_path)  # last: its existence means that both are complete
             _free_memory()
         self.communicator.barrier()
         # Memory-mapped: all ranks of a node share these pages.
@@ -200,8 +206,8 @@ def _float32_error(name: str, run: RunConfig, pairs: int, device: torch.device) 
     case = Case(recompute=run.model.activation_checkpointing)
     single = run_for_case(run, case, 1, pairs)
     try:
-        float32, _ = reference(single, (), device)
-        exact, _ = reference(single, (), device, float64=True)
+        float32, selections = reference(single, (), device)
+        exact, _ = reference(single, (), device, float64=True, selections=selections)
     except (RuntimeError, MemoryError) as error:
         # Out of memory, or an operation without a float64 implementation.
         _free_memory()
@@ -209,6 +215,13 @@ def _float32_error(name: str, run: RunConfig, pairs: int, device: torch.device) 
     differences = compare_traces(float32, exact)
     worst = {key: largest(differences, key)[1] for key in differences if "later" not in key}
     return {"run": name, "float32_error": worst}
+
+
+def _save(tensors: Trace, path: Path) -> None:
+    """Write a file that exists only if it is complete."""
+    part = path.with_suffix(".part")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part)
+    part.replace(path)
 
 
 def _is_rounded(case: Case) -> bool:

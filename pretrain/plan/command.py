@@ -33,10 +33,10 @@ def print_plan(run_file: str, overrides: Sequence[str], options: PlanOptions) ->
         ConfigError: The run is invalid for this number of ranks.
     """
     path = run_path(run_file)
-    run = load_unchecked_run(path, overrides)
+    run, origins = load_unchecked_run(path, overrides)
     world_size = options.world_size or run.parallel.expert_parallel_size
     text_tokens = resolve_text_tokens(options.text_tokens, run.model.context_length)
-    check_run(run, world_size, source=str(path), training=False)
+    check_run(run, world_size, source=origins, training=False)
     plan = make_plan(run, path, world_size=world_size, text_tokens=text_tokens)
     if not options.with_baseline:
         print(json.dumps(plan, indent=2) if options.as_json else format_plan(run, plan))

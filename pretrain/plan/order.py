@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from data_pipeline.common import storage
+from data_pipeline.common.errors import ConfigError
+from data_pipeline.common.processes import usable_cpus
 from data_pipeline.loading.order_report import (
     OrderSettings,
     format_step,
     list_steps,
     measure_shuffle,
 )
-from data_pipeline.loading.sources import open_sources
+from data_pipeline.loading.sources import Source, open_sources
+from data_pipeline.shards.manifest import MANIFEST_NAME
+from data_pipeline.shards.run_indexing import (
+    index_for_run,
+    needs_indexing,
+    run_manifest_folder,
+)
 from pretrain.config.presets import load_run, run_path
+from pretrain.config.schema import RunConfig
+from pretrain.config.validate import NO_TRAINING_DATA
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +49,46 @@ def print_order(run_file: str, overrides: Sequence[str], options: OrderOptions) 
     """Print the samples of each step, or the quality of the shuffle.
 
     Raises:
-        VlmError: The run, a manifest or a drop-list is invalid.
+        VlmError: The run, a manifest or a drop-list is invalid, or shards without a manifest cannot
+            be read.
     """
     path = run_path(run_file)
     # Not validated across sections: the order does not depend on the parallel layout.
     run = load_run(path, overrides)
-    sources = open_sources(run.data.sources, timeout_seconds=min(60.0, run.data.timeout_seconds))
+    if not run.data.train:
+        raise ConfigError(f"{path}: {NO_TRAINING_DATA}")
+    with tempfile.TemporaryDirectory(prefix="vlmoe-order-") as folder:
+        _print_order(path, run, _open_sources(run, path.parent, folder), options)
+
+
+def _open_sources(run: RunConfig, run_folder: Path, folder: str) -> tuple[Source, ...]:
+    """The sources of a run; shards without a manifest are indexed as in training.
+
+    Args:
+        run: The run.
+        run_folder: Has the manifests of such shards if the run has been trained in it.
+        folder: Where to write other manifests.
+    """
+    seconds = min(60.0, run.data.timeout_seconds)
+    indexed: dict[str, str] = {}
+    for address in dict.fromkeys(source.shards for source in run.data.sources):
+        if not needs_indexing(address, timeout_seconds=seconds):
+            continue
+        indexed[address] = run_manifest_folder(run_folder, address)
+        if not storage.exists(storage.join(indexed[address], MANIFEST_NAME)):
+            indexed[address] = run_manifest_folder(folder, address)
+            index_for_run(
+                address,
+                indexed[address],
+                workers=usable_cpus(),
+                timeout_seconds=run.data.timeout_seconds,
+            )
+    return open_sources(run.data.sources, timeout_seconds=seconds, manifest_urls=indexed)
+
+
+def _print_order(
+    path: Path, run: RunConfig, sources: Sequence[Source], options: OrderOptions
+) -> None:
     settings = OrderSettings(
         data=run.data,
         seed=run.seed,

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_pipeline.common.errors import ConfigError, DataError
+from data_pipeline.common.errors import DataError
 from data_pipeline.common.logs import log_to_file, setup_logging
 from data_pipeline.content.tokenizer import Tokenizer
 from data_pipeline.loading.sources import Source, data_fingerprint
@@ -34,6 +34,7 @@ from pretrain.parallel.layout import Layout
 from pretrain.parallel.plain_engine import PlainEngine
 from pretrain.train.components import TrainComponents
 from pretrain.train.data import index_data, open_sources_if_indexed
+from pretrain.train.input_files import input_file_problems
 from pretrain.train.run_folder import CONFIG_FILE, create_run_folder, run_on_rank_zero
 
 logger = logging.getLogger(__name__)
@@ -50,12 +51,11 @@ def build(run: RunConfig, out: Path) -> TrainComponents:
     setup_logging(environment.rank)
     if environment.device.type == "cpu":
         retain_freed_memory()
-    check_run(run, environment.world_size, source="this run")
+    check_run(run, environment.world_size, source="this run", more=input_file_problems(run))
     batch_plan = plan_batch(
         run.batch.global_batch_size, run.batch.micro_batch_size, environment.world_size
     )
     tokenizer = Tokenizer.load(run.data.tokenizer)
-    _check_vocabulary(run, tokenizer)
     sources = open_sources_if_indexed(run)
     engine = build_engine(run, environment, batch_plan)
     communicator = engine.communicator
@@ -178,11 +178,3 @@ def _describe_weight(source: Source) -> str:
     if config.weight is not None:
         return f"weight {config.weight:g}"
     return f"repeats {config.repeats}"
-
-
-def _check_vocabulary(run: RunConfig, tokenizer: Tokenizer) -> None:
-    if tokenizer.vocab_size != run.model.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size is {run.model.vocab_size}, but the tokenizer {run.data.tokenizer} "
-            f"has {tokenizer.vocab_size} tokens; set model.vocab_size={tokenizer.vocab_size}"
-        )

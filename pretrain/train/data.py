@@ -6,27 +6,25 @@ folder, so that a resumed run uses the same data.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
-import re
 import time
 import uuid
 from pathlib import Path
 
-from data_pipeline.common import storage
-from data_pipeline.common.errors import StorageError
 from data_pipeline.common.logs import format_duration
 from data_pipeline.common.processes import usable_cpus
 from data_pipeline.loading.sources import Source, open_sources
-from data_pipeline.shards.indexing import index_for_run
-from data_pipeline.shards.manifest import MANIFEST_NAME
+from data_pipeline.shards.run_indexing import (
+    index_for_run,
+    needs_indexing,
+    run_manifest_folder,
+)
 from pretrain.config.schema import RunConfig
 from pretrain.parallel.communicator import Communicator
 
 logger = logging.getLogger(__name__)
 
-MANIFESTS_FOLDER = "manifests"
 _POLL_SECONDS, _LOG_SECONDS = 0.5, 60.0
 
 
@@ -61,29 +59,16 @@ def index_data(run: RunConfig, out: Path, communicator: Communicator) -> tuple[S
         if communicator.broadcast_json(
             _needs_indexing(address, run) if communicator.rank == 0 else None
         ):
-            folder = out / MANIFESTS_FOLDER / hashlib.sha256(address.encode()).hexdigest()[:16]
-            _index_on_all_ranks(run, address, folder, communicator)
-            indexed[address] = str(folder)
+            folder = run_manifest_folder(out, address)
+            _index_on_all_ranks(run, address, Path(folder), communicator)
+            indexed[address] = folder
     return open_sources(
         run.data.sources, timeout_seconds=min(60.0, run.data.timeout_seconds), manifest_urls=indexed
     )
 
 
 def _needs_indexing(address: str, run: RunConfig) -> bool:
-    """Whether an address names shards that have no manifest; `@FILE` names a list of shards."""
-    path = address.partition("?")[0] if address.startswith(("http://", "https://")) else address
-    if path.endswith(".json"):
-        return False
-    if address.startswith("@") or path.endswith(".tar") or re.search(r"[{*?\[]", path):
-        return True
-    seconds = min(60.0, run.data.timeout_seconds)
-    if storage.exists(storage.join(address, MANIFEST_NAME), timeout_seconds=seconds):
-        return False
-    try:
-        names = storage.list_names(address, timeout_seconds=seconds)
-        return any(name.endswith(".tar") for name in names)
-    except StorageError:
-        return False  # opening the manifest then raises a more specific error
+    return needs_indexing(address, timeout_seconds=min(60.0, run.data.timeout_seconds))
 
 
 def _index_on_all_ranks(

@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from data_pipeline.common import errors, storage
+from data_pipeline.common import storage
 from data_pipeline.common.addresses import without_secrets
 from data_pipeline.common.config import dump_yaml
-from data_pipeline.common.errors import StorageError, VlmError
+from data_pipeline.common.errors import StorageError, VlmError, error_from_values, error_values
 from data_pipeline.common.json_file import write_json
 from data_pipeline.content.tokenizer import Tokenizer, TokenizerError
 from pretrain.checkpoint.retention import list_checkpoints
@@ -75,14 +75,14 @@ def run_on_rank_zero(communicator: Communicator, out: Path, work: Callable[[], T
         try:
             result = work()
         except VlmError as error:
-            problem = [type(error).__name__, str(error)]
+            problem = error_values(error)
         except OSError as error:
-            problem = [
-                StorageError.__name__,
+            message = (
                 f"cannot write into the run folder {out}: {error.strerror}; check the path, "
-                f"its permissions and the free space, or choose another --out",
-            ]
+                f"its permissions and the free space, or choose another --out"
+            )
+            problem = error_values(StorageError(message))
     problem = communicator.broadcast_json(problem)
     if problem:
-        raise getattr(errors, problem[0], VlmError)(problem[1])
+        raise error_from_values(problem)
     return result

@@ -84,7 +84,7 @@ FAULTS = (
     ),
     InjectedFault(
         "padding_counted_as_tokens",
-        {"term": "balance", "statistics": "probability", "assignments": "chosen"},
+        {"term": "balance", "statistics": "probability", "loads": "experts"},
         ("counts",),
     ),
     InjectedFault(

@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
 @pytest.mark.parametrize(
     ("setting", "parts"),
     [
-        ("moe.top_kk=3", ("tiny.yaml", "moe.top_kk", "did you mean 'moe.top_k'?")),
+        ("moe.top_kk=3", ("preset tiny", "moe.top_kk", "did you mean 'moe.top_k'?")),
         (
             "batch.global_batch_size=7",
             (

@@ -65,13 +65,13 @@ def test_paths_exist(page: Path) -> None:
     assert [path for path in paths if not list(ROOT.glob(path))] == []
 
 
-def test_architecture_names_the_files_of_every_way() -> None:
+def test_architecture_names_the_files_of_each_path() -> None:
     page = ROOT / "docs" / "architecture.md"
-    ways = page.read_text().partition("\n## ")[2].split("\n## ")
-    assert len(ways) == 5
-    for way in ways:
-        files = re.findall(rf"`((?:{FOLDERS})/[\w/]+\.py)`", way)
-        assert len(files) >= 9, way.splitlines()[0]
+    paths = page.read_text().partition("\n## ")[2].split("\n## ")
+    assert len(paths) == 5
+    for path in paths:
+        files = re.findall(rf"`((?:{FOLDERS})/[\w/]+\.py)`", path)
+        assert len(files) >= 9, path.splitlines()[0]
 
 
 @every_page
@@ -145,7 +145,8 @@ def check_tool(module: str, arguments: list[str]) -> None:
     """Check that a tool exists and that its source defines the options."""
     path = ROOT.joinpath(*module.split("."))
     files = [*path.glob("*.py")] if path.is_dir() else [path.with_suffix(".py")]
-    source = "".join(file.read_text() for file in [*files, ROOT / "tools" / "arguments.py"])
+    files += [ROOT / "tools" / "arguments.py", ROOT / "tools" / "study" / "arguments.py"]
+    source = "".join(file.read_text() for file in files)
     for word in arguments:
         if word.startswith("--") and word != "--help":
             assert f'"{word}"' in source, f"{module} has no option {word}"

@@ -11,7 +11,7 @@ region needs (`decoding.py`), resamples once (`rendering.py`) and changes colors
 """
 
 from data_pipeline.content.image.color_jitter import color_jitter_enabled
-from data_pipeline.content.image.decoding import check_pixels, decode_image
+from data_pipeline.content.image.decoding import check_pixels, decode_image, pillow_pixels
 from data_pipeline.content.image.header import ImageHeader, read_header
 from data_pipeline.content.image.random_numbers import uniform_numbers
 from data_pipeline.content.image.rendering import composite
@@ -27,6 +27,7 @@ __all__ = [
     "decode_image",
     "eval_image",
     "eval_transform",
+    "pillow_pixels",
     "read_header",
     "train_image",
     "uniform_numbers",

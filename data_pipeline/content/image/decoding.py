@@ -170,20 +170,27 @@ def _decode_opencv(data: bytes) -> np.ndarray:
 
 def _decode_pillow(data: bytes) -> np.ndarray:
     """Decode any format of Pillow to RGB or RGBA, without applying the orientation."""
-    image: Any
     with Image.open(io.BytesIO(data), formats=PILLOW_FORMATS) as image:
         image.load()
-        scale = _grayscale_factor(image)
-        mode = "RGBA" if image.has_transparency_data and scale is None else "RGB"
-        pixels = np.empty((image.height, image.width, len(mode)), np.uint8)
+        return pillow_pixels(image)
 
-        rows = max(1, _STRIP_PIXELS // image.width)
-        for top in range(0, image.height, rows):
-            strip = image.crop((0, top, image.width, min(image.height, top + rows)))
-            if scale is not None:
-                gray = np.asarray(strip, np.float64) * scale
-                strip = Image.fromarray(gray.clip(0, 255).round().astype(np.uint8))
-            pixels[top : top + rows] = np.asarray(strip.convert(mode))
+
+def pillow_pixels(image: Image.Image) -> np.ndarray:
+    """The pixels of a Pillow image of any mode, uint8 RGB or RGBA `[h, w, 3 or 4]`.
+
+    The orientation is not applied; an image without transparent pixels becomes RGB.
+    """
+    scale = _grayscale_factor(image)
+    mode = "RGBA" if image.has_transparency_data and scale is None else "RGB"
+    pixels = np.empty((image.height, image.width, len(mode)), np.uint8)
+
+    rows = max(1, _STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        strip: Any = image.crop((0, top, image.width, min(image.height, top + rows)))
+        if scale is not None:
+            gray = np.asarray(strip, np.float64) * scale
+            strip = Image.fromarray(gray.clip(0, 255).round().astype(np.uint8))
+        pixels[top : top + rows] = np.asarray(strip.convert(mode))
 
     if len(mode) == 4 and cv2.minMaxLoc(cv2.extractChannel(pixels, 3))[0] == 255:
         pixels = cv2.cvtColor(pixels, cv2.COLOR_RGBA2RGB)

@@ -271,7 +271,7 @@ def test_override_of_part_of_a_section() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("lr", "write it as key=value"),
+        ("inner.lr", "`=value` is missing; write inner.lr=VALUE"),
         ("=3", "write it as key=value"),
         ("a..b=3", "write it as key=value"),
         ("title.x=3", "title is 'run', not a section"),

@@ -11,8 +11,9 @@ import pytest
 
 from data_pipeline.common.errors import DataError
 from data_pipeline.shards import index_job, indexing
-from data_pipeline.shards.indexing import index_for_run, index_shards
+from data_pipeline.shards.indexing import index_shards
 from data_pipeline.shards.manifest import MANIFEST_NAME, Manifest, load_index, load_manifest
+from data_pipeline.shards.run_indexing import index_for_run
 from data_pipeline.shards.scan import index_shard
 from tests.support.small_shards import make_shards
 

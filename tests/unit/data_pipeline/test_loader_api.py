@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -74,6 +75,33 @@ def test_missing_tokenizer_and_unknown_name(shapes: ShapeDataset) -> None:
     with pytest.raises(AttributeError, match="no_such_name"):
         data_pipeline.no_such_name  # noqa: B018
     assert all(getattr(data_pipeline, name) is not None for name in data_pipeline.__all__)
+
+
+def test_invalid_arguments_are_errors_before_the_first_batch(
+    shapes: ShapeDataset, tmp_path: Path
+) -> None:
+    for rank, world_size in ((2, 2), (-1, 2), (0, 0)):
+        with pytest.raises(ConfigError, match="rank is"):
+            RankInfo(rank=rank, world_size=world_size)
+    for name, value in (("image_size", 0), ("context_length", 1), ("micro_batch_size", 0)):
+        sizes = {"image_size": 32, "context_length": 16, name: value}
+        with pytest.raises(ConfigError, match=name):
+            Loader.open(settings(shapes), global_batch_size=8, **sizes)
+
+    manifest = json.loads((shapes.folder / "manifest.json").read_text())
+    remote = manifest | {"base": "http://127.0.0.1:9/shards"}
+    (tmp_path / "manifest.json").write_text(json.dumps(remote))
+    source = SourceConfig(shards=str(tmp_path))
+    data = DataConfig(train=(source,), tokenizer=str(shapes.tokenizer))
+    with pytest.raises(ConfigError, match=r"data\.cache_dir is empty"):
+        Loader.open(data, image_size=32, context_length=16, global_batch_size=8)
+
+
+def test_micro_batches_of_the_given_size(shapes: ShapeDataset) -> None:
+    loader = open_loader(shapes, micro_batch_size=2)
+    batches, _ = next(loader.steps())
+    loader.close()
+    assert [len(batch.keys) for batch in batches] == [2] * 4
 
 
 def test_importing_the_package_does_not_import_torch() -> None:

@@ -15,6 +15,7 @@ from data_pipeline.loading.sources import open_sources
 from data_pipeline.order.drop_list import make_drop_list, write_drop_list
 from data_pipeline.order.state import LoaderState
 from data_pipeline.shards.manifest import load_manifest
+from data_pipeline.shards.run_indexing import index_for_run, run_manifest_folder
 from data_pipeline.shards.writer import write_shards
 from pretrain.cli.main import main
 from pretrain.config.presets import load_run, run_path
@@ -124,6 +125,48 @@ def test_missing_index(run_file: Path, capsys: pytest.CaptureFixture[str]) -> No
         assert "#corrupt-index" not in without_keys
     finally:
         index.write_bytes(data)
+
+
+def test_shards_without_manifest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They are indexed as in training, unless the run folder has their manifest."""
+    shards, run_folder = tmp_path / "shards", tmp_path / "run"
+    make_shards(shards, count=25)
+    run_folder.mkdir()
+    path = run_folder / "config.yaml"
+    path.write_text("batch: {global_batch_size: 8, micro_batch_size: 4}\n")
+
+    def order(address: str) -> list[str]:
+        out = run_order(capsys, str(path), "--steps", "1:3", f"data.train=['{address}']", "--json")
+        steps = json.loads(out)["steps"]
+        return [row["key"] for s in steps for m in s["micro_batches"] for row in m["samples"]]
+
+    expected = order(str(shards))
+    (shards / "manifest.json").unlink()
+    for file in shards.glob("*.index"):
+        file.unlink()
+    before = set(tmp_path.rglob("*"))
+    assert order(str(shards)) == order(f"{shards}/*.tar") == expected
+    assert set(tmp_path.rglob("*")) == before, "written next to the run or the shards"
+
+    index_for_run(str(shards), run_manifest_folder(run_folder, str(shards)))
+    sorted(shards.glob("*.tar"))[0].unlink()  # a resumed run does not index again either
+    assert order(str(shards)) == expected
+
+
+@pytest.mark.parametrize(
+    ("setting", "parts"),
+    [
+        ("data.train=[]", ["data.train is empty"]),
+        ("data.train=[{}]", ["no manifest", "vlmoe data index"]),
+    ],
+)
+def test_no_shards(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], setting: str, parts: list[str]
+) -> None:
+    assert main(["data", "order", "tiny", setting.format(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    for part in parts:
+        assert part in error
 
 
 def test_shuffle_quality_of_each_source(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

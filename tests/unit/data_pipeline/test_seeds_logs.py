@@ -77,6 +77,19 @@ def test_progress_shows_rate_and_remaining_time() -> None:
     assert out.getvalue().endswith("\nrendering: 1000/1000 pictures (100%), 20/s, 40 s\n")
 
 
+def test_progress_is_printed_by_rank_zero(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", [])
+    monkeypatch.setattr(root, "level", root.level)
+    for rank, count in ((0, 1), (2, 0), (0, 1)):
+        setup_logging(rank)
+        with Progress("x", 1, "files") as progress:
+            progress.update()
+        assert capsys.readouterr().err.count("x: 1/1 files") == count
+
+
 def test_progress_on_a_terminal() -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:

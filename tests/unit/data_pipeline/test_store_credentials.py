@@ -11,6 +11,7 @@ import pytest
 
 from data_pipeline.common import storage, store_credentials
 from data_pipeline.common.errors import StorageError
+from data_pipeline.common.store_credentials import LIBRARY_SOURCE
 from tests.support.http_server import http_server
 from tests.support.s3_server import S3Server
 
@@ -26,7 +27,8 @@ def test_aws_profiles(tmp_path: Path) -> None:
     (tmp_path / ".aws" / "config").write_text(
         "[default]\nregion = eu-west-1\n"
         "[profile lab]\nregion = us-west-2\nendpoint_url = http://lab:9000\n"
-        "[profile tool]\ncredential_process = /bin/keys --now\n"
+        "[profile tool]\ncredential_process = /bin/keys --now\nendpoint_url = http://tool:9000\n"
+        "[profile role]\nrole_arn = arn:aws:iam::1:role/r\nsource_profile = lab\n"
     )
     home = {"HOME": str(tmp_path)}
     settings = store_credentials.s3_settings(home)
@@ -46,10 +48,17 @@ def test_aws_profiles(tmp_path: Path) -> None:
     )
     assert settings == {"region": "us-west-2", "endpoint": "http://lab:9000"}
 
-    with pytest.raises(StorageError, match=r"AWS_PROFILE is 'lap'.*: default, lab, tool"):
+    with pytest.raises(StorageError, match=r"AWS_PROFILE is 'lap'.*: default, lab, role, tool"):
         store_credentials.s3_settings(home | {"AWS_PROFILE": "lap"})
-    with pytest.raises(StorageError, match="'tool' has credential_process"):
-        store_credentials.s3_settings(home | {"AWS_PROFILE": "tool"})
+    settings = store_credentials.s3_settings(home | {"AWS_PROFILE": "tool"})
+    endpoint = {"endpoint": "http://tool:9000"}
+    assert settings == {LIBRARY_SOURCE: "tool", "region": "us-east-1"} | endpoint
+    settings = store_credentials.s3_settings(home | {"AWS_PROFILE": "role"})
+    assert settings == {LIBRARY_SOURCE: "role", "region": "us-east-1"}
+    settings = store_credentials.s3_settings(
+        home | {"AWS_PROFILE": "tool", "AWS_ACCESS_KEY_ID": "three"}
+    )
+    assert settings == {"region": "us-east-1"} | endpoint
 
 
 def test_errors_of_aws_files_do_not_quote_them(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ Change = Callable[[Tensor], Tensor]
 def make_trace() -> dict[str, Tensor]:
     """A trace: values recorded in three steps of a model with four experts in one process."""
     generator = torch.Generator().manual_seed(0)
-    chosen = torch.tensor([[[10.0, 20.0, 30.0, 40.0]]]).expand(1, 2, 4)
+    loads = torch.tensor([[[10.0, 20.0, 30.0, 40.0]]]).expand(1, 2, 4)
     tensors: dict[str, Tensor] = {
         "start/parameters/w": torch.ones(300),
         "0/parameters/w": torch.ones(300) * 2,
@@ -32,7 +32,8 @@ def make_trace() -> dict[str, Tensor]:
             f"{step}/norm/norm": torch.tensor(3.0),
             f"{step}/counts/pairs": torch.tensor(8.0),
             f"{step}/biases/biases": torch.zeros(1, 2, 4),
-            f"{step}/assignments/chosen": chosen.clone(),
+            f"{step}/loads/experts": loads.clone(),
+            f"{step}/assignments/kept": loads.clone(),
             f"{step}/statistics/z": torch.tensor([1.0, 2.0]),
         }
     tensors["2/parameters/w"] = torch.ones(300) * 3
@@ -52,10 +53,10 @@ def changed_trace(name: str, change: Change) -> dict[str, Tensor]:
 def move_assignments(count: int) -> Change:
     """Moves assignments of the first layer from expert 0 to expert 1."""
 
-    def change(chosen: Tensor) -> Tensor:
-        chosen[0, 0, 0] -= count
-        chosen[0, 0, 1] += count
-        return chosen
+    def change(loads: Tensor) -> Tensor:
+        loads[0, 0, 0] -= count
+        loads[0, 0, 1] += count
+        return loads
 
     return change
 

@@ -144,5 +144,5 @@ def test_unknown_format_version(tmp_path: Path) -> None:
     path = save_step(tmp_path, 3)
     meta = json.loads((path / "meta.json").read_text())
     (path / "meta.json").write_text(json.dumps(meta | {"version": 1}))
-    with pytest.raises(CheckpointError, match=r"format version 1.* version 2"):
+    with pytest.raises(CheckpointError, match=r"format version 1.* version 3"):
         read_meta(path)

@@ -65,9 +65,11 @@ def test_eval_prints_a_table_and_writes_json(
         r1, r5, r10 = result[direction].values()
         assert 0 <= r1 <= r5 <= r10 <= 100
 
-    printed = capsys.readouterr().out
+    printed, progress = capsys.readouterr()
     assert "held: 64 images" in printed
     assert f"{result['image_to_text']['R@10']:.2f}" in printed
+    for count in ("64/64 pairs", f"{result['texts']}/{result['texts']} texts", "9/9 generated"):
+        assert f"held: {count}" in progress
 
 
 def test_token_accuracy_equals_predicting_tokens_one_by_one(

@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from pretrain.parity.compare import compare_traces, relative
+from pretrain.parity.compare import (
+    QUANTITIES,
+    Comparison,
+    compare_traces,
+    largest,
+    merge_ranks,
+    relative,
+)
 from pretrain.parity.tolerances import find_mismatches
 from tests.unit.pretrain.parity_support import (
     Change,
@@ -35,8 +42,10 @@ def test_equal_traces_have_no_mismatch() -> None:
         ("0/gradient/gate", lambda t: t * (1 + 2e-5), {"gradient": "gate"}),
         ("0/statistics/z", lambda t: 2 * t, {"statistics": "z"}),
         ("0/counts/pairs", lambda t: t - 1, {"counts": "pairs"}),
-        ("0/assignments/chosen", move_assignments(2), {"assignments": "chosen"}),
-        ("0/assignments/chosen", lambda t: 2 * t, {"assignments": "chosen"}),
+        ("0/loads/experts", move_assignments(1), {"loads": "experts"}),
+        ("2/loads/experts", move_assignments(1), {"later-loads": "experts (step 3)"}),
+        ("0/assignments/kept", move_assignments(2), {"assignments": "kept"}),
+        ("0/assignments/kept", lambda t: 2 * t, {"assignments": "kept"}),
         ("0/biases/biases", lambda t: t + 1e-5, {"biases": "biases"}),
         ("0/parameters/w", lambda t: t * (1 + 2e-3), {"parameters": "w"}),
         ("0/parameters/w", lambda t: t * (1 + 2e-2), {"parameters": "w", "update": "w"}),
@@ -150,7 +159,7 @@ def test_rounding_of_most_gradients_is_a_mismatch() -> None:
 
 def test_few_assignments_may_differ_but_nothing_else() -> None:
     """Two experts with nearly equal scores are a tie, which rounding decides."""
-    actual = changed_trace("0/assignments/chosen", move_assignments(3))
+    actual = changed_trace("0/assignments/kept", move_assignments(3))
     worst = compare_traces(actual, make_trace())
     assert find_mismatches(worst, "fp32", 1e5) == ()
     found = find_mismatches(worst, "fp32", 200.0)
@@ -165,7 +174,81 @@ def test_few_assignments_may_differ_but_nothing_else() -> None:
 def test_one_assignment_may_always_differ() -> None:
     for step, quantity in (("0", "assignments"), ("1", "later-assignments")):
         for count, expected in ((1, []), (2, [quantity])):
-            actual = changed_trace(f"{step}/assignments/chosen", move_assignments(count))
+            actual = changed_trace(f"{step}/assignments/kept", move_assignments(count))
             worst = compare_traces(actual, make_trace())
             found = find_mismatches(worst, "fp32", 200.0)
             assert [mismatch.quantity for mismatch in found] == expected
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, None])
+@pytest.mark.parametrize("name", ["0/parameters/w", "1/loss/total", "2/parameters/w"])
+def test_what_is_infinite_or_missing_is_a_mismatch_in_any_precision(
+    name: str, value: float | None, precision: str
+) -> None:
+    actual = make_trace()
+    actual[name] = actual[name] * (math.nan if value is None else value)
+    if value is None:
+        del actual[name]
+    found = mismatches(actual, precision)
+    assert len(found) == 1 and ("missing" in str(found)) == (value is None)
+
+
+@pytest.mark.parametrize("worse", [0, 1])
+def test_the_largest_difference_over_ranks_counts(worse: int) -> None:
+    reference = make_trace()
+    ranks = []
+    for rank in (0, 1):
+        actual = make_trace()
+        if rank == worse:
+            actual["0/gradient/gate"] *= 1.5
+        comparison = Comparison(reference)
+        for name, tensor in actual.items():
+            comparison.add(name, tensor)
+        ranks.append((comparison.differences, comparison.seen))
+    merged = merge_ranks(ranks, reference)
+    assert merged["gradient"]["gate"] == pytest.approx(0.5)
+    assert next(iter(merged["gradient"])) == "gate"
+
+
+def test_experts_are_complete_if_the_ranks_have_all_of_them() -> None:
+    reference = make_trace()
+    full = reference["0/gradient/a.experts.w1@0:4"]
+    ranks = []
+    for first in (0, 2):
+        actual = make_trace()
+        del actual["0/gradient/a.experts.w1@0:4"]
+        actual[f"0/gradient/a.experts.w1@{first}:{first + 2}"] = full[first : first + 2]
+        comparison = Comparison(reference)
+        for name, tensor in actual.items():
+            comparison.add(name, tensor)
+        ranks.append((comparison.differences, comparison.seen))
+    assert largest(merge_ranks(ranks, reference), "gradient")[1] == 0
+    assert largest(merge_ranks(ranks[:1], reference), "gradient")[1] == math.inf
+
+
+@pytest.mark.parametrize(
+    ("precision", "quantities", "value"),
+    [
+        ("fp32", ("loss", "term", "norm", "statistics", "gradient", "median-gradient"), 3e-5),
+        ("fp32", ("later",), 3e-4),
+        ("fp32", ("parameters", "later-parameters"), 3e-3),
+        ("fp32", ("update",), 0.05),
+        ("fp32", ("biases", "later-biases"), 3e-6),
+        ("fp32", ("start", "counts", "loads", "later-loads"), 1e-9),
+        ("fp32", ("assignments", "later-assignments"), 2),
+        ("bf16", ("loss", "term", "norm", "statistics", "median-gradient"), 0.01),
+        ("bf16", ("gradient",), 0.05),
+        ("bf16", ("update",), 0.9),
+        ("bf16", ("biases",), 3e-6),
+        ("bf16", ("start", "counts", "loads"), 1e-9),
+        ("bf16", ("assignments",), 2),
+    ],
+)
+def test_smallest_differences_that_are_mismatches(
+    precision: str, quantities: tuple[str, ...], value: float
+) -> None:
+    for quantity in quantities:
+        assert quantity in QUANTITIES
+        found = find_mismatches({quantity: {"name": value}}, precision, 200.0)
+        assert [mismatch.quantity for mismatch in found] == [quantity]

@@ -133,9 +133,39 @@ def test_steps_are_recorded_apart() -> None:
     recorded.step = 1
     run(reference, slice(0, 2))
     assert {name.partition("/")[0] for name in recorded.selections} == {"0", "1"}
-    replay = RoutingReplay(make_model(0), recorded.selections)
-    replay.step = 1
+    # Step 0 has all tokens, step 1 only those of the first pairs.
+    model = make_model(0)
+    replay = RoutingReplay(model, recorded.selections)
+    run(model)
     assert replay.pop_num_different() == 0
+    replay.step = 1
+    run(model, slice(0, 2))
+    assert replay.pop_num_different() == 0
+    with pytest.raises(RuntimeError, match="1/0/top_k"):
+        run(model)
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        ([[0, 1], [2, 3]], 0),
+        ([[0, 2], [2, 3]], 1),
+        ([[2, 3], [0, 1]], 4),
+        ([[0, 0], [2, 3]], 1),  # an expert twice instead of two
+        ([[1, 0], [2, 3]], 1),  # the order decides which one is first
+        ([[0], [2]], 2),  # too few
+    ],
+)
+def test_selections_that_differ_are_counted(own: list[list[int]], expected: int) -> None:
+    hashes = torch.tensor([5, 9])
+    recorded = {"0/0/top_k/hash": hashes, "0/0/top_k/indices": torch.tensor([[0, 1], [2, 3]])}
+    model = make_model(0)
+    replay = RoutingReplay(model, recorded)
+    (layer, *_) = model.moe_layers()
+    assert layer.replace_selection is not None
+    selected = layer.replace_selection("top_k", torch.tensor(own), hashes)
+    assert selected.tolist() == [[0, 1], [2, 3]]
+    assert replay.pop_num_different() == expected
 
 
 def test_a_token_that_the_reference_does_not_have() -> None:

@@ -114,6 +114,14 @@ def test_the_json_lists_all_gradients_but_only_the_largest_other_differences(
     assert case["differences"]["gradient"]["w7"] == "inf"
 
 
+def test_a_failure_after_the_last_case_fails_the_check_but_a_missing_float64_does_not() -> None:
+    report = report_of(make_result())
+    report.handle_message({"no_float64_reference": "timed out"})
+    assert report.is_ok
+    report.handle_message({"failure": "rank 1 crashed"})
+    assert not report.is_ok
+
+
 def test_other_ranks_print_and_write_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from data_pipeline.common.config import dump_yaml, load_yaml
 from data_pipeline.common.errors import ConfigError
-from pretrain.config.presets import load_run, preset_names, preset_path
+from pretrain.config.presets import load_run, load_unchecked_run, preset_names, preset_path
 from pretrain.config.schema import RunConfig
 from pretrain.config.validate import problems
 
@@ -99,8 +99,47 @@ def test_unknown_setting_in_a_file(tmp_path: Path) -> None:
 
 
 def test_unknown_setting_on_the_command_line() -> None:
-    with pytest.raises(ConfigError, match=r"command line: lr: .*'optim\.lr'"):
+    with pytest.raises(ConfigError, match=r"^preset tiny: lr: .*'optim\.lr'.*command line\)$"):
         load_run("tiny", ["lr=1"])
+
+
+def test_errors_say_where_values_were_set(tmp_path: Path) -> None:
+    """In the file that the error names first, in one that it extends, or on the command line."""
+    base, path = tmp_path / "base.yaml", tmp_path / "run.yaml"
+    base.write_text("extends: tiny\nseed: -1\noptim: {eps: 0, weight_decay: -1}\n")
+    path.write_text("extends: base.yaml\nmoe: {top_k: 9}\noptim: {weight_decay: -2}\n")
+    with pytest.raises(ConfigError) as error:
+        load_run(path, ["optim.lr=0", "schedule.total_steps=20", "loss={contrastive_weight: -1}"])
+    heading, *lines = str(error.value).splitlines()
+    assert heading == f"{path}: 7 problems:"
+    endings = {
+        "seed is -1": f"at least 0 (set in {base})",
+        "optim.eps": f"above 0 (set in {base})",
+        "optim.weight_decay is -2": "at least 0",
+        "moe.top_k": f"(set: moe.top_k in {path}, moe.num_experts in preset tiny)",
+        "optim.lr": "above 0 (set on the command line)",
+        "schedule.warmup_steps": "(set: schedule.warmup_steps in preset tiny, "
+        "schedule.total_steps on the command line)",
+        "loss.contrastive_weight": "at least 0 (set on the command line)",
+    }
+    for start, end in endings.items():
+        (line,) = [line for line in lines if line.startswith(f"  - {start}")]
+        assert line.endswith(end)
+
+
+def test_defaults_and_suggestions_are_not_set_anywhere(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("optim: {lr: 1}\n")
+    run, origins = load_unchecked_run(path, ["data.train=[a]", "batch.micro_batch_size=3"])
+    assert run.batch.micro_batch_size == 3
+    for message in (
+        "optim.lr is 1.0",  # in the file itself
+        "data.tokenizer is empty; set data.tokenizer=t, such as runs/data.train, 'data.train'",
+    ):
+        assert origins.annotate(message) == message
+    assert origins.annotate("batch.micro_batch_size (3) x 2, batch.global_batch_size").endswith(
+        "(set: batch.micro_batch_size on the command line, batch.global_batch_size by default)"
+    )
 
 
 @pytest.mark.parametrize(

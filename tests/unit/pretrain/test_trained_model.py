@@ -69,6 +69,27 @@ def test_all_kinds_of_images(model: pretrain.TrainedModel, tmp_path: Path) -> No
         assert (model.preprocess(image) == 255).all()
 
 
+def test_a_pillow_image_equals_its_file(model: pretrain.TrainedModel) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: rotated
+    gray = Image.fromarray(np.linspace(0, 65535, 2400).astype(np.uint16).reshape(40, 60))
+    images = [
+        (Image.fromarray(pixels), {"exif": exif}),
+        (gray, {}),
+        (Image.fromarray(pixels).convert("P"), {}),
+        (Image.fromarray(pixels[..., 0]), {}),
+        (Image.fromarray(pixels).convert("CMYK"), {"format": "TIFF"}),
+    ]
+    for image, options in images:
+        buffer = io.BytesIO()
+        image.save(buffer, **({"format": "PNG"} | options))
+        data = buffer.getvalue()
+        expected = model.preprocess(data)
+        assert torch.equal(model.preprocess(Image.open(io.BytesIO(data))), expected)
+        assert expected.float().std() > 5
+
+
 def test_captions_equal_those_of_the_command(model: pretrain.TrainedModel, tmp_path: Path) -> None:
     paths = []
     for seed in range(3):

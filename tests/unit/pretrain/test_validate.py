@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from data_pipeline.common.errors import ConfigError
@@ -14,7 +16,7 @@ def find_problems(overrides: list[str], world_size: int) -> list[str]:
     batch = {1: ["batch.global_batch_size=64"], 2: []}.get(
         world_size, ["batch={global_batch_size: 480, micro_batch_size: 1}"]
     )
-    return problems(load_unchecked_run("tiny", [*batch, *overrides]), world_size)
+    return problems(load_unchecked_run("tiny", [*batch, *overrides])[0], world_size)
 
 
 def assert_one_problem(overrides: list[str], world_size: int, parts: list[str]) -> None:
@@ -177,7 +179,7 @@ def test_experts_and_balance(overrides: list[str], parts: list[str]) -> None:
         (
             ["schedule={kind: wsd, warmup_steps: 900, decay_ratio: 0.2}"],
             [
-                "schedule.warmup_steps (900)",
+                "schedule.warmup_steps is 900",
                 "schedule.decay_ratio",
                 "200",
                 "schedule.total_steps (1000)",
@@ -187,6 +189,21 @@ def test_experts_and_balance(overrides: list[str], parts: list[str]) -> None:
 )
 def test_ranges(overrides: list[str], parts: list[str]) -> None:
     assert_one_problem(overrides, 1, parts)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "wsd"])
+@pytest.mark.parametrize(("steps", "decay_ratio"), [(20, 0.2), (1, 0.2), (104, 0.2), (99, 0.95)])
+def test_a_run_shorter_than_its_warmup(kind: str, steps: int, decay_ratio: float) -> None:
+    """The message has both settings with their values, and a warm-up that makes the run valid."""
+    settings = [f"schedule={{kind: {kind}, total_steps: {steps}, decay_ratio: {decay_ratio}}}"]
+    if kind == "cosine" and steps >= 100:
+        assert find_problems(settings, 1) == []
+        return
+    (problem,) = find_problems(settings, 1)
+    assert "schedule.warmup_steps is 100" in problem
+    assert f"schedule.total_steps ({steps})" in problem
+    fitting = re.search(r"set (schedule\.warmup_steps=\d+)", problem)
+    assert fitting is not None and find_problems([*settings, fitting[1]], 1) == []
 
 
 @pytest.mark.parametrize(
@@ -254,7 +271,7 @@ def test_errors_of_a_single_section(overrides: list[str], parts: list[str]) -> N
 
 
 def test_all_problems_are_in_one_error() -> None:
-    run = load_unchecked_run(
+    run, _ = load_unchecked_run(
         "tiny", ["batch.global_batch_size=100", "parallel.expert_parallel_size=16", "optim.lr=0"]
     )
     with pytest.raises(ConfigError) as error:
@@ -285,7 +302,7 @@ def test_problems_of_several_sections_are_in_one_error() -> None:
 )
 def test_invalid_sections_do_not_break_other_checks(overrides: list[str]) -> None:
     """Checks across sections are not computed from values that are invalid by themselves."""
-    found = problems(load_unchecked_run("tiny", overrides), 2)
+    found = problems(load_unchecked_run("tiny", overrides)[0], 2)
     assert len(found) >= len(overrides)
     assert len(set(found)) == len(found)
 

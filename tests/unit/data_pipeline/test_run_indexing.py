@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.config.schema import RunConfig
-from pretrain.train.data import _needs_indexing
+from data_pipeline.shards.run_indexing import needs_indexing
 from tests.support.small_shards import make_shards
 
 
 @pytest.mark.parametrize(
-    ("address", "needs_indexing"),
+    ("address", "expected"),
     [
         ("https://host/manifest.json?sig=1", False),
         ("https://host/pairs/manifest.json", False),
@@ -23,16 +22,16 @@ from tests.support.small_shards import make_shards
         ("data/000.tar", True),
     ],
 )
-def test_addresses(address: str, needs_indexing: bool) -> None:
-    assert _needs_indexing(address, RunConfig()) == needs_indexing
+def test_addresses(address: str, expected: bool) -> None:
+    assert needs_indexing(address) == expected
 
 
 def test_folders(tmp_path: Path) -> None:
     make_shards(tmp_path / "indexed", count=7)
-    assert not _needs_indexing(str(tmp_path / "indexed"), RunConfig())
+    assert not needs_indexing(str(tmp_path / "indexed"))
     (tmp_path / "indexed" / "manifest.json").unlink()
-    assert _needs_indexing(str(tmp_path / "indexed"), RunConfig())
+    assert needs_indexing(str(tmp_path / "indexed"))
     (tmp_path / "empty").mkdir()
     # Opening the manifest raises a more specific error for these.
-    assert not _needs_indexing(str(tmp_path / "empty"), RunConfig())
-    assert not _needs_indexing(str(tmp_path / "missing"), RunConfig())
+    assert not needs_indexing(str(tmp_path / "empty"))
+    assert not needs_indexing(str(tmp_path / "missing"))

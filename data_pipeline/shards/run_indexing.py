@@ -1,0 +1,101 @@
+"""Indexes shards that have no manifest for one run: training can read any shards.
+
+The manifests are stored in the run folder, so that a resumed run uses the same data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+from collections.abc import Sequence
+
+from data_pipeline.common import storage
+from data_pipeline.common.errors import StorageError
+from data_pipeline.common.processes import SINGLE_PART, Part
+from data_pipeline.shards.indexing import index_shards
+from data_pipeline.shards.manifest import MANIFEST_NAME, Manifest, load_manifest
+
+logger = logging.getLogger(__name__)
+
+
+def run_manifest_folder(run_folder: str | os.PathLike[str], address: str) -> str:
+    """Where a run stores the manifest of the shards at an address."""
+    name = hashlib.sha256(address.encode()).hexdigest()[:16]
+    return os.path.join(run_folder, "manifests", name)
+
+
+def needs_indexing(address: str, *, timeout_seconds: float = 60.0) -> bool:
+    """Whether an address names shards that have no manifest; `@FILE` names a list of shards.
+
+    False if there are neither: opening the manifest then raises a more specific error.
+
+    Args:
+        address: An address of `data.train`.
+        timeout_seconds: Limit for one operation on a store.
+    """
+    path = address.partition("?")[0] if address.startswith(("http://", "https://")) else address
+    if path.endswith(".json"):
+        return False
+    if address.startswith("@") or path.endswith(".tar") or re.search(r"[{*?\[]", path):
+        return True
+    if storage.exists(storage.join(address, MANIFEST_NAME), timeout_seconds=timeout_seconds):
+        return False
+    try:
+        names = storage.list_names(address, timeout_seconds=timeout_seconds)
+    except StorageError:
+        return False
+    return any(name.endswith(".tar") for name in names)
+
+
+def index_for_run(
+    shards: str | Sequence[str],
+    folder: str,
+    *,
+    workers: int = 1,
+    part: Part = SINGLE_PART,
+    timeout_seconds: float = 300.0,
+) -> Manifest:
+    """Index shards without a manifest at the start of a run, into a local folder.
+
+    If the folder already has a manifest of the same addresses, it is used unchanged, even if shards
+    were added or changed since, so that a resumed run continues with the same data. Corrupt shards
+    do not stop a run; what can be read of them is used. With several ranks, each rank calls this
+    with its `part` and waits for the others; then one rank calls it without `part`, and the others
+    load the manifest of `folder`.
+
+    Args:
+        shards: As for `index_shards`.
+        folder: Folder for manifest and indices, accessible to all ranks; one per data source.
+        workers: Number of processes of this rank.
+        part: `(rank, world_size)`.
+        timeout_seconds: As for `index_shards`.
+
+    Raises:
+        DataError: There are no shards, or they cannot be read.
+    """
+    patterns = [shards] if isinstance(shards, str) else list(shards)
+    indexed_from = [storage.redact(pattern) for pattern in patterns]
+    if storage.exists(storage.join(folder, MANIFEST_NAME)):
+        manifest = load_manifest(folder)
+        if manifest.metadata.get("indexed_from") == indexed_from:
+            return manifest
+
+    parts_are_done = part == SINGLE_PART and any(storage.local_path(folder).glob("**/*.index"))
+    if part[0] == 0 and not parts_are_done:
+        logger.warning(
+            "%s has no manifest: its shards are first read once from end to end. This is repeated "
+            "for every new run, and shards that are already corrupt cannot be detected. To avoid "
+            "both, run `vlmoe data index` once on intact shards",
+            ", ".join(indexed_from),
+        )
+    return index_shards(
+        shards,
+        folder,
+        workers=workers,
+        part=part,
+        salvage=True,
+        metadata={"indexed_from": indexed_from},
+        timeout_seconds=timeout_seconds,
+    )
