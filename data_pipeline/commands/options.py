@@ -22,8 +22,8 @@ def add_datasets(parser: argparse.ArgumentParser) -> None:
         "datasets",
         metavar="DATASET",
         nargs="+",
-        help="folder with a manifest.json, or that file; local or in an object store; braces are "
-        "expanded",
+        help="folder with a manifest.json, that file, or shards without one (tar files, folder, "
+        "wildcards, @FILE); local or in an object store; braces are expanded",
     )
 
 

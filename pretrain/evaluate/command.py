@@ -17,7 +17,8 @@ from data_pipeline.content.captions import clean_caption
 from data_pipeline.loading.batch_spec import BatchSpec
 from data_pipeline.loading.loader import read_all
 from data_pipeline.samples import Batch
-from data_pipeline.shards.manifest import Manifest, load_manifest
+from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.run_indexing import open_manifest
 from pretrain.config.schema import EvalSet
 from pretrain.evaluate.evaluator import Evaluator, SetOptions, evaluation_mode, sample_indices
 from pretrain.evaluate.generated_captions import CaptionInput
@@ -64,7 +65,7 @@ def evaluate_sets(trained: TrainedModel, sets: Sequence[EvalSet]) -> dict[str, d
     results = {}
     evaluator = make_evaluator(trained)
     for eval_set in sets:
-        manifest = load_manifest(eval_set.shards)
+        manifest = open_manifest(eval_set.shards)
         options = SetOptions(
             name=eval_set.name,
             num_pairs=manifest.total_samples,
@@ -79,7 +80,7 @@ def evaluate_sets(trained: TrainedModel, sets: Sequence[EvalSet]) -> dict[str, d
 
 def evaluate_caption_samples(trained: TrainedModel, shards: str, *, name: str) -> dict[str, Any]:
     """Generated captions only, for `eval.caption_samples` images of any set."""
-    manifest = load_manifest(shards)
+    manifest = open_manifest(shards)
     indices = sample_indices(name, manifest.total_samples, trained.run.eval.caption_samples)
     with evaluation_mode(trained.model):
         batches = read_set(trained, manifest, indices)
