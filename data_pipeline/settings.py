@@ -48,6 +48,19 @@ class SourceConfig:
     drop: str = ""
     """Address of a drop-list (from `vlmoe data dedup`, `filter` or `check`): samples that are never
     read."""
+    image_keys: tuple[str, ...] | None = None
+    """Instead of `data.image_keys`, for this source; as for the following settings, null uses the
+    setting of `data`."""
+    image_mode: ImageMode | None = None
+    """Instead of `data.image_mode`."""
+    caption_keys: tuple[str, ...] | None = None
+    """Instead of `data.caption_keys`."""
+    caption_weights: tuple[float, ...] | None = None
+    """Instead of `data.caption_weights`; null with `caption_keys` weights them equally."""
+    filters: FilterConfig | None = None
+    """Instead of `data.filters`, all of them: `{}` disables filters for this source."""
+    augment: AugmentConfig | None = None
+    """Instead of `data.augment`, all of it."""
 
     def problems(self) -> list[str]:
         """Invalid settings of this source."""
@@ -155,7 +168,12 @@ class DataConfig:
             f"data.shard_seconds is {self.shard_seconds:g}, not below data.timeout_seconds "
             f"({self.timeout_seconds:g}): waiting for a batch would time out first",
         )
-        return found.messages + self._key_problems() + self._source_problems()
+        messages = found.messages + self._key_problems() + self._source_problems()
+        for source in self.sources:
+            if any(getattr(source, name) is not None for name in _PER_SOURCE[:4]):
+                own = self.for_source(source)._key_problems()
+                messages += [f"source {source.name or source.shards}: {text}" for text in own]
+        return list(dict.fromkeys(messages))
 
     def _key_problems(self) -> list[str]:
         found, weights = Problems(self, "data"), self.caption_weights
@@ -194,6 +212,13 @@ class DataConfig:
             )
         return messages
 
+    def for_source(self, source: SourceConfig) -> DataConfig:
+        """These settings with those that a source has instead."""
+        own = {name: getattr(source, name) for name in _PER_SOURCE}
+        if source.caption_keys is not None and source.caption_weights is None:
+            own["caption_weights"] = (1.0,) * len(source.caption_keys)
+        return replace(self, **{name: value for name, value in own.items() if value is not None})
+
     @property
     def sources(self) -> tuple[SourceConfig, ...]:
         """`train`, with every address as a `SourceConfig`."""
@@ -206,6 +231,16 @@ class DataConfig:
             for entry in self.train
         )
         return replace(self, train=train)
+
+
+_PER_SOURCE = (
+    "image_keys",
+    "image_mode",
+    "caption_keys",
+    "caption_weights",
+    "filters",
+    "augment",
+)
 
 
 def to_sources(entries: Sequence[SourceConfig | str]) -> tuple[SourceConfig, ...]:

@@ -198,14 +198,18 @@ class Loader:
 
     def _make_pipeline(self, tokenizer: Tokenizer, batch: BatchSpec, seed: int) -> BatchPipeline:
         data = self._data
-        processor = replace(
-            _eval_processor(data, batch), seed=seed, augment=data.augment, filters=data.filters
-        )
+        processors = []
+        for source in self.sources:
+            own = data.for_source(source.config)
+            processor = _eval_processor(own, batch)
+            processors.append(
+                replace(processor, seed=seed, augment=own.augment, filters=own.filters)
+            )
         return BatchPipeline(
             [source.manifest for source in self.sources],
             data,
             sampler=self._sampler,
-            processor=processor,
+            processors=processors,
             tokenizer=tokenizer,
             max_open=len(self.sources) * data.shuffle_window + _EXTRA_OPEN_SHARDS,
         )
@@ -243,7 +247,7 @@ def read_all(
         [manifest],
         data,
         sampler=ListBatchSampler(manifest, sample_ids, batch.micro_batch_size),
-        processor=_eval_processor(data, batch),
+        processors=[_eval_processor(data, batch)],
         tokenizer=tokenizer,
         max_open=_MAX_OPEN_IN_ONE_PASS,
     )
