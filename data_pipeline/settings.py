@@ -146,6 +146,9 @@ class DataConfig:
     requests."""
     max_corrupt_ratio: float = 0.01
     """Stop the run if more than this fraction of the samples (and at least 100) are corrupt."""
+    max_filtered_ratio: float = 0.5
+    """Warn before training if more than this fraction of the first samples of a source is skipped;
+    if all are, the run does not start."""
     request_seconds: float = 20.0
     """Timeout of one request to a store (8 MiB at most) in seconds, before it is retried."""
     shard_seconds: float = 120.0
@@ -162,7 +165,7 @@ class DataConfig:
         found.at_least(0, "workers", "cache_gib", "fetch_ahead")
         found.at_least(1, "shuffle_window", "prefetch")
         found.above_zero("request_seconds", "shard_seconds", "timeout_seconds")
-        found.within(0, 1, "max_corrupt_ratio")
+        found.within(0, 1, "max_corrupt_ratio", "max_filtered_ratio")
         found.require(
             self.shard_seconds < self.timeout_seconds,
             f"data.shard_seconds is {self.shard_seconds:g}, not below data.timeout_seconds "

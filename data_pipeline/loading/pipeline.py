@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -27,6 +28,7 @@ from data_pipeline.content.sample_processor import SampleProcessor
 from data_pipeline.content.tokenizer import Tokenizer
 from data_pipeline.loading.batch_reader import BatchReader
 from data_pipeline.loading.batch_samplers import BatchSampler, shard_starts
+from data_pipeline.loading.batch_spec import BatchSpec
 from data_pipeline.loading.collate import BatchBuilder, PackedBatch
 from data_pipeline.loading.worker_process import WorkerError
 from data_pipeline.samples import ProcessedSample, RawSample, SampleProblem, SampleRef
@@ -120,3 +122,23 @@ class BatchPipeline(Dataset[PackedBatch | WorkerError]):
             context_length=self._processors[0].context_length,
             pad_id=self._tokenizer.pad_id,
         )
+
+
+def eval_processor(data: DataConfig, batch: BatchSpec) -> SampleProcessor:
+    """Stage 3 without augmentation and filters, and with the first caption."""
+    return SampleProcessor(
+        image_size=batch.image_size,
+        context_length=batch.context_length,
+        image_keys=tuple(data.image_keys),
+        image_mode=data.image_mode,
+        caption_keys=tuple(data.caption_keys),
+        caption_weights=tuple(data.caption_weights),
+        limits=data.limits,
+    )
+
+
+def train_processor(data: DataConfig, batch: BatchSpec, seed: int) -> SampleProcessor:
+    """Stage 3 with augmentation, filters and sampled captions; `data` are those of the source."""
+    return replace(
+        eval_processor(data, batch), seed=seed, augment=data.augment, filters=data.filters
+    )

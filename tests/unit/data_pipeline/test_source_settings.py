@@ -13,9 +13,15 @@ from data_pipeline import Loader
 from data_pipeline.common.config import from_mapping
 from data_pipeline.common.errors import ConfigError
 from data_pipeline.content.image import decode_image, eval_transform
+from data_pipeline.content.tokenizer import Tokenizer
+from data_pipeline.loading.batch_spec import BatchSpec
+from data_pipeline.loading.preview import SourcePreview, preview_source
+from data_pipeline.loading.sources import open_sources
 from data_pipeline.samples import Batch
 from data_pipeline.settings import DataConfig
 from data_pipeline.shards.writer import write_shards
+from pretrain.config.schema import RunConfig
+from pretrain.train.first_samples import check_first_samples
 from tests.support.small_shards import make_tokenizer
 
 SIDE, COUNT = 16, 12
@@ -128,3 +134,45 @@ def test_invalid_settings_of_a_source(settings: dict[str, Any], message: str) ->
     values = {"train": [{"shards": "coco"} | settings]}
     with pytest.raises(ConfigError, match=message):
         from_mapping(DataConfig, values)
+
+
+def preview(folder: Path, shards: str, **settings: Any) -> SourcePreview:
+    values = {"tokenizer": str(folder / "tokenizer.model"), "train": [str(folder / shards)]}
+    data = from_mapping(DataConfig, values | settings)
+    (source,) = open_sources(data.sources)
+    batch = BatchSpec(image_size=SIDE, context_length=6, micro_batch_size=4)
+    return preview_source(source, data, tokenizer=Tokenizer.load(data.tokenizer), batch=batch)
+
+
+def test_preview_of_a_source(folder: Path) -> None:
+    web = preview(folder, "web", filters={"require": ["json:similarity >= 0.5"]})
+    assert (web.name, web.samples, web.skipped) == ("web", COUNT, {"filter:similarity": 6})
+    assert web.skipped_ratio == 0.5 and "web0: filter:similarity" in web.example
+    assert web.truncated == 6  # "<start> web N <end>" has more than six tokens
+
+    coco = preview(folder, "coco", filters={"require": ["json:similarity >= 0.5"]})
+    assert coco.skipped_ratio == 1
+    assert preview(folder, "coco", caption_keys=["json:text"]).skipped == {"no-image": COUNT}
+    whole = preview(folder, "coco", caption_keys=["json:text"], image_keys=["left.png"])
+    assert (whole.skipped, whole.example) == ({}, "")
+
+
+def test_sources_without_usable_samples_stop_a_run(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train = [{"shards": str(folder / name)} for name in ("web", "coco")]
+    values = {
+        "data": {
+            "train": train,
+            "tokenizer": str(folder / "tokenizer.model"),
+            "filters": {"require": ["json:similarity >= 0.8"]},
+        },
+        "model": {"image_size": SIDE, "patch_size": 8, "context_length": 6},
+    }
+    run = from_mapping(RunConfig, values, check=False)
+    sources = open_sources(run.data.sources)
+    with pytest.raises(ConfigError, match=r"source coco: 12 of its first 12 .*filter:similarity"):
+        check_first_samples(run, sources, Tokenizer.load(run.data.tokenizer))
+    messages = "\n".join(caplog.messages)
+    assert "source web: 10 of its first 12 samples are skipped" in messages
+    assert "source web: 2 of 2 captions have more than model.context_length (6)" in messages
