@@ -54,6 +54,12 @@ def add(subparsers: Subparsers) -> None:
     )
     add_sample_keys(peek)
     peek.add_argument(
+        "--image-mode",
+        choices=("crop", "pad", "squash"),
+        default=None,
+        help="with --out: show images as the model's square input with this data.image_mode",
+    )
+    peek.add_argument(
         "--out",
         metavar="FILE",
         default="",
@@ -94,11 +100,11 @@ def handle(args: argparse.Namespace) -> None:
         return
 
     if args.out.endswith(".html"):
-        cards = [sample_card(raw, keys, location) for location, raw in samples]
+        cards = [sample_card(raw, keys, location, args.image_mode) for location, raw in samples]
         data = html_page(f"{len(samples)} samples", [flex_row(cards)])
     else:
         buffer = io.BytesIO()
-        contact_sheet(samples, keys).save(buffer, "PNG")
+        contact_sheet(samples, keys, args.image_mode).save(buffer, "PNG")
         data = buffer.getvalue()
     storage.write_bytes(args.out, data)
     print(f"{storage.redact(args.out)}: {len(samples)} samples")

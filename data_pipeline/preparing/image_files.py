@@ -7,7 +7,8 @@ import base64
 import cv2
 import numpy as np
 
-from data_pipeline.content.image import composite, decode_image
+from data_pipeline.content.image import composite, decode_image, eval_transform
+from data_pipeline.sample_settings import ImageMode
 
 _SIGNATURES = (
     (b"\xff\xd8\xff", "jpg"),
@@ -26,12 +27,19 @@ def image_format(data: bytes) -> str:
     return next((name for signature, name in _SIGNATURES if data.startswith(signature)), "")
 
 
-def thumbnail(data: bytes, side: int) -> np.ndarray:
+def thumbnail(data: bytes, side: int, mode: ImageMode | None = None) -> np.ndarray:
     """The image on white, its longer side scaled to `side` pixels: uint8 RGB `[height, width, 3]`.
+
+    Args:
+        data: The file.
+        side: Pixels.
+        mode: Show the square that becomes the model's input in this `data.image_mode`.
 
     Raises:
         DataError: The image cannot be decoded (slug `corrupt-image`).
     """
+    if mode is not None:
+        return eval_transform(decode_image(data), side, mode).transpose(1, 2, 0)
     pixels = decode_image(data, min_size=(side, side))
     if pixels.shape[2] == 4:
         pixels = composite(pixels, (255, 255, 255))

@@ -17,6 +17,7 @@ from data_pipeline.preparing.image_files import data_uri, image_format, thumbnai
 from data_pipeline.preparing.shard_access import read_samples
 from data_pipeline.preparing.tasks import ShardTask, tasks_for
 from data_pipeline.sample_keys import SampleKeys, image_bytes
+from data_pipeline.sample_settings import ImageMode
 from data_pipeline.samples import RawSample, SampleProblem
 from data_pipeline.shards.manifest import Manifest
 
@@ -55,12 +56,20 @@ def read_samples_at(
     return {(task.dataset, task.shard, index): raw for task, index, raw in read_tasks(tasks)}
 
 
-def sample_card(raw: RawSample | SampleProblem, keys: SampleKeys, location: str) -> str:
-    """A sample as an HTML card; an error is shown in place of the image or caption."""
+def sample_card(
+    raw: RawSample | SampleProblem,
+    keys: SampleKeys,
+    location: str,
+    mode: ImageMode | None = None,
+) -> str:
+    """A sample as an HTML card; an error is shown in place of the image or caption.
+
+    With a mode, the image is shown as the model's input.
+    """
     if isinstance(raw, SampleProblem):
         return card("", location, f"{raw.reason}: {raw.detail}")
     try:
-        uri = data_uri(thumbnail(image_bytes(raw, keys.images), _SIDE))
+        uri = data_uri(thumbnail(image_bytes(raw, keys.images), _SIDE, mode))
     except DataError as error:
         return card("", location, str(error))
     return card(uri, location, _caption(raw, keys.captions))
@@ -90,7 +99,9 @@ def sample_text(raw: RawSample | SampleProblem, keys: SampleKeys, location: str)
 
 
 def contact_sheet(
-    samples: Sequence[tuple[str, RawSample | SampleProblem]], keys: SampleKeys
+    samples: Sequence[tuple[str, RawSample | SampleProblem]],
+    keys: SampleKeys,
+    mode: ImageMode | None = None,
 ) -> Image.Image:
     """Images in a grid with the first lines of their captions.
 
@@ -99,6 +110,7 @@ def contact_sheet(
     Args:
         samples: Location text and sample, or its problem.
         keys: Where images and captions are.
+        mode: Show images as the model's input.
     """
     columns = min(len(samples), max(1, round(len(samples) ** 0.5 * 1.3)))
     rows = -(-len(samples) // columns)
@@ -112,7 +124,7 @@ def contact_sheet(
         try:
             if isinstance(raw, SampleProblem):
                 raise DataError(raw.detail, slug=raw.reason)
-            image = Image.fromarray(thumbnail(image_bytes(raw, keys.images), _SIDE))
+            image = Image.fromarray(thumbnail(image_bytes(raw, keys.images), _SIDE, mode))
             sheet.paste(image, (x, y + _SIDE - image.height))
             text = escape_control(_caption(raw, keys.captions))
         except DataError as error:
