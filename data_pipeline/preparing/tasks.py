@@ -13,6 +13,7 @@ from data_pipeline.common.errors import DataError
 from data_pipeline.common.processes import SINGLE_PART, Part
 from data_pipeline.common.seeds import rng
 from data_pipeline.shards.manifest import Manifest, ShardEntry, load_manifest
+from data_pipeline.shards.patterns import is_shard_name
 
 
 class ShardTask(NamedTuple):
@@ -58,7 +59,7 @@ def open_datasets(addresses: Sequence[str]) -> list[Manifest]:
             raise DataError(f"{storage.redact(address)}: unbalanced braces") from error
 
         for url in urls:
-            if url.endswith(".tar"):
+            if is_shard_name(url):
                 raise DataError(
                     f"{storage.redact(url)} is a shard; give the folder of its manifest "
                     f"(create one with `vlmoe data index`)"

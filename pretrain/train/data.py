@@ -21,6 +21,7 @@ from data_pipeline.common.processes import usable_cpus
 from data_pipeline.loading.sources import Source, open_sources
 from data_pipeline.shards.indexing import index_for_run
 from data_pipeline.shards.manifest import MANIFEST_NAME
+from data_pipeline.shards.patterns import is_shard_name
 from pretrain.config.schema import RunConfig
 from pretrain.parallel.communicator import Communicator
 
@@ -74,14 +75,14 @@ def _needs_indexing(address: str, run: RunConfig) -> bool:
     path = address.partition("?")[0] if address.startswith(("http://", "https://")) else address
     if path.endswith(".json"):
         return False
-    if address.startswith("@") or path.endswith(".tar") or re.search(r"[{*?\[]", path):
+    if address.startswith("@") or is_shard_name(path) or re.search(r"[{*?\[]", path):
         return True
     seconds = min(60.0, run.data.timeout_seconds)
     if storage.exists(storage.join(address, MANIFEST_NAME), timeout_seconds=seconds):
         return False
     try:
         names = storage.list_names(address, timeout_seconds=seconds)
-        return any(name.endswith(".tar") for name in names)
+        return any(map(is_shard_name, names))
     except StorageError:
         return False  # opening the manifest then raises a more specific error
 
