@@ -73,7 +73,8 @@ class SampleRows:
         elif any(other.extension == extension for other in self._members):
             self._handle_problem(
                 "two files with the same extension",
-                f"sample {key!r} has two files with the same extension; write it again",
+                f"sample {key!r} has two files with the same extension, the second is "
+                f"{member.name!r}; write it again",
             )
         if member.kind != FILE:
             self._handle_problem(member.kind, _describe(member), slug="unsupported-tar")

@@ -115,7 +115,7 @@ def scan(
 
 def _describe_lost(lost: LostSamples) -> str:
     return (
-        f"lost {lost.samples:,} samples with {lost.files:,} files ({join_counts(lost.reasons)}): "
+        f"skipped {lost.samples:,} samples with {lost.files:,} files ({join_counts(lost.reasons)}): "
         f"{', '.join(_first(list(map(repr, lost.keys))))}"
     )
 

@@ -179,6 +179,13 @@ def test_only_changed_shards_are_read_again(
     assert index_again() == []
 
 
+def test_old_index_of_a_sparse_archive_is_not_reused(tmp_path: Path, scans: list[str]) -> None:
+    tar_of(tmp_path / "a.tar", ["GNUSparseFile.12/a.jpg", "b.jpg"])
+    index_shards(str(tmp_path))
+    index_shards(str(tmp_path))
+    assert scans == ["a.tar", "a.tar"]
+
+
 def test_index_with_other_bytes_keeps_its_hash(tmp_path: Path, written: Manifest) -> None:
     index = index_shard(tmp_path / "data" / "shard-000000.tar").to_bytes()
     size = int.from_bytes(index[:8], "little")

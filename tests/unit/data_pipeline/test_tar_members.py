@@ -70,7 +70,7 @@ def check_refused(odd: bytes, message: str) -> None:
     assert error.value.slug == "unsupported-tar" and "'2.jpg'" in str(error.value)
     salvaged = scan_bytes(data, salvage=True)
     assert salvaged.keys == ["1", "3"] and None not in read_by_index(salvaged, data)
-    assert "lost 1 samples with 2 files" in salvaged.corruption
+    assert "skipped 1 samples with 2 files" in salvaged.corruption
     assert salvaged.corruption.endswith("'2'")
 
 
@@ -162,10 +162,10 @@ def test_files_of_no_sample_are_counted_by_rule() -> None:
 def test_files_that_are_not_next_to_each_other_are_counted_as_one_sample() -> None:
     apart = archive({"1.jpg": b"a", "2.jpg": b"b", "1.txt": b"c", "2.txt": b"d"})
     salvaged = scan_bytes(apart, salvage=True)
-    assert salvaged.corruption == "lost 2 samples with 4 files (key occurs twice 2): '1', '2'"
+    assert salvaged.corruption == "skipped 2 samples with 4 files (key occurs twice 2): '1', '2'"
     twice = shard_of(*PLAIN, *PLAIN[:2])
     salvaged = scan_bytes(twice, salvage=True)
-    assert salvaged.corruption == "lost 2 samples with 4 files (key occurs twice 1): '1'"
+    assert salvaged.corruption == "skipped 2 samples with 4 files (key occurs twice 1): '1'"
 
 
 def test_salvage_says_which_bytes_are_lost() -> None:
@@ -175,7 +175,7 @@ def test_salvage_says_which_bytes_are_lost() -> None:
     salvaged = scan_bytes(bytes(data), salvage=True)
     end = start + len(PLAIN[2])
     assert f"(bytes {start:,} to {end:,} are lost)" in salvaged.corruption
-    assert "lost 1 samples with 1 files (incomplete next to corruption 1)" in salvaged.corruption
+    assert "skipped 1 samples with 1 files (incomplete next to corruption 1)" in salvaged.corruption
 
 
 _NAMES = st.builds(
