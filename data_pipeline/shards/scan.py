@@ -114,10 +114,9 @@ def scan(
 
 
 def _describe_lost(lost: LostSamples) -> str:
-    return (
-        f"skipped {lost.samples:,} samples with {lost.files:,} files ({join_counts(lost.reasons)}): "
-        f"{', '.join(_first(list(map(repr, lost.keys))))}"
-    )
+    keys = ", ".join(_first(list(map(repr, lost.keys))))
+    reasons = join_counts(lost.reasons)
+    return f"skipped {lost.samples:,} samples with {lost.files:,} files ({reasons}): {keys}"
 
 
 def _first(texts: list[str]) -> list[str]:

@@ -184,7 +184,7 @@ def test_folder_with_text_files(image_folder: Path) -> None:
     (image_folder / "x.json").write_text("[")
     records, skipped = split_rows(Folder(folders=(str(image_folder),)))
     image = f"{image_folder}/b/2.JPG"
-    assert records == [Record("b/2", image, ("two",), {"score": 1}, "b/2.JPG")]
+    assert records == [Record("b/2", image, ("two",), {"score": 1}, "b/2.JPG", inputs=3)]
     assert [(row.origin, row.reason) for row in skipped] == [
         ("x.webp", "invalid-json"),
         ("a_cat/3.jpeg", "no-caption"),
