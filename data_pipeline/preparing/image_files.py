@@ -1,4 +1,4 @@
-"""Image files: their format by signature, thumbnails, and data URIs."""
+"""Image files: thumbnails and data URIs."""
 
 from __future__ import annotations
 
@@ -9,22 +9,6 @@ import numpy as np
 
 from data_pipeline.content.image import composite, decode_image, eval_transform
 from data_pipeline.sample_settings import ImageMode
-
-_SIGNATURES = (
-    (b"\xff\xd8\xff", "jpg"),
-    (b"\x89PNG\r\n\x1a\n", "png"),
-    (b"GIF8", "gif"),
-    (b"II*\0", "tif"),
-    (b"MM\0*", "tif"),
-    (b"BM", "bmp"),
-)
-
-
-def image_format(data: bytes) -> str:
-    """`jpg`, `png`, `webp`, `gif`, `tif` or `bmp` by the file's signature; empty if unknown."""
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "webp"
-    return next((name for signature, name in _SIGNATURES if data.startswith(signature)), "")
 
 
 def thumbnail(data: bytes, side: int, mode: ImageMode | None = None) -> np.ndarray:

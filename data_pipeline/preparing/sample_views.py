@@ -11,9 +11,9 @@ from data_pipeline.common.errors import DataError
 from data_pipeline.common.escaping import escape_control
 from data_pipeline.common.tables import format_bytes, format_rows, truncate
 from data_pipeline.content.captions import find_captions, first_caption
-from data_pipeline.content.image import read_header
+from data_pipeline.content.image import image_format, read_header
 from data_pipeline.preparing.html_report import card
-from data_pipeline.preparing.image_files import data_uri, image_format, thumbnail
+from data_pipeline.preparing.image_files import data_uri, thumbnail
 from data_pipeline.preparing.shard_access import read_samples
 from data_pipeline.preparing.tasks import ShardTask, tasks_for
 from data_pipeline.sample_keys import SampleKeys, image_bytes

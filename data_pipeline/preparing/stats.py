@@ -20,9 +20,8 @@ import numpy as np
 from data_pipeline.common.errors import DataError
 from data_pipeline.common.processes import SINGLE_PART, Part
 from data_pipeline.content.captions import all_captions, hash_clean_caption
-from data_pipeline.content.image import read_header
+from data_pipeline.content.image import image_format, read_header
 from data_pipeline.content.tokenizer import Tokenizer
-from data_pipeline.preparing.image_files import image_format
 from data_pipeline.preparing.shard_access import ShardUnavailableError, read_samples
 from data_pipeline.preparing.shard_map import ShardMap, UnavailableShard
 from data_pipeline.preparing.tasks import ShardTask, sample_tasks

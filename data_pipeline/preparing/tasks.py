@@ -13,6 +13,7 @@ from data_pipeline.common.errors import DataError
 from data_pipeline.common.processes import SINGLE_PART, Part, usable_cpus
 from data_pipeline.common.seeds import rng
 from data_pipeline.shards.manifest import Manifest, ShardEntry
+from data_pipeline.shards.patterns import is_shard_name
 from data_pipeline.shards.run_indexing import open_manifest
 
 
@@ -65,7 +66,7 @@ def _datasets_of(address: str) -> list[str]:
         urls = list(braceexpand(address))
     except ValueError as error:
         raise DataError(f"{storage.redact(address)}: unbalanced braces") from error
-    are_shards = any(url.partition("?")[0].lower().endswith(".tar") for url in urls)
+    are_shards = any(is_shard_name(url.partition("?")[0]) for url in urls)
     return [address] if are_shards else urls
 
 

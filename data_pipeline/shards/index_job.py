@@ -42,6 +42,11 @@ class IndexResult(NamedTuple):
     """Why there is no entry; empty if there is one."""
     sample_problems: dict[str, tuple[int, str]]
     """Samples without a unique image: number and first example by reason."""
+    files: int = 0
+    """Number of files in samples."""
+    ignored: dict[str, int] | None = None
+    """Number of members that belong to no sample by rule; None if an index was reused, which does
+    not contain them."""
 
 
 def run_index_job(job: IndexJob) -> IndexResult:
@@ -56,7 +61,7 @@ def run_index_job(job: IndexJob) -> IndexResult:
                 existing := _existing_index(job, shard.total_bytes, shard.etag)
             ):
                 return _result(existing[0], job, existing[1], reused=True)
-            index = scan(
+            index, ignored = scan(
                 shard.chunks,
                 shard.total_bytes,
                 storage.redact(job.url),
@@ -67,7 +72,7 @@ def run_index_job(job: IndexJob) -> IndexResult:
         return IndexResult(None, False, str(error), {})
     data = index.to_bytes()
     storage.write_bytes(job.index_url, data)
-    return _result(index, job, data, reused=False)
+    return _result(index, job, data, reused=False)._replace(ignored=ignored)
 
 
 def _result(index: ShardIndex, job: IndexJob, data: bytes, *, reused: bool) -> IndexResult:
@@ -78,7 +83,8 @@ def _result(index: ShardIndex, job: IndexJob, data: bytes, *, reused: bool) -> I
             reason, detail = problem
             count, example = problems.get(reason, (0, f"{index.key(i)}: {detail}"))
             problems[reason] = count + 1, example
-    return IndexResult(make_entry(index, job.name, data), reused, "", problems)
+    files = len(index.columns["member_size"])
+    return IndexResult(make_entry(index, job.name, data), reused, "", problems, files)
 
 
 def _existing_index(job: IndexJob, total_bytes: int, etag: str) -> tuple[ShardIndex, bytes] | None:
@@ -94,6 +100,8 @@ def _existing_index(job: IndexJob, total_bytes: int, etag: str) -> tuple[ShardIn
     if index.shard_bytes != total_bytes or index.etag != etag or not (local or etag):
         return None
     if index.corruption and not job.salvage:
+        return None
+    if b"GNUSparseFile." in index.columns["key_text"].tobytes():  # by a version without a check
         return None
     if local and not _checksums_match(index, storage.local_path(job.url)):
         return None

@@ -21,6 +21,7 @@ from data_pipeline.common.errors import StorageError
 from data_pipeline.common.processes import SINGLE_PART, Part
 from data_pipeline.shards.indexing import index_shards
 from data_pipeline.shards.manifest import MANIFEST_NAME, Manifest, load_manifest
+from data_pipeline.shards.patterns import is_shard_name
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ def needs_indexing(address: str, *, timeout_seconds: float = 60.0) -> bool:
     path = address.partition("?")[0] if address.startswith(("http://", "https://")) else address
     if path.endswith(".json"):
         return False
-    if address.startswith("@") or path.endswith(".tar") or re.search(r"[{*?\[]", path):
+    if address.startswith("@") or is_shard_name(path) or re.search(r"[{*?\[]", path):
         return True
     if storage.exists(storage.join(address, MANIFEST_NAME), timeout_seconds=timeout_seconds):
         return False
@@ -51,7 +52,7 @@ def needs_indexing(address: str, *, timeout_seconds: float = 60.0) -> bool:
         names = storage.list_names(address, timeout_seconds=timeout_seconds)
     except StorageError:
         return False
-    return any(name.endswith(".tar") for name in names)
+    return any(map(is_shard_name, names))
 
 
 def open_manifest(

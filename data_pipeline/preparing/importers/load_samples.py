@@ -11,8 +11,7 @@ from itertools import groupby
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError, StorageError
 from data_pipeline.common.store_errors import ErrorKind
-from data_pipeline.content.image import decode_image
-from data_pipeline.preparing.image_files import image_format
+from data_pipeline.content.image import check_supported, decode_image, image_format
 from data_pipeline.preparing.importers.parquet import Parquet, read_rows
 from data_pipeline.preparing.importers.records import Importer, Record, SkippedRow
 
@@ -76,6 +75,7 @@ def _make_sample(record: Record, read: Callable[[], bytes], decode: bool) -> Sam
         if not data or not extension:
             content = f"starts with {data[:12]!r}" if data else "is empty"
             raise DataError(f"the file {content}; it is not an image", slug="not-an-image")
+        check_supported(extension)
         if decode:
             decode_image(data)
         if not record.captions:
