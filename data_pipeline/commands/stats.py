@@ -32,7 +32,8 @@ _EXAMPLES = """\
 
 Measures a random subset of the samples (default: 20,000; --samples 0 measures all). Scripts are
 Unicode scripts (Latin, Han, Cyrillic ...), a coarse indicator of language that does not separate
-English from German."""
+English from German. Captions are cleaned when they are read; the characters that this removes are
+counted by kind."""
 
 _SAMPLES_ON_PAGE = 48
 _MAX_ROWS = 12
@@ -147,12 +148,19 @@ def _tables(stats: Stats, manifests: Sequence[Manifest], keys: SampleKeys) -> li
     duplicates: list[_Row] = [
         (name, count, f"{count / num_samples:.2%}") for name, count in summary["duplicates"].items()
     ]
+    removed = list(stats.removed_characters.elements())
+    num_captions = max(1, len(stats.caption_chars))
     unreadable = _count_rows(list(stats.corrupt.elements()), num_samples)
     return [
         _datasets_table(manifests),
         _Table("Quantities", ["", *quantity_headings], quantities),
         _Table("Image formats", ["format", "images", "ratio"], _count_rows(stats.formats)),
         _Table("Scripts", ["script", "captions", "ratio"], _count_rows(stats.scripts)),
+        _Table(
+            "Removed characters",
+            ["removed from captions", "captions", "ratio"],
+            _count_rows(removed, num_captions),
+        ),
         _Table("Duplicates", ["duplicates", "samples", "ratio"], duplicates),
         _Table("Unreadable samples", ["unreadable", "samples", "ratio"], unreadable),
     ]

@@ -19,7 +19,8 @@ import numpy as np
 
 from data_pipeline.common.errors import DataError
 from data_pipeline.common.processes import SINGLE_PART, Part
-from data_pipeline.content.captions import all_captions, hash_clean_caption
+from data_pipeline.content.caption_characters import removed_kinds
+from data_pipeline.content.captions import SampleTexts, hash_clean_caption
 from data_pipeline.content.image import image_format, read_header
 from data_pipeline.content.tokenizer import Tokenizer
 from data_pipeline.preparing.shard_access import ShardUnavailableError, read_samples
@@ -56,6 +57,8 @@ class Stats:
     scripts: list[str] = field(default_factory=list)
     caption_hashes: list[int] = field(default_factory=list)
     """Hashes of the first caption of each sample that has one."""
+    removed_characters: Counter[str] = field(default_factory=Counter)
+    """Number of captions from which cleaning removed characters, by kind of character."""
     corrupt: Counter[str] = field(default_factory=Counter)
     """Number of unreadable samples by reason."""
     unavailable: list[UnavailableShard] = field(default_factory=list)
@@ -96,6 +99,7 @@ class Stats:
             "quantities": quantities,
             "formats": dict(Counter(self.formats).most_common()),
             "scripts": dict(Counter(self.scripts).most_common()),
+            "removed_characters": dict(self.removed_characters.most_common()),
             "duplicates": self.duplicates(),
             "corrupt": dict(self.corrupt.most_common()),
         }
@@ -129,7 +133,7 @@ def compute_stats(
     """
     fingerprint = Tokenizer.load(tokenizer).fingerprint if tokenizer else ""
     measure = _ShardStats(keys, tokenizer)
-    settings = repr(("stats", 3, measure.keys, fingerprint))
+    settings = repr(("stats", 4, measure.keys, fingerprint))
     shard_map = ShardMap(label="measuring", workers=workers, work_dir=work_dir, settings=settings)
 
     stats = Stats()
@@ -142,6 +146,7 @@ def compute_stats(
 
         shard_stats = json.loads(result)
         stats.corrupt.update(shard_stats.pop("corrupt"))
+        stats.removed_characters.update(shard_stats.pop("removed_characters"))
         stats.num_samples += shard_stats.pop("num_samples")
         for name, values in shard_stats.items():
             getattr(stats, name).extend(values)
@@ -185,7 +190,10 @@ class _ShardStats:
         try:
             data = image_bytes(raw, self.keys.images)
             header = read_header(data)
-            captions = all_captions(raw.members, self.keys.captions)
+            texts = SampleTexts(raw.members)
+            captions = [texts.find_captions(key) for key in self.keys.captions]
+            stored = chain.from_iterable(map(texts.raw_texts, self.keys.captions))
+            stats.removed_characters.update(chain.from_iterable(map(removed_kinds, stored)))
         except DataError as error:
             stats.corrupt[error.slug] += 1
             return
