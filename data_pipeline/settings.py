@@ -13,6 +13,18 @@ from dataclasses import dataclass, field, replace
 
 from data_pipeline.common.addresses import userinfo_problems, without_secrets
 from data_pipeline.common.problems import Problems
+from data_pipeline.sample_keys import IMAGE_KEYS, image_keys_problem
+from data_pipeline.sample_settings import AugmentConfig, FilterConfig, ImageMode, LimitConfig
+
+__all__ = [
+    "AugmentConfig",
+    "DataConfig",
+    "FilterConfig",
+    "ImageMode",
+    "LimitConfig",
+    "SourceConfig",
+    "to_sources",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +48,19 @@ class SourceConfig:
     drop: str = ""
     """Address of a drop-list (from `vlmoe data dedup`, `filter` or `check`): samples that are never
     read."""
+    image_keys: tuple[str, ...] | None = None
+    """Instead of `data.image_keys`, for this source; as for the following settings, null uses the
+    setting of `data`."""
+    image_mode: ImageMode | None = None
+    """Instead of `data.image_mode`."""
+    caption_keys: tuple[str, ...] | None = None
+    """Instead of `data.caption_keys`."""
+    caption_weights: tuple[float, ...] | None = None
+    """Instead of `data.caption_weights`; null with `caption_keys` weights them equally."""
+    filters: FilterConfig | None = None
+    """Instead of `data.filters`, all of them: `{}` disables filters for this source."""
+    augment: AugmentConfig | None = None
+    """Instead of `data.augment`, all of it."""
 
     def problems(self) -> list[str]:
         """Invalid settings of this source."""
@@ -77,108 +102,6 @@ class SourceConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AugmentConfig:
-    """Random augmentations of training images, seeded per sample."""
-
-    flip: bool = False
-    """Flip horizontally with probability 0.5 (off by default: it mirrors text and arrows)."""
-    crop_scale: tuple[float, float] = (1.0, 1.0)
-    """Range of the area of a random crop, as a fraction of the image; [1, 1] disables it."""
-    crop_ratio: tuple[float, float] = (0.75, 1.3333)
-    """Range of the aspect ratio of a random crop."""
-    affine_degrees: float = 0.0
-    """Maximum rotation in degrees, in both directions."""
-    affine_translate: float = 0.0
-    """Maximum translation as a fraction of the image side, in both directions."""
-    affine_scale: tuple[float, float] = (1.0, 1.0)
-    """Range of the zoom factor."""
-    random_background: bool = False
-    """Replace transparency by a random color instead of white, with probability 0.5."""
-    brightness: float = 0.0
-    """Color jitter: the brightness is multiplied by a random factor in [1 - v, 1 + v],
-    where v is this value."""
-    contrast: float = 0.0
-    """Color jitter: the difference from the mean gray is multiplied by a random factor in
-    [1 - v, 1 + v]."""
-    saturation: float = 0.0
-    """Color jitter: the difference from each pixel's gray is multiplied by a random factor
-    in [1 - v, 1 + v]."""
-    hue: float = 0.0
-    """Color jitter: maximum rotation of the hue as a fraction of the full circle, in both
-    directions; at most 0.5."""
-
-    def problems(self) -> list[str]:
-        """Invalid ranges."""
-        found = Problems(self, "data.augment")
-        found.within(0, 1, "brightness", "contrast", "saturation")
-        found.within(0, 0.5, "hue")
-        found.within(0, 180, "affine_degrees")
-        for name in ("crop_scale", "crop_ratio", "affine_scale"):
-            low, high = getattr(self, name)
-            found.require(
-                0 < low <= high,
-                f"data.augment.{name} is [{low}, {high}], but must be two positive numbers in "
-                f"ascending order",
-            )
-        found.require(
-            self.crop_scale[1] <= 1,
-            f"data.augment.crop_scale is {list(self.crop_scale)}, but must be at most 1, the whole "
-            f"area",
-        )
-        found.require(
-            0 <= self.affine_translate < 1,
-            f"data.augment.affine_translate is {self.affine_translate}, but must be in 0..1, 1 "
-            f"excluded",
-        )
-        return found.messages
-
-
-@dataclass(frozen=True, kw_only=True)
-class FilterConfig:
-    """Samples that are skipped, counted by reason; 0 and empty disable a filter.
-
-    Skipped samples are not replaced, so batches become smaller. If many samples are skipped, create
-    a drop-list with `vlmoe data filter` instead: samples on it are not even read.
-    """
-
-    min_side: int = 0
-    """Minimum length of the shorter side of an image in pixels; 0 means no limit."""
-    max_aspect: float = 0.0
-    """Maximum ratio of the longer to the shorter side of an image; 0 means no limit."""
-    min_caption_chars: int = 0
-    """Minimum length of a caption in characters; 0 means no limit."""
-    max_caption_chars: int = 0
-    """Maximum length of a caption in characters; 0 means no limit."""
-    require: tuple[str, ...] = ()
-    """Conditions on fields of the `.json` member, all of which must hold: `json:similarity >=
-    0.28`, `json:NSFW == "UNLIKELY"`, `json:license in ["cc0", "cc-by"]`. A sample without the field
-    is skipped."""
-
-    def problems(self) -> list[str]:
-        """Invalid limits; conditions are checked where they are parsed."""
-        found = Problems(self, "data.filters")
-        found.at_least(0, "min_side", "max_aspect", "min_caption_chars", "max_caption_chars")
-        found.require(
-            not 0 < self.max_aspect < 1, f"data.filters.max_aspect is {self.max_aspect}, below 1"
-        )
-        return found.messages
-
-
-@dataclass(frozen=True, kw_only=True)
-class LimitConfig:
-    """Maximum size of a sample; a larger one counts as corrupt."""
-
-    pixels: int = 64 * 2**20
-    """Maximum width x height of an image, read from its header before it is decoded."""
-    sample_bytes: int = 256 << 20
-    """Maximum size of all files of a sample together in bytes."""
-    caption_chars: int = 100_000
-    """Maximum length of a caption or a text member in characters."""
-    json_depth: int = 32
-    """Maximum nesting depth of a `.json` member."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Which data is read, and how samples are made from it."""
 
@@ -187,6 +110,13 @@ class DataConfig:
     settings data.train` lists them)."""
     tokenizer: str = ""
     """Path of the SentencePiece model file."""
+    image_keys: tuple[str, ...] = IMAGE_KEYS
+    """Extensions of the image file: exactly one file of a sample must have one of them."""
+    image_mode: ImageMode = "crop"
+    """How an image becomes square: its center square (`crop`, as in CLIP: nothing is distorted, the
+    edges are lost), the whole image on white (`pad`), the whole image with another aspect ratio
+    (`squash`), or a square at a random position (`random_crop`; the center in evaluation). With
+    `augment.crop_scale`, training images are random crops instead."""
     caption_keys: tuple[str, ...] = ("txt",)
     """Where captions are read from: `txt` is the .txt member, `json:NAME` a field of the .json
     member (a string, or a list of strings from which one is sampled)."""
@@ -216,6 +146,9 @@ class DataConfig:
     requests."""
     max_corrupt_ratio: float = 0.01
     """Stop the run if more than this fraction of the samples (and at least 100) are corrupt."""
+    max_filtered_ratio: float = 0.5
+    """Warn before training if more than this fraction of the first samples of a source is skipped;
+    if all are, the run does not start."""
     request_seconds: float = 20.0
     """Timeout of one request to a store (8 MiB at most) in seconds, before it is retried."""
     shard_seconds: float = 120.0
@@ -232,15 +165,20 @@ class DataConfig:
         found.at_least(0, "workers", "cache_gib", "fetch_ahead")
         found.at_least(1, "shuffle_window", "prefetch")
         found.above_zero("request_seconds", "shard_seconds", "timeout_seconds")
-        found.within(0, 1, "max_corrupt_ratio")
+        found.within(0, 1, "max_corrupt_ratio", "max_filtered_ratio")
         found.require(
             self.shard_seconds < self.timeout_seconds,
             f"data.shard_seconds is {self.shard_seconds:g}, not below data.timeout_seconds "
             f"({self.timeout_seconds:g}): waiting for a batch would time out first",
         )
-        return found.messages + self._caption_problems() + self._source_problems()
+        messages = found.messages + self._key_problems() + self._source_problems()
+        for source in self.sources:
+            if any(getattr(source, name) is not None for name in _PER_SOURCE[:4]):
+                own = self.for_source(source)._key_problems()
+                messages += [f"source {source.name or source.shards}: {text}" for text in own]
+        return list(dict.fromkeys(messages))
 
-    def _caption_problems(self) -> list[str]:
+    def _key_problems(self) -> list[str]:
         found, weights = Problems(self, "data"), self.caption_weights
         found.require(
             bool(self.caption_keys),
@@ -251,6 +189,8 @@ class DataConfig:
             f"data.caption_weights has {len(weights)} values for {len(self.caption_keys)} "
             f"data.caption_keys; set one weight per key",
         )
+        problem = image_keys_problem(self.image_keys)
+        found.require(not problem, f"data.image_keys: {problem}")
         for key in self.caption_keys:
             found.require(
                 re.fullmatch(r"json:.+|([^:\s]+\.)?(txt|text|caption)", key) is not None,
@@ -275,6 +215,13 @@ class DataConfig:
             )
         return messages
 
+    def for_source(self, source: SourceConfig) -> DataConfig:
+        """These settings with those that a source has instead."""
+        own = {name: getattr(source, name) for name in _PER_SOURCE}
+        if source.caption_keys is not None and source.caption_weights is None:
+            own["caption_weights"] = (1.0,) * len(source.caption_keys)
+        return replace(self, **{name: value for name, value in own.items() if value is not None})
+
     @property
     def sources(self) -> tuple[SourceConfig, ...]:
         """`train`, with every address as a `SourceConfig`."""
@@ -287,6 +234,16 @@ class DataConfig:
             for entry in self.train
         )
         return replace(self, train=train)
+
+
+_PER_SOURCE = (
+    "image_keys",
+    "image_mode",
+    "caption_keys",
+    "caption_weights",
+    "filters",
+    "augment",
+)
 
 
 def to_sources(entries: Sequence[SourceConfig | str]) -> tuple[SourceConfig, ...]:

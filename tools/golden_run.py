@@ -51,7 +51,7 @@ def write_data(folder: Path) -> list[str]:
     import cv2
     import numpy as np
 
-    from data_pipeline.content.tokenizer import train_tokenizer
+    from data_pipeline.preparing.tokenizer_training import train_tokenizer
     from data_pipeline.shards.writer import write_shards
 
     words = (

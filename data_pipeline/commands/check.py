@@ -6,11 +6,12 @@ import argparse
 from typing import TYPE_CHECKING
 
 from data_pipeline.commands.options import (
-    add_caption_keys,
     add_datasets,
     add_parts,
+    add_sample_keys,
     add_workers,
     report_unavailable,
+    sample_keys,
     workers_of,
 )
 from data_pipeline.common.commands import Subparsers, add_command
@@ -41,7 +42,7 @@ def add(subparsers: Subparsers) -> None:
     )
     add_datasets(check)
     check.add_argument("--decode", action="store_true", help="also decode images and read captions")
-    add_caption_keys(check)
+    add_sample_keys(check)
     check.add_argument(
         "--first", metavar="N", type=int, default=10, help="findings to print (default: 10)"
     )
@@ -68,7 +69,7 @@ def handle(args: argparse.Namespace) -> int:
     report = check(
         manifests,
         decode=args.decode,
-        caption_keys=args.caption_key or ["txt"],
+        keys=sample_keys(args),
         workers=workers_of(args),
         part=part,
         work_dir=args.work_dir,

@@ -6,11 +6,12 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from data_pipeline.commands.options import (
-    add_caption_keys,
     add_datasets,
     add_parts,
+    add_sample_keys,
     add_workers,
     report_unavailable,
+    sample_keys,
     workers_of,
 )
 from data_pipeline.common.commands import Subparsers, add_command
@@ -69,7 +70,7 @@ def add(subparsers: Subparsers) -> None:
         default=3,
         help="maximum Hamming distance of near-duplicate images, 0 to 15 (default: 3)",
     )
-    add_caption_keys(dedup)
+    add_sample_keys(dedup)
     dedup.add_argument(
         "--drop-list", metavar="FILE", default="", help="write a drop-list of all but the first"
     )
@@ -99,7 +100,7 @@ def handle(args: argparse.Namespace) -> int:
     manifests = [*against, *datasets]
     hashes = hash_samples(
         manifests,
-        caption_keys=args.caption_key or ["txt"],
+        keys=sample_keys(args),
         workers=workers_of(args),
         part=part,
         work_dir=args.work_dir,
@@ -201,7 +202,7 @@ def _html(
         for location in locations:
             shard = manifests[location.dataset].shards[location.shard].name
             label = f"{shard} #{location.sample}"
-            cards.append(sample_card(samples[location], args.caption_key or ["txt"], label))
+            cards.append(sample_card(samples[location], sample_keys(args), label))
         hidden = len(rows) - len(locations)
         more = paragraph(f"and {hidden:,} more") if hidden else ""
         parts.append(f'<div class="group">{flex_row(cards)}{more}</div>')

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_pipeline.commands.options import (
-    add_caption_keys,
     add_datasets,
     add_parts,
+    add_sample_keys,
     add_workers,
     report_unavailable,
+    sample_keys,
     workers_of,
 )
 from data_pipeline.common.commands import Subparsers, add_command
@@ -20,6 +21,7 @@ from data_pipeline.common.errors import ConfigError
 
 if TYPE_CHECKING:
     from data_pipeline.preparing.filtering import FilterReport
+    from data_pipeline.sample_keys import SampleKeys
     from data_pipeline.settings import FilterConfig
 
 _EXAMPLES = """\
@@ -54,7 +56,7 @@ def add(subparsers: Subparsers) -> None:
         help="YAML file with filters: a run file or a section `filters:`; the options above take "
         "precedence",
     )
-    add_caption_keys(filters)
+    add_sample_keys(filters)
     filters.add_argument("--drop-list", metavar="FILE", default="", help="write a drop-list")
     add_workers(filters)
     add_parts(filters)
@@ -116,7 +118,7 @@ def handle(args: argparse.Namespace) -> int:
     report = filter_samples(
         manifests,
         filters,
-        caption_keys=keys,
+        keys=keys,
         workers=workers_of(args),
         part=part,
         work_dir=args.work_dir,
@@ -147,13 +149,14 @@ def _print_report(report: FilterReport) -> None:
         print(f"  first {reason}: {truncate(escape_control(example), 160)}")
 
 
-def _filters(args: argparse.Namespace) -> tuple[FilterConfig, list[str]]:
-    """The filters of the config file overridden by the options, and the caption keys."""
+def _filters(args: argparse.Namespace) -> tuple[FilterConfig, SampleKeys]:
+    """The filters and keys of the config file overridden by the options."""
     from data_pipeline.common.config import from_mapping, load_yaml, to_mapping
     from data_pipeline.preparing.filtering import filters_from_mapping
+    from data_pipeline.sample_keys import DEFAULT_KEYS, SampleKeys
     from data_pipeline.settings import FilterConfig
 
-    base, keys = FilterConfig(), None
+    base, keys = FilterConfig(), DEFAULT_KEYS
     if args.config:
         # A preset that the file extends belongs to the trainer and has no filters, so it is
         # replaced by an empty file.
@@ -166,4 +169,8 @@ def _filters(args: argparse.Namespace) -> tuple[FilterConfig, list[str]]:
     filters = from_mapping(FilterConfig, to_mapping(base) | options)
     if filters == FilterConfig():
         raise ConfigError("no filter is given; use --min-side, --require ... or --config FILE")
-    return filters, args.caption_key or list(keys or ["txt"])
+    given = sample_keys(args)
+    return filters, SampleKeys(
+        given.images if args.image_key else keys.images,
+        given.captions if args.caption_key else keys.captions,
+    )

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from data_pipeline.preparing.shard_map import UnavailableShard
+    from data_pipeline.sample_keys import SampleKeys
 
 _MAX_LISTED = 20
 
@@ -21,8 +22,8 @@ def add_datasets(parser: argparse.ArgumentParser) -> None:
         "datasets",
         metavar="DATASET",
         nargs="+",
-        help="folder with a manifest.json, or that file; local or in an object store; braces are "
-        "expanded",
+        help="folder with a manifest.json, that file, or shards without one (tar files, folder, "
+        "wildcards, @FILE); local or in an object store; braces are expanded",
     )
 
 
@@ -53,6 +54,32 @@ def add_parts(parser: argparse.ArgumentParser, *, work_dir: bool = True) -> None
             default="",
             help="folder for the results of each shard, to resume a run and to combine parts",
         )
+
+
+def add_sample_keys(parser: argparse.ArgumentParser) -> None:
+    """Add `--caption-key` and `--image-key`."""
+    add_caption_keys(parser)
+    parser.add_argument(
+        "--image-key",
+        metavar="EXT",
+        action="append",
+        default=None,
+        help="extension of the image file, such as jpg or left.png; may be repeated (default: all "
+        "image formats)",
+    )
+
+
+def sample_keys(args: argparse.Namespace) -> SampleKeys:
+    """The keys of `add_sample_keys`.
+
+    Raises:
+        ConfigError: An image key is not an extension.
+    """
+    from data_pipeline.sample_keys import DEFAULT_KEYS, SampleKeys, check_image_keys
+
+    images = tuple(args.image_key or DEFAULT_KEYS.images)
+    check_image_keys(images)
+    return SampleKeys(images, tuple(args.caption_key or DEFAULT_KEYS.captions))
 
 
 def add_caption_keys(parser: argparse.ArgumentParser) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 
-from data_pipeline.commands.options import add_caption_keys, add_datasets
+from data_pipeline.commands.options import add_datasets, add_sample_keys, sample_keys
 from data_pipeline.common.commands import Subparsers, add_command
 from data_pipeline.common.errors import ConfigError
 
@@ -52,7 +52,13 @@ def add(subparsers: Subparsers) -> None:
     peek.add_argument(
         "--seed", metavar="N", type=int, default=0, help="seed of --random (default: 0)"
     )
-    add_caption_keys(peek)
+    add_sample_keys(peek)
+    peek.add_argument(
+        "--image-mode",
+        choices=("crop", "pad", "squash"),
+        default=None,
+        help="with --out: show images as the model's square input with this data.image_mode",
+    )
     peek.add_argument(
         "--out",
         metavar="FILE",
@@ -78,7 +84,7 @@ def handle(args: argparse.Namespace) -> None:
     if args.out and not args.out.endswith((".html", ".png")):
         raise ConfigError(f"--out {args.out}: the file name must end in .html or .png")
 
-    keys = args.caption_key or ["txt"]
+    keys = sample_keys(args)
     selection = SampleSelection(
         shard=args.shard,
         key=args.key,
@@ -94,11 +100,11 @@ def handle(args: argparse.Namespace) -> None:
         return
 
     if args.out.endswith(".html"):
-        cards = [sample_card(raw, keys, location) for location, raw in samples]
+        cards = [sample_card(raw, keys, location, args.image_mode) for location, raw in samples]
         data = html_page(f"{len(samples)} samples", [flex_row(cards)])
     else:
         buffer = io.BytesIO()
-        contact_sheet(samples, keys).save(buffer, "PNG")
+        contact_sheet(samples, keys, args.image_mode).save(buffer, "PNG")
         data = buffer.getvalue()
     storage.write_bytes(args.out, data)
     print(f"{storage.redact(args.out)}: {len(samples)} samples")

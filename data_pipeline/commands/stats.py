@@ -7,11 +7,12 @@ from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
 
 from data_pipeline.commands.options import (
-    add_caption_keys,
     add_datasets,
     add_parts,
+    add_sample_keys,
     add_workers,
     report_unavailable,
+    sample_keys,
     workers_of,
 )
 from data_pipeline.common.commands import Subparsers, add_command
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from data_pipeline.preparing.stats import Stats
+    from data_pipeline.sample_keys import SampleKeys
     from data_pipeline.shards.manifest import Manifest
 
 _EXAMPLES = """\
@@ -30,7 +32,8 @@ _EXAMPLES = """\
 
 Measures a random subset of the samples (default: 20,000; --samples 0 measures all). Scripts are
 Unicode scripts (Latin, Han, Cyrillic ...), a coarse indicator of language that does not separate
-English from German."""
+English from German. Captions are cleaned when they are read; the characters that this removes are
+counted by kind."""
 
 _SAMPLES_ON_PAGE = 48
 _MAX_ROWS = 12
@@ -65,7 +68,7 @@ def add(subparsers: Subparsers) -> None:
     stats.add_argument(
         "--seed", metavar="N", type=int, default=0, help="seed for choosing samples (default: 0)"
     )
-    add_caption_keys(stats)
+    add_sample_keys(stats)
     stats.add_argument(
         "--tokenizer", metavar="FILE", default="", help="also count the tokens of captions"
     )
@@ -90,14 +93,14 @@ def handle(args: argparse.Namespace) -> int:
     from data_pipeline.preparing.stats import compute_stats
     from data_pipeline.preparing.tasks import open_datasets
 
-    part, keys = parse_part(args.part), args.caption_key or ["txt"]
+    part, keys = parse_part(args.part), sample_keys(args)
     require_work_dir(part, args.work_dir)
     manifests = open_datasets(args.datasets)
     stats = compute_stats(
         manifests,
         samples=args.samples,
         seed=args.seed,
-        caption_keys=keys,
+        keys=keys,
         tokenizer=args.tokenizer,
         workers=workers_of(args),
         part=part,
@@ -115,7 +118,7 @@ def handle(args: argparse.Namespace) -> int:
 
     if args.json:
         shards = sum(len(manifest.shards) for manifest in manifests)
-        content = {"samples": total, "shards": shards} | stats.to_json(keys)
+        content = {"samples": total, "shards": shards} | stats.to_json(keys.captions)
         write_json(args.json, content)
     if args.html:
         page = _html(stats, manifests, keys, [datasets, *tables], note, args.seed)
@@ -133,8 +136,8 @@ def _subset_note(stats: Stats, total: int, seed: int) -> str:
     )
 
 
-def _tables(stats: Stats, manifests: Sequence[Manifest], keys: Sequence[str]) -> list[_Table]:
-    summary = stats.to_json(keys)
+def _tables(stats: Stats, manifests: Sequence[Manifest], keys: SampleKeys) -> list[_Table]:
+    summary = stats.to_json(keys.captions)
     quantities: list[_Row] = [
         (name, *(_format_number(value) for value in row.values()))
         for name, row in summary["quantities"].items()
@@ -145,12 +148,19 @@ def _tables(stats: Stats, manifests: Sequence[Manifest], keys: Sequence[str]) ->
     duplicates: list[_Row] = [
         (name, count, f"{count / num_samples:.2%}") for name, count in summary["duplicates"].items()
     ]
+    removed = list(stats.removed_characters.elements())
+    num_captions = max(1, len(stats.caption_chars))
     unreadable = _count_rows(list(stats.corrupt.elements()), num_samples)
     return [
         _datasets_table(manifests),
         _Table("Quantities", ["", *quantity_headings], quantities),
         _Table("Image formats", ["format", "images", "ratio"], _count_rows(stats.formats)),
         _Table("Scripts", ["script", "captions", "ratio"], _count_rows(stats.scripts)),
+        _Table(
+            "Removed characters",
+            ["removed from captions", "captions", "ratio"],
+            _count_rows(removed, num_captions),
+        ),
         _Table("Duplicates", ["duplicates", "samples", "ratio"], duplicates),
         _Table("Unreadable samples", ["unreadable", "samples", "ratio"], unreadable),
     ]
@@ -187,7 +197,7 @@ def _format_number(value: float) -> str:
 def _html(
     stats: Stats,
     manifests: Sequence[Manifest],
-    keys: Sequence[str],
+    keys: SampleKeys,
     tables: Sequence[_Table],
     note: str,
     seed: int,
@@ -204,7 +214,9 @@ def _html(
     from data_pipeline.preparing.sample_views import read_tasks, sample_card
     from data_pipeline.preparing.tasks import sample_tasks
 
-    histograms = [histogram(name, values) for name, values in stats.quantities(keys).items()]
+    histograms = [
+        histogram(name, values) for name, values in stats.quantities(keys.captions).items()
+    ]
     parts = [paragraph(note), flex_row(histograms)]
     for table in tables:
         parts += [heading(table.title), html_table(table.headings, table.rows)]

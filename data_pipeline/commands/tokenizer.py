@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 _TRAIN_EXAMPLES = """\
   vlmoe tokenizer train data/quickstart/train --out tokenizer.model --vocab-size 4000
   vlmoe tokenizer train shards/ --out t.model --caption-key txt --caption-key json:tags
-  vlmoe tokenizer train s3://bucket/pairs --out t.model --samples 1000000
+  vlmoe tokenizer train s3://bucket/pairs --out t.model --samples 1000000 --vocab-size auto
 
 The size must equal model.vocab_size of the runs that use it. Training is deterministic: the same
-captions give the same file."""
+captions give the same file. Captions that cannot be used are counted, with the reason."""
 _ENCODE_EXAMPLES = """\
   vlmoe tokenizer encode t.model 'a red fox in the snow'
   vlmoe tokenizer encode t.model --shards shards/ --samples 5
@@ -34,6 +34,7 @@ _INSPECT_EXAMPLES = """\
 With --shards, it also prints the number of tokens per caption, and how many captions fit into a
 given model.context_length."""
 
+_DEFAULT_VOCAB_SIZE = 32_000
 _LINE_WIDTH = 100
 
 
@@ -85,14 +86,32 @@ def _add_train(commands: Subparsers) -> None:
     train.add_argument(
         "--vocab-size",
         metavar="N",
-        type=int,
-        default=32000,
-        help="vocabulary size (default: 32000)",
+        type=_vocab_size,
+        default=_DEFAULT_VOCAB_SIZE,
+        help=f"vocabulary size, or auto: as many as the captions allow, at most "
+        f"{_DEFAULT_VOCAB_SIZE} (default: {_DEFAULT_VOCAB_SIZE})",
+    )
+    train.add_argument(
+        "--character-coverage",
+        metavar="RATIO",
+        type=float,
+        help="ratio of the text whose characters get an id, 0.98 to 1; the rarest ones are encoded "
+        "as bytes (default: 0.9998, or 0.9995 if a tenth of the letters is Han, kana or Hangul)",
     )
     _add_sampling(train, samples=0, default="0, all")
     add_caption_keys(train)
     add_workers(train)
     train.set_defaults(handle=handle_train)
+
+
+def _vocab_size(text: str) -> int | None:
+    """The value of `--vocab-size`; None is `auto`."""
+    if text == "auto":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto") from None
 
 
 def _add_model(parser: argparse.ArgumentParser, *, samples: int) -> None:
@@ -124,9 +143,9 @@ def _add_sampling(parser: argparse.ArgumentParser, *, samples: int, default: str
 
 def handle_train(args: argparse.Namespace) -> None:
     """Train a vocabulary and print a summary."""
-    from data_pipeline.content.tokenizer import train_tokenizer
     from data_pipeline.preparing.caption_stream import iter_captions
     from data_pipeline.preparing.tasks import open_datasets
+    from data_pipeline.preparing.tokenizer_training import TrainingText, train_tokenizer
 
     captions = iter_captions(
         open_datasets(args.manifests),
@@ -135,7 +154,19 @@ def handle_train(args: argparse.Namespace) -> None:
         seed=args.seed,
         workers=workers_of(args),
     )
-    tokenizer = train_tokenizer(captions, args.out, vocab_size=args.vocab_size)
+    text = TrainingText.of(captions)
+    coverage = args.character_coverage
+    if coverage is None:
+        coverage = text.default_coverage()
+    tokenizer = train_tokenizer(
+        text,
+        args.out,
+        vocab_size=_DEFAULT_VOCAB_SIZE if args.vocab_size is None else args.vocab_size,
+        exact=args.vocab_size is not None,
+        character_coverage=coverage,
+    )
+    print(f"trained on {text.summary()}")
+    print(f"character coverage {coverage:g}")
     print(f"{args.out}: {tokenizer.vocab_size:,} pieces, fingerprint {tokenizer.fingerprint[:16]}")
 
 
@@ -190,13 +221,8 @@ def handle_inspect(args: argparse.Namespace) -> None:
     """Describe a vocabulary."""
     from data_pipeline.common.escaping import escape_control
     from data_pipeline.common.tables import format_table
-    from data_pipeline.content.tokenizer import Tokenizer
-    from data_pipeline.preparing.tokenizer_stats import (
-        NUM_BYTE_TOKENS,
-        NUM_SPECIAL_TOKENS,
-        encoding_stats,
-        longest_pieces,
-    )
+    from data_pipeline.content.tokenizer import NUM_BYTE_TOKENS, NUM_SPECIAL_TOKENS, Tokenizer
+    from data_pipeline.preparing.tokenizer_stats import encoding_stats, longest_pieces
 
     tokenizer = Tokenizer.load(args.model)
     num_pieces = tokenizer.vocab_size - NUM_SPECIAL_TOKENS - NUM_BYTE_TOKENS

@@ -134,7 +134,16 @@ def _add_columns(write: argparse.ArgumentParser) -> None:
         "--delimiter",
         metavar="CHAR",
         default="",
-        help="field delimiter (default: a tab for .tsv and .tab, else a comma)",
+        help="field delimiter (default: detected; a tab for .tsv and .tab, else a comma, "
+        "semicolon, tab or vertical bar)",
+    )
+    columns.add_argument(
+        "--quoting",
+        choices=("auto", "csv", "none"),
+        default="auto",
+        help="csv: fields may be in double quotes and then contain line breaks; none: a quotation "
+        "mark is a character (default: none for tabs, else csv, and rows inside quotes are an "
+        "error)",
     )
     columns.add_argument(
         "--group",
@@ -194,6 +203,7 @@ def _print_result(result: WriteResult, args: argparse.Namespace) -> None:
     else:
         print(f"{redact(join(args.out, 'manifest.json'))}: {summary}")
 
+    print(result.inputs.describe())
     if result.skipped:
         counts = Counter(row.reason for row in result.skipped)
         print(format_table(["skipped", "pairs"], sorted(counts.items())))
@@ -227,6 +237,7 @@ def _table(args: argparse.Namespace, files: tuple[str, ...]) -> Importer:
         key_column=args.key_column,
         header=tuple(name.strip() for name in args.header.split(",") if name.strip()),
         delimiter=delimiter,
+        quoting=args.quoting,
         group=args.group,
     )
 

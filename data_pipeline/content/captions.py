@@ -10,42 +10,30 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 
 from data_pipeline.common.errors import ConfigError, DataError
+from data_pipeline.content.caption_characters import normalize, remove_characters
 from data_pipeline.content.json_fields import get_field, parse_json_fields
+from data_pipeline.sample_keys import TEXT_EXTENSIONS
 from data_pipeline.settings import LimitConfig
 
-TEXT_EXTENSIONS = frozenset(("txt", "text", "caption"))
-"""Members that may hold a caption, by the last part of their extension."""
-
-_JOINERS = "\u200c\u200d"
-"""Zero-width characters that are part of the spelling (Persian, Indic scripts, joined emoji)."""
-_MAX_MARKS = 30
-"""Maximum combining marks per letter: Unicode's stream-safe limit (UAX #15). Normalization sorts n
-marks in n^2 steps, which takes five seconds for 100,000."""
-_DECOMPOSING_MARKS = "\u0f73\u0f75\u0f81"
-"""Tibetan vowel signs that decompose into two marks although their combining class is 0."""
 _DEFAULT_LIMITS = LimitConfig()
 
 
 def clean_caption(text: str) -> str:
     """Canonical form of a caption, in which it is stored, compared and tokenized.
 
-    Unicode NFC; each run of whitespace becomes one space, none at the ends; no control, formatting
-    or surrogate characters; at most 30 combining marks per letter. Idempotent.
+    Unicode NFC; each run of whitespace becomes one space, none at the ends; no control, surrogate
+    or invisible formatting characters (see `caption_characters`); at most 30 combining marks per
+    letter. Idempotent.
     """
     # All characters to remove are unprintable, and so is all whitespace except the space.
     if not text.isprintable():
-        text = "".join(char for char in text if char.isspace() or not _is_removed(char))
-
+        text = remove_characters(text)
     if not text.isascii():
         # After the removal, because a removed character may have separated a letter and its mark.
-        # Marks are limited before normalization, which would be slow, and after, because some
-        # characters decompose into two marks.
-        text = _limit_marks(unicodedata.normalize("NFC", _limit_marks(text)))
-
+        text = normalize(text)
     return " ".join(text.split())
 
 
@@ -112,6 +100,11 @@ class SampleTexts:
         return captions
 
     def _read_captions(self, key: str) -> list[str]:
+        cleaned = map(self._clean, self.raw_texts(key))
+        return [caption for caption in cleaned if caption]
+
+    def raw_texts(self, key: str) -> list[str]:
+        """The texts under `key` as stored, before cleaning; raises as `find_captions` does."""
         check_caption_key(key)
         member, colon, field = key.partition(":")
 
@@ -125,8 +118,7 @@ class SampleTexts:
                 return []
             texts = [self._decode(member, data)]
 
-        cleaned = (self._clean(text) for text in texts if isinstance(text, str))
-        return [caption for caption in cleaned if caption]
+        return [text for text in texts if isinstance(text, str)]
 
     def _decode(self, member: str, data: bytes) -> str:
         # A character takes at most four bytes, so a longer member need not be decoded.
@@ -235,21 +227,3 @@ def _sample_key(candidates: list[tuple[list[str], float]], uniform: float) -> li
         if threshold < upper:
             return captions
     return candidates[0][0]
-
-
-def _is_removed(char: str) -> bool:
-    """Whether `char` is a control, formatting (BOM, text direction) or surrogate character."""
-    return char not in _JOINERS and unicodedata.category(char) in ("Cc", "Cf", "Cs")
-
-
-def _limit_marks(text: str) -> str:
-    """`text` with at most `_MAX_MARKS` consecutive combining marks."""
-    if len(text) <= _MAX_MARKS:
-        return text
-    kept, num_marks = [], 0
-    for char in text:
-        is_mark = unicodedata.combining(char) or char in _DECOMPOSING_MARKS
-        num_marks = num_marks + 1 if is_mark else 0
-        if num_marks <= _MAX_MARKS:
-            kept.append(char)
-    return text if len(kept) == len(text) else "".join(kept)

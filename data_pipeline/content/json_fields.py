@@ -30,7 +30,7 @@ def parse_json_fields(data: bytes, max_depth: int) -> dict[str, object]:
     """Parse a `.json` member.
 
     Args:
-        data: UTF-8 text of one JSON object.
+        data: UTF-8 text of one JSON object, possibly after a byte-order mark.
         max_depth: Maximum nesting depth.
 
     Raises:
@@ -47,7 +47,7 @@ def parse_json_fields(data: bytes, max_depth: int) -> dict[str, object]:
         raise _invalid_json(f"is nested deeper than {max_depth} levels (data.limits.json_depth)")
 
     try:
-        value = json.loads(data.decode("utf-8"))
+        value = json.loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise DataError(f"the .json member is not UTF-8: {error}", slug="invalid-text") from error
     except (ValueError, RecursionError) as error:  # ValueError also for numbers of > 4300 digits

@@ -37,30 +37,11 @@ from data_pipeline.content.image import (
     uniform_numbers,
 )
 from data_pipeline.content.tokenizer import Tokenizer
+from data_pipeline.sample_keys import IMAGE_KEYS, check_image_keys, image_bytes
 from data_pipeline.samples import ProcessedSample, RawSample
-from data_pipeline.settings import AugmentConfig, FilterConfig, LimitConfig
+from data_pipeline.settings import AugmentConfig, FilterConfig, ImageMode, LimitConfig
 
 # Shapes: C image channels, H and W height and width of the model's input (both `image_size`).
-
-IMAGE_EXTENSIONS = frozenset(
-    (
-        "jpg",
-        "jpeg",
-        "png",
-        "webp",
-        "bmp",
-        "gif",
-        "tif",
-        "tiff",
-        "ppm",
-        "jp2",
-        "avif",
-        "img",
-        "image",
-    )
-)
-"""Members that may hold the image; its format is determined by its content. Members that are
-neither image, text nor JSON are never read."""
 
 _CAPTION_UNIFORMS = slice(12, 14)
 """The first twelve of a sample's random numbers are for the image."""
@@ -76,6 +57,8 @@ class SampleProcessor:
     """Maximum number of token ids, including start and end."""
     caption_keys: tuple[str, ...]
     caption_weights: tuple[float, ...]
+    image_keys: tuple[str, ...] = IMAGE_KEYS
+    image_mode: ImageMode = "crop"
     seed: int = 0
     augment: AugmentConfig | None = None
     """Augmentation for training; None for evaluation: nothing is random and the first caption is
@@ -86,6 +69,7 @@ class SampleProcessor:
     def __post_init__(self) -> None:
         for key in self.caption_keys:
             check_caption_key(key)
+        check_image_keys(self.image_keys)
         _ = self._conditions  # reports a syntax error in a condition now
 
     def process(
@@ -102,7 +86,8 @@ class SampleProcessor:
 
         Raises:
             DataError: The sample cannot be used or is filtered out; `slug` gives the reason
-                (`no-image`, `corrupt-image`, `no-caption`, `invalid-json`, `filter:...`).
+                (`no-image`, `several-images`, `several-samples`, `corrupt-image`,
+                `no-caption`, `invalid-json`, `filter:...`).
         """
         uniforms = None
         if self.augment:
@@ -113,12 +98,12 @@ class SampleProcessor:
             check_fields(texts.fields(), self._conditions)
         caption = self._select_caption(raw, texts, uniforms)
 
-        data = image_bytes(raw)
+        data = image_bytes(raw, self.image_keys)
         header = read_header(data)
         check_pixels(header, self.limits.pixels)
         check_image_size(header.width, header.height, self.filters)
         if uniforms is None:
-            image = eval_image(data, header, self.image_size, out=out)
+            image = eval_image(data, header, self.image_size, self.image_mode, out=out)
         else:
             image = self._train_image(raw, epoch, data, header, uniforms, out)
 
@@ -171,6 +156,7 @@ class SampleProcessor:
             self.image_size,
             self.augment,
             uniforms,
+            mode=self.image_mode,
             color_uniforms=color_uniforms,
             out=out,
         )
@@ -182,15 +168,3 @@ class SampleProcessor:
     @cached_property
     def _has_color_jitter(self) -> bool:
         return self.augment is not None and color_jitter_enabled(self.augment)
-
-
-def image_bytes(raw: RawSample) -> bytes:
-    """The sample's image file: its first member with an image extension.
-
-    Raises:
-        DataError: There is none (slug `no-image`).
-    """
-    for extension, data in raw.members.items():
-        if extension in IMAGE_EXTENSIONS or extension.rpartition(".")[2] in IMAGE_EXTENSIONS:
-            return data
-    raise DataError(f"no image among its files: {', '.join(raw.members)}", slug="no-image")

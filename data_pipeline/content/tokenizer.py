@@ -8,21 +8,19 @@ and unknown; none of them encodes text. The fingerprint is the model file's SHA-
 from __future__ import annotations
 
 import hashlib
-import io
 import os
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import sentencepiece
 
-from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError
 from data_pipeline.content.captions import clean_caption
 
 PAD_ID, START_ID, END_ID, UNK_ID = 0, 1, 2, 3
+NUM_SPECIAL_TOKENS, NUM_BYTE_TOKENS = 4, 256
 
-_META_SPACE = "\u2581"
+META_SPACE = "\u2581"
 """SentencePiece's internal symbol for a space; a literal one in a caption is encoded as bytes."""
 
 
@@ -58,7 +56,7 @@ class Tokenizer:
             )
 
         self._meta_space_ids = [
-            self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _META_SPACE.encode()
+            self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in META_SPACE.encode()
         ]
         if UNK_ID in self._meta_space_ids:
             raise TokenizerError(
@@ -105,7 +103,7 @@ class Tokenizer:
             return [START_ID, END_ID]
 
         # With the leading space, the first word has the same ids as in the middle of a caption.
-        head, *rest = (" " + caption).split(_META_SPACE)
+        head, *rest = (" " + caption).split(META_SPACE)
         ids: list[int] = self._processor.encode(head)
         for part in rest:
             ids += self._meta_space_ids + self._processor.encode(part)
@@ -126,86 +124,3 @@ class Tokenizer:
     def piece(self, token: int) -> str:
         """SentencePiece's representation of one id, for display."""
         return str(self._processor.id_to_piece(token))
-
-
-def train_tokenizer(
-    captions: Iterable[str], path: str | os.PathLike[str], *, vocab_size: int, exact: bool = True
-) -> Tokenizer:
-    """Train a tokenizer and write its model file atomically.
-
-    Deterministic: the same captions in the same order give the same bytes.
-
-    Args:
-        captions: Training text; it is cleaned first, and empty captions are skipped.
-        path: Model file to write.
-        vocab_size: Vocabulary size, including four special tokens and 256 bytes.
-        exact: Fail if there is too little text for `vocab_size`; otherwise the vocabulary is
-            smaller.
-
-    Raises:
-        TokenizerError: There are no captions, or too few for `vocab_size`.
-    """
-    model = io.BytesIO()
-    try:
-        _train(_training_lines(captions), model, vocab_size, exact)
-    except RuntimeError as error:
-        raise _training_error(error, vocab_size) from error
-
-    target = Path(path)
-    storage.write_bytes(str(target), model.getvalue())
-    return Tokenizer.load(target)
-
-
-def _train(lines: Iterator[str], model: io.BytesIO, vocab_size: int, exact: bool) -> None:
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=lines,
-        model_writer=model,
-        model_type="unigram",
-        vocab_size=vocab_size,
-        hard_vocab_limit=exact,
-        byte_fallback=True,
-        # Characters rarer than one in 5,000 are encoded as bytes instead of taking an id each.
-        character_coverage=0.9998,
-        pad_id=PAD_ID,
-        bos_id=START_ID,
-        eos_id=END_ID,
-        unk_id=UNK_ID,
-        pad_piece="<pad>",
-        bos_piece="<start>",
-        eos_piece="<end>",
-        unk_piece="<unk>",
-        # Captions are already clean, and decoding must return the encoded text exactly.
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        add_dummy_prefix=False,
-        max_sentence_length=1 << 20,
-        num_threads=1,  # more threads sum in another order, which changes the model
-        minloglevel=2,
-    )
-
-
-def _training_lines(captions: Iterable[str]) -> Iterator[str]:
-    """Clean, non-empty lines. Raises if there are none; SentencePiece would only print an error."""
-    is_empty = True
-    for text in captions:
-        caption = clean_caption(text).replace(_META_SPACE, " ").strip()
-        if caption:
-            is_empty = False
-            yield " " + caption
-    if is_empty:
-        raise TokenizerError("there is no caption to train a tokenizer on")
-
-
-def _training_error(error: RuntimeError, vocab_size: int) -> TokenizerError:
-    max_size = re.search(r"Please set it to a value <= (\d+)", str(error))
-    if max_size:
-        return TokenizerError(
-            f"too little text for a vocabulary of {vocab_size} ids (including 4 special tokens and "
-            f"256 bytes): at most {max_size[1]} are possible; set --vocab-size {max_size[1]}, and "
-            f"model.vocab_size={max_size[1]} for the run"
-        )
-    last_line = (str(error).strip().splitlines() or ["no message"])[-1]
-    return TokenizerError(
-        f"SentencePiece cannot train a vocabulary of {vocab_size} ids (including 4 special tokens "
-        f"and 256 bytes): {last_line}; set another --vocab-size or add text"
-    )

@@ -16,12 +16,11 @@ import numpy as np
 from data_pipeline.common import storage
 from data_pipeline.common.errors import ConfigError
 from data_pipeline.common.problems import check_sections
-from data_pipeline.content.sample_processor import SampleProcessor
 from data_pipeline.content.tokenizer import Tokenizer
 from data_pipeline.loading.batch_samplers import ListBatchSampler, TrainBatchSampler
 from data_pipeline.loading.batch_spec import SINGLE_RANK, BatchSpec, RankInfo
 from data_pipeline.loading.batch_stream import BatchStream
-from data_pipeline.loading.pipeline import BatchPipeline
+from data_pipeline.loading.pipeline import BatchPipeline, eval_processor, train_processor
 from data_pipeline.loading.sources import (
     Source,
     as_source,
@@ -198,14 +197,14 @@ class Loader:
 
     def _make_pipeline(self, tokenizer: Tokenizer, batch: BatchSpec, seed: int) -> BatchPipeline:
         data = self._data
-        processor = replace(
-            _eval_processor(data, batch), seed=seed, augment=data.augment, filters=data.filters
-        )
+        processors = [
+            train_processor(data.for_source(source.config), batch, seed) for source in self.sources
+        ]
         return BatchPipeline(
             [source.manifest for source in self.sources],
             data,
             sampler=self._sampler,
-            processor=processor,
+            processors=processors,
             tokenizer=tokenizer,
             max_open=len(self.sources) * data.shuffle_window + _EXTRA_OPEN_SHARDS,
         )
@@ -243,7 +242,7 @@ def read_all(
         [manifest],
         data,
         sampler=ListBatchSampler(manifest, sample_ids, batch.micro_batch_size),
-        processor=_eval_processor(data, batch),
+        processors=[eval_processor(data, batch)],
         tokenizer=tokenizer,
         max_open=_MAX_OPEN_IN_ONE_PASS,
     )
@@ -259,17 +258,6 @@ def read_all(
         yield from stream
     finally:
         stream.close()
-
-
-def _eval_processor(data: DataConfig, batch: BatchSpec) -> SampleProcessor:
-    """A processor without augmentation and filters."""
-    return SampleProcessor(
-        image_size=batch.image_size,
-        context_length=batch.context_length,
-        caption_keys=tuple(data.caption_keys),
-        caption_weights=tuple(data.caption_weights),
-        limits=data.limits,
-    )
 
 
 def _sample_ids(manifest: Manifest, indices: Sequence[int] | None) -> np.ndarray:

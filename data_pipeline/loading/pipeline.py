@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -27,6 +28,7 @@ from data_pipeline.content.sample_processor import SampleProcessor
 from data_pipeline.content.tokenizer import Tokenizer
 from data_pipeline.loading.batch_reader import BatchReader
 from data_pipeline.loading.batch_samplers import BatchSampler, shard_starts
+from data_pipeline.loading.batch_spec import BatchSpec
 from data_pipeline.loading.collate import BatchBuilder, PackedBatch
 from data_pipeline.loading.worker_process import WorkerError
 from data_pipeline.samples import ProcessedSample, RawSample, SampleProblem, SampleRef
@@ -43,7 +45,7 @@ class BatchPipeline(Dataset[PackedBatch | WorkerError]):
         data: DataConfig,
         *,
         sampler: BatchSampler,
-        processor: SampleProcessor,
+        processors: Sequence[SampleProcessor],
         tokenizer: Tokenizer,
         max_open: int,
     ) -> None:
@@ -53,11 +55,16 @@ class BatchPipeline(Dataset[PackedBatch | WorkerError]):
             manifests: Their shards, concatenated, are those of the sampler.
             data: How shards are read.
             sampler: The samples of each batch.
-            processor: Makes processed samples from stored ones.
+            processors: Makes processed samples from stored ones, one for each manifest; all have
+                the same image size and context length.
             tokenizer: Tokenizer for captions.
             max_open: Maximum number of open shards.
         """
-        self._sampler, self._processor, self._tokenizer = sampler, processor, tokenizer
+        self._sampler, self._tokenizer = sampler, tokenizer
+        self._processors = tuple(processors)
+        counts = [len(manifest.shards) for manifest in manifests]
+        self._manifest_of = np.repeat(np.arange(len(counts)), counts).tolist()
+        """Index of the manifest of each shard."""
         self._reader = BatchReader(manifests, data, sampler.shards_from, max_open=max_open)
         self._starts = shard_starts(manifests)
 
@@ -101,7 +108,8 @@ class BatchPipeline(Dataset[PackedBatch | WorkerError]):
         if isinstance(raw, SampleProblem):
             return raw
         try:
-            return self._processor.process(raw, ref.epoch, self._tokenizer, out)
+            processor = self._processors[self._manifest_of[ref.shard]]
+            return processor.process(raw, ref.epoch, self._tokenizer, out)
         except DataError as error:
             if not error.slug:
                 raise
@@ -110,7 +118,27 @@ class BatchPipeline(Dataset[PackedBatch | WorkerError]):
     def _new_batch(self, capacity: int) -> BatchBuilder:
         return BatchBuilder(
             capacity,
-            image_size=self._processor.image_size,
-            context_length=self._processor.context_length,
+            image_size=self._processors[0].image_size,
+            context_length=self._processors[0].context_length,
             pad_id=self._tokenizer.pad_id,
         )
+
+
+def eval_processor(data: DataConfig, batch: BatchSpec) -> SampleProcessor:
+    """Stage 3 without augmentation and filters, and with the first caption."""
+    return SampleProcessor(
+        image_size=batch.image_size,
+        context_length=batch.context_length,
+        image_keys=tuple(data.image_keys),
+        image_mode=data.image_mode,
+        caption_keys=tuple(data.caption_keys),
+        caption_weights=tuple(data.caption_weights),
+        limits=data.limits,
+    )
+
+
+def train_processor(data: DataConfig, batch: BatchSpec, seed: int) -> SampleProcessor:
+    """Stage 3 with augmentation, filters and sampled captions; `data` are those of the source."""
+    return replace(
+        eval_processor(data, batch), seed=seed, augment=data.augment, filters=data.filters
+    )

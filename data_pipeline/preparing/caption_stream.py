@@ -33,7 +33,7 @@ def iter_captions(
 ) -> Iterator[str]:
     """Every caption of every sample, cleaned, in the order of the shards.
 
-    Corrupt samples are skipped, logged and counted.
+    Corrupt samples are skipped, logged and counted; samples without a caption are counted.
 
     Args:
         manifests: The datasets.
@@ -49,7 +49,7 @@ def iter_captions(
     for key in keys:
         check_caption_key(key)
 
-    num_corrupt, total = 0, 0
+    num_corrupt, num_without, total = 0, 0, 0
     shard_map = ShardMap(label="reading captions", workers=workers)
     for task, result in shard_map.run(sample_tasks(manifests, samples, seed), _Reader(tuple(keys))):
         if isinstance(result, UnavailableShard):
@@ -59,6 +59,7 @@ def iter_captions(
 
         content = json.loads(result)
         total += task.num_samples
+        num_without += content["without_caption"]
         for key, slug, detail in content["corrupt"]:
             num_corrupt += 1
             if num_corrupt <= _MAX_LOGGED:
@@ -67,6 +68,9 @@ def iter_captions(
 
     if num_corrupt:
         logger.warning("skipped %d corrupt samples of %d", num_corrupt, total)
+    if num_without:
+        names = " or ".join(keys)
+        logger.warning("%d samples of %d have no caption in %s", num_without, total, names)
 
 
 def _log_corrupt(task: ShardTask, key: str, slug: str, detail: str) -> None:
@@ -82,14 +86,19 @@ class _Reader:
 
     def __call__(self, task: ShardTask) -> bytes:
         captions: list[str] = []
+        without_caption = 0
         corrupt: list[tuple[str, str, str]] = []
         for _, raw in read_samples(task):
             if isinstance(raw, SampleProblem):
                 corrupt.append((raw.key, raw.reason, raw.detail))
                 continue
             try:
-                captions += chain.from_iterable(all_captions(raw.members, self.keys))
+                found = list(chain.from_iterable(all_captions(raw.members, self.keys)))
             except DataError as error:
                 corrupt.append((raw.key, error.slug, str(error)))
+                continue
+            captions += found
+            without_caption += not found
 
-        return json.dumps({"captions": captions, "corrupt": corrupt}).encode()
+        content = {"captions": captions, "corrupt": corrupt, "without_caption": without_caption}
+        return json.dumps(content).encode()

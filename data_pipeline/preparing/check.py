@@ -1,7 +1,8 @@
 """Verifies every sample of a dataset against its manifest.
 
 One pass over each shard: its size and SHA-256 against the manifest, its index against the manifest,
-and each sample's CRC-32 against the index; with `decode` also the image and the captions. A shard
+each sample's CRC-32 against the index, and that it has one image; with `decode` also the image
+and the captions are read. A shard
 can be corrupt although all its samples are intact, for example if its end-of-archive marker is
 missing.
 """
@@ -21,7 +22,6 @@ from data_pipeline.common.errors import DataError
 from data_pipeline.common.processes import SINGLE_PART, Part
 from data_pipeline.content.captions import all_captions
 from data_pipeline.content.image import decode_image
-from data_pipeline.content.sample_processor import image_bytes
 from data_pipeline.preparing.shard_access import (
     MAX_SAMPLE_BYTES,
     ShardUnavailableError,
@@ -31,6 +31,7 @@ from data_pipeline.preparing.shard_access import (
 from data_pipeline.preparing.shard_map import ShardMap, UnavailableShard
 from data_pipeline.preparing.tasks import ShardTask, shard_tasks
 from data_pipeline.reading.open_shard import OpenShard
+from data_pipeline.sample_keys import DEFAULT_KEYS, SampleKeys, image_bytes, image_problem
 from data_pipeline.samples import RawSample
 from data_pipeline.shards.manifest import Manifest
 
@@ -94,7 +95,7 @@ def check(
     manifests: Sequence[Manifest],
     *,
     decode: bool = False,
-    caption_keys: Sequence[str] = ("txt",),
+    keys: SampleKeys = DEFAULT_KEYS,
     workers: int = 0,
     part: Part = SINGLE_PART,
     work_dir: str = "",
@@ -104,14 +105,14 @@ def check(
     Args:
         manifests: The datasets.
         decode: Also decode images and read captions.
-        caption_keys: With `decode`, a sample needs a caption under at least one of these keys.
+        keys: Where images and captions are.
         workers: Number of processes.
         part: Part of the shards to check; see `shard_tasks`.
         work_dir: Folder of stored results (see `ShardMap`); empty checks all shards again.
     """
-    checker = _Checker(decode, tuple(caption_keys))
+    checker = _Checker(decode, keys)
     shard_map = ShardMap(
-        label="checking", workers=workers, work_dir=work_dir, settings=repr(("check", 2, checker))
+        label="checking", workers=workers, work_dir=work_dir, settings=repr(("check", 3, checker))
     )
 
     findings, unavailable, samples, shards = list[Finding](), list[UnavailableShard](), 0, 0
@@ -152,7 +153,7 @@ class _Checker:
     """Checks one shard; the result is a JSON list of `_Row`."""
 
     decode: bool
-    caption_keys: tuple[str, ...]
+    keys: SampleKeys
 
     def __call__(self, task: ShardTask) -> bytes:
         return json.dumps(list(self._rows(task))).encode()
@@ -199,6 +200,9 @@ class _Checker:
             return "truncated", f"{size} of {expected_size} bytes"
         if crc != expected_crc:
             return "crc-mismatch", f"CRC-32 {crc:08x}, but the index has {expected_crc:08x}"
+        members = shard.index.members(sample)
+        if problem := image_problem((member.extension for member in members), self.keys.images):
+            return problem
         if expected_size > MAX_SAMPLE_BYTES:
             return "oversize", f"{expected_size} bytes; the limit is {MAX_SAMPLE_BYTES}"
         if not self.decode:
@@ -208,9 +212,9 @@ class _Checker:
 
     def _check_content(self, raw: RawSample) -> tuple[str, str] | None:
         try:
-            decode_image(image_bytes(raw))
-            if not any(all_captions(raw.members, self.caption_keys)):
-                keys, members = ", ".join(self.caption_keys), ", ".join(raw.members)
+            decode_image(image_bytes(raw, self.keys.images))
+            if not any(all_captions(raw.members, self.keys.captions)):
+                keys, members = ", ".join(self.keys.captions), ", ".join(raw.members)
                 return "no-caption", f"no caption under {keys}; the sample has {members}"
         except DataError as error:
             return error.slug or "invalid-text", str(error)

@@ -25,10 +25,10 @@ from data_pipeline.content.filters import (
     parse_conditions,
 )
 from data_pipeline.content.image import check_pixels, read_header
-from data_pipeline.content.sample_processor import image_bytes
 from data_pipeline.preparing.shard_access import ShardUnavailableError, read_samples
 from data_pipeline.preparing.shard_map import ShardMap, UnavailableShard
 from data_pipeline.preparing.tasks import ShardTask, shard_tasks
+from data_pipeline.sample_keys import DEFAULT_KEYS, SampleKeys, image_bytes
 from data_pipeline.samples import RawSample, SampleProblem
 from data_pipeline.settings import FilterConfig, LimitConfig
 from data_pipeline.shards.manifest import Manifest
@@ -53,7 +53,7 @@ def filter_samples(
     manifests: Sequence[Manifest],
     filters: FilterConfig,
     *,
-    caption_keys: Sequence[str] = ("txt",),
+    keys: SampleKeys = DEFAULT_KEYS,
     limits: LimitConfig | None = None,
     workers: int = 0,
     part: Part = SINGLE_PART,
@@ -64,7 +64,7 @@ def filter_samples(
     Args:
         manifests: The datasets.
         filters: Which samples to exclude.
-        caption_keys: Where to find captions.
+        keys: Where images and captions are.
         limits: Resource limits of a sample; a sample beyond them counts as corrupt.
         workers: Number of processes.
         part: Part of the shards to process; see `shard_tasks`.
@@ -74,12 +74,12 @@ def filter_samples(
         ConfigError: A condition is invalid.
     """
     parse_conditions(filters.require)  # raise for an invalid condition before reading any shard
-    shard_filter = _ShardFilter(filters, tuple(caption_keys), limits or LimitConfig())
+    shard_filter = _ShardFilter(filters, keys, limits or LimitConfig())
     shard_map = ShardMap(
         label="filtering",
         workers=workers,
         work_dir=work_dir,
-        settings=repr(("filter", 2, shard_filter)),
+        settings=repr(("filter", 3, shard_filter)),
     )
 
     report = FilterReport(0, Counter(), {}, [{} for _ in manifests], [])
@@ -100,7 +100,7 @@ def filter_samples(
 
 def filters_from_mapping(
     mapping: Mapping[str, Any], source: str
-) -> tuple[FilterConfig, tuple[str, ...] | None]:
+) -> tuple[FilterConfig, SampleKeys]:
     """The filters in the content of a YAML file.
 
     Args:
@@ -109,7 +109,7 @@ def filters_from_mapping(
         source: Name of the file, for error messages.
 
     Returns:
-        The filters, and `data.caption_keys` if the file sets it.
+        The filters, and `data.image_keys` and `data.caption_keys`.
 
     Raises:
         ConfigError: The file has no filters, or a filter is invalid.
@@ -124,9 +124,11 @@ def filters_from_mapping(
             f"{source} has no filters; add them under `filters:`, for example `min_side: 64`"
         )
 
-    keys = section.get("caption_keys")
-    caption_keys = tuple(map(str, keys)) if isinstance(keys, list) else None
-    return from_mapping(FilterConfig, filters, source=source), caption_keys
+    images, captions = (
+        tuple(map(str, value)) if isinstance(value := section.get(name), list) else default
+        for name, default in zip(("image_keys", "caption_keys"), DEFAULT_KEYS, strict=True)
+    )
+    return from_mapping(FilterConfig, filters, source=source), SampleKeys(images, captions)
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ class _ShardFilter:
     """Filters the samples of one shard; the result is JSON rows `[sample, reason, detail]`."""
 
     filters: FilterConfig
-    caption_keys: tuple[str, ...]
+    keys: SampleKeys
     limits: LimitConfig
 
     def __call__(self, task: ShardTask) -> bytes:
@@ -161,23 +163,23 @@ class _ShardFilter:
         if self._conditions:
             check_fields(texts.fields(), self._conditions)
         self._check_caption(texts)
-        header = read_header(image_bytes(raw))
+        header = read_header(image_bytes(raw, self.keys.images))
         check_pixels(header, self.limits.pixels)
         check_image_size(header.width, header.height, self.filters)
 
     def _check_caption(self, texts: SampleTexts) -> None:
-        weights = [1.0] * len(self.caption_keys)
+        weights = [1.0] * len(self.keys.captions)
 
         def is_allowed(text: str) -> bool:
             return caption_length_allowed(text, self.filters)
 
-        if select_caption(texts, self.caption_keys, weights, None, is_allowed):
+        if select_caption(texts, self.keys.captions, weights, None, is_allowed):
             return
 
-        caption = select_caption(texts, self.caption_keys, weights, None)
+        caption = select_caption(texts, self.keys.captions, weights, None)
         if caption:
             raise caption_length_error(caption, self.filters)
-        raise DataError(f"no caption under {', '.join(self.caption_keys)}", slug="no-caption")
+        raise DataError(f"no caption under {', '.join(self.keys.captions)}", slug="no-caption")
 
     @cached_property
     def _conditions(self) -> tuple[Condition, ...]:

@@ -1,4 +1,4 @@
-"""Image files: their format by signature, thumbnails, and data URIs."""
+"""Image files: thumbnails and data URIs."""
 
 from __future__ import annotations
 
@@ -7,31 +7,23 @@ import base64
 import cv2
 import numpy as np
 
-from data_pipeline.content.image import composite, decode_image
-
-_SIGNATURES = (
-    (b"\xff\xd8\xff", "jpg"),
-    (b"\x89PNG\r\n\x1a\n", "png"),
-    (b"GIF8", "gif"),
-    (b"II*\0", "tif"),
-    (b"MM\0*", "tif"),
-    (b"BM", "bmp"),
-)
+from data_pipeline.content.image import composite, decode_image, eval_transform
+from data_pipeline.sample_settings import ImageMode
 
 
-def image_format(data: bytes) -> str:
-    """`jpg`, `png`, `webp`, `gif`, `tif` or `bmp` by the file's signature; empty if unknown."""
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "webp"
-    return next((name for signature, name in _SIGNATURES if data.startswith(signature)), "")
-
-
-def thumbnail(data: bytes, side: int) -> np.ndarray:
+def thumbnail(data: bytes, side: int, mode: ImageMode | None = None) -> np.ndarray:
     """The image on white, its longer side scaled to `side` pixels: uint8 RGB `[height, width, 3]`.
+
+    Args:
+        data: The file.
+        side: Pixels.
+        mode: Show the square that becomes the model's input in this `data.image_mode`.
 
     Raises:
         DataError: The image cannot be decoded (slug `corrupt-image`).
     """
+    if mode is not None:
+        return eval_transform(decode_image(data), side, mode).transpose(1, 2, 0)
     pixels = decode_image(data, min_size=(side, side))
     if pixels.shape[2] == 4:
         pixels = composite(pixels, (255, 255, 255))

@@ -11,11 +11,11 @@ import numpy as np
 from data_pipeline.common.errors import DataError
 from data_pipeline.common.processes import SINGLE_PART, Part
 from data_pipeline.content.captions import first_caption, hash_caption
-from data_pipeline.content.sample_processor import image_bytes
 from data_pipeline.preparing.perceptual_hash import perceptual_hash
 from data_pipeline.preparing.shard_access import ShardUnavailableError, read_samples
 from data_pipeline.preparing.shard_map import ShardMap, UnavailableShard
 from data_pipeline.preparing.tasks import ShardTask, shard_tasks
+from data_pipeline.sample_keys import DEFAULT_KEYS, SampleKeys, image_bytes
 from data_pipeline.samples import RawSample
 from data_pipeline.shards.manifest import Manifest
 
@@ -54,7 +54,7 @@ class Hashes:
 def hash_samples(
     manifests: Sequence[Manifest],
     *,
-    caption_keys: Sequence[str] = ("txt",),
+    keys: SampleKeys = DEFAULT_KEYS,
     workers: int = 0,
     part: Part = SINGLE_PART,
     work_dir: str = "",
@@ -63,7 +63,7 @@ def hash_samples(
 
     Args:
         manifests: The datasets.
-        caption_keys: Where to find the caption; the first caption is used.
+        keys: Where images and captions are.
         workers: Number of processes.
         part: Part of the shards to process; see `shard_tasks`.
         work_dir: Folder of stored results; see `ShardMap`.
@@ -71,9 +71,9 @@ def hash_samples(
     Raises:
         DataError: A stored result is corrupt.
     """
-    hasher = _Hasher(tuple(caption_keys))
+    hasher = _Hasher(keys)
     shard_map = ShardMap(
-        label="hashing", workers=workers, work_dir=work_dir, settings=repr(("hashes", 2, hasher))
+        label="hashing", workers=workers, work_dir=work_dir, settings=repr(("hashes", 3, hasher))
     )
 
     blocks, unavailable = [np.empty((0, 7), np.uint64)], list[UnavailableShard]()
@@ -111,7 +111,7 @@ def hash_samples(
 class _Hasher:
     """Hashes one shard; the result is uint64 `[samples, 4]`: file, perceptual, caption, flags."""
 
-    caption_keys: tuple[str, ...]
+    keys: SampleKeys
 
     def __call__(self, task: ShardTask) -> bytes:
         hashes = np.zeros((task.num_samples, 4), "<u8")
@@ -127,13 +127,13 @@ class _Hasher:
 
     def _hash(self, raw: RawSample) -> tuple[int, int, int, int]:
         try:
-            data = image_bytes(raw)
+            data = image_bytes(raw, self.keys.images)
             perceptual = perceptual_hash(data)
         except DataError:
             return 0, 0, 0, 0
 
         try:
-            caption = first_caption(raw.members, self.caption_keys)
+            caption = first_caption(raw.members, self.keys.captions)
         except DataError:
             caption = None
 

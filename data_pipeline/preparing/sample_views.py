@@ -11,12 +11,13 @@ from data_pipeline.common.errors import DataError
 from data_pipeline.common.escaping import escape_control
 from data_pipeline.common.tables import format_bytes, format_rows, truncate
 from data_pipeline.content.captions import find_captions, first_caption
-from data_pipeline.content.image import read_header
-from data_pipeline.content.sample_processor import image_bytes
+from data_pipeline.content.image import image_format, read_header
 from data_pipeline.preparing.html_report import card
-from data_pipeline.preparing.image_files import data_uri, image_format, thumbnail
+from data_pipeline.preparing.image_files import data_uri, thumbnail
 from data_pipeline.preparing.shard_access import read_samples
 from data_pipeline.preparing.tasks import ShardTask, tasks_for
+from data_pipeline.sample_keys import SampleKeys, image_bytes
+from data_pipeline.sample_settings import ImageMode
 from data_pipeline.samples import RawSample, SampleProblem
 from data_pipeline.shards.manifest import Manifest
 
@@ -55,18 +56,26 @@ def read_samples_at(
     return {(task.dataset, task.shard, index): raw for task, index, raw in read_tasks(tasks)}
 
 
-def sample_card(raw: RawSample | SampleProblem, caption_keys: Sequence[str], location: str) -> str:
-    """A sample as an HTML card; an error is shown in place of the image or caption."""
+def sample_card(
+    raw: RawSample | SampleProblem,
+    keys: SampleKeys,
+    location: str,
+    mode: ImageMode | None = None,
+) -> str:
+    """A sample as an HTML card; an error is shown in place of the image or caption.
+
+    With a mode, the image is shown as the model's input.
+    """
     if isinstance(raw, SampleProblem):
         return card("", location, f"{raw.reason}: {raw.detail}")
     try:
-        uri = data_uri(thumbnail(image_bytes(raw), _SIDE))
+        uri = data_uri(thumbnail(image_bytes(raw, keys.images), _SIDE, mode))
     except DataError as error:
         return card("", location, str(error))
-    return card(uri, location, _caption(raw, caption_keys))
+    return card(uri, location, _caption(raw, keys.captions))
 
 
-def sample_text(raw: RawSample | SampleProblem, caption_keys: Sequence[str], location: str) -> str:
+def sample_text(raw: RawSample | SampleProblem, keys: SampleKeys, location: str) -> str:
     """A sample as lines of text: its members, image size, captions and JSON."""
     if isinstance(raw, SampleProblem):
         return f"{escape_control(location)}\n  {raw.reason}: {escape_control(raw.detail)}"
@@ -75,8 +84,8 @@ def sample_text(raw: RawSample | SampleProblem, caption_keys: Sequence[str], loc
         f".{escape_control(extension)} {format_bytes(len(data))}"
         for extension, data in raw.members.items()
     )
-    rows = [("  files", members), ("  image", _image_text(raw))]
-    for key in caption_keys:
+    rows = [("  files", members), ("  image", _image_text(raw, keys.images))]
+    for key in keys.captions:
         try:
             for caption in find_captions(raw.members, key):
                 rows.append((f"  {key}", truncate(escape_control(caption), _MAX_CHARS)))
@@ -90,7 +99,9 @@ def sample_text(raw: RawSample | SampleProblem, caption_keys: Sequence[str], loc
 
 
 def contact_sheet(
-    samples: Sequence[tuple[str, RawSample | SampleProblem]], caption_keys: Sequence[str]
+    samples: Sequence[tuple[str, RawSample | SampleProblem]],
+    keys: SampleKeys,
+    mode: ImageMode | None = None,
 ) -> Image.Image:
     """Images in a grid with the first lines of their captions.
 
@@ -98,7 +109,8 @@ def contact_sheet(
 
     Args:
         samples: Location text and sample, or its problem.
-        caption_keys: Where to find captions.
+        keys: Where images and captions are.
+        mode: Show images as the model's input.
     """
     columns = min(len(samples), max(1, round(len(samples) ** 0.5 * 1.3)))
     rows = -(-len(samples) // columns)
@@ -112,9 +124,9 @@ def contact_sheet(
         try:
             if isinstance(raw, SampleProblem):
                 raise DataError(raw.detail, slug=raw.reason)
-            image = Image.fromarray(thumbnail(image_bytes(raw), _SIDE))
+            image = Image.fromarray(thumbnail(image_bytes(raw, keys.images), _SIDE, mode))
             sheet.paste(image, (x, y + _SIDE - image.height))
-            text = escape_control(_caption(raw, caption_keys))
+            text = escape_control(_caption(raw, keys.captions))
         except DataError as error:
             draw.rectangle((x, y, x + _SIDE, y + _SIDE), outline="#b00")
             text = f"{error.slug} {escape_control(location)}"
@@ -146,9 +158,9 @@ def _caption(raw: RawSample, keys: Sequence[str]) -> str:
         return f"({error.slug})"
 
 
-def _image_text(raw: RawSample) -> str:
+def _image_text(raw: RawSample, keys: Sequence[str]) -> str:
     try:
-        data = image_bytes(raw)
+        data = image_bytes(raw, keys)
         header = read_header(data)
     except DataError as error:
         return escape_control(str(error))

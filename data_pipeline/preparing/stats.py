@@ -19,15 +19,15 @@ import numpy as np
 
 from data_pipeline.common.errors import DataError
 from data_pipeline.common.processes import SINGLE_PART, Part
-from data_pipeline.content.captions import all_captions, hash_clean_caption
-from data_pipeline.content.image import read_header
-from data_pipeline.content.sample_processor import image_bytes
+from data_pipeline.content.caption_characters import removed_kinds
+from data_pipeline.content.captions import SampleTexts, hash_clean_caption
+from data_pipeline.content.image import image_format, read_header
 from data_pipeline.content.tokenizer import Tokenizer
-from data_pipeline.preparing.image_files import image_format
 from data_pipeline.preparing.shard_access import ShardUnavailableError, read_samples
 from data_pipeline.preparing.shard_map import ShardMap, UnavailableShard
 from data_pipeline.preparing.tasks import ShardTask, sample_tasks
 from data_pipeline.preparing.unicode_scripts import script_of
+from data_pipeline.sample_keys import DEFAULT_KEYS, SampleKeys, image_bytes
 from data_pipeline.samples import RawSample, SampleProblem
 from data_pipeline.shards.manifest import Manifest
 
@@ -57,6 +57,8 @@ class Stats:
     scripts: list[str] = field(default_factory=list)
     caption_hashes: list[int] = field(default_factory=list)
     """Hashes of the first caption of each sample that has one."""
+    removed_characters: Counter[str] = field(default_factory=Counter)
+    """Number of captions from which cleaning removed characters, by kind of character."""
     corrupt: Counter[str] = field(default_factory=Counter)
     """Number of unreadable samples by reason."""
     unavailable: list[UnavailableShard] = field(default_factory=list)
@@ -97,6 +99,7 @@ class Stats:
             "quantities": quantities,
             "formats": dict(Counter(self.formats).most_common()),
             "scripts": dict(Counter(self.scripts).most_common()),
+            "removed_characters": dict(self.removed_characters.most_common()),
             "duplicates": self.duplicates(),
             "corrupt": dict(self.corrupt.most_common()),
         }
@@ -107,7 +110,7 @@ def compute_stats(
     *,
     samples: int = 20_000,
     seed: int = 0,
-    caption_keys: Sequence[str] = ("txt",),
+    keys: SampleKeys = DEFAULT_KEYS,
     tokenizer: str = "",
     workers: int = 0,
     part: Part = SINGLE_PART,
@@ -119,7 +122,7 @@ def compute_stats(
         manifests: The datasets.
         samples: Number of random samples; 0 measures all.
         seed: Random seed for choosing samples.
-        caption_keys: Where to find captions.
+        keys: Where images and captions are.
         tokenizer: SentencePiece model file; empty counts no tokens.
         workers: Number of processes.
         part: Part of the shards to process; see `shard_tasks`.
@@ -129,8 +132,8 @@ def compute_stats(
         TokenizerError: The tokenizer cannot be read.
     """
     fingerprint = Tokenizer.load(tokenizer).fingerprint if tokenizer else ""
-    measure = _ShardStats(tuple(caption_keys), tokenizer)
-    settings = repr(("stats", 2, measure.caption_keys, fingerprint))
+    measure = _ShardStats(keys, tokenizer)
+    settings = repr(("stats", 4, measure.keys, fingerprint))
     shard_map = ShardMap(label="measuring", workers=workers, work_dir=work_dir, settings=settings)
 
     stats = Stats()
@@ -143,6 +146,7 @@ def compute_stats(
 
         shard_stats = json.loads(result)
         stats.corrupt.update(shard_stats.pop("corrupt"))
+        stats.removed_characters.update(shard_stats.pop("removed_characters"))
         stats.num_samples += shard_stats.pop("num_samples")
         for name, values in shard_stats.items():
             getattr(stats, name).extend(values)
@@ -160,7 +164,7 @@ def _summarize(values: np.ndarray) -> dict[str, float]:
 class _ShardStats:
     """Measures the samples of one shard; the result is `Stats` as JSON."""
 
-    caption_keys: tuple[str, ...]
+    keys: SampleKeys
     tokenizer: str
 
     def __call__(self, task: ShardTask) -> bytes:
@@ -184,9 +188,12 @@ class _ShardStats:
             return
 
         try:
-            data = image_bytes(raw)
+            data = image_bytes(raw, self.keys.images)
             header = read_header(data)
-            captions = all_captions(raw.members, self.caption_keys)
+            texts = SampleTexts(raw.members)
+            captions = [texts.find_captions(key) for key in self.keys.captions]
+            stored = chain.from_iterable(map(texts.raw_texts, self.keys.captions))
+            stats.removed_characters.update(chain.from_iterable(map(removed_kinds, stored)))
         except DataError as error:
             stats.corrupt[error.slug] += 1
             return

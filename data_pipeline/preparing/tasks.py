@@ -10,9 +10,11 @@ import numpy as np
 
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError
-from data_pipeline.common.processes import SINGLE_PART, Part
+from data_pipeline.common.processes import SINGLE_PART, Part, usable_cpus
 from data_pipeline.common.seeds import rng
-from data_pipeline.shards.manifest import Manifest, ShardEntry, load_manifest
+from data_pipeline.shards.manifest import Manifest, ShardEntry
+from data_pipeline.shards.patterns import is_shard_name
+from data_pipeline.shards.run_indexing import open_manifest
 
 
 class ShardTask(NamedTuple):
@@ -39,33 +41,33 @@ class ShardTask(NamedTuple):
 
 
 def open_datasets(addresses: Sequence[str]) -> list[Manifest]:
-    """Load the manifests of datasets.
+    """Load the manifests of datasets; shards without a manifest are indexed for this command.
 
     Args:
-        addresses: Folders or `manifest.json` files, local or in an object store; brace patterns are
-            expanded.
+        addresses: Folders, `manifest.json` files or shards, local or in an object store; braces
+            are expanded, and each folder is a dataset.
 
     Raises:
-        DataError: A dataset has no manifest, or an address is a tar file or a malformed pattern.
+        DataError: There are neither a manifest nor shards at an address, shards are corrupt, or an
+            address is a malformed pattern.
     """
+    return [
+        open_manifest(url, salvage=False, workers=usable_cpus())
+        for address in addresses
+        for url in _datasets_of(address)
+    ]
+
+
+def _datasets_of(address: str) -> list[str]:
+    """The datasets of an address: braces over folders are several, over shards one."""
     from braceexpand import braceexpand
 
-    manifests = []
-    for address in addresses:
-        try:
-            urls = list(braceexpand(address))
-        except ValueError as error:
-            raise DataError(f"{storage.redact(address)}: unbalanced braces") from error
-
-        for url in urls:
-            if url.endswith(".tar"):
-                raise DataError(
-                    f"{storage.redact(url)} is a shard; give the folder of its manifest "
-                    f"(create one with `vlmoe data index`)"
-                )
-            manifests.append(load_manifest(url))
-
-    return manifests
+    try:
+        urls = list(braceexpand(address))
+    except ValueError as error:
+        raise DataError(f"{storage.redact(address)}: unbalanced braces") from error
+    are_shards = any(is_shard_name(url.partition("?")[0]) for url in urls)
+    return [address] if are_shards else urls
 
 
 def shard_tasks(manifests: Sequence[Manifest], part: Part = SINGLE_PART) -> list[ShardTask]:

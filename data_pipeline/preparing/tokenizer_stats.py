@@ -8,11 +8,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_pipeline.content.captions import clean_caption
-from data_pipeline.content.tokenizer import END_ID, START_ID, UNK_ID, Tokenizer
+from data_pipeline.content.tokenizer import (
+    END_ID,
+    NUM_BYTE_TOKENS,
+    NUM_SPECIAL_TOKENS,
+    START_ID,
+    UNK_ID,
+    Tokenizer,
+)
 
 MAX_TOKENS = 1 << 20
 """More tokens than any caption has, so that no caption is truncated."""
-NUM_SPECIAL_TOKENS, NUM_BYTE_TOKENS = 4, 256
 _COVERAGE_RATIOS = (0.9, 0.99, 0.999, 1.0)
 
 

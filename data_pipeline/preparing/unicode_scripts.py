@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import unicodedata
 from collections import Counter
+from collections.abc import Iterable
 from functools import cache
 
 _MAX_CHARACTERS = 1000
 _SCRIPT_NAMES = {"CJK": "Han", "KANGXI": "Han"}
+_MANY_CHARACTER_SCRIPTS = ("Han", "Hiragana", "Katakana", "Hangul")
 _VARIANT_PREFIXES = (
     "FULLWIDTH",
     "HALFWIDTH",
@@ -32,6 +34,18 @@ def script_of(text: str) -> str:
     if kana and 10 * kana >= counts.total():
         return "Japanese"
     return min(counts, key=lambda script: (-counts[script], script), default="none")
+
+
+def many_character_ratio(texts: Iterable[str]) -> float:
+    """Ratio of letters in scripts with thousands of characters: Han, kana, Hangul; 0 to 1."""
+    characters: Counter[str] = Counter()
+    for text in texts:
+        characters.update(text)
+    counts: Counter[str] = Counter()
+    for char, count in characters.items():
+        counts[_script(char)] += count
+    del counts[""]
+    return sum(counts[script] for script in _MANY_CHARACTER_SCRIPTS) / max(1, counts.total())
 
 
 @cache

@@ -20,7 +20,13 @@ from data_pipeline.common import storage
 from data_pipeline.common.errors import ConfigError, DataError
 from data_pipeline.common.logs import Progress
 from data_pipeline.common.processes import SINGLE_PART, Part, map_in_processes
-from data_pipeline.preparing.importers.records import Importer, Record, SkippedRow, UniqueKeys
+from data_pipeline.preparing.importers.records import (
+    Ignored,
+    Importer,
+    Record,
+    SkippedRow,
+    UniqueKeys,
+)
 from data_pipeline.preparing.resumable_shards import ShardPlan, ShardWriter
 from data_pipeline.shards.manifest import MANIFEST_NAME, Manifest, ShardEntry, write_manifest
 
@@ -66,6 +72,27 @@ class WriteResult(NamedTuple):
     reused: int
     """Number of shards that were already written."""
     skipped: list[SkippedRow]
+    inputs: Inputs
+
+
+class Inputs(NamedTuple):
+    """How many inputs of the source (lines, files, rows) ended where; together, all of them."""
+
+    unit: str
+    in_samples: int
+    skipped: int
+    ignored: dict[str, int]
+    """By rule."""
+
+    def describe(self) -> str:
+        """One line: all counts, and their sum."""
+        ignored = ", ".join(f"{rule} {count:,}" for rule, count in sorted(self.ignored.items()))
+        num_ignored = sum(self.ignored.values())
+        return (
+            f"{self.in_samples + self.skipped + num_ignored:,} {self.unit}: "
+            f"{self.in_samples:,} in samples, {self.skipped:,} skipped, {num_ignored:,} ignored"
+            + (f" ({ignored})" if ignored else "")
+        )
 
 
 def write_dataset(
@@ -87,7 +114,7 @@ def write_dataset(
         DataError: The source cannot be read, is empty, or too many rows are skipped.
         StorageError: The folder cannot be written.
     """
-    num_records, rejected = _count(plan.source)
+    num_records, num_inputs, rejected, ignored = _count(plan.source)
     total = num_records + len(rejected)
     if not num_records:
         raise DataError(f"the source has no image-text pair to write{_examples(rejected)}")
@@ -114,20 +141,29 @@ def write_dataset(
 
     manifest = _finish(plan, entries, skipped, about) if part == SINGLE_PART else None
     samples, size = sum(entry.samples for entry in entries), sum(entry.bytes for entry in entries)
-    return WriteResult(manifest, samples, size, len(entries), reused, skipped)
+    num_skipped = sum(row.inputs for row in skipped)
+    unit = getattr(plan.source, "unit", "rows")
+    inputs = Inputs(unit, num_inputs - num_skipped, num_skipped, dict(ignored))
+    return WriteResult(manifest, samples, size, len(entries), reused, skipped, inputs)
 
 
-def _count(source: Importer) -> tuple[int, list[SkippedRow]]:
-    """Number of records, and the rows that the importer rejects."""
-    num_records, rejected = 0, []
+def _count(source: Importer) -> tuple[int, int, list[SkippedRow], Counter[str]]:
+    """Number of records; inputs of records and rejected rows; rejected rows; ignored inputs."""
+    num_records, num_inputs = 0, 0
+    rejected: list[SkippedRow] = []
+    ignored: Counter[str] = Counter()
     with Progress("counting", 0, "rows") as progress:
         for row in source():
+            if isinstance(row, Ignored):
+                ignored[row.rule] += row.inputs
+                continue
+            num_inputs += row.inputs
             if isinstance(row, SkippedRow):
                 rejected.append(row)
             else:
                 num_records += 1
             progress.update()
-    return num_records, rejected
+    return num_records, num_inputs, rejected, ignored
 
 
 def _shard_sizes(total: int, samples_per_shard: int) -> Iterator[int]:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError, StorageError
+from data_pipeline.sample_keys import IMAGE_KEYS, image_problem
 from data_pipeline.shards.scan import scan
 from data_pipeline.shards.shard_entry import ShardEntry, make_entry
 from data_pipeline.shards.shard_index import ShardIndex
@@ -39,6 +40,13 @@ class IndexResult(NamedTuple):
     reused: bool
     problem: str
     """Why there is no entry; empty if there is one."""
+    sample_problems: dict[str, tuple[int, str]]
+    """Samples without a unique image: number and first example by reason."""
+    files: int = 0
+    """Number of files in samples."""
+    ignored: dict[str, int] | None = None
+    """Number of members that belong to no sample by rule; None if an index was reused, which does
+    not contain them."""
 
 
 def run_index_job(job: IndexJob) -> IndexResult:
@@ -50,10 +58,10 @@ def run_index_job(job: IndexJob) -> IndexResult:
     try:
         with open_shard_stream(job.url, timeout_seconds=job.timeout_seconds) as shard:
             if job.may_have_index and (
-                entry := _existing_entry(job, shard.total_bytes, shard.etag)
+                existing := _existing_index(job, shard.total_bytes, shard.etag)
             ):
-                return IndexResult(entry, True, "")
-            index = scan(
+                return _result(existing[0], job, existing[1], reused=True)
+            index, ignored = scan(
                 shard.chunks,
                 shard.total_bytes,
                 storage.redact(job.url),
@@ -61,14 +69,26 @@ def run_index_job(job: IndexJob) -> IndexResult:
                 etag=shard.etag,
             )
     except DataError as error:
-        return IndexResult(None, False, str(error))
+        return IndexResult(None, False, str(error), {})
     data = index.to_bytes()
     storage.write_bytes(job.index_url, data)
-    return IndexResult(make_entry(index, job.name, data), False, "")
+    return _result(index, job, data, reused=False)._replace(ignored=ignored)
 
 
-def _existing_entry(job: IndexJob, total_bytes: int, etag: str) -> ShardEntry | None:
-    """The manifest row from an existing index, if the shard has not changed since."""
+def _result(index: ShardIndex, job: IndexJob, data: bytes, *, reused: bool) -> IndexResult:
+    problems: dict[str, tuple[int, str]] = {}
+    for i in range(len(index)):
+        extensions = (member.extension for member in index.members(i))
+        if problem := image_problem(extensions, IMAGE_KEYS):
+            reason, detail = problem
+            count, example = problems.get(reason, (0, f"{index.key(i)}: {detail}"))
+            problems[reason] = count + 1, example
+    files = len(index.columns["member_size"])
+    return IndexResult(make_entry(index, job.name, data), reused, "", problems, files)
+
+
+def _existing_index(job: IndexJob, total_bytes: int, etag: str) -> tuple[ShardIndex, bytes] | None:
+    """The existing index and its file, if the shard has not changed since."""
     local = storage.is_local(job.url)
     if local and not _is_newer(job.index_url, storage.local_path(job.url)):
         return None
@@ -81,9 +101,11 @@ def _existing_entry(job: IndexJob, total_bytes: int, etag: str) -> ShardEntry | 
         return None
     if index.corruption and not job.salvage:
         return None
+    if b"GNUSparseFile." in index.columns["key_text"].tobytes():  # by a version without a check
+        return None
     if local and not _checksums_match(index, storage.local_path(job.url)):
         return None
-    return make_entry(index, job.name, data)
+    return index, data
 
 
 def _is_newer(index_url: str, shard: Path) -> bool:

@@ -17,6 +17,7 @@ from data_pipeline.common.errors import DataError, StorageError
 from data_pipeline.common.logs import Progress
 from data_pipeline.common.processes import SINGLE_PART, Part, map_in_processes
 from data_pipeline.shards.index_job import IndexJob, IndexResult, run_index_job
+from data_pipeline.shards.index_report import report
 from data_pipeline.shards.manifest import (
     MANIFEST_NAME,
     RESERVED_KEYS,
@@ -128,40 +129,8 @@ def _run_jobs(jobs: Sequence[IndexJob], workers: int) -> list[ShardEntry]:
             if failures == _MAX_FAILURES and not successes:
                 break
             progress.update()
-    _report(jobs, results)
+    report(jobs, results)
     return [result.entry for result in results if result and result.entry]
-
-
-def _report(jobs: Sequence[IndexJob], results: Sequence[IndexResult | None]) -> None:
-    """Log which indices were reused and what is corrupt.
-
-    Raises:
-        DataError: Shards could not be indexed.
-    """
-    if reused := sum(bool(result and result.reused) for result in results):
-        logger.info("reused the existing index of %d of %d shards", reused, len(jobs))
-    for job, result in zip(jobs, results, strict=True):
-        if result and result.entry and result.entry.corruption:
-            logger.warning(
-                "%s: salvaged %d samples; lost: %s",
-                storage.redact(job.url),
-                result.entry.samples,
-                result.entry.corruption,
-            )
-
-    problems = [result.problem for result in results if result and result.problem]
-    if not problems:
-        return
-    if len(jobs) == 1:
-        raise DataError(problems[0])
-    not_tried = sum(result is None for result in results)
-    count = f" ({not_tried} were not tried)" if not_tried else ""
-    listing = "\n  ".join(problems)
-    raise DataError(
-        f"{len(problems)} of {len(jobs)} shards cannot be indexed{count}:\n  {listing}\n"
-        f"Repair or exclude these shards, or keep the readable samples of corrupt shards with "
-        f"`vlmoe data index --salvage`. Indexed shards are not read again"
-    )
 
 
 def _list_store(folder: str) -> set[str] | None:

@@ -232,11 +232,11 @@ def write_manifest(
     """
     metadata = dict(metadata or {})
     names = [entry.name for entry in entries]
-    if not any(entry.samples for entry in entries) or _duplicate(names):
-        raise DataError(
-            f"{storage.redact(os.fspath(folder))}: a manifest needs samples, in shards with "
-            f"different names; got {names[:5]}"
-        )
+    where = storage.redact(os.fspath(folder))
+    if not any(entry.samples for entry in entries):
+        raise DataError(f"{where}: there is no sample in its {len(names)} shards {names[:5]}")
+    if duplicate := _duplicate(names):
+        raise DataError(f"{where}: two shards have the name {duplicate!r}")
     if reserved := sorted(set(metadata) & set(RESERVED_KEYS)):
         raise DataError(f"metadata has the keys {reserved}, which the manifest itself uses")
 

@@ -4,17 +4,26 @@ data/train                         the .tar files of a folder, without sub-folde
 s3://bucket/pairs-{000..127}.tar   braces: exactly these, also where listing is not possible
 's3://bucket/*/part-??.tar'        wildcards, local or in a store; ** matches across folders
 @shards.txt                        a file with one of these per line; # starts a comment
+
+`.TAR` is a shard too. Compressed archives that a pattern matches are named in a warning.
 """
 
 from __future__ import annotations
 
 import glob
+import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 from data_pipeline.common import storage
 from data_pipeline.common.addresses import CREDENTIALS_HINT, has_userinfo
 from data_pipeline.common.errors import DataError
+from data_pipeline.common.escaping import escape_control
+from data_pipeline.shards.compression import compressed_suffix, how_to_decompress
+from data_pipeline.shards.sample_rows import join_counts
+
+logger = logging.getLogger(__name__)
 
 _MAX_LISTS = 8
 """Maximum nesting of list files."""
@@ -100,36 +109,73 @@ def _shards_at(url: str) -> list[str]:
             f"would expose its signature; use an address without a query, or s3:// with "
             f"credentials in the environment"
         )
-    has_magic = glob.has_magic(url) and not url.startswith("http")
-    if not has_magic:
-        if url.endswith(".tar") and not (
-            storage.is_local(url) and storage.local_path(url).is_dir()
-        ):
-            return [url]
-        if storage.is_local(url) and storage.local_path(url).is_file():
-            return [str(storage.local_path(url))]
-        return [
-            storage.join(url, name) for name in storage.list_names(url) if name.endswith(".tar")
-        ]
+    if glob.has_magic(url) and not url.startswith("http"):
+        return _only_shards(_matches(url), url)
+    if _is_file(url):
+        return [str(storage.local_path(url))] if storage.is_local(url) else [url]
+    names = storage.list_names(url)
+    return [storage.join(url, name) for name in _only_shards(names, url)]
+
+
+def _is_file(url: str) -> bool:
+    """Whether an address is that of an archive, not of a folder."""
+    is_archive = is_shard_name(url) or compressed_suffix(url)
+    if not storage.is_local(url):
+        return bool(is_archive)
+    path = storage.local_path(url)
+    return not path.is_dir() if is_archive else path.is_file()
+
+
+def is_shard_name(name: str) -> bool:
+    """Whether a file is a shard by its name; `._x.tar` is metadata of macOS."""
+    return name.lower().endswith(".tar") and not name.rpartition("/")[2].startswith("._")
+
+
+def _only_shards(names: Iterable[str], pattern: str) -> list[str]:
+    """The shards among files; the compressed archives are named in a warning.
+
+    Raises:
+        DataError: There are compressed archives, but no shards.
+    """
+    names = list(names)
+    shards = [name for name in names if is_shard_name(name)]
+    compressed = [name for name in names if compressed_suffix(name)]
+    if not compressed:
+        return shards
+
+    suffix = compressed_suffix(compressed[0])
+    found = (
+        f"{storage.redact(pattern)} has {len(compressed)} compressed archives "
+        f"({join_counts(Counter(map(compressed_suffix, compressed)))}), such as "
+        f"{escape_control(storage.redact(compressed[0]))}"
+    )
+    if not shards:
+        raise DataError(
+            f"{found}, but no shards (.tar): a sample cannot be read from a compressed archive; "
+            f"{how_to_decompress(suffix)}"
+        )
+    logger.warning(
+        "%s: they are not indexed, only the %d shards (.tar); to use one, %s",
+        found,
+        len(shards),
+        how_to_decompress(suffix),
+    )
+    return shards
+
+
+def _matches(url: str) -> list[str]:
+    """The files that match a wildcard, sorted."""
     if url.endswith("/**"):
-        url += "/*.tar"
+        url += "/*"
     if storage.is_local(url):
-        matches = glob.glob(str(storage.local_path(url)), recursive=True)
-        return sorted(name for name in matches if name.endswith(".tar"))
-    return list(_matches(url))
-
-
-def _matches(url: str) -> Iterator[str]:
-    """The objects of a store that match a wildcard, sorted."""
+        return sorted(glob.glob(str(storage.local_path(url)), recursive=True))
     fixed, magic = url.split("/")[:3], url.split("/")[3:]
     if any(map(glob.has_magic, fixed)):
         raise DataError(f"{storage.redact(url)}: the bucket cannot be a wildcard")
     while not glob.has_magic(magic[0]):
         fixed.append(magic.pop(0))
     folder, regex = "/".join(fixed), re.compile(_as_regex(magic))
-    for name in storage.list_tree(folder):
-        if name.endswith(".tar") and regex.fullmatch(name):
-            yield f"{folder}/{name}"
+    return [f"{folder}/{name}" for name in storage.list_tree(folder) if regex.fullmatch(name)]
 
 
 def _as_regex(parts: list[str]) -> str:

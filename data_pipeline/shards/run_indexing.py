@@ -1,21 +1,27 @@
-"""Indexes shards that have no manifest for one run: training can read any shards.
+"""Indexes shards that have no manifest: training and all commands can read any shards.
 
-The manifests are stored in the run folder, so that a resumed run uses the same data.
+The manifests of a run are stored in its folder, so that a resumed run uses the same data; those of
+other commands in a temporary folder.
 """
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import logging
 import os
 import re
+import shutil
+import tempfile
 from collections.abc import Sequence
+from functools import cache
 
 from data_pipeline.common import storage
 from data_pipeline.common.errors import StorageError
 from data_pipeline.common.processes import SINGLE_PART, Part
 from data_pipeline.shards.indexing import index_shards
 from data_pipeline.shards.manifest import MANIFEST_NAME, Manifest, load_manifest
+from data_pipeline.shards.patterns import is_shard_name
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +44,7 @@ def needs_indexing(address: str, *, timeout_seconds: float = 60.0) -> bool:
     path = address.partition("?")[0] if address.startswith(("http://", "https://")) else address
     if path.endswith(".json"):
         return False
-    if address.startswith("@") or path.endswith(".tar") or re.search(r"[{*?\[]", path):
+    if address.startswith("@") or is_shard_name(path) or re.search(r"[{*?\[]", path):
         return True
     if storage.exists(storage.join(address, MANIFEST_NAME), timeout_seconds=timeout_seconds):
         return False
@@ -46,7 +52,50 @@ def needs_indexing(address: str, *, timeout_seconds: float = 60.0) -> bool:
         names = storage.list_names(address, timeout_seconds=timeout_seconds)
     except StorageError:
         return False
-    return any(name.endswith(".tar") for name in names)
+    return any(map(is_shard_name, names))
+
+
+def open_manifest(
+    address: str, *, salvage: bool = True, workers: int = 1, timeout_seconds: float = 60.0
+) -> Manifest:
+    """The manifest of an address; shards without one are indexed for this process.
+
+    Args:
+        address: A manifest, its folder, or shards: a file, a folder, braces, wildcards or `@FILE`.
+        salvage: Use what can be read of corrupt shards; otherwise they are an error.
+        workers: Number of processes that read shards.
+        timeout_seconds: Limit for one operation on a store.
+
+    Raises:
+        DataError: There are neither a manifest nor shards, or they cannot be read.
+    """
+    if not needs_indexing(address, timeout_seconds=timeout_seconds):
+        return load_manifest(address, timeout_seconds=timeout_seconds)
+    logger.info(
+        "%s has no manifest: its shards are read once to count their samples; `vlmoe data index` "
+        "creates one",
+        storage.redact(address),
+    )
+    return index_shards(
+        address,
+        run_manifest_folder(_temporary_folder(), address),
+        workers=workers,
+        salvage=salvage,
+        timeout_seconds=timeout_seconds,
+    )
+
+
+@cache
+def _temporary_folder() -> str:
+    """A folder that is removed when this process ends."""
+    folder, pid = tempfile.mkdtemp(prefix="vlmoe-manifests-"), os.getpid()
+
+    def remove() -> None:
+        if os.getpid() == pid:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(remove)
+    return folder
 
 
 def index_for_run(

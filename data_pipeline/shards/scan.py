@@ -11,9 +11,10 @@ import os
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 from data_pipeline.common.errors import DataError, StorageError
-from data_pipeline.shards.sample_rows import SampleRows
+from data_pipeline.shards.sample_rows import LostSamples, SampleRows, join_counts
 from data_pipeline.shards.shard_index import ShardIndex
 from data_pipeline.shards.shard_stream import open_shard_stream
 from data_pipeline.shards.tar import BLOCK, find_header, walk
@@ -22,6 +23,14 @@ _BUFFER_BYTES = 4 << 20
 """How far back the walk can read: much more than the headers of a member need."""
 _MAX_LISTED = 10
 """Number of problems that are described one by one."""
+
+
+class ScannedShard(NamedTuple):
+    """The index of a shard, and what is not in it."""
+
+    shard_index: ShardIndex
+    ignored: dict[str, int]
+    """Number of members that belong to no sample, by rule: `hidden file`, `folder` ..."""
 
 
 def index_shard(path: str | os.PathLike[str], *, salvage: bool = False) -> ShardIndex:
@@ -33,7 +42,7 @@ def index_shard(path: str | os.PathLike[str], *, salvage: bool = False) -> Shard
     """
     where = os.fspath(path)
     with open_shard_stream(where, timeout_seconds=0) as shard:
-        return scan(shard.chunks, shard.total_bytes, where, salvage=salvage)
+        return scan(shard.chunks, shard.total_bytes, where, salvage=salvage).shard_index
 
 
 def scan(
@@ -43,7 +52,7 @@ def scan(
     *,
     salvage: bool = False,
     **optional_metadata: str,
-) -> ShardIndex:
+) -> ScannedShard:
     """Walk through a shard and index its samples.
 
     A shard may have no samples if it has no other files either.
@@ -57,8 +66,9 @@ def scan(
         optional_metadata: Stored in the index: `etag`, `source_hash`.
 
     Raises:
-        DataError: The archive is corrupt or truncated, two samples have the same key (or the files
-            of a sample are not next to each other), or it has files but no samples.
+        DataError: The archive is corrupt, truncated or compressed, a sample has a link or a sparse
+            file, two samples have the same key (or the files of a sample are not next to each
+            other), or it has files but no samples.
         StorageError: The stream has another size than `total_bytes`.
     """
     stream = _Stream(chunks, total_bytes, where)
@@ -80,29 +90,39 @@ def scan(
             if error.slug == "truncated":
                 is_truncated = True
                 break
+            if position == 0 and error.slug == "unsupported-tar":
+                break
             start = max(position + BLOCK, stream.first_header)
-            position = find_header(stream.read, start, total_bytes)
+            end = find_header(stream.read, start, total_bytes)
+            problems[-1] += f" (bytes {position:,} to {end:,} are lost)"
+            position = end
 
-    rows, skipped = samples.finish()
-    if skipped:
-        keys = _join_first(list(map(repr, skipped)), ", ")
-        problems = [*problems[:_MAX_LISTED], f"skipped the samples {keys}"]
+    rows, lost = samples.finish()
+    problems = _first(problems)
+    if lost.samples:
+        problems.append(_describe_lost(lost))
     if is_truncated:
         problems.append("everything after that is missing, and its size is unknown")
-    return ShardIndex.build(
+    index = ShardIndex.build(
         rows,
         shard_bytes=total_bytes,
         sha256=stream.sha256(),
-        corruption=_join_first(problems, "; "),
+        corruption="; ".join(problems),
         **optional_metadata,
     )
+    return ScannedShard(index, dict(samples.ignored))
 
 
-def _join_first(texts: list[str], separator: str) -> str:
+def _describe_lost(lost: LostSamples) -> str:
+    keys = ", ".join(_first(list(map(repr, lost.keys))))
+    reasons = join_counts(lost.reasons)
+    return f"skipped {lost.samples:,} samples with {lost.files:,} files ({reasons}): {keys}"
+
+
+def _first(texts: list[str]) -> list[str]:
     """The first texts, and the number of the others."""
-    others = len(texts) - _MAX_LISTED - 1
-    rest = f"{separator}and {others} more" if others > 0 else ""
-    return separator.join(texts[: _MAX_LISTED + 1]) + rest
+    others = len(texts) - _MAX_LISTED
+    return [*texts[:_MAX_LISTED], f"and {others:,} more"] if others > 0 else texts
 
 
 class _Stream:

@@ -4,18 +4,53 @@ Common readers stop without an error at the first header that they cannot read, 
 shard is silently lost. Here every header's checksum is checked, every member must be complete, and
 an archive must end with an end-of-archive marker (a block of zeros) and only zeros after it.
 
-Formats: v7, ustar, GNU long names, and pax extended headers (path and size).
+Formats: v7, ustar, GNU long names, and pax extended headers (path and size). Sparse files and links
+are recognized, but their contents are not in one piece at their place in the archive, so a sample
+cannot have them.
 """
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 from data_pipeline.common.errors import DataError
+from data_pipeline.shards.compression import check_not_compressed
+from data_pipeline.shards.tar_headers import (
+    BLOCK,
+    check_header,
+    header_name,
+    header_text,
+    is_header,
+    number,
+    pax_records,
+)
 
-BLOCK = 512
+__all__ = ["BLOCK", "FILE", "FOLDER", "LABEL", "TarMember", "find_header", "split_name", "walk"]
+
+FILE, FOLDER, LABEL = "file", "folder", "volume label"
+_KINDS = {
+    b"0": FILE,
+    b"\0": FILE,
+    b"7": FILE,
+    b"1": "hard link",
+    b"2": "symbolic link",
+    b"3": "character device",
+    b"4": "block device",
+    b"5": FOLDER,
+    b"6": "named pipe",
+    b"D": FOLDER,
+    b"M": "part of a file in several archives",
+    b"S": "sparse file",
+    b"V": LABEL,
+}
+"""Kinds of members by the type in their header."""
+_EXTENDED = b"LKxXg"
+"""Types of headers that describe the next member: GNU's long name and long target of a link, pax
+for one member (POSIX and Solaris) and pax for all members."""
+_WITHOUT_CONTENTS = b"123456"
+"""Types whose size is not that of contents after the header."""
+_SPARSE_PREFIX = "GNU.sparse."
 _ZEROS = bytes(BLOCK)
 _MAX_EXTRA_BYTES = 1 << 20
 """Maximum size of a long-name or pax header; typical ones have a few hundred bytes."""
@@ -24,7 +59,7 @@ _MAGIC_OFFSET = 257
 
 
 class TarMember(NamedTuple):
-    """One file of an archive; offsets are from the start of the archive."""
+    """One member of an archive; offsets are from the start of the archive."""
 
     name: str
     start: int
@@ -34,6 +69,10 @@ class TarMember(NamedTuple):
     size: int
     end: int
     """End of its contents and their padding to a full block."""
+    kind: str = FILE
+    """`FILE`, `FOLDER`, `LABEL`, or what else it is: `sparse file`, `hard link` ..."""
+    target: str = ""
+    """Of a link."""
 
 
 class Source(Protocol):
@@ -44,7 +83,7 @@ class Source(Protocol):
 
 
 def walk(read: Source, total_bytes: int, where: str, *, start: int = 0) -> Iterator[TarMember]:
-    """Iterate over the regular files of an archive, in order.
+    """Iterate over the members of an archive, in order.
 
     Args:
         read: Reads its bytes.
@@ -54,18 +93,19 @@ def walk(read: Source, total_bytes: int, where: str, *, start: int = 0) -> Itera
 
     Raises:
         DataError: A header is corrupt, a member or the end-of-archive marker is missing (slug
-            `corrupt-tar` or `truncated`), or a member is neither a file nor a folder.
+            `corrupt-tar` or `truncated`), or the archive is compressed (slug `unsupported-tar`).
     """
     position = start
     while position < total_bytes:
         header = read(position, BLOCK)
+        if position == 0 and not is_header(header):
+            check_not_compressed(header, where)
         if header == _ZEROS:
             _check_rest_is_zero(read, position, total_bytes, where)
             return
         member = _next_member(read, header, position, total_bytes, where)
         position = member.end
-        if member.name:
-            yield member
+        yield member
     raise DataError(
         f"{where} ends after {total_bytes} bytes without an end-of-archive marker: it was "
         f"truncated; copy or write it again",
@@ -85,7 +125,7 @@ def find_header(read: Source, start: int, total_bytes: int) -> int:
         while magic >= 0:
             header = magic - _MAGIC_OFFSET
             is_aligned = header >= 0 and header % BLOCK == 0
-            if is_aligned and _is_header(chunk[header : header + BLOCK]):
+            if is_aligned and is_header(chunk[header : header + BLOCK]):
                 return base + header
             magic = chunk.find(b"ustar", magic + 1)
     return total_bytes
@@ -115,136 +155,77 @@ def _is_meta(name: str) -> bool:
 def _next_member(
     read: Source, header: bytes, start: int, total_bytes: int, where: str
 ) -> TarMember:
-    """The member whose headers start at `start`; its name is empty if it is a folder."""
-    position, long_name, long_size = start, "", -1
+    """The member whose headers start at `start`."""
+    position, long_name, long_target = start, "", ""
+    records: dict[str, str] = {}
     while True:
-        _check_header(header, position, where)
-        kind, size = header[156:157], _number(header[124:136], position, where)
-        if long_size >= 0 and kind not in b"xgL":
-            size = long_size
-        data = position + BLOCK
-        end = data + (size + BLOCK - 1) // BLOCK * BLOCK
-        if end > total_bytes:
-            raise DataError(
-                f"{where}: the member at byte {position} needs {end - position} bytes, but only "
-                f"{total_bytes - position} are left: the archive was truncated; copy or write it "
-                f"again",
-                slug="truncated",
-            )
-        if kind not in b"Lxg":
+        check_header(header, position, where)
+        kind, size = header[156:157], number(header[124:136], position, where)
+        if kind not in _EXTENDED:
             break
+        end = _end_of(position + BLOCK, size, position, total_bytes, where)
         if size > _MAX_EXTRA_BYTES:
             raise DataError(
                 f"{where}: the extended header at byte {position} has {size} bytes, more than "
                 f"{_MAX_EXTRA_BYTES}",
                 slug="corrupt-tar",
             )
-        extra = read(data, size)
+        extra = read(position + BLOCK, size)
         if kind == b"L":
-            long_name = _text(extra)
-        elif kind == b"x":
-            records = _pax_records(extra, position, where)
-            long_name = records.get("path", long_name)
-            long_size = int(records.get("size", long_size))
+            long_name = header_text(extra)
+        elif kind == b"K":
+            long_target = header_text(extra)
+        elif kind != b"g":
+            records |= pax_records(extra, position, where)
+        elif changed := _member_records(pax_records(extra, position, where)):
+            raise DataError(
+                f"{where}: the extended header at byte {position} sets {changed[0]!r} for all "
+                f"members, which is not supported; write the shard with another program",
+                slug="unsupported-tar",
+            )
         position = end
         header = read(position, BLOCK)
 
-    if kind not in b"0\x0075":
+    name = records.get("path") or long_name or header_name(header)
+    what = _KINDS.get(kind, f"member of the unknown type {kind!r}")
+    if what == FILE and name.endswith("/"):
+        what = FOLDER
+    if any(key.startswith(_SPARSE_PREFIX) for key in records):
+        what, name = "sparse file", records.get("GNU.sparse.name", name)
+    size = 0 if kind in _WITHOUT_CONTENTS else int(records.get("size", size))
+    data = _after_sparse_map(read, header, position) if kind == b"S" else position + BLOCK
+    end = _end_of(data, size, position, total_bytes, where)
+    target = records.get("linkpath") or long_target or header_text(header[157:257])
+    return TarMember(name, start, data, size, end, what, target if "link" in what else "")
+
+
+def _member_records(records: dict[str, str]) -> list[str]:
+    """The keys of pax records that change how a member is read."""
+    keys = ("path", "linkpath", "size")
+    return [key for key in records if key in keys or key.startswith(_SPARSE_PREFIX)]
+
+
+def _end_of(data: int, size: int, position: int, total_bytes: int, where: str) -> int:
+    """End of contents of `size` bytes from `data`, padded to a full block."""
+    end = data + (size + BLOCK - 1) // BLOCK * BLOCK
+    if end > total_bytes:
         raise DataError(
-            f"{where}: the member at byte {position} is a link or device (type {kind!r}), not a "
-            f"file; write the shard with regular files",
-            slug="corrupt-tar",
+            f"{where}: the member at byte {position} needs {end - position} bytes, but only "
+            f"{total_bytes - position} are left: the archive was truncated; copy or write it "
+            f"again",
+            slug="truncated",
         )
-    name = long_name or _header_name(header)
-    is_folder = kind == b"5" or name.endswith("/")
-    return TarMember("" if is_folder else name, start, data, size, end)
+    return end
 
 
-def _check_header(header: bytes, position: int, where: str) -> None:
-    if len(header) < BLOCK:
-        raise DataError(
-            f"{where} was truncated inside a header at byte {position}", slug="truncated"
-        )
-    actual, expected = _checksum(header), _number(header[148:156], position, where)
-    if actual != expected:
-        raise DataError(
-            f"{where}: the tar header at byte {position} is corrupt (its checksum is {actual}, but "
-            f"{expected} is stored); copy or write the shard again",
-            slug="corrupt-tar",
-        )
-
-
-def _checksum(header: bytes) -> int:
-    """Sum of the bytes of a header, with blanks in place of the checksum field.
-
-    The lower half of an Adler-32 is one more than the sum modulo 65521, and a sum of 256 bytes is
-    always smaller: this is `sum(header)` in a tenth of the time.
-    """
-    halves = (zlib.adler32(header[:256]) & 0xFFFF) + (zlib.adler32(header[256:]) & 0xFFFF) - 2
-    return halves - sum(header[148:156]) + 8 * 0x20
-
-
-def _is_header(header: bytes) -> bool:
-    try:
-        _check_header(header, 0, "")
-    except DataError:
-        return False
-    return True
-
-
-def _number(field: bytes, position: int, where: str) -> int:
-    """Value of an octal field, or of GNU's binary format for members of 8 GiB and more."""
-    if field[0] & 0x80:
-        return int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
-    digits = field.strip(b" \0") or b"0"
-    if not digits.isdigit():  # int() also accepts signs and underscores
-        raise DataError(
-            f"{where}: there is no valid tar header at byte {position}", slug="corrupt-tar"
-        )
-    try:
-        return int(digits, 8)
-    except ValueError:
-        raise DataError(
-            f"{where}: there is no valid tar header at byte {position}", slug="corrupt-tar"
-        ) from None
-
-
-def _header_name(header: bytes) -> str:
-    name = _text(header[:100])
-    # Old GNU archives store times where ustar stores the folder of a long name.
-    prefix = _text(header[345:500]) if header[345] and header[257:263] == b"ustar\0" else ""
-    return f"{prefix}/{name}" if prefix else name
-
-
-def _text(field: bytes) -> str:
-    r"""A name up to its NUL; bytes that are not UTF-8 are escaped as `\xff`."""
-    return field.partition(b"\0")[0].decode("utf-8", "backslashreplace")
-
-
-def _pax_records(data: bytes, position: int, where: str) -> dict[str, str]:
-    r"""The `length key=value\n` records, where length counts the whole record."""
-    records: dict[str, str] = {}
-    text, start = data.rstrip(b"\0"), 0
-    while start < len(text):
-        blank = text.find(b" ", start, start + 9)
-        digits = text[start : max(blank, start)]
-        end = start + int(digits) if digits.isdigit() else start
-        key, equals, value = text[blank + 1 : max(end - 1, blank + 1)].partition(b"=")
-        # The end must be after the blank, or the next record would start before this one.
-        if not equals or not start < blank < end <= len(text) or text[end - 1] != 0x0A:
-            raise DataError(
-                f"{where}: the extended header at byte {position} is corrupt", slug="corrupt-tar"
-            )
-        records[key.decode("utf-8", "replace")] = value.decode("utf-8", "backslashreplace")
-        start = end
-
-    size = records.get("size", "0")
-    if not size.isascii() or not size.isdigit() or len(size) > 18:
-        raise DataError(
-            f"{where}: the extended header at byte {position} has an invalid size",
-            slug="corrupt-tar",
-        )
-    return records
+def _after_sparse_map(read: Source, header: bytes, position: int) -> int:
+    """Start of the contents of an old GNU sparse file: its map may continue after the header."""
+    data, is_continued = position + BLOCK, header[482]
+    while is_continued:
+        block = read(data, BLOCK)
+        data += BLOCK
+        is_continued = len(block) == BLOCK and block[504]
+    return data
 
 
 def _check_rest_is_zero(read: Source, position: int, total_bytes: int, where: str) -> None:

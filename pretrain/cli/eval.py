@@ -32,7 +32,7 @@ def add(subparsers: Subparsers) -> None:
         metavar="MANIFEST",
         nargs="+",
         default=None,
-        help="manifests, or folders that contain one (default: the evaluation sets of the run)",
+        help="manifests, folders or shards (default: the evaluation sets of the run)",
     )
     parser.add_argument(
         "--labels",

@@ -17,6 +17,7 @@ from typing import NoReturn
 from data_pipeline.commands import tokenizer
 from data_pipeline.common.errors import VlmError
 from data_pipeline.common.logs import log_to_files_only, setup_logging
+from pretrain import __version__
 from pretrain.cli import caption, data, eval, parity, plan, routing, settings, train
 from pretrain.cli.common import launched_rank_and_world_size
 from pretrain.parallel.errors import LostRankError
@@ -50,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Pretrain sparse mixture-of-experts vision-language models.",
         epilog="`vlmoe COMMAND --help` shows the options and examples of a command.",
     )
+    parser.add_argument("--version", action="version", version=f"vlmoe {__version__}")
     parser.add_argument("-v", "--verbose", action="store_true", help="log at level DEBUG")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in _COMMANDS:

@@ -40,7 +40,7 @@ def add(subparsers: Subparsers) -> None:
         "--shards",
         metavar="MANIFEST",
         default="",
-        help="a manifest, or a folder that contains one, instead of a set of the run",
+        help="a manifest, folder or shards, instead of a set of the run",
     )
     parser.add_argument(
         "--samples",

@@ -14,6 +14,7 @@ from data_pipeline.common.config import apply_overrides, from_mapping, setting_n
 from data_pipeline.common.errors import ConfigError
 from data_pipeline.common.origins import Origins, find_origins
 from data_pipeline.common.yaml_file import load_layers, merge_layers
+from pretrain.config.paths import relative_to_file
 from pretrain.config.schema import RunConfig
 
 _PRESETS_FOLDER = Path(__file__).resolve().parent / "presets"
@@ -86,7 +87,10 @@ def _load(
     path_or_preset: str | Path, overrides: Sequence[str], *, check: bool
 ) -> tuple[RunConfig, Origins]:
     path = run_path(path_or_preset)
-    layers = load_layers(path, preset_path)
+    layers = [
+        (file, mapping if _is_preset(file) else relative_to_file(mapping, file.parent))
+        for file, mapping in load_layers(path, preset_path)
+    ]
     origins = Origins(
         source=_label(path),
         where=find_origins(((_label(file), mapping) for file, mapping in layers), overrides),
@@ -97,4 +101,8 @@ def _load(
 
 
 def _label(path: Path) -> str:
-    return f"preset {path.stem}" if path == preset_path(path.stem) else str(path)
+    return f"preset {path.stem}" if _is_preset(path) else str(path)
+
+
+def _is_preset(path: Path) -> bool:
+    return path == preset_path(path.stem)

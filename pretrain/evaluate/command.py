@@ -12,15 +12,15 @@ from data_pipeline.common.addresses import userinfo_problems
 from data_pipeline.common.errors import ConfigError, DataError
 from data_pipeline.common.json_file import write_json
 from data_pipeline.common.problems import join_problems
-from data_pipeline.common.storage import read_bytes
-from data_pipeline.content.captions import clean_caption
 from data_pipeline.loading.batch_spec import BatchSpec
 from data_pipeline.loading.loader import read_all
 from data_pipeline.samples import Batch
-from data_pipeline.shards.manifest import Manifest, load_manifest
+from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.run_indexing import open_manifest
 from pretrain.config.schema import EvalSet
 from pretrain.evaluate.evaluator import Evaluator, SetOptions, evaluation_mode, sample_indices
 from pretrain.evaluate.generated_captions import CaptionInput
+from pretrain.evaluate.labels import read_labels
 from pretrain.evaluate.report import format_examples, format_results
 from pretrain.evaluate.trained_model import TrainedModel, load_model
 
@@ -64,7 +64,7 @@ def evaluate_sets(trained: TrainedModel, sets: Sequence[EvalSet]) -> dict[str, d
     results = {}
     evaluator = make_evaluator(trained)
     for eval_set in sets:
-        manifest = load_manifest(eval_set.shards)
+        manifest = open_manifest(eval_set.shards)
         options = SetOptions(
             name=eval_set.name,
             num_pairs=manifest.total_samples,
@@ -79,7 +79,7 @@ def evaluate_sets(trained: TrainedModel, sets: Sequence[EvalSet]) -> dict[str, d
 
 def evaluate_caption_samples(trained: TrainedModel, shards: str, *, name: str) -> dict[str, Any]:
     """Generated captions only, for `eval.caption_samples` images of any set."""
-    manifest = load_manifest(shards)
+    manifest = open_manifest(shards)
     indices = sample_indices(name, manifest.total_samples, trained.run.eval.caption_samples)
     with evaluation_mode(trained.model):
         batches = read_set(trained, manifest, indices)
@@ -162,19 +162,3 @@ def named_sets(shards: Sequence[str], labels: str = "") -> tuple[EvalSet, ...]:
     if userinfo:
         raise ConfigError(join_problems(userinfo))
     return sets
-
-
-def read_labels(address: str) -> tuple[str, ...]:
-    """Captions of a labels file, one per line; empty lines are ignored.
-
-    Raises:
-        DataError: It cannot be read, is not UTF-8, or contains no caption.
-    """
-    try:
-        lines = read_bytes(address).decode("utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise DataError(f"labels file {address} is not UTF-8: {error}") from error
-    labels = tuple(caption for line in lines if (caption := clean_caption(line)))
-    if not labels:
-        raise DataError(f"labels file {address} contains no caption; expected one per line")
-    return labels

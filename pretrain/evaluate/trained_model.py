@@ -57,7 +57,7 @@ class TrainedModel:
     device: torch.device
 
     def preprocess(self, image: ImageLike) -> Tensor:
-        """The model's input for one image, as in `vlmoe eval`: its center square, resized.
+        """The model's input for one image, as in `vlmoe eval`: a square by `data.image_mode`.
 
         Returns:
             uint8 `[3, side, side]` on CPU.
@@ -75,7 +75,7 @@ class TrainedModel:
                     f"bytes, an array [height, width, 3] or a Pillow image to preprocess it"
                 )
             return image
-        return torch.as_tensor(eval_transform(_pixels(image), side))
+        return torch.as_tensor(eval_transform(_pixels(image), side, self.run.data.image_mode))
 
     def embed_images(self, images: Sequence[ImageLike]) -> Tensor:
         """Unit vectors of images, float32 `[N, D]` on CPU."""

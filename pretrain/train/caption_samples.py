@@ -10,7 +10,7 @@ from torch import Tensor
 from data_pipeline.loading.batch_spec import BatchSpec
 from data_pipeline.loading.loader import read_all
 from data_pipeline.samples import Batch
-from data_pipeline.shards.manifest import load_manifest
+from data_pipeline.shards.run_indexing import open_manifest
 from pretrain.evaluate.generation import generate_captions
 from pretrain.parallel.engine import Engine
 from pretrain.train.components import TrainComponents
@@ -56,7 +56,7 @@ class CaptionSampleLogger:
         if not run.log.captions_every_steps or not run.log.num_captions:
             return None
         if run.eval.sets:
-            manifest = load_manifest(run.eval.sets[0].shards)
+            manifest = open_manifest(run.eval.sets[0].shards)
         else:
             manifest = components.sources[0].manifest
         batches = read_all(

@@ -30,7 +30,7 @@ def input_file_problems(run: RunConfig) -> list[str]:
             messages += _tokenizer_problems(run)
     if not section_problems(run.eval) and run.log.captions_every_steps:
         for eval_set in run.eval.sets[:1]:  # training reads only the first
-            messages += _problem("eval.sets", _check_manifest, eval_set.shards)
+            messages += _problem("eval.sets", _check_shards, eval_set.shards)
     if run.parallel.engine == "deepspeed":
         messages += _problem("parallel.deepspeed", _check_profile, run.parallel.deepspeed)
     return messages

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import time
 from dataclasses import replace
 
@@ -35,7 +36,7 @@ def train(components: TrainComponents) -> TrainState:
     state = _resume(components)
     total_steps = components.run.schedule.total_steps
     if state.step >= total_steps:
-        logger.info("%s is complete: step %d of %d", components.out, state.step, total_steps)
+        _log_complete(components, state)
         return state
     loader = components.open_loader(state.loader)
     components.save_resolved_config()
@@ -43,13 +44,33 @@ def train(components: TrainComponents) -> TrainState:
     ledger = components.open_ledger(loader, state.step)
     try:
         with StopFlag() as stop:
-            return _train_loop(components, loader, ledger, state, reporter, stop)
+            state = _train_loop(components, loader, ledger, state, reporter, stop)
+        if state.step >= total_steps:
+            _log_complete(components, state)
+        return state
     finally:
         loader.close()
         if ledger is not None:
             ledger.close()
         if reporter is not None:
             reporter.close()
+
+
+def _log_complete(components: TrainComponents, state: TrainState) -> None:
+    """Log that the run is complete, and the commands that use it."""
+    run, out = components.run, shlex.quote(str(components.out))
+    commands = [f"vlmoe eval {out}" + ("" if run.eval.sets else " --shards SHARDS")]
+    commands.append(f"vlmoe caption {out} IMAGE...")
+    if run.moe.blocks(run.model.num_layers):
+        commands.append(f"vlmoe routing {out}")
+    commands.append(f"tensorboard --logdir {out}")
+    logger.info(
+        "%s is complete: step %d of %d. Next:\n  %s",
+        components.out,
+        state.step,
+        run.schedule.total_steps,
+        "\n  ".join(commands),
+    )
 
 
 def _train_loop(

@@ -9,12 +9,14 @@ from typing import TypeVar
 
 from data_pipeline.common import storage
 from data_pipeline.common.addresses import without_secrets
-from data_pipeline.common.config import dump_yaml
+from data_pipeline.common.config import to_mapping
 from data_pipeline.common.errors import StorageError, VlmError, error_from_values, error_values
 from data_pipeline.common.json_file import write_json
+from data_pipeline.common.yaml_file import to_yaml
 from data_pipeline.content.tokenizer import Tokenizer, TokenizerError
 from pretrain.checkpoint.retention import list_checkpoints
 from pretrain.config.batch import BatchPlan
+from pretrain.config.paths import absolute_paths
 from pretrain.config.schema import RunConfig
 from pretrain.parallel.communicator import Communicator
 from pretrain.parallel.deepspeed_config import load_profile, profile_path, resolve
@@ -48,7 +50,8 @@ def create_run_folder(run: RunConfig, out: Path, tokenizer: Tokenizer) -> None:
 def write_run_files(run: RunConfig, out: Path, tokenizer: Tokenizer, batch_plan: BatchPlan) -> None:
     """Write the tokenizer, the resolved run config and the resolved DeepSpeed config."""
     storage.write_bytes(str(out / TOKENIZER_FILE), tokenizer.model_bytes)
-    storage.write_bytes(str(out / CONFIG_FILE), dump_yaml(_without_secrets(run)).encode())
+    settings = absolute_paths(to_mapping(_without_secrets(run)))
+    storage.write_bytes(str(out / CONFIG_FILE), to_yaml(settings).encode())
     if run.parallel.engine == "plain":
         return
     path = profile_path(run.parallel.deepspeed)

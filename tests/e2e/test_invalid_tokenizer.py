@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from data_pipeline.content.tokenizer import train_tokenizer
+from data_pipeline.preparing.tokenizer_training import train_tokenizer
 from tests.support.bad_input import Workspace, assert_contains, file_contents
 from tests.support.shape_dataset import CAPTIONS
 

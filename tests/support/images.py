@@ -154,6 +154,13 @@ def sample_image_files() -> dict[str, bytes]:
         "jpeg with restart markers": encode_image(large, "JPEG", quality=85, restart_marker_rows=1),
         "jpeg in rgb": encode_image(large, "JPEG", quality=85, keep_rgb=True),
         "jpeg cmyk": encode_image(Image.fromarray(large).convert("CMYK"), "JPEG", quality=85),
+        "ppm": encode_image(gradient_image(), "PPM"),
+        "pgm": encode_image(gray, "PPM"),
+        "pbm": encode_image(Image.fromarray(gray).convert("1"), "PPM"),
+        "jpeg 2000": encode_image(gradient_image(), "JPEG2000"),
+        "jpeg 2000 codestream": encode_image(gradient_image(), "JPEG2000", no_jp2=True),
+        "avif": encode_image(gradient_image(), "AVIF", speed=10),
+        "avif alpha": encode_image(gradient_image(channels=4), "AVIF", speed=10),
         "jpeg with comment": encode_image(large, "JPEG", comment=b"Exif, ff d8 and other words"),
     }
 
@@ -177,7 +184,19 @@ def image_bombs() -> dict[str, bytes]:
         "webp": _webp_bomb(),
         "animation.webp": _webp_animation_bomb(),
         "bmp": bytes(bmp),
+        "ppm": b"P6 30000 30000 255\n" + bytes(100),
+        "jp2": _jp2_bomb(),
+        "avif": encode_image(gradient_image(), "AVIF", speed=10).replace(
+            struct.pack(">II", 30, 20), struct.pack(">II", 13_000, 13_000), 1
+        ),
     }
+
+
+def _jp2_bomb() -> bytes:
+    data = bytearray(encode_image(gradient_image(), "JPEG2000"))
+    box, size = data.index(b"ihdr") + 4, data.index(b"\xff\x4f\xff\x51") + 8
+    data[box : box + 8] = data[size : size + 8] = struct.pack(">II", 30_000, 30_000)
+    return bytes(data)
 
 
 def _gif_bomb(screen_side: int) -> bytes:

@@ -17,7 +17,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from data_pipeline.common.seeds import rng
-from data_pipeline.content.tokenizer import train_tokenizer
+from data_pipeline.preparing.tokenizer_training import train_tokenizer
 from data_pipeline.shards.writer import write_shards
 
 COLORS = {

@@ -9,7 +9,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from data_pipeline.content.tokenizer import train_tokenizer
+from data_pipeline.preparing.tokenizer_training import train_tokenizer
 from data_pipeline.settings import AugmentConfig, DataConfig
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.writer import write_shards

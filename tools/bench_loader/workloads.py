@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.content.tokenizer import train_tokenizer
+from data_pipeline.preparing.tokenizer_training import train_tokenizer
 from data_pipeline.settings import AugmentConfig, DataConfig
 from data_pipeline.shards.manifest import Manifest, load_manifest
 from data_pipeline.shards.writer import write_shards

@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 
 from data_pipeline.common.errors import DataError
 from data_pipeline.common.seeds import named_seed
-from data_pipeline.content.tokenizer import train_tokenizer
 from data_pipeline.preparing.caption_stream import iter_captions
+from data_pipeline.preparing.tokenizer_training import train_tokenizer
 from data_pipeline.shards.manifest import load_manifest
 from data_pipeline.shards.writer import write_shards
 from tools.quickstart_data import stamp

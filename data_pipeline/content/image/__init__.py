@@ -1,5 +1,6 @@
 """Images: from the bytes of a file to the model's input. Other packages import only from here.
 
+    image_format(data)                 # by signature                             formats.py
     header = read_header(data)         # format and size; nothing is decoded      header.py
     check_pixels(header, max_pixels)   # rejects what takes too much memory       decoding.py
     eval_image(data, header, size)     # decode, center square, resize            transforms.py
@@ -12,6 +13,7 @@ region needs (`decoding.py`), resamples once (`rendering.py`) and changes colors
 
 from data_pipeline.content.image.color_jitter import color_jitter_enabled
 from data_pipeline.content.image.decoding import check_pixels, decode_image, pillow_pixels
+from data_pipeline.content.image.formats import check_supported, image_format
 from data_pipeline.content.image.header import ImageHeader, read_header
 from data_pipeline.content.image.random_numbers import uniform_numbers
 from data_pipeline.content.image.rendering import composite
@@ -22,11 +24,13 @@ __all__ = [
     "NUM_GEOMETRY_UNIFORMS",
     "ImageHeader",
     "check_pixels",
+    "check_supported",
     "color_jitter_enabled",
     "composite",
     "decode_image",
     "eval_image",
     "eval_transform",
+    "image_format",
     "pillow_pixels",
     "read_header",
     "train_image",

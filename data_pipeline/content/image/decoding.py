@@ -2,7 +2,7 @@
 
 The size is read from the header and checked before decoding, so a small file cannot exhaust the
 memory. JPEG is decoded by simplejpeg, ordinary PNG and WebP by OpenCV. Pillow decodes what those
-two get wrong or do not support: CMYK, palettes, 16 bits, animations, GIF, BMP, TIFF.
+two get wrong or do not support: CMYK, palettes, 16 bits, animations, and other formats.
 
 A JPEG that is much larger than required is decoded at 1/2, 1/4 or 1/8 of its size (libjpeg's scaled
 decoding), which is faster than decoding all pixels.
@@ -10,7 +10,6 @@ decoding), which is faster than decoding all pixels.
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import cv2
@@ -18,11 +17,10 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
+from data_pipeline.content.image.formats import UnreadableImageError, open_with_pillow
 from data_pipeline.content.image.header import (
     DECODE_ERRORS,
-    PILLOW_FORMATS,
     ImageHeader,
-    UnreadableImageError,
     corrupt_image_error,
     read_header,
 )
@@ -44,7 +42,7 @@ def decode_image(
     """Decode an image and apply its EXIF orientation.
 
     Args:
-        data: A JPEG, PNG, WebP, GIF, BMP or TIFF file; of an animation the first frame is decoded.
+        data: An image file (`formats.py`); of an animation the first frame is decoded.
         max_pixels: Maximum width x height.
         min_size: Sufficient height and width; see `decode_pixels`.
 
@@ -53,7 +51,8 @@ def decode_image(
         premultiplied) alpha if any pixel is not opaque.
 
     Raises:
-        DataError: Not an image, truncated, corrupt, or too large (slug `corrupt-image`).
+        DataError: Not an image, truncated, corrupt, or too large (slug `corrupt-image`), or of a
+            format that cannot be decoded (slug `unsupported-format`).
     """
     header = read_header(data)
     check_pixels(header, max_pixels)
@@ -68,7 +67,7 @@ def check_pixels(header: ImageHeader, max_pixels: int) -> None:
     """
     pixels, limit = header.width * header.height, max_pixels // header.memory_factor
     if pixels > limit:
-        kind = "" if header.memory_factor == 1 else " for animations and CMYK images"
+        kind = "" if header.memory_factor == 1 else " for an image of this kind"
         raise corrupt_image_error(
             f"it has {header.width} x {header.height} pixels, more than the limit of "
             f"{limit:,}{kind}"
@@ -170,7 +169,7 @@ def _decode_opencv(data: bytes) -> np.ndarray:
 
 def _decode_pillow(data: bytes) -> np.ndarray:
     """Decode any format of Pillow to RGB or RGBA, without applying the orientation."""
-    with Image.open(io.BytesIO(data), formats=PILLOW_FORMATS) as image:
+    with open_with_pillow(data) as image:
         image.load()
         return pillow_pixels(image)
 
@@ -203,7 +202,8 @@ def _grayscale_factor(image: Any) -> float | None:
     if image.mode.startswith("I;16"):
         return 1 / 257
     if image.mode in ("I", "F"):
-        return 1 / 257 if image.getextrema()[1] > 255 else 1.0
+        is_deep = image.format == "PPM" or image.getextrema()[1] > 255
+        return 1 / 257 if is_deep else 1.0
     return None
 
 

@@ -7,18 +7,24 @@ correctly; `decoding` decodes.
 
 from __future__ import annotations
 
-import io
 import struct
 import zlib
 from typing import NamedTuple
 
 import simplejpeg
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from data_pipeline.common.errors import DataError
+from data_pipeline.content.image.formats import (
+    UnreadableImageError,
+    check_jp2_memory,
+    check_supported,
+    image_format,
+    open_with_pillow,
+)
 
-PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-"""Formats that Pillow may decode; its plug-ins for some others start external programs."""
+_MEMORY_FACTORS = {"jp2": 4, "avif": 2, "heic": 2}
+"""Memory for decoding: JPEG 2000 uses 32-bit integers, AVIF and HEIC an intermediate YUV image."""
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _ORIENTATION = 0x0112
@@ -47,6 +53,7 @@ DECODE_ERRORS = (
     TypeError,
     ArithmeticError,
     AssertionError,
+    RuntimeError,
     MemoryError,
     Image.DecompressionBombError,
 )
@@ -69,19 +76,15 @@ class ImageHeader(NamedTuple):
     """Memory for decoding, relative to an ordinary image of this size."""
 
 
-class UnreadableImageError(Exception):
-    """Reason why an image cannot be read; converted to a DataError."""
-
-
 def read_header(data: bytes) -> ImageHeader:
     """Format and size of an image.
 
     Args:
-        data: A complete JPEG, PNG, WebP, GIF, BMP or TIFF file.
+        data: A complete image file of a format in `formats.py`.
 
     Raises:
         DataError: Not an image, or truncated or corrupt as far as the header shows (slug
-            `corrupt-image`).
+            `corrupt-image`), or of a format that cannot be decoded (slug `unsupported-format`).
     """
     try:
         header = _parse(data)
@@ -108,8 +111,14 @@ def _parse(data: bytes) -> ImageHeader:
         return _gif(data)
     if data[:4] in (b"II*\0", b"MM\0*") or data[:2] == b"BM":
         return _with_pillow(data)
-    beginning = f"begins with {data[:12]!r}" if data else "is empty"
-    raise UnreadableImageError(f"it {beginning}, expected JPEG, PNG, WebP, GIF, BMP or TIFF")
+    if not (format_name := image_format(data)):
+        beginning = f"begins with {data[:12]!r}" if data else "is empty"
+        raise UnreadableImageError(f"it {beginning}, expected JPEG, PNG, WebP or another image")
+    check_supported(format_name)
+    header = _with_pillow(data)
+    if format_name == "jp2":
+        check_jp2_memory(data, header.width, header.height)
+    return header._replace(memory_factor=_MEMORY_FACTORS.get(format_name, 1))
 
 
 def _jpeg(data: bytes) -> ImageHeader:
@@ -265,7 +274,7 @@ def _gif(data: bytes) -> ImageHeader:
 
 def _with_pillow(data: bytes) -> ImageHeader:
     """Header as Pillow reads it."""
-    with _open(data) as image:
+    with open_with_pillow(data) as image:
         (width, height), kind = image.size, image.format
         if kind == "TIFF":
             # A tile may be larger than the image, and is decoded as a whole.
@@ -280,16 +289,6 @@ def _with_pillow(data: bytes) -> ImageHeader:
 
 
 def _pillow_orientation(data: bytes) -> int:
-    with _open(data) as image:
+    with open_with_pillow(data) as image:
         orientation = image.getexif().get(_ORIENTATION, 1)
     return orientation if isinstance(orientation, int) else 1
-
-
-def _open(data: bytes) -> Image.Image:
-    """Open with Pillow, which reads only the header."""
-    try:
-        return Image.open(io.BytesIO(data), formats=PILLOW_FORMATS)
-    except UnidentifiedImageError:
-        raise UnreadableImageError(
-            "its signature is that of an image, its content is not"
-        ) from None

@@ -54,9 +54,12 @@ def render(
     """
     if not view.is_axis_aligned:
         return _render_affine(image, view, size, background)
-    region = _crop(image, view)
+    is_padded = view.exceeds(image.shape[1], image.shape[0])
+    region = image if is_padded else _crop(image, view)
     if image.shape[2] == 4:
         region = composite(region, background)
+    if is_padded:
+        return _render_padded(region, view, size, background)
     region = _resize(region, size)
     return cv2.flip(region, 1) if view.flip else region
 
@@ -95,8 +98,8 @@ def composite(image: np.ndarray, background: tuple[int, int, int]) -> np.ndarray
 def _render_affine(
     image: np.ndarray, view: View, size: int, background: tuple[int, int, int]
 ) -> np.ndarray:
-    has_alpha = image.shape[2] == 4
-    if has_alpha:
+    has_background = image.shape[2] == 4 or view.exceeds(image.shape[1], image.shape[0])
+    if image.shape[2] == 4:
         image = composite(image, background)
 
     # Matrix [[a, b], [c, d]] from the region to the output.
@@ -124,10 +127,25 @@ def _render_affine(
         map_23,
         (size, size),
         flags=cv2.INTER_LINEAR,
-        borderMode=cv2.BORDER_CONSTANT if has_alpha else cv2.BORDER_REFLECT_101,
+        borderMode=cv2.BORDER_CONSTANT if has_background else cv2.BORDER_REFLECT_101,
         borderValue=background,
     )
     return warped
+
+
+def _render_padded(
+    image: np.ndarray, view: View, size: int, background: tuple[int, int, int]
+) -> np.ndarray:
+    """The whole RGB image in the middle of a square of background."""
+    height, width = image.shape[:2]
+    inner_width = min(size, max(1, round(size * width / view.width)))
+    inner_height = min(size, max(1, round(size * height / view.height)))
+    method = cv2.INTER_AREA if max(width, height) > size else cv2.INTER_LINEAR
+    inner = cv2.resize(image, (inner_width, inner_height), interpolation=method)
+    square = np.full((size, size, 3), background, np.uint8)
+    top, left = (size - inner_height) // 2, (size - inner_width) // 2
+    square[top : top + inner_height, left : left + inner_width] = inner
+    return cv2.flip(square, 1) if view.flip else square
 
 
 def _contrasting_color(image: np.ndarray, uniforms: Sequence[float]) -> tuple[int, int, int]:

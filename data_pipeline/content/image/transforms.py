@@ -1,4 +1,6 @@
-"""An image as the model's input: augmented for training, its center square for evaluation.
+"""An image as the model's square input: augmented for training, unchanged for evaluation.
+
+Images that are not square are cropped, padded or squashed, see `views.mode_view`.
 
 Shapes: h, w size of the stored image; s side of the model's input. Both start from a file
 (`train_image`, `eval_image`) or from decoded pixels (`train_transform`, `eval_transform`).
@@ -16,12 +18,12 @@ from data_pipeline.content.image.header import ImageHeader
 from data_pipeline.content.image.rendering import hwc_to_chw, random_background_color, render
 from data_pipeline.content.image.views import (
     View,
-    center_view,
     min_decode_size,
+    mode_view,
     random_view,
     scale_view,
 )
-from data_pipeline.settings import AugmentConfig
+from data_pipeline.settings import AugmentConfig, ImageMode
 
 NUM_COLOR_UNIFORMS = 4
 """Random numbers used by the color jitter."""
@@ -34,6 +36,7 @@ def train_image(
     augment: AugmentConfig,
     uniforms: Sequence[float],
     *,
+    mode: ImageMode = "crop",
     color_uniforms: Sequence[float] = (),
     out: np.ndarray | None = None,
 ) -> np.ndarray:
@@ -45,6 +48,7 @@ def train_image(
         size: The model's side s, pixels.
         augment: Which operations are allowed, and their ranges.
         uniforms: As for `train_transform`.
+        mode: What becomes of an image that is not square.
         color_uniforms: As for `train_transform`.
         out: Contiguous uint8 `[3, s, s]` that becomes the result; None allocates it.
 
@@ -54,7 +58,7 @@ def train_image(
     Raises:
         DataError: The image is truncated or corrupt (slug `corrupt-image`).
     """
-    view = random_view(header.width, header.height, augment, uniforms)
+    view = random_view(header.width, header.height, augment, uniforms, mode)
     min_size = min_decode_size(view, header.width, header.height, size)
     pixels, reduction = decode_pixels(data, header, min_size)
     if reduction != 1:
@@ -88,34 +92,43 @@ def train_transform(
 
 
 def eval_image(
-    data: bytes, header: ImageHeader, size: int, *, out: np.ndarray | None = None
+    data: bytes,
+    header: ImageHeader,
+    size: int,
+    mode: ImageMode = "crop",
+    *,
+    out: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Decode all pixels of an image file; its center square, as `eval_transform`.
+    """Decode all pixels of an image file; a square, as `eval_transform`.
 
     Args:
         data: The file.
         header: Header of this file, already checked.
         size: The model's side s, pixels.
+        mode: What becomes of an image that is not square; `random_crop` is `crop`.
         out: Contiguous uint8 `[3, s, s]` that becomes the result; None allocates it.
 
     Raises:
         DataError: The image is truncated or corrupt (slug `corrupt-image`).
     """
-    return eval_transform(decode_pixels(data, header)[0], size, out=out)
+    return eval_transform(decode_pixels(data, header)[0], size, mode, out=out)
 
 
-def eval_transform(image: np.ndarray, size: int, *, out: np.ndarray | None = None) -> np.ndarray:
-    """The image's center square on white, resized to `size`.
+def eval_transform(
+    image: np.ndarray, size: int, mode: ImageMode = "crop", *, out: np.ndarray | None = None
+) -> np.ndarray:
+    """The image's region on white, resized to a square: its center square, or that of the mode.
 
     Args:
         image: uint8 RGB `[h, w, 3]` or RGBA `[h, w, 4]`.
         size: The model's side s, pixels.
+        mode: What becomes of an image that is not square; `random_crop` is `crop`.
         out: Contiguous uint8 `[3, s, s]` that becomes the result; None allocates it.
 
     Returns:
         uint8 `[3, s, s]`.
     """
-    return hwc_to_chw(render(image, center_view(image.shape[1], image.shape[0]), size), out)
+    return hwc_to_chw(render(image, mode_view(image.shape[1], image.shape[0], mode), size), out)
 
 
 def _augment(

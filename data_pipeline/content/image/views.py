@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from data_pipeline.settings import AugmentConfig
+from data_pipeline.settings import AugmentConfig, ImageMode
 
 NUM_GEOMETRY_UNIFORMS = 12
 """Random numbers used by `random_view` and for the background color."""
@@ -41,6 +41,14 @@ class View(NamedTuple):
         """Whether cropping, resizing and flipping suffice."""
         return self.zoom == 1.0 and self.rotation == 0.0 and self.shift == (0.0, 0.0)
 
+    def exceeds(self, width: int, height: int) -> bool:
+        """Whether the region is larger than an image, whose surroundings are then background."""
+        return (
+            min(self.left, self.top) < 0
+            or self.left + self.width > width + 1
+            or self.top + self.height > height + 1
+        )
+
     def scaled(self, x: float, y: float) -> View:
         """The same view of an image whose width and height were multiplied by `x` and `y`."""
         return self._replace(
@@ -48,13 +56,38 @@ class View(NamedTuple):
         )
 
 
-def center_view(width: int, height: int) -> View:
-    """The center square of an image."""
-    side = min(width, height)
+def mode_view(
+    width: int, height: int, mode: ImageMode = "crop", uniforms: Sequence[float] = ()
+) -> View:
+    """The region of an image that becomes the square input of the model.
+
+    Args:
+        width: Width of the image, pixels.
+        height: Height of the image, pixels.
+        mode: `crop`, the center square; `pad`, the whole image in a larger square; `squash`, the
+            whole image; `random_crop`, a square at a random position.
+        uniforms: Two numbers in `[0, 1)` for `random_crop`; without them, it is `crop`.
+    """
+    if mode == "squash":
+        return View(0, 0, width, height)
+    side = max(width, height) if mode == "pad" else min(width, height)
+    if mode == "random_crop" and uniforms:
+        return View(
+            int(uniforms[0] * (width - side + 1)),
+            int(uniforms[1] * (height - side + 1)),
+            side,
+            side,
+        )
     return View((width - side) // 2, (height - side) // 2, side, side)
 
 
-def random_view(width: int, height: int, augment: AugmentConfig, uniforms: Sequence[float]) -> View:
+def random_view(
+    width: int,
+    height: int,
+    augment: AugmentConfig,
+    uniforms: Sequence[float],
+    mode: ImageMode = "crop",
+) -> View:
     """A random view of an image.
 
     Args:
@@ -63,8 +96,9 @@ def random_view(width: int, height: int, augment: AugmentConfig, uniforms: Seque
         augment: Which operations are allowed, and their ranges.
         uniforms: `NUM_GEOMETRY_UNIFORMS` numbers in `[0, 1)`. Each is used for one operation,
             whatever the settings, so a setting does not change the other operations.
+        mode: The region if there are no random crops (`crop_scale` of 1).
     """
-    left, top, box_width, box_height = _random_box(width, height, augment, uniforms[4:8])
+    left, top, box_width, box_height = _random_box(width, height, augment, uniforms[4:8], mode)
 
     shift = (0.0, 0.0)
     if limit := augment.affine_translate:
@@ -114,6 +148,8 @@ def scale_view(view: View, reduction: int, width: int, height: int) -> View:
     view = view.scaled(1 / reduction, 1 / reduction)
     if not view.is_axis_aligned:
         return view
+    if view.exceeds(width // reduction, height // reduction):
+        return view
     left, top = round(view.left), round(view.top)
     right = min(width // reduction, round(view.left + view.width))
     bottom = min(height // reduction, round(view.top + view.height))
@@ -121,11 +157,11 @@ def scale_view(view: View, reduction: int, width: int, height: int) -> View:
 
 
 def _random_box(
-    width: int, height: int, augment: AugmentConfig, uniforms: Sequence[float]
+    width: int, height: int, augment: AugmentConfig, uniforms: Sequence[float], mode: ImageMode
 ) -> tuple[float, float, float, float]:
-    """A crop of random area, aspect ratio and position; the center square without random crops."""
+    """A crop of random area, aspect ratio and position; without random crops, that of the mode."""
     if augment.crop_scale == (1.0, 1.0):
-        return center_view(width, height)[:4]
+        return mode_view(width, height, mode, uniforms[2:4])[:4]
     area = width * height * _interpolate(augment.crop_scale, uniforms[0])
     low, high = augment.crop_ratio
     ratio = math.exp(_interpolate((math.log(low), math.log(high)), uniforms[1]))

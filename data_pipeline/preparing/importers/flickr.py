@@ -12,12 +12,14 @@ import csv
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError
+from data_pipeline.preparing.importers.delimited import read_lines
 from data_pipeline.preparing.importers.image_url import resolve_image_url
-from data_pipeline.preparing.importers.records import Record, SkippedRow, strip_extension
-from data_pipeline.preparing.importers.table import group_by_image, open_text
+from data_pipeline.preparing.importers.records import Ignored, Record, SkippedRow, strip_extension
+from data_pipeline.preparing.importers.table import group_by_image
 
 _TOKEN_LINE = re.compile(r"(?P<name>[^\t#|]+)#\d+\t(?P<caption>.*)")
 # The second `|` is missing in one line of the published file.
@@ -33,24 +35,25 @@ _HEADERS = (
 class Flickr:
     """Importer for the caption lists above; the format is detected for each line."""
 
+    unit: ClassVar[str] = "lines"
     files: tuple[str, ...]
     image_folder: str
 
-    def __call__(self) -> Iterator[Record | SkippedRow]:
+    def __call__(self) -> Iterator[Record | SkippedRow | Ignored]:
         """Every image with its captions; the lines of an image must be consecutive."""
         for url in self.files:
             yield from group_by_image(self._lines(url))
 
-    def _lines(self, url: str) -> Iterator[Record | SkippedRow]:
+    def _lines(self, url: str) -> Iterator[Record | SkippedRow | Ignored]:
         file_label = storage.redact(url).rpartition("/")[2]
-        with open_text(url) as file:
-            try:
-                for number, line in enumerate(file, 1):
-                    line = line.strip()
-                    if line and not (number == 1 and line in _HEADERS):
-                        yield self._record(line, f"{file_label} line {number}")
-            except UnicodeDecodeError as error:
-                raise DataError(f"{storage.redact(url)} is not UTF-8: {error}") from error
+        for number, text in enumerate(read_lines(url), 1):
+            line, origin = text.strip(), f"{file_label} line {number}"
+            if not line:
+                yield Ignored(origin, "blank line")
+            elif number == 1 and line in _HEADERS:
+                yield Ignored(origin, "header")
+            else:
+                yield self._record(line, origin)
 
     def _record(self, line: str, origin: str) -> Record | SkippedRow:
         name, caption = _split(line)

@@ -11,8 +11,7 @@ from itertools import groupby
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError, StorageError
 from data_pipeline.common.store_errors import ErrorKind
-from data_pipeline.content.image import decode_image
-from data_pipeline.preparing.image_files import image_format
+from data_pipeline.content.image import check_supported, decode_image, image_format
 from data_pipeline.preparing.importers.parquet import Parquet, read_rows
 from data_pipeline.preparing.importers.records import Importer, Record, SkippedRow
 
@@ -76,12 +75,13 @@ def _make_sample(record: Record, read: Callable[[], bytes], decode: bool) -> Sam
         if not data or not extension:
             content = f"starts with {data[:12]!r}" if data else "is empty"
             raise DataError(f"the file {content}; it is not an image", slug="not-an-image")
+        check_supported(extension)
         if decode:
             decode_image(data)
         if not record.captions:
             raise DataError("the row has no caption", slug="no-caption")
     except DataError as error:
-        return SkippedRow(record.origin, error.slug or "unreadable", str(error))
+        return SkippedRow(record.origin, error.slug or "unreadable", str(error), record.inputs)
 
     sample: Sample = {"__key__": record.key, extension: data, "txt": record.captions[0]}
     fields = dict(record.fields)
@@ -101,7 +101,8 @@ def _read(url: str) -> bytes:
         if storage.is_local(url):
             path = storage.local_path(url)
             if not path.is_file():
-                raise DataError(f"there is no file {url}", slug="missing-image")
+                hint = "; replace the backslashes in its name by /" if "\\" in url else ""
+                raise DataError(f"there is no file {url}{hint}", slug="missing-image")
             if (size := path.stat().st_size) > MAX_IMAGE_BYTES:
                 raise DataError(
                     f"{url} has {size} bytes; the limit is {MAX_IMAGE_BYTES}", slug="oversize"

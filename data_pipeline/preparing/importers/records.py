@@ -1,7 +1,10 @@
-"""The output of importers: records that become samples, and skipped rows with the reason.
+"""The output of importers: records that become samples, skipped rows, and what is ignored by rule.
 
 An importer is a callable without arguments; every call returns the same stream. It reads tables and
 lists, but not images: those are read when a shard is written (`load_samples.py`).
+
+Every input (a line of a table, a file of a folder, a row of a parquet file) is part of exactly one
+element of the stream, so that the numbers of inputs add up to those of the source.
 """
 
 from __future__ import annotations
@@ -32,6 +35,8 @@ class Record(NamedTuple):
     """Location in the source, for reports: `pairs.csv line 17`."""
     row: tuple[str, int] | None = None
     """Parquet file and row that contain image, captions and fields; these are then empty here."""
+    inputs: int = 1
+    """Number of inputs that it consists of, such as lines of a table."""
 
 
 class SkippedRow(NamedTuple):
@@ -41,9 +46,19 @@ class SkippedRow(NamedTuple):
     reason: str
     """Short identifier, as in `DataError.slug`: `no-caption`, `missing-image` ..."""
     detail: str
+    inputs: int = 1
 
 
-Importer = Callable[[], Iterator[Record | SkippedRow]]
+class Ignored(NamedTuple):
+    """Inputs that a rule excludes, which are counted but not listed."""
+
+    origin: str
+    rule: str
+    """Such as `blank line` or `hidden file`."""
+    inputs: int = 1
+
+
+Importer = Callable[[], Iterator[Record | SkippedRow | Ignored]]
 
 
 class UniqueKeys:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError
+from data_pipeline.preparing.importers.delimited import Row, detect_dialect, read_rows
 from data_pipeline.preparing.importers.image_url import resolve_image_url
-from data_pipeline.preparing.importers.records import Record, SkippedRow, strip_extension
+from data_pipeline.preparing.importers.records import (
+    Ignored,
+    Record,
+    SkippedRow,
+    strip_extension,
+)
 
 IMAGE_COLUMNS = (
     "image",
@@ -29,13 +34,13 @@ IMAGE_COLUMNS = (
 CAPTION_COLUMNS = ("caption", "captions", "title", "text", "txt", "description", "raw")
 """Default names of the caption column, in order of priority; case does not matter."""
 _NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,14})(\.[0-9]{1,17})?([eE][-+]?[0-9]{1,3})?")
-_MAX_FIELD_CHARS = 10_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
     """Importer for CSV or TSV files."""
 
+    unit: ClassVar[str] = "lines"
     files: tuple[str, ...]
     image_folder: str = ""
     """Folder of the images; empty uses the folder of each file."""
@@ -46,19 +51,52 @@ class Table:
     header: tuple[str, ...] = ()
     """Column names, for files without a header line."""
     delimiter: str = ""
-    """Empty uses a tab for .tsv and .tab, else a comma."""
+    """Empty detects it."""
+    quoting: str = "auto"
+    """One of `delimited.QUOTING`."""
     group: bool = False
     """Merge consecutive rows with the same image into one sample with several captions."""
 
-    def __call__(self) -> Iterator[Record | SkippedRow]:
-        """Every row, in order."""
+    def __call__(self) -> Iterator[Record | SkippedRow | Ignored]:
+        """Every row, in order; header and blank lines are ignored.
+
+        Raises:
+            DataError: A file cannot be read as a table, or its lines do not add up.
+        """
         for url in self.files:
-            rows = _rows(url, self.delimiter)
-            names = self.header or next(rows, (0, []))[1]
-            columns = _Columns.find(names, self, storage.redact(url))
-            folder = self.image_folder or storage.parent(url)
-            records = (_record(row, line, url, folder, columns) for line, row in rows)
+            records = self._records(url)
             yield from group_by_image(records) if self.group else records
+
+    def _records(self, url: str) -> Iterator[Record | SkippedRow | Ignored]:
+        label = storage.redact(url)
+        dialect = detect_dialect(url, self.delimiter, self.quoting, self._is_header)
+        columns = _Columns.find(self.header, self, label) if self.header else None
+        folder = self.image_folder or storage.parent(url)
+        is_row = _LooksLikeRow()
+        for row in read_rows(url, dialect, is_row):
+            if not row.fields:
+                rule = "sep= line" if row.line <= dialect.skip_lines else "blank line"
+                yield Ignored(f"{label} line {row.line}", rule, row.num_lines)
+            elif columns is None:
+                columns = _Columns.find(row.fields, self, label)
+                yield Ignored(f"{label} line {row.line}", "header", row.num_lines)
+            else:
+                is_row.columns = columns
+                yield _record(row, url, folder, columns)
+        if columns is None:
+            _Columns.find([], self, label)
+
+    def _is_header(self, fields: Sequence[str]) -> bool:
+        """Whether the first line has the expected columns: names, or values if names are given."""
+        if self.header:
+            looks_like_row = _LooksLikeRow()
+            looks_like_row.columns = _Columns.find(self.header, self, "--header")
+            return looks_like_row(fields)
+        try:
+            _Columns.find(fields, self, "")
+        except DataError:
+            return False
+        return True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,69 +142,48 @@ def _default_index(
     for name in defaults:
         if name in lower:
             return lower.index(name)
+    if names and names[0].startswith("{"):
+        raise DataError(f"{problem.partition(':')[0]} seems to contain JSON lines, not a table")
     raise DataError(
         f"{problem} ({', '.join(defaults)}); columns: {', '.join(names)[:300] or 'none'}. "
-        f"Set --{option}-column, or name all columns with --header"
+        f"Set --{option}-column, name all columns with --header, or set --delimiter"
     )
 
 
-def _rows(url: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """Line numbers and fields, without blank lines."""
-    delimiter = delimiter or ("\t" if url.endswith((".tsv", ".tab")) else ",")
-    old_limit = csv.field_size_limit(_MAX_FIELD_CHARS)
-    try:
-        with open_text(url) as file:
-            reader = csv.reader(file, delimiter=delimiter, strict=False)
-            for row in reader:
-                if row:
-                    yield reader.line_num, row
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{storage.redact(url)} cannot be read as a table: {error}; it must be UTF-8 with "
-            f"{delimiter!r} between the fields"
-        ) from error
-    finally:
-        csv.field_size_limit(old_limit)
+class _LooksLikeRow:
+    """Whether a line inside a quoted field is a row: as many fields, one of them an image name."""
+
+    columns: _Columns | None = None
+
+    def __call__(self, fields: Sequence[str]) -> bool:
+        columns = self.columns
+        if columns is None or len(fields) != len(columns.names):
+            return False
+        name = fields[columns.image].strip()
+        return bool(name) and not re.search(r"\s", name)
 
 
-def open_text(url: str) -> io.TextIOBase:
-    """Open a UTF-8 text file, with or without a byte-order mark.
+def _record(row: Row, url: str, folder: str, columns: _Columns) -> Record | SkippedRow:
+    origin = f"{storage.redact(url).rpartition('/')[2]} line {row.line}"
+    texts, size = row.fields, row.num_lines
+    if len(texts) != len(columns.names):
+        detail = f"{len(texts)} fields, but there are {len(columns.names)} columns"
+        return SkippedRow(origin, "malformed-row", detail, size)
 
-    A file in an object store is read completely into memory.
-
-    Raises:
-        DataError: The file cannot be read.
-    """
-    if not storage.is_local(url):
-        return io.StringIO(storage.read_bytes(url).decode("utf-8-sig"), newline="")
-    try:
-        return open(storage.local_path(url), encoding="utf-8-sig", newline="")
-    except OSError as error:
-        raise DataError(f"cannot read {url}: {error.strerror}; check the path") from error
-
-
-def _record(
-    row: list[str], line: int, url: str, folder: str, columns: _Columns
-) -> Record | SkippedRow:
-    origin = f"{storage.redact(url).rpartition('/')[2]} line {line}"
-    if len(row) != len(columns.names):
-        detail = f"{len(row)} fields, but there are {len(columns.names)} columns"
-        return SkippedRow(origin, "malformed-row", detail)
-
-    captions = tuple(text for index in columns.captions if (text := row[index].strip()))
+    captions = tuple(text for index in columns.captions if (text := texts[index].strip()))
     if not captions:
-        return SkippedRow(origin, "no-caption", "the caption is empty")
+        return SkippedRow(origin, "no-caption", "the caption is empty", size)
 
-    name = row[columns.image]
+    name = texts[columns.image]
     try:
         image = resolve_image_url(name, folder)
     except DataError as error:
-        return SkippedRow(origin, error.slug, str(error))
+        return SkippedRow(origin, error.slug, str(error), size)
 
     used = {columns.image, *columns.captions, columns.key}
-    fields = {columns.names[i]: parse_value(text) for i, text in enumerate(row) if i not in used}
-    key = row[columns.key] if columns.key is not None else strip_extension(_key_name(name))
-    return Record(key, image, captions, fields, origin)
+    fields = {columns.names[i]: parse_value(text) for i, text in enumerate(texts) if i not in used}
+    key = texts[columns.key] if columns.key is not None else strip_extension(_key_name(name))
+    return Record(key, image, captions, fields, origin, inputs=size)
 
 
 def _key_name(name: str) -> str:
@@ -189,14 +206,19 @@ def parse_value(text: str) -> object:
     return text or None
 
 
-def group_by_image(records: Iterator[Record | SkippedRow]) -> Iterator[Record | SkippedRow]:
+def group_by_image(
+    records: Iterator[Record | SkippedRow | Ignored],
+) -> Iterator[Record | SkippedRow | Ignored]:
     """Merge consecutive records of the same image: all captions, fields of the first record."""
     current: Record | None = None
     for record in records:
-        if isinstance(record, SkippedRow):
+        if not isinstance(record, Record):
             yield record
         elif current and record.image == current.image:
-            current = current._replace(captions=(*current.captions, *record.captions))
+            current = current._replace(
+                captions=(*current.captions, *record.captions),
+                inputs=current.inputs + record.inputs,
+            )
         else:
             if current:
                 yield current

@@ -14,7 +14,8 @@ from data_pipeline.common import storage
 from data_pipeline.common.errors import ConfigError, DataError
 from data_pipeline.common.json_file import write_json
 from data_pipeline.samples import Batch
-from data_pipeline.shards.manifest import Manifest, load_manifest
+from data_pipeline.shards.manifest import Manifest
+from data_pipeline.shards.run_indexing import open_manifest
 from pretrain.config.schema import RunConfig
 from pretrain.evaluate.command import read_set
 from pretrain.evaluate.evaluator import evaluation_mode, sample_indices
@@ -75,7 +76,7 @@ def routing_command(
         where = f"moe.start {run.moe.start}, moe.stop {run.moe.stop}"
         raise ConfigError(f"{run_dir} has no layer with experts ({where}): nothing to report")
     label, address = (shards, shards) if shards else resolve_set(run, name)
-    manifest = load_manifest(address)
+    manifest = open_manifest(address)
     indices = sample_indices(label, manifest.total_samples, samples)
     logger.info("routing %d of the %d pairs of %s", len(indices), manifest.total_samples, label)
     counted = count(trained, read_set(trained, manifest, indices), patches=patches)

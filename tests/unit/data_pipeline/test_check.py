@@ -11,7 +11,8 @@ from data_pipeline.common.errors import ConfigError, DataError
 from data_pipeline.common.processes import map_in_processes
 from data_pipeline.order.drop_list import apply_drop_list, read_drop_list
 from data_pipeline.preparing.check import check
-from data_pipeline.shards.manifest import load_index, load_manifest
+from data_pipeline.sample_keys import SampleKeys
+from data_pipeline.shards.manifest import Manifest, load_index, load_manifest
 from data_pipeline.shards.writer import write_shards
 from tests.support.corruption import flip_bit, sample_offset, shard_path
 from tests.support.data_commands import run_data_command
@@ -82,7 +83,7 @@ def test_decode_finds_invalid_content(tmp_path: Path) -> None:
         {"__key__": "f", "png": make_png(5), "json": {"t": ["y"]}},
     ]
     manifest = write_shards(samples, tmp_path)
-    assert not check([manifest]).findings
+    assert [(row.key, row.reason) for row in check([manifest]).findings] == [("d", "no-image")]
 
     reasons = {row.key: row.reason for row in check([manifest], decode=True).findings}
     assert reasons == {
@@ -92,7 +93,7 @@ def test_decode_finds_invalid_content(tmp_path: Path) -> None:
         "e": "invalid-text",
         "f": "no-caption",
     }
-    other_key = check([manifest], decode=True, caption_keys=["json:t"])
+    other_key = check([manifest], decode=True, keys=SampleKeys(captions=("json:t",)))
     assert {row.key for row in other_key.findings} == {"a", "b", "c", "d", "e"}
 
 
@@ -163,10 +164,45 @@ def test_killed_worker_raises() -> None:
         list(map_in_processes(os._exit, [9], workers=1))
 
 
-def test_shards_without_manifest_are_rejected(tmp_path: Path) -> None:
-    make_shards(tmp_path)
-    with pytest.raises(DataError, match=r"shard-000000.tar is a shard.*manifest"):
-        run_data_command("check", tmp_path / "shard-000000.tar")
-    (tmp_path / "manifest.json").unlink()
+@pytest.mark.parametrize(
+    ("address", "samples"),
+    [
+        ("", 23),
+        ("shard-000000.tar", 8),
+        ("shard-*.tar", 23),
+        ("shard-00000{0,1}.tar", 16),
+        ("@list.txt", 16),
+    ],
+)
+@pytest.mark.parametrize("command", ["check", "stats", "peek"])
+def test_commands_take_shards_without_a_manifest(
+    command: str, address: str, samples: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "data"
+    make_shards(folder, count=23, samples_per_shard=8)
+    for file in (*folder.glob("*.json"), *folder.glob("*.index")):
+        file.unlink()
+    names = "\n".join(str(folder / f"shard-00000{index}.tar") for index in (0, 1))
+    (folder / "list.txt").write_text(names)
+    prefix = "@" if address.startswith("@") else ""
+    given = f"{prefix}{folder / address.removeprefix('@')}"
+    options = [] if command == "peek" else ["--workers", 0]
+    assert not run_data_command(command, given, *options)
+    if command != "peek":
+        assert f"{samples} " in capsys.readouterr().out
+    assert sorted(path.suffix for path in folder.iterdir()) == [".tar"] * 3 + [".txt"]
+
+
+def test_corrupt_shards_without_a_manifest_are_an_error(tmp_path: Path) -> None:
+    manifest = make_shards(tmp_path, count=4, samples_per_shard=4)
+    path = shard_path(manifest, 0)
+    path.write_bytes(path.read_bytes()[:-2000])
+    for file in (*tmp_path.glob("*.json"), *tmp_path.glob("*.index")):
+        file.unlink()
+    with pytest.raises(DataError, match=r"shard-000000\.tar"):
+        run_data_command("check", tmp_path)
+
+
+def test_a_folder_without_shards_has_no_manifest(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="manifest"):
         load_manifest(tmp_path)

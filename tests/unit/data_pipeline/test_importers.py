@@ -104,7 +104,8 @@ def test_csv_with_default_columns(csv_file: Path) -> None:
             f"{csv_file.parent}/x/1.jpg",
             ("one, with a comma\nand a line",),
             {"score": 0.5, "zip": "007", "note": None},
-            "t.csv line 3",
+            "t.csv line 2",
+            inputs=2,
         )
     ]
     assert [row.reason for row in skipped] == ["no-caption", "malformed-row", "invalid-path"]
@@ -183,7 +184,8 @@ def test_folder_with_text_files(image_folder: Path) -> None:
     (image_folder / "x.json").write_text("[")
     records, skipped = split_rows(Folder(folders=(str(image_folder),)))
     image = f"{image_folder}/b/2.JPG"
-    assert records == [Record("b/2", image, ("two",), {"score": 1}, "b/2.JPG")]
+    expected = Record("b/2", image, ("two",), {"score": 1}, "b/2.JPG", inputs=3)
+    assert records == [expected]
     assert [(row.origin, row.reason) for row in skipped] == [
         ("x.webp", "invalid-json"),
         ("a_cat/3.jpeg", "no-caption"),
@@ -212,6 +214,7 @@ def test_coco(tmp_path: Path) -> None:
             {"id": 30, "image_id": 9, "caption": "third\n"},
             {"id": 2, "image_id": 9, "caption": " first "},
             {"id": 1, "image_id": 5, "caption": "x"},
+            {"id": 4, "image_id": 77, "caption": "of no image"},
         ],
     }
     file = tmp_path / "captions.json"
@@ -219,9 +222,17 @@ def test_coco(tmp_path: Path) -> None:
     source = Coco(files=(str(file),), image_folder="images")
     records, skipped = split_rows(source)
     assert records == [
-        Record("9", "images/9.jpg", ("first", "third"), {"image_id": 9}, "captions.json image 9")
+        Record(
+            "9",
+            "images/9.jpg",
+            ("first", "third"),
+            {"image_id": 9},
+            "captions.json image 9",
+            inputs=3,
+        )
     ]
-    assert [row.reason for row in skipped] == ["no-caption", "invalid-path"]
+    assert [row.reason for row in skipped] == ["no-caption", "invalid-path", "no-image"]
+    assert sum(row.inputs for row in (*records, *skipped)) == len(images) + 4
 
     for malformed in ("[]", "{", '{"images": [{"id": "x"}]}'):
         file.write_text(malformed)

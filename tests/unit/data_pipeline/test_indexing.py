@@ -180,6 +180,13 @@ def test_only_changed_shards_are_read_again(
     assert index_again() == []
 
 
+def test_old_index_of_a_sparse_archive_is_not_reused(tmp_path: Path, scans: list[str]) -> None:
+    tar_of(tmp_path / "a.tar", ["GNUSparseFile.12/a.jpg", "b.jpg"])
+    index_shards(str(tmp_path))
+    index_shards(str(tmp_path))
+    assert scans == ["a.tar", "a.tar"]
+
+
 def test_index_with_other_bytes_keeps_its_hash(tmp_path: Path, written: Manifest) -> None:
     index = index_shard(tmp_path / "data" / "shard-000000.tar").to_bytes()
     size = int.from_bytes(index[:8], "little")
@@ -244,7 +251,7 @@ def tar_of(path: Path, names: list[str]) -> Path:
     [
         (["a.jpg", "b.jpg", "a.txt", "b.txt", "c.jpg", "c.txt"], "the key 'a' occurs twice", ["c"]),
         (["a.txt", "a.txt", "b.txt"], "sample 'a' has two files with the same extension", ["b"]),
-        (["README", "LICENSE"], "has 2 files but no samples", []),
+        (["README", "LICENSE"], r"has 2 files but no samples \(no extension 2\)", []),
     ],
 )
 def test_archives_that_are_not_webdataset_shards(
@@ -254,6 +261,25 @@ def test_archives_that_are_not_webdataset_shards(
     with pytest.raises(DataError, match=message):
         index_shard(path)
     assert index_shard(path, salvage=True).keys == salvaged
+
+
+def test_files_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    tar_of(tmp_path / "a.TAR", ["a.jpg", "a.txt", "._a.jpg", "README"])
+    tar_of(tmp_path / "b.tar", ["b.jpg", "b.txt", ".DS_Store"])
+    tar_of(tmp_path / "c.tar", [])
+    manifest = index_shards(str(tmp_path))
+    assert [shard.name for shard in manifest.shards] == ["a.TAR", "b.tar", "c.tar"]
+    assert "files: 4 in samples, 3 ignored (hidden file 2, no extension 1)" in caplog.messages
+    assert f"1 shards contain no files; the first: {tmp_path}/c.tar" in caplog.messages
+
+    tar_of(tmp_path / "b.tar", ["b.jpg", "b.txt", "x/.DS_Store"])
+    os.utime(tmp_path / "b.tar", (2e9, 2e9))
+    index_shards(str(tmp_path))
+    assert caplog.messages[-1] == (
+        "files: 4 in samples, 1 ignored (hidden file 1) without those of 2 shards that were "
+        "indexed before"
+    )
 
 
 def test_index_for_run(

@@ -68,7 +68,6 @@ def test_nesting_depth_equals_reference() -> None:
         b"{",
         b"{}x",
         b"{'a': 1}",
-        b"\xef\xbb\xbf{}",
     ],
 )
 def test_invalid_or_oversized_json_is_rejected_fast(data: bytes) -> None:
@@ -92,3 +91,9 @@ def test_json_that_is_not_utf8() -> None:
     with pytest.raises(DataError) as caught:
         parse_json_fields(b'{"a": "\xff"}', 32)
     assert caught.value.slug == "invalid-text"
+
+
+def test_byte_order_mark_is_skipped() -> None:
+    assert parse_json_fields(b'\xef\xbb\xbf{"caption": "a"}', 32) == {"caption": "a"}
+    with pytest.raises(DataError, match="is not JSON"):
+        parse_json_fields(b"\xef\xbb\xbf" * 2 + b"{}", 32)

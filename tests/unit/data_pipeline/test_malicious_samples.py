@@ -55,7 +55,7 @@ def outcome(members: dict[str, bytes]) -> str:
 @pytest.mark.parametrize("name", BOMBS)
 def test_image_bombs_are_rejected_by_their_header(name: str) -> None:
     assert len(BOMBS[name]) < 150_000
-    assert outcome({name: BOMBS[name], "txt": b"x"}) == "corrupt-image"
+    assert outcome({name.rpartition(".")[2]: BOMBS[name], "txt": b"x"}) == "corrupt-image"
     with pytest.raises(
         DataError, match=r"has \d{5,} x \d{5,} pixels, more than|Image size \(900000000 pixels\)"
     ):

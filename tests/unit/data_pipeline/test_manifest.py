@@ -62,7 +62,7 @@ def test_empty_shard(tmp_path: Path) -> None:
     assert load_manifest(tmp_path) == manifest
     assert [shard.samples for shard in manifest.shards] == [3, 0]
     assert len(load_index(manifest, rows[1])) == 0
-    with pytest.raises(DataError, match="needs samples"):
+    with pytest.raises(DataError, match="there is no sample in its 1 shards"):
         write_manifest(tmp_path, rows[1:])
 
 
@@ -241,9 +241,9 @@ def test_index_of_another_shard_is_rejected(tmp_path: Path, change: dict[str, ob
 def test_metadata_must_not_use_reserved_keys(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"\['base'\]"):
         write_manifest(tmp_path, [entry()], {"base": "/etc"})
-    with pytest.raises(DataError, match="different names"):
+    with pytest.raises(DataError, match="two shards have the name"):
         write_manifest(tmp_path, [entry(), entry()])
-    with pytest.raises(DataError, match="needs samples"):
+    with pytest.raises(DataError, match="there is no sample in its 0 shards"):
         write_manifest(tmp_path, [])
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import cv2
+import numpy as np
 import pytest
 
 from data_pipeline.common.errors import ConfigError, DataError
@@ -104,3 +105,24 @@ def test_png_sheet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
             y, x = 10 + 204 * row, 10 + 170 * column
             has_image.append(sheet[y : y + 150, x : x + 150].std() > 20)
     assert has_image == [True] * 7 + [False] * 2
+
+
+def test_images_as_the_model_sees_them(tmp_path: Path) -> None:
+    image = np.full((40, 120, 3), 60, np.uint8)
+    image[:, 40:80] = 200
+    data = bytes(cv2.imencode(".png", image)[1])
+    write_shards([{"__key__": "a", "png": data, "txt": "x"}], tmp_path)
+    centers = {}
+    for mode in ("", "crop", "pad", "squash"):
+        options = ["--image-mode", mode] if mode else []
+        run_data_command("peek", tmp_path, "--out", tmp_path / "sheet.png", *options)
+        sheet = cv2.imread(str(tmp_path / "sheet.png"))
+        assert sheet is not None
+        image_area = sheet[10:170, 10:170]
+        centers[mode] = [int((image_area == value).all(axis=2).sum()) for value in (60, 200, 255)]
+    side = 160
+    assert centers["crop"] == [0, side * side, 0]
+    gray, light, white = centers["pad"]
+    assert white > side * side * 0.6 and gray > 1.5 * light > 0
+    gray, light, white = centers["squash"]
+    assert white == 0 and gray > 1.5 * light > 0

@@ -23,9 +23,9 @@ from data_pipeline.content.image.color_jitter import apply_color_jitter
 from data_pipeline.content.image.rendering import hwc_to_chw
 from data_pipeline.content.image.transforms import NUM_COLOR_UNIFORMS, train_transform
 from data_pipeline.content.sample_processor import (
-    IMAGE_EXTENSIONS,
     SampleProcessor,
 )
+from data_pipeline.sample_keys import IMAGE_KEYS
 from data_pipeline.samples import ProcessedSample, RawSample
 from data_pipeline.settings import AugmentConfig, FilterConfig
 from tests.support.images import encode_image, gradient_image, psnr, synthetic_photo
@@ -182,10 +182,10 @@ def test_other_members_are_never_read() -> None:
             RawSample("s.tar", "k", others | {"png": make_sample().members["png"]}),
         )
     assert caught.value.slug == "no-caption"
-    assert not {"pkl", "npy", "pth", "pyd", "sh"} & IMAGE_EXTENSIONS
+    assert not {"pkl", "npy", "pth", "pyd", "sh"} & set(IMAGE_KEYS)
 
 
-def test_first_image_member_is_used() -> None:
+def test_the_image_is_the_file_with_the_exact_extension() -> None:
     sample = RawSample(
         "s.tar",
         "k",
@@ -195,7 +195,7 @@ def test_first_image_member_is_used() -> None:
             "txt": b"x",
         },
     )
-    assert process(make_processor(augment=None), sample).image_CHW.max() == 0
+    assert process(make_processor(augment=None), sample).image_CHW.min() == 255
 
 
 def test_cheap_checks_precede_expensive_ones() -> None:

@@ -81,6 +81,30 @@ def test_invalid_patterns(
     assert "SECRET" not in str(error.value)
 
 
+def test_archives_of_other_kinds_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = ["0.tar", "1.tar.gz", "2.TAR", "3.tgz", "4.zip", "5.TAR.ZST", "._0.tar", "6.tar.index"]
+    for name in [f"in/{name}" for name in names] + ["gz/a.tar.gz", "gz/b.gz"]:
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).touch()
+    for pattern in ("in", "in/*", "in/**"):
+        caplog.clear()
+        assert expand_patterns([pattern]) == ["in/0.tar", "in/2.TAR"]
+        assert caplog.messages[0].startswith(
+            f"{pattern} has 4 compressed archives (.gz 1, .tgz 1, .zip 1, .zst 1), such as "
+        )
+        assert "decompress it with `gunzip`" in caplog.text and "1.tar.gz" in caplog.text
+    caplog.clear()
+    assert expand_patterns(["in/*.tar"]) == ["in/0.tar"] and not caplog.messages
+    for pattern in ("gz", "gz/*.gz", "gz/**"):
+        with pytest.raises(DataError, match=r"has 1 compressed archives .*a\.tar\.gz.*`gunzip`"):
+            expand_patterns([pattern])
+    for url in ("gz/a.tar.gz", "s3://b/a.tar.gz", "s3://b/A.TAR"):  # refused by content
+        assert expand_patterns([url]) == [url]
+
+
 NAMES = [
     "a/0.tar",
     "a/1.tar",

@@ -12,8 +12,9 @@ import sentencepiece
 
 from data_pipeline.common.errors import DataError
 from data_pipeline.content.captions import clean_caption
-from data_pipeline.content.tokenizer import Tokenizer, TokenizerError, train_tokenizer
+from data_pipeline.content.tokenizer import Tokenizer, TokenizerError
 from data_pipeline.preparing.caption_stream import iter_captions
+from data_pipeline.preparing.tokenizer_training import train_tokenizer
 from data_pipeline.shards.writer import write_shards
 
 ANIMALS = ("cat", "dog", "horse", "fox", "owl", "red panda", "polar bear")
@@ -114,7 +115,7 @@ def test_training_is_deterministic(tokenizer: Tokenizer, tmp_path: Path) -> None
 
 def test_too_little_text_for_the_vocabulary(tmp_path: Path) -> None:
     path = tmp_path / "t.model"
-    with pytest.raises(TokenizerError, match=r"5000.*at most \d+.*--vocab-size \d+"):
+    with pytest.raises(TokenizerError, match=r"--vocab-size 5000 .*too large.*\d+ to \d+"):
         train_tokenizer(CORPUS, path, vocab_size=5000)
     with pytest.raises(TokenizerError, match="no caption"):
         train_tokenizer([" ", "\x00"], path, vocab_size=300)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import pretrain
 from pretrain.cli.main import build_parser, main
 
 GROUPS: list[list[str]] = [[], ["data"], ["tokenizer"]]
@@ -35,6 +36,12 @@ def test_every_command_has_help(command: list[str], capsys: pytest.CaptureFixtur
     assert raised.value.code == 0
     assert text.startswith(" ".join(["usage: vlmoe", *command]))
     assert ("examples:" in text) == (command not in GROUPS)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"vlmoe {pretrain.__version__}\n"
 
 
 def test_examples_of_the_help_can_be_parsed(capsys: pytest.CaptureFixture[str]) -> None:

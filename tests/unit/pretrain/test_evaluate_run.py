@@ -15,7 +15,8 @@ from torch import Tensor
 
 from data_pipeline.common.config import dump_yaml
 from data_pipeline.common.errors import ConfigError, DataError
-from data_pipeline.content.tokenizer import TokenizerError, train_tokenizer
+from data_pipeline.content.tokenizer import TokenizerError
+from data_pipeline.preparing.tokenizer_training import train_tokenizer
 from data_pipeline.shards.manifest import load_manifest
 from data_pipeline.shards.writer import write_shards
 from pretrain.checkpoint import CheckpointError

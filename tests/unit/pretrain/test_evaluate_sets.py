@@ -1,15 +1,11 @@
-"""Evaluation sets: names, labels, sampled images, candidate texts."""
+"""Evaluation sets: names, sampled images, candidate texts."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import pytest
 import torch
 
-from data_pipeline.common.errors import DataError
 from pretrain.config.schema import EvalSet
-from pretrain.evaluate.command import named_sets, read_labels
+from pretrain.evaluate.command import named_sets
 from pretrain.evaluate.evaluator import distinct_texts, evaluation_mode, sample_indices
 
 
@@ -41,11 +37,3 @@ def test_sets_are_named_after_their_folders() -> None:
     )
     sets = named_sets(["x/a", "y/a"], "labels")
     assert [eval_set.name for eval_set in sets] == ["x/a", "y/a"]
-
-
-def test_an_empty_labels_file_is_an_error(tmp_path: Path) -> None:
-    path = tmp_path / "labels.txt"
-    path.write_text(" \n\n")
-    with pytest.raises(DataError, match="no caption") as raised:
-        read_labels(str(path))
-    assert str(path) in str(raised.value)

@@ -62,8 +62,8 @@ def test_shards_exist(folder: Path, shards: str) -> None:
         ("data.tokenizer=no.model", ["data.tokenizer: ", "no.model", "vlmoe tokenizer train"]),
         ("model.vocab_size=999", ["model.vocab_size is 999", "model.vocab_size=300"]),
         (
-            "eval.sets=[{{name: a, shards: '{}/bare'}}]",
-            ["eval.sets: no manifest of shards", "vlmoe data index", "/bare"],
+            "eval.sets=[{{name: a, shards: '{}/empty'}}]",
+            ["eval.sets: no shards at", "/empty"],
         ),
         ("parallel.deepspeed=zero9", ["parallel.deepspeed is 'zero9'"]),
     ],

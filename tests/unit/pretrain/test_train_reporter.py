@@ -150,16 +150,16 @@ def test_full_disk_does_not_stop_a_run(
 
 def test_progress_line() -> None:
     assert progress_line(log_entry(40), RUN) == (
-        "step 40/100  loss 4.2000 (contrastive 3.000, caption 0.600)  lr 3.00e-04  396 samples/s  "
-        "21,000 tokens/s  data wait 5%  2m00s left"
+        "step 40/100  loss 4.2000 = contrastive 3.000 + 2 x caption 0.600  lr 3.00e-04  "
+        "396 samples/s  21,000 tokens/s  data wait 5%  2m00s left"
     )
 
 
 def test_progress_line_of_routing_and_filters() -> None:
     losses = Losses(
         total=4.2,
-        terms={"balance": 1.2, "router_z": 2.0},
-        weighted={"balance": 0.0, "router_z": 0.02},
+        terms={"contrastive": 4.0, "caption": 0.0, "balance": 1.2, "router_z": 2.0, "a": 0.02},
+        weighted={"contrastive": 4.18, "caption": 0.0, "balance": 0.0, "router_z": 0.02, "a": 2e-4},
     )
     layers = tuple(
         layer_of(block, {"text": [9, 0, 0, 0]}, max_over_mean_load=load)
@@ -168,8 +168,17 @@ def test_progress_line_of_routing_and_filters() -> None:
     entry = log_entry(40, losses=losses, layers=layers)
     data = replace(entry.data, filtered={"min-side": 0.2, "words": 0.05})
     line = progress_line(replace(entry, data=data), RUN)
-    assert "loss 4.2000 (router_z 2.000)  max/mean expert load 1.50  lr 3.00e-04" in line
+    assert "loss 4.2000 = 1.04 x contrastive 4.000 + 0.01 x router_z 2.000  max/mean" in line
+    assert f"max/mean expert load 1.50  dead experts 6/{2 * RUN.moe.num_experts}  lr" in line
     assert "filtered 25%" in line
+
+
+def test_an_expert_with_tokens_of_one_modality_is_not_dead() -> None:
+    loads = {"image": [9, 0, 0, 1], "text": [0, 0, 5, 0]}
+    line = progress_line(log_entry(40, layers=(layer_of(1, loads),)), RUN)
+    assert f"dead experts 1/{RUN.moe.num_experts}" in line
+    full = layer_of(1, {"image": [9, 1, 1, 1], "text": [0, 0, 5, 0]})
+    assert "dead" not in progress_line(log_entry(40, layers=(full,)), RUN)
 
 
 def test_max_over_mean() -> None:

@@ -14,7 +14,7 @@ from data_pipeline.content.image.transforms import (
 )
 from data_pipeline.content.image.views import (
     NUM_GEOMETRY_UNIFORMS,
-    center_view,
+    mode_view,
     random_view,
 )
 from data_pipeline.settings import AugmentConfig
@@ -199,7 +199,7 @@ def test_settings_do_not_affect_each_other() -> None:
     assert views[0]._replace(flip=False) == views[1]
     unrotated = random_view(90, 50, replace(ALL_OPERATIONS, affine_degrees=0.0), uniforms(7))
     assert unrotated == views[0]._replace(rotation=0.0) and views[0].rotation != 0
-    assert random_view(90, 50, AugmentConfig(), uniforms(7)) == center_view(90, 50)
+    assert random_view(90, 50, AugmentConfig(), uniforms(7)) == mode_view(90, 50)
 
 
 def test_hwc_to_chw_writes_to_out() -> None:

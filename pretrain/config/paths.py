@@ -1,0 +1,83 @@
+"""Paths in run files are relative to the file that contains them.
+
+A path that exists only relative to the working directory, and one of the command line, is relative
+to that. The `config.yaml` of a run folder has absolute paths, so that it can be read from anywhere.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.common import storage
+from data_pipeline.common.errors import DataError
+
+_PATTERN = re.compile(r"[*?\[{]")
+
+
+def relative_to_file(mapping: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Settings of a run file in which paths that exist beside the file are absolute.
+
+    Args:
+        mapping: The settings, as read; invalid values are unchanged.
+        folder: The folder of the file.
+    """
+
+    def resolve(path: str) -> str:
+        absolute = folder.resolve() / path
+        return str(absolute) if _exists(absolute) else path
+
+    return _map_paths(mapping, resolve)
+
+
+def absolute_paths(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings in which relative paths are absolute, from the working directory."""
+    return _map_paths(mapping, os.path.abspath)
+
+
+def _map_paths(mapping: Mapping[str, Any], function: Callable[[str], str]) -> dict[str, Any]:
+    """Apply a function to every relative local path of the settings."""
+
+    def convert(value: Any) -> Any:
+        prefix = "@" if isinstance(value, str) and value.startswith("@") else ""
+        if not isinstance(value, str) or not _is_relative(value.removeprefix("@")):
+            return value
+        return prefix + function(value.removeprefix("@"))
+
+    def convert_entries(entries: Any, names: tuple[str, ...]) -> Any:
+        if not isinstance(entries, list | tuple):
+            return entries
+        return [
+            {key: convert(item) if key in names else item for key, item in entry.items()}
+            if isinstance(entry, Mapping)
+            else convert(entry)
+            for entry in entries
+        ]
+
+    result = dict(mapping)
+    if isinstance(data := mapping.get("data"), Mapping):
+        paths = {key: convert(data[key]) for key in ("tokenizer", "cache_dir") if key in data}
+        if "train" in data:
+            paths["train"] = convert_entries(data["train"], ("shards", "drop"))
+        result["data"] = dict(data) | paths
+    if isinstance(evaluation := mapping.get("eval"), Mapping) and "sets" in evaluation:
+        sets = convert_entries(evaluation["sets"], ("shards", "labels"))
+        result["eval"] = dict(evaluation) | {"sets": sets}
+    return result
+
+
+def _is_relative(path: str) -> bool:
+    try:
+        return bool(path) and storage.is_local(path) and not os.path.isabs(path)
+    except DataError:  # not a valid address; reported where it is opened
+        return False
+
+
+def _exists(path: Path) -> bool:
+    """Whether a file or folder exists; of a pattern, the folder before it."""
+    if match := _PATTERN.search(str(path)):
+        path = Path(str(path)[: match.start()] + "x").parent
+    return path.exists()
