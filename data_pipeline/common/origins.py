@@ -37,7 +37,7 @@ class Origins:
         found = {name: self.where.get(name, _DEFAULT) for name in self._settings_in(message)}
         if set(found.values()) <= {f"in {self.source}"} or set(found.values()) == {_DEFAULT}:
             return message
-        if len(found) == 1:
+        if len(set(found.values())) == 1:
             return f"{message} (set {next(iter(found.values()))})"
         return f"{message} (set: {', '.join(f'{name} {where}' for name, where in found.items())})"
 

@@ -137,6 +137,8 @@ def test_defaults_and_suggestions_are_not_set_anywhere(tmp_path: Path) -> None:
         "data.tokenizer is empty; set data.tokenizer=t, such as runs/data.train, 'data.train'",
     ):
         assert origins.annotate(message) == message
+    both = "data.train and batch.micro_batch_size"
+    assert origins.annotate(both) == f"{both} (set on the command line)"
     assert origins.annotate("batch.micro_batch_size (3) x 2, batch.global_batch_size").endswith(
         "(set: batch.micro_batch_size on the command line, batch.global_batch_size by default)"
     )
