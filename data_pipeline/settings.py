@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from data_pipeline.common.addresses import userinfo_problems, without_secrets
 from data_pipeline.common.problems import Problems
+from data_pipeline.common.tables import counted
 from data_pipeline.sample_keys import IMAGE_KEYS, image_keys_problem
 from data_pipeline.sample_settings import AugmentConfig, FilterConfig, ImageMode, LimitConfig
 
@@ -186,8 +187,8 @@ class DataConfig:
         )
         found.require(
             len(self.caption_keys) == len(weights),
-            f"data.caption_weights has {len(weights)} values for {len(self.caption_keys)} "
-            f"data.caption_keys; set one weight per key",
+            f"data.caption_weights has {counted(len(weights), 'value')} for "
+            f"{len(self.caption_keys)} data.caption_keys; set one weight per key",
         )
         problem = image_keys_problem(self.image_keys)
         found.require(not problem, f"data.image_keys: {problem}")

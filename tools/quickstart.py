@@ -19,7 +19,7 @@ from typing import Any
 
 from data_pipeline.common.errors import VlmError
 from data_pipeline.common.logs import setup_logging
-from data_pipeline.common.tables import format_rows
+from data_pipeline.common.tables import counted, format_rows
 from pretrain.config.presets import load_run
 from pretrain.config.schema import RunConfig
 from pretrain.parallel.environment import free_port
@@ -106,7 +106,7 @@ def _steps_of_existing_run(out: Path) -> int:
     if not config.exists() or not (out / "checkpoints" / "latest").exists():
         return 0
     steps = load_run(config).schedule.total_steps
-    logger.info("resuming %s, a run of %d steps", out, steps)
+    logger.info("resuming %s, a run of %s", out, counted(steps, "step"))
     return steps
 
 
@@ -136,18 +136,18 @@ def choose_steps(minutes: float, seconds_per_step: float) -> int:
     fitting = int(60 * minutes / seconds_per_step)
     steps = max(1, min(MAX_STEPS, fitting))
     logger.info(
-        "the trial took %.2f s per step (steps %d to %d), so %d steps fit into --minutes %g",
+        "the trial took %.2f s per step (steps %d to %d), so %s fit into --minutes %g",
         seconds_per_step,
         TRIAL_STEPS // 2 + 1,
         TRIAL_STEPS,
-        fitting,
+        counted(fitting, "step"),
         minutes,
     )
     logger.info(
-        "training for %d steps%s, about %.1f minutes; --steps N sets their number instead, "
+        "training for %s%s, about %.1f minutes; --steps N sets their number instead, "
         "independent of the trial",
-        steps,
-        f" (at most {MAX_STEPS})" if fitting > MAX_STEPS else "",
+        counted(steps, "step"),
+        f" (at most {MAX_STEPS:,})" if fitting > MAX_STEPS else "",
         steps * seconds_per_step / 60,
     )
     return steps

@@ -16,6 +16,7 @@ from data_pipeline.commands.options import (
 )
 from data_pipeline.common.commands import Subparsers, add_command
 from data_pipeline.common.json_file import write_json
+from data_pipeline.common.tables import counted
 
 if TYPE_CHECKING:
     from data_pipeline.preparing.check import CheckReport
@@ -76,8 +77,8 @@ def handle(args: argparse.Namespace) -> int:
     )
     if part != SINGLE_PART:
         print(
-            f"part {args.part}: {_counts(report)}, {len(report.findings):,} findings; run without "
-            f"--part to report all"
+            f"part {args.part}: {_counts(report)}, {counted(len(report.findings), 'finding')}; run "
+            f"without --part to report all"
         )
         return report_unavailable(report.unavailable)
 
@@ -96,7 +97,7 @@ def handle(args: argparse.Namespace) -> int:
 
 
 def _counts(report: CheckReport) -> str:
-    return f"{report.samples:,} samples of {report.shards:,} shards"
+    return f"{counted(report.samples, 'sample')} of {counted(report.shards, 'shard')}"
 
 
 def _print_report(report: CheckReport, args: argparse.Namespace) -> None:

@@ -16,6 +16,7 @@ from data_pipeline.commands.options import (
 )
 from data_pipeline.common.commands import Subparsers, add_command
 from data_pipeline.common.json_file import write_json
+from data_pipeline.common.tables import counted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -107,7 +108,8 @@ def handle(args: argparse.Namespace) -> int:
     )
     if part != SINGLE_PART:
         print(
-            f"part {args.part}: {len(hashes):,} samples hashed; run without --part to compare all"
+            f"part {args.part}: {counted(len(hashes), 'sample')} hashed; run without --part to "
+            f"compare all"
         )
         return report_unavailable(hashes.unavailable)
 
@@ -126,7 +128,7 @@ def _print_counts(hashes: Hashes, groups: dict[Any, Groups]) -> None:
 
     unreadable = int((~hashes.has(READABLE)).sum())
     ignored = f", {unreadable:,} of them unreadable and ignored" if unreadable else ""
-    print(f"{len(hashes):,} samples{ignored}")
+    print(f"{counted(len(hashes), 'sample')}{ignored}")
 
     rows = []
     for criterion, result in groups.items():
@@ -207,4 +209,4 @@ def _html(
         more = paragraph(f"and {hidden:,} more") if hidden else ""
         parts.append(f'<div class="group">{flex_row(cards)}{more}</div>')
 
-    return html_page(f"{len(members):,} groups of duplicates by {args.by}", parts)
+    return html_page(f"{counted(len(members), 'group')} of duplicates by {args.by}", parts)

@@ -18,6 +18,7 @@ from data_pipeline.commands.options import (
 )
 from data_pipeline.common.commands import Subparsers, add_command
 from data_pipeline.common.errors import ConfigError
+from data_pipeline.common.tables import counted
 
 if TYPE_CHECKING:
     from data_pipeline.preparing.filtering import FilterReport
@@ -124,7 +125,10 @@ def handle(args: argparse.Namespace) -> int:
         work_dir=args.work_dir,
     )
     if part != SINGLE_PART:
-        print(f"part {args.part}: {report.samples:,} samples; run without --part to combine all")
+        print(
+            f"part {args.part}: {counted(report.samples, 'sample')}; run without --part to "
+            f"combine all"
+        )
         return report_unavailable(report.unavailable)
 
     _print_report(report)

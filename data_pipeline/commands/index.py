@@ -6,6 +6,7 @@ import argparse
 
 from data_pipeline.commands.options import add_parts, add_workers, workers_of
 from data_pipeline.common.commands import Subparsers, add_command
+from data_pipeline.common.tables import counted
 
 _EXAMPLES = """\
   vlmoe data index shards/
@@ -73,10 +74,12 @@ def handle_index(args: argparse.Namespace) -> None:
         args.shards, args.out, workers=workers_of(args), part=part, salvage=args.salvage
     )
 
-    summary = f"{len(manifest.shards):,} shards, {manifest.total_samples:,} samples"
+    summary = (
+        f"{counted(len(manifest.shards), 'shard')}, {counted(manifest.total_samples, 'sample')}"
+    )
     corrupt = sum(bool(shard.corruption) for shard in manifest.shards)
     if corrupt:
-        summary += f"; {corrupt:,} shards are corrupt, see `corruption` in the manifest"
+        summary += f"; {counted(corrupt, 'corrupt shard')}, see `corruption` in the manifest"
     if part == SINGLE_PART:
         print(f"{redact(join(manifest.url, MANIFEST_NAME))}: {summary}")
     else:

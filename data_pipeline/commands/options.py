@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from data_pipeline.common.errors import ConfigError
+from data_pipeline.common.tables import counted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -124,7 +125,7 @@ def report_unavailable(shards: Sequence[UnavailableShard]) -> int:
         print(f"  and {len(shards) - _MAX_LISTED:,} more")
     if shards:
         print(
-            f"{len(shards):,} shards are unavailable; none of their samples are counted or "
+            f"{counted(len(shards), 'shard')} unavailable, whose samples are neither counted nor "
             f"dropped. Fix the problems listed above and run the same command again (with "
             f"--work-dir, it reads only these shards)"
         )

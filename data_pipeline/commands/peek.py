@@ -8,6 +8,7 @@ import io
 from data_pipeline.commands.options import add_datasets, add_sample_keys, sample_keys
 from data_pipeline.common.commands import Subparsers, add_command
 from data_pipeline.common.errors import ConfigError
+from data_pipeline.common.tables import counted
 
 _EXAMPLES = """\
   vlmoe data peek shards/
@@ -101,10 +102,10 @@ def handle(args: argparse.Namespace) -> None:
 
     if args.out.endswith(".html"):
         cards = [sample_card(raw, keys, location, args.image_mode) for location, raw in samples]
-        data = html_page(f"{len(samples)} samples", [flex_row(cards)])
+        data = html_page(counted(len(samples), "sample"), [flex_row(cards)])
     else:
         buffer = io.BytesIO()
         contact_sheet(samples, keys, args.image_mode).save(buffer, "PNG")
         data = buffer.getvalue()
     storage.write_bytes(args.out, data)
-    print(f"{storage.redact(args.out)}: {len(samples)} samples")
+    print(f"{storage.redact(args.out)}: {counted(len(samples), 'sample')}")

@@ -17,6 +17,7 @@ from data_pipeline.commands.options import (
 )
 from data_pipeline.common.commands import Subparsers, add_command
 from data_pipeline.common.json_file import write_json
+from data_pipeline.common.tables import counted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -107,7 +108,10 @@ def handle(args: argparse.Namespace) -> int:
         work_dir=args.work_dir,
     )
     if part != SINGLE_PART:
-        print(f"part {args.part}: {stats.num_samples:,} samples; run without --part to combine all")
+        print(
+            f"part {args.part}: {counted(stats.num_samples, 'sample')}; run without --part to "
+            f"combine all"
+        )
         return report_unavailable(stats.unavailable)
 
     total = sum(manifest.total_samples for manifest in manifests)
@@ -129,7 +133,7 @@ def handle(args: argparse.Namespace) -> int:
 
 def _subset_note(stats: Stats, total: int, seed: int) -> str:
     if stats.num_samples == total:
-        return f"measured all {total:,} samples"
+        return f"measured all {counted(total, 'sample')}"
     return (
         f"measured {stats.num_samples:,} of {total:,} samples, chosen at random with --seed "
         f"{seed}; duplicates are counted among these (`vlmoe data dedup` compares all)"

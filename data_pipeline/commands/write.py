@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from data_pipeline.commands.options import add_parts, add_workers, workers_of
 from data_pipeline.common.commands import Subparsers, add_command
 from data_pipeline.common.errors import ConfigError
+from data_pipeline.common.tables import counted
 
 if TYPE_CHECKING:
     from data_pipeline.preparing.importers.records import Importer
@@ -194,7 +195,9 @@ def _print_result(result: WriteResult, args: argparse.Namespace) -> None:
 
     reused = f", {result.reused:,} of them already written" if result.reused else ""
     size = format_bytes(result.bytes)
-    summary = f"{result.shards:,} shards{reused}, {result.samples:,} samples, {size}"
+    summary = (
+        f"{counted(result.shards, 'shard')}{reused}, {counted(result.samples, 'sample')}, {size}"
+    )
     if result.manifest is None:
         print(
             f"part {args.part} of {redact(args.out)}: {summary}; run without --part to write the "

@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar, Union
 from data_pipeline.common.errors import ConfigError
 from data_pipeline.common.origins import Origins
 from data_pipeline.common.problems import Section, join_problems
+from data_pipeline.common.tables import counted
 from data_pipeline.common.yaml_file import apply_overrides, load_yaml, merge, parse_yaml, to_yaml
 
 __all__ = [
@@ -176,7 +177,9 @@ class _Converter:
             expected = list(item_types)
         else:
             return self.invalid(
-                path, f"expected a list of {len(item_types)}, found {len(value)} items: {value!r}"
+                path,
+                f"expected a list of {len(item_types)}, found {counted(len(value), 'item')}: "
+                f"{value!r}",
             )
         items = tuple(
             self.value(item_type, item, f"{path}[{i}]")

@@ -55,6 +55,12 @@ def format_count(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
+def counted(number: int, singular: str, plural: str = "") -> str:
+    """A number with its noun: `1 shard`, `2,000 shards`; `plural` is the singular with `s` unless
+    given."""
+    return f"{number:,} {singular if number == 1 else plural or singular + 's'}"
+
+
 def format_bytes(count: float) -> str:
     """A number of bytes with a binary unit, such as `4.2 MiB`."""
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
@@ -68,7 +74,7 @@ def truncate(text: str, limit: int) -> str:
     """At most `limit` characters of a text, followed by the number of omitted ones."""
     if len(text) <= limit:
         return text
-    return f"{text[:limit]} … ({len(text) - limit:,} more characters)"
+    return f"{text[:limit]} … ({counted(len(text) - limit, 'more character')})"
 
 
 def _widths(cells: Sequence[Sequence[str]]) -> list[int]:

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.common.errors import DataError
+from data_pipeline.common.tables import counted
 from data_pipeline.loading.ledger import CORRUPT, FILTERED, Record, rank_files, read_records
 from data_pipeline.order.micro_batches import micro_batch_positions
 from data_pipeline.order.order import Order
@@ -189,8 +190,9 @@ class _Checker:
             report.lost += lost.total()
             report.unexpected += unexpected.total()
             report.add_problem(
-                f"step {step}: {lost.total()} samples lost ({_first_few(sorted(lost))}), "
-                f"{unexpected.total()} unexpected ({_first_few(sorted(unexpected))})"
+                f"step {step}: {counted(lost.total(), 'sample')} lost "
+                f"({_first_few(sorted(lost))}), {unexpected.total()} unexpected "
+                f"({_first_few(sorted(unexpected))})"
             )
         elif not all(_is_in_order(record, rank, expected) for rank, record in records.items()):
             report.misplaced += 1

@@ -11,7 +11,7 @@ from typing import Any
 
 from data_pipeline.common.errors import DataError
 from data_pipeline.common.escaping import escape_control
-from data_pipeline.common.tables import format_table
+from data_pipeline.common.tables import counted, format_table
 from data_pipeline.loading.batch_samplers import TrainBatchSampler
 from data_pipeline.loading.sources import Source, make_order
 from data_pipeline.order.micro_batches import micro_batches_per_step
@@ -117,8 +117,9 @@ class SourceQuality:
     def text(self, window: int) -> str:
         """A table; `window` is the number of shards that are shuffled together."""
         return (
-            f"{escape_control(self.name)}: {self.samples:,} samples in {self.shards:,} shards, "
-            f"shuffle_window {window}, {self.batch:,} of them in a batch\n"
+            f"{escape_control(self.name)}: {counted(self.samples, 'sample')} in "
+            f"{counted(self.shards, 'shard')}, shuffle_window {window}, "
+            f"{self.batch:,} of them in a batch\n"
             f"{format_quality_table(self.shuffled, self.perfect)}"
         )
 

@@ -22,6 +22,7 @@ import numpy as np
 
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError
+from data_pipeline.common.tables import counted
 from data_pipeline.shards.manifest import Manifest
 
 logger = logging.getLogger(__name__)
@@ -164,7 +165,7 @@ def apply_drop_list(
         if row.samples and row.samples[-1] >= entry.samples:
             raise DataError(
                 f"{where} drops sample {row.samples[-1]} of {entry.name}, which has only "
-                f"{entry.samples} samples"
+                f"{counted(entry.samples, 'sample')}"
             )
 
         if row.samples:

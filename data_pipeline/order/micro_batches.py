@@ -7,6 +7,7 @@ follows from the number of ranks. All ranks are data-parallel.
 from __future__ import annotations
 
 from data_pipeline.common.errors import ConfigError
+from data_pipeline.common.tables import counted
 
 _MAX_SEARCHED = 1 << 20
 """Pairs per rank up to which a valid micro-batch size is searched for an error message."""
@@ -37,8 +38,8 @@ def micro_batches_per_step(global_batch_size: int, micro_batch_size: int, world_
         nearest = max(1, round(global_batch_size / round_size)) * round_size
         message = (
             f"batch.global_batch_size is {global_batch_size}, not a positive multiple of "
-            f"batch.micro_batch_size ({micro_batch_size}) x {world_size} ranks = {round_size}; "
-            f"use batch.global_batch_size={nearest}"
+            f"batch.micro_batch_size ({micro_batch_size}) x {counted(world_size, 'rank')} = "
+            f"{round_size}; use batch.global_batch_size={nearest}"
         )
         micro = _nearest_micro_batch_size(global_batch_size, micro_batch_size, world_size)
         raise ConfigError(

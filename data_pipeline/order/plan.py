@@ -22,6 +22,7 @@ import numpy as np
 
 from data_pipeline.common.errors import ConfigError
 from data_pipeline.common.seeds import rng
+from data_pipeline.common.tables import counted
 from data_pipeline.samples import SampleRef
 
 
@@ -98,8 +99,8 @@ class Plan:
         if self.samples_per_epoch < 1 or self._kept.min() < 0 or shuffle_window < 1:
             raise ConfigError(
                 f"a plan needs shards with samples and a shuffle_window of at least 1, got "
-                f"{len(self._sizes)} shards with {self.samples_per_epoch} samples and "
-                f"shuffle_window {shuffle_window}"
+                f"{counted(len(self._sizes), 'shard')} with "
+                f"{counted(self.samples_per_epoch, 'sample')} and shuffle_window {shuffle_window}"
             )
 
         self._nonempty = np.flatnonzero(self._kept)

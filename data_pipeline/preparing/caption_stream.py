@@ -10,6 +10,7 @@ from itertools import chain
 
 from data_pipeline.common.errors import DataError
 from data_pipeline.common.escaping import escape_control
+from data_pipeline.common.tables import counted
 from data_pipeline.content.captions import all_captions, check_caption_key
 from data_pipeline.preparing.shard_access import read_samples
 from data_pipeline.preparing.shard_map import ShardMap, UnavailableShard
@@ -67,7 +68,7 @@ def iter_captions(
         yield from content["captions"]
 
     if num_corrupt:
-        logger.warning("skipped %d corrupt samples of %d", num_corrupt, total)
+        logger.warning("skipped %s of %d", counted(num_corrupt, "corrupt sample"), total)
     if num_without:
         names = " or ".join(keys)
         logger.warning("%d samples of %d have no caption in %s", num_without, total, names)

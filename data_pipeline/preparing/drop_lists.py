@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from data_pipeline.common import storage
+from data_pipeline.common.tables import counted
 from data_pipeline.order.drop_list import make_drop_list, write_drop_list
 from data_pipeline.shards.manifest import Manifest
 
@@ -38,7 +39,8 @@ def write_drop_lists(
         ratio = drop_list.total_samples / max(1, manifest.total_samples)
         lines.append(
             f"{storage.redact(target)}: drops {drop_list.total_samples:,} of "
-            f"{manifest.total_samples:,} samples ({ratio:.2%}) of {storage.redact(manifest.url)}"
+            f"{counted(manifest.total_samples, 'sample')} ({ratio:.2%}) of "
+            f"{storage.redact(manifest.url)}"
         )
 
     return lines

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from data_pipeline.common.errors import ConfigError, DataError
+from data_pipeline.common.tables import counted
 from data_pipeline.preparing.tasks import ShardTask, sample_tasks, shard_tasks
 from data_pipeline.shards.manifest import Manifest, load_index
 
@@ -76,7 +77,7 @@ def _with_key(tasks: Sequence[ShardTask], key: str) -> list[ShardTask]:
         keys = load_index(task.manifest, task.entry).keys
         if key in keys:
             return [task._replace(samples=(keys.index(key),))]
-    raise DataError(f"no sample in {len(tasks)} shards has the key {key!r}")
+    raise DataError(f"no sample in {counted(len(tasks), 'shard')} has the key {key!r}")
 
 
 def _at_index(tasks: Sequence[ShardTask], index: int) -> list[ShardTask]:
@@ -87,7 +88,7 @@ def _at_index(tasks: Sequence[ShardTask], index: int) -> list[ShardTask]:
         remaining -= task.entry.samples
 
     total = sum(task.entry.samples for task in tasks)
-    raise ConfigError(f"--index {index}: out of range; there are {total:,} samples")
+    raise ConfigError(f"--index {index}: not below {counted(total, 'sample')}")
 
 
 def _first(tasks: Sequence[ShardTask], count: int) -> list[ShardTask]:

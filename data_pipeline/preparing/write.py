@@ -20,6 +20,7 @@ from data_pipeline.common import storage
 from data_pipeline.common.errors import ConfigError, DataError
 from data_pipeline.common.logs import Progress
 from data_pipeline.common.processes import SINGLE_PART, Part, map_in_processes
+from data_pipeline.common.tables import counted
 from data_pipeline.preparing.importers.records import (
     Ignored,
     Importer,
@@ -239,8 +240,8 @@ def _check_folder(plan: WritePlan) -> None:
     if existing.get("shards") and existing.get(SOURCE_FIELD) != _source_fingerprint(plan.source):
         raise DataError(
             f"{storage.redact(plan.out)} contains a dataset written from another source "
-            f"({len(existing['shards'])} shards, {existing.get('total_samples')} samples); use "
-            f"another --out, or replace it with --overwrite"
+            f"({counted(len(existing['shards']), 'shard')}); use another --out, or replace it with "
+            f"--overwrite"
         )
 
 
@@ -258,9 +259,8 @@ def _warn_about_other_shards(plan: WritePlan, written: set[str]) -> None:
     ]
     if others:
         logger.warning(
-            "%s contains %d other shards, such as %s, that are not in its manifest; delete them if "
-            "they are from an earlier write",
+            "%s contains %s not in its manifest, such as %s; delete what is from an earlier write",
             storage.redact(plan.out),
-            len(others),
+            counted(len(others), "shard"),
             others[0],
         )

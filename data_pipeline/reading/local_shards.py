@@ -9,6 +9,7 @@ from pathlib import Path
 
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError
+from data_pipeline.common.tables import counted
 from data_pipeline.shards.manifest import Manifest, ShardEntry
 
 logger = logging.getLogger(__name__)
@@ -70,8 +71,8 @@ def _missing_message(manifest: Manifest, entry: ShardEntry) -> str:
         if isinstance(error, FileNotFoundError):
             problem = "is missing"
         return (
-            f"shard {path} {problem}, but its manifest expects {entry.samples} samples in "
-            f"{entry.bytes} bytes there"
+            f"shard {path} {problem}, but its manifest expects {counted(entry.samples, 'sample')} "
+            f"in {entry.bytes} bytes there"
         )
 
     if size != entry.bytes:

@@ -28,6 +28,7 @@ from data_pipeline.common.errors import DataError, StorageError
 from data_pipeline.common.json_file import write_json
 from data_pipeline.common.object_store import REQUEST_SECONDS
 from data_pipeline.common.store_errors import ErrorKind
+from data_pipeline.common.tables import counted
 from data_pipeline.shards.index_cache import RemoteIndex, open_cached, read_index
 from data_pipeline.shards.shard_entry import ShardEntry, make_entry
 from data_pipeline.shards.shard_index import ShardIndex
@@ -159,8 +160,9 @@ def parse_manifest(data: bytes, folder: str, where: str) -> Manifest:
     manifest = Manifest(url=folder, base=base, shards=entries, metadata=metadata)
     if manifest.total_samples != total or not total:
         raise DataError(
-            f"{where} has total_samples {total}, but its {len(entries)} shards have "
-            f"{manifest.total_samples} samples; {remedy}"
+            f"{where} has total_samples {total}, but lists "
+            f"{counted(manifest.total_samples, 'sample')} in {counted(len(entries), 'shard')}; "
+            f"{remedy}"
         )
     return manifest
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError, StorageError
 from data_pipeline.common.processes import SINGLE_PART, Part, map_in_processes
+from data_pipeline.common.tables import counted
 from data_pipeline.shards.manifest import (
     Manifest,
     ShardEntry,
@@ -200,9 +201,8 @@ def _warn_of_old_shards(folder: str, names: set[str]) -> None:
     old = [name for name in files if pattern.fullmatch(name) and name not in names]
     if old:
         logger.warning(
-            "%s also contains %d older shards, from %s on, that are not part of this dataset; "
-            "remove them and their indices",
+            "%s also contains %s, from %s on, not part of this dataset; remove each with its index",
             storage.redact(folder),
-            len(old),
+            counted(len(old), "older shard"),
             old[0],
         )

@@ -31,7 +31,7 @@ from pretrain.parallel.errors import CheckpointError
 logger = logging.getLogger(__name__)
 
 _HOW_TO_MATCH = {
-    "world_size": "start the run with {value} ranks",
+    "world_size": "start the run with a world size of {value}",
     "expert_parallel_size": "set parallel.expert_parallel_size={value}",
     "zero_stage": "set parallel.deepspeed to a profile with ZeRO stage {value}",
     "precision": "set precision.compute={value}",

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.common.tables import counted
 from pretrain.checkpoint.files import (
     FileRecord,
     fsync_folder,
@@ -158,7 +159,7 @@ class _SaveAttempt:
             previous = _describe_previous(self._root)
         # Also ensures that the folder is removed before any rank continues.
         previous = self._communicator.all_gather_json(previous)[0]
-        others = f" (and {len(problems) - 1} more ranks failed)" if len(problems) > 1 else ""
+        others = f" ({counted(len(problems) - 1, 'more rank')} failed)" if len(problems) > 1 else ""
         raise CheckpointError(
             f"checkpoint of step {self._step} was not saved: {problems[0]}{others}. {previous}"
         ) from self._cause

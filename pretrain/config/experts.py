@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from data_pipeline.common.problems import Problems
+from data_pipeline.common.tables import counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +96,8 @@ class MoEConfig:
         found, num_text_experts = Problems(self, "moe"), self.num_experts - self.num_image_experts
         found.require(
             self.pools == "shared" or min(self.num_image_experts, num_text_experts) >= self.top_k,
-            f"moe.pools is modality with {self.num_image_experts} experts for patches and "
-            f"{num_text_experts} for text; each pool needs at least moe.top_k ({self.top_k})",
+            f"moe.pools is modality with {counted(self.num_image_experts, 'expert')} for patches "
+            f"and {num_text_experts} for text; each pool needs at least moe.top_k ({self.top_k})",
         )
         found.require(
             self.pools == "modality" or self.image_experts == 0,

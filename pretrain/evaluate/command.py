@@ -12,6 +12,7 @@ from data_pipeline.common.addresses import userinfo_problems
 from data_pipeline.common.errors import ConfigError, DataError
 from data_pipeline.common.json_file import write_json
 from data_pipeline.common.problems import join_problems
+from data_pipeline.common.tables import counted
 from data_pipeline.loading.batch_spec import BatchSpec
 from data_pipeline.loading.loader import read_all
 from data_pipeline.samples import Batch
@@ -71,7 +72,7 @@ def evaluate_sets(trained: TrainedModel, sets: Sequence[EvalSet]) -> dict[str, d
             caption_samples=trained.run.eval.caption_samples,
             labels=read_labels(eval_set.labels) if eval_set.labels else (),
         )
-        logger.info("evaluating %s: %d pairs", eval_set.name, manifest.total_samples)
+        logger.info("evaluating %s: %s", eval_set.name, counted(manifest.total_samples, "pair"))
         with evaluation_mode(trained.model):
             results[eval_set.name] = evaluator.evaluate_set(read_set(trained, manifest), options)
     return results

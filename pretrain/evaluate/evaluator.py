@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from data_pipeline.common.errors import DataError
 from data_pipeline.common.logs import Progress
 from data_pipeline.common.seeds import rng
+from data_pipeline.common.tables import counted
 from data_pipeline.content.captions import hash_caption
 from data_pipeline.content.tokenizer import Tokenizer
 from data_pipeline.samples import Batch
@@ -111,7 +112,8 @@ class Evaluator:
             inputs += caption_inputs(batch)
             problems.update(problem.reason for problem in batch.problems)
         if problems:
-            logger.warning("skipped %d corrupt samples: %s", problems.total(), dict(problems))
+            number = counted(problems.total(), "corrupt sample")
+            logger.warning("skipped %s: %s", number, dict(problems))
         captions = self._generate_with_progress(inputs, name)
         return captions.to_json() | {"corrupt_samples": problems.total()}
 
@@ -171,9 +173,8 @@ class Evaluator:
                 f"evaluation set {options.name!r}: all samples are corrupt: {reasons or 'none'}"
             )
         if problems:
-            logger.warning(
-                "%s: skipped %d corrupt samples: %s", options.name, problems.total(), reasons
-            )
+            number = counted(problems.total(), "corrupt sample")
+            logger.warning("%s: skipped %s: %s", options.name, number, reasons)
         return _Pass(torch.cat(images_ND), captions, token_counts, problems, inputs)
 
     def _retrieve(
@@ -222,9 +223,9 @@ def distinct_texts(
     missing = [caption for caption in captions if hash_caption(caption) not in index_of_hash]
     if missing:
         raise DataError(
-            f"{len(set(missing))} captions of {name!r} are not among its {len(texts)} labels, such "
-            f"as {missing[0]!r}; add them to the labels file, or omit the file to rank against the "
-            "captions of the set"
+            f"the {counted(len(texts), 'label')} of {name!r} do not include "
+            f"{counted(len(set(missing)), 'caption')} of it, such as {missing[0]!r}; add them to "
+            f"the labels file, or omit the file to rank against the captions of the set"
         )
     return texts, [index_of_hash[hash_caption(caption)] for caption in captions]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from data_pipeline.common.tables import format_table
+from data_pipeline.common.tables import counted, format_table
 from pretrain.evaluate.captions import same_caption
 from pretrain.evaluate.retrieval import RECALL_AT
 
@@ -28,7 +28,7 @@ def format_examples(result: Mapping[str, Any]) -> str:
 
 
 def _set_lines(name: str, result: Mapping[str, Any]) -> list[str]:
-    head = f"{name}: {result['images']:,} images, {result['texts']:,} texts"
+    head = f"{name}: {counted(result['images'], 'image')}, {counted(result['texts'], 'text')}"
     recalls = [
         ("  image to text", result["image_to_text"]),
         ("    chance", result["chance"]),
@@ -43,5 +43,5 @@ def _set_lines(name: str, result: Mapping[str, Any]) -> list[str]:
         f"(of {result['caption_samples']}), {result['caption_token_accuracy']:.1f} % of tokens",
     ]
     if result["corrupt_samples"]:
-        lines.append(f"  skipped: {result['corrupt_samples']} corrupt samples")
+        lines.append(f"  skipped: {counted(result['corrupt_samples'], 'corrupt sample')}")
     return lines

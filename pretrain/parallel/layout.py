@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from data_pipeline.common.tables import counted
 from pretrain.parallel.errors import LayoutError
 
 
@@ -31,10 +32,10 @@ class Layout:
     def __post_init__(self) -> None:
         if self.world_size % self.expert_parallel_size:
             raise LayoutError(
-                f"{self.world_size} ranks were started, but parallel.expert_parallel_size is "
-                f"{self.expert_parallel_size}: the ranks cannot be split into groups of that size; "
-                f"start a multiple of {self.expert_parallel_size} ranks or change "
-                f"parallel.expert_parallel_size"
+                f"the run was started with {counted(self.world_size, 'rank')}, but "
+                f"parallel.expert_parallel_size is {self.expert_parallel_size}: ranks cannot be "
+                f"split into groups of that size; start a multiple of {self.expert_parallel_size} "
+                f"ranks or change parallel.expert_parallel_size"
             )
         if self.num_experts % self.expert_parallel_size:
             raise LayoutError(

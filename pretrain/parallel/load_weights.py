@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from data_pipeline.common.tables import counted
 from pretrain.model.vision_language import VisionLanguageModel
 from pretrain.parallel.errors import CheckpointError
 from pretrain.parallel.tensor_names import BIAS_SUFFIX
@@ -21,7 +22,7 @@ def load_buffers(model: VisionLanguageModel, tensors: Mapping[str, Tensor]) -> N
     unexpected = sorted(n for n in tensors if n.endswith(BIAS_SUFFIX) and n not in buffers)
     if unexpected:
         raise CheckpointError(
-            f"the checkpoint has expert biases in {len(unexpected)} layers, such as "
+            f"the checkpoint has expert biases in {counted(len(unexpected), 'layer')}, such as "
             f"{unexpected[0]!r}, but this run's model has none there; without them tokens would be "
             f"routed to other experts. Set balance.bias and balance.bias_per_modality as in "
             f"config.yaml of the run folder, or use another run folder"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.common.config import to_mapping
-from data_pipeline.common.tables import format_rows, format_table
+from data_pipeline.common.tables import counted, format_rows, format_table
 from pretrain.config.schema import RunConfig
 
 
@@ -22,7 +22,7 @@ def format_plan(run: RunConfig, plan: dict[str, Any]) -> str:
         *_training_lines(run, plan),
         (
             "layout",
-            f"{_count(plan['layout']['world_size'], 'rank')}; {_layout(plan['layout'])}",
+            f"{counted(plan['layout']['world_size'], 'rank')}; {_layout(plan['layout'])}",
         ),
         ("precision", run.precision.compute),
         (
@@ -56,14 +56,14 @@ def _training_lines(run: RunConfig, plan: dict[str, Any]) -> list[tuple[str, str
         (
             "batch",
             f"{batch['global_batch_size']:,} pairs per step = {batch['micro_batch_size']:,} per "
-            f"micro-batch x {_count(batch['data_parallel_size'], 'rank')} x "
-            f"{_count(batch['accumulation_steps'], 'accumulation step')}",
+            f"micro-batch x {counted(batch['data_parallel_size'], 'rank')} x "
+            f"{counted(batch['accumulation_steps'], 'accumulation step')}",
         ),
         (
             "schedule",
-            f"{schedule['total_steps']:,} steps, {_short(schedule['total_pairs'])} pairs, "
+            f"{counted(schedule['total_steps'], 'step')}, {_short(schedule['total_pairs'])} pairs, "
             f"{_short(schedule['total_flops'])} FLOPs; {run.schedule.kind}, peak lr "
-            f"{run.optim.lr:g}, {run.schedule.warmup_steps:,} warmup steps",
+            f"{run.optim.lr:g}, {counted(run.schedule.warmup_steps, 'warmup step')}",
         ),
     ]
 
@@ -78,7 +78,8 @@ def _routing_lines(run: RunConfig) -> list[tuple[str, str]]:
 
     routing = [f"{moe.score_func} scores", f"{moe.routing} routing"]
     routing += ["renormalized" if normalized else "raw weights", capacity]
-    routing += [f"{moe.num_image_experts} experts for patches"] if moe.pools == "modality" else []
+    if moe.pools == "modality":
+        routing.append(f"{counted(moe.num_image_experts, 'expert')} for patches")
     routing += ["router reads the caption"] if moe.router_input == "caption" else []
     return [
         (
@@ -148,19 +149,15 @@ def _relative_path(path: str) -> str:
 def _layout(layout: dict[str, Any]) -> str:
     """How the experts are distributed over the ranks."""
     size, world_size = layout["expert_parallel_size"], layout["world_size"]
-    copies = _count(layout["expert_copies"], "copy", "copies")
+    copies = counted(layout["expert_copies"], "copy", "copies")
     if size == 1:
         return f"every rank holds all experts ({copies})"
     groups = [f"{first}-{first + size - 1}" for first in range(0, world_size, size)]
     shown = ", ".join(groups if len(groups) <= 4 else [*groups[:2], "...", groups[-1]])
     return (
-        f"{_count(layout['experts_per_rank'], 'expert')} of each layer per rank, {copies} of the "
+        f"{counted(layout['experts_per_rank'], 'expert')} of each layer per rank, {copies} of the "
         f"experts, on ranks {shown}"
     )
-
-
-def _count(number: int, singular: str, plural: str = "") -> str:
-    return f"{number:,} {singular if number == 1 else plural or singular + 's'}"
 
 
 def _short(number: float) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from data_pipeline.common.errors import DataError
 from data_pipeline.common.logs import log_to_file, setup_logging
+from data_pipeline.common.tables import counted
 from data_pipeline.content.tokenizer import Tokenizer
 from data_pipeline.loading.sources import Source, data_fingerprint
 from data_pipeline.reading.local_shards import check_local_shards
@@ -146,29 +147,29 @@ def check_same_on_all_ranks(communicator: Communicator, data: str, tokenizer: st
 
 def _log_sources(run: RunConfig, world_size: int, sources: Sequence[Source]) -> None:
     logger.info(
-        "%s: %d ranks, %d pairs in %d sources",
+        "%s: %s, %s in %s",
         run.name,
-        world_size,
-        sum(s.samples for s in sources),
-        len(sources),
+        counted(world_size, "rank"),
+        counted(sum(s.samples for s in sources), "pair"),
+        counted(len(sources), "source"),
     )
     for source in sources:
         corrupt = [shard for shard in source.manifest.shards if shard.corruption]
         if corrupt:
             logger.warning(
-                "%s: %d shards were corrupt when they were indexed, and some of their samples are "
-                "missing; the first is %s: %s",
+                "%s: some samples of %s are missing because of corruption before indexing; the "
+                "first is %s: %s",
                 source.name,
-                len(corrupt),
+                counted(len(corrupt), "shard"),
                 corrupt[0].name,
                 corrupt[0].corruption,
             )
     for source in sources if len(sources) > 1 else ():
         logger.info(
-            "  %s: %d pairs in %d shards, %s",
+            "  %s: %s in %s, %s",
             source.name,
-            source.samples,
-            len(source.manifest.shards),
+            counted(source.samples, "pair"),
+            counted(len(source.manifest.shards), "shard"),
             _describe_weight(source),
         )
 

@@ -7,6 +7,7 @@ import shlex
 import time
 from dataclasses import replace
 
+from data_pipeline.common.tables import counted
 from data_pipeline.content.tokenizer import TokenizerError
 from data_pipeline.loading.ledger import Ledger
 from data_pipeline.loading.loader import Loader
@@ -196,9 +197,8 @@ def _resume(components: TrainComponents) -> TrainState:
         )
     state = TrainState.from_json(resumed.state_json["train"])
     set_random_state(resumed.rank_state["random"])
-    logger.info(
-        "resumed from %s: step %d, %d pairs seen", resumed.path, state.step, state.samples_seen
-    )
+    pairs = counted(state.samples_seen, "pair")
+    logger.info("resumed from %s: step %d, %s seen", resumed.path, state.step, pairs)
     return state
 
 

@@ -21,13 +21,13 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
             "batch.global_batch_size=7",
             (
                 "batch.global_batch_size is 7",
-                "batch.micro_batch_size (4) x 1 ranks",
+                "batch.micro_batch_size (4) x 1 rank ",
                 "batch.global_batch_size=8, or batch.micro_batch_size=1",
             ),
         ),
         (
             "parallel.expert_parallel_size=8",
-            ("parallel.expert_parallel_size is 8", "4 experts", "at most 1 with 1 ranks"),
+            ("parallel.expert_parallel_size is 8", "4 experts", "at most 1 with 1 rank"),
         ),
         ("parallel.expert_parallel_size=3", ("does not divide moe.num_experts (4)", "1, 2, 4")),
         ("data.train=[]", ("data.train is empty", "manifests")),

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_pipeline.common.errors import DataError
+from data_pipeline.common.tables import counted
 from tools.quickstart_data.sources import Package
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ def fetch(packages: Sequence[Package], folder: Path) -> dict[Package, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     missing = [package for package in packages if not _is_valid(folder / package.filename, package)]
     if missing:
-        logger.info("downloading %d packages with npm", len(missing))
+        logger.info("downloading %s with npm", counted(len(missing), "package"))
         with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-") as temporary:
             _npm_pack(missing, Path(temporary))
             for package in missing:

@@ -21,6 +21,7 @@ import numpy as np
 
 from data_pipeline.common.errors import DataError
 from data_pipeline.common.logs import Progress
+from data_pipeline.common.tables import counted
 from tools.quickstart_data import chunk_store
 from tools.quickstart_data.collect import Drawing
 
@@ -74,7 +75,9 @@ def render_all(
         images |= {key: data for key, data in rendered[index].items() if data}
     if blank := [drawing.key for drawing in drawings if drawing.key not in images]:
         logger.warning(
-            "excluded %d drawings without visible pixels: %s", len(blank), ", ".join(blank)
+            "excluded %s without visible pixels: %s",
+            counted(len(blank), "drawing"),
+            ", ".join(blank),
         )
     return images
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from data_pipeline.common.tables import counted
 from pretrain.config.checks.layout import divisors
 from pretrain.config.schema import RunConfig
 
@@ -37,7 +38,7 @@ def balance_problems(run: RunConfig) -> Iterator[str]:
         if target > pool_size:
             yield (
                 f"balance.global_entropy_experts.{modality} is {target:g}, more than the "
-                f"{pool_size} experts for this modality"
+                f"{counted(pool_size, 'expert')} for this modality"
             )
     if run.balance.load_weight and not run.moe.uses_noise:
         yield (

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from data_pipeline.common.errors import ConfigError
+from data_pipeline.common.tables import counted
 from pretrain.config.batch import plan_batch
 from pretrain.config.schema import RunConfig
 
@@ -41,8 +42,9 @@ def _expert_parallel_problems(run: RunConfig, world_size: int) -> Iterator[str]:
     setting = f"parallel.expert_parallel_size is {size}"
     if size > num_experts:
         yield (
-            f"{setting}: more ranks than the {num_experts} experts (moe.num_experts); use at most "
-            f"{_max_divisor(num_experts, world_size)} with {world_size} ranks"
+            f"{setting}: more ranks than the {counted(num_experts, 'expert')} (moe.num_experts); "
+            f"use at most {_max_divisor(num_experts, world_size)} with "
+            f"{counted(world_size, 'rank')}"
         )
     else:
         if num_experts % size:

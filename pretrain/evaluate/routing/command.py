@@ -13,6 +13,7 @@ import numpy as np
 from data_pipeline.common import storage
 from data_pipeline.common.errors import ConfigError, DataError
 from data_pipeline.common.json_file import write_json
+from data_pipeline.common.tables import counted
 from data_pipeline.samples import Batch
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.run_indexing import open_manifest
@@ -79,27 +80,28 @@ def routing_command(
     manifest = open_manifest(address)
     indices = sample_indices(label, manifest.total_samples, samples)
     logger.info("routing %d of the %d pairs of %s", len(indices), manifest.total_samples, label)
-    counted = count(trained, read_set(trained, manifest, indices), patches=patches)
-    if not counted.counts.pairs:
-        reasons = dict(counted.problems)
-        raise DataError(f"none of the {len(indices)} samples of {address} could be read: {reasons}")
+    result = count(trained, read_set(trained, manifest, indices), patches=patches)
+    if not result.counts.pairs:
+        reasons = dict(result.problems)
+        wanted = counted(len(indices), "sample")
+        raise DataError(f"{address}: none of {wanted} could be read: {reasons}")
 
     report = {
         "run": str(run_dir),
         "step": trained.step,
         "set": label,
         "shards": address,
-        "corrupt_samples": counted.problems.total(),
-    } | routing_report(counted.counts, counted.words, run.moe, blocks)
+        "corrupt_samples": result.problems.total(),
+    } | routing_report(result.counts, result.words, run.moe, blocks)
     images = read_images(trained, manifest, report)
     title = f"Routing of {run_dir} at step {trained.step:,} on {label}"
-    grids = all_grids(counted.counts, run)
+    grids = all_grids(result.counts, run)
     page = routing_page(report, grids, images, patch_size=run.model.patch_size, title=title)
     folder = out or run_dir / "routing"
     # Before printing: with `| head`, the program ends while it prints.
     _write(folder, report, grids, page)
     print(
-        f"{title}: {counted.counts.pairs:,} pairs\n\n{routing_table(report)}\n\n"
+        f"{title}: {counted(result.counts.pairs, 'pair')}\n\n{routing_table(report)}\n\n"
         f"wrote {folder}/routing.html, routing.png and routing.json"
     )
     return report
@@ -144,7 +146,8 @@ def count(trained: TrainedModel, batches: Iterable[Batch], *, patches: int = 4) 
             model(images, ids, lengths, model.token_batch(ids, positions))
             counts.add(records, word_indices(vocabulary, batch), batch.ids.numpy())
     if problems:
-        logger.warning("skipped %d corrupt samples: %s", problems.total(), dict(problems))
+        number = counted(problems.total(), "corrupt sample")
+        logger.warning("skipped %s: %s", number, dict(problems))
     return Counted(counts, vocabulary.words, problems)
 
 

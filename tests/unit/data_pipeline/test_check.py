@@ -12,7 +12,7 @@ from data_pipeline.common.processes import map_in_processes
 from data_pipeline.order.drop_list import apply_drop_list, read_drop_list
 from data_pipeline.preparing.check import check
 from data_pipeline.sample_keys import SampleKeys
-from data_pipeline.shards.manifest import Manifest, load_index, load_manifest
+from data_pipeline.shards.manifest import load_index, load_manifest
 from data_pipeline.shards.writer import write_shards
 from tests.support.corruption import flip_bit, sample_offset, shard_path
 from tests.support.data_commands import run_data_command

@@ -118,7 +118,7 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
         ({"inner": 3}, "inner", ["section", "found 3"]),
         ({"inner": {"steps": 0}}, "inner.steps", ["is 0", "at least 1"]),
         ({"title": 3}, "title", ["string", "found 3", "quotes"]),
-        ({"pair": [1]}, "pair", ["list of 2", "found 1 items: [1]"]),
+        ({"pair": [1]}, "pair", ["list of 2", "found 1 item: [1]"]),
         ({"names": "a"}, "names", ["list", "found 'a'", "write it as ['a']"]),
         ({"names": ["a", 1]}, "names[1]", ["string", "found 1", "quotes"]),
         ({"limit": "many"}, "limit", ["integer or null", "found 'many'"]),

@@ -137,13 +137,13 @@ def put(records: list[Record], step: int, index: int, sample: int) -> list[Recor
 @pytest.mark.parametrize(
     ("change", "lost", "unexpected", "message"),
     [
-        (lambda r: put(r, 1, 3, 27), 1, 1, r"step 2: 1 samples lost \(\d+\), 1 unexpected \(27\)"),
-        (lambda r: put(r, 1, 3, int(r[1].ids[4])), 1, 1, "step 2: 1 samples lost"),
+        (lambda r: put(r, 1, 3, 27), 1, 1, r"step 2: 1 sample lost \(\d+\), 1 unexpected \(27\)"),
+        (lambda r: put(r, 1, 3, int(r[1].ids[4])), 1, 1, "step 2: 1 sample lost"),
         (
             lambda r: [r[0], r[1]._replace(samples=r[1].samples[:-1]), r[2]],
             1,
             0,
-            "step 2: 1 samples lost",
+            "step 2: 1 sample lost",
         ),
         (
             lambda r: [r[0], r[1]._replace(samples=np.append(r[1].samples, 3)), r[2]],

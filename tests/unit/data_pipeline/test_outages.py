@@ -56,7 +56,7 @@ def test_missing_shard_is_reported_and_read_later(
         (tmp_path / "data" / missing).rename(tmp_path / "moved")
         assert run_data_command(*arguments) == 1
         out = capsys.readouterr().out
-        assert "unavailable" in out and "shard-000001.tar: " in out and "1 shards" in out
+        assert "unavailable" in out and "shard-000001.tar: " in out and "1 shard unavailable" in out
         assert len(files_in(work_dir)) == 2
         if writes_drop_list:
             assert num_dropped(drop_list) == 0

@@ -14,6 +14,7 @@ from data_pipeline.common.errors import StorageError
 from data_pipeline.common.escaping import escape_control
 from data_pipeline.common.json_file import write_json
 from data_pipeline.common.tables import (
+    counted,
     format_bytes,
     format_rows,
     format_table,
@@ -31,6 +32,11 @@ def file_size_limit(max_bytes: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_count_has_its_noun_in_singular_or_plural() -> None:
+    assert [counted(n, "shard") for n in (0, 1, 2)] == ["0 shards", "1 shard", "2 shards"]
+    assert [counted(n, "copy", "copies") for n in (1, 2000)] == ["1 copy", "2,000 copies"]
 
 
 def test_format_table() -> None:

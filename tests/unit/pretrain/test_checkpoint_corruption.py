@@ -68,7 +68,7 @@ def test_other_world_size_is_an_error_on_every_rank(tmp_path: Path) -> None:
     errors = world.run(lambda rank: load(FakeEngine(world, rank, expert_parallel_size=1), path))
     assert str(errors[0]) == str(errors[1])
     assert "world_size 1 (now 2)" in str(errors[0])
-    assert "start the run with 1 ranks" in str(errors[0])
+    assert "start the run with a world size of 1" in str(errors[0])
 
 
 def modify_meta(path: Path) -> None:

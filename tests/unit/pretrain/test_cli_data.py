@@ -104,4 +104,4 @@ def test_captions_of_corrupt_samples_are_skipped(
     captions = list(iter_captions([manifest], ["txt"]))
     assert captions == [f"a red bird number {i}" for i in (0, 2, 3, 4, 5)]
     assert "k1" in caplog.text and "crc-mismatch" in caplog.text
-    assert "1 corrupt samples of 6" in caplog.text
+    assert "1 corrupt sample of 6" in caplog.text

@@ -157,7 +157,7 @@ def test_a_caption_that_is_not_among_the_labels_is_an_error(
 ) -> None:
     labels = tmp_path / "labels.txt"
     labels.write_text("a caption of nothing\n")
-    with pytest.raises(DataError, match="1 labels"):
+    with pytest.raises(DataError, match="1 label "):
         eval_command(folder.path, [str(shapes.folder)], str(labels), json_path=None)
 
 

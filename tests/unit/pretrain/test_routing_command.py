@@ -183,7 +183,7 @@ def test_other_shards_with_corrupt_samples(tmp_path: Path, shapes: ShapeDataset)
     assert "<script" not in (out / "routing.html").read_text()
 
     write_shards([samples[1]], tmp_path / "corrupt")
-    with pytest.raises(DataError, match=r"1 samples .*'corrupt-image': 1"):
+    with pytest.raises(DataError, match=r"none of 1 sample .*'corrupt-image': 1"):
         routing_command(tmp_path / "run", shards=str(tmp_path / "corrupt"))
 
 

@@ -13,8 +13,8 @@ from tools.quickstart import MAX_STEPS, choose_steps, schedule_settings
 @pytest.mark.parametrize(
     ("minutes", "seconds_per_step", "steps", "logged"),
     [
-        (9.3, 0.5, 1116, ["0.50 s per step", "1116 steps fit", "9.3", "about 9.3 minutes"]),
-        (9.3, 0.1, MAX_STEPS, ["0.10 s", "5580 steps fit", "at most 2400", "about 4.0 minutes"]),
+        (9.3, 0.5, 1116, ["0.50 s per step", "1,116 steps fit", "9.3", "about 9.3 minutes"]),
+        (9.3, 0.1, MAX_STEPS, ["0.10 s", "5,580 steps fit", "at most 2,400", "about 4.0 minutes"]),
         (0.01, 2.0, 1, ["2.00 s", "0 steps fit", "for 1 step"]),
     ],
 )
