@@ -174,19 +174,19 @@ def test_batch_reader_closes_the_thread_and_all_files(shards: WebShards) -> None
     reader.read(0, refs)
     wait_until(lambda: cached_shards(store) == {0})
     reader.read(0, refs)  # from the copy
-    assert has_fetch_ahead_thread() and open_shards()
+    assert has_fetch_ahead_thread() and open_copies(shards)
     reader.close()
-    assert not has_fetch_ahead_thread() and not open_shards()
+    assert not has_fetch_ahead_thread() and not open_copies(shards)
 
 
 def has_fetch_ahead_thread() -> bool:
     return "fetch-ahead" in {thread.name for thread in threading.enumerate()}
 
 
-def open_shards() -> list[str]:
-    """Paths of the shards that this process has open."""
-    links = [os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")]
-    return [path for path in links if path.endswith(".tar")]
+def open_copies(shards: WebShards) -> list[Path]:
+    """The files of the cache that this process has open."""
+    links = [Path(f"/proc/self/fd/{fd}").resolve() for fd in os.listdir("/proc/self/fd")]
+    return [path for path in links if path.is_relative_to(shards.cache / "shards")]
 
 
 def copy_and_read(url: str, cache: Path, keys) -> None:  # type: ignore[no-untyped-def]
