@@ -60,10 +60,10 @@ class SampleRows:
             DataError: It is neither a file nor a folder (slug `unsupported-tar`), or its name
                 occurs twice in a sample; only if strict.
         """
-        if rule := ignoring_rule(member):
-            self.ignored[rule] += 1
-            return
         key, extension = split_name(member.name)
+        if not key or member.kind in (FOLDER, LABEL):
+            self.ignored[_ignoring_rule(member)] += 1
+            return
         if key != self._key:
             self._close_sample()
             self._key, self._offset, self._end, self._crc = key, member.start, member.start, 0
@@ -156,12 +156,10 @@ class SampleRows:
         return rows, _count_lost(lost, self._reasons)
 
 
-def ignoring_rule(member: TarMember) -> str:
-    """Why a member belongs to no sample; empty if it belongs to one."""
+def _ignoring_rule(member: TarMember) -> str:
+    """Why a member belongs to no sample."""
     if member.kind in (FOLDER, LABEL):
         return member.kind
-    if split_name(member.name)[0]:
-        return ""
     base = member.name.rpartition("/")[2]
     if base.startswith("."):
         return "hidden file"

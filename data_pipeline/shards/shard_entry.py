@@ -35,7 +35,7 @@ class ShardEntry:
             if not parts or ".." in parts or name.startswith("/") or "://" in name or "\0" in name:
                 raise DataError(f"the shard name {name!r} is not a path in the manifest's folder")
         are_integers = all(type(count) is int for count in (self.samples, self.bytes))
-        if not are_integers or self.samples < 0 or self.bytes <= 0:
+        if not are_integers or self.samples < 0 or self.bytes < min(self.samples, 1):
             raise DataError(f"shard {self.name!r} has {self.samples} samples in {self.bytes} bytes")
         for digest in (self.sha256, self.index_sha256):  # used in file names of the cache
             if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):

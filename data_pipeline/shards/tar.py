@@ -190,13 +190,15 @@ def _next_member(
     what = _KINDS.get(kind, f"member of the unknown type {kind!r}")
     if what == FILE and name.endswith("/"):
         what = FOLDER
-    if any(key.startswith(_SPARSE_PREFIX) for key in records):
+    if records and any(key.startswith(_SPARSE_PREFIX) for key in records):
         what, name = "sparse file", records.get("GNU.sparse.name", name)
     size = 0 if kind in _WITHOUT_CONTENTS else int(records.get("size", size))
     data = _after_sparse_map(read, header, position) if kind == b"S" else position + BLOCK
     end = _end_of(data, size, position, total_bytes, where)
+    if kind not in b"12":
+        return TarMember(name, start, data, size, end, what)
     target = records.get("linkpath") or long_target or header_text(header[157:257])
-    return TarMember(name, start, data, size, end, what, target if "link" in what else "")
+    return TarMember(name, start, data, size, end, what, target)
 
 
 def _member_records(records: dict[str, str]) -> list[str]:

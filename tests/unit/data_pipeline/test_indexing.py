@@ -226,6 +226,14 @@ def test_all_corrupt_shards_are_listed_and_the_others_indexed(
         index_shards(str(folder))
 
 
+def test_salvage_continues_after_a_shard_of_0_bytes(tmp_path: Path, written: Manifest) -> None:
+    truncate(tmp_path / "data" / "shard-000000.tar", 0)
+    manifest = index_shards(str(tmp_path / "data"), salvage=True)
+    assert [shard.samples for shard in manifest.shards] == [0, 7, 7]
+    assert "ends after 0 bytes" in manifest.shards[0].corruption
+    assert load_manifest(tmp_path / "data") == manifest
+
+
 def test_single_corrupt_or_missing_shard(tmp_path: Path, written: Manifest) -> None:
     truncate(tmp_path / "data" / "shard-000000.tar", 3000)
     with pytest.raises(DataError, match=r"shard-000000.tar.*truncated"):
