@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 
 from data_pipeline.commands import add_all, tokenizer
+from data_pipeline.common.commands import (
+    CommandParser,
+    escape_unencodable_output,
+    print_error,
+)
 from data_pipeline.common.errors import VlmError
 from data_pipeline.common.logs import setup_logging
 
 
 def main() -> int:
     """Run one command; returns the exit status, which is 2 for a `VlmError`."""
-    parser = argparse.ArgumentParser(
+    escape_unencodable_output()
+    parser = CommandParser(
         prog="python -m data_pipeline",
         allow_abbrev=False,
         description="Create, check and inspect WebDataset shards of image-text pairs.",
@@ -25,7 +30,7 @@ def main() -> int:
     try:
         return int(args.handle(args) or 0)
     except VlmError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(str(error))
         return 2
 
 

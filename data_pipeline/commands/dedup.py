@@ -12,6 +12,7 @@ from data_pipeline.commands.options import (
     add_workers,
     report_unavailable,
     sample_keys,
+    shown,
     workers_of,
 )
 from data_pipeline.common.commands import Subparsers, add_command
@@ -161,7 +162,7 @@ def _write_files(
         write_json(args.json, content)
     if args.html:
         storage.write_bytes(args.html, _html(args, hashes, groups, manifests))
-        print(storage.redact(args.html))
+        print(shown(args.html))
 
 
 def _groups_json(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from data_pipeline.commands.options import add_parts, add_workers, workers_of
+from data_pipeline.commands.options import add_parts, add_workers, shown, workers_of
 from data_pipeline.common.commands import Subparsers, add_command
 from data_pipeline.common.tables import counted
 
@@ -65,7 +65,7 @@ def add(subparsers: Subparsers) -> None:
 def handle_index(args: argparse.Namespace) -> None:
     """Index the shards and print a summary."""
     from data_pipeline.common.processes import SINGLE_PART, parse_part
-    from data_pipeline.common.storage import join, redact
+    from data_pipeline.common.storage import join
     from data_pipeline.shards.indexing import index_shards
     from data_pipeline.shards.manifest import MANIFEST_NAME
 
@@ -81,7 +81,7 @@ def handle_index(args: argparse.Namespace) -> None:
     if corrupt:
         summary += f"; {counted(corrupt, 'corrupt shard')}, see `corruption` in the manifest"
     if part == SINGLE_PART:
-        print(f"{redact(join(manifest.url, MANIFEST_NAME))}: {summary}")
+        print(f"{shown(join(manifest.url, MANIFEST_NAME))}: {summary}")
     else:
         index, count = part
         print(

@@ -130,3 +130,11 @@ def report_unavailable(shards: Sequence[UnavailableShard]) -> int:
             f"--work-dir, it reads only these shards)"
         )
     return 1 if shards else 0
+
+
+def shown(address: str) -> str:
+    """An address to print: without secrets, with escaped control characters."""
+    from data_pipeline.common.escaping import escape_control
+    from data_pipeline.common.storage import redact
+
+    return escape_control(redact(address))

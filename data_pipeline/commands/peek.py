@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 
-from data_pipeline.commands.options import add_datasets, add_sample_keys, sample_keys
+from data_pipeline.commands.options import add_datasets, add_sample_keys, sample_keys, shown
 from data_pipeline.common.commands import Subparsers, add_command
 from data_pipeline.common.errors import ConfigError
 from data_pipeline.common.tables import counted
@@ -108,4 +108,4 @@ def handle(args: argparse.Namespace) -> None:
         contact_sheet(samples, keys, args.image_mode).save(buffer, "PNG")
         data = buffer.getvalue()
     storage.write_bytes(args.out, data)
-    print(f"{storage.redact(args.out)}: {counted(len(samples), 'sample')}")
+    print(f"{shown(args.out)}: {counted(len(samples), 'sample')}")

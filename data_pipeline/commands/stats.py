@@ -13,6 +13,7 @@ from data_pipeline.commands.options import (
     add_workers,
     report_unavailable,
     sample_keys,
+    shown,
     workers_of,
 )
 from data_pipeline.common.commands import Subparsers, add_command
@@ -127,7 +128,7 @@ def handle(args: argparse.Namespace) -> int:
     if args.html:
         page = _html(stats, manifests, keys, [datasets, *tables], note, args.seed)
         storage.write_bytes(args.html, page)
-        print(f"\n{storage.redact(args.html)}")
+        print(f"\n{shown(args.html)}")
     return report_unavailable(stats.unavailable)
 
 
@@ -171,7 +172,6 @@ def _tables(stats: Stats, manifests: Sequence[Manifest], keys: SampleKeys) -> li
 
 
 def _datasets_table(manifests: Sequence[Manifest]) -> _Table:
-    from data_pipeline.common.storage import redact
     from data_pipeline.common.tables import format_bytes
 
     rows: list[_Row] = []
@@ -181,7 +181,7 @@ def _datasets_table(manifests: Sequence[Manifest]) -> _Table:
         per_shard = f"{min(samples):,}"
         if min(samples) != max(samples):
             per_shard += f" to {max(samples):,}"
-        rows.append((redact(manifest.url), len(samples), sum(samples), per_shard, size))
+        rows.append((shown(manifest.url), len(samples), sum(samples), per_shard, size))
 
     headings = ["dataset", "shards", "samples", "samples per shard", "bytes"]
     return _Table("Datasets", headings, rows)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_pipeline.commands.options import add_caption_keys, add_workers, workers_of
+from data_pipeline.commands.options import add_caption_keys, add_workers, shown, workers_of
 from data_pipeline.common.commands import Subparsers, add_command, add_group
 from data_pipeline.common.errors import ConfigError
 
@@ -167,7 +167,8 @@ def handle_train(args: argparse.Namespace) -> None:
     )
     print(f"trained on {text.summary()}")
     print(f"character coverage {coverage:g}")
-    print(f"{args.out}: {tokenizer.vocab_size:,} pieces, fingerprint {tokenizer.fingerprint[:16]}")
+    size, fingerprint = tokenizer.vocab_size, tokenizer.fingerprint[:16]
+    print(f"{shown(str(args.out))}: {size:,} pieces, fingerprint {fingerprint}")
 
 
 def handle_encode(args: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from data_pipeline.commands.options import add_parts, add_workers, workers_of
+from data_pipeline.commands.options import add_parts, add_workers, shown, workers_of
 from data_pipeline.common.commands import Subparsers, add_command
 from data_pipeline.common.errors import ConfigError
 from data_pipeline.common.tables import counted
@@ -189,7 +189,7 @@ def handle(args: argparse.Namespace) -> None:
 
 
 def _print_result(result: WriteResult, args: argparse.Namespace) -> None:
-    from data_pipeline.common.storage import join, redact
+    from data_pipeline.common.storage import join
     from data_pipeline.common.tables import format_bytes, format_table
     from data_pipeline.preparing.write import SKIPPED_NAME
 
@@ -200,18 +200,18 @@ def _print_result(result: WriteResult, args: argparse.Namespace) -> None:
     )
     if result.manifest is None:
         print(
-            f"part {args.part} of {redact(args.out)}: {summary}; run without --part to write the "
+            f"part {args.part} of {shown(args.out)}: {summary}; run without --part to write the "
             f"manifest"
         )
     else:
-        print(f"{redact(join(args.out, 'manifest.json'))}: {summary}")
+        print(f"{shown(join(args.out, 'manifest.json'))}: {summary}")
 
     print(result.inputs.describe())
     if result.skipped:
         counts = Counter(row.reason for row in result.skipped)
         print(format_table(["skipped", "pairs"], sorted(counts.items())))
         if result.manifest:
-            print(f"listed in {redact(join(args.out, SKIPPED_NAME))}")
+            print(f"listed in {shown(join(args.out, SKIPPED_NAME))}")
 
 
 def _importer(args: argparse.Namespace) -> Importer:

@@ -1,12 +1,39 @@
-"""Helpers for command lines: help formatting and sub-commands."""
+"""Helpers for command lines: help formatting, sub-commands, and output that cannot fail."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
+import io
+import sys
+from typing import Any, NoReturn
+
+from data_pipeline.common.escaping import escape_control
 
 Subparsers = Any
 """The return type of `ArgumentParser.add_subparsers`, which has no public name."""
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser, also of sub-commands, whose errors escape control characters of arguments."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the usage and the error, and exit with status 2."""
+        super().error(escape_control(message))
+
+
+def escape_unencodable_output() -> None:
+    """Print characters that the locale cannot encode as escapes, instead of failing.
+
+    Text from outside, such as a file name that is not UTF-8, must not stop a command.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def print_error(message: str, *, label: str = "error") -> None:
+    """Print an error to standard error; control characters are escaped, line feeds are kept."""
+    print(f"{label}: {escape_control(message, lines=True)}", file=sys.stderr)
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):

@@ -1,5 +1,7 @@
 """Console output: short log lines, and one progress line per long job.
 
+Control characters in messages are escaped, because they may come from a shard or a file name.
+
 Rank 0 logs from INFO; other ranks log from WARNING, with their rank in front. Everything goes to
 standard error, so that results on standard output can be piped.
 """
@@ -12,6 +14,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
+
+from data_pipeline.common.escaping import escape_control
 
 TTY_SECONDS = 0.1
 """Minimum time between two redraws of a progress line on a terminal."""
@@ -83,7 +87,8 @@ class _ShortFormatter(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         level = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
-        return f"{self.formatTime(record, self.datefmt)} {self._prefix}{level}{record.message}"
+        message = escape_control(record.message, lines=True)
+        return f"{self.formatTime(record, self.datefmt)} {self._prefix}{level}{message}"
 
     def usesTime(self) -> bool:
         return True

@@ -5,6 +5,8 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Sequence
 
+from data_pipeline.common.escaping import escape_control
+
 
 def format_table(
     header: Sequence[str],
@@ -51,8 +53,8 @@ def markdown_table(
 
 
 def format_count(value: object) -> str:
-    """A value as text; integers get thousands separators."""
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    """A value as text; integers get thousands separators, control characters are escaped."""
+    return f"{value:,}" if isinstance(value, int) else escape_control(str(value))
 
 
 def counted(number: int, singular: str, plural: str = "") -> str:
@@ -103,4 +105,4 @@ def _width(text: str) -> int:
 
 
 def _escape(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+    return text.replace("|", "\\|")

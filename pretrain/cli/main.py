@@ -15,6 +15,11 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from data_pipeline.commands import tokenizer
+from data_pipeline.common.commands import (
+    CommandParser,
+    escape_unencodable_output,
+    print_error,
+)
 from data_pipeline.common.errors import VlmError
 from data_pipeline.common.logs import log_to_files_only, setup_logging
 from pretrain import __version__
@@ -45,7 +50,7 @@ _FILE_ERRORS = {
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="vlmoe",
         allow_abbrev=False,
         description="Pretrain sparse mixture-of-experts vision-language models.",
@@ -69,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: that of the command (0 by default), or 2 for an expected error
         (`VlmError`, full disk, missing permission). Other exceptions are bugs and propagate.
     """
+    escape_unencodable_output()
     args = _parse(argv)
     rank = launched_rank_and_world_size()[0]
     setup_logging(rank, logging.DEBUG if args.verbose else None)
@@ -91,7 +97,7 @@ def _print_error(message: str, rank: int, delay_seconds: float) -> None:
     log_to_files_only(message)  # before the delay: the launcher may terminate this rank during it
     time.sleep(max(delay_seconds, _OTHER_RANK_DELAY_SECONDS if rank else 0.0))
     suffix = f" (rank {rank})" if launched_rank_and_world_size()[1] > 1 else ""
-    print(f"error{suffix}: {message}", file=sys.stderr)
+    print_error(message, label=f"error{suffix}")
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -101,7 +107,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if rest and args.takes_overrides and not any(argument.startswith("-") for argument in rest):
         args.overrides = [*args.overrides, *rest]
     elif rest:
-        args.parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        files = [argument for argument in rest if os.path.lexists(argument)]
+        hint = f"; write ./{files[0]} for the file of that name" if files else ""
+        args.parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
     return args
 
 

@@ -1,4 +1,4 @@
-"""`vlmoe eval` and `vlmoe caption`: evaluates a run folder, or captions image files."""
+"""`vlmoe eval`: evaluates a run folder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.common.addresses import userinfo_problems
-from data_pipeline.common.errors import ConfigError, DataError
+from data_pipeline.common.errors import ConfigError
 from data_pipeline.common.json_file import write_json
 from data_pipeline.common.problems import join_problems
 from data_pipeline.common.tables import counted
@@ -20,7 +20,6 @@ from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.run_indexing import open_manifest
 from pretrain.config.schema import EvalSet
 from pretrain.evaluate.evaluator import Evaluator, SetOptions, evaluation_mode, sample_indices
-from pretrain.evaluate.generated_captions import CaptionInput
 from pretrain.evaluate.labels import read_labels
 from pretrain.evaluate.report import format_examples, format_results
 from pretrain.evaluate.trained_model import TrainedModel, load_model
@@ -96,33 +95,6 @@ def make_evaluator(trained: TrainedModel) -> Evaluator:
         device=trained.device,
         texts_per_forward=trained.run.eval.batch_size,
     )
-
-
-def caption_command(run_dir: Path, images: Sequence[Path]) -> None:
-    """Generate a caption for each image and print one `PATH: caption` per line.
-
-    Raises:
-        DataError: Some files are not images; captions of the others have been printed.
-    """
-    trained = load_model(run_dir)
-    inputs, problems = [], []
-    for path in images:
-        try:
-            image = trained.preprocess(path)
-        except DataError as error:
-            problems.append(f"{path}: {error}")
-        except OSError as error:
-            problems.append(f"{path}: {error.strerror}")
-        else:
-            inputs.append(CaptionInput(str(path), "", image))
-
-    with evaluation_mode(trained.model):
-        captions = make_evaluator(trained).generate(inputs)
-    for key, caption in zip(captions.keys, captions.generated, strict=True):
-        print(f"{key}: {caption}")
-    if problems:
-        listed = "\n  ".join(problems)
-        raise DataError(f"{len(problems)} of {len(images)} images could not be read:\n  {listed}")
 
 
 def read_set(

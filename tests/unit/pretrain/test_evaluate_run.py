@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 
 from data_pipeline.common.config import dump_yaml
@@ -21,7 +20,6 @@ from data_pipeline.shards.manifest import load_manifest
 from data_pipeline.shards.writer import write_shards
 from pretrain.checkpoint import CheckpointError
 from pretrain.evaluate.command import (
-    caption_command,
     eval_command,
     evaluate_caption_samples,
     evaluate_sets,
@@ -159,22 +157,6 @@ def test_a_caption_that_is_not_among_the_labels_is_an_error(
     labels.write_text("a caption of nothing\n")
     with pytest.raises(DataError, match="1 label "):
         eval_command(folder.path, [str(shapes.folder)], str(labels), json_path=None)
-
-
-def test_caption_command_prints_captions_and_reports_unreadable_files(
-    folder: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    names = ("red.png", "text.jpg", "blue.webp", "missing.png")
-    red, text, blue, missing = (tmp_path / name for name in names)
-    Image.new("RGB", (90, 60), "red").save(red)
-    text.write_text("not an image")
-    Image.new("RGB", (60, 90), "blue").save(blue)
-
-    with pytest.raises(DataError, match="2 of 4") as raised:
-        caption_command(folder.path, [red, text, blue, missing])
-    assert str(text) in str(raised.value) and str(missing) in str(raised.value)
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split(": ")[0] for line in lines] == [str(red), str(blue)]
 
 
 def replace_tokenizer(folder: RunFolder) -> None:
