@@ -53,7 +53,8 @@ def test_log_lines_are_escaped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = logging.getLogger()
-    monkeypatch.setattr(root, "handlers", list(root.handlers))
+    # Without pytest's handler, whose report would contain the text as it is.
+    monkeypatch.setattr(root, "handlers", [])
     monkeypatch.setattr(root, "level", root.level)
     setup_logging(0)
     log_to_file(tmp_path / "log")
@@ -89,7 +90,7 @@ def test_commands_with_names_that_are_not_utf8(tmp_path: Path, locale: dict[str,
                 tar.addfile(member, io.BytesIO(content))
 
     status, output = run(tmp_path, locale, "index", folder)
-    assert status == 0 and r"in\udcff\x1b/manifest.json: 1 shards, 4 samples" in output
+    assert status == 0 and r"in\udcff\x1b/manifest.json: 1 shard, 4 samples" in output
     page, model = b"p\xff\x1b.html", b"t\xff\x1b.model"
     for args, expected in (
         (["check", folder, "--decode"], r"s\udcfe\x1b.tar"),
