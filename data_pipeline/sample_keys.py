@@ -12,10 +12,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from data_pipeline.common.errors import ConfigError, DataError
-from data_pipeline.samples import RawSample
+
+if TYPE_CHECKING:
+    from data_pipeline.samples import RawSample  # imports torch
 
 TEXT_EXTENSIONS = frozenset(("txt", "text", "caption"))
 """Files that may hold a caption, by the last part of their extension."""

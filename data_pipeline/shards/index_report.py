@@ -41,7 +41,7 @@ def report(jobs: Sequence[IndexJob], results: Sequence[IndexResult | None]) -> N
     if len(jobs) == 1:
         raise DataError(problems[0])
     not_tried = sum(result is None for result in results)
-    count = f" ({not_tried} were not tried)" if not_tried else ""
+    count = f" ({not_tried} not tried)" if not_tried else ""
     listing = "\n  ".join(problems)
     raise DataError(
         f"{len(problems)} of {len(jobs)} shards cannot be indexed{count}:\n  {listing}\n"

@@ -50,7 +50,7 @@ def test_iter_captions_skips_corrupt_samples(
     shard.write_bytes(content)
     assert list(iter_captions([manifest], ["txt"])) == captions[:10] + captions[11:]
     assert "00010 of shard-000001.tar: crc-mismatch" in caplog.text
-    assert "skipped 1 corrupt samples of 30" in caplog.text
+    assert "skipped 1 corrupt sample of 30" in caplog.text
 
     shard.unlink()
     with pytest.raises(DataError, match=r"shard-000001.tar is unavailable \(missing-shard\)"):

@@ -81,7 +81,7 @@ def test_a_vocabulary_too_large_for_the_captions_is_an_error(
     arguments = ["tokenizer", "train", str(shards), "--out", str(out), "--vocab-size", "32000"]
     assert main(arguments) == 2
     error = capsys.readouterr().err
-    assert "too little text" in error and "32000" in error
+    assert "--vocab-size 32000 is too large" in error and "276" in error
 
 
 def test_captions_of_several_keys(shards: Path) -> None:

@@ -77,7 +77,8 @@ def test_a_hang_is_the_cause_of_lost_connections(tmp_path: Path) -> None:
     program = """
 if rank == 1:
     fail("hang", "rank 1: timed out in forward")
-time.sleep(0.2)
+while not read_messages(job.messages_path(1)):
+    time.sleep(0.05)
 fail("error", "rank 0: connection closed by peer")
 """
     (result,) = launch(program, tmp_path, 1).results

@@ -145,10 +145,11 @@ def test_the_examples_of_the_documentation_run(
     assert examples
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "quickstart").symlink_to(model.run_dir)
-    (tmp_path / "images").mkdir()
-    for seed in range(3):
-        pixels = np.random.default_rng(seed).integers(0, 256, (20, 20, 3), dtype=np.uint8)
-        (tmp_path / "images" / f"{seed}.png").write_bytes(encoded(pixels))
+    for folder in ("images", "docs"):
+        (tmp_path / folder).mkdir()
+        for seed in range(3):
+            pixels = np.random.default_rng(seed).integers(0, 256, (20, 20, 3), dtype=np.uint8)
+            (tmp_path / folder / f"{seed}.png").write_bytes(encoded(pixels))
     for example in examples:
         outputs = re.findall(r"^(similarity\w*) = ", example, re.MULTILINE)
         shapes = "".join(f"print({name}.shape)\n" for name in outputs)
