@@ -63,18 +63,22 @@ def describe_settings(cls: type, section: str = "") -> str:
 
     Args:
         cls: The root dataclass.
-        section: Dotted name of a section; for a list of sections, one entry is described.
+        section: Dotted name of a section or of one setting; for a list of sections, one entry is
+            described.
 
     Raises:
-        ConfigError: There is no such section.
+        ConfigError: There is no such section or setting.
     """
     section_cls, path = cls, list[str]()
-    for name in filter(None, section.split(".")):
+    names = list(filter(None, section.split(".")))
+    for index, name in enumerate(names):
         hints = typing.get_type_hints(section_cls)
         inner = _section_type(hints.get(name))
+        if inner is None and name in hints and index == len(names) - 1:
+            return "\n".join(_lines(section_cls, 0, only=name)) + "\n"
         if inner is None:
             sections = [key for key, hint in hints.items() if _section_type(hint)]
-            raise _no_such_section(".".join([*path, name]), name, sections)
+            raise _no_such_name(".".join([*path, name]), name, sections, list(hints))
         section_cls, path = inner, [*path, name]
     return "\n".join(_lines(section_cls, 0)) + "\n"
 
@@ -95,21 +99,25 @@ def field_docs(cls: type) -> dict[str, str]:
     return docs
 
 
-def _no_such_section(full_name: str, name: str, sections: list[str]) -> ConfigError:
-    matches = difflib.get_close_matches(name, sections, n=1)
+def _no_such_name(
+    full_name: str, name: str, sections: list[str], settings: list[str]
+) -> ConfigError:
+    matches = difflib.get_close_matches(name, settings, n=1)
     if matches:
         hint = f"did you mean {matches[0]!r}?"
     elif sections:
         hint = f"the sections are {', '.join(sections)}"
     else:
-        hint = "it contains no sections"
-    return ConfigError(f"{full_name}: no such section; {hint}")
+        hint = f"the settings are {', '.join(settings)}"
+    return ConfigError(f"{full_name}: no such section or setting; {hint}")
 
 
-def _lines(cls: type, depth: int) -> list[str]:
-    """The settings of a dataclass as lines of YAML, indented by `depth` levels."""
+def _lines(cls: type, depth: int, only: str = "") -> list[str]:
+    """The settings of a dataclass (or only one) as lines of YAML, indented by `depth` levels."""
     indent, lines = "  " * depth, list[str]()
     for setting in settings_of(cls):
+        if only and setting.name != only:
+            continue
         comment = _comment(setting.description, indent)
         if setting.section is not None:
             lines += ["", *comment, f"{indent}{setting.name}:", *_lines(setting.section, depth + 1)]

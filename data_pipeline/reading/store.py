@@ -39,18 +39,13 @@ _POLL_SECONDS = 0.05
 
 
 def check_cache_dir(manifests: Iterable[Manifest], settings: DataConfig) -> None:
-    """Check that there is a folder for copies of remote shards.
-
-    Raises:
-        ConfigError: A manifest is remote, and caching is enabled without a `cache_dir`.
-    """
-    for manifest in manifests:
-        if not settings.cache_dir and settings.cache_gib and not storage.is_local(manifest.base):
-            raise ConfigError(
-                f"data.cache_dir is empty, but {storage.redact(manifest.base)} is remote; set "
-                f"it to a local folder for copies of its shards, or set data.cache_gib=0 to "
-                f"disable caching"
-            )
+    """Raise a ConfigError if shards are remote and there is no folder for copies of them."""
+    remote = [manifest.base for manifest in manifests if not storage.is_local(manifest.base)]
+    if remote and settings.cache_gib and not settings.cache_dir:
+        raise ConfigError(
+            f"data.cache_dir is empty, but {storage.redact(remote[0])} is remote; set it to a "
+            f"local folder for copies of its shards, or set data.cache_gib=0 to disable caching"
+        )
 
 
 class ShardStore:
@@ -73,9 +68,6 @@ class ShardStore:
             settings: The cache, and timeouts of stores.
             max_open: Maximum number of open shards, with up to two descriptors each; reduced if the
                 process may not open as many files.
-
-        Raises:
-            ConfigError: A manifest is remote, and caching is enabled without a `cache_dir`.
         """
         self.settings = settings or DataConfig()
         self._shards = [(manifest, entry) for manifest in manifests for entry in manifest.shards]

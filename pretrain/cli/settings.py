@@ -13,6 +13,7 @@ _EXAMPLES = """\
   vlmoe settings
   vlmoe settings data
   vlmoe settings data.augment
+  vlmoe settings moe.top_k           # one setting
   vlmoe settings data.train          # settings of one source of a mixture
 
 The output is a valid run file with all defaults."""
@@ -32,7 +33,7 @@ def add(subparsers: Subparsers) -> None:
         metavar="SECTION",
         nargs="?",
         default="",
-        help="such as data or data.augment (default: all sections)",
+        help="such as data, data.augment or moe.top_k (default: all sections)",
     )
     parser.set_defaults(handle=handle)
 

@@ -62,6 +62,15 @@ def test_unknown_section(capsys: pytest.CaptureFixture[str]) -> None:
     assert "'optim'" in capsys.readouterr().err
 
 
+def test_one_setting() -> None:
+    text = describe_settings(RunConfig, "moe.top_k")
+    assert text.splitlines()[-1] == "top_k: 2" and "# Number of routed experts" in text
+    with pytest.raises(ConfigError, match=r"moe\.topk: .*'top_k'"):
+        describe_settings(RunConfig, "moe.topk")
+    with pytest.raises(ConfigError, match=r"moe\.zzz: .*num_experts, top_k"):
+        describe_settings(RunConfig, "moe.zzz")
+
+
 def test_one_section(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["settings", "optim"]) == 0
     assert "lr: 0.001" in capsys.readouterr().out
