@@ -205,8 +205,8 @@ def _print_result(result: WriteResult, args: argparse.Namespace) -> None:
         )
     else:
         print(f"{shown(join(args.out, 'manifest.json'))}: {summary}")
+        print(result.inputs.describe())  # of a part, only its own rows would be known
 
-    print(result.inputs.describe())
     if result.skipped:
         counts = Counter(row.reason for row in result.skipped)
         print(format_table(["skipped", "pairs"], sorted(counts.items())))

@@ -171,4 +171,4 @@ def test_filter_that_rejects_all_samples(shapes: ShapeDataset, tmp_path: Path) -
     settings = ["data.filters.min_side=1000", "schedule.total_steps=3"]
     result = launch(tmp_path / "run", *shapes.overrides, *settings)
     assert result.returncodes == (2,), result.output
-    assert "step 1 has no valid sample" in result.output and "filter:min-side" in result.output
+    assert "32 of its first 32 samples are skipped (filter:min-side 32" in result.output
