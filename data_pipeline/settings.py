@@ -148,8 +148,8 @@ class DataConfig:
     max_corrupt_ratio: float = 0.01
     """Stop the run if more than this fraction of the samples (and at least 100) are corrupt."""
     max_filtered_ratio: float = 0.5
-    """Warn before training if more than this fraction of the first samples of a source is skipped;
-    if all are, the run does not start."""
+    """Warn before training if more than this fraction of some samples of a source is skipped; if
+    the settings exclude all of them, the run does not start."""
     request_seconds: float = 20.0
     """Timeout of one request to a store (8 MiB at most) in seconds, before it is retried."""
     shard_seconds: float = 120.0

@@ -1,4 +1,4 @@
-"""Arguments that all benchmarks have: `--only`, `--out` and `--peers`."""
+"""Parsers of the tools, and the arguments of all benchmarks: `--only`, `--out` and `--peers`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,16 @@ import argparse
 import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
+
+
+def tool_parser(module: str, description: str | None, epilog: str) -> argparse.ArgumentParser:
+    """A parser without arguments for `python -m MODULE`; keeps the layout of its texts."""
+    return argparse.ArgumentParser(
+        prog=f"python -m {module}",
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
 
 def benchmark_parser(
@@ -21,12 +31,7 @@ def benchmark_parser(
         unit: What `--only` selects, such as `shape`.
         peers: What the folders of `--peers` contain.
     """
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {module}",
-        description=description,
-        epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = tool_parser(module, description, examples)
     parser.add_argument(
         "--only",
         action="append",

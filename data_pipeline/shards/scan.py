@@ -73,6 +73,31 @@ def scan(
     """
     stream = _Stream(chunks, total_bytes, where)
     samples = SampleRows(stream.crc32, where, strict=not salvage)
+    problems, is_truncated = _add_members(samples, stream, total_bytes, where, salvage=salvage)
+    rows, lost = samples.finish()
+    problems = _first(problems)
+    if lost.samples:
+        problems.append(_describe_lost(lost))
+    if is_truncated:
+        problems.append("everything after that is missing, and its size is unknown")
+    index = ShardIndex.build(
+        rows,
+        shard_bytes=total_bytes,
+        sha256=stream.sha256(),
+        corruption="; ".join(problems),
+        **optional_metadata,
+    )
+    return ScannedShard(index, dict(samples.ignored))
+
+
+def _add_members(
+    samples: SampleRows, stream: _Stream, total_bytes: int, where: str, *, salvage: bool
+) -> tuple[list[str], bool]:
+    """Add the members of the archive to the samples.
+
+    Returns:
+        Descriptions of what could not be read, and whether the end of the archive is missing.
+    """
     position, problems, is_truncated = 0, list[str](), False
     while position < total_bytes or not problems:
         try:
@@ -96,21 +121,7 @@ def scan(
             end = find_header(stream.read, start, total_bytes)
             problems[-1] += f" (bytes {position:,} to {end:,} are lost)"
             position = end
-
-    rows, lost = samples.finish()
-    problems = _first(problems)
-    if lost.samples:
-        problems.append(_describe_lost(lost))
-    if is_truncated:
-        problems.append("everything after that is missing, and its size is unknown")
-    index = ShardIndex.build(
-        rows,
-        shard_bytes=total_bytes,
-        sha256=stream.sha256(),
-        corruption="; ".join(problems),
-        **optional_metadata,
-    )
-    return ScannedShard(index, dict(samples.ignored))
+    return problems, is_truncated
 
 
 def _describe_lost(lost: LostSamples) -> str:

@@ -35,9 +35,9 @@ from pretrain.parallel.layout import Layout
 from pretrain.parallel.plain_engine import PlainEngine
 from pretrain.train.components import TrainComponents
 from pretrain.train.data import index_data, open_sources_if_indexed
-from pretrain.train.first_samples import check_first_samples
 from pretrain.train.input_files import input_file_problems
 from pretrain.train.run_folder import CONFIG_FILE, create_run_folder, run_on_rank_zero
+from pretrain.train.sample_check import check_some_samples
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ def build(run: RunConfig, out: Path) -> TrainComponents:
     run_on_rank_zero(
         communicator, out, lambda: check_local_shards(manifests, run.data.max_corrupt_ratio)
     )
-    run_on_rank_zero(communicator, out, lambda: check_first_samples(run, sources, tokenizer))
+    run_on_rank_zero(communicator, out, lambda: check_some_samples(run, sources, tokenizer))
     run_on_rank_zero(communicator, out, lambda: create_run_folder(run, out, tokenizer))
     log_to_file(out / "logs" / f"rank-{environment.rank:05d}.log", environment.rank)
     _log_sources(run, environment.world_size, sources)

@@ -10,10 +10,11 @@ from torch import Tensor
 from data_pipeline.loading.batch_spec import BatchSpec
 from data_pipeline.loading.loader import read_all
 from data_pipeline.samples import Batch
-from data_pipeline.shards.run_indexing import open_manifest
+from data_pipeline.shards.manifest import load_manifest
 from pretrain.evaluate.generation import generate_captions
 from pretrain.parallel.engine import Engine
 from pretrain.train.components import TrainComponents
+from pretrain.train.data import index_address
 from pretrain.train.reporter import Reporter
 
 
@@ -50,13 +51,14 @@ class CaptionSampleLogger:
     def open(components: TrainComponents) -> CaptionSampleLogger | None:
         """Load the first images of the first evaluation set, or else of the training data.
 
-        Returns None if caption samples are disabled.
+        Collective. Returns None if caption samples are disabled.
         """
         run = components.run
         if not run.log.captions_every_steps or not run.log.num_captions:
             return None
         if run.eval.sets:
-            manifest = open_manifest(run.eval.sets[0].shards)
+            address, communicator = run.eval.sets[0].shards, components.engine.communicator
+            manifest = load_manifest(index_address(run, address, components.out, communicator))
         else:
             manifest = components.sources[0].manifest
         batches = read_all(

@@ -55,16 +55,32 @@ def index_data(run: RunConfig, out: Path, communicator: Communicator) -> tuple[S
     """
     indexed: dict[str, str] = {}
     for address in dict.fromkeys(source.shards for source in run.data.sources):
-        # Rank 0 decides, since indexing is collective and storage may change in between.
-        if communicator.broadcast_json(
-            _needs_indexing(address, run) if communicator.rank == 0 else None
-        ):
-            folder = run_manifest_folder(out, address)
-            _index_on_all_ranks(run, address, Path(folder), communicator)
-            indexed[address] = folder
+        indexed[address] = index_address(run, address, out, communicator)
     return open_sources(
         run.data.sources, timeout_seconds=min(60.0, run.data.timeout_seconds), manifest_urls=indexed
     )
+
+
+def index_address(run: RunConfig, address: str, out: Path, communicator: Communicator) -> str:
+    """Where the manifest of an address is; shards without one are indexed by all ranks. Collective.
+
+    Args:
+        run: The run.
+        address: Of training data or an evaluation set.
+        out: The run folder, shared by all ranks.
+        communicator: Provides the collectives.
+
+    Raises:
+        DataError: Shards cannot be read.
+    """
+    # Rank 0 decides, since indexing is collective and storage may change in between.
+    if not communicator.broadcast_json(
+        _needs_indexing(address, run) if communicator.rank == 0 else None
+    ):
+        return address
+    folder = run_manifest_folder(out, address)
+    _index_on_all_ranks(run, address, Path(folder), communicator)
+    return folder
 
 
 def _needs_indexing(address: str, run: RunConfig) -> bool:

@@ -157,13 +157,20 @@ def test_shards_without_manifest_give_equal_losses(shapes: ShapeDataset, tmp_pat
 @pytest.mark.distributed
 def test_two_ranks_index_shards_without_manifest(shapes: ShapeDataset, tmp_path: Path) -> None:
     bare, run_dir = copy_without_manifest(shapes, tmp_path / "bare"), tmp_path / "run"
-    settings = [f"data.train=[{bare}]", "schedule.total_steps=2", "data.ledger=true"]
+    eval_set = copy_without_manifest(shapes, tmp_path / "eval")
+    settings = [
+        f"data.train=[{bare}]",
+        f"eval.sets=[{{name: a, shards: {eval_set}}}]",
+        "log.captions_every_steps=2",
+        "schedule.total_steps=2",
+        "data.ledger=true",
+    ]
     output = train(run_dir, *shapes.overrides, *settings, processes=2)
-    assert output.count("has no manifest") == 1
+    assert output.count("has no manifest") == 2  # once for each address, not for each rank
 
-    path = next((run_dir / "manifests").glob("*/manifest.json"))
-    manifest: dict[str, Any] = json.loads(path.read_text())
-    assert manifest["total_samples"] == 32
+    paths = list((run_dir / "manifests").glob("*/manifest.json"))
+    manifests: list[dict[str, Any]] = [json.loads(path.read_text()) for path in paths]
+    assert [manifest["total_samples"] for manifest in manifests] == [32, 32]
     assert check_ledger(run_dir).returncode == 0
 
 
@@ -171,4 +178,4 @@ def test_filter_that_rejects_all_samples(shapes: ShapeDataset, tmp_path: Path) -
     settings = ["data.filters.min_side=1000", "schedule.total_steps=3"]
     result = launch(tmp_path / "run", *shapes.overrides, *settings)
     assert result.returncodes == (2,), result.output
-    assert "32 of its first 32 samples are skipped (filter:min-side 32" in result.output
+    assert "32 of 32 samples that were tried are skipped (filter:min-side 32" in result.output

@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from tools.arguments import tool_parser
+
 
 def study_parser(
     module: str, description: str | None, epilog: str, *, out: str, seeds: Sequence[int], steps: int
@@ -20,12 +22,7 @@ def study_parser(
         seeds: Default of `--seeds`.
         steps: Default of `--steps`.
     """
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {module}",
-        description=description,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = tool_parser(module, description, epilog)
     parser.add_argument(
         "--run",
         default="quickstart",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,14 @@ from data_pipeline.common.errors import ConfigError
 from data_pipeline.content.image import decode_image, eval_transform
 from data_pipeline.content.tokenizer import Tokenizer
 from data_pipeline.loading.batch_spec import BatchSpec
-from data_pipeline.loading.preview import SourcePreview, preview_source
-from data_pipeline.loading.sources import open_sources
+from data_pipeline.loading.preview import SourcePreview, _select, preview_source
+from data_pipeline.loading.sources import Source, open_sources
 from data_pipeline.samples import Batch
-from data_pipeline.settings import DataConfig
+from data_pipeline.settings import DataConfig, SourceConfig
 from data_pipeline.shards.writer import write_shards
 from pretrain.config.schema import RunConfig
-from pretrain.train.first_samples import check_first_samples
-from tests.support.small_shards import make_tokenizer
+from pretrain.train.sample_check import check_some_samples
+from tests.support.small_shards import make_shards, make_tokenizer
 
 SIDE, COUNT = 16, 12
 
@@ -147,7 +148,7 @@ def preview(folder: Path, shards: str, **settings: Any) -> SourcePreview:
 def test_preview_of_a_source(folder: Path) -> None:
     web = preview(folder, "web", filters={"require": ["json:similarity >= 0.5"]})
     assert (web.name, web.samples, web.skipped) == ("web", COUNT, {"filter:similarity": 6})
-    assert web.skipped_ratio == 0.5 and "web0: filter:similarity" in web.example
+    assert web.skipped_ratio == 0.5 and "filter:similarity" in web.example
     assert web.truncated == 6  # "<start> web N <end>" has more than six tokens
 
     coco = preview(folder, "coco", filters={"require": ["json:similarity >= 0.5"]})
@@ -171,8 +172,33 @@ def test_sources_without_usable_samples_stop_a_run(
     }
     run = from_mapping(RunConfig, values, check=False)
     sources = open_sources(run.data.sources)
-    with pytest.raises(ConfigError, match=r"source coco: 12 of its first 12 .*filter:similarity"):
-        check_first_samples(run, sources, Tokenizer.load(run.data.tokenizer))
+    with pytest.raises(ConfigError, match=r"source coco: 12 of 12 samples .*filter:similarity"):
+        check_some_samples(run, sources, Tokenizer.load(run.data.tokenizer))
     messages = "\n".join(caplog.messages)
-    assert "source web: 10 of its first 12 samples are skipped" in messages
+    assert "source web: 10 of 12 samples that were tried are skipped" in messages
     assert "source web: 2 of 2 captions have more than model.context_length (6)" in messages
+
+
+def test_one_corrupt_shard_does_not_decide(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "web", tmp_path / "web")
+    shutil.copy(folder / "tokenizer.model", tmp_path)
+    first = tmp_path / "web" / "shard-000000.tar"
+    first.write_bytes(b"x" * first.stat().st_size)
+    result = preview(tmp_path, "web")
+    assert (result.samples, result.skipped) == (COUNT, {"crc-mismatch": 5})
+    for shard in (tmp_path / "web").glob("*.tar"):
+        shard.write_bytes(b"x" * shard.stat().st_size)
+    corrupt = preview(tmp_path, "web")
+    assert corrupt.skipped_ratio == 1 and not corrupt.is_unusable
+
+
+def test_samples_are_spread_over_shards_without_dropped_ones(tmp_path: Path) -> None:
+    manifest = make_shards(tmp_path, count=2000, samples_per_shard=100)
+    dropped = {0: np.arange(0, 90), 19: np.arange(100)}
+    source = Source(manifest=manifest, config=SourceConfig(shards="x"), dropped=dropped)
+    selected = _select(source)
+    shards, samples = np.divmod(selected, 100)
+    assert len(set(shards.tolist())) == 7 and {0, 3, 5, 16} <= set(shards.tolist())
+    assert sorted(samples[shards == 0].tolist()) == list(range(90, 100))
+    assert sorted(samples[shards == 3].tolist()) == list(range(32))
+    assert len(set(shards[:7].tolist())) == 7  # a batch has samples of several shards

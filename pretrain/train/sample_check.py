@@ -1,4 +1,4 @@
-"""A look at the first samples of every source before training starts."""
+"""A look at some samples of every source before training starts."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _MAX_TRUNCATED_RATIO = 0.01
 """More captions than this that are cut by the context length are logged."""
 
 
-def check_first_samples(run: RunConfig, sources: Sequence[Source], tokenizer: Tokenizer) -> None:
-    """Log what is skipped and cut in the first samples of each source.
+def check_some_samples(run: RunConfig, sources: Sequence[Source], tokenizer: Tokenizer) -> None:
+    """Log what is skipped and cut in some samples of each source.
 
     Args:
         run: The run.
@@ -29,7 +29,7 @@ def check_first_samples(run: RunConfig, sources: Sequence[Source], tokenizer: To
         tokenizer: Its tokenizer.
 
     Raises:
-        ConfigError: No sample of a source can be used.
+        ConfigError: The settings exclude every sample of a source.
         StorageError: The store of a source does not respond.
     """
     batch = BatchSpec(
@@ -45,11 +45,12 @@ def check_first_samples(run: RunConfig, sources: Sequence[Source], tokenizer: To
 
 def _report(preview: SourcePreview, max_ratio: float, context_length: int) -> None:
     reasons = ", ".join(f"{reason} {count}" for reason, count in preview.skipped.most_common())
+    example = truncate(escape_control(preview.example), 200)
     message = (
-        f"source {preview.name}: {preview.skipped.total()} of its first {preview.samples} samples "
-        f"are skipped ({reasons}; the first: {truncate(escape_control(preview.example), 200)})"
+        f"source {preview.name}: {preview.skipped.total()} of {preview.samples} samples that were "
+        f"tried are skipped ({reasons}; the first: {example})"
     )
-    if preview.samples and preview.skipped_ratio == 1:
+    if preview.is_unusable:
         raise ConfigError(
             f"{message}. Filters, caption_keys and image_keys can be set for this source alone, in "
             f"its section of data.train; `vlmoe data peek` shows its samples"
