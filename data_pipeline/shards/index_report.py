@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError
 from data_pipeline.common.escaping import escape_control
+from data_pipeline.common.tables import counted
 from data_pipeline.shards.index_job import IndexJob, IndexResult
 from data_pipeline.shards.sample_rows import join_counts
 
@@ -77,7 +78,9 @@ def _report_empty_shards(jobs: Sequence[IndexJob], results: Sequence[IndexResult
     ]
     if empty:
         logger.warning(
-            "%d shards contain no files; the first: %s", len(empty), storage.redact(empty[0])
+            "without files: %s; the first: %s",
+            counted(len(empty), "shard"),
+            storage.redact(empty[0]),
         )
 
 
@@ -92,5 +95,5 @@ def _report_files(results: Sequence[IndexResult]) -> None:
         f"{sum(result.files for result in results):,}",
         f"{sum(ignored.values()):,}",
         f" ({join_counts(ignored)})" if ignored else "",
-        f" without those of {reused:,} shards that were indexed before" if reused else "",
+        f" without those of {counted(reused, 'shard')} indexed before" if reused else "",
     )

@@ -236,7 +236,9 @@ def write_manifest(
     names = [entry.name for entry in entries]
     where = storage.redact(os.fspath(folder))
     if not any(entry.samples for entry in entries):
-        raise DataError(f"{where}: there is no sample in its {len(names)} shards {names[:5]}")
+        raise DataError(
+            f"{where}: there is no sample in its {counted(len(names), 'shard')} {names[:5]}"
+        )
     if duplicate := _duplicate(names):
         raise DataError(f"{where}: two shards have the name {duplicate!r}")
     if reserved := sorted(set(metadata) & set(RESERVED_KEYS)):

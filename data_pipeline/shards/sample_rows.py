@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from data_pipeline.common.errors import DataError
+from data_pipeline.common.tables import counted
 from data_pipeline.shards.shard_index import Member, SampleRow
 from data_pipeline.shards.tar import FILE, FOLDER, LABEL, TarMember, split_name
 
@@ -100,9 +101,9 @@ class SampleRows:
         files = sum(self.ignored.values()) - self.ignored[FOLDER] - self.ignored[LABEL]
         if not self._rows and files and self._strict:
             raise DataError(
-                f"{self._where} has {files} files but no samples ({join_counts(self.ignored)}): a "
-                f"sample is a group of files with one name and different extensions, e.g. 000.jpg "
-                f"and 000.txt"
+                f"{self._where} has {counted(files, 'file')} but no samples "
+                f"({join_counts(self.ignored)}): a sample is a group of files with one name and "
+                f"different extensions, e.g. 000.jpg and 000.txt"
             )
         return self._complete_rows()
 

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from data_pipeline.common.errors import DataError, StorageError
+from data_pipeline.common.tables import counted
 from data_pipeline.shards.sample_rows import LostSamples, SampleRows, join_counts
 from data_pipeline.shards.shard_index import ShardIndex
 from data_pipeline.shards.shard_stream import open_shard_stream
@@ -127,7 +128,8 @@ def _add_members(
 def _describe_lost(lost: LostSamples) -> str:
     keys = ", ".join(_first(list(map(repr, lost.keys))))
     reasons = join_counts(lost.reasons)
-    return f"skipped {lost.samples:,} samples with {lost.files:,} files ({reasons}): {keys}"
+    samples, files = counted(lost.samples, "sample"), counted(lost.files, "file")
+    return f"skipped {samples} with {files} ({reasons}): {keys}"
 
 
 def _first(texts: list[str]) -> list[str]:

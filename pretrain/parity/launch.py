@@ -17,6 +17,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from data_pipeline.common.tables import counted
 from pretrain.parity.job import Job, Result, case_message, read_messages
 
 WORKER = ("-m", "pretrain.parity.worker")
@@ -103,7 +104,7 @@ def _run_once(
             inbox.forward()
             if all(code == 0 for code in codes):
                 if inbox.done < len(job.cases):
-                    reason = f"the ranks exited with status 0 after {inbox.done} cases"
+                    reason = f"the ranks exited with status 0 after {counted(inbox.done, 'case')}"
                     return inbox.done, _Failure("error", reason)
                 return inbox.done, None
             is_silent = time.monotonic() - inbox.last > 2 * job.seconds + 180

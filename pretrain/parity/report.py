@@ -11,7 +11,7 @@ from typing import Any
 
 from data_pipeline.common.json_file import write_json
 from data_pipeline.common.logs import Progress
-from data_pipeline.common.tables import format_table
+from data_pipeline.common.tables import counted, format_table
 from pretrain.parity.compare import MIN_GRADIENT_RATIO, MIN_TERM, largest
 from pretrain.parity.job import STATUSES, Result
 from pretrain.parity.tolerances import TOLERANCES
@@ -57,8 +57,10 @@ class Report:
     def start_world_size(self, world_size: int, num_cases: int) -> None:
         """Start the progress of a world size. Starting ranks takes a while, so it is logged."""
         if self.is_rank_zero:
-            logger.info("comparing %d cases; starting %d ranks", num_cases, world_size)
-            self.progress = Progress(f"{world_size} ranks", num_cases, "cases")
+            logger.info(
+                "comparing %s; starting %s", counted(num_cases, "case"), counted(world_size, "rank")
+            )
+            self.progress = Progress(counted(world_size, "rank"), num_cases, "cases")
 
     def handle_message(self, message: dict[str, Any]) -> None:
         """Process a message of `pretrain.parity.worker.run_job` or `launch_local_ranks`."""
@@ -98,7 +100,7 @@ class Report:
         if not {"ok", "mismatch"} & set(statuses):
             lines.append("No case was compared; select cases that this number of ranks supports.")
         counts = ", ".join(f"{statuses.count(s)} {s}" for s in STATUSES if s in statuses)
-        return [*lines, f"{len(statuses)} cases: {counts or 'none'}"]
+        return [*lines, f"{counted(len(statuses), 'case')}: {counts or 'none'}"]
 
     @property
     def is_ok(self) -> bool:

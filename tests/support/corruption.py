@@ -29,3 +29,7 @@ def corrupt_caption(path: Path, index: int) -> None:
     """Change a letter in the caption of sample `index` of `make_samples`: the shard at `path` stays
     readable, and only the checksum of the sample shows the change."""
     flip_bit(path, path.read_bytes().index(make_caption(index).encode()))
+
+
+def truncate(path: Path, length: int) -> None:
+    path.write_bytes(path.read_bytes()[:length])

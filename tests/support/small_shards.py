@@ -60,3 +60,8 @@ def make_data_config(**changes: Any) -> DataConfig:
         "timeout_seconds": 60.0,
     }
     return DataConfig(**defaults | changes)
+
+
+def remove_indices(folder: Path) -> None:
+    for file in [*folder.rglob("*.json"), *folder.rglob("*.index")]:
+        file.unlink()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import tarfile
 import zlib
+from pathlib import Path
 
 from data_pipeline.shards.scan import scan
 from data_pipeline.shards.shard_index import ShardIndex
@@ -45,3 +46,11 @@ def read_by_index(index: ShardIndex, data: bytes) -> list[dict[str, bytes] | Non
             continue
         samples.append({m.extension: sample[m.start : m.start + m.size] for m in index.members(i)})
     return samples
+
+
+def tar_of(path: Path, names: list[str]) -> Path:
+    """Write an archive of empty files."""
+    with tarfile.open(path, "w") as tar:
+        for name in names:
+            tar.addfile(tarfile.TarInfo(name))
+    return path

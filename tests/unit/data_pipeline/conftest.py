@@ -9,11 +9,12 @@ import pytest
 
 from data_pipeline.common import object_store, store_download
 from data_pipeline.content.tokenizer import Tokenizer
+from data_pipeline.shards import index_job
 from data_pipeline.shards.manifest import Manifest
 from tests.support.http_server import http_server
 from tests.support.loaders import NUM_SAMPLES, LoaderFactory
 from tests.support.s3_server import S3Server
-from tests.support.small_shards import make_shards, make_tokenizer
+from tests.support.small_shards import make_shards, make_tokenizer, remove_indices
 
 
 @pytest.fixture(scope="module")
@@ -57,3 +58,25 @@ def web(new_clients: None, tmp_path: Path) -> Iterator[str]:
     (tmp_path / "www").mkdir()
     with http_server(tmp_path / "www", ranges=False) as server:
         yield server.endpoint
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Manifest:
+    """Three shards of 7 samples without manifest or indices."""
+    manifest = make_shards(tmp_path / "data", count=21)
+    remove_indices(tmp_path / "data")
+    return manifest
+
+
+@pytest.fixture
+def scans(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the shards that are read from start to end."""
+    names: list[str] = []
+    real_scan = index_job.scan
+
+    def scan(chunks, total_bytes, where, **options):  # type: ignore[no-untyped-def]
+        names.append(Path(where).name)
+        return real_scan(chunks, total_bytes, where, **options)
+
+    monkeypatch.setattr(index_job, "scan", scan)
+    return names

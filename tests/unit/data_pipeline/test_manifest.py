@@ -62,7 +62,7 @@ def test_empty_shard(tmp_path: Path) -> None:
     assert load_manifest(tmp_path) == manifest
     assert [shard.samples for shard in manifest.shards] == [3, 0]
     assert len(load_index(manifest, rows[1])) == 0
-    with pytest.raises(DataError, match="there is no sample in its 1 shards"):
+    with pytest.raises(DataError, match="there is no sample in its 1 shard "):
         write_manifest(tmp_path, rows[1:])
 
 

@@ -56,7 +56,7 @@ def test_ranks_that_exit_early_without_an_error(tmp_path: Path) -> None:
     program = "if rank == 0 and job.first == 0: done(0)"
     report = launch(program, tmp_path, 2)
     assert statuses(report) == [("0", "ok"), ("1", "error")] and not report.is_ok
-    assert "after 1 cases" in report.results[1].reason
+    assert "after 1 case" in report.results[1].reason
 
 
 def test_a_result_that_is_written_after_a_failure_of_the_next_case(tmp_path: Path) -> None:

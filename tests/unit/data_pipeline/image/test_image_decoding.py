@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from data_pipeline.common.errors import DataError
-from data_pipeline.content.image.decoding import check_pixels, decode_image, decode_pixels
+from data_pipeline.content.image.decoding import check_pixels, decode_image
 from data_pipeline.content.image.header import read_header
 from tests.support.images import (
     decode_with_pillow,
@@ -21,7 +21,6 @@ from tests.support.images import (
     palette_image,
     png_bomb,
     png_chunk,
-    psnr,
     sample_image_files,
     synthetic_photo,
 )
@@ -248,54 +247,3 @@ def test_jpeg_with_thousands_of_scans_is_rejected() -> None:
     many = data[:-2] + data[scan:-2] * 5000 + b"\xff\xd9"
     with pytest.raises(DataError, match=r"50\d\d scans"):
         decode_image(many, max_pixels=64 * 64)
-
-
-@pytest.mark.parametrize("options", [{"subsampling": 2}, {"subsampling": 0}, {"progressive": True}])
-@pytest.mark.parametrize(("height", "width"), [(256, 384), (257, 383), (250, 390)])
-def test_scaled_jpeg_decoding(height: int, width: int, options: dict[str, Any]) -> None:
-    """Each pixel is nearly the mean of a block of pixels of the full image."""
-    data = encode_image(synthetic_photo(height, width), "JPEG", quality=90, **options)
-    for min_size, expected in [
-        ((31, 31), 8),
-        ((33, 33), 4),
-        ((100, 100), 2),
-        ((129, 1), 1),
-        ((9999, 9999), 1),
-    ]:
-        assert checked_reduction(data, min_size) == expected
-
-
-@pytest.mark.parametrize("orientation", range(2, 9))
-def test_scaled_decoding_with_orientation_requires_divisible_size(orientation: int) -> None:
-    """With another size, the pixels would be shifted."""
-    for (height, width), expected in [
-        ((256, 384), 8),
-        ((260, 388), 4),
-        ((258, 386), 2),
-        ((257, 384), 1),
-    ]:
-        image = synthetic_photo(height, width)
-        data = encode_image(image, "JPEG", quality=90, exif=exif_block(orientation))
-        assert checked_reduction(data, (30, 30)) == expected
-
-
-def checked_reduction(data: bytes, min_size: tuple[int, int]) -> int:
-    """The reduction, after comparing the pixels with block means of the full image."""
-    header, full = read_header(data), decode_image(data)
-    pixels, reduction = decode_pixels(data, header, min_size)
-    assert pixels.shape == (-(-header.height // reduction), -(-header.width // reduction), 3)
-
-    rows, columns = header.height // reduction, header.width // reduction
-    blocks = full[: rows * reduction, : columns * reduction].reshape(
-        rows, reduction, columns, reduction, 3
-    )
-    # A shift by one pixel would give about 20 dB.
-    assert psnr(pixels[:rows, :columns], blocks.mean(axis=(1, 3))) > 30
-    return reduction
-
-
-def test_only_jpeg_is_decoded_scaled() -> None:
-    for kind in FORMATS:
-        data = encode_image(gradient_image(64, 96), kind)
-        pixels, reduction = decode_pixels(data, read_header(data), (30, 40))
-        assert (pixels.shape[:2], reduction) == (((32, 48), 2) if kind == "JPEG" else ((64, 96), 1))

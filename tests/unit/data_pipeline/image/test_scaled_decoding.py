@@ -5,6 +5,8 @@ The result is compared with the same view of the fully decoded image.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -19,7 +21,7 @@ from data_pipeline.content.image.views import (
     scale_view,
 )
 from data_pipeline.settings import AugmentConfig
-from tests.support.images import encode_image, psnr, synthetic_photo
+from tests.support.images import encode_image, exif_block, gradient_image, psnr, synthetic_photo
 
 
 def uniforms(seed: int = 0) -> list[float]:
@@ -107,3 +109,54 @@ def test_min_decode_size_is_none_if_all_pixels_are_needed() -> None:
     assert min_decode_size(View(100, 100, 300, 900), 4000, 3000, 224) is None
     assert min_decode_size(View(0, 0, 1000, 1000, zoom=2.0), 1000, 1000, 224) is None
     assert min_decode_size(View(0, 0, 1000, 1000), 2000, 1000, 224) == (381, 762)
+
+
+@pytest.mark.parametrize("options", [{"subsampling": 2}, {"subsampling": 0}, {"progressive": True}])
+@pytest.mark.parametrize(("height", "width"), [(256, 384), (257, 383), (250, 390)])
+def test_scaled_jpeg_decoding(height: int, width: int, options: dict[str, Any]) -> None:
+    """Each pixel is nearly the mean of a block of pixels of the full image."""
+    data = encode_image(synthetic_photo(height, width), "JPEG", quality=90, **options)
+    for min_size, expected in [
+        ((31, 31), 8),
+        ((33, 33), 4),
+        ((100, 100), 2),
+        ((129, 1), 1),
+        ((9999, 9999), 1),
+    ]:
+        assert checked_reduction(data, min_size) == expected
+
+
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_scaled_decoding_with_orientation_requires_divisible_size(orientation: int) -> None:
+    """With another size, the pixels would be shifted."""
+    for (height, width), expected in [
+        ((256, 384), 8),
+        ((260, 388), 4),
+        ((258, 386), 2),
+        ((257, 384), 1),
+    ]:
+        image = synthetic_photo(height, width)
+        data = encode_image(image, "JPEG", quality=90, exif=exif_block(orientation))
+        assert checked_reduction(data, (30, 30)) == expected
+
+
+def checked_reduction(data: bytes, min_size: tuple[int, int]) -> int:
+    """The reduction, after comparing the pixels with block means of the full image."""
+    header, full = read_header(data), decode_image(data)
+    pixels, reduction = decode_pixels(data, header, min_size)
+    assert pixels.shape == (-(-header.height // reduction), -(-header.width // reduction), 3)
+
+    rows, columns = header.height // reduction, header.width // reduction
+    blocks = full[: rows * reduction, : columns * reduction].reshape(
+        rows, reduction, columns, reduction, 3
+    )
+    # A shift by one pixel would give about 20 dB.
+    assert psnr(pixels[:rows, :columns], blocks.mean(axis=(1, 3))) > 30
+    return reduction
+
+
+def test_only_jpeg_is_decoded_scaled() -> None:
+    for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"):
+        data = encode_image(gradient_image(64, 96), kind)
+        pixels, reduction = decode_pixels(data, read_header(data), (30, 40))
+        assert (pixels.shape[:2], reduction) == (((32, 48), 2) if kind == "JPEG" else ((64, 96), 1))
