@@ -11,6 +11,7 @@ import pytest
 from hypothesis import strategies as st
 
 from data_pipeline.common.errors import DataError
+from data_pipeline.preparing.importers import delimited
 from data_pipeline.preparing.importers.flickr import Flickr
 from data_pipeline.preparing.importers.records import Ignored, Record, SkippedRow
 from data_pipeline.preparing.importers.table import Table
@@ -134,6 +135,24 @@ def test_lists_of_flickr_account_for_every_line(tmp_path: Path) -> None:
         "header": 1,
         "blank line": 1,
     }
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv"])
+def test_lost_lines_are_found_by_the_second_count(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / f"pairs.{suffix}"
+    write_rows(path, "," if suffix == "csv" else "\t", {})
+    real_open = delimited._open_text
+
+    def open_without_a_line(url: str, encoding: str) -> io.StringIO:
+        with real_open(url, encoding) as file:
+            lines = list(file)
+        return io.StringIO("".join(lines[:7] + lines[8:]), newline="")
+
+    monkeypatch.setattr(delimited, "_open_text", open_without_a_line)
+    with pytest.raises(DataError, match="has 41 lines, but 40 were read"):
+        list(Table(files=(str(path),))())
 
 
 CELLS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=12)

@@ -6,12 +6,14 @@ import os
 import shutil
 import subprocess
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import strategies as st
 
 from data_pipeline.common.errors import DataError
+from data_pipeline.preparing.importers import folder
 from data_pipeline.preparing.importers.folder import Folder
 from data_pipeline.preparing.importers.records import Ignored, Record, SkippedRow
 from tests.support.data_commands import run_data_command
@@ -19,15 +21,15 @@ from tests.support.properties import check_property, num_examples
 from tests.support.small_shards import make_png
 
 
-def add_pair(folder: Path, name: str, suffix: str = ".png", text_suffix: str = ".txt") -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}{suffix}").write_bytes(make_png(1))
-    (folder / f"{name}{text_suffix}").write_text(f"caption of {name}", encoding="utf-8")
+def add_pair(path: Path, name: str, suffix: str = ".png", text_suffix: str = ".txt") -> None:
+    path.mkdir(parents=True, exist_ok=True)
+    (path / f"{name}{suffix}").write_bytes(make_png(1))
+    (path / f"{name}{text_suffix}").write_text(f"caption of {name}", encoding="utf-8")
 
 
-def read(folder: Path, **options: str) -> tuple[list[str], Counter[str], Counter[str]]:
+def read(path: Path, **options: str) -> tuple[list[str], Counter[str], Counter[str]]:
     """Keys, numbers of skipped inputs by reason, and of ignored inputs by rule."""
-    rows = list(Folder(folders=(str(folder),), **options)())
+    rows = list(Folder(folders=(str(path),), **options)())
     skipped: Counter[str] = Counter()
     ignored: Counter[str] = Counter()
     for row in rows:
@@ -103,6 +105,22 @@ def test_the_command_prints_counts_that_add_up(
     assert "8 files: 6 in samples, 1 skipped, 1 ignored (.db file 1)" in output
 
 
+def test_lost_files_are_found_by_the_second_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for index in range(3):
+        add_pair(tmp_path, str(index))
+    real_walk = folder._walk
+
+    def walk_without_a_file(address: str) -> Iterator[folder._Subfolder]:
+        for subfolder in real_walk(address):
+            yield subfolder._replace(names=[name for name in subfolder.names if name != "1.txt"])
+
+    monkeypatch.setattr(folder, "_walk", walk_without_a_file)
+    with pytest.raises(DataError, match="has 6 files, but 5 were read"):
+        list(Folder(folders=(str(tmp_path),))())
+
+
 NAMES = ("a.jpg", "a.txt", "A.JSON", "b.PNG", "b.txt", "c.heic", ".hidden", "d", "e.psd", "e.txt")
 FOLDERS = ("", "x", "x/y", ".z", "link")
 
@@ -111,9 +129,9 @@ FOLDERS = ("", "x", "x/y", ".z", "link")
 def test_any_tree_is_accounted_for(examples: int, tmp_path: Path) -> None:
     def check(files: set[tuple[str, str]], caption_from: str) -> None:
         root, outside = tmp_path / "tree", tmp_path / "outside"
-        for folder in (root, outside):
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
+        for path in (root, outside):
+            shutil.rmtree(path, ignore_errors=True)
+            path.mkdir()
         (root / "link").symlink_to(outside)
         for folder_name, name in files:
             (root / folder_name).mkdir(parents=True, exist_ok=True)

@@ -84,7 +84,9 @@ def read_epoch(folder: Path, coco: dict[str, Any], **settings: Any) -> list[Batc
 
 
 def test_each_source_has_its_filters_and_keys(folder: Path) -> None:
-    coco = {"filters": {}, "caption_keys": ["json:text"], "image_keys": ["right.png"]}
+    # Two keys without weights are weighted equally; only one of them exists.
+    keys = ["json:text", "json:none"]
+    coco = {"filters": {}, "caption_keys": keys, "image_keys": ["right.png"]}
     batches = read_epoch(folder, coco)
     captions = {key: text for b in batches for key, text in zip(b.keys, b.captions, strict=True)}
     web = {f"web{index}": f"web {index}" for index in range(6, 12)}

@@ -62,7 +62,8 @@ def test_exit_status_and_json_report(
     assert [case["status"] for case in report["cases"]] == [result.status for result in results]
     assert report["tolerances"]["loss"] == {"fp32": 1e-5, "bf16": 5e-3}
     assert report["float32_errors"] == {"run": {"gradient": 2e-6}}
-    assert f"{len(results)} cases: " in capsys.readouterr().out
+    count = "1 case: " if len(results) == 1 else f"{len(results)} cases: "
+    assert count in capsys.readouterr().out
 
 
 def test_unsupported_cases_start_no_rank(
