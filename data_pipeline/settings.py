@@ -42,8 +42,8 @@ class SourceConfig:
     has a weight, all sources are concatenated: one epoch visits every sample `repeats` times."""
     weight_schedule: tuple[tuple[int, float], ...] = ()
     """A weight that changes during training, instead of `weight`: points `[pairs, weight]` with
-    pairs counted from the start of training; linear between points, constant before the first and
-    after the last."""
+    pairs counted from the start of training, or of the phase (`data.phase`); linear between points,
+    constant before the first and after the last."""
     repeats: int = 1
     """How often each sample of this source is visited per epoch; only without weights."""
     drop: str = ""
@@ -109,6 +109,9 @@ class DataConfig:
     train: tuple[SourceConfig | str, ...] = ()
     """Sources of training data: addresses, or sections with `shards` and further settings (`vlmoe
     settings data.train` lists them)."""
+    phase: int = 1
+    """Number of the phase: increase it by 1 to continue a trained run on more or other data. The
+    order of the new phase begins where the last checkpoint ended."""
     tokenizer: str = ""
     """Path of the SentencePiece model file."""
     image_keys: tuple[str, ...] = IMAGE_KEYS
@@ -164,7 +167,7 @@ class DataConfig:
         """Invalid settings, without those of `train` entries, augmentation, filters and limits."""
         found = Problems(self, "data")
         found.at_least(0, "workers", "cache_gib", "fetch_ahead")
-        found.at_least(1, "shuffle_window", "prefetch")
+        found.at_least(1, "phase", "shuffle_window", "prefetch")
         found.above_zero("request_seconds", "shard_seconds", "timeout_seconds")
         found.within(0, 1, "max_corrupt_ratio", "max_filtered_ratio")
         found.require(

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_pipeline.common.commands import Subparsers, add_command
-from data_pipeline.common.tables import format_rows
+from data_pipeline.common.tables import counted, format_rows
 
 if TYPE_CHECKING:
-    from data_pipeline.loading.ledger_check import LedgerReport
-    from data_pipeline.loading.ledger_metadata import LedgerMetadata
+    from data_pipeline.loading.ledger_check import LedgerReport, PhaseOrder
+    from data_pipeline.loading.ledger_metadata import LedgerMetadata, LedgerPhase
 
 _EXAMPLES = """\
   vlmoe data ledger runs/b16
@@ -53,6 +53,7 @@ def handle(args: argparse.Namespace) -> int:
     rows = [
         ("steps", steps),
         ("positions", f"{report.begin:,} to {report.end:,}"),
+        *_phase_rows(report),
         ("ranks", ", then ".join(map(str, report.world_sizes))),
         ("samples recorded", f"{report.samples:,}"),
         ("  corrupt", f"{report.corrupt:,}"),
@@ -70,13 +71,21 @@ def handle(args: argparse.Namespace) -> int:
     return 1
 
 
+def _phase_rows(report: LedgerReport) -> list[tuple[str, str]]:
+    """Recorded samples of each phase; no rows for a single phase."""
+    if len(report.phases) < 2:
+        return []
+    return [
+        (f"  phase {phase.number}", f"from {phase.begin:,}: {counted(phase.samples, 'sample')}")
+        for phase in report.phases
+    ]
+
+
 def _check(args: argparse.Namespace) -> LedgerReport:
     """Recompute the data order and compare the ledger with it."""
     from data_pipeline.common.errors import DataError
-    from data_pipeline.loading.batch_samplers import shard_starts
     from data_pipeline.loading.ledger_check import check_ledger
     from data_pipeline.loading.ledger_metadata import METADATA_FILE
-    from data_pipeline.loading.sources import data_fingerprint, make_order, open_sources
 
     folder = args.folder if (args.folder / METADATA_FILE).exists() else args.folder / "ledger"
     if not (folder / METADATA_FILE).exists():
@@ -85,19 +94,31 @@ def _check(args: argparse.Namespace) -> LedgerReport:
         )
 
     metadata = _read_metadata(folder, args.data)
-    manifest_urls = {
-        config.shards: url for config, url in zip(metadata.sources, metadata.manifests, strict=True)
-    }
-    sources = open_sources(metadata.sources, manifest_urls=manifest_urls)
-    if data_fingerprint(sources, metadata.shuffle_window) != metadata.data:
+    phases = [
+        _phase_order(folder, metadata.seed, number, phase)
+        for number, phase in enumerate(metadata.phases, start=1)
+        if phase.sources
+    ]
+    return check_ledger(folder, phases, metadata.skip)
+
+
+def _phase_order(folder: Path, seed: int, number: int, phase: LedgerPhase) -> PhaseOrder:
+    """Recompute the order of one phase."""
+    from data_pipeline.common.errors import DataError
+    from data_pipeline.loading.batch_samplers import shard_starts
+    from data_pipeline.loading.ledger_check import PhaseOrder
+    from data_pipeline.loading.sources import data_fingerprint, make_order, open_sources
+    from data_pipeline.order.state import phase_seed
+
+    urls = {config.shards: url for config, url in zip(phase.sources, phase.manifests, strict=True)}
+    sources = open_sources(phase.sources, manifest_urls=urls)
+    if data_fingerprint(sources, phase.shuffle_window) != phase.data:
         raise DataError(
-            f"the shards, weights or drop-lists are not those that {folder} was recorded with; "
+            f"the shards, weights or drop-lists are not those of phase {number} of {folder}; "
             f"they define a different data order, so the ledger cannot be checked"
         )
-
-    order = make_order(sources, metadata.seed, metadata.shuffle_window)
-    starts = shard_starts([source.manifest for source in sources])
-    return check_ledger(folder, order, starts, metadata.skip)
+    order = make_order(sources, phase_seed(seed, number), phase.shuffle_window, phase.begin)
+    return PhaseOrder(number, order, shard_starts([source.manifest for source in sources]))
 
 
 def _read_metadata(folder: Path, run_file: str) -> LedgerMetadata:

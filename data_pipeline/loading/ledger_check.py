@@ -4,15 +4,17 @@ positions.
 For each step, the records of all participating ranks are combined. Micro-batch m of rank r has the
 positions given by `micro_batch_positions`, and must record the samples at those positions: first
 the samples that it contains, in order, then those that were filtered out or corrupt. A step must
-begin at the position where the previous step ended.
+begin at the position where the previous step ended, and belongs to one phase of the data.
 """
 
 from __future__ import annotations
 
+import bisect
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,6 +26,25 @@ from data_pipeline.order.order import Order
 from data_pipeline.order.state import Ranges, delivered_positions
 
 _MAX_PROBLEMS = 20
+
+
+class PhaseOrder(NamedTuple):
+    """The order of one phase, computed again from the same data."""
+
+    number: int
+    order: Order
+    shard_starts: np.ndarray
+    """int64, index of the first sample of each shard over all sources of the phase."""
+
+
+@dataclass
+class PhaseCount:
+    """What was recorded of one phase."""
+
+    number: int
+    begin: int
+    """Position of its first sample."""
+    samples: int = 0
 
 
 @dataclass
@@ -48,6 +69,8 @@ class LedgerReport:
     """Recorded samples that are not in their step's part of the order, e.g. duplicates."""
     misplaced: int = 0
     """Steps with the right samples in the wrong order, rank or micro-batch."""
+    phases: list[PhaseCount] = field(default_factory=list)
+    """Phases whose data is known, in order."""
     world_sizes: list[int] = field(default_factory=list)
     """World size, and each one that it changed to."""
     problems: list[str] = field(default_factory=list)
@@ -64,15 +87,12 @@ class LedgerReport:
             self.problems.append(problem)
 
 
-def check_ledger(
-    folder: Path, order: Order, shard_starts: np.ndarray, skip: Ranges = ()
-) -> LedgerReport:
+def check_ledger(folder: Path, phases: Sequence[PhaseOrder], skip: Ranges = ()) -> LedgerReport:
     """Compare every step of a ledger with the order.
 
     Args:
         folder: The ledger.
-        order: Computed again from the same data.
-        shard_starts: int64, index of the first sample of each shard over all sources.
+        phases: The phases, in order.
         skip: Positions that the run skips (`LoaderState.skip`); they are never recorded.
 
     Raises:
@@ -84,7 +104,7 @@ def check_ledger(
             f"there is no ledger in {folder}: train with data.ledger=true to record one"
         )
 
-    checker = _Checker(order, shard_starts, skip)
+    checker = _Checker(phases, skip)
     for step, records in _steps(files):
         checker.check_step(step, records)
 
@@ -117,9 +137,10 @@ def _steps(files: dict[int, Path]) -> Iterator[tuple[int, dict[int, Record]]]:
 class _Checker:
     """Compares steps with the order and fills a report."""
 
-    def __init__(self, order: Order, shard_starts: np.ndarray, skip: Ranges) -> None:
-        self._order, self._shard_starts, self._skip = order, shard_starts, skip
-        self.report = LedgerReport()
+    def __init__(self, phases: Sequence[PhaseOrder], skip: Ranges) -> None:
+        self._phases, self._skip = phases, skip
+        counts = [PhaseCount(phase.number, phase.order.begin) for phase in phases]
+        self.report = LedgerReport(phases=counts)
 
     def check_step(self, step: int, records: dict[int, Record]) -> None:
         """Compare one step with the order.
@@ -139,7 +160,10 @@ class _Checker:
         report.samples += len(flagged)
         report.corrupt += int(np.count_nonzero(flagged & CORRUPT))
         report.filtered += int(np.count_nonzero(flagged & FILTERED))
-        self._check_samples(step, records, self._expected(first.before, first.after))
+        phase = self._phase_of(step, first)
+        report.phases[phase].samples += len(flagged)
+        expected = self._expected(self._phases[phase], first.before, first.after)
+        self._check_samples(step, records, expected)
 
     def _check_positions(self, step: int, record: Record) -> None:
         """Check that the step follows the previous one."""
@@ -198,14 +222,30 @@ class _Checker:
             report.misplaced += 1
             report.add_problem(f"step {step}: all samples are present, but in the wrong order")
 
-    def _expected(self, before: int, after: int) -> np.ndarray:
+    def _phase_of(self, step: int, record: Record) -> int:
+        """Index of the phase of a step, which must be a single one."""
+        begins = [phase.order.begin for phase in self._phases]
+        index = bisect.bisect_right(begins, record.before) - 1
+        if index < 0:
+            raise DataError(
+                f"step {step} begins at position {record.before}, before the first phase whose "
+                f"data is known, which begins at position {begins[0]}"
+            )
+        if index + 1 < len(begins) and record.after > begins[index + 1]:
+            self.report.add_problem(
+                f"step {step} has positions {record.before} to {record.after}, but the next phase "
+                f"begins at position {begins[index + 1]}"
+            )
+        return index
+
+    def _expected(self, phase: PhaseOrder, before: int, after: int) -> np.ndarray:
         """Indices of the samples between two positions of the order."""
         count = after - before - self._num_skipped(before, after)
         refs = []
         for positions in delivered_positions(before, self._skip, 0, count):
-            refs += self._order.samples(positions.start, len(positions))
+            refs += phase.order.samples(positions.start, len(positions))
 
-        ids: np.ndarray = self._shard_starts[[ref.shard for ref in refs]]
+        ids: np.ndarray = phase.shard_starts[[ref.shard for ref in refs]]
         return ids + np.array([ref.sample for ref in refs], dtype=np.int64)
 
     def _num_skipped(self, before: int, after: int) -> int:

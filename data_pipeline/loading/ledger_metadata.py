@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -17,7 +17,38 @@ from data_pipeline.order.state import LoaderState, Ranges
 from data_pipeline.settings import SourceConfig
 
 METADATA_FILE = "ledger.json"
-LEDGER_VERSION = 1
+LEDGER_VERSION = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class LedgerPhase:
+    """The data of one phase of training (`data.phase`)."""
+
+    begin: int
+    """Position of its first sample."""
+    data: str
+    """`data_fingerprint` of the sources."""
+    shuffle_window: int = 0
+    manifests: tuple[str, ...] = ()
+    """Address of each source's manifest, without user, password and query."""
+    sources: tuple[SourceConfig, ...] = ()
+    """Empty if the phase ended before the ledger was enabled."""
+
+    @staticmethod
+    def of(sources: Sequence[Source], shuffle_window: int, *, begin: int, data: str) -> LedgerPhase:
+        """A phase with these sources."""
+        manifests = [_absolute(source.address or source.config.shards) for source in sources]
+        configs = [
+            replace(source.config.without_secrets(), drop=_absolute(source.config.drop))
+            for source in sources
+        ]
+        return LedgerPhase(
+            begin=begin,
+            data=data,
+            shuffle_window=shuffle_window,
+            manifests=tuple(manifests),
+            sources=tuple(configs),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,31 +56,20 @@ class LedgerMetadata:
     """The inputs of the order of a run."""
 
     seed: int
-    shuffle_window: int
-    data: str
-    """`data_fingerprint` of the sources."""
-    manifests: tuple[str, ...]
-    """Address of each source's manifest, without user, password and query."""
-    sources: tuple[SourceConfig, ...]
+    phases: tuple[LedgerPhase, ...]
     skip: Ranges = ()
     """Positions that are never delivered."""
 
     @staticmethod
     def of(sources: Sequence[Source], shuffle_window: int, state: LoaderState) -> LedgerMetadata:
-        """The metadata of a run that starts at or resumes from `state`."""
-        manifests = [_absolute(source.address or source.config.shards) for source in sources]
-        configs = [
-            replace(source.config.without_secrets(), drop=_absolute(source.config.drop))
-            for source in sources
-        ]
-        return LedgerMetadata(
-            seed=state.seed,
-            shuffle_window=shuffle_window,
-            data=state.data,
-            skip=state.skip,
-            manifests=tuple(manifests),
-            sources=tuple(configs),
-        )
+        """The metadata of a run that starts at or resumes from `state`; the sources of earlier
+        phases are not known."""
+        phases, begin = list[LedgerPhase](), 0
+        for ended in state.ended_phases:
+            phases.append(LedgerPhase(begin=begin, data=ended.data))
+            begin = ended.end
+        phases.append(LedgerPhase.of(sources, shuffle_window, begin=begin, data=state.data))
+        return LedgerMetadata(seed=state.seed, skip=state.skip, phases=tuple(phases))
 
     def with_addresses(self, given: Sequence[SourceConfig]) -> LedgerMetadata:
         """A copy with the addresses of the settings, which may have queries (e.g. signatures); the
@@ -57,31 +77,41 @@ class LedgerMetadata:
 
         Sources whose manifest is in the run folder keep that manifest.
 
+        Args:
+            given: The sources of the last phase; earlier phases use the addresses that they share.
+
         Raises:
-            ConfigError: The settings have other sources.
+            ConfigError: The settings have other sources than the last phase.
         """
         given_addresses = [source.without_secrets().shards for source in given]
-        if given_addresses != [source.shards for source in self.sources]:
+        sources = self.phases[-1].sources
+        if given_addresses != [source.shards for source in sources]:
             raise ConfigError(
                 f"the settings have other sources than the ledger: {_join_addresses(given)} "
-                f"instead of {_join_addresses(self.sources)}"
+                f"instead of {_join_addresses(sources)}"
             )
-
-        manifests, sources = [], []
-        for url, old, new in zip(self.manifests, self.sources, given, strict=True):
-            manifests.append(new.shards if url == _absolute(old.shards) else url)
-            drop = new.drop if has_query(new.drop) else old.drop
-            sources.append(replace(old, shards=new.shards, drop=drop))
-        return replace(self, manifests=tuple(manifests), sources=tuple(sources))
+        new = dict(zip(given_addresses, given, strict=True))
+        return replace(self, phases=tuple(_with_addresses(phase, new) for phase in self.phases))
 
     def write(self, folder: Path) -> None:
-        """Write to the folder of a ledger."""
-        content = asdict(self) | {"sources": [to_mapping(source) for source in self.sources]}
-        write_json(folder / METADATA_FILE, {"version": LEDGER_VERSION} | content, indent=1)
+        """Write to the folder of a ledger; earlier phases that it has keep their sources.
+
+        Raises:
+            DataError: The metadata that it has is invalid.
+        """
+        known = LedgerMetadata.read(folder).phases if (folder / METADATA_FILE).exists() else ()
+        phases = []
+        for number, phase in enumerate(self.phases):
+            if not phase.sources and number < len(known) and known[number].data == phase.data:
+                phase = known[number]
+            values = [to_mapping(source) for source in phase.sources]
+            phases.append(asdict(phase) | {"sources": values})
+        content = {"version": LEDGER_VERSION, "seed": self.seed, "skip": self.skip}
+        write_json(folder / METADATA_FILE, content | {"phases": phases}, indent=1)
 
     @staticmethod
     def read(folder: Path) -> LedgerMetadata:
-        """Read from the folder of a ledger.
+        """Read from the folder of a ledger; in version 1 there was one phase.
 
         Raises:
             DataError: The file is missing or invalid.
@@ -90,11 +120,26 @@ class LedgerMetadata:
         data = storage.read_bytes(str(path))
         try:
             content = dict(json.loads(data))
-            if content.pop("version", None) != LEDGER_VERSION:
-                raise ValueError(f"expected version {LEDGER_VERSION}")
+            version = content.pop("version", None)
+            if version == 1:
+                seed, skip = content.pop("seed"), content.pop("skip", ())
+                content = {"seed": seed, "skip": skip, "phases": [{"begin": 0} | content]}
+            elif version != LEDGER_VERSION:
+                raise ValueError(f"expected version 1 or {LEDGER_VERSION}")
             return from_mapping(LedgerMetadata, content)
-        except (ValueError, TypeError, ConfigError) as error:
+        except (KeyError, ValueError, TypeError, ConfigError) as error:
             raise DataError(f"{path} is not valid ledger metadata: {error}") from error
+
+
+def _with_addresses(phase: LedgerPhase, given: Mapping[str, SourceConfig]) -> LedgerPhase:
+    """A copy of the phase with the sources' new addresses, by their old ones."""
+    manifests, sources = [], []
+    for url, old in zip(phase.manifests, phase.sources, strict=True):
+        new = given.get(old.shards, old)
+        manifests.append(new.shards if url == _absolute(old.shards) else url)
+        drop = new.drop if has_query(new.drop) else old.drop
+        sources.append(replace(old, shards=new.shards, drop=drop))
+    return replace(phase, manifests=tuple(manifests), sources=tuple(sources))
 
 
 def _join_addresses(sources: Sequence[SourceConfig]) -> str:

@@ -30,7 +30,7 @@ from data_pipeline.loading.sources import (
 )
 from data_pipeline.order.micro_batches import largest_micro_batch_size, micro_batches_per_step
 from data_pipeline.order.order import Order
-from data_pipeline.order.state import LoaderState, check_state
+from data_pipeline.order.state import LoaderState, enter_phase
 from data_pipeline.reading.store import check_cache_dir
 from data_pipeline.samples import Batch
 from data_pipeline.settings import DataConfig
@@ -72,8 +72,9 @@ class Loader:
 
         Raises:
             ConfigError: `data` is invalid, the global batch cannot be divided among the ranks, the
-                state has another seed, or a source with a weight above 0 has no samples.
-            DataError: The state was saved with other shards, weights, drop-lists or another window.
+                state has another seed or phase, or a source with a weight above 0 has no samples.
+            DataError: The state was saved with other shards, weights, drop-lists or another window,
+                and `data.phase` is the same.
         """
         check_sections(data)
         self._micro_batches = micro_batches_per_step(
@@ -84,11 +85,13 @@ class Loader:
             raise ConfigError("the data loader has no sources; set data.train")
 
         fingerprint = data_fingerprint(self.sources, data.shuffle_window)
-        check_state(state, seed, fingerprint)
-        self._state = replace(state, seed=seed, data=fingerprint)
+        state = enter_phase(state, seed=seed, fingerprint=fingerprint, phase=data.phase)
+        self._state = state
         self._data = data
         self._sampler = TrainBatchSampler(
-            order=make_order(self.sources, seed, data.shuffle_window),
+            order=make_order(
+                self.sources, state.order_seed, data.shuffle_window, state.phase_begin
+            ),
             origin=state.position,
             skip=state.skip,
             global_batch_size=global_batch_size,
@@ -98,7 +101,7 @@ class Loader:
             world_size=ranks.world_size,
         )
 
-        self._pipeline = self._make_pipeline(tokenizer, batch, seed)
+        self._pipeline = self._make_pipeline(tokenizer, batch, state.order_seed)
         self._stream: BatchStream | None = None
         self._steps_done = 0
 

@@ -17,7 +17,7 @@ from data_pipeline.loading.sources import Source, make_order
 from data_pipeline.order.micro_batches import micro_batches_per_step
 from data_pipeline.order.shuffle_quality import ShuffleQuality, format_quality_table
 from data_pipeline.order.shuffle_quality import shuffle_quality as compare_with_perfect
-from data_pipeline.order.state import merge_ranges
+from data_pipeline.order.state import merge_ranges, phase_seed
 from data_pipeline.samples import SampleRef
 from data_pipeline.settings import DataConfig
 from data_pipeline.shards.manifest import load_index
@@ -40,11 +40,18 @@ class OrderSettings:
     skip: tuple[tuple[int, int], ...] = ()
     """Ranges of positions that are left out, `[first, end)`."""
 
+    @property
+    def order_seed(self) -> int:
+        """Seed of the order of the phase `data.phase`."""
+        return phase_seed(self.seed, self.data.phase)
+
 
 def list_steps(
     sources: Sequence[Source], settings: OrderSettings, steps: range, *, keys: bool
 ) -> Iterator[Step]:
     """The samples of each step as JSON values, by rank and micro-batch.
+
+    Steps and positions count from the beginning of the phase `data.phase`.
 
     Args:
         sources: The mixture.
@@ -58,7 +65,7 @@ def list_steps(
     count = micro_batches_per_step(
         settings.global_batch_size, settings.micro_batch_size, settings.world_size
     )
-    order = make_order(sources, settings.seed, settings.data.shuffle_window)
+    order = make_order(sources, settings.order_seed, settings.data.shuffle_window)
     names = _SampleNames(sources, keys=keys, data=settings.data)
     samplers = [
         TrainBatchSampler(
@@ -128,7 +135,7 @@ def measure_shuffle(sources: Sequence[Source], settings: OrderSettings) -> list[
     """Shuffle quality of each source, for the part of a batch that the source provides; sources
     without samples are omitted."""
     window = settings.data.shuffle_window
-    fractions = make_order(sources, settings.seed, window).fractions.at(0)
+    fractions = make_order(sources, settings.order_seed, window).fractions.at(0)
     results = []
     for source, fraction in zip(sources, fractions, strict=True):
         sizes = [
@@ -138,7 +145,7 @@ def measure_shuffle(sources: Sequence[Source], settings: OrderSettings) -> list[
         if not sum(sizes):
             continue
         batch = max(1, round(settings.global_batch_size * fraction))
-        shuffled, perfect = compare_with_perfect(sizes, settings.seed, window, batch)
+        shuffled, perfect = compare_with_perfect(sizes, settings.order_seed, window, batch)
         results.append(
             SourceQuality(
                 name=source.name,

@@ -97,13 +97,13 @@ def open_sources(
     return tuple(sources)
 
 
-def make_order(sources: Sequence[Source], seed: int, shuffle_window: int) -> Order:
-    """The order of training.
+def make_order(sources: Sequence[Source], seed: int, shuffle_window: int, begin: int = 0) -> Order:
+    """The order of training, or of the phase that begins at position `begin`.
 
     Raises:
         ConfigError: A source with a weight above 0 has no samples, or all weights are 0.
     """
-    return Order([_order_source(source) for source in sources], seed, shuffle_window)
+    return Order([_order_source(source) for source in sources], seed, shuffle_window, begin)
 
 
 def data_fingerprint(sources: Sequence[Source | Manifest], shuffle_window: int) -> str:

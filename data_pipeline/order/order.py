@@ -58,18 +58,21 @@ class Consumed(NamedTuple):
 class Order:
     """Maps positions to samples. Can be pickled; caches are not included."""
 
-    def __init__(self, sources: Sequence[OrderSource], seed: int, shuffle_window: int) -> None:
+    def __init__(
+        self, sources: Sequence[OrderSource], seed: int, shuffle_window: int, begin: int = 0
+    ) -> None:
         """Plan the sources and mix them.
 
         Args:
             sources: The sources; their shards are numbered consecutively.
             seed: Seed of the shuffles.
             shuffle_window: Number of shards of a source whose samples are shuffled together.
+            begin: Position of its first sample: where the phase of this order begins.
 
         Raises:
             ConfigError: A source with a weight above 0 has no samples, or all weights are 0.
         """
-        self.sources = tuple(sources)
+        self.sources, self.begin = tuple(sources), begin
         weighted = [bool(source.weights) for source in sources]
         if not sources or (any(weighted) and not all(weighted)):
             raise ConfigError("data.train needs sources, and a weight for all of them or for none")
@@ -83,6 +86,7 @@ class Order:
 
     def samples(self, start: int, count: int) -> list[SampleRef]:
         """The samples at positions `start` to `start + count - 1`."""
+        start = self._in_phase(start)
         if len(self._plans) == 1:
             return self._plan(0).samples(start, count)
 
@@ -99,16 +103,19 @@ class Order:
 
     def sources_of(self, start: int, count: int) -> list[int]:
         """The source of each of the positions `start` to `start + count - 1`."""
-        return self._mixture.slice_at(start, count).sources if len(self._plans) > 1 else [0] * count
+        if len(self._plans) == 1:
+            return [0] * count
+        return self._mixture.slice_at(self._in_phase(start), count).sources
 
     def consumed(self, position: int) -> list[Consumed]:
-        """How many samples and epochs of each source come before a position.
+        """How many samples and epochs of each source come before a position, in this phase.
 
         Positions that a loader state skips count as consumed.
         """
+        counts = self._counts_before(self._in_phase(position))
         return [
             Consumed(source.name, count, count / max(1, source.samples))
-            for source, count in zip(self.sources, self._counts_before(position), strict=True)
+            for source, count in zip(self.sources, counts, strict=True)
         ]
 
     def shards_from(self, position: int) -> Iterator[list[int]]:
@@ -118,6 +125,7 @@ class Order:
         those at `position`, then those after the first window change of any source, and so on.
         Newly needed shards come first in a list.
         """
+        position = self._in_phase(position)
         counts_before = self._counts_before(position)
         windows = [
             plan.windows_from(first) if plan else iter(())
@@ -167,8 +175,16 @@ class Order:
             first_shard += len(source.sizes)
         return plans
 
+    def _in_phase(self, position: int) -> int:
+        """A position counted from the beginning of the phase."""
+        if position < self.begin:
+            raise ValueError(
+                f"position {position} is before the phase, which begins at {self.begin}"
+            )
+        return position - self.begin
+
     def _counts_before(self, position: int) -> list[int]:
-        """Number of samples of each source before a position."""
+        """Number of samples of each source before a position of the phase."""
         return self._mixture.counts_before(position) if len(self._plans) > 1 else [position]
 
     def _plan(self, source: int) -> Plan:

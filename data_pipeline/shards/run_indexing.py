@@ -26,10 +26,11 @@ from data_pipeline.shards.patterns import is_shard_name
 logger = logging.getLogger(__name__)
 
 
-def run_manifest_folder(run_folder: str | os.PathLike[str], address: str) -> str:
-    """Where a run stores the manifest of the shards at an address."""
+def run_manifest_folder(run_folder: str | os.PathLike[str], address: str, phase: int = 1) -> str:
+    """Where a run stores the manifest of the shards at an address, which may have changed between
+    phases (`data.phase`)."""
     name = hashlib.sha256(address.encode()).hexdigest()[:16]
-    return os.path.join(run_folder, "manifests", name)
+    return os.path.join(run_folder, "manifests", name if phase == 1 else f"{name}-phase{phase}")
 
 
 def needs_indexing(address: str, *, timeout_seconds: float = 60.0) -> bool:

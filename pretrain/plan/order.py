@@ -74,7 +74,7 @@ def _open_sources(run: RunConfig, run_folder: Path, folder: str) -> tuple[Source
     for address in dict.fromkeys(source.shards for source in run.data.sources):
         if not needs_indexing(address, timeout_seconds=seconds):
             continue
-        indexed[address] = run_manifest_folder(run_folder, address)
+        indexed[address] = run_manifest_folder(run_folder, address, run.data.phase)
         if not storage.exists(storage.join(indexed[address], MANIFEST_NAME)):
             indexed[address] = run_manifest_folder(folder, address)
             index_for_run(

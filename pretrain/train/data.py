@@ -55,13 +55,15 @@ def index_data(run: RunConfig, out: Path, communicator: Communicator) -> tuple[S
     """
     indexed: dict[str, str] = {}
     for address in dict.fromkeys(source.shards for source in run.data.sources):
-        indexed[address] = index_address(run, address, out, communicator)
+        indexed[address] = index_address(run, address, out, communicator, phase=run.data.phase)
     return open_sources(
         run.data.sources, timeout_seconds=min(60.0, run.data.timeout_seconds), manifest_urls=indexed
     )
 
 
-def index_address(run: RunConfig, address: str, out: Path, communicator: Communicator) -> str:
+def index_address(
+    run: RunConfig, address: str, out: Path, communicator: Communicator, *, phase: int = 1
+) -> str:
     """Where the manifest of an address is; shards without one are indexed by all ranks. Collective.
 
     Args:
@@ -69,6 +71,7 @@ def index_address(run: RunConfig, address: str, out: Path, communicator: Communi
         address: Of training data or an evaluation set.
         out: The run folder, shared by all ranks.
         communicator: Provides the collectives.
+        phase: Phase of training data; every phase indexes an address again.
 
     Raises:
         DataError: Shards cannot be read.
@@ -78,7 +81,7 @@ def index_address(run: RunConfig, address: str, out: Path, communicator: Communi
         _needs_indexing(address, run) if communicator.rank == 0 else None
     ):
         return address
-    folder = run_manifest_folder(out, address)
+    folder = run_manifest_folder(out, address, phase)
     _index_on_all_ranks(run, address, Path(folder), communicator)
     return folder
 

@@ -40,6 +40,7 @@ def train(components: TrainComponents) -> TrainState:
         _log_complete(components, state)
         return state
     loader = components.open_loader(state.loader)
+    _log_phase(state.loader, loader)
     components.save_resolved_config()
     reporter = components.on_rank_zero(lambda: Reporter(components.out, components.run, state.step))
     ledger = components.open_ledger(loader, state.step)
@@ -55,6 +56,20 @@ def train(components: TrainComponents) -> TrainState:
             ledger.close()
         if reporter is not None:
             reporter.close()
+
+
+def _log_phase(saved: LoaderState, loader: Loader) -> None:
+    """Log that training continues on other data than that of the checkpoint."""
+    if loader.state.phase == saved.phase:
+        return
+    logger.info(
+        "phase %d of the data begins at position %s, with %s",
+        loader.state.phase,
+        f"{loader.state.phase_begin:,}",
+        ", ".join(
+            f"{source.name} ({counted(source.samples, 'sample')})" for source in loader.sources
+        ),
+    )
 
 
 def _log_complete(components: TrainComponents, state: TrainState) -> None:

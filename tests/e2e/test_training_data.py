@@ -132,6 +132,33 @@ def test_killed_run_resumes_a_mixture(
     assert read_rows(run_dir / "corrupt_samples.jsonl") == []
 
 
+def test_new_phase_with_more_data(
+    datasets: tuple[ShapeDataset, ShapeDataset], tmp_path: Path
+) -> None:
+    """Shards are added to the folder of a trained run, which has no manifest."""
+    large, small = datasets
+    folder, run_dir = copy_without_manifest(large, tmp_path / "data"), tmp_path / "run"
+    settings = [*large.overrides, f"data.train=[{folder}]", "data.ledger=true"]
+    train(run_dir, *settings, "schedule.total_steps=4")
+    for shard in small.folder.glob("*.tar"):
+        (folder / f"more-{shard.name}").write_bytes(shard.read_bytes())
+
+    # In the same phase a run continues with the data that it began with.
+    train(run_dir, *settings, "schedule.total_steps=6")
+    new = [*settings, "data.phase=2"]
+    output = train(run_dir, *new, "schedule.total_steps=12")
+    assert "phase 2 of the data begins at position 48, with data (48 samples)" in output
+    verified = check_ledger(run_dir)
+    assert verified.returncode == 0, verified.stdout + verified.stderr
+    assert "from 48: 48 samples" in verified.stdout
+    assert read_rows(run_dir / "metrics.jsonl")[-1]["data/epochs/data"] == 1.0
+
+    output = train(run_dir, *new, "schedule.total_steps=14")  # a phase begins once
+    assert "begins at position" not in output and check_ledger(run_dir).returncode == 0
+    result = launch(run_dir, *settings, "schedule.total_steps=16")
+    assert result.returncodes == (2,) and "data.phase is 1" in result.output
+
+
 def test_truncated_ledger(shapes: ShapeDataset, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     train(run_dir, *shapes.overrides, "data.ledger=true", "schedule.total_steps=3")

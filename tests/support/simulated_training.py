@@ -10,7 +10,7 @@ import torch
 
 from data_pipeline.loading.batch_samplers import TrainBatchSampler, shard_starts
 from data_pipeline.loading.ledger import Ledger
-from data_pipeline.loading.ledger_check import LedgerReport, check_ledger
+from data_pipeline.loading.ledger_check import LedgerReport, PhaseOrder, check_ledger
 from data_pipeline.loading.ledger_metadata import LedgerMetadata
 from data_pipeline.loading.sources import Source, data_fingerprint, make_order
 from data_pipeline.order.state import LoaderState
@@ -63,10 +63,15 @@ class SimulatedTraining:
         self.steps += steps
         self.state = replace(self.state, position=self.end_position)
 
+    @property
+    def phases(self) -> list[PhaseOrder]:
+        """The only phase."""
+        return [PhaseOrder(1, self.order, self.starts)]
+
     def check(self) -> LedgerReport:
         """Compare the ledger with the order."""
         skip = LedgerMetadata.read(self.folder).skip
-        return check_ledger(self.folder, self.order, self.starts, skip)
+        return check_ledger(self.folder, self.phases, skip)
 
     def sample_ids(self, count: int) -> list[int]:
         """Ids, over all sources, of the first `count` samples of the order."""

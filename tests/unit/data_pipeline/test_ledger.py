@@ -106,11 +106,11 @@ def test_metadata_round_trip(training: SimulatedTraining, tmp_path: Path) -> Non
     metadata = LedgerMetadata.of([source], 7, state)
     metadata.write(tmp_path)
     assert LedgerMetadata.read(tmp_path) == metadata
-    assert metadata.manifests == ("s3://b/x",)
+    assert metadata.phases[0].manifests == ("s3://b/x",)
 
     # Local addresses are stored as absolute paths: the working directory may be another later.
     local = replace(source, config=SourceConfig(shards="shards", drop="drop.json"))
-    absolute = LedgerMetadata.of([local], 7, LoaderState())
+    (absolute,) = LedgerMetadata.of([local], 7, LoaderState()).phases
     assert absolute.manifests == (f"{Path.cwd()}/shards",)
     assert absolute.sources[0].drop == f"{Path.cwd()}/drop.json"
 

@@ -94,7 +94,7 @@ def test_skipped_positions(training: SimulatedTraining) -> None:
     assert report.end == 8 * GLOBAL_BATCH_SIZE + 3
 
     # Without the skipped range, the same ledger does not match.
-    assert check_ledger(training.folder, training.order, training.starts).lost > 0
+    assert check_ledger(training.folder, training.phases).lost > 0
 
 
 def rewrite(training: SimulatedTraining, change: Callable[[list[Record]], list[Record]]) -> None:
@@ -216,7 +216,8 @@ def test_ledger_enabled_during_a_run(
 def test_other_data_is_an_error(training: SimulatedTraining, tmp_path: Path) -> None:
     training.train(1)
     metadata = LedgerMetadata.read(training.folder)
-    replace(metadata, shuffle_window=3).write(training.folder)
+    phase = replace(metadata.phases[0], shuffle_window=3)
+    replace(metadata, phases=(phase,)).write(training.folder)
     with pytest.raises(DataError, match="shards, weights or drop-lists"):
         run_command(training.folder)
     with pytest.raises(DataError, match="no ledger in"):

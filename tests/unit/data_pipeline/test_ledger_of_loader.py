@@ -12,7 +12,7 @@ from data_pipeline.content.tokenizer import Tokenizer
 from data_pipeline.loading.batch_samplers import shard_starts
 from data_pipeline.loading.batch_spec import BatchSpec, RankInfo
 from data_pipeline.loading.ledger import Ledger
-from data_pipeline.loading.ledger_check import check_ledger
+from data_pipeline.loading.ledger_check import PhaseOrder, check_ledger
 from data_pipeline.loading.ledger_metadata import LedgerMetadata
 from data_pipeline.loading.loader import Loader
 from data_pipeline.order.state import LoaderState
@@ -45,7 +45,7 @@ def test_ledger_of_a_loader(tmp_path: Path) -> None:
     assert command.handle(argparse.Namespace(folder=tmp_path, data="")) == 0
 
     order, starts = run.loader.order, shard_starts(sources)
-    report = check_ledger(run.folder, order, starts)
+    report = check_ledger(run.folder, [PhaseOrder(1, order, starts)])
     assert (report.steps, report.samples, report.world_sizes) == (12, 96, [1, 2, 4, 1])
     ids = [int(starts[ref.shard]) + ref.sample for ref in order.samples(0, 96)]
     assert report.corrupt == ids.count(7) > 0

@@ -4,31 +4,46 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 
 from data_pipeline.common.errors import DataError
-from data_pipeline.order.state import LoaderState, delivered_positions, merge_ranges
+from data_pipeline.order.state import EndedPhase, LoaderState, delivered_positions, merge_ranges
 
 
 def test_json_round_trip() -> None:
-    state = LoaderState(position=12, seed=5, data="abc", skip=((14, 20), (30, 31)))
+    ended = (EndedPhase(data="x", end=4), EndedPhase(data="y", end=9))
+    state = LoaderState(
+        position=12, seed=5, data="abc", skip=((14, 20), (30, 31)), ended_phases=ended
+    )
     assert LoaderState.from_json(state.to_json()) == state
     assert LoaderState.from_json(json.dumps(state.to_json())) == state
     assert LoaderState.from_json(LoaderState().to_json()) == LoaderState()
 
 
-def test_version_1_is_read() -> None:
-    old = {"version": 1, "position": 12, "seed": 5, "data": "abc"}
-    assert LoaderState.from_json(old) == LoaderState(position=12, seed=5, data="abc")
+def test_older_versions_are_read() -> None:
+    old: dict[str, object] = {"version": 1, "position": 12, "seed": 5, "data": "abc"}
+    expected = LoaderState(position=12, seed=5, data="abc")
+    assert LoaderState.from_json(old) == expected
+    second = old | {"version": 2, "skip": [[14, 20]]}
+    assert LoaderState.from_json(second) == replace(expected, skip=((14, 20),))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 3}, "version 3"),
+        ({"version": 4}, "version 4"),
+        ({"version": True}, "version True"),
         ({"more": 2}, "not a loader state"),
         ({"version": 1}, "version 1 .*`skip`"),
+        ({"version": 2}, "version 2 .*`ended_phases`"),
+        ({"ended_phases": [{"data": "a", "end": 4}]}, r"\[4\].* position 3"),
+        ({"ended_phases": [{"data": "a", "end": 2}, {"data": "b", "end": 1}]}, r"\[2, 1\]"),
+        ({"ended_phases": [{"data": "a", "end": 1.5}]}, "`end` must be integers"),
+        ({"ended_phases": [{"data": 1, "end": 1}]}, "`data` must be a string"),
+        ({"ended_phases": [{"data": "a"}]}, "not a loader state"),
+        ({"ended_phases": 3}, "not a loader state"),
         ({"position": -1}, "position -1 .*negative"),
         ({"position": 1.5}, "`position`.*integers"),
         ({"data": 7}, "`data` must be a string"),

@@ -160,16 +160,16 @@ def test_ledger_contains_no_signature(tmp_path: Path) -> None:
         text = (tmp_path / "ledger.json").read_text()
         assert "SECRET" not in text
         metadata = LedgerMetadata.read(tmp_path)
-        assert metadata.sources[1] == given[1] and metadata.manifests[1] == str(tmp_path / "data")
+        (phase,) = metadata.phases
+        assert phase.sources[1] == given[1] and phase.manifests[1] == str(tmp_path / "data")
         with pytest.raises(StorageError):
-            open_sources(metadata.sources)
+            open_sources(phase.sources)
         (tmp_path / "run.yaml").write_text(
             json.dumps({"data": {"train": [to_mapping(entry) for entry in given]}})
         )
         section = load_yaml(tmp_path / "run.yaml")["data"]
-        completed = metadata.with_addresses(
-            from_mapping(DataConfig, {"train": section["train"]}).sources
-        )
+        new = from_mapping(DataConfig, {"train": section["train"]}).sources
+        (completed,) = metadata.with_addresses(new).phases
         assert completed.sources == given and completed.manifests == (
             given[0].shards,
             str(tmp_path / "data"),
