@@ -27,7 +27,9 @@ _EXAMPLES = """\
   vlmoe data check 's3://bucket/{cc3m,coco}' --workers 16 --json report.json
 
 Compares the size and SHA-256 of every shard, its index, and the CRC-32 of every sample; --decode
-also decodes every image and reads every caption. The exit status is 1 if there are any findings.
+also decodes every image and reads every caption. The files of shards and folders are then counted a
+second time, with Python's tarfile and the file system: none may be missing from the index. The exit
+status is 1 if there are any findings.
 To exclude the corrupt samples from training, set `drop` of the data.train source to the drop-list.
 Unavailable shards are listed, but not added to the drop-list."""
 
@@ -43,6 +45,9 @@ def add(subparsers: Subparsers) -> None:
     )
     add_datasets(check)
     check.add_argument("--decode", action="store_true", help="also decode images and read captions")
+    check.add_argument(
+        "--no-count", action="store_true", help="do not count the files a second time"
+    )
     add_sample_keys(check)
     check.add_argument(
         "--first", metavar="N", type=int, default=10, help="findings to print (default: 10)"
@@ -70,6 +75,7 @@ def handle(args: argparse.Namespace) -> int:
     report = check(
         manifests,
         decode=args.decode,
+        count=not args.no_count,
         keys=sample_keys(args),
         workers=workers_of(args),
         part=part,
@@ -85,19 +91,49 @@ def handle(args: argparse.Namespace) -> int:
     _print_report(report, args)
     if args.json:
         rows = [finding._asdict() for finding in report.findings]
-        content = {"samples": report.samples, "shards": report.shards, "findings": rows}
+        content = {
+            "samples": report.samples,
+            "shards": report.shards,
+            "files_in_samples": report.files.in_samples,
+            "files_ignored": report.files.ignored,
+            "shards_not_counted": report.not_counted,
+            "findings": rows,
+        }
         write_json(args.json, content)
     if args.drop_list:
         about = {"made by": "vlmoe data check" + (" --decode" if args.decode else "")}
         corrupt = [report.corrupt_samples(index) for index in range(len(manifests))]
         print("\n".join(write_drop_lists(args.drop_list, manifests, corrupt, about)))
 
+    if not args.no_count:
+        _print_counts(report)
     report_unavailable(report.unavailable)
     return 1 if report.findings else 0
 
 
 def _counts(report: CheckReport) -> str:
     return f"{counted(report.samples, 'sample')} of {counted(report.shards, 'shard')}"
+
+
+def _print_counts(report: CheckReport) -> None:
+    """What was counted without the index and the manifest."""
+    from data_pipeline.common.escaping import escape_control
+    from data_pipeline.shards.sample_rows import join_counts
+
+    ignored = report.files.ignored
+    print(
+        f"counted again: {counted(report.files.in_samples, 'file')} in samples, "
+        f"{ignored.total():,} ignored"
+        + (f" ({join_counts(ignored)})" if ignored else "")
+        + (
+            f"; not counted: {counted(report.not_counted, 'corrupt or salvaged shard')}"
+            if report.not_counted
+            else ""
+        )
+    )
+    for folder in report.folders:
+        for line in folder.lines():
+            print(escape_control(line))
 
 
 def _print_report(report: CheckReport, args: argparse.Namespace) -> None:

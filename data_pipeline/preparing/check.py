@@ -2,15 +2,16 @@
 
 One pass over each shard: its size and SHA-256 against the manifest, its index against the manifest,
 each sample's CRC-32 against the index, and that it has one image; with `decode` also the image
-and the captions are read. A shard
-can be corrupt although all its samples are intact, for example if its end-of-archive marker is
-missing.
+and the captions are read. A shard can be corrupt although all its samples are intact, for example
+if its end-of-archive marker is missing. The files of intact shards are counted a second time,
+without the index (`second_count.py`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,12 @@ from data_pipeline.common.errors import DataError
 from data_pipeline.common.processes import SINGLE_PART, Part
 from data_pipeline.content.captions import all_captions
 from data_pipeline.content.image import decode_image
+from data_pipeline.preparing.second_count import (
+    FileCount,
+    FolderCount,
+    count_folder,
+    count_members,
+)
 from data_pipeline.preparing.shard_access import (
     MAX_SAMPLE_BYTES,
     ShardUnavailableError,
@@ -65,6 +72,12 @@ class CheckReport(NamedTuple):
     findings: list[Finding]
     unavailable: list[UnavailableShard]
     """Shards that could not be read; their samples are also listed as findings."""
+    files: FileCount
+    """Files of all shards, counted without the index; its problems are among the findings."""
+    not_counted: int
+    """Shards whose files were not counted, because they are corrupt or were salvaged."""
+    folders: list[FolderCount]
+    """Files of the folders that the manifests do not list."""
 
     def counts_by_reason(self) -> list[tuple[str, int, int]]:
         """Reason, number of samples and number of shards, most frequent first."""
@@ -95,6 +108,7 @@ def check(
     manifests: Sequence[Manifest],
     *,
     decode: bool = False,
+    count: bool = True,
     keys: SampleKeys = DEFAULT_KEYS,
     workers: int = 0,
     part: Part = SINGLE_PART,
@@ -105,31 +119,39 @@ def check(
     Args:
         manifests: The datasets.
         decode: Also decode images and read captions.
+        count: Count the files of shards and folders a second time.
         keys: Where images and captions are.
         workers: Number of processes.
         part: Part of the shards to check; see `shard_tasks`.
         work_dir: Folder of stored results (see `ShardMap`); empty checks all shards again.
     """
-    checker = _Checker(decode, keys)
+    checker = _Checker(decode, count, keys)
     shard_map = ShardMap(
-        label="checking", workers=workers, work_dir=work_dir, settings=repr(("check", 3, checker))
+        label="checking", workers=workers, work_dir=work_dir, settings=repr(("check", 4, checker))
     )
 
     findings, unavailable, samples, shards = list[Finding](), list[UnavailableShard](), 0, 0
+    files, not_counted = FileCount(), 0
     for task, result in shard_map.run(shard_tasks(manifests, part), checker):
         samples, shards = samples + task.num_samples, shards + 1
         if isinstance(result, UnavailableShard):
             unavailable.append(result)
             rows: list[_Row] = list(_all_samples(task, result.reason, result.detail))
+            not_counted += 1
         else:
-            rows = json.loads(result)
+            content = json.loads(result)
+            rows = content["rows"]
+            files.in_samples += content["in_samples"]
+            files.ignored.update(content["ignored"])
+            not_counted += not content["counted"]
 
         for sample, key, reason, detail in rows:
             findings.append(
                 Finding(task.dataset, task.shard, sample, task.entry.name, key, reason, detail)
             )
 
-    return CheckReport(samples, shards, findings, unavailable)
+    folders = [count_folder(manifest) for manifest in manifests] if count else []
+    return CheckReport(samples, shards, findings, unavailable, files, not_counted, folders)
 
 
 def describe_location(finding: Finding) -> str:
@@ -150,22 +172,33 @@ def _all_samples(task: ShardTask, reason: str, detail: str) -> Iterator[_Row]:
 
 @dataclass(frozen=True)
 class _Checker:
-    """Checks one shard; the result is a JSON list of `_Row`."""
+    """Checks one shard; the result is JSON: a list of `_Row`, and the numbers of files."""
 
     decode: bool
+    count: bool
     keys: SampleKeys
 
     def __call__(self, task: ShardTask) -> bytes:
-        return json.dumps(list(self._rows(task))).encode()
-
-    def _rows(self, task: ShardTask) -> Iterator[_Row]:
+        files = None
         try:
             with open_shard(task) as shard:
-                yield from self._check_shard(shard)
+                rows = list(self._check_shard(shard))
+                # In a corrupt shard, files are missing for a reason that is already a finding.
+                is_whole = not task.entry.corruption and all(row[0] >= 0 for row in rows)
+                if self.count and is_whole:
+                    files = _count_files(shard)
+                    rows += ((_WHOLE_SHARD, "", *problem) for problem in files.problems)
         except ShardUnavailableError:
             raise
         except DataError as error:
-            yield from _all_samples(task, error.slug, str(error))
+            rows = list(_all_samples(task, error.slug, str(error)))
+        content = {
+            "rows": rows,
+            "counted": files is not None,
+            "in_samples": files.in_samples if files else 0,
+            "ignored": files.ignored if files else {},
+        }
+        return json.dumps(content).encode()
 
     def _check_shard(self, shard: OpenShard) -> Iterator[_Row]:
         index, sha256, position = shard.index, hashlib.sha256(), 0
@@ -219,6 +252,12 @@ class _Checker:
         except DataError as error:
             return error.slug or "invalid-text", str(error)
         return None
+
+
+def _count_files(shard: OpenShard) -> FileCount:
+    with open(os.dup(shard.fd), "rb") as file:
+        file.seek(0)
+        return count_members(file, shard.index)
 
 
 def _compare_with_manifest(shard: OpenShard, sha256: str) -> Iterator[_Row]:

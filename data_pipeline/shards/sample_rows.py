@@ -6,7 +6,7 @@ Every member is part of a sample, ignored by a rule (`ignored`), or of a sample 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from data_pipeline.common.errors import DataError
@@ -167,7 +167,7 @@ def _ignoring_rule(member: TarMember) -> str:
     return "reserved name" if base.partition(".")[2] else "no extension"
 
 
-def join_counts(counts: Counter[str] | dict[str, int]) -> str:
+def join_counts(counts: Mapping[str, int]) -> str:
     """Counts by name, the largest first: `hidden file 3, no extension 2`."""
     return ", ".join(f"{name} {count:,}" for name, count in Counter(counts).most_common())
 
