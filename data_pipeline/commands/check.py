@@ -16,7 +16,7 @@ from data_pipeline.commands.options import (
 )
 from data_pipeline.common.commands import Subparsers, add_command
 from data_pipeline.common.json_file import write_json
-from data_pipeline.common.tables import counted
+from data_pipeline.common.tables import counted, join_counts
 
 if TYPE_CHECKING:
     from data_pipeline.preparing.check import CheckReport
@@ -118,7 +118,6 @@ def _counts(report: CheckReport) -> str:
 def _print_counts(report: CheckReport) -> None:
     """What was counted without the index and the manifest."""
     from data_pipeline.common.escaping import escape_control
-    from data_pipeline.shards.sample_rows import join_counts
 
     ignored = report.files.ignored
     print(

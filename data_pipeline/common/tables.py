@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 from data_pipeline.common.escaping import escape_control
 
@@ -106,3 +107,8 @@ def _width(text: str) -> int:
 
 def _escape(text: str) -> str:
     return text.replace("|", "\\|")
+
+
+def join_counts(counts: Mapping[str, int]) -> str:
+    """Counts by name, the largest first: `hidden file 3, no extension 2`."""
+    return ", ".join(f"{name} {count:,}" for name, count in Counter(counts).most_common())

@@ -46,6 +46,13 @@ class SourcePreview:
     """Description of the first skipped sample; empty if there is none."""
     truncated: int
     """Captions with more tokens than the context length."""
+    tokens: int
+    """Tokens of the captions that are used, start and end included, after truncation."""
+
+    @property
+    def used(self) -> int:
+        """Samples that are not skipped."""
+        return self.samples - self.skipped.total()
 
     @property
     def skipped_ratio(self) -> float:
@@ -89,7 +96,7 @@ def preview_source(
         max_open=NUM_SHARDS,
     )
     skipped: Counter[str] = Counter()
-    example, truncated = "", 0
+    example, truncated, tokens = "", 0, 0
     try:
         for index in range(-(-count // _BATCH_SIZE)):
             packed = pipeline.make(index)
@@ -97,13 +104,13 @@ def preview_source(
             if packed.problems and not example:
                 first = packed.problems[0]
                 example = f"{first.key}: {first.reason}: {first.detail}"
-            truncated += sum(
-                len(tokenizer.encode_clean(caption, _MAX_TOKENS)) > batch.context_length
-                for caption in packed.captions
-            )
+            for caption in packed.captions:
+                length = len(tokenizer.encode_clean(caption, _MAX_TOKENS))
+                truncated += length > batch.context_length
+                tokens += min(length, batch.context_length)
     finally:
         pipeline.close()
-    return SourcePreview(source.name, count, skipped, example, truncated)
+    return SourcePreview(source.name, count, skipped, example, truncated, tokens)
 
 
 def _select(source: Source) -> np.ndarray:

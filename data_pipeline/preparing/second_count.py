@@ -15,10 +15,9 @@ from typing import Any, BinaryIO, NamedTuple, cast
 
 from data_pipeline.common import storage
 from data_pipeline.common.errors import StorageError
-from data_pipeline.common.tables import counted
+from data_pipeline.common.tables import counted, join_counts
 from data_pipeline.shards.manifest import MANIFEST_NAME, Manifest
 from data_pipeline.shards.patterns import is_shard_name
-from data_pipeline.shards.sample_rows import join_counts
 from data_pipeline.shards.shard_index import ShardIndex
 
 _MAX_NAMED = 3

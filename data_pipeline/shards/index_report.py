@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError
 from data_pipeline.common.escaping import escape_control
-from data_pipeline.common.tables import counted
+from data_pipeline.common.tables import counted, join_counts
 from data_pipeline.shards.index_job import IndexJob, IndexResult
-from data_pipeline.shards.sample_rows import join_counts
 
 logger = logging.getLogger(__name__)
 

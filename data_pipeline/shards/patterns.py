@@ -20,8 +20,8 @@ from data_pipeline.common import storage
 from data_pipeline.common.addresses import CREDENTIALS_HINT, has_userinfo
 from data_pipeline.common.errors import DataError
 from data_pipeline.common.escaping import escape_control
+from data_pipeline.common.tables import join_counts
 from data_pipeline.shards.compression import compressed_suffix, how_to_decompress
-from data_pipeline.shards.sample_rows import join_counts
 
 logger = logging.getLogger(__name__)
 

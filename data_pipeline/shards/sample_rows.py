@@ -6,11 +6,11 @@ Every member is part of a sample, ignored by a rule (`ignored`), or of a sample 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from data_pipeline.common.errors import DataError
-from data_pipeline.common.tables import counted
+from data_pipeline.common.tables import counted, join_counts
 from data_pipeline.shards.shard_index import Member, SampleRow
 from data_pipeline.shards.tar import FILE, FOLDER, LABEL, TarMember, split_name
 
@@ -165,11 +165,6 @@ def _ignoring_rule(member: TarMember) -> str:
     if base.startswith("."):
         return "hidden file"
     return "reserved name" if base.partition(".")[2] else "no extension"
-
-
-def join_counts(counts: Mapping[str, int]) -> str:
-    """Counts by name, the largest first: `hidden file 3, no extension 2`."""
-    return ", ".join(f"{name} {count:,}" for name, count in Counter(counts).most_common())
 
 
 def _describe(member: TarMember) -> str:

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from data_pipeline.common.errors import DataError, StorageError
-from data_pipeline.common.tables import counted
-from data_pipeline.shards.sample_rows import LostSamples, SampleRows, join_counts
+from data_pipeline.common.tables import counted, join_counts
+from data_pipeline.shards.sample_rows import LostSamples, SampleRows
 from data_pipeline.shards.shard_index import ShardIndex
 from data_pipeline.shards.shard_stream import open_shard_stream
 from data_pipeline.shards.tar import BLOCK, find_header, walk

@@ -1,4 +1,4 @@
-"""`vlmoe plan`: size, FLOPs, batch sizes and layout of a run; needs no GPU, DeepSpeed or data."""
+"""`vlmoe plan`: size, FLOPs, batch sizes, layout and data of a run; needs no GPU or DeepSpeed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ _EXAMPLES = """\
   vlmoe plan b16 --world-size 64
   vlmoe plan run.yaml --world-size 8 parallel.expert_parallel_size=8 parallel.deepspeed=zero2
   vlmoe plan l16 --world-size 128 --json
-  vlmoe plan b16 --dense-baseline"""
+  vlmoe plan b16 --dense-baseline
+  vlmoe plan run.yaml --offline        where the data is not accessible
+
+If the run names training data or a tokenizer, they are opened: the vocabulary is compared with the
+model's, and some samples of every source are processed as in training. Nothing is opened with
+--offline."""
 
 
 def add(subparsers: Subparsers) -> None:
@@ -20,9 +25,10 @@ def add(subparsers: Subparsers) -> None:
     parser = add_command(
         subparsers,
         "plan",
-        summary="validate a run and show its size, batch, layout and DeepSpeed settings",
+        summary="validate a run and show its size, batch, layout, data and DeepSpeed settings",
         description="Validate a run file and show the number of parameters, FLOPs, the batch\n"
-        "sizes, the parallel layout and the resolved DeepSpeed settings. Nothing is trained.",
+        "sizes, the parallel layout, the data and the resolved DeepSpeed settings. Nothing is\n"
+        "trained.",
         examples=_EXAMPLES,
     )
     add_run_arguments(parser)
@@ -46,6 +52,9 @@ def add(subparsers: Subparsers) -> None:
         action="store_true",
         help="compare with a dense model of equal FLOPs, and print the settings of that model",
     )
+    parser.add_argument(
+        "--offline", action="store_true", help="do not open the training data and the tokenizer"
+    )
     parser.add_argument("--json", action="store_true", help="print a JSON object instead of text")
     parser.set_defaults(handle=handle)
 
@@ -60,6 +69,7 @@ def handle(args: argparse.Namespace) -> None:
         world_size=args.world_size,
         text_tokens=args.text_tokens,
         with_baseline=args.dense_baseline,
+        offline=args.offline,
         as_json=args.json,
     )
     print_plan(args.run, args.overrides, options)

@@ -1,4 +1,4 @@
-"""Paths in run files are relative to the file that contains them.
+"""Paths of run files and folders. Paths in run files are relative to the file that contains them.
 
 A path that exists only relative to the working directory, and one of the command line, is relative
 to that. The `config.yaml` of a run folder has absolute paths, so that it can be read from anywhere.
@@ -14,6 +14,9 @@ from typing import Any
 
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError
+
+CONFIG_FILE, DEEPSPEED_FILE, TOKENIZER_FILE = "config.yaml", "deepspeed.json", "tokenizer.model"
+"""Files of a run folder: the resolved settings, and a copy of the tokenizer."""
 
 _PATTERN = re.compile(r"[*?\[{]")
 

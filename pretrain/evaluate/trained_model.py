@@ -19,14 +19,12 @@ from data_pipeline.common.errors import ConfigError, DataError
 from data_pipeline.content.image import decode_image, eval_transform, pillow_pixels
 from data_pipeline.content.tokenizer import Tokenizer, TokenizerError
 from pretrain.checkpoint import CheckpointError, find_latest, load_model_weights, read_meta
+from pretrain.config.paths import CONFIG_FILE, TOKENIZER_FILE
 from pretrain.config.presets import load_run
 from pretrain.config.schema import PrecisionConfig, RunConfig
 from pretrain.evaluate.embed import embed_texts
 from pretrain.evaluate.generation import generate_captions
 from pretrain.model import VisionLanguageModel, build_model
-
-CONFIG_FILE, TOKENIZER_FILE = "config.yaml", "tokenizer.model"
-
 
 BATCH_SIZE = 64
 """Images or texts per forward pass."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pretrain.config.presets import load_unchecked_run, run_path
+from pretrain.config.schema import RunConfig
 from pretrain.config.validate import check_run
 from pretrain.model.dense_baseline import config_overrides, dense_baseline, resolve_text_tokens
 from pretrain.plan.sizes import make_plan
@@ -23,6 +24,8 @@ class PlanOptions:
     """Average tokens per caption; None means the default of `resolve_text_tokens`."""
     with_baseline: bool
     """Compare with a dense model of equal FLOPs."""
+    offline: bool
+    """Open neither the training data nor the tokenizer."""
     as_json: bool
 
 
@@ -30,7 +33,9 @@ def print_plan(run_file: str, overrides: Sequence[str], options: PlanOptions) ->
     """Validate a run and print its plan.
 
     Raises:
-        ConfigError: The run is invalid for this number of ranks.
+        ConfigError: The run is invalid for this number of ranks, or its settings exclude all
+            samples of a source.
+        DataError: The training data or the tokenizer cannot be read.
     """
     path = run_path(run_file)
     run, origins = load_unchecked_run(path, overrides)
@@ -38,8 +43,14 @@ def print_plan(run_file: str, overrides: Sequence[str], options: PlanOptions) ->
     text_tokens = resolve_text_tokens(options.text_tokens, run.model.context_length)
     # A setting below 1 is reported as such, not as a number of ranks that nobody asked for.
     known_world_size = world_size if world_size > 0 else None
-    check_run(run, known_world_size, source=origins, training=False)
+    opens_data = not options.offline and bool(run.data.train or run.data.tokenizer)
+    missing = _missing_files(run) if opens_data else []
+    check_run(run, known_world_size, source=origins, training=False, more=missing)
     plan = make_plan(run, path, world_size=world_size, text_tokens=text_tokens)
+    if opens_data:
+        from pretrain.plan.data import plan_data  # imports torch
+
+        plan["data"] = plan_data(run, plan["schedule"]["total_pairs"])
     if not options.with_baseline:
         print(json.dumps(plan, indent=2) if options.as_json else format_plan(run, plan))
         return
@@ -55,3 +66,12 @@ def print_plan(run_file: str, overrides: Sequence[str], options: PlanOptions) ->
         print(json.dumps(comparison, indent=2))
     else:
         print(format_comparison(run, dense, comparison))
+
+
+def _missing_files(run: RunConfig) -> list[str]:
+    from pretrain.plan.input_files import input_file_problems  # imports numpy
+
+    missing = input_file_problems(run)
+    if missing:
+        missing[-1] += "; with --offline, no files are opened"
+    return missing

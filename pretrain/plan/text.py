@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.common.config import to_mapping
-from data_pipeline.common.tables import counted, format_rows, format_table
+from data_pipeline.common.escaping import escape_control
+from data_pipeline.common.tables import counted, format_rows, format_table, join_counts
 from pretrain.config.schema import RunConfig
 
 
@@ -20,6 +21,7 @@ def format_plan(run: RunConfig, plan: dict[str, Any]) -> str:
         *_model_lines(run, plan),
         *(_routing_lines(run) if moe_blocks else []),
         *_training_lines(run, plan),
+        *_data_lines(plan.get("data") or {}),
         (
             "layout",
             f"{counted(plan['layout']['world_size'], 'rank')}; {_layout(plan['layout'])}",
@@ -66,6 +68,30 @@ def _training_lines(run: RunConfig, plan: dict[str, Any]) -> list[tuple[str, str
             f"{run.optim.lr:g}, {counted(run.schedule.warmup_steps, 'warmup step')}",
         ),
     ]
+
+
+def _data_lines(data: dict[str, Any]) -> list[tuple[str, str]]:
+    """Tokenizer and sources, if the run names any."""
+    lines = []
+    if tokenizer := data.get("tokenizer"):
+        path = escape_control(_relative_path(tokenizer["path"]))
+        lines.append(("tokenizer", f"{path}, {counted(tokenizer['tokens'], 'token')}"))
+    for source in data.get("sources", ()):
+        shards = counted(source["shards"], "shard")
+        if source["pairs"] is None:
+            parts = [f"{shards} without a manifest, so its pairs are not known"]
+        else:
+            parts = [f"{counted(source['pairs'], 'pair')} in {shards}"]
+        if source["epochs"] is not None:
+            parts.append(f"read {source['epochs']:.3g} times")
+        if tried := source["tried"]:
+            skipped = join_counts(source["skipped"])
+            parts.append(f"{source['mean_tokens']:.1f} tokens per caption")
+            parts.append(f"of {tried} tried: {skipped} skipped" if skipped else "")
+            parts.append(f"{source['truncated']} captions cut" if source["truncated"] else "")
+        name = escape_control(f"source {source['name']}")
+        lines.append((name, "; ".join(filter(None, parts))))
+    return lines
 
 
 def _routing_lines(run: RunConfig) -> list[tuple[str, str]]:

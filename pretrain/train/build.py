@@ -14,6 +14,7 @@ from data_pipeline.content.tokenizer import Tokenizer
 from data_pipeline.loading.sources import Source, data_fingerprint
 from data_pipeline.reading.local_shards import check_local_shards
 from pretrain.config.batch import BatchPlan, plan_batch
+from pretrain.config.paths import CONFIG_FILE
 from pretrain.config.schema import RunConfig
 from pretrain.config.validate import check_run
 from pretrain.model import build_model
@@ -33,11 +34,11 @@ from pretrain.parallel.environment import (
 )
 from pretrain.parallel.layout import Layout
 from pretrain.parallel.plain_engine import PlainEngine
+from pretrain.plan.input_files import input_file_problems
+from pretrain.plan.sample_check import check_some_samples
 from pretrain.train.components import TrainComponents
 from pretrain.train.data import index_data, open_sources_if_indexed
-from pretrain.train.input_files import input_file_problems
-from pretrain.train.run_folder import CONFIG_FILE, create_run_folder, run_on_rank_zero
-from pretrain.train.sample_check import check_some_samples
+from pretrain.train.run_folder import create_run_folder, run_on_rank_zero
 
 logger = logging.getLogger(__name__)
 

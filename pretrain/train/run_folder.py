@@ -16,14 +16,13 @@ from data_pipeline.common.yaml_file import to_yaml
 from data_pipeline.content.tokenizer import Tokenizer, TokenizerError
 from pretrain.checkpoint.retention import list_checkpoints
 from pretrain.config.batch import BatchPlan
-from pretrain.config.paths import absolute_paths
+from pretrain.config.paths import CONFIG_FILE, DEEPSPEED_FILE, TOKENIZER_FILE, absolute_paths
 from pretrain.config.schema import RunConfig
 from pretrain.parallel.communicator import Communicator
 from pretrain.parallel.deepspeed_config import load_profile, profile_path, resolve
 
 T = TypeVar("T")
 
-CONFIG_FILE, DEEPSPEED_FILE, TOKENIZER_FILE = "config.yaml", "deepspeed.json", "tokenizer.model"
 CHECKPOINTS_FOLDER, LEDGER_FOLDER = "checkpoints", "ledger"
 
 

@@ -22,7 +22,7 @@ from data_pipeline.samples import Batch
 from data_pipeline.settings import DataConfig, SourceConfig
 from data_pipeline.shards.writer import write_shards
 from pretrain.config.schema import RunConfig
-from pretrain.train.sample_check import check_some_samples
+from pretrain.plan.sample_check import check_some_samples
 from tests.support.small_shards import make_shards, make_tokenizer
 
 SIDE, COUNT = 16, 12

@@ -54,12 +54,12 @@ def test_text_without_deepspeed(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_default_world_size_is_that_of_expert_parallelism(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    text = plan_text(capsys, "quickstart")
+    text = plan_text(capsys, "quickstart", "--offline")
     assert " 64 per micro-batch x 2 ranks" in text
 
 
 def test_text_shows_routing_and_balancing(capsys: pytest.CaptureFixture[str]) -> None:
-    text = plan_text(capsys, "quickstart")
+    text = plan_text(capsys, "quickstart", "--offline")
     assert "routing     softmax scores, top_k routing, renormalized, dropless\n" in text
     assert "balancing   sign bias per modality, rate 0.001\n" in text
 

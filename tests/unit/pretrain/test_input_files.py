@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from pretrain.cli.main import main
 from pretrain.config.presets import load_run
-from pretrain.train.input_files import input_file_problems
+from pretrain.plan.input_files import input_file_problems, with_saved_tokenizer
 from tests.support.small_shards import make_shards, make_tokenizer
 
 
@@ -72,6 +73,18 @@ def test_missing_files(folder: Path, override: str, parts: list[str]) -> None:
     (problem,) = find_problems(folder, override.format(folder))
     for part in parts:
         assert part in problem
+
+
+def test_tokenizer_of_the_run_folder(folder: Path, tmp_path: Path) -> None:
+    def used(*overrides: str) -> str:
+        return with_saved_tokenizer(load_run("tiny", list(overrides)), tmp_path).data.tokenizer
+
+    given = str(folder / "tokenizer.model")
+    assert used("data.tokenizer=gone.model") == "gone.model" and used() == ""
+    saved = shutil.copy(given, tmp_path / "tokenizer.model")
+    assert used("data.tokenizer=gone.model") == used() == str(saved)
+    assert used(f"data.tokenizer={given}") == given
+    assert used("data.tokenizer=s3://bucket/t.model") == "s3://bucket/t.model"
 
 
 def test_files_that_training_does_not_read(folder: Path) -> None:

@@ -6,7 +6,10 @@ where the files are opened.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError, VlmError
@@ -14,8 +17,21 @@ from data_pipeline.common.problems import section_problems
 from data_pipeline.content.tokenizer import Tokenizer
 from data_pipeline.shards.manifest import MANIFEST_NAME, load_manifest
 from data_pipeline.shards.patterns import expand_patterns
+from pretrain.config.paths import TOKENIZER_FILE
 from pretrain.config.schema import RunConfig
 from pretrain.parallel.deepspeed_config import load_profile, profile_path
+
+logger = logging.getLogger(__name__)
+
+
+def with_saved_tokenizer(run: RunConfig, out: Path) -> RunConfig:
+    """The run with the tokenizer of its run folder, if it has one and `data.tokenizer` is empty or
+    does not exist any more, for example because the run was moved to another machine."""
+    saved, given = out / TOKENIZER_FILE, run.data.tokenizer
+    if not saved.is_file() or (given and (not storage.is_local(given) or storage.exists(given))):
+        return run
+    logger.info("data.tokenizer %s; using %s", "does not exist" if given else "is empty", saved)
+    return replace(run, data=replace(run.data, tokenizer=str(saved)))
 
 
 def input_file_problems(run: RunConfig) -> list[str]:

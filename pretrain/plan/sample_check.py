@@ -20,13 +20,18 @@ _MAX_TRUNCATED_RATIO = 0.01
 """More captions than this that are cut by the context length are logged."""
 
 
-def check_some_samples(run: RunConfig, sources: Sequence[Source], tokenizer: Tokenizer) -> None:
+def check_some_samples(
+    run: RunConfig, sources: Sequence[Source], tokenizer: Tokenizer
+) -> list[SourcePreview | None]:
     """Log what is skipped and cut in some samples of each source.
 
     Args:
         run: The run.
         sources: Its sources.
         tokenizer: Its tokenizer.
+
+    Returns:
+        What became of the samples of each source; None for a source without samples.
 
     Raises:
         ConfigError: The settings exclude every sample of a source.
@@ -37,10 +42,14 @@ def check_some_samples(run: RunConfig, sources: Sequence[Source], tokenizer: Tok
         context_length=run.model.context_length,
         micro_batch_size=run.batch.micro_batch_size,
     )
+    previews: list[SourcePreview | None] = []
     for source in sources:
+        preview = None
         if source.manifest.total_samples:
             preview = preview_source(source, run.data, tokenizer=tokenizer, batch=batch)
             _report(preview, run.data.max_filtered_ratio, run.model.context_length)
+        previews.append(preview)
+    return previews
 
 
 def _report(preview: SourcePreview, max_ratio: float, context_length: int) -> None:
@@ -57,13 +66,12 @@ def _report(preview: SourcePreview, max_ratio: float, context_length: int) -> No
         )
     if preview.skipped_ratio > max_ratio:
         logger.warning("%s; more than data.max_filtered_ratio (%g)", message, max_ratio)
-    used = preview.samples - preview.skipped.total()
-    if preview.truncated > _MAX_TRUNCATED_RATIO * used:
+    if preview.truncated > _MAX_TRUNCATED_RATIO * preview.used:
         logger.warning(
             "source %s: %d of %d captions have more than model.context_length (%d) tokens; the "
             "rest of them is cut",
             preview.name,
             preview.truncated,
-            used,
+            preview.used,
             context_length,
         )
