@@ -5,7 +5,8 @@ s3://bucket/pairs-{000..127}.tar   braces: exactly these, also where listing is 
 's3://bucket/*/part-??.tar'        wildcards, local or in a store; ** matches across folders
 @shards.txt                        a file with one of these per line; # starts a comment
 
-`.TAR` is a shard too. Compressed archives that a pattern matches are named in a warning.
+A local path that exists is never a pattern, also if its name has braces or wildcards. `.TAR` is a
+shard too. Compressed archives that a pattern matches are named in a warning.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from data_pipeline.common import storage
 from data_pipeline.common.addresses import CREDENTIALS_HINT, has_userinfo
 from data_pipeline.common.errors import DataError
 from data_pipeline.common.escaping import escape_control
+from data_pipeline.common.literal_paths import split_literal
 from data_pipeline.shards.compression import compressed_suffix, how_to_decompress
 from data_pipeline.shards.sample_rows import join_counts
 
@@ -45,7 +47,7 @@ def expand_patterns(patterns: Sequence[str]) -> list[str]:
 def _expand(pattern: str, depth: int) -> list[str]:
     if pattern.startswith("@"):
         return _read_list(pattern[1:], depth)
-    shards = [shard for url in _braces(pattern) for shard in _shards_at(url)]
+    shards = [shard for url in expand_braces(pattern) for shard in _shards_at(url)]
     if not shards:
         raise DataError(
             f"no shards at {storage.redact(pattern)}; give a folder with .tar files (FOLDER/** to "
@@ -54,11 +56,17 @@ def _expand(pattern: str, depth: int) -> list[str]:
     return shards
 
 
-def _braces(pattern: str) -> list[str]:
+def expand_braces(pattern: str) -> list[str]:
+    """The addresses that braces stand for; braces in the name of an existing local path are kept.
+
+    Raises:
+        DataError: The braces are unbalanced.
+    """
     from braceexpand import braceexpand
 
+    path, rest = split_literal(pattern)
     try:
-        return list(braceexpand(pattern))
+        return [path + text for text in braceexpand(rest)] if rest else [path]
     except ValueError as error:
         raise DataError(
             f"{storage.redact(pattern)}: unbalanced braces; write {{000..127}}"
@@ -109,7 +117,7 @@ def _shards_at(url: str) -> list[str]:
             f"would expose its signature; use an address without a query, or s3:// with "
             f"credentials in the environment"
         )
-    if glob.has_magic(url) and not url.startswith("http"):
+    if glob.has_magic(split_literal(url)[1]) and not url.startswith("http"):
         return _only_shards(_matches(url), url)
     if _is_file(url):
         return [str(storage.local_path(url))] if storage.is_local(url) else [url]
@@ -168,7 +176,8 @@ def _matches(url: str) -> list[str]:
     if url.endswith("/**"):
         url += "/*"
     if storage.is_local(url):
-        return sorted(glob.glob(str(storage.local_path(url)), recursive=True))
+        path, rest = split_literal(str(storage.local_path(url)))
+        return sorted(glob.glob(glob.escape(path) + rest, recursive=True))
     fixed, magic = url.split("/")[:3], url.split("/")[3:]
     if any(map(glob.has_magic, fixed)):
         raise DataError(f"{storage.redact(url)}: the bucket cannot be a wildcard")
