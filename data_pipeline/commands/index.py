@@ -17,8 +17,8 @@ _EXAMPLES = """\
 
 The manifest lists the samples, bytes and SHA-256 of each shard. It is written next to the shards,
 with one index file per shard: the offset, members and CRC-32 of each sample. Training reads shards
-through them. Shards written by img2dataset, open_clip, webdataset and GNU tar are supported. Of
-other files beside the shards, compressed archives are named in a warning.
+through them. Shards written by img2dataset, open_clip, webdataset and GNU tar are supported. Other
+files beside the shards are counted by their extension; compressed archives are named in a warning.
 
 Refused are samples with links or sparse files, and compressed archives: their samples cannot be
 read in one piece. Files without a sample (hidden files, folders, names without an extension) are

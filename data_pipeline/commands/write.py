@@ -116,8 +116,8 @@ def _add_columns(write: argparse.ArgumentParser) -> None:
         metavar="NAME",
         action="append",
         default=None,
-        help="column of a caption; may be repeated: all go to the field `captions`, the first also "
-        "to .txt",
+        help="column of a caption, or in parquet of a class; may be repeated: all go to the field "
+        "`captions`, the first also to .txt",
     )
     columns.add_argument(
         "--key-column",
@@ -154,7 +154,7 @@ def _add_columns(write: argparse.ArgumentParser) -> None:
 
 
 def _add_folders(write: argparse.ArgumentParser) -> None:
-    folders = write.add_argument_group("folders")
+    folders = write.add_argument_group("folders, and classes in parquet")
     folders.add_argument(
         "--caption-from",
         choices=("text", "folder"),
@@ -166,7 +166,7 @@ def _add_folders(write: argparse.ArgumentParser) -> None:
         "--template",
         metavar="TEXT",
         default="{}",
-        help="caption template; {} is replaced by the folder name",
+        help="caption template; {} is replaced by the name of the folder or class",
     )
 
 
@@ -266,17 +266,12 @@ def _flickr(args: argparse.Namespace, files: tuple[str, ...]) -> Importer:
 def _parquet(args: argparse.Namespace, files: tuple[str, ...]) -> Importer:
     from data_pipeline.preparing.importers.parquet import Parquet
 
-    captions = args.caption_column or [""]
-    if len(captions) > 1:
-        raise ConfigError(
-            "--caption-column can be given only once for parquet; for several captions, use a "
-            "column of lists"
-        )
     return Parquet(
         files=files,
         image_column=args.image_column,
-        caption_column=captions[0],
+        caption_columns=tuple(args.caption_column or ()),
         key_column=args.key_column,
+        template=args.template,
     )
 
 

@@ -8,12 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_pipeline.common import storage
-from data_pipeline.common.errors import DataError
 from data_pipeline.common.processes import SINGLE_PART, Part, usable_cpus
 from data_pipeline.common.seeds import rng
 from data_pipeline.shards.manifest import Manifest, ShardEntry
-from data_pipeline.shards.patterns import is_shard_name
+from data_pipeline.shards.patterns import expand_braces, is_shard_name
 from data_pipeline.shards.run_indexing import open_manifest
 
 
@@ -60,12 +58,7 @@ def open_datasets(addresses: Sequence[str]) -> list[Manifest]:
 
 def _datasets_of(address: str) -> list[str]:
     """The datasets of an address: braces over folders are several, over shards one."""
-    from braceexpand import braceexpand
-
-    try:
-        urls = list(braceexpand(address))
-    except ValueError as error:
-        raise DataError(f"{storage.redact(address)}: unbalanced braces") from error
+    urls = expand_braces(address)
     are_shards = any(is_shard_name(url.partition("?")[0]) for url in urls)
     return [address] if are_shards else urls
 

@@ -3,7 +3,8 @@
 The source is read twice: once to count its rows, so that shard sizes differ by at most one, and
 once to assign rows to shards. A shard's bytes depend only on its records. The tasks of a job array
 can each write a part of the shards; a call without `part` completes the work and writes the
-manifest and `skipped.jsonl`, the list of all rows that did not become a sample.
+manifest and `skipped.jsonl`, the list of all rows that did not become a sample. If too many are
+skipped, the list of those found until then is written before the error.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from data_pipeline.common import storage
-from data_pipeline.common.errors import ConfigError, DataError
+from data_pipeline.common.errors import ConfigError, DataError, StorageError
 from data_pipeline.common.logs import Progress
 from data_pipeline.common.processes import SINGLE_PART, Part, map_in_processes
 from data_pipeline.common.tables import counted
@@ -28,7 +29,7 @@ from data_pipeline.preparing.importers.records import (
     SkippedRow,
     UniqueKeys,
 )
-from data_pipeline.preparing.resumable_shards import ShardPlan, ShardWriter
+from data_pipeline.preparing.resumable_shards import PARTS_FOLDER, ShardPlan, ShardWriter
 from data_pipeline.shards.manifest import MANIFEST_NAME, Manifest, ShardEntry, write_manifest
 
 logger = logging.getLogger(__name__)
@@ -117,13 +118,13 @@ def write_dataset(
     """
     num_records, num_inputs, rejected, ignored = _count(plan.source)
     total = num_records + len(rejected)
-    if not num_records:
-        raise DataError(f"the source has no image-text pair to write{_examples(rejected)}")
     _check_folder(plan)
+    if not num_records:
+        raise _too_many_skipped("the source has no image-text pair to write", rejected, plan, part)
 
     index, count = part
     skipped = list(rejected) if index == 0 else []
-    _check_ratio(skipped, total, plan)
+    _check_ratio(skipped, total, plan, part)
     sizes = list(_shard_sizes(num_records, plan.samples_per_shard))
     sizes_of_part = sizes[index::count]
     workers = min(workers, len(sizes_of_part)) if len(sizes_of_part) > 1 else 0
@@ -138,7 +139,7 @@ def write_dataset(
             skipped += result.skipped
             reused += result.reused
             progress.update((result.entry.samples if result.entry else 0) + len(result.skipped))
-            _check_ratio(skipped, total, plan)
+            _check_ratio(skipped, total, plan, part)
 
     manifest = _finish(plan, entries, skipped, about) if part == SINGLE_PART else None
     samples, size = sum(entry.samples for entry in entries), sum(entry.bytes for entry in entries)
@@ -194,28 +195,56 @@ def _finish(
 ) -> Manifest:
     """Write the manifest and the list of skipped rows."""
     if not entries:
-        raise DataError(f"all rows were skipped; no sample to write{_examples(skipped)}")
+        raise _too_many_skipped("all rows were skipped; no sample to write", skipped, plan)
 
     counts = dict(sorted(Counter(row.reason for row in skipped).items()))
     metadata = dict(about or {}) | ({"skipped": counts} if counts else {})
     metadata |= {SOURCE_FIELD: _source_fingerprint(plan.source)}
     manifest = write_manifest(plan.out, entries, metadata)
 
-    url = storage.join(plan.out, SKIPPED_NAME)
-    if skipped or storage.exists(url):
-        lines = [json.dumps(row._asdict(), ensure_ascii=False) + "\n" for row in skipped]
-        storage.write_bytes(url, "".join(lines).encode("utf-8", "backslashreplace"))
+    if skipped or storage.exists(storage.join(plan.out, SKIPPED_NAME)):
+        _write_skipped(skipped, plan, SINGLE_PART)
 
     _warn_about_other_shards(plan, {entry.name for entry in entries})
     return manifest
 
 
-def _check_ratio(skipped: list[SkippedRow], total: int, plan: WritePlan) -> None:
+def _write_skipped(skipped: list[SkippedRow], plan: WritePlan, part: Part) -> str:
+    """Write the list of skipped rows, in `.parts` for a part of the shards.
+
+    Returns:
+        Its address.
+    """
+    name = SKIPPED_NAME
+    if part != SINGLE_PART:  # other parts may be written at the same time
+        name = f"{PARTS_FOLDER}/skipped-{part[0]}-of-{part[1]}.jsonl"
+    url = storage.join(plan.out, name)
+    lines = [json.dumps(row._asdict(), ensure_ascii=False) + "\n" for row in skipped]
+    storage.write_bytes(url, "".join(lines).encode("utf-8", "backslashreplace"))
+    return url
+
+
+def _check_ratio(skipped: list[SkippedRow], total: int, plan: WritePlan, part: Part) -> None:
     if len(skipped) > int(plan.max_skipped_ratio * total):
-        raise DataError(
+        problem = (
             f"{len(skipped):,} of {total:,} pairs in the source were skipped, more than "
-            f"--max-skipped-ratio {plan.max_skipped_ratio:g} allows{_examples(skipped)}"
+            f"--max-skipped-ratio {plan.max_skipped_ratio:g} allows"
         )
+        raise _too_many_skipped(problem, skipped, plan, part)
+
+
+def _too_many_skipped(
+    problem: str, skipped: list[SkippedRow], plan: WritePlan, part: Part = SINGLE_PART
+) -> DataError:
+    """The error, after the list of the rows that were skipped so far is written."""
+    message = problem + _examples(skipped)
+    if not skipped:
+        return DataError(message)
+    try:
+        url = _write_skipped(skipped, plan, part)
+    except StorageError as error:
+        return DataError(f"{message}. Their list cannot be written: {error}")
+    return DataError(f"{message}. All that were found until now: {storage.redact(url)}")
 
 
 def _examples(skipped: list[SkippedRow]) -> str:

@@ -8,6 +8,7 @@ samples must match.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,11 +43,10 @@ class IndexResult(NamedTuple):
     """Why there is no entry; empty if there is one."""
     sample_problems: dict[str, tuple[int, str]]
     """Samples without a unique image: number and first example by reason."""
-    files: int = 0
+    files: int
     """Number of files in samples."""
-    ignored: dict[str, int] | None = None
-    """Number of members that belong to no sample by rule; None if an index was reused, which does
-    not contain them."""
+    ignored: Mapping[str, int]
+    """Number of members that belong to no sample, by rule."""
 
 
 def run_index_job(job: IndexJob) -> IndexResult:
@@ -61,7 +61,7 @@ def run_index_job(job: IndexJob) -> IndexResult:
                 existing := _existing_index(job, shard.total_bytes, shard.etag)
             ):
                 return _result(existing[0], job, existing[1], reused=True)
-            index, ignored = scan(
+            index = scan(
                 shard.chunks,
                 shard.total_bytes,
                 storage.redact(job.url),
@@ -69,10 +69,10 @@ def run_index_job(job: IndexJob) -> IndexResult:
                 etag=shard.etag,
             )
     except DataError as error:
-        return IndexResult(None, False, str(error), {})
+        return IndexResult(None, False, str(error), {}, 0, {})
     data = index.to_bytes()
     storage.write_bytes(job.index_url, data)
-    return _result(index, job, data, reused=False)._replace(ignored=ignored)
+    return _result(index, job, data, reused=False)
 
 
 def _result(index: ShardIndex, job: IndexJob, data: bytes, *, reused: bool) -> IndexResult:
@@ -84,7 +84,8 @@ def _result(index: ShardIndex, job: IndexJob, data: bytes, *, reused: bool) -> I
             count, example = problems.get(reason, (0, f"{index.key(i)}: {detail}"))
             problems[reason] = count + 1, example
     files = len(index.columns["member_size"])
-    return IndexResult(make_entry(index, job.name, data), reused, "", problems, files)
+    entry = make_entry(index, job.name, data)
+    return IndexResult(entry, reused, "", problems, files, index.ignored)
 
 
 def _existing_index(job: IndexJob, total_bytes: int, etag: str) -> tuple[ShardIndex, bytes] | None:

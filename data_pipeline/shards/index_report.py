@@ -50,6 +50,17 @@ def report(jobs: Sequence[IndexJob], results: Sequence[IndexResult | None]) -> N
     )
 
 
+def report_other_files(num_shards: int, ignored: dict[str, int]) -> None:
+    """Log how many files beside the shards are not used, by rule."""
+    if ignored:
+        logger.info(
+            "beside %s: %s ignored (%s)",
+            counted(num_shards, "shard"),
+            counted(sum(ignored.values()), "file"),
+            join_counts(ignored),
+        )
+
+
 def _report_sample_problems(
     jobs: Sequence[IndexJob], results: Sequence[IndexResult | None]
 ) -> None:
@@ -87,12 +98,10 @@ def _report_files(results: Sequence[IndexResult]) -> None:
     """Log how many files are in samples, and how many are ignored by which rule."""
     ignored: Counter[str] = Counter()
     for result in results:
-        ignored.update(result.ignored or {})
-    reused = sum(result.ignored is None for result in results)
+        ignored.update(result.ignored)
     logger.info(
-        "files: %s in samples, %s ignored%s%s",
+        "files: %s in samples, %s ignored%s",
         f"{sum(result.files for result in results):,}",
         f"{sum(ignored.values()):,}",
         f" ({join_counts(ignored)})" if ignored else "",
-        f" without those of {counted(reused, 'shard')} indexed before" if reused else "",
     )

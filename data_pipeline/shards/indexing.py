@@ -17,14 +17,14 @@ from data_pipeline.common.errors import DataError, StorageError
 from data_pipeline.common.logs import Progress
 from data_pipeline.common.processes import SINGLE_PART, Part, map_in_processes
 from data_pipeline.shards.index_job import IndexJob, IndexResult, run_index_job
-from data_pipeline.shards.index_report import report
+from data_pipeline.shards.index_report import report, report_other_files
 from data_pipeline.shards.manifest import (
     MANIFEST_NAME,
     RESERVED_KEYS,
     Manifest,
     write_manifest,
 )
-from data_pipeline.shards.patterns import expand_patterns
+from data_pipeline.shards.patterns import expand_patterns, find_shards
 from data_pipeline.shards.shard_entry import ShardEntry
 from data_pipeline.shards.shard_index import index_name
 from data_pipeline.shards.shard_paths import common_folder, is_same_folder, relative_name
@@ -74,7 +74,7 @@ def index_shards(
             indexed), or they have no common folder.
         StorageError: An index cannot be written.
     """
-    urls = expand_patterns([shards] if isinstance(shards, str) else shards)
+    urls, ignored = find_shards([shards] if isinstance(shards, str) else shards)
     base = common_folder(urls, out)
     folder = (out or base).rstrip("/") or "/"
     _check_writable(folder)
@@ -92,6 +92,7 @@ def index_shards(
         for url in urls[part[0] :: part[1]]
     ]
     entries = _run_jobs(jobs, workers)
+    report_other_files(len(urls), ignored)
 
     if part != SINGLE_PART:
         return Manifest(url=folder, base=base, shards=tuple(entries))

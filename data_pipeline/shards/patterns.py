@@ -5,23 +5,29 @@ s3://bucket/pairs-{000..127}.tar   braces: exactly these, also where listing is 
 's3://bucket/*/part-??.tar'        wildcards, local or in a store; ** matches across folders
 @shards.txt                        a file with one of these per line; # starts a comment
 
-`.TAR` is a shard too. Compressed archives that a pattern matches are named in a warning.
+A local path that exists is never a pattern, also if its name has braces or wildcards. `.TAR` is a
+shard too. Other files are counted; compressed archives are also named in a warning.
 """
 
 from __future__ import annotations
 
 import glob
 import logging
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from data_pipeline.common import storage
 from data_pipeline.common.addresses import CREDENTIALS_HINT, has_userinfo
 from data_pipeline.common.errors import DataError
 from data_pipeline.common.escaping import escape_control
+from data_pipeline.common.literal_paths import split_literal
 from data_pipeline.common.tables import join_counts
 from data_pipeline.shards.compression import compressed_suffix, how_to_decompress
+from data_pipeline.shards.manifest import MANIFEST_NAME
+from data_pipeline.shards.shard_index import INDEX_SUFFIX
 
 logger = logging.getLogger(__name__)
 
@@ -29,43 +35,70 @@ _MAX_LISTS = 8
 """Maximum nesting of list files."""
 
 
-def expand_patterns(patterns: Sequence[str]) -> list[str]:
-    """Addresses of the shards that match the patterns, in order and without duplicates.
+class FoundShards(NamedTuple):
+    """The shards that match patterns, and the other files."""
+
+    urls: list[str]
+    """In order, without duplicates."""
+    ignored: dict[str, int]
+    """Number of other files in the folders and among the matches, by rule: `hidden file`,
+    `.gz file` ... Manifests, and indices of these shards, are not counted."""
+
+
+def find_shards(patterns: Sequence[str]) -> FoundShards:
+    """The shards that match the patterns.
 
     Raises:
         DataError: A pattern matches nothing.
         StorageError: A folder or list cannot be read.
     """
     urls: dict[str, None] = {}
+    others: dict[str, str] = {}
     for pattern in patterns:
-        urls.update(dict.fromkeys(_expand(pattern, 0)))
-    return list(urls)
+        urls.update(dict.fromkeys(_expand(pattern, 0, others)))
+    return FoundShards(list(urls), dict(Counter(others.values())))
 
 
-def _expand(pattern: str, depth: int) -> list[str]:
+def expand_patterns(patterns: Sequence[str]) -> list[str]:
+    """Addresses of the shards of `find_shards`."""
+    return find_shards(patterns).urls
+
+
+def _expand(pattern: str, depth: int, others: dict[str, str]) -> list[str]:
+    """The shards of one pattern; adds the other files that it matches to `others`, with the rule
+    by which they are ignored."""
     if pattern.startswith("@"):
-        return _read_list(pattern[1:], depth)
-    shards = [shard for url in _braces(pattern) for shard in _shards_at(url)]
+        return _read_list(pattern[1:], depth, others)
+    matched: dict[str, str] = {}
+    shards = [shard for url in expand_braces(pattern) for shard in _shards_at(url, matched)]
+    others |= matched
     if not shards:
+        found = f" (ignored: {join_counts(Counter(matched.values()))})" if matched else ""
         raise DataError(
-            f"no shards at {storage.redact(pattern)}; give a folder with .tar files (FOLDER/** to "
-            f"include its sub-folders), or their paths"
+            f"no shards at {storage.redact(pattern)}{found}; give a folder with .tar files "
+            f"(FOLDER/** to include its sub-folders), or their paths"
         )
     return shards
 
 
-def _braces(pattern: str) -> list[str]:
+def expand_braces(pattern: str) -> list[str]:
+    """The addresses that braces stand for; braces in the name of an existing local path are kept.
+
+    Raises:
+        DataError: The braces are unbalanced.
+    """
     from braceexpand import braceexpand
 
+    path, rest = split_literal(pattern)
     try:
-        return list(braceexpand(pattern))
+        return [path + text for text in braceexpand(rest)] if rest else [path]
     except ValueError as error:
         raise DataError(
             f"{storage.redact(pattern)}: unbalanced braces; write {{000..127}}"
         ) from error
 
 
-def _read_list(url: str, depth: int) -> list[str]:
+def _read_list(url: str, depth: int, others: dict[str, str]) -> list[str]:
     """The shards of a list file; names in a list in a store are relative to its folder."""
     if depth >= _MAX_LISTS:
         raise DataError(
@@ -88,7 +121,7 @@ def _read_list(url: str, depth: int) -> list[str]:
             line if _is_complete(line) else storage.join(storage.parent(url), line)
             for line in lines
         ]
-    return [shard for line in lines for shard in _expand(line, depth + 1)]
+    return [shard for line in lines for shard in _expand(line, depth + 1, others)]
 
 
 def _is_complete(line: str) -> bool:
@@ -96,7 +129,7 @@ def _is_complete(line: str) -> bool:
     return line.startswith(("/", "@", "file:")) or "://" in line
 
 
-def _shards_at(url: str) -> list[str]:
+def _shards_at(url: str, others: dict[str, str]) -> list[str]:
     """The shards of a folder, the matches of a wildcard, or the address itself."""
     if has_userinfo(url):
         raise DataError(
@@ -109,12 +142,18 @@ def _shards_at(url: str) -> list[str]:
             f"would expose its signature; use an address without a query, or s3:// with "
             f"credentials in the environment"
         )
-    if glob.has_magic(url) and not url.startswith("http"):
-        return _only_shards(_matches(url), url)
+    if glob.has_magic(split_literal(url)[1]) and not url.startswith("http"):
+        return _only_shards(_matches(url), url, others)
     if _is_file(url):
         return [str(storage.local_path(url))] if storage.is_local(url) else [url]
-    names = storage.list_names(url)
-    return [storage.join(url, name) for name in _only_shards(names, url)]
+    files = [storage.join(url, name) for name in storage.list_names(url)]
+    if storage.is_local(url):
+        others |= {
+            storage.join(url, entry.name): "link to a missing file"
+            for entry in os.scandir(storage.local_path(url))
+            if entry.is_symlink() and not os.path.exists(entry.path)
+        }
+    return _only_shards(files, url, others)
 
 
 def _is_file(url: str) -> bool:
@@ -131,14 +170,20 @@ def is_shard_name(name: str) -> bool:
     return name.lower().endswith(".tar") and not name.rpartition("/")[2].startswith("._")
 
 
-def _only_shards(names: Iterable[str], pattern: str) -> list[str]:
+def _only_shards(names: Iterable[str], pattern: str, others: dict[str, str]) -> list[str]:
     """The shards among files; the compressed archives are named in a warning.
+
+    Adds the other files to `others`.
 
     Raises:
         DataError: There are compressed archives, but no shards.
     """
     names = list(names)
     shards = [name for name in names if is_shard_name(name)]
+    own = {MANIFEST_NAME, *(f"{shard.rpartition('/')[2]}{INDEX_SUFFIX}" for shard in shards)}
+    for name in names:
+        if not is_shard_name(name) and name.rpartition("/")[2] not in own and not _is_folder(name):
+            others[name] = _ignoring_rule(name)
     compressed = [name for name in names if compressed_suffix(name)]
     if not compressed:
         return shards
@@ -163,12 +208,25 @@ def _only_shards(names: Iterable[str], pattern: str) -> list[str]:
     return shards
 
 
+def _is_folder(name: str) -> bool:
+    return storage.is_local(name) and storage.local_path(name).is_dir()
+
+
+def _ignoring_rule(url: str) -> str:
+    name = url.rpartition("/")[2]
+    if name.startswith("."):
+        return "hidden file"
+    extension = name.rpartition(".")[2].lower() if "." in name else ""
+    return f".{extension} file" if extension else "other file"
+
+
 def _matches(url: str) -> list[str]:
     """The files that match a wildcard, sorted."""
     if url.endswith("/**"):
         url += "/*"
     if storage.is_local(url):
-        return sorted(glob.glob(str(storage.local_path(url)), recursive=True))
+        path, rest = split_literal(str(storage.local_path(url)))
+        return sorted(glob.glob(glob.escape(path) + rest, recursive=True))
     fixed, magic = url.split("/")[:3], url.split("/")[3:]
     if any(map(glob.has_magic, fixed)):
         raise DataError(f"{storage.redact(url)}: the bucket cannot be a wildcard")

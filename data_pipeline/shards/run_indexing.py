@@ -10,7 +10,6 @@ import atexit
 import hashlib
 import logging
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from functools import cache
 
 from data_pipeline.common import storage
 from data_pipeline.common.errors import StorageError
+from data_pipeline.common.literal_paths import is_pattern
 from data_pipeline.common.processes import SINGLE_PART, Part
 from data_pipeline.shards.indexing import index_shards
 from data_pipeline.shards.manifest import MANIFEST_NAME, Manifest, load_manifest
@@ -45,7 +45,7 @@ def needs_indexing(address: str, *, timeout_seconds: float = 60.0) -> bool:
     path = address.partition("?")[0] if address.startswith(("http://", "https://")) else address
     if path.endswith(".json"):
         return False
-    if address.startswith("@") or is_shard_name(path) or re.search(r"[{*?\[]", path):
+    if address.startswith("@") or is_shard_name(path) or is_pattern(path):
         return True
     if storage.exists(storage.join(address, MANIFEST_NAME), timeout_seconds=timeout_seconds):
         return False

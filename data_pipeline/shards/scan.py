@@ -11,7 +11,6 @@ import os
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
 
 from data_pipeline.common.errors import DataError, StorageError
 from data_pipeline.common.tables import counted, join_counts
@@ -26,14 +25,6 @@ _MAX_LISTED = 10
 """Number of problems that are described one by one."""
 
 
-class ScannedShard(NamedTuple):
-    """The index of a shard, and what is not in it."""
-
-    shard_index: ShardIndex
-    ignored: dict[str, int]
-    """Number of members that belong to no sample, by rule: `hidden file`, `folder` ..."""
-
-
 def index_shard(path: str | os.PathLike[str], *, salvage: bool = False) -> ShardIndex:
     """The index of a local shard.
 
@@ -43,7 +34,7 @@ def index_shard(path: str | os.PathLike[str], *, salvage: bool = False) -> Shard
     """
     where = os.fspath(path)
     with open_shard_stream(where, timeout_seconds=0) as shard:
-        return scan(shard.chunks, shard.total_bytes, where, salvage=salvage).shard_index
+        return scan(shard.chunks, shard.total_bytes, where, salvage=salvage)
 
 
 def scan(
@@ -53,7 +44,7 @@ def scan(
     *,
     salvage: bool = False,
     **optional_metadata: str,
-) -> ScannedShard:
+) -> ShardIndex:
     """Walk through a shard and index its samples.
 
     A shard may have no samples if it has no other files either.
@@ -81,14 +72,14 @@ def scan(
         problems.append(_describe_lost(lost))
     if is_truncated:
         problems.append("everything after that is missing, and its size is unknown")
-    index = ShardIndex.build(
+    return ShardIndex.build(
         rows,
         shard_bytes=total_bytes,
         sha256=stream.sha256(),
+        ignored=samples.ignored,
         corruption="; ".join(problems),
         **optional_metadata,
     )
-    return ScannedShard(index, dict(samples.ignored))
 
 
 def _add_members(

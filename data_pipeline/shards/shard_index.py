@@ -12,8 +12,9 @@ memory-mapped, so that all processes of a machine share one copy:
     member_extension, member_start, member_size   one row per file: index into `extensions`, offset
                                          of its contents (from the sample's offset), and bytes
     metadata           version, shard_bytes, sha256 (of the shard), samples, extensions (a JSON
-                       list); if known, etag (of the store), corruption (what could not be read) and
-                       source_hash (of the samples that the shard was written from)
+                       list); if known, etag (of the store), corruption (what could not be read),
+                       source_hash (of the samples that the shard was written from) and ignored
+                       (members that belong to no sample: a JSON object of numbers by rule)
 
 Everything in the file is checked when it is opened, so an untrusted file is safe to open.
 """
@@ -85,6 +86,8 @@ class ShardIndex:
     """Description of what could not be read; empty for an intact shard."""
     source_hash: str = ""
     """Hash of the samples that the shard was written from; see `writer.write_shards`."""
+    ignored: Mapping[str, int]
+    """Number of members that belong to no sample, by rule: `hidden file`, `folder` ..."""
     columns: Columns
     """The columns of the file by name; for `to_bytes` and tools."""
 
@@ -132,11 +135,17 @@ class ShardIndex:
             "extensions": json.dumps(self.extensions),
         }
         metadata |= {name: text for name in _OPTIONAL_METADATA if (text := getattr(self, name))}
+        metadata |= {"ignored": json.dumps(self.ignored, sort_keys=True)} if self.ignored else {}
         return encode(self.columns, metadata)
 
     @staticmethod
     def build(
-        rows: Sequence[SampleRow], *, shard_bytes: int, sha256: str, **optional_metadata: str
+        rows: Sequence[SampleRow],
+        *,
+        shard_bytes: int,
+        sha256: str,
+        ignored: Mapping[str, int] | None = None,
+        **optional_metadata: str,
     ) -> ShardIndex:
         """Create the index of a shard.
 
@@ -144,6 +153,7 @@ class ShardIndex:
             rows: The samples, in the order of the shard.
             shard_bytes: Size of the shard.
             sha256: SHA-256 of the whole shard.
+            ignored: Number of members that belong to no sample, by rule.
             optional_metadata: Any of `etag`, `corruption` and `source_hash`.
 
         Raises:
@@ -172,6 +182,7 @@ class ShardIndex:
             "sha256": sha256,
             "samples": str(len(rows)),
             "extensions": json.dumps(list(extension_ids)),
+            "ignored": json.dumps(dict(ignored or {})),
             **optional_metadata,
         }
         return _index_of(arrays, metadata)
@@ -262,6 +273,9 @@ def _index_of(columns: Columns, metadata: Mapping[str, str]) -> ShardIndex:
         raise DataError("its extensions are not a list of strings")
     if not re.fullmatch("[0-9a-f]{64}", metadata["sha256"]):
         raise DataError(f"the shard's SHA-256 is {metadata['sha256']!r}")
+    ignored = json.loads(metadata.get("ignored", "{}"))
+    if not isinstance(ignored, dict) or not all(type(n) is int and n > 0 for n in ignored.values()):
+        raise DataError("its numbers of ignored members are not a mapping to positive integers")
     samples = int(metadata["samples"])
     check_columns(columns, samples=samples, shard_bytes=shard_bytes, num_extensions=len(extensions))
     for column in columns.values():
@@ -274,5 +288,6 @@ def _index_of(columns: Columns, metadata: Mapping[str, str]) -> ShardIndex:
         shard_bytes=shard_bytes,
         sha256=metadata["sha256"],
         extensions=tuple(extensions),
+        ignored=ignored,
         **{name: metadata.get(name, "") for name in _OPTIONAL_METADATA},
     )

@@ -64,7 +64,7 @@ def write_tar(
     file.flush()
     file.seek(0)
     chunks = iter(lambda: file.read(CHUNK_BYTES), b"")
-    index = scan(chunks, total_bytes, where, source_hash=source_hash).shard_index
+    index = scan(chunks, total_bytes, where, source_hash=source_hash)
     if index.keys != keys:
         pairs = zip(keys, index.keys, strict=False)
         lost = next((key for key, indexed in pairs if key != indexed), keys[-1])

@@ -7,18 +7,16 @@ to that. The `config.yaml` of a run folder has absolute paths, so that it can be
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError
+from data_pipeline.common.literal_paths import PATTERN_CHARACTERS, split_literal
 
 CONFIG_FILE, DEEPSPEED_FILE, TOKENIZER_FILE = "config.yaml", "deepspeed.json", "tokenizer.model"
 """Files of a run folder: the resolved settings, and a copy of the tokenizer."""
-
-_PATTERN = re.compile(r"[*?\[{]")
 
 
 def relative_to_file(mapping: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -81,6 +79,6 @@ def _is_relative(path: str) -> bool:
 
 def _exists(path: Path) -> bool:
     """Whether a file or folder exists; of a pattern, the folder before it."""
-    if match := _PATTERN.search(str(path)):
-        path = Path(str(path)[: match.start()] + "x").parent
-    return path.exists()
+    rest = split_literal(str(path))[1]
+    name = rest.removeprefix("/").partition("/")[0]
+    return not rest or PATTERN_CHARACTERS.search(name) is not None

@@ -32,7 +32,7 @@ def set_checksum(header: bytearray) -> bytearray:
 def scan_bytes(data: bytes, *, chunk: int = 4096, salvage: bool = False) -> ShardIndex:
     """The index of a shard, from a stream of chunks of `chunk` bytes."""
     chunks = (data[start : start + chunk] for start in range(0, len(data), chunk))
-    return scan(chunks, len(data), "x.tar", salvage=salvage).shard_index
+    return scan(chunks, len(data), "x.tar", salvage=salvage)
 
 
 def read_by_index(index: ShardIndex, data: bytes) -> list[dict[str, bytes] | None]:

@@ -21,6 +21,7 @@ from data_pipeline.preparing.importers.records import (
     Ignored,
     Record,
     SkippedRow,
+    class_caption,
     strip_extension,
 )
 from data_pipeline.sample_keys import IMAGE_KEYS
@@ -104,7 +105,7 @@ class Folder:
                 fields = _read_fields(storage.join(folder, f"{path}{fields_file}"))
             if self.caption_from == "folder":
                 label = path.rstrip("/") or storage.redact(folder).rstrip("/")
-                caption = self._folder_caption(label)
+                caption = class_caption(label.rpartition("/")[2], self.template)
             elif text:
                 caption = _read_text(storage.join(folder, f"{path}{text}"))
             else:
@@ -117,10 +118,6 @@ class Folder:
             return SkippedRow(origin, "no-caption", "the caption is empty")
         image = storage.join(folder, origin)
         return Record(strip_extension(origin), image, (caption.strip(),), fields, origin)
-
-    def _folder_caption(self, path: str) -> str:
-        label = path.rpartition("/")[2]
-        return self.template.replace("{}", label.replace("_", " ").replace("-", " ").strip())
 
 
 class _Subfolder(NamedTuple):

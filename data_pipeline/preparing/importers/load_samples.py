@@ -45,9 +45,9 @@ def _from_rows(
 ) -> Iterator[Sample | SkippedRow]:
     indices = [record.row[1] for record in records if record.row]
     rows = read_rows(source, path, indices)
-    for record, (image, captions, fields) in zip(records, rows, strict=True):
-        filled = record._replace(captions=captions, fields=fields)
-        yield _make_sample(filled, lambda data=image: data, decode)  # type: ignore[misc]
+    for record, row in zip(records, rows, strict=True):
+        filled = record._replace(captions=row.captions, fields=row.fields)
+        yield _make_sample(filled, row.read_image, decode, row.why_no_caption)
 
 
 def _from_files(records: list[Record], decode: bool) -> Iterator[Sample | SkippedRow]:
@@ -67,7 +67,9 @@ def _from_files(records: list[Record], decode: bool) -> Iterator[Sample | Skippe
             yield pending.popleft().result()
 
 
-def _make_sample(record: Record, read: Callable[[], bytes], decode: bool) -> Sample | SkippedRow:
+def _make_sample(
+    record: Record, read: Callable[[], bytes], decode: bool, why_no_caption: str = ""
+) -> Sample | SkippedRow:
     """One sample, or the reason to skip it."""
     try:
         data = read()
@@ -79,7 +81,7 @@ def _make_sample(record: Record, read: Callable[[], bytes], decode: bool) -> Sam
         if decode:
             decode_image(data)
         if not record.captions:
-            raise DataError("the row has no caption", slug="no-caption")
+            raise DataError(why_no_caption or "the row has no caption", slug="no-caption")
     except DataError as error:
         return SkippedRow(record.origin, error.slug or "unreadable", str(error), record.inputs)
 

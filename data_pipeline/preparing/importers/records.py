@@ -98,6 +98,11 @@ def safe_key(key: str) -> str:
     return safe
 
 
+def class_caption(name: str, template: str) -> str:
+    """The caption for the name of a class: `template` with the name, in words, instead of `{}`."""
+    return template.replace("{}", name.replace("_", " ").replace("-", " ").strip())
+
+
 def strip_extension(name: str) -> str:
     """A path without its extension: `a/b.c.jpg` becomes `a/b.c`."""
     folder, slash, base = name.rpartition("/")

@@ -14,6 +14,7 @@ from data_pipeline.shards.indexing import index_shards
 from data_pipeline.shards.manifest import MANIFEST_NAME, Manifest, load_index, load_manifest
 from data_pipeline.shards.run_indexing import index_for_run
 from data_pipeline.shards.scan import index_shard
+from data_pipeline.shards.shard_index import ShardIndex
 from tests.support.corruption import truncate
 from tests.support.small_shards import make_shards
 from tests.support.tar_archives import tar_of
@@ -184,9 +185,42 @@ def test_files_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
     tar_of(tmp_path / "b.tar", ["b.jpg", "b.txt", "x/.DS_Store"])
     os.utime(tmp_path / "b.tar", (2e9, 2e9))
     index_shards(str(tmp_path))
-    assert caplog.messages[-1] == (
-        "files: 4 in samples, 1 ignored (hidden file 1) without those of 2 shards indexed before"
-    )
+    assert caplog.messages[-1] == "files: 4 in samples, 3 ignored (hidden file 2, no extension 1)"
+
+
+def test_counts_are_the_same_when_indices_are_reused(
+    tmp_path: Path, scans: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    tar_of(tmp_path / "a.tar", ["a.jpg", "a.txt", "._a.jpg", "README"])
+    tar_of(tmp_path / "b.tar", ["b.jpg", "b.txt"])
+    for name in ("._a.tar", ".hidden", "0.tar.gz", "stats.json", "README", "old.tar.index"):
+        (tmp_path / name).touch()
+    (tmp_path / "broken.tar").symlink_to("missing")
+    (tmp_path / "folder").mkdir()
+    counts = []
+    for _ in range(2):
+        caplog.clear()
+        index_shards(str(tmp_path))
+        counts.append([m for m in caplog.messages if m.startswith(("files:", "beside"))])
+    assert scans == ["a.tar", "b.tar"]
+    assert counts[0] == counts[1]
+    assert counts[0] == [
+        "files: 4 in samples, 2 ignored (hidden file 1, no extension 1)",
+        "beside 2 shards: 7 files ignored (hidden file 2, link to a missing file 1, .gz file 1, "
+        "other file 1, .index file 1, .json file 1)",
+    ]
+
+
+def test_counts_are_only_stored_if_there_are_any(tmp_path: Path) -> None:
+    tar_of(tmp_path / "a.tar", ["a.jpg", "a.txt", "._a.jpg"])
+    tar_of(tmp_path / "b.tar", ["b.jpg", "b.txt"])
+    with_counts, without = (index_shard(tmp_path / name) for name in ("a.tar", "b.tar"))
+    assert b"ignored" in with_counts.to_bytes() and b"ignored" not in without.to_bytes()
+    read = ShardIndex.from_bytes(with_counts.to_bytes(), "a")
+    assert read.ignored == with_counts.ignored == {"hidden file": 1}
+    with pytest.raises(DataError, match="numbers of ignored members"):
+        ShardIndex.build([], shard_bytes=0, sha256="0" * 64, ignored={"folder": -1})
 
 
 def test_index_for_run(

@@ -9,7 +9,7 @@ import pytest
 
 from data_pipeline.common.errors import DataError
 from data_pipeline.shards import patterns
-from data_pipeline.shards.patterns import expand_patterns
+from data_pipeline.shards.patterns import expand_patterns, find_shards
 
 
 def test_expand_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,6 +103,24 @@ def test_archives_of_other_kinds_are_named(
             expand_patterns([pattern])
     for url in ("gz/a.tar.gz", "s3://b/a.tar.gz", "s3://b/A.TAR"):  # refused by content
         assert expand_patterns([url]) == [url]
+
+
+def test_other_files_are_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("0.tar", "._0.tar", "a.txt", "b.zip", "c", "0.tar.index", "manifest.json"):
+        Path("in", name).parent.mkdir(exist_ok=True)
+        Path("in", name).touch()
+    Path("in/x/y").mkdir(parents=True)
+    counts = {"hidden file": 1, ".txt file": 1, ".zip file": 1, "other file": 1}
+    assert find_shards(["in"]) == (["in/0.tar"], counts)
+    assert find_shards(["in", "in/", "in/*"]) == (["in/0.tar"], counts)
+    del counts["hidden file"]  # which wildcards do not match
+    assert find_shards(["in/**"]) == (["in/0.tar"], counts)
+    assert find_shards(["in/0.tar"]) == find_shards(["in/*.tar"]) == (["in/0.tar"], {})
+    Path("in/0.tar").unlink()
+    Path("in/b.zip").unlink()
+    with pytest.raises(DataError, match=r"no shards at in \(ignored: .*hidden file 1"):
+        find_shards(["in"])
 
 
 NAMES = [

@@ -84,7 +84,7 @@ def test_memory_is_bounded() -> None:
         chunks = [start, *([filler * 2000] * (blocks // 2000)), bytes(2 * BLOCK)]
         total = sum(map(len, chunks))
         tracemalloc.start()
-        index = scan((bytes(bytearray(chunk)) for chunk in chunks), total, "x.tar").shard_index
+        index = scan((bytes(bytearray(chunk)) for chunk in chunks), total, "x.tar")
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert (index.keys, index.shard_bytes) == (["a"], total)

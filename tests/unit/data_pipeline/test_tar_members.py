@@ -11,7 +11,8 @@ import hypothesis.strategies as st
 import pytest
 
 from data_pipeline.common.errors import DataError
-from data_pipeline.shards.scan import ScannedShard, scan
+from data_pipeline.shards.scan import scan
+from data_pipeline.shards.shard_index import ShardIndex
 from data_pipeline.shards.tar import BLOCK
 from tests.support.properties import check_property, num_examples
 from tests.support.tar_archives import archive, read_by_index, scan_bytes, set_checksum
@@ -56,7 +57,7 @@ def shard_of(*members: bytes) -> bytes:
     return b"".join(members) + bytes(2 * BLOCK)
 
 
-def scan_all(data: bytes, *, salvage: bool = False) -> ScannedShard:
+def scan_all(data: bytes, *, salvage: bool = False) -> ShardIndex:
     return scan(iter([data]), len(data), "x.tar", salvage=salvage)
 
 
@@ -157,7 +158,7 @@ def test_files_of_no_sample_are_counted_by_rule() -> None:
         "no extension": 2,
         "reserved name": 1,
     }
-    assert scanned.shard_index.keys == ["1", "2"]
+    assert scanned.keys == ["1", "2"]
 
 
 def test_files_that_are_not_next_to_each_other_are_counted_as_one_sample() -> None:
@@ -220,21 +221,21 @@ def test_every_member_is_accounted_for(examples: int) -> None:
                 file.read() for info in infos if info.isfile() and (file := tar.extractfile(info))
             )
         salvaged = scan_all(data, salvage=True)
-        in_samples = len(salvaged.shard_index.columns["member_size"])
-        match = re.search(r"with (\d+) files?", salvaged.shard_index.corruption)
+        in_samples = len(salvaged.columns["member_size"])
+        match = re.search(r"with (\d+) files?", salvaged.corruption)
         lost = int(match[1]) if match else 0
         assert in_samples + sum(salvaged.ignored.values()) + lost == len(infos) == len(members)
-        assert bool(lost) == bool(salvaged.shard_index.corruption)
+        assert bool(lost) == bool(salvaged.corruption)
 
-        samples = read_by_index(salvaged.shard_index, data)
+        samples = read_by_index(salvaged, data)
         used = Counter(body for sample in samples if sample for body in sample.values())
         assert None not in samples and not used - contents
         try:
             scanned = scan_all(data)
         except DataError as error:
-            assert salvaged.shard_index.corruption or "but no samples" in str(error)
+            assert salvaged.corruption or "but no samples" in str(error)
         else:
-            assert not salvaged.shard_index.corruption and scanned.ignored == salvaged.ignored
-            assert scanned.shard_index.to_bytes() == salvaged.shard_index.to_bytes()
+            assert not salvaged.corruption and scanned.ignored == salvaged.ignored
+            assert scanned.to_bytes() == salvaged.to_bytes()
 
     check_property(check, examples, _MEMBERS)

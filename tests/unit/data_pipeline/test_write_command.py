@@ -117,6 +117,9 @@ def test_max_skipped_ratio(tmp_path: Path) -> None:
         write_csv(table, out, "--samples-per-shard", 8)
     assert not (out / "manifest.json").exists()
 
+    # The rejected row is listed although nothing was written.
+    assert [row["origin"] for row in read_skipped(out / "skipped.jsonl")] == ["pairs.csv line 25"]
+
     # Without --decode, a truncated image is not detected.
     write_csv(table, out, "--samples-per-shard", 8, "--max-skipped-ratio", 0.3)
     assert load_manifest(out).metadata["skipped"] == {
@@ -126,12 +129,45 @@ def test_max_skipped_ratio(tmp_path: Path) -> None:
     }
 
 
+def read_skipped(path: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_skipped_rows_are_listed_before_the_error(tmp_path: Path) -> None:
+    table, out = make_invalid_source(tmp_path), tmp_path / "out"
+    options = ("--samples-per-shard", 5, "--max-skipped-ratio", 0.1)
+    with pytest.raises(DataError, match=rf"--max-skipped-ratio 0.1 .* until now: {out}/skipped"):
+        write_csv(table, out, *options)
+    listed = [row["origin"] for row in read_skipped(out / "skipped.jsonl")]
+    assert listed == [f"pairs.csv line {line}" for line in (25, 5, 6, 8)]
+
+    # Parts do not replace each other's lists.
+    with pytest.raises(DataError, match=r"\.parts/skipped-1-of-2\.jsonl"):
+        write_csv(table, out, "--samples-per-shard", 5, "--part", "1/2", "--max-skipped-ratio", 0)
+    assert len(read_skipped(out / "skipped.jsonl")) == 4
+    assert len(read_skipped(out / ".parts" / "skipped-1-of-2.jsonl")) == 2
+
+
+def test_list_of_a_source_without_samples(tmp_path: Path) -> None:
+    (tmp_path / "no-captions.csv").write_text("image,caption\na.png,\nb.png,\n")
+    (tmp_path / "no-images.csv").write_text("image,caption\na.png,x\nb.png,x\n")
+    for name, ratio in (("no-captions", 0), ("no-images", 1)):
+        out = tmp_path / name
+        with pytest.raises(DataError, match=rf"until now: {out}/skipped.jsonl"):
+            write_csv(tmp_path / f"{name}.csv", out, "--max-skipped-ratio", ratio)
+        assert len(read_skipped(out / "skipped.jsonl")) == 2
+
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"no-caption 2.*list cannot be written: cannot write"):
+        write_csv(tmp_path / "no-captions.csv", tmp_path / "file" / "out")
+
+
 def test_skipped_rows_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table, out = make_invalid_source(tmp_path), tmp_path / "out"
     options = ("--samples-per-shard", 8, "--max-skipped-ratio", 0.3, "--decode")
     write_csv(table, out, *options)
     assert "corrupt-image" in capsys.readouterr().out
-    rows = [json.loads(line) for line in (out / "skipped.jsonl").read_text().splitlines()]
+    rows = read_skipped(out / "skipped.jsonl")
     assert sorted((row["reason"], row["origin"]) for row in rows) == [
         ("corrupt-image", "pairs.csv line 7"),
         ("missing-image", "pairs.csv line 5"),

@@ -82,3 +82,25 @@ def test_absolute_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     }
     assert absolute_paths(mapping) == expected
     assert absolute_paths(expected) == expected
+
+
+def test_run_file_in_a_folder_with_brackets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "runs [2020] {a,b}"
+    (folder / "data [1]").mkdir(parents=True)
+    (folder / "run.yaml").write_text(
+        "extends: tiny\n"
+        "data:\n"
+        "  tokenizer: missing.model\n"
+        "  train: ['data [1]', 'data [1]/*.tar', 'missing/{0..3}.tar', '{0..3}.tar']\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    data = load_run(folder / "run.yaml").data
+    assert data.tokenizer == "missing.model"
+    assert data.train == (
+        f"{folder}/data [1]",
+        f"{folder}/data [1]/*.tar",
+        "missing/{0..3}.tar",
+        f"{folder}/{{0..3}}.tar",
+    )

@@ -22,6 +22,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (path / "bare" / "manifest.json").unlink()
     (path / "empty").mkdir()
     (path / "list.txt").write_text(f"{path}/bare\n")
+    make_shards(path / "b[1]{a}" / "x", count=7)
     make_tokenizer(path)
     return path
 
@@ -38,6 +39,8 @@ def find_problems(folder: Path, *overrides: str) -> list[str]:
         "{}/indexed/manifest.json",
         "file:{}/bare",
         "{}/bare/*.tar",
+        "{}/b[1]{{a}}/x",
+        "{}/b[1]{{a}}/x/{{shard-000000,none}}.tar",
         "@{}/list.txt",
         "s3://bucket/not-checked-here",
         "http://localhost/manifest.json",
