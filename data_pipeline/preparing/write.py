@@ -21,7 +21,7 @@ from data_pipeline.common import storage
 from data_pipeline.common.errors import ConfigError, DataError, StorageError
 from data_pipeline.common.logs import Progress
 from data_pipeline.common.processes import SINGLE_PART, Part, map_in_processes
-from data_pipeline.common.tables import counted
+from data_pipeline.common.tables import counted, join_counts
 from data_pipeline.preparing.importers.records import (
     Ignored,
     Importer,
@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 SKIPPED_NAME = "skipped.jsonl"
 SOURCE_FIELD = "source_fingerprint"
 """Field of the manifest with the fingerprint of the source."""
+INPUTS_FIELD = "inputs"
+"""Field of the manifest with the numbers of inputs; see `Inputs`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +90,7 @@ class Inputs(NamedTuple):
 
     def describe(self) -> str:
         """One line: all counts, and their sum."""
-        ignored = ", ".join(f"{rule} {count:,}" for rule, count in sorted(self.ignored.items()))
+        ignored = join_counts(self.ignored)
         num_ignored = sum(self.ignored.values())
         return (
             f"{self.in_samples + self.skipped + num_ignored:,} {self.unit}: "
@@ -141,11 +143,12 @@ def write_dataset(
             progress.update((result.entry.samples if result.entry else 0) + len(result.skipped))
             _check_ratio(skipped, total, plan, part)
 
-    manifest = _finish(plan, entries, skipped, about) if part == SINGLE_PART else None
-    samples, size = sum(entry.samples for entry in entries), sum(entry.bytes for entry in entries)
     num_skipped = sum(row.inputs for row in skipped)
     unit = getattr(plan.source, "unit", "rows")
-    inputs = Inputs(unit, num_inputs - num_skipped, num_skipped, dict(ignored))
+    inputs = Inputs(unit, num_inputs - num_skipped, num_skipped, dict(sorted(ignored.items())))
+    about = {**(about or {}), INPUTS_FIELD: inputs._asdict()}
+    manifest = _finish(plan, entries, skipped, about) if part == SINGLE_PART else None
+    samples, size = sum(entry.samples for entry in entries), sum(entry.bytes for entry in entries)
     return WriteResult(manifest, samples, size, len(entries), reused, skipped, inputs)
 
 
@@ -191,14 +194,14 @@ def _finish(
     plan: WritePlan,
     entries: list[ShardEntry],
     skipped: list[SkippedRow],
-    about: Mapping[str, Any] | None,
+    about: Mapping[str, Any],
 ) -> Manifest:
     """Write the manifest and the list of skipped rows."""
     if not entries:
         raise _too_many_skipped("all rows were skipped; no sample to write", skipped, plan)
 
     counts = dict(sorted(Counter(row.reason for row in skipped).items()))
-    metadata = dict(about or {}) | ({"skipped": counts} if counts else {})
+    metadata = dict(about) | ({"skipped": counts} if counts else {})
     metadata |= {SOURCE_FIELD: _source_fingerprint(plan.source)}
     manifest = write_manifest(plan.out, entries, metadata)
 

@@ -16,6 +16,7 @@ from data_pipeline.common.errors import DataError
 from data_pipeline.preparing.importers import folder
 from data_pipeline.preparing.importers.folder import Folder
 from data_pipeline.preparing.importers.records import Ignored, Record, SkippedRow
+from data_pipeline.shards.manifest import load_manifest
 from tests.support.data_commands import run_data_command
 from tests.support.properties import check_property, num_examples
 from tests.support.small_shards import make_png
@@ -103,6 +104,8 @@ def test_the_command_prints_counts_that_add_up(
     assert run_data_command("write", "folder", tmp_path / "images", *options) == 0
     output = capsys.readouterr().out
     assert "8 files: 6 in samples, 1 skipped, 1 ignored (.db file 1)" in output
+    inputs = {"unit": "files", "in_samples": 6, "skipped": 1, "ignored": {".db file": 1}}
+    assert load_manifest(tmp_path / "out").metadata["inputs"] == inputs
 
 
 def test_lost_files_are_found_by_the_second_count(
