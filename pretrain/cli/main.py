@@ -6,7 +6,9 @@ Heavy imports (torch, DeepSpeed) happen inside the handlers, so that `--help` an
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
+import json
 import logging
 import os
 import sys
@@ -21,6 +23,7 @@ from data_pipeline.common.commands import (
     print_error,
 )
 from data_pipeline.common.errors import VlmError
+from data_pipeline.common.escaping import escape_control
 from data_pipeline.common.logs import log_to_files_only, setup_logging
 from pretrain import __version__
 from pretrain.cli import caption, data, eval, parity, plan, routing, settings, train
@@ -96,8 +99,21 @@ def _print_error(message: str, rank: int, delay_seconds: float) -> None:
     """Print an error, on ranks other than 0 after a delay."""
     log_to_files_only(message)  # before the delay: the launcher may terminate this rank during it
     time.sleep(max(delay_seconds, _OTHER_RANK_DELAY_SECONDS if rank else 0.0))
+    _tell_torchrun(message)
     suffix = f" (rank {rank})" if launched_rank_and_world_size()[1] > 1 else ""
     print_error(message, label=f"error{suffix}")
+
+
+def _tell_torchrun(message: str) -> None:
+    """Write the error where torchrun reads it, so that it ends its report of the failure with it
+    (format: `torch.distributed.elastic.multiprocessing.errors.ProcessFailure`)."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE", "")
+    if not path:
+        return
+    # Best effort: the message is printed in any case.
+    with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
+        content = {"message": escape_control(message, lines=True), "timestamp": int(time.time())}
+        json.dump(content, file)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -130,3 +131,20 @@ def test_python_m_pretrain_is_the_command() -> None:
         check=False,
     )
     assert done.returncode == 0 and "5.215M total" in done.stdout
+
+
+def test_torchrun_ends_its_report_with_the_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    path = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
+    assert main(["plan", "tiny", "moe.tpo_k=2"]) == 2
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(path))
+    report = ChildFailedError("vlmoe", {0: failure}).format_msg()
+    assert "moe.tpo_k" in report.splitlines()[-2]
+    assert abs(failure.timestamp - time.time()) < 60
+
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "no" / "error.json"))
+    assert main(["plan", "tiny", "moe.tpo_k=2"]) == 2
