@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar, Union
 
 from data_pipeline.common.errors import ConfigError
 from data_pipeline.common.origins import Origins
-from data_pipeline.common.problems import Section, join_problems
+from data_pipeline.common.problems import HasShortForms, Section, join_problems
 from data_pipeline.common.tables import counted
 from data_pipeline.common.yaml_file import apply_overrides, load_yaml, merge, parse_yaml, to_yaml
 
@@ -105,6 +105,8 @@ class _Converter:
         """A dataclass from a mapping, or `_INVALID`."""
         if not isinstance(mapping, Mapping):
             return self.invalid(path, f"expected a section with settings, found {mapping!r}")
+        if issubclass(cls, HasShortForms):
+            mapping = cls.expand_short_forms(mapping)
         # Resolves annotations that are strings (`from __future__ import annotations`).
         hints = typing.get_type_hints(cls)
         fields = {f.name: f for f in dataclasses.fields(cls) if f.init}

@@ -8,7 +8,7 @@ reported; `from_mapping` and `check_sections` raise.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 from data_pipeline.common.errors import ConfigError
@@ -24,6 +24,15 @@ class Section(Protocol):
 
         A message names the setting in full, such as `data.augment.hue`.
         """
+
+
+@runtime_checkable
+class HasShortForms(Protocol):
+    """A dataclass of settings of which some values can be written in a shorter form."""
+
+    @classmethod
+    def expand_short_forms(cls, mapping: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The settings as read, with short forms written in full; invalid values unchanged."""
 
 
 class Problems:

@@ -8,14 +8,13 @@ reports all at once.
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from dataclasses import dataclass, field
 from typing import Literal
 
-from data_pipeline.common.addresses import userinfo_problems
 from data_pipeline.common.problems import Problems
 from data_pipeline.settings import DataConfig
+from pretrain.config.evaluation import EvalConfig as EvalConfig
+from pretrain.config.evaluation import EvalSet as EvalSet
 from pretrain.config.experts import BalanceConfig, MoEConfig
 from pretrain.config.model import ModelConfig as ModelConfig
 
@@ -208,58 +207,6 @@ class LogConfig:
         found = Problems(self, "log")
         found.at_least(1, "every_steps")
         found.at_least(0, "captions_every_steps", "routing_every_steps", "num_captions")
-        return found.messages
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalSet:
-    """A held-out set of shards."""
-
-    name: str
-    """Name of the set in tables and TensorBoard."""
-    shards: str
-    """Its manifest, or the folder that contains it."""
-    labels: str = ""
-    """Text file with one candidate caption per line for retrieval; empty means the captions of the
-    set."""
-
-    def problems(self) -> list[str]:
-        """An invalid name, or no shards."""
-        messages = userinfo_problems(self.shards, f"eval.sets {self.name!r}")
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.name):
-            messages.append(
-                f"eval.sets has a set named {self.name!r}; use letters, digits and _ . - only"
-            )
-        if not self.shards:
-            messages.append(
-                f"eval.sets {self.name!r} has no shards; give a manifest or the folder that "
-                f"contains one"
-            )
-        return messages
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalConfig:
-    """Evaluation on held-out sets."""
-
-    sets: tuple[EvalSet, ...] = ()
-    """Held-out sets; `vlmoe settings eval.sets` lists the settings of a set."""
-    batch_size: int = 128
-    """Pairs per forward pass during evaluation."""
-    caption_samples: int = 200
-    """Number of images per set for which captions are generated and compared with the
-    references."""
-
-    def problems(self) -> list[str]:
-        """Numbers that are out of range, and names that are not unique."""
-        found = Problems(self, "eval")
-        found.at_least(1, "batch_size")
-        found.at_least(0, "caption_samples")
-        counts = Counter(eval_set.name for eval_set in self.sets)
-        for name, count in sorted(counts.items()):
-            found.require(
-                count == 1, f"eval.sets has {count} sets named {name!r}; names must be unique"
-            )
         return found.messages
 
 

@@ -18,6 +18,7 @@ from data_pipeline.loading.loader import read_all
 from data_pipeline.samples import Batch
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.run_indexing import open_manifest
+from pretrain.config.evaluation import set_names
 from pretrain.config.schema import EvalSet
 from pretrain.evaluate.evaluator import Evaluator, SetOptions, evaluation_mode, sample_indices
 from pretrain.evaluate.labels import read_labels
@@ -118,15 +119,12 @@ def read_set(
 
 
 def named_sets(shards: Sequence[str], labels: str = "") -> tuple[EvalSet, ...]:
-    """Evaluation sets named after their folders, or after their addresses if names repeat.
+    """Evaluation sets with the names that `eval.sets` would give them.
 
     Raises:
         ConfigError: An address contains a user or password.
     """
-    folders = [address.removesuffix("/manifest.json").rstrip("/") for address in shards]
-    names = [folder.rpartition("/")[2] or folder for folder in folders]
-    if len(set(names)) < len(names):
-        names = folders
+    names = set_names(shards)
     sets = tuple(
         EvalSet(name=name, shards=address, labels=labels)
         for name, address in zip(names, shards, strict=True)

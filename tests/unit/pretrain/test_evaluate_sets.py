@@ -36,4 +36,4 @@ def test_sets_are_named_after_their_folders() -> None:
         EvalSet(name="b", shards="s3://bucket/b/"),
     )
     sets = named_sets(["x/a", "y/a"], "labels")
-    assert [eval_set.name for eval_set in sets] == ["x/a", "y/a"]
+    assert [eval_set.name for eval_set in sets] == ["x-a", "y-a"]
