@@ -24,6 +24,7 @@ __all__ = [
     "ImageMode",
     "LimitConfig",
     "SourceConfig",
+    "caption_key_problems",
     "to_sources",
 ]
 
@@ -184,10 +185,7 @@ class DataConfig:
 
     def _key_problems(self) -> list[str]:
         found, weights = Problems(self, "data"), self.caption_weights
-        found.require(
-            bool(self.caption_keys),
-            "data.caption_keys is empty; give the location of the captions, such as txt",
-        )
+        found.messages += caption_key_problems(self.caption_keys, "data.caption_keys")
         found.require(
             len(self.caption_keys) == len(weights),
             f"data.caption_weights has {counted(len(weights), 'value')} for "
@@ -195,12 +193,6 @@ class DataConfig:
         )
         problem = image_keys_problem(self.image_keys)
         found.require(not problem, f"data.image_keys: {problem}")
-        for key in self.caption_keys:
-            found.require(
-                re.fullmatch(r"json:.+|([^:\s]+\.)?(txt|text|caption)", key) is not None,
-                f"data.caption_keys contains {key!r}; use txt (or another text member: text, "
-                f"caption, en.txt), or json:FIELD for a field of the .json member",
-            )
         found.require(
             all(weight >= 0 for weight in weights) and (not weights or sum(weights) > 0),
             f"data.caption_weights is {list(weights)}, but all must be at least 0 and one above 0",
@@ -248,6 +240,18 @@ _PER_SOURCE = (
     "filters",
     "augment",
 )
+
+
+def caption_key_problems(keys: Sequence[str], setting: str) -> list[str]:
+    """No caption keys, or some that are none; `setting` is the name in messages."""
+    if not keys:
+        return [f"{setting} is empty; give the location of the captions, such as txt"]
+    return [
+        f"{setting} contains {key!r}; use txt (or another text member: text, caption, en.txt), or "
+        f"json:FIELD for a field of the .json member"
+        for key in keys
+        if not re.fullmatch(r"json:.+|([^:\s]+\.)?(txt|text|caption)", key)
+    ]
 
 
 def to_sources(entries: Sequence[SourceConfig | str]) -> tuple[SourceConfig, ...]:

@@ -21,7 +21,7 @@ from data_pipeline.common.errors import VlmError
 from data_pipeline.common.logs import setup_logging
 from data_pipeline.common.tables import counted, format_rows
 from pretrain.config.presets import load_run
-from pretrain.config.schema import RunConfig
+from pretrain.config.schema import EvalSet, RunConfig
 from pretrain.parallel.environment import free_port
 from pretrain.train.jsonl import METRICS_FILE, read_log
 from tools.quickstart_data import __main__ as quickstart_data_command
@@ -195,7 +195,8 @@ def summarize(out: Path) -> dict[str, Any]:
     state = read_meta(checkpoint).state["train"]
     trained = load_model(out)
     results = evaluate_sets(trained, trained.run.eval.sets)
-    train_captions = evaluate_caption_samples(trained, str(DATA_FOLDER / "train"), name="train")
+    train_set = EvalSet(name="train", shards=str(DATA_FOLDER / "train"), caption_keys=("txt",))
+    train_captions = evaluate_caption_samples(trained, train_set)
     summary = {
         "train_seconds": state["seconds"],
         "samples_seen": state["samples_seen"],
@@ -214,7 +215,7 @@ def summarize(out: Path) -> dict[str, Any]:
     print(f"training images: {train_captions['caption_exact']:.1f} % exact matches of captions")
     examples = results["unseen_style"]["examples"][:PRINTED_CAPTIONS]
     print(f"\n{len(examples)} images of a held-out style (true caption -> generated caption):")
-    print(format_rows([(f"  {e['reference']}", f"-> {e['generated']}") for e in examples]))
+    print(format_rows([(f"  {e['references'][0]}", f"-> {e['generated']}") for e in examples]))
     return summary
 
 

@@ -7,6 +7,7 @@ caption, its fields or its image header is never decoded.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -112,7 +113,8 @@ class SampleProcessor:
         captions = texts.find_captions(self.caption_keys[0])
         caption_hash = hash_clean_caption(captions[0] if captions else caption)
         ids = tokenizer.encode_clean(caption, self.context_length)
-        return ProcessedSample(image, ids, raw.key, caption, caption_hash)
+        found = () if uniforms else self._all_captions(texts)
+        return ProcessedSample(image, ids, raw.key, caption, caption_hash, found)
 
     def _select_caption(
         self, raw: RawSample, texts: SampleTexts, uniforms: list[float] | None
@@ -135,6 +137,10 @@ class SampleProcessor:
             f"{', '.join(raw.members)}",
             slug="no-caption",
         )
+
+    def _all_captions(self, texts: SampleTexts) -> tuple[str, ...]:
+        captions = (texts.find_captions(key) for key in self.caption_keys)
+        return tuple(itertools.chain.from_iterable(captions))
 
     def _train_image(
         self,

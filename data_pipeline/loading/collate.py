@@ -45,6 +45,7 @@ class PackedBatch(NamedTuple):
     """T."""
     keys: tuple[str, ...]
     captions: tuple[str, ...]
+    all_captions: tuple[tuple[str, ...], ...]
     problems: tuple[SampleProblem, ...]
     seconds: float
     is_pooled: bool = False
@@ -74,6 +75,7 @@ class PackedBatch(NamedTuple):
             seconds=self.seconds,
             ids=ids_B,
             slots=slots_B,
+            all_captions=self.all_captions,
         )
 
 
@@ -154,6 +156,7 @@ class BatchBuilder:
             tokens=len(tokens),
             keys=tuple(sample.key for sample in samples),
             captions=tuple(sample.caption for sample in samples),
+            all_captions=tuple(sample.all_captions for sample in samples if sample.all_captions),
             problems=tuple(problems),
             seconds=seconds,
             is_pooled=self._is_pooled,

@@ -223,7 +223,8 @@ def read_all(
     ranks: RankInfo = SINGLE_RANK,
     workers: int = 0,
 ) -> Iterator[Batch]:
-    """Every sample once, in the manifest's order, without augmentation and with its first caption.
+    """Every sample once, in the manifest's order, without augmentation and with its first caption;
+    the others are in `Batch.all_captions`.
 
     Args:
         manifest: The shards.

@@ -125,7 +125,7 @@ class BatchPipeline(Dataset[PackedBatch | WorkerError]):
 
 
 def eval_processor(data: DataConfig, batch: BatchSpec) -> SampleProcessor:
-    """Stage 3 without augmentation and filters, and with the first caption."""
+    """Stage 3 without augmentation and filters, and with the first caption and all others."""
     return SampleProcessor(
         image_size=batch.image_size,
         context_length=batch.context_length,

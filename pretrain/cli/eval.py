@@ -22,7 +22,7 @@ def add(subparsers: Subparsers) -> None:
         examples=_EXAMPLES,
         description="Print recall at 1, 5 and 10 of image-to-text and text-to-image retrieval\n"
         "with the recall of a random order, the percentage of exactly matching generated\n"
-        "captions, and the accuracy of caption tokens.",
+        "captions, and the accuracy of caption tokens. All captions of an image count as correct.",
     )
     parser.add_argument(
         "run_dir", metavar="RUN_DIR", type=Path, help="run folder that contains a checkpoint"
@@ -42,6 +42,14 @@ def add(subparsers: Subparsers) -> None:
         "(default: the distinct captions of each set)",
     )
     parser.add_argument(
+        "--caption-key",
+        metavar="KEY",
+        action="append",
+        default=None,
+        help="where the captions of --shards are: txt, or json:FIELD, such as json:captions for\n"
+        "the five of COCO; may be repeated (default: data.caption_keys of the run)",
+    )
+    parser.add_argument(
         "--json",
         metavar="FILE",
         type=Path,
@@ -57,6 +65,10 @@ def handle(args: argparse.Namespace) -> None:
         args.parser.error(
             "--labels requires --shards: labels of the run's sets are set in eval.sets"
         )
+    if args.caption_key and not args.shards:
+        args.parser.error(
+            "--caption-key requires --shards: the keys of the run's sets are set in eval.sets"
+        )
     from pretrain.evaluate.command import eval_command
 
-    eval_command(args.run_dir, args.shards, args.labels, args.json)
+    eval_command(args.run_dir, args.shards, args.labels, args.json, caption_keys=args.caption_key)

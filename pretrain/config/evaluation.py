@@ -6,11 +6,12 @@ import os
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from data_pipeline.common.addresses import userinfo_problems, without_secrets
 from data_pipeline.common.problems import Problems
+from data_pipeline.settings import DataConfig, caption_key_problems
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _FILE_EXTENSION = re.compile(r"\.(tar|json|txt)$", re.IGNORECASE)
@@ -28,9 +29,12 @@ class EvalSet:
     labels: str = ""
     """Text file with one candidate caption per line for retrieval; empty means the captions of the
     set."""
+    caption_keys: tuple[str, ...] | None = None
+    """Instead of `data.caption_keys`. All captions under these keys are captions of the image, such
+    as the five of COCO under `json:captions`."""
 
     def problems(self) -> list[str]:
-        """An invalid name, or no shards."""
+        """An invalid name or caption key, or no shards."""
         messages = userinfo_problems(self.shards, f"eval.sets {self.name!r}")
         if not _NAME.fullmatch(self.name):
             messages.append(
@@ -41,7 +45,17 @@ class EvalSet:
                 f"eval.sets {self.name!r} has no shards; give a manifest or the folder that "
                 f"contains one"
             )
+        if self.caption_keys is not None:
+            setting = f"eval.sets {self.name!r}: caption_keys"
+            messages += caption_key_problems(self.caption_keys, setting)
         return messages
+
+    def data(self, data: DataConfig) -> DataConfig:
+        """The settings with which this set is read."""
+        if self.caption_keys is None:
+            return data
+        weights = (1.0,) * len(self.caption_keys)
+        return replace(data, caption_keys=self.caption_keys, caption_weights=weights)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,7 +47,7 @@ def caption_command(run_dir: Path, images: Sequence[str | os.PathLike[str]]) -> 
         except DataError as error:
             problems.append(f"{shown}: {escape_control(str(error))}")
             continue
-        inputs.append(CaptionInput(shown, "", image))
+        inputs.append(CaptionInput(shown, (), image))
         if len(inputs) == IMAGES_PER_FORWARD:
             _print_captions(trained, inputs)
             inputs = []

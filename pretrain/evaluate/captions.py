@@ -1,8 +1,8 @@
 """Caption metrics: exact match of generated captions, and token accuracy.
 
-Exact match compares generated captions with the reference captions. Token accuracy is measured with
-teacher forcing: the model predicts each token from the reference tokens before it, so it improves
-long before complete captions match.
+Exact match compares a generated caption with all reference captions of its image. Token accuracy is
+measured with teacher forcing: the model predicts each token of the first reference from the tokens
+before it, so it improves long before complete captions match.
 """
 
 from __future__ import annotations
@@ -17,10 +17,18 @@ def same_caption(generated: str, reference: str) -> bool:
     return clean_caption(generated) == clean_caption(reference)
 
 
-def exact_match_percent(generated: Sequence[str], reference: Sequence[str]) -> float:
-    """Percentage of captions that match exactly; 0 without captions."""
-    hits = sum(same_caption(a, b) for a, b in zip(generated, reference, strict=True))
-    return 100 * hits / max(1, len(reference))
+def matching_reference(generated: str, references: Sequence[str]) -> str | None:
+    """The first reference that is the `same_caption`, or None."""
+    return next((text for text in references if same_caption(generated, text)), None)
+
+
+def exact_match_percent(generated: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """Percentage of captions that equal a reference of their image; 0 without captions."""
+    hits = sum(
+        matching_reference(caption, texts) is not None
+        for caption, texts in zip(generated, references, strict=True)
+    )
+    return 100 * hits / max(1, len(references))
 
 
 def token_accuracy_percent(counts: Iterable[tuple[int, int]]) -> float:

@@ -16,6 +16,7 @@ from data_pipeline.common.tables import counted
 from data_pipeline.loading.batch_spec import BatchSpec
 from data_pipeline.loading.loader import read_all
 from data_pipeline.samples import Batch
+from data_pipeline.settings import DataConfig, caption_key_problems
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.run_indexing import open_manifest
 from pretrain.config.evaluation import set_names
@@ -32,7 +33,12 @@ MAX_PAIRS_WITHOUT_WORKERS = 20_000
 
 
 def eval_command(
-    run_dir: Path, shards: Sequence[str] | None, labels: str | None, json_path: Path | None
+    run_dir: Path,
+    shards: Sequence[str] | None,
+    labels: str | None,
+    json_path: Path | None,
+    *,
+    caption_keys: Sequence[str] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Evaluate a run on its evaluation sets, or on others, and print a table.
 
@@ -41,12 +47,13 @@ def eval_command(
         shards: Manifests, or folders that contain one, instead of the run's sets.
         labels: With `shards`: a file with one candidate caption per line.
         json_path: Also write the results to this file.
+        caption_keys: With `shards`: where their captions are, instead of the run's keys.
 
     Returns:
         Results by name of the set; see `Evaluator.evaluate_set`.
     """
     trained = load_model(run_dir)
-    sets = named_sets(shards, labels or "") if shards else trained.run.eval.sets
+    sets = named_sets(shards, labels or "", caption_keys) if shards else trained.run.eval.sets
     if not sets:
         raise ConfigError(f"eval.sets of {run_dir}/config.yaml is empty; pass shards with --shards")
 
@@ -74,16 +81,17 @@ def evaluate_sets(trained: TrainedModel, sets: Sequence[EvalSet]) -> dict[str, d
         )
         logger.info("evaluating %s: %s", eval_set.name, counted(manifest.total_samples, "pair"))
         with evaluation_mode(trained.model):
-            results[eval_set.name] = evaluator.evaluate_set(read_set(trained, manifest), options)
+            batches = read_set(trained, manifest, eval_set.data(trained.run.data))
+            results[eval_set.name] = evaluator.evaluate_set(batches, options)
     return results
 
 
-def evaluate_caption_samples(trained: TrainedModel, shards: str, *, name: str) -> dict[str, Any]:
+def evaluate_caption_samples(trained: TrainedModel, eval_set: EvalSet) -> dict[str, Any]:
     """Generated captions only, for `eval.caption_samples` images of any set."""
-    manifest = open_manifest(shards)
+    manifest, name = open_manifest(eval_set.shards), eval_set.name
     indices = sample_indices(name, manifest.total_samples, trained.run.eval.caption_samples)
     with evaluation_mode(trained.model):
-        batches = read_set(trained, manifest, indices)
+        batches = read_set(trained, manifest, eval_set.data(trained.run.data), indices)
         return make_evaluator(trained).evaluate_captions(batches, name)
 
 
@@ -99,15 +107,19 @@ def make_evaluator(trained: TrainedModel) -> Evaluator:
 
 
 def read_set(
-    trained: TrainedModel, manifest: Manifest, indices: Sequence[int] | None = None
+    trained: TrainedModel,
+    manifest: Manifest,
+    data: DataConfig,
+    indices: Sequence[int] | None = None,
 ) -> Iterator[Batch]:
-    """All pairs of a set, or those at `indices`, preprocessed as for the run's model."""
+    """All pairs of a set, or those at `indices`, preprocessed as for the run's model; `data` says
+    where their images and captions are."""
     run = trained.run
     num_pairs = manifest.total_samples if indices is None else len(indices)
     return read_all(
         manifest,
         tokenizer=trained.tokenizer,
-        data=replace(run.data, cache_dir=run.data.cache_dir or str(trained.run_dir / "cache")),
+        data=replace(data, cache_dir=data.cache_dir or str(trained.run_dir / "cache")),
         batch=BatchSpec(
             image_size=run.model.image_size,
             context_length=run.model.context_length,
@@ -118,18 +130,26 @@ def read_set(
     )
 
 
-def named_sets(shards: Sequence[str], labels: str = "") -> tuple[EvalSet, ...]:
+def named_sets(
+    shards: Sequence[str], labels: str = "", caption_keys: Sequence[str] | None = None
+) -> tuple[EvalSet, ...]:
     """Evaluation sets with the names that `eval.sets` would give them.
 
+    Args:
+        shards: Manifests, or folders that contain one.
+        labels: A file with one candidate caption per line, for all of them.
+        caption_keys: Where their captions are, instead of the run's keys.
+
     Raises:
-        ConfigError: An address contains a user or password.
+        ConfigError: An address contains a user or password, or a caption key is invalid.
     """
-    names = set_names(shards)
-    sets = tuple(
-        EvalSet(name=name, shards=address, labels=labels)
-        for name, address in zip(names, shards, strict=True)
+    problems = [text for address in shards for text in userinfo_problems(address, "--shards")]
+    if caption_keys is not None:
+        problems += caption_key_problems(caption_keys, "--caption-key")
+    if problems:
+        raise ConfigError(join_problems(problems))
+    keys = None if caption_keys is None else tuple(caption_keys)
+    return tuple(
+        EvalSet(name=name, shards=address, labels=labels, caption_keys=keys)
+        for name, address in zip(set_names(shards), shards, strict=True)
     )
-    userinfo = [text for item in sets for text in userinfo_problems(item.shards, "--shards")]
-    if userinfo:
-        raise ConfigError(join_problems(userinfo))
-    return sets

@@ -1,13 +1,16 @@
 """Evaluates a model on one set of pairs: retrieval, generated captions, and token accuracy.
 
-The input is an iterable of batches, the output a JSON object. All percentages are 0..100. In
-retrieval, captions are equal if they differ at most in case and whitespace, as in training.
+The input is an iterable of batches, the output a JSON object. All percentages are 0..100. All
+captions of an image match it in retrieval and are references of its generated caption; token
+accuracy is that of its first caption, as the batches have it. In retrieval, captions are equal if
+they differ at most in case and whitespace, as in training.
 
 Shapes: B pairs of a batch, N images, M distinct texts, D embedding width.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -56,7 +59,8 @@ class _Pass(NamedTuple):
     """Results of one pass over a set."""
 
     images_ND: Tensor
-    captions: list[str]
+    captions: list[tuple[str, ...]]
+    """All captions of each image."""
     token_counts: list[tuple[int, int]]
     """Correct and all caption tokens of each batch."""
     problems: Counter[str]
@@ -88,11 +92,11 @@ class Evaluator:
             texts and corrupt samples, and the entries of `GeneratedCaptions.to_json`.
 
         Raises:
-            DataError: All pairs are corrupt, or a caption is not among the labels.
+            DataError: All pairs are corrupt, or no caption of an image is among the labels.
         """
         data = self._encode(batches, options)
-        texts, text_of_image = distinct_texts(data.captions, options.labels, name=options.name)
-        retrieval = self._retrieve(data.images_ND, texts, text_of_image, name=options.name)
+        texts, matches = distinct_texts(data.captions, options.labels, name=options.name)
+        retrieval = self._retrieve(data.images_ND, texts, matches, name=options.name)
         return {
             "image_to_text": retrieval.image_to_text,
             "text_to_image": retrieval.text_to_image,
@@ -144,13 +148,13 @@ class Evaluator:
             sample_indices(options.name, options.num_pairs, options.caption_samples)
         )
         images_ND: list[Tensor] = []
-        captions: list[str] = []
+        captions: list[tuple[str, ...]] = []
         token_counts: list[tuple[int, int]] = []
         problems: Counter[str] = Counter()
         inputs: list[CaptionInput] = []
         for batch in _with_progress(batches, options):
             first = len(captions)
-            captions += batch.captions
+            captions += batch.all_captions
             problems.update(problem.reason for problem in batch.problems)
             if not batch.captions:
                 continue
@@ -178,7 +182,12 @@ class Evaluator:
         return _Pass(torch.cat(images_ND), captions, token_counts, problems, inputs)
 
     def _retrieve(
-        self, images_ND: Tensor, texts: Sequence[str], text_of_image: Sequence[int], *, name: str
+        self,
+        images_ND: Tensor,
+        texts: Sequence[str],
+        matches: Sequence[tuple[int, int]],
+        *,
+        name: str,
     ) -> Retrieval:
         with Progress(name, len(texts), "texts") as progress:
             text_MD = embed_texts(
@@ -190,7 +199,7 @@ class Evaluator:
                 device=self.device,
                 on_progress=progress.update,
             )
-        return retrieve(images_ND, text_MD, torch.tensor(text_of_image, device=self.device))
+        return retrieve(images_ND, text_MD, torch.tensor(matches, device=self.device))
 
 
 def _with_progress(batches: Iterable[Batch], options: SetOptions) -> Iterator[Batch]:
@@ -202,32 +211,42 @@ def _with_progress(batches: Iterable[Batch], options: SetOptions) -> Iterator[Ba
 
 
 def distinct_texts(
-    captions: Sequence[str], labels: Sequence[str], *, name: str = "the set"
-) -> tuple[list[str], list[int]]:
-    """The candidate texts, and the index of each caption among them.
+    captions: Sequence[Sequence[str]], labels: Sequence[str], *, name: str = "the set"
+) -> tuple[list[str], list[tuple[int, int]]]:
+    """The candidate texts, and all pairs of an image and a text of it.
 
     Args:
-        captions: Caption of each image.
+        captions: Captions of each image, at least one.
         labels: Candidate texts; empty for the distinct captions, in order of appearance.
         name: Name of the set, for errors.
 
+    Returns:
+        The texts, and image index and text index of each pair, once, in order of the images.
+
     Raises:
-        DataError: A caption is not among the labels.
+        DataError: No caption of an image is among the labels.
     """
     index_of_hash: dict[int, int] = {}
     texts: list[str] = []
-    for text in labels or captions:
+    for text in labels or itertools.chain.from_iterable(captions):
         if index_of_hash.setdefault(hash_caption(text), len(texts)) == len(texts):
             texts.append(text)
 
-    missing = [caption for caption in captions if hash_caption(caption) not in index_of_hash]
+    matches: list[tuple[int, int]] = []
+    missing: dict[str, None] = {}
+    for image, of_image in enumerate(captions):
+        hashes = dict.fromkeys(hash_caption(text) for text in of_image)
+        found = [(image, index_of_hash[item]) for item in hashes if item in index_of_hash]
+        matches += found
+        if not found:
+            missing[of_image[0]] = None
     if missing:
         raise DataError(
             f"the {counted(len(texts), 'label')} of {name!r} do not include "
-            f"{counted(len(set(missing)), 'caption')} of it, such as {missing[0]!r}; add them to "
-            f"the labels file, or omit the file to rank against the captions of the set"
+            f"{counted(len(missing), 'caption')} of it, such as {next(iter(missing))!r}; add "
+            f"them to the labels file, or omit the file to rank against the captions of the set"
         )
-    return texts, [index_of_hash[hash_caption(caption)] for caption in captions]
+    return texts, matches
 
 
 def sample_indices(name: str, total: int, count: int) -> tuple[int, ...]:

@@ -23,8 +23,8 @@ class CaptionInput(NamedTuple):
     """An image for which a caption is generated."""
 
     key: str
-    caption: str
-    """The reference caption; empty if there is none."""
+    references: tuple[str, ...]
+    """The captions of the image; empty if there are none."""
     image: Tensor
     """uint8 `[3, side, side]`."""
 
@@ -33,28 +33,28 @@ class GeneratedCaptions(NamedTuple):
     """Generated captions of some images."""
 
     keys: tuple[str, ...]
-    reference: tuple[str, ...]
+    references: tuple[tuple[str, ...], ...]
     generated: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
         """Percentage of exact matches, number of images, and the first captions."""
-        rows = list(zip(self.keys, self.generated, self.reference, strict=True))
+        rows = list(zip(self.keys, self.generated, self.references, strict=True))
         return {
-            "caption_exact": exact_match_percent(self.generated, self.reference),
-            "caption_samples": len(self.reference),
+            "caption_exact": exact_match_percent(self.generated, self.references),
+            "caption_samples": len(self.references),
             "examples": [
-                {"key": key, "generated": generated, "reference": reference}
-                for key, generated, reference in rows[:MAX_EXAMPLES]
+                {"key": key, "generated": generated, "references": list(references)}
+                for key, generated, references in rows[:MAX_EXAMPLES]
             ],
         }
 
 
 def caption_inputs(batch: Batch) -> list[CaptionInput]:
-    """The images and reference captions of a batch."""
+    """The images of a batch, and all their captions as references."""
     # Cloned: a view would keep the tensor of the whole batch in memory.
     return [
-        CaptionInput(key, caption, image.clone())
-        for key, caption, image in zip(batch.keys, batch.captions, batch.images, strict=True)
+        CaptionInput(key, captions, image.clone())
+        for key, captions, image in zip(batch.keys, batch.all_captions, batch.images, strict=True)
     ]
 
 
@@ -91,6 +91,6 @@ def caption_images(
         on_progress(len(ids))
     return GeneratedCaptions(
         tuple(item.key for item in inputs),
-        tuple(item.caption for item in inputs),
+        tuple(item.references for item in inputs),
         tuple(generated),
     )

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from data_pipeline.common.tables import counted, format_table
-from pretrain.evaluate.captions import same_caption
+from pretrain.evaluate.captions import matching_reference
 from pretrain.evaluate.retrieval import RECALL_AT
 
 
@@ -19,11 +19,12 @@ def format_examples(result: Mapping[str, Any]) -> str:
     """Generated captions, one image per line; exact matches are marked with `=`."""
     lines = []
     for example in result["examples"]:
-        generated, reference = example["generated"], example["reference"]
-        if same_caption(generated, reference):
-            lines.append(f"  = {reference}")
+        generated, references = example["generated"], example["references"]
+        match = matching_reference(generated, references)
+        if match is None:
+            lines.append(f"    {references[0]}   -> generated: {generated}")
         else:
-            lines.append(f"    {reference}   -> generated: {generated}")
+            lines.append(f"  = {match}")
     return "\n".join(lines)
 
 

@@ -1,10 +1,10 @@
 """Recall at k: the fraction of queries with a match among the k nearest candidates.
 
-Every query and candidate has a group index, and candidates of the query's group are matches, so all
-candidates with an equal caption count as correct. Candidates as similar as the best match rank
-before it: a model that returns the same vector for everything has a recall of 0.
+An image can have several captions, and several images an equal one, so a query can have any number
+of matches; the nearest one counts. Candidates as similar as the best match rank before it: a model
+that returns the same vector for everything has a recall of 0.
 
-Shapes: Q queries, C candidates, N images, M distinct texts, D embedding width.
+Shapes: Q queries, C candidates, N images, M distinct texts, R matching pairs, D embedding width.
 """
 
 from __future__ import annotations
@@ -34,38 +34,46 @@ class Retrieval(NamedTuple):
     chance_text_to_image: Recalls
 
 
-def retrieve(image_ND: Tensor, text_MD: Tensor, text_of_image_N: Tensor) -> Retrieval:
+def retrieve(image_ND: Tensor, text_MD: Tensor, matches_R2: Tensor) -> Retrieval:
     """Rank all texts for every image, and all images for every text that has any.
 
     Args:
         image_ND: Unit vectors, `[images, width]`.
         text_MD: Unit vectors of distinct texts, `[texts, width]`.
-        text_of_image_N: Index of each image's text, int64 `[images]`.
+        matches_R2: Image index and text index of every matching pair, int64 `[pairs, 2]`, each pair
+            once; every image has a text.
     """
-    texts_M = torch.arange(text_MD.shape[0], device=text_of_image_N.device)
-    images_of_text_M = torch.bincount(text_of_image_N, minlength=text_MD.shape[0])
-    has_images_M = images_of_text_M > 0  # other labels are candidates, but not queries
-    to_text = worst_ranks(image_ND, text_MD, text_of_image_N, texts_M)
-    to_image = worst_ranks(text_MD[has_images_M], image_ND, texts_M[has_images_M], text_of_image_N)
+    image_R, text_R = matches_R2.unbind(1)
+    texts_of_image_N = torch.bincount(image_R, minlength=image_ND.shape[0])
+    images_of_text_M = torch.bincount(text_R, minlength=text_MD.shape[0])
+    is_query_M = images_of_text_M > 0  # other labels are candidates, but not queries
+    query_of_text_M = is_query_M.cumsum(0) - 1
+    to_text = worst_ranks(image_ND, text_MD, matches_R2)
+    to_image = worst_ranks(
+        text_MD[is_query_M], image_ND, torch.stack([query_of_text_M[text_R], image_R], dim=1)
+    )
     return Retrieval(
         recall(to_text),
         recall(to_image),
-        chance([1] * image_ND.shape[0], text_MD.shape[0]),
-        chance(images_of_text_M[has_images_M].tolist(), image_ND.shape[0]),
+        chance(texts_of_image_N.tolist(), text_MD.shape[0]),
+        chance(images_of_text_M[is_query_M].tolist(), image_ND.shape[0]),
     )
 
 
-def worst_ranks(query_QD: Tensor, candidate_CD: Tensor, group_Q: Tensor, group_C: Tensor) -> Tensor:
+def worst_ranks(query_QD: Tensor, candidate_CD: Tensor, matches_R2: Tensor) -> Tensor:
     """Rank of each query's best match, 1 for the nearest, int64 `[queries]`.
 
-    Every query must have a match. Ties and NaN similarities rank before the match.
+    `matches_R2` are query and candidate of every match; every query must have one. Ties and NaN
+    similarities rank before the match.
     """
     ranks = [torch.zeros(0, dtype=torch.int64, device=query_QD.device)]
-    for query, group in zip(
-        query_QD.split(_QUERIES_PER_CHUNK), group_Q.split(_QUERIES_PER_CHUNK), strict=True
-    ):
-        similarity_QC = query @ candidate_CD.T
-        match_QC = group[:, None] == group_C[None, :]
+    for first in range(0, query_QD.shape[0], _QUERIES_PER_CHUNK):
+        similarity_QC = query_QD[first : first + _QUERIES_PER_CHUNK] @ candidate_CD.T
+        row_R, candidate_R = matches_R2[:, 0] - first, matches_R2[:, 1]
+        in_chunk_R = (row_R >= 0) & (row_R < similarity_QC.shape[0])
+        match_QC = torch.zeros_like(similarity_QC, dtype=torch.bool)
+        match_QC[row_R[in_chunk_R], candidate_R[in_chunk_R]] = True
+
         best_Q = similarity_QC.masked_fill(~match_QC, -torch.inf).amax(dim=1)
         # "Not less" instead of "greater or equal": comparisons with NaN are false, and NaN must
         # not improve the rank.

@@ -57,14 +57,16 @@ class CaptionSampleLogger:
         if not run.log.captions_every_steps or not run.log.num_captions:
             return None
         if run.eval.sets:
-            address, communicator = run.eval.sets[0].shards, components.engine.communicator
-            manifest = load_manifest(index_address(run, address, components.out, communicator))
+            first, communicator = run.eval.sets[0], components.engine.communicator
+            address = index_address(run, first.shards, components.out, communicator)
+            manifest, data = load_manifest(address), first.data(components.data)
         else:
-            manifest = components.sources[0].manifest
+            source = components.sources[0]
+            manifest, data = source.manifest, components.data.for_source(source.config)
         batches = read_all(
             manifest,
             tokenizer=components.tokenizer,
-            data=components.data,
+            data=data,
             batch=BatchSpec(
                 image_size=run.model.image_size,
                 context_length=run.model.context_length,

@@ -15,6 +15,7 @@ from data_pipeline.common.errors import ConfigError, DataError
 from data_pipeline.common.json_file import write_json
 from data_pipeline.common.tables import counted
 from data_pipeline.samples import Batch
+from data_pipeline.settings import DataConfig
 from data_pipeline.shards.manifest import Manifest
 from data_pipeline.shards.run_indexing import open_manifest
 from pretrain.config.schema import RunConfig
@@ -76,11 +77,11 @@ def routing_command(
     if not blocks:
         where = f"moe.start {run.moe.start}, moe.stop {run.moe.stop}"
         raise ConfigError(f"{run_dir} has no layer with experts ({where}): nothing to report")
-    label, address = (shards, shards) if shards else resolve_set(run, name)
+    label, address, data = (shards, shards, run.data) if shards else resolve_set(run, name)
     manifest = open_manifest(address)
     indices = sample_indices(label, manifest.total_samples, samples)
     logger.info("routing %d of the %d pairs of %s", len(indices), manifest.total_samples, label)
-    result = count(trained, read_set(trained, manifest, indices), patches=patches)
+    result = count(trained, read_set(trained, manifest, data, indices), patches=patches)
     if not result.counts.pairs:
         reasons = dict(result.problems)
         wanted = counted(len(indices), "sample")
@@ -93,7 +94,7 @@ def routing_command(
         "shards": address,
         "corrupt_samples": result.problems.total(),
     } | routing_report(result.counts, result.words, run.moe, blocks)
-    images = read_images(trained, manifest, report)
+    images = read_images(trained, manifest, data, report)
     title = f"Routing of {run_dir} at step {trained.step:,} on {label}"
     grids = all_grids(result.counts, run)
     page = routing_page(report, grids, images, patch_size=run.model.patch_size, title=title)
@@ -107,20 +108,20 @@ def routing_command(
     return report
 
 
-def resolve_set(run: RunConfig, name: str) -> tuple[str, str]:
-    """Name and address of a set; the default set if `name` is empty.
+def resolve_set(run: RunConfig, name: str) -> tuple[str, str, DataConfig]:
+    """Name and address of a set, and the settings with which it is read; the default set if `name`
+    is empty.
 
     Raises:
         ConfigError: There is no such set, or the run has no data.
     """
-    sets = {eval_set.name: eval_set.shards for eval_set in run.eval.sets}
-    sets |= {
-        source.name: source.shards
-        for source in run.data.sources
-        if source.name and source.name not in sets
-    }
+    sets = {item.name: (item.shards, item.data(run.data)) for item in run.eval.sets}
+    for source in run.data.sources:
+        if source.name:
+            sets.setdefault(source.name, (source.shards, run.data.for_source(source)))
     if run.data.sources:
-        sets.setdefault(TRAIN, run.data.sources[0].shards)
+        first = run.data.sources[0]
+        sets.setdefault(TRAIN, (first.shards, run.data.for_source(first)))
     if not sets:
         raise ConfigError(
             "the run has no evaluation set and no training data; pass shards with --shards"
@@ -128,7 +129,7 @@ def resolve_set(run: RunConfig, name: str) -> tuple[str, str]:
     selected = name or next(iter(sets))
     if selected not in sets:
         raise ConfigError(f"--set: the run has no set {selected!r}; available: {', '.join(sets)}")
-    return selected, sets[selected]
+    return selected, *sets[selected]
 
 
 def count(trained: TrainedModel, batches: Iterable[Batch], *, patches: int = 4) -> Counted:
@@ -168,7 +169,9 @@ def all_grids(counts: RoutingCounts, run: RunConfig) -> list[Grid]:
     return grids
 
 
-def read_images(trained: TrainedModel, manifest: Manifest, report: Report) -> dict[int, PageImage]:
+def read_images(
+    trained: TrainedModel, manifest: Manifest, data: DataConfig, report: Report
+) -> dict[int, PageImage]:
     """The images of all patches in the report, by sample index."""
     samples: set[int] = set()
     for layer in report["layers"]:
@@ -176,7 +179,7 @@ def read_images(trained: TrainedModel, manifest: Manifest, report: Report) -> di
             samples.update(patch["sample"] for patch in expert["patches"])
 
     images: dict[int, PageImage] = {}
-    for batch in read_set(trained, manifest, sorted(samples)) if samples else ():
+    for batch in read_set(trained, manifest, data, sorted(samples)) if samples else ():
         rows = zip(batch.ids.tolist(), batch.images, batch.captions, batch.keys, strict=True)
         for sample, image, caption, key in rows:
             # Copied: the memory of the batch is reused.

@@ -72,7 +72,7 @@ def test_no_images_give_no_captions() -> None:
 def test_exact_match_ignores_whitespace_only() -> None:
     assert same_caption("a  red fox ", "a red fox")
     assert not same_caption("a Red fox", "a red fox")
-    assert exact_match_percent(["a", "b", "c", " d"], ["a", "x", "y", "d"]) == 50.0
+    assert exact_match_percent(["a", "b", "c", " d"], [["a"], ["x"], ["y"], ["e", "d"]]) == 50.0
     assert exact_match_percent([], []) == 0.0
 
 

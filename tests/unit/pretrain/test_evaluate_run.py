@@ -19,6 +19,7 @@ from data_pipeline.preparing.tokenizer_training import train_tokenizer
 from data_pipeline.shards.manifest import load_manifest
 from data_pipeline.shards.writer import write_shards
 from pretrain.checkpoint import CheckpointError
+from pretrain.config.schema import EvalSet
 from pretrain.evaluate.command import (
     eval_command,
     evaluate_caption_samples,
@@ -75,7 +76,7 @@ def test_token_accuracy_equals_predicting_tokens_one_by_one(
     folder: RunFolder, shapes: ShapeDataset
 ) -> None:
     trained = load_model(folder.path)
-    batch = next(iter(read_set(trained, load_manifest(shapes.folder), [3, 5, 8])))
+    batch = next(iter(read_set(trained, load_manifest(shapes.folder), trained.run.data, [3, 5, 8])))
     options = SetOptions(name="three", num_pairs=3)
     result = make_evaluator(trained).evaluate_set([batch], options)
 
@@ -116,7 +117,7 @@ def test_caption_samples_equal_those_of_the_full_evaluation(
     folder: RunFolder, shapes: ShapeDataset
 ) -> None:
     trained = load_model(folder.path)
-    samples = evaluate_caption_samples(trained, str(shapes.folder), name="held")
+    samples = evaluate_caption_samples(trained, trained.run.eval.sets[0])
     full = evaluate_sets(trained, trained.run.eval.sets)["held"]
     assert samples["examples"] == full["examples"]
     assert samples["caption_samples"] == 9
@@ -135,7 +136,9 @@ def test_corrupt_samples_are_counted(folder: RunFolder, tmp_path: Path) -> None:
 
     result = eval_command(folder.path, [shards], labels=None, json_path=None)["mixed"]
     assert (result["images"], result["corrupt_samples"]) == (3, 1)
-    captions = evaluate_caption_samples(load_model(folder.path), shards, name="mixed")
+    captions = evaluate_caption_samples(
+        load_model(folder.path), EvalSet(name="mixed", shards=shards)
+    )
     assert (captions["caption_samples"], captions["corrupt_samples"]) == (3, 1)
 
 

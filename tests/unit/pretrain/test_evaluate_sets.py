@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
+from data_pipeline.common.errors import ConfigError, DataError
 from pretrain.config.schema import EvalSet
 from pretrain.evaluate.command import named_sets
 from pretrain.evaluate.evaluator import distinct_texts, evaluation_mode, sample_indices
 
 
 def test_distinct_texts_ignore_case_and_whitespace() -> None:
-    assert distinct_texts(["a fox", "A  fox", "b"], []) == (["a fox", "b"], [0, 0, 1])
-    assert distinct_texts(["b"], ["a", "B", "b"]) == (["a", "B"], [1])
+    captions = [["a fox", "B"], ["A  fox", "c", "a FOX"], ["b"]]
+    pairs = [(0, 0), (0, 1), (1, 0), (1, 2), (2, 1)]
+    assert distinct_texts(captions, []) == (["a fox", "B", "c"], pairs)
+    assert distinct_texts([["b"]], ["a", "B", "b"]) == (["a", "B"], [(0, 1)])
+
+
+def test_one_caption_of_an_image_must_be_a_label() -> None:
+    captions = [["an image of a fox", "fox"], ["owl", "a bird"]]
+    texts, pairs = distinct_texts(captions, ["cat", "owl", "fox"])
+    assert (texts, pairs) == (["cat", "owl", "fox"], [(0, 2), (1, 1)])
+    with pytest.raises(DataError, match=r"2 labels of 'mine' do not include 1 caption .*'owl'"):
+        distinct_texts(captions, ["cat", "fox"], name="mine")
 
 
 def test_sample_indices_are_deterministic() -> None:
@@ -35,5 +47,8 @@ def test_sets_are_named_after_their_folders() -> None:
         EvalSet(name="a", shards="data/a/manifest.json"),
         EvalSet(name="b", shards="s3://bucket/b/"),
     )
-    sets = named_sets(["x/a", "y/a"], "labels")
+    sets = named_sets(["x/a", "y/a"], "labels", ["json:captions"])
     assert [eval_set.name for eval_set in sets] == ["x-a", "y-a"]
+    assert {eval_set.caption_keys for eval_set in sets} == {("json:captions",)}
+    with pytest.raises(ConfigError, match="--caption-key contains 'captions'"):
+        named_sets(["x"], caption_keys=["captions"])

@@ -14,11 +14,12 @@ from PIL import Image
 from data_pipeline.common.config import apply_overrides, dump_yaml, from_mapping
 from data_pipeline.common.errors import ConfigError, DataError
 from data_pipeline.content.tokenizer import Tokenizer
+from data_pipeline.settings import DataConfig, SourceConfig
 from data_pipeline.shards.writer import write_shards
 from pretrain.checkpoint import save
 from pretrain.cli.main import main
 from pretrain.config.experts import MoEConfig
-from pretrain.config.schema import RunConfig
+from pretrain.config.schema import EvalConfig, EvalSet, RunConfig
 from pretrain.evaluate.routing.command import all_grids, resolve_set, routing_command
 from pretrain.evaluate.routing.counts import RoutingCounts
 from pretrain.evaluate.routing.html_page import PageImage, crop
@@ -199,6 +200,19 @@ def test_an_unknown_set_is_an_error(tmp_path: Path, shapes: ShapeDataset) -> Non
         resolve_set(run, "hold")
     with pytest.raises(ConfigError, match="--shards"):
         resolve_set(RunConfig(moe=MoEConfig()), "")
+
+
+def test_a_set_is_read_with_its_own_keys() -> None:
+    source = SourceConfig(shards="t", name="own", caption_keys=("en.txt",))
+    sets = (EvalSet(name="held", shards="e", caption_keys=("json:captions",)),)
+    run = RunConfig(data=DataConfig(train=(source,)), eval=EvalConfig(sets=sets))
+    for name, shards, key in (
+        ("held", "e", "json:captions"),
+        ("own", "t", "en.txt"),
+        ("train", "t", "en.txt"),
+    ):
+        _, address, data = resolve_set(run, name)
+        assert (address, data.caption_keys, data.caption_weights) == (shards, (key,), (1.0,))
 
 
 @pytest.mark.parametrize(

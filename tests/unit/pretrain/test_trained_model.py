@@ -41,7 +41,7 @@ def encoded(pixels: np.ndarray) -> bytes:
 def test_embeddings_equal_those_of_a_forward_pass(
     model: pretrain.TrainedModel, shapes: ShapeDataset
 ) -> None:
-    batch = next(iter(read_set(model, load_manifest(str(shapes.folder)))))
+    batch = next(iter(read_set(model, load_manifest(str(shapes.folder)), model.run.data)))
     tokens = model.model.token_batch(batch.text_ids, batch.text_positions)
     with torch.no_grad():
         out = model.model(batch.images, batch.text_ids, batch.text_lengths, tokens)
