@@ -48,6 +48,8 @@ class ProcessedSample(NamedTuple):
     caption: str
     caption_hash: int
     """Hash of the sample's first caption; equal captions are not used as negatives."""
+    is_truncated: bool = False
+    """Whether the caption has more tokens than the context length."""
     all_captions: tuple[str, ...] = ()
     """In evaluation: the captions under all keys; the first one is `caption`."""
 
@@ -100,6 +102,8 @@ class Batch(NamedTuple):
     slots: Tensor = torch.empty(0, dtype=torch.int64)
     """int64 `[B]`: index of each sample in the full micro-batch, increasing; slots of skipped
     samples are missing."""
+    num_truncated: int = 0
+    """Captions that have more tokens than the context length."""
     all_captions: tuple[tuple[str, ...], ...] = ()
     """In evaluation: all captions of each sample; the first one is in `captions`. Without elements
     in training, where one caption is selected."""

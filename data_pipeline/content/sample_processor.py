@@ -112,9 +112,9 @@ class SampleProcessor:
         # hashed whichever was selected.
         captions = texts.find_captions(self.caption_keys[0])
         caption_hash = hash_clean_caption(captions[0] if captions else caption)
-        ids = tokenizer.encode_clean(caption, self.context_length)
+        ids, is_truncated = tokenizer.encode_truncated(caption, self.context_length)
         found = () if uniforms else self._all_captions(texts)
-        return ProcessedSample(image, ids, raw.key, caption, caption_hash, found)
+        return ProcessedSample(image, ids, raw.key, caption, caption_hash, is_truncated, found)
 
     def _select_caption(
         self, raw: RawSample, texts: SampleTexts, uniforms: list[float] | None

@@ -111,6 +111,13 @@ class Tokenizer:
                 break  # a caption of only these symbols would need one call for each
         return [START_ID, *ids[: max_length - 2], END_ID]
 
+    def encode_truncated(self, caption: str, max_length: int) -> tuple[list[int], bool]:
+        """`encode_clean`, and whether the caption was truncated."""
+        ids = self.encode_clean(caption, max_length + 1)
+        if len(ids) <= max_length:
+            return ids, False
+        return [*ids[: max_length - 1], END_ID], True
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids` up to the first end token, without padding and start tokens."""
         kept: list[int] = []

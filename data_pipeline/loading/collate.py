@@ -45,6 +45,7 @@ class PackedBatch(NamedTuple):
     """T."""
     keys: tuple[str, ...]
     captions: tuple[str, ...]
+    num_truncated: int
     all_captions: tuple[tuple[str, ...], ...]
     problems: tuple[SampleProblem, ...]
     seconds: float
@@ -75,6 +76,7 @@ class PackedBatch(NamedTuple):
             seconds=self.seconds,
             ids=ids_B,
             slots=slots_B,
+            num_truncated=self.num_truncated,
             all_captions=self.all_captions,
         )
 
@@ -156,6 +158,7 @@ class BatchBuilder:
             tokens=len(tokens),
             keys=tuple(sample.key for sample in samples),
             captions=tuple(sample.caption for sample in samples),
+            num_truncated=sum(sample.is_truncated for sample in samples),
             all_captions=tuple(sample.all_captions for sample in samples if sample.all_captions),
             problems=tuple(problems),
             seconds=seconds,

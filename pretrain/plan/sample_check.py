@@ -16,7 +16,7 @@ from pretrain.config.schema import RunConfig
 
 logger = logging.getLogger(__name__)
 
-_MAX_TRUNCATED_RATIO = 0.01
+MAX_TRUNCATED_RATIO = 0.01
 """More captions than this that are cut by the context length are logged."""
 
 
@@ -66,7 +66,7 @@ def _report(preview: SourcePreview, max_ratio: float, context_length: int) -> No
         )
     if preview.skipped_ratio > max_ratio:
         logger.warning("%s; more than data.max_filtered_ratio (%g)", message, max_ratio)
-    if preview.truncated > _MAX_TRUNCATED_RATIO * preview.used:
+    if preview.truncated > MAX_TRUNCATED_RATIO * preview.used:
         logger.warning(
             "source %s: %d of %d captions have more than model.context_length (%d) tokens; the "
             "rest of them is cut",

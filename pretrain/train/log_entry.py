@@ -56,6 +56,10 @@ class DataMetrics:
     epoch_position: float
     filtered: Mapping[str, float] = field(default_factory=dict)
     """Fraction of read samples that each filter excluded; filters without any are omitted."""
+    skipped: Mapping[str, float] = field(default_factory=dict)
+    """Fraction of the read samples of each source that were skipped: filtered or corrupt."""
+    truncated: float = 0.0
+    """Fraction of the captions that have more tokens than the context length."""
     epochs: Mapping[str, float] = field(default_factory=dict)
     """Completed epochs of each source."""
     sample_ratio: Mapping[str, float] = field(default_factory=dict)

@@ -19,10 +19,11 @@ from pretrain.optim.schedule import learning_rate
 from pretrain.train.caption_samples import CaptionSampleLogger
 from pretrain.train.components import TrainComponents
 from pretrain.train.corrupt_samples import CorruptSampleGuard, empty_batch_error
-from pretrain.train.metrics import RankReport, Window
+from pretrain.train.metrics import RankReport, SourceSize, Window
 from pretrain.train.random_state import get_random_state, set_random_state
 from pretrain.train.reporter import Reporter
 from pretrain.train.signals import StopFlag
+from pretrain.train.skipped_samples import SkippedSampleMonitor
 from pretrain.train.state import TrainState
 from pretrain.train.step import train_step
 
@@ -123,8 +124,7 @@ def _train_loop(
             seconds=seconds_before + time.perf_counter() - components.start_time,
             loader=loader_state,
         )
-        problems = [problem for batch in batches for problem in batch.problems]
-        logs.window.add(result, wait_seconds, problems)
+        logs.window.add(result, wait_seconds, batches)
 
         stopping = not engine.communicator.all_true(not stop.is_set)
         last = stopping or state.step == run.schedule.total_steps
@@ -161,7 +161,11 @@ class _WindowLogs:
         first_sample: int,
     ) -> None:
         run, communicator = components.run, components.communicator
-        self.window = Window(run, communicator.world_size, communicator.device)
+        sources = [
+            SourceSize(source.name, source.manifest.total_samples) for source in loader.sources
+        ]
+        self.window = Window(run, communicator.world_size, communicator.device, sources)
+        self._skipped = SkippedSampleMonitor(sources, run)
         self._guard = CorruptSampleGuard(run.data.max_corrupt_ratio, samples_read=first_sample)
         self._communicator, self._loader, self._reporter = communicator, loader, reporter
 
@@ -184,6 +188,7 @@ class _WindowLogs:
                 corrupt=self._reporter.corrupt_counts,
             )
             self._reporter.log_step(entry)
+            self._skipped.add(reports)
         self.window.reset()
         self._guard.add(reports, samples_read=state.loader.position)
 

@@ -13,13 +13,13 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from data_pipeline.order.order import Consumed
-from data_pipeline.samples import SampleProblem
+from data_pipeline.samples import Batch, SampleProblem
 from pretrain.config.schema import RunConfig
 from pretrain.model.count import count_flops
 from pretrain.moe.statistics import MODALITIES
@@ -53,6 +53,12 @@ class RankReport:
     """Corrupt samples."""
     filtered: dict[str, int]
     """Number of samples that each filter excluded."""
+    read: tuple[int, ...]
+    """Number of samples of each source, skipped ones included."""
+    skipped: tuple[int, ...]
+    """Number of skipped samples of each source."""
+    truncated: int
+    """Captions that have more tokens than the context length."""
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object."""
@@ -61,6 +67,9 @@ class RankReport:
             "memory": self.memory_gib,
             "problems": [list(p) for p in self.problems],
             "filtered": self.filtered,
+            "read": list(self.read),
+            "skipped": list(self.skipped),
+            "truncated": self.truncated,
         }
 
     @staticmethod
@@ -72,14 +81,41 @@ class RankReport:
             memory_gib=value["memory"],
             problems=problems,
             filtered=value["filtered"],
+            read=tuple(value["read"]),
+            skipped=tuple(value["skipped"]),
+            truncated=value["truncated"],
         )
+
+
+class SourceSize(NamedTuple):
+    """The samples of a source, by whose indices they are assigned to it."""
+
+    name: str
+    samples: int
+    """Dropped ones included."""
 
 
 class Window:
     """The steps since the last log entry."""
 
-    def __init__(self, run: RunConfig, world_size: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        run: RunConfig,
+        world_size: int,
+        device: torch.device,
+        sources: Sequence[SourceSize],
+    ) -> None:
+        """Start a window.
+
+        Args:
+            run: The run.
+            world_size: Number of ranks.
+            device: Where the model is.
+            sources: The sources of the data, in order.
+        """
         self._run, self._world_size, self._device = run, world_size, device
+        self._source_names = [source.name for source in sources]
+        self._source_ends = np.cumsum([source.samples for source in sources])
         self.reset()
 
     def reset(self) -> None:
@@ -89,16 +125,24 @@ class Window:
         self._wait_seconds = 0.0
         self._problems: list[SampleProblem] = []
         self._filtered: Counter[str] = Counter()
+        self._read_S, self._skipped_S = self._count_by_source([]), self._count_by_source([])
+        self._truncated = 0
 
     def exclude_pause(self) -> None:
         """Exclude the time since the last step, such as saving, if no step has been added yet."""
         if not self._results:
             self._start = time.perf_counter()
 
-    def add(self, result: StepResult, wait_seconds: float, problems: list[SampleProblem]) -> None:
-        """Add one step; `problems` are its skipped samples, corrupt or filtered."""
+    def add(self, result: StepResult, wait_seconds: float, batches: Sequence[Batch]) -> None:
+        """Add one step with the micro-batches of this rank."""
         self._results.append(result)
         self._wait_seconds += wait_seconds
+        problems = [problem for batch in batches for problem in batch.problems]
+        skipped = [problem.id for problem in problems]
+        delivered = [sample for batch in batches for sample in batch.ids.tolist()]
+        self._skipped_S += self._count_by_source(skipped)
+        self._read_S += self._count_by_source(delivered + skipped)
+        self._truncated += sum(batch.num_truncated for batch in batches)
         for problem in problems:
             if problem.is_filtered:
                 self._filtered[problem.reason] += 1
@@ -112,6 +156,9 @@ class Window:
             memory_gib=_peak_memory_gib(self._device),
             problems=tuple(self._problems),
             filtered=dict(self._filtered),
+            read=tuple(self._read_S.tolist()),
+            skipped=tuple(self._skipped_S.tolist()),
+            truncated=self._truncated,
         )
 
     def entry(
@@ -134,6 +181,9 @@ class Window:
         """
         seconds = max(1e-9, time.perf_counter() - self._start)
         results, last = self._results, self._results[-1]
+        read_S = np.sum([report.read for report in reports], axis=0)
+        skipped_S = np.sum([report.skipped for report in reports], axis=0)
+        captions = int(read_S.sum() - skipped_S.sum())
         assignments_LME = torch.stack([r.assignments_LME for r in results]).sum(dim=0).numpy()
         return LogEntry(
             step=state.step,
@@ -147,6 +197,14 @@ class Window:
                 samples_seen=float(state.samples_seen),
                 epoch_position=float(state.loader.position),
                 filtered=self._filtered_ratios(reports, len(results)),
+                skipped={
+                    name: skipped / read
+                    for name, read, skipped in zip(
+                        self._source_names, read_S.tolist(), skipped_S.tolist(), strict=True
+                    )
+                    if read
+                },
+                truncated=sum(report.truncated for report in reports) / max(1, captions),
                 epochs={name: epochs for name, _, epochs in consumed},
                 sample_ratio={
                     name: samples / max(1, state.loader.position) for name, samples, _ in consumed
@@ -177,6 +235,11 @@ class Window:
             memory_gib=max(report.memory_gib for report in reports),
             mfu=flops_per_second / (peak * self._world_size) if peak else None,
         )
+
+    def _count_by_source(self, samples: list[int]) -> Array:
+        """How many of the samples each source has, int64 `[sources]`."""
+        source = np.searchsorted(self._source_ends, samples, side="right")
+        return np.bincount(source, minlength=len(self._source_names))
 
     def _filtered_ratios(self, reports: list[RankReport], steps: int) -> dict[str, float]:
         counts = sum((Counter(report.filtered) for report in reports), Counter[str]())

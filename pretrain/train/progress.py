@@ -10,6 +10,8 @@ from pretrain.train.log_entry import LayerMetrics, LogEntry, Losses
 
 _MIN_OTHER = 5e-4
 """Smaller sums of auxiliary terms are not shown; they would be printed as 0.000."""
+_MIN_TRUNCATED = 0.005
+"""Smaller fractions of truncated captions are not shown; they would be printed as 0%."""
 
 
 def progress_line(entry: LogEntry, run: RunConfig) -> str:
@@ -36,6 +38,8 @@ def _parts(entry: LogEntry, run: RunConfig) -> Iterator[str]:
     yield f"{throughput.tokens_per_second:,.0f} tokens/s"
     if filtered := sum(entry.data.filtered.values()):
         yield f"filtered {filtered:.0%}"
+    if entry.data.truncated >= _MIN_TRUNCATED:
+        yield f"truncated captions {entry.data.truncated:.0%}"
     seconds = throughput.seconds_per_step
     yield f"data wait {min(1.0, entry.data.wait_seconds / seconds):.0%}"
     yield f"{format_duration((total_steps - entry.step) * seconds)} left"

@@ -33,8 +33,8 @@ def test_image_size_limits() -> None:
 class LengthTokenizer:
     """Encodes the length of a caption."""
 
-    def encode_clean(self, caption: str, max_length: int) -> list[int]:
-        return [1, len(caption), 2]
+    def encode_truncated(self, caption: str, max_length: int) -> tuple[list[int], bool]:
+        return [1, len(caption), 2], False
 
 
 def reason(members: dict[str, bytes], *, limits: LimitConfig | None = None, **filters: Any) -> str:

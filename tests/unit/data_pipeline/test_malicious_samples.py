@@ -27,8 +27,8 @@ PNG = encode_image(gradient_image(), "PNG")
 class CodePointTokenizer:
     """Encodes each character as its code point."""
 
-    def encode_clean(self, caption: str, max_length: int) -> list[int]:
-        return [1, *map(ord, caption[: max_length - 2]), 2]
+    def encode_truncated(self, caption: str, max_length: int) -> tuple[list[int], bool]:
+        return [1, *map(ord, caption[: max_length - 2]), 2], len(caption) > max_length - 2
 
 
 def outcome(members: dict[str, bytes]) -> str:

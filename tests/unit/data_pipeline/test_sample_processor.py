@@ -39,8 +39,8 @@ COLORED = replace(GEOMETRIC, brightness=0.3, contrast=0.3, saturation=0.3, hue=0
 class CodePointTokenizer:
     """Encodes each character as its code point."""
 
-    def encode_clean(self, caption: str, max_length: int) -> list[int]:
-        return [1, *map(ord, caption[: max_length - 2]), 2]
+    def encode_truncated(self, caption: str, max_length: int) -> tuple[list[int], bool]:
+        return [1, *map(ord, caption[: max_length - 2]), 2], len(caption) > max_length - 2
 
 
 def make_processor(**changes: Any) -> SampleProcessor:
@@ -211,3 +211,12 @@ def test_cheap_checks_precede_expensive_ones() -> None:
 def test_invalid_caption_key() -> None:
     with pytest.raises(ConfigError, match=r"caption_keys.*'pkl'"):
         make_processor(caption_keys=("pkl", "txt"))
+
+
+def test_truncated_captions_are_marked() -> None:
+    for length, is_truncated in ((14, False), (15, True)):
+        sample = process(
+            make_processor(caption_keys=("txt",), caption_weights=(1.0,)),
+            make_sample(txt=b"x" * length),
+        )
+        assert (sample.is_truncated, len(sample.ids)) == (is_truncated, 16)

@@ -168,3 +168,12 @@ def test_training_on_the_captions_of_shards(tokenizer: Tokenizer, tmp_path: Path
     shard.unlink()
     with pytest.raises(DataError, match=shard.name):
         list(iter_captions([manifest], ["txt"]))
+
+
+@pytest.mark.parametrize("text", ["", "a", "some words and more", "\u2581" * 30, "日本 " * 12])
+def test_truncation_is_reported_and_equals_the_encoding(tokenizer: Tokenizer, text: str) -> None:
+    length = len(tokenizer.encode_clean(text, 1_000))
+    for max_length in range(2, length + 3):
+        ids, is_truncated = tokenizer.encode_truncated(text, max_length)
+        assert ids == tokenizer.encode_clean(text, max_length)
+        assert is_truncated == (length > max_length)

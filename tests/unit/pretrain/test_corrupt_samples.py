@@ -16,7 +16,17 @@ def report(corrupt: int) -> list[RankReport]:
         SampleProblem("shard.tar", f"k{index}", "unreachable", "no response")
         for index in range(corrupt)
     )
-    return [RankReport(wait_seconds=0, memory_gib=0, problems=problems, filtered={})]
+    return [
+        RankReport(
+            wait_seconds=0,
+            memory_gib=0,
+            problems=problems,
+            filtered={},
+            read=(),
+            skipped=(),
+            truncated=0,
+        )
+    ]
 
 
 def test_ratio_since_the_start() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from data_pipeline.order.state import LoaderState
-from pretrain.train.metrics import Window, router_metrics
+from pretrain.train.metrics import SourceSize, Window, router_metrics
 from pretrain.train.state import TrainState
 from pretrain.train.step import train_step
 from tests.support.moe_training import NUM_STEPS, make_batch, make_engine, small_run
@@ -41,7 +41,7 @@ def test_bias_range(tmp_path: Path) -> None:
 def test_load_ratios_are_relative_to_the_pool(tmp_path: Path) -> None:
     """There are more patches than text tokens, so experts are compared within their pool."""
     run = small_run(tmp_path, "[tiny, vl_moe]", "moe.image_experts=2")
-    window = Window(run, 1, torch.device("cpu"))
+    window = Window(run, 1, torch.device("cpu"), [SourceSize("web", 1)])
     result = train_step(make_engine(run), [make_batch(0)], run, step=0, learning_rate=0.0)
     # Experts 0 and 1 process patches, the other six text.
     load_ME = torch.tensor([[300, 100, 0, 0, 0, 0, 0, 0], [0, 0, 20, 10, 10, 10, 10, 0]]).double()

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from data_pipeline.loading.collate import BatchBuilder
 from data_pipeline.order.order import Consumed
 from data_pipeline.order.state import LoaderState
-from data_pipeline.samples import SampleProblem
+from data_pipeline.samples import Batch, SampleProblem
 from pretrain.config.schema import BatchConfig
 from pretrain.model.count import count_flops
 from pretrain.moe.statistics import RouterStats
@@ -20,7 +21,7 @@ from pretrain.parallel.communicator import LocalCommunicator
 from pretrain.train import metrics
 from pretrain.train.log_entry import LogEntry, Losses
 from pretrain.train.loop import _WindowLogs
-from pretrain.train.metrics import PEAK_FLOPS, RankReport, Window
+from pretrain.train.metrics import PEAK_FLOPS, RankReport, SourceSize, Window
 from pretrain.train.reporter import Reporter
 from pretrain.train.state import TrainState
 from pretrain.train.step import StepResult
@@ -30,8 +31,9 @@ CPU = torch.device("cpu")
 SMALL_RUN = replace(RUN, batch=BatchConfig(global_batch_size=8, micro_batch_size=4))
 WORLD_SIZE = 2
 PATCHES, TEXT_TOKENS = SMALL_RUN.model.num_patches, 10
-CORRUPT = SampleProblem("shard.tar", "k1", "corrupt-image", "no image")
-FILTERED = SampleProblem("shard.tar", "k2", "filter:min-side", "")
+SOURCES = (SourceSize("web", 10), SourceSize("books", 4))
+CORRUPT = SampleProblem("shard.tar", "k1", "corrupt-image", "no image", 3)
+FILTERED = SampleProblem("shard.tar", "k2", "filter:min-side", "", 10)
 
 
 def step_result(factor: float = 1.0, pairs: int = 8) -> StepResult:
@@ -54,7 +56,16 @@ def step_result(factor: float = 1.0, pairs: int = 8) -> StepResult:
 
 def report(**changes: Any) -> RankReport:
     return replace(
-        RankReport(wait_seconds=0.0, memory_gib=0.0, problems=(), filtered={}), **changes
+        RankReport(
+            wait_seconds=0.0,
+            memory_gib=0.0,
+            problems=(),
+            filtered={},
+            read=(0, 0),
+            skipped=(0, 0),
+            truncated=0,
+        ),
+        **changes,
     )
 
 
@@ -71,10 +82,15 @@ def entry_of(
 
 
 def window_of(*results: StepResult, device: torch.device = CPU) -> Window:
-    window = Window(SMALL_RUN, WORLD_SIZE, device)
+    window = Window(SMALL_RUN, WORLD_SIZE, device, SOURCES)
     for result in results:
         window.add(result, 0.0, [])
     return window
+
+
+def skip_batch(*problems: SampleProblem) -> Batch:
+    """A batch without samples."""
+    return BatchBuilder(1, image_size=8, context_length=4, pad_id=0).packed(problems).unpack()
 
 
 class Clock:
@@ -151,6 +167,16 @@ def test_filtered_samples_of_all_ranks_per_sample_read() -> None:
     assert entry_of(window, *reports).data.filtered == {"min-side": 1 / 24, "words": 6 / 24}
 
 
+def test_skipped_samples_of_each_source_and_truncated_captions() -> None:
+    reports = [
+        report(read=(6, 0), skipped=(1, 0), truncated=1),
+        report(read=(4, 0), skipped=(1, 0), truncated=3),
+    ]
+    data = entry_of(window_of(step_result()), *reports).data
+    assert data.skipped == {"web": 0.2}  # no sample of the other source was read
+    assert data.truncated == 4 / 8
+
+
 def test_progress_in_the_data() -> None:
     consumed = (Consumed("web", 36, 1.5), Consumed("books", 12, 0.25))
     data = entry_of(window_of(step_result()), position=48, consumed=consumed).data
@@ -162,17 +188,19 @@ def test_progress_in_the_data() -> None:
 
 def test_report_of_a_rank() -> None:
     """Corrupt samples are listed, filtered ones counted, and the waiting time is per step."""
-    window = Window(SMALL_RUN, WORLD_SIZE, CPU)
-    window.add(step_result(), 0.3, [FILTERED, CORRUPT])
-    window.add(step_result(), 0.1, [FILTERED])
+    window = window_of()
+    first = skip_batch(FILTERED, CORRUPT)._replace(ids=torch.tensor([0, 9, 13]), num_truncated=2)
+    window.add(step_result(), 0.3, [first, skip_batch(FILTERED)])
+    window.add(step_result(), 0.1, [skip_batch(FILTERED)])
     found = window.rank_report()
     assert found.wait_seconds == pytest.approx(0.2) and found.memory_gib > 0
-    assert (found.problems, found.filtered) == ((CORRUPT,), {"filter:min-side": 2})
+    assert (found.problems, found.filtered) == ((CORRUPT,), {"filter:min-side": 3})
+    assert (found.read, found.skipped, found.truncated) == ((3, 4), (1, 3), 2)
     assert RankReport.from_json(found.to_json()) == found
 
     window.reset()
     empty = window.rank_report()
-    assert (empty.wait_seconds, empty.problems, empty.filtered) == (0.0, (), {})
+    assert empty == report(memory_gib=empty.memory_gib)
 
 
 class TwoRanks(LocalCommunicator):
@@ -189,13 +217,19 @@ class TwoRanks(LocalCommunicator):
 def test_log_entries_count_the_corrupt_samples_of_all_ranks_so_far(tmp_path: Path) -> None:
     reporter = Reporter(tmp_path, SMALL_RUN, 0)
     components: Any = SimpleNamespace(run=SMALL_RUN, communicator=TwoRanks())
+    sources = [
+        SimpleNamespace(name=name, manifest=SimpleNamespace(total_samples=count))
+        for name, count in SOURCES
+    ]
     loader: Any = SimpleNamespace(
-        order=SimpleNamespace(consumed=lambda position: [Consumed("web", position, 0.5)])
+        order=SimpleNamespace(consumed=lambda position: [Consumed("web", position, 0.5)]),
+        sources=sources,
     )
     logs = _WindowLogs(components, loader, reporter, first_sample=0)
     for step in (4, 8):
-        logs.window.add(step_result(), 0.0, [CORRUPT] if step == 4 else [])
+        logs.window.add(step_result(), 0.0, [skip_batch(CORRUPT)] if step == 4 else [])
         logs.write(TrainState(step=step, loader=LoaderState(position=8 * step)), 1e-3)
     reporter.close()
     assert scalars(tmp_path, "data/corrupt/corrupt-image") == {4: 2.0, 8: 3.0}
+    assert scalars(tmp_path, "data/skipped/web") == {4: 1.0}
     assert scalars(tmp_path, "data/sample_ratio/web") == {4: 1.0, 8: 1.0}
