@@ -73,7 +73,7 @@ def build(run: RunConfig, out: Path) -> TrainComponents:
         communicator, out, lambda: check_local_shards(manifests, run.data.max_corrupt_ratio)
     )
     run_on_rank_zero(communicator, out, lambda: check_some_samples(run, sources, tokenizer))
-    run_on_rank_zero(communicator, out, lambda: create_run_folder(run, out, tokenizer))
+    lock = run_on_rank_zero(communicator, out, lambda: create_run_folder(run, out, tokenizer))
     log_to_file(out / "logs" / f"rank-{environment.rank:05d}.log", environment.rank)
     _log_sources(run, environment.world_size, sources)
     return TrainComponents(
@@ -85,6 +85,7 @@ def build(run: RunConfig, out: Path) -> TrainComponents:
         engine=engine,
         tokenizer=tokenizer,
         sources=sources,
+        lock=lock,
     )
 
 

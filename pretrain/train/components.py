@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 from data_pipeline.content.tokenizer import Tokenizer
 from data_pipeline.loading.batch_spec import BatchSpec, RankInfo
@@ -44,6 +44,8 @@ class TrainComponents:
     engine: Engine
     tokenizer: Tokenizer
     sources: tuple[Source, ...]
+    lock: BinaryIO | None = None
+    """Of the run folder, on rank 0; held until the file is closed."""
 
     @property
     def communicator(self) -> Communicator:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 from data_pipeline.common import storage
 from data_pipeline.common.addresses import without_secrets
@@ -20,19 +20,22 @@ from pretrain.config.paths import CONFIG_FILE, DEEPSPEED_FILE, TOKENIZER_FILE, a
 from pretrain.config.schema import RunConfig
 from pretrain.parallel.communicator import Communicator
 from pretrain.parallel.deepspeed_config import load_profile, profile_path, resolve
+from pretrain.train.run_lock import lock_run_folder
 
 T = TypeVar("T")
 
 CHECKPOINTS_FOLDER, LEDGER_FOLDER = "checkpoints", "ledger"
 
 
-def create_run_folder(run: RunConfig, out: Path, tokenizer: Tokenizer) -> None:
-    """Create the run folder.
+def create_run_folder(run: RunConfig, out: Path, tokenizer: Tokenizer) -> BinaryIO:
+    """Create the run folder and lock it; returns the open file of the lock.
 
     Raises:
+        StorageError: Another process trains in it.
         TokenizerError: It has checkpoints that were trained with another tokenizer.
     """
     out.mkdir(parents=True, exist_ok=True)
+    lock = lock_run_folder(out)
     saved, checkpoints = out / TOKENIZER_FILE, list_checkpoints(out / CHECKPOINTS_FOLDER)
     if (
         checkpoints
@@ -44,6 +47,7 @@ def create_run_folder(run: RunConfig, out: Path, tokenizer: Tokenizer) -> None:
             f"({run.data.tokenizer}), so token ids would have other meanings. "
             f"Set data.tokenizer={saved}, or use another run folder"
         )
+    return lock
 
 
 def write_run_files(run: RunConfig, out: Path, tokenizer: Tokenizer, batch_plan: BatchPlan) -> None:
