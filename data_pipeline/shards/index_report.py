@@ -73,9 +73,9 @@ def _report_sample_problems(
             examples.setdefault(reason, f"{storage.redact(job.url)} {example}")
     for reason, count in counts.most_common():
         logger.warning(
-            "%s: %d samples are skipped in training; the first: %s",
+            "%s: %s skipped in training; the first: %s",
             reason,
-            count,
+            counted(count, "sample is", "samples are"),
             escape_control(examples[reason]),
         )
 

@@ -24,7 +24,7 @@ from data_pipeline.common.addresses import CREDENTIALS_HINT, has_userinfo
 from data_pipeline.common.errors import DataError
 from data_pipeline.common.escaping import escape_control
 from data_pipeline.common.literal_paths import split_literal
-from data_pipeline.common.tables import join_counts
+from data_pipeline.common.tables import counted, join_counts
 from data_pipeline.shards.compression import compressed_suffix, how_to_decompress
 from data_pipeline.shards.manifest import MANIFEST_NAME
 from data_pipeline.shards.shard_index import INDEX_SUFFIX
@@ -190,7 +190,7 @@ def _only_shards(names: Iterable[str], pattern: str, others: dict[str, str]) -> 
 
     suffix = compressed_suffix(compressed[0])
     found = (
-        f"{storage.redact(pattern)} has {len(compressed)} compressed archives "
+        f"{storage.redact(pattern)} has {counted(len(compressed), 'compressed archive')} "
         f"({join_counts(Counter(map(compressed_suffix, compressed)))}), such as "
         f"{escape_control(storage.redact(compressed[0]))}"
     )
@@ -200,9 +200,9 @@ def _only_shards(names: Iterable[str], pattern: str, others: dict[str, str]) -> 
             f"{how_to_decompress(suffix)}"
         )
     logger.warning(
-        "%s: they are not indexed, only the %d shards (.tar); to use one, %s",
+        "%s: only the %s indexed (.tar); to use a compressed one, %s",
         found,
-        len(shards),
+        counted(len(shards), "shard is", "shards are"),
         how_to_decompress(suffix),
     )
     return shards

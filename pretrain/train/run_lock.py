@@ -1,6 +1,6 @@
 """A lock of the run folder: two trainings in one folder would overwrite each other's checkpoints.
 
-The lock is one of the operating system on `run.lock`, which ends with the process, also if it is
+The lock is one of the operating system on `lock`, which ends with the process, also if it is
 killed. The file is not deleted: a process that waits for it would lock a file that is gone.
 """
 
@@ -20,7 +20,7 @@ from data_pipeline.common.escaping import escape_control
 
 logger = logging.getLogger(__name__)
 
-LOCK_FILE = "run.lock"
+LOCK_FILE = "lock"
 _WAIT_SECONDS = 10.0
 """A process of the previous start may still be ending."""
 _HELD = (errno.EACCES, errno.EAGAIN)

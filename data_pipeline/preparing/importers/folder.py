@@ -90,8 +90,7 @@ class Folder:
             if extension == "txt" and self.caption_from == "folder":
                 yield Ignored(f"{path}{name}", "text file beside --caption-from folder")
             elif extension in ("txt", "json"):
-                detail = "there is no image with its name beside it"
-                yield SkippedRow(f"{path}{name}", "no-image", detail)
+                yield SkippedRow(f"{path}{name}", *_why_unused(name, subfolder.names))
             else:
                 yield Ignored(f"{path}{name}", f".{extension} file" if extension else "other file")
 
@@ -224,6 +223,21 @@ def _group_by_folder(paths: list[str]) -> Iterator[_Subfolder]:
 def _extension(name: str) -> str:
     """In lower case; empty without a dot."""
     return name.rpartition(".")[2].lower() if "." in name else ""
+
+
+def _why_unused(name: str, names: Sequence[str]) -> tuple[str, str]:
+    """Reason and detail of a text that belongs to no image, by the files with its name."""
+    stem, texts = strip_extension(name).lower(), ("txt", "json")
+    others = [other for other in names if strip_extension(other).lower() == stem]
+    images = [other for other in others if _extension(other) in IMAGE_KEYS]
+    if images:
+        return "several-texts", f"{images[0]} has another one, which is named like it but for case"
+    if others := [other for other in others if _extension(other) not in texts]:
+        return "no-image", (
+            f"{others[0]} beside it does not have the extension of an image; if it is one, rename "
+            f"it, or convert it to JPEG or PNG"
+        )
+    return "no-image", "there is no image with its name beside it"
 
 
 def _by_stem(names: Sequence[str], extension: str) -> dict[str, str]:

@@ -143,7 +143,10 @@ def _default_index(
         if name in lower:
             return lower.index(name)
     if names and names[0].startswith("{"):
-        raise DataError(f"{problem.partition(':')[0]} seems to contain JSON lines, not a table")
+        raise DataError(
+            f"{problem.partition(':')[0]} seems to contain JSON lines, not a table; write it as CSV "
+            f"or TSV with a column of the image files and one of the captions"
+        )
     raise DataError(
         f"{problem} ({', '.join(defaults)}); columns: {', '.join(names)[:300] or 'none'}. "
         f"Set --{option}-column, name all columns with --header, or set --delimiter"

@@ -115,7 +115,7 @@ def test_a_header_option_decides_between_delimiters(tmp_path: Path) -> None:
         (b"image,caption\na.jpg,caf\xe9\n", r"line 2 is not UTF-8 \(byte 0xe9\).*Windows-1252"),
         ("image,caption\na.jpg,b\n".encode("utf-16-le"), "null bytes.*UTF-16"),
         (b"a.jpg,one\nb.jpg,two\n", "--header.*--delimiter"),
-        (b'{"image": "a.jpg", "caption": "b"}\n', "JSON lines"),
+        (b'{"image": "a.jpg", "caption": "b"}\n', "JSON lines.*as CSV"),
         (b"", "no image column"),
     ],
 )

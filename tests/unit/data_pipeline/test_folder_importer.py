@@ -66,6 +66,23 @@ def test_files_without_a_partner_are_skipped_and_others_are_ignored(tmp_path: Pa
     assert ignored == {".psd file": 1, "other file": 1, "hidden file": 2}
 
 
+def test_texts_without_an_image_name_the_file_beside_them(tmp_path: Path) -> None:
+    add_pair(tmp_path, "a", ".tga")
+    add_pair(tmp_path, "b")
+    for name in ("a.json", "B.TXT", "b.psd", "c.txt"):
+        (tmp_path / name).write_text("{}")
+    rows = list(Folder(folders=(str(tmp_path),))())
+    skipped = {
+        row.origin: f"{row.reason}: {row.detail}" for row in rows if isinstance(row, SkippedRow)
+    }
+    assert {*skipped} == {"a.txt", "a.json", "B.TXT", "c.txt"}
+    assert (
+        skipped["a.txt"].startswith("no-image: a.tga beside it") and "convert" in skipped["a.json"]
+    )
+    assert skipped["B.TXT"].startswith("several-texts: b.png has another one")
+    assert skipped["c.txt"] == "no-image: there is no image with its name beside it"
+
+
 def test_two_images_with_one_caption_file(tmp_path: Path) -> None:
     add_pair(tmp_path, "a")
     (tmp_path / "a.jpg").write_bytes(make_png(2))

@@ -99,7 +99,7 @@ def test_archives_of_other_kinds_are_named(
     caplog.clear()
     assert expand_patterns(["in/*.tar"]) == ["in/0.tar"] and not caplog.messages
     for pattern in ("gz", "gz/*.gz", "gz/**"):
-        with pytest.raises(DataError, match=r"has 1 compressed archives .*a\.tar\.gz.*`gunzip`"):
+        with pytest.raises(DataError, match=r"has 1 compressed archive .*a\.tar\.gz.*`gunzip`"):
             expand_patterns([pattern])
     for url in ("gz/a.tar.gz", "s3://b/a.tar.gz", "s3://b/A.TAR"):  # refused by content
         assert expand_patterns([url]) == [url]
