@@ -144,8 +144,8 @@ def _default_index(
             return lower.index(name)
     if names and names[0].startswith("{"):
         raise DataError(
-            f"{problem.partition(':')[0]} seems to contain JSON lines, not a table; write it as CSV "
-            f"or TSV with a column of the image files and one of the captions"
+            f"{problem.partition(':')[0]} seems to contain JSON lines, not a table; write it as "
+            f"CSV or TSV with a column of the image files and one of the captions"
         )
     raise DataError(
         f"{problem} ({', '.join(defaults)}); columns: {', '.join(names)[:300] or 'none'}. "
