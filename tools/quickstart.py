@@ -156,7 +156,7 @@ def choose_steps(minutes: float, seconds_per_step: float) -> int:
 def schedule_settings(steps: int) -> list[str]:
     """A run of `steps` steps; its warm-up is that of the preset, or a tenth of a shorter run."""
     settings = [f"schedule.total_steps={steps}"]
-    if steps < load_run(PRESET).schedule.warmup_steps:
+    if steps < load_run(PRESET).schedule.num_warmup_steps:
         settings.append(f"schedule.warmup_steps={steps // 10}")
     return settings
 

@@ -19,8 +19,9 @@ _TRAIN_EXAMPLES = """\
   vlmoe tokenizer train shards/ --out t.model --caption-key txt --caption-key json:tags
   vlmoe tokenizer train s3://bucket/pairs --out t.model --samples 1000000 --vocab-size auto
 
-The size must equal model.vocab_size of the runs that use it. Training is deterministic: the same
-captions give the same file. Captions that cannot be used are counted, with the reason."""
+The size must equal model.vocab_size of the runs that use it, unless that is 0. Training is
+deterministic: the same captions give the same file. Captions that cannot be used are counted, with
+the reason."""
 _ENCODE_EXAMPLES = """\
   vlmoe tokenizer encode t.model 'a red fox in the snow'
   vlmoe tokenizer encode t.model --shards shards/ --samples 5

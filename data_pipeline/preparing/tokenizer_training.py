@@ -248,7 +248,7 @@ def _training_error(
         f"--vocab-size {vocab_size} is too {'small' if too_small else 'large'}: these captions "
         f"allow {sizes} ids ({NUM_SPECIAL_TOKENS} special tokens, {NUM_BYTE_TOKENS} bytes, "
         f"{num_characters} characters at --character-coverage {coverage:g}, and pieces); set "
-        f"--vocab-size {nearest} or auto, and model.vocab_size of the run to the same number"
+        f"--vocab-size {nearest} or auto, and model.vocab_size of the run to the same number or 0"
     )
 
 

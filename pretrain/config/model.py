@@ -30,7 +30,8 @@ class ModelConfig:
     """Map from pixels to patch tokens: one linear map, or strided convolutions, with which small
     models learn faster. `conv` needs a `patch_size` that is a power of two."""
     vocab_size: int = 32000
-    """Size of the text vocabulary (V); must equal that of the tokenizer."""
+    """Size of the text vocabulary (V); must equal that of the tokenizer. 0 takes it from
+    `data.tokenizer`."""
     context_length: int = 64
     """Maximum number of text tokens of a caption, start and end tokens included (S)."""
     embed_dim: int = 128
@@ -71,7 +72,9 @@ class ModelConfig:
             f"model.context_length is {self.context_length}; start and end tokens need 2",
         )
         found.require(
-            self.vocab_size > 4, f"model.vocab_size is {self.vocab_size}; four ids are reserved"
+            self.vocab_size == 0 or self.vocab_size > 4,
+            f"model.vocab_size is {self.vocab_size}; four ids are reserved (0 takes the size of "
+            f"data.tokenizer)",
         )
         return found.messages + self._image_problems()
 

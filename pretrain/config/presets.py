@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from data_pipeline.common.config import apply_overrides, from_mapping, setting_names
-from data_pipeline.common.errors import ConfigError
+from data_pipeline.common.errors import ConfigError, VlmError
 from data_pipeline.common.origins import Origins, find_origins
 from data_pipeline.common.yaml_file import load_layers, merge_layers
 from pretrain.config.paths import relative_to_file
@@ -58,8 +59,8 @@ def load_run(path_or_preset: str | Path, overrides: Sequence[str] = ()) -> RunCo
         overrides: Settings such as `optim.lr=3e-4` that take precedence over the file.
 
     Returns:
-        The run. Each section has been checked separately; `pretrain.config.validate` checks
-        settings across sections.
+        The run, with the vocabulary size of its tokenizer if `model.vocab_size` is 0. Each section
+        has been checked separately; `pretrain.config.validate` checks settings across sections.
 
     Raises:
         ConfigError: Lists all unknown keys, wrong types and problems of sections, and where their
@@ -97,7 +98,25 @@ def _load(
         names=setting_names(RunConfig),
     )
     mapping = apply_overrides(merge_layers(layers), overrides)
-    return from_mapping(RunConfig, mapping, source=origins, check=check), origins
+    run = from_mapping(RunConfig, mapping, source=origins, check=check)
+    return _with_vocab_size(run), origins
+
+
+def _with_vocab_size(run: RunConfig) -> RunConfig:
+    """The run with the vocabulary size of its tokenizer, if the settings leave it to that.
+
+    If the tokenizer cannot be read, the size stays 0, which `validate.check_run` reports.
+    """
+    if run.model.vocab_size or not run.data.tokenizer:
+        return run
+    # Imports sentencepiece, which most commands do not need.
+    from data_pipeline.content.tokenizer import Tokenizer
+
+    try:
+        vocab_size = Tokenizer.load(run.data.tokenizer).vocab_size
+    except VlmError:
+        return run
+    return replace(run, model=replace(run.model, vocab_size=vocab_size))
 
 
 def _label(path: Path) -> str:

@@ -97,6 +97,9 @@ class OptimConfig:
         return found.messages
 
 
+_DEFAULT_WARMUP_STEPS = 100
+
+
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
     """Length of the run and learning-rate schedule."""
@@ -105,8 +108,10 @@ class ScheduleConfig:
     """Schedule after warm-up: cosine decay, `wsd` (warm-up-stable-decay), or constant."""
     total_steps: int = 1000
     """Optimizer steps of the run."""
-    warmup_steps: int = 100
-    """Steps of linear warm-up."""
+    warmup_steps: int | None = None
+    """Steps of linear warm-up; null uses `warmup_ratio`, or 100 if that is null too."""
+    warmup_ratio: float | None = None
+    """Linear warm-up as a fraction of `total_steps`, instead of `warmup_steps`."""
     min_lr_ratio: float = 0.0
     """Learning rate at the end of the decay, as a fraction of the peak."""
     decay_ratio: float = 0.2
@@ -116,25 +121,46 @@ class ScheduleConfig:
         """Ratios out of range, and a run that is too short for its warm-up and decay."""
         found = Problems(self, "schedule")
         found.at_least(1, "total_steps")
-        found.at_least(0, "warmup_steps")
         found.within(0, 1, "min_lr_ratio", "decay_ratio")
+        if self.warmup_steps is not None:
+            found.at_least(0, "warmup_steps")
+        if self.warmup_ratio is not None:
+            found.within(0, 1, "warmup_ratio")
+        found.require(
+            self.warmup_steps is None or self.warmup_ratio is None,
+            f"schedule.warmup_steps is {self.warmup_steps} and schedule.warmup_ratio is "
+            f"{self.warmup_ratio}, but only one of them can be set; set "
+            f"schedule.warmup_steps=null or schedule.warmup_ratio=null",
+        )
         return found.messages or self._warmup_problems()
+
+    @property
+    def num_warmup_steps(self) -> int:
+        """Steps of linear warm-up, from whichever setting has them."""
+        if self.warmup_ratio is not None:
+            return round(self.warmup_ratio * self.total_steps)
+        return _DEFAULT_WARMUP_STEPS if self.warmup_steps is None else self.warmup_steps
 
     def _warmup_problems(self) -> list[str]:
         """Warm-up and decay that are longer than the run, with numbers that fit."""
-        decay_steps = round(self.decay_ratio * self.total_steps) if self.kind == "wsd" else 0
-        if self.warmup_steps + decay_steps <= self.total_steps:
+        steps, warmup_steps = self.total_steps, self.num_warmup_steps
+        decay_steps = round(self.decay_ratio * steps) if self.kind == "wsd" else 0
+        if warmup_steps + decay_steps <= steps:
             return []
-        steps, warmup = self.total_steps, f"schedule.warmup_steps is {self.warmup_steps}"
-        fitting = f"set schedule.warmup_steps={min(steps // 10, steps - decay_steps)}"
-        if self.warmup_steps > steps:
+        fitting = min(steps // 10, steps - decay_steps)
+        warmup = f"schedule.warmup_steps is {warmup_steps}"
+        hint = f"set schedule.warmup_steps={fitting}"
+        if self.warmup_ratio is not None:
+            warmup = f"schedule.warmup_ratio is {self.warmup_ratio:g} ({warmup_steps} steps)"
+            hint = f"set schedule.warmup_ratio={fitting / steps:g}"
+        if warmup_steps > steps:
             return [
-                f"{warmup}, but must be in 0..schedule.total_steps ({steps}); {fitting}, or train "
+                f"{warmup}, but must be in 0..schedule.total_steps ({steps}); {hint}, or train "
                 f"for more steps"
             ]
         return [
             f"{warmup}, which together with the decay (schedule.decay_ratio x total_steps = "
-            f"{decay_steps}) exceeds schedule.total_steps ({steps}); {fitting}, or reduce "
+            f"{decay_steps}) exceeds schedule.total_steps ({steps}); {hint}, or reduce "
             f"schedule.decay_ratio"
         ]
 

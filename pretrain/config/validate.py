@@ -55,6 +55,8 @@ def check_run(
     if training:
         messages += training_problems(run)
     messages += more
+    if not any("data.tokenizer" in message for message in messages):
+        messages += vocabulary_problems(run)
     if messages:
         raise ConfigError(join_problems(messages, source))
 
@@ -86,6 +88,17 @@ def _cross_checks(run: RunConfig, world_size: int | None) -> Iterator[tuple[str,
     yield "data", data_problems(run)
     yield "eval data", eval_problems(run)
     yield "precision moe model", precision_problems(run)
+
+
+def vocabulary_problems(run: RunConfig) -> list[str]:
+    """A vocabulary of the size of the tokenizer, but no tokenizer to read it from."""
+    if run.model.vocab_size:
+        return []
+    found = f"{run.data.tokenizer} cannot be read" if run.data.tokenizer else "that is empty"
+    return [
+        f"model.vocab_size is 0, which takes the size of data.tokenizer, but {found}; train a "
+        f"tokenizer (vlmoe tokenizer train), or set model.vocab_size to a number"
+    ]
 
 
 def training_problems(run: RunConfig) -> list[str]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from data_pipeline.common.errors import ConfigError
 from pretrain.config.schema import BatchConfig, PrecisionConfig, RunConfig
-from pretrain.config.validate import problems
+from pretrain.config.validate import problems, vocabulary_problems
 from pretrain.parity.cases import Case, stage_of
 
 
@@ -72,7 +72,8 @@ def run_problems(run: RunConfig, world_size: int, pairs: int) -> list[str]:
     """Errors of the run configuration that make every case unsupported."""
     default = Case(precision=run.precision.compute)
     divisible = max(pairs - pairs % world_size, world_size)
-    return problems(run_for_case(run, default, world_size, divisible), world_size)
+    messages = problems(run_for_case(run, default, world_size, divisible), world_size)
+    return messages + vocabulary_problems(run)
 
 
 def missing_rows(case: Case, world_size: int, pairs: int) -> tuple[int, ...]:

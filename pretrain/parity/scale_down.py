@@ -39,7 +39,7 @@ def _model(model: ModelConfig) -> ModelConfig:
         image_size=IMAGE_SIZE,
         patch_size=PATCH_SIZE,
         context_length=min(model.context_length, MAX_CONTEXT),
-        vocab_size=min(model.vocab_size, MAX_VOCABULARY),
+        vocab_size=min(model.vocab_size or MAX_VOCABULARY, MAX_VOCABULARY),
     )
 
 

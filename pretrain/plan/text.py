@@ -65,7 +65,7 @@ def _training_lines(run: RunConfig, plan: dict[str, Any]) -> list[tuple[str, str
             "schedule",
             f"{counted(schedule['total_steps'], 'step')}, {_short(schedule['total_pairs'])} pairs, "
             f"{_short(schedule['total_flops'])} FLOPs; {run.schedule.kind}, peak lr "
-            f"{run.optim.lr:g}, {counted(run.schedule.warmup_steps, 'warmup step')}",
+            f"{run.optim.lr:g}, {counted(run.schedule.num_warmup_steps, 'warmup step')}",
         ),
     ]
 

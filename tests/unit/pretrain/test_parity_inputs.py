@@ -20,7 +20,7 @@ from pretrain.parity.scale_down import shrink, small_num_experts
 TINY = load_run("tiny")
 
 
-@pytest.mark.parametrize("preset", ["quickstart", "tiny", "s16", "b16", "l16", "h14"])
+@pytest.mark.parametrize("preset", ["first", "quickstart", "tiny", "s16", "b16", "l16", "h14"])
 @pytest.mark.parametrize("balancing", ["switch", "vmoe", "limoe", "vl_moe", "deepseek", "ours"])
 def test_every_preset_shrinks_to_a_supported_run(
     preset: str, balancing: str, tmp_path: Path

@@ -12,7 +12,7 @@ from pretrain.config.presets import load_run, load_unchecked_run, preset_names, 
 from pretrain.config.schema import RunConfig
 from pretrain.config.validate import problems
 
-RUN_PRESETS = ("b16", "h14", "l16", "quickstart", "s16", "tiny")
+RUN_PRESETS = ("b16", "first", "h14", "l16", "quickstart", "s16", "tiny")
 METHOD_PRESETS = ("deepseek", "limoe", "ours", "switch", "vl_moe", "vmoe")
 """Methods of routing and balancing, to be combined with a run preset."""
 
@@ -25,7 +25,7 @@ def test_preset_names() -> None:
 def test_run_preset_is_valid_and_survives_a_round_trip(name: str, tmp_path: Path) -> None:
     run = load_run(name)
     assert run.name == name
-    assert problems(run, 2 if name in ("tiny", "quickstart") else 8) == []
+    assert problems(run, {"first": 1, "tiny": 2, "quickstart": 2}.get(name, 8)) == []
     (tmp_path / "config.yaml").write_text(dump_yaml(run))
     assert load_run(tmp_path / "config.yaml") == run
 
