@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from data_pipeline.common.errors import ConfigError, DataError
 from data_pipeline.content.caption_characters import normalize, remove_characters
@@ -172,6 +172,25 @@ def first_caption(members: Mapping[str, bytes], keys: Sequence[str]) -> str | No
         ConfigError, DataError: As for `find_captions`.
     """
     return next(itertools.chain.from_iterable(all_captions(members, keys)), None)
+
+
+def no_caption_error(members: Iterable[str], keys: Sequence[str]) -> DataError:
+    """The error of a sample without a caption (slug `no-caption`), with the keys that may have one.
+
+    Args:
+        members: Extensions of its files.
+        keys: Caption keys that have no caption.
+    """
+    members = tuple(members)
+    others = [member for member in members if member.rpartition(".")[2] in TEXT_EXTENSIONS]
+    others += ["json:FIELD"] * ("json" in members and not any(key[:5] == "json:" for key in keys))
+    others = [key for key in others if key not in keys]
+    hint = f"; to use {others[0]}, add it to data.caption_keys" if others else ""
+    files = ", ".join(members) or "none"
+    return DataError(
+        f"no caption under {', '.join(keys)}; the sample's files are {files}{hint}",
+        slug="no-caption",
+    )
 
 
 def select_caption(

@@ -13,11 +13,11 @@ from functools import cached_property
 
 import numpy as np
 
-from data_pipeline.common.errors import DataError
 from data_pipeline.content.captions import (
     SampleTexts,
     check_caption_key,
     hash_clean_caption,
+    no_caption_error,
     select_caption,
 )
 from data_pipeline.content.filters import (
@@ -132,11 +132,7 @@ class SampleProcessor:
         rejected = select_caption(texts, self.caption_keys, self.caption_weights, None)
         if rejected:
             raise caption_length_error(rejected, self.filters)
-        raise DataError(
-            f"no caption under {', '.join(self.caption_keys)}; the sample's files are "
-            f"{', '.join(raw.members)}",
-            slug="no-caption",
-        )
+        raise no_caption_error(raw.members, self.caption_keys)
 
     def _all_captions(self, texts: SampleTexts) -> tuple[str, ...]:
         captions = (texts.find_captions(key) for key in self.caption_keys)

@@ -21,7 +21,7 @@ from typing import NamedTuple
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError
 from data_pipeline.common.processes import SINGLE_PART, Part
-from data_pipeline.content.captions import all_captions
+from data_pipeline.content.captions import all_captions, no_caption_error
 from data_pipeline.content.image import decode_image
 from data_pipeline.preparing.second_count import (
     FileCount,
@@ -247,8 +247,7 @@ class _Checker:
         try:
             decode_image(image_bytes(raw, self.keys.images))
             if not any(all_captions(raw.members, self.keys.captions)):
-                keys, members = ", ".join(self.keys.captions), ", ".join(raw.members)
-                return "no-caption", f"no caption under {keys}; the sample has {members}"
+                raise no_caption_error(raw.members, self.keys.captions)
         except DataError as error:
             return error.slug or "invalid-text", str(error)
         return None

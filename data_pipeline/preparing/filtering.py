@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from data_pipeline.common.config import from_mapping
 from data_pipeline.common.errors import ConfigError, DataError
 from data_pipeline.common.processes import SINGLE_PART, Part
-from data_pipeline.content.captions import SampleTexts, select_caption
+from data_pipeline.content.captions import SampleTexts, no_caption_error, select_caption
 from data_pipeline.content.filters import (
     Condition,
     caption_length_allowed,
@@ -162,12 +162,12 @@ class _ShardFilter:
         texts = SampleTexts(raw.members, self.limits)
         if self._conditions:
             check_fields(texts.fields(), self._conditions)
-        self._check_caption(texts)
+        self._check_caption(raw, texts)
         header = read_header(image_bytes(raw, self.keys.images))
         check_pixels(header, self.limits.pixels)
         check_image_size(header.width, header.height, self.filters)
 
-    def _check_caption(self, texts: SampleTexts) -> None:
+    def _check_caption(self, raw: RawSample, texts: SampleTexts) -> None:
         weights = [1.0] * len(self.keys.captions)
 
         def is_allowed(text: str) -> bool:
@@ -179,7 +179,7 @@ class _ShardFilter:
         caption = select_caption(texts, self.keys.captions, weights, None)
         if caption:
             raise caption_length_error(caption, self.filters)
-        raise DataError(f"no caption under {', '.join(self.keys.captions)}", slug="no-caption")
+        raise no_caption_error(raw.members, self.keys.captions)
 
     @cached_property
     def _conditions(self) -> tuple[Condition, ...]:

@@ -155,7 +155,9 @@ def load_model(
     run_dir = Path(run_dir)
     config = run_dir / CONFIG_FILE
     if not config.is_file():
-        raise ConfigError(f"{run_dir} is not a run folder: it does not contain {CONFIG_FILE}")
+        parents = [parent for parent in run_dir.parents[:2] if (parent / CONFIG_FILE).is_file()]
+        hint = f"; the folder of its run is {parents[0]}" if parents else ""
+        raise ConfigError(f"{run_dir} is not a run folder: it does not contain {CONFIG_FILE}{hint}")
     run = load_run(config)
     path = find_latest(run_dir / "checkpoints")
     if path is None:

@@ -88,6 +88,10 @@ def read_header(data: bytes) -> ImageHeader:
     """
     try:
         header = _parse(data)
+    except (struct.error, IndexError) as error:  # a read after the end
+        raise corrupt_image_error(
+            f"it is truncated: its header is incomplete after {len(data):,} bytes"
+        ) from error
     except (UnreadableImageError, *DECODE_ERRORS) as error:
         raise corrupt_image_error(error) from error
     if header.width < 1 or header.height < 1:

@@ -21,6 +21,7 @@ from data_pipeline.content.captions import (
     find_captions,
     hash_caption,
     hash_clean_caption,
+    no_caption_error,
     select_caption,
 )
 from data_pipeline.content.json_fields import parse_json_fields
@@ -233,3 +234,23 @@ def test_corrupt_members_are_reported() -> None:
         with pytest.raises(DataError) as caught:
             find_captions(members, key)
         assert caught.value.slug == slug
+
+
+@pytest.mark.parametrize(
+    ("members", "keys", "hint"),
+    [
+        (("jpg", "caption"), ("txt",), "; to use caption, add it to data.caption_keys"),
+        (("jpg", "outputs.txt", "json"), ("txt",), "; to use outputs.txt, add it to data.capti"),
+        (("jpg", "json"), ("txt",), "; to use json:FIELD, add it to data.caption_keys"),
+        (("jpg", "json"), ("json:a",), ""),
+        (("jpg", "txt"), ("txt",), ""),  # an empty text
+        ((), ("txt",), ""),
+    ],
+)
+def test_an_error_names_the_keys_that_may_have_a_caption(
+    members: tuple[str, ...], keys: tuple[str, ...], hint: str
+) -> None:
+    error = no_caption_error(members, keys)
+    assert error.slug == "no-caption"
+    start = f"no caption under {keys[0]}; the sample's files are {', '.join(members) or 'none'}"
+    assert str(error).startswith(start + hint) and ("add it" in str(error)) == bool(hint)
