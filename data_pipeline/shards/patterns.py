@@ -3,7 +3,8 @@
 data/train                         the .tar files of a folder, without sub-folders (use data/**)
 s3://bucket/pairs-{000..127}.tar   braces: exactly these, also where listing is not possible
 's3://bucket/*/part-??.tar'        wildcards, local or in a store; ** matches across folders
-@shards.txt                        a file with one of these per line; # starts a comment
+@shards.txt                        a file with one of these per line; # starts a comment at the
+                                   beginning of a line or after a blank
 
 A local path that exists is never a pattern, also if its name has braces or wildcards. `.TAR` is a
 shard too. Other files are counted; compressed archives are also named in a warning.
@@ -106,14 +107,15 @@ def _read_list(url: str, depth: int, others: dict[str, str]) -> list[str]:
             f"whether they contain each other"
         )
     try:
-        text = storage.read_bytes(url).decode()
+        text = storage.read_bytes(url).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(
             f"@{storage.redact(url)} is not a list file: it is not UTF-8 text; write one address "
             f"per line"
         ) from error
-    lines = [line.partition(" #")[0].strip() for line in text.splitlines()]
-    lines = [line for line in lines if line and not line.startswith("#")]
+    # Not splitlines(): file names may have its rarer line breaks, such as U+2028.
+    found = (_listed_address(line, storage.is_local(url)) for line in re.split(r"[\r\n]+", text))
+    lines = [line for line in found if line]
     if not lines:
         raise DataError(f"@{storage.redact(url)} lists no shards; write one address per line")
     if not storage.is_local(url):
@@ -122,6 +124,17 @@ def _read_list(url: str, depth: int, others: dict[str, str]) -> list[str]:
             for line in lines
         ]
     return [shard for line in lines for shard in _expand(line, depth + 1, others)]
+
+
+def _listed_address(line: str, is_local: bool) -> str:
+    """The address in a line of a list; empty for a blank line or a comment.
+
+    In a local list, a line that is an existing path is taken literally.
+    """
+    for path in (line, line.strip()):
+        if is_local and path and not split_literal(path)[1]:
+            return path
+    return "" if line.lstrip().startswith("#") else line.partition(" #")[0].strip()
 
 
 def _is_complete(line: str) -> bool:

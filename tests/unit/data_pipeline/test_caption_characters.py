@@ -6,6 +6,7 @@ import json
 import re
 import sys
 import unicodedata
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,40 @@ def test_cleaning_is_idempotent_and_reports_what_it_removes(examples: int) -> No
             assert once == " ".join(composed.split())
 
     check_property(check, examples, st.lists(st.sampled_from(PARTS) | st.characters(), max_size=12))
+
+
+CARRIERS = [chr(code) for code in [*VISIBLE, *SPELLING, 0x13430, 0xE000, 0x378, 0x200C]]
+HIDDEN = ["\x00", "\x1b", "\ufeff", "\u00ad", "\u200b", "\u2066", "\u2063", "\ud800"]
+
+
+@num_examples
+def test_only_characters_of_the_reported_kinds_are_lost(examples: int) -> None:
+    """All others remain, in canonical form; compared without their order, which NFC may change."""
+
+    def characters(text: str) -> Counter[str]:
+        return Counter("".join(unicodedata.normalize("NFD", text).split()))
+
+    def check(parts: list[str]) -> None:
+        text = "".join(parts)
+        lost = characters(text) - characters(clean_caption(text))
+        assert not characters(clean_caption(text)) - characters(text)
+        kinds = {
+            kind
+            for char in lost
+            for kind, chars in REMOVED_KINDS.items()
+            if re.match(f"[{chars}]", char)
+        }
+        kinds |= {"tags outside of emoji" for char in lost if ord(char) in TAGS}
+        others = [char for char in lost if unicodedata.category(char)[0] not in "C"]
+        kinds |= {
+            "marks beyond 30 of a letter" for char in others if unicodedata.category(char)[0] == "M"
+        }
+        assert removed_kinds(text) == kinds
+        assert all(unicodedata.category(char)[0] in "CM" for char in lost)
+        assert not lost.keys() & {*CARRIERS}
+
+    values = st.sampled_from([*PARTS, *CARRIERS, *HIDDEN]) | st.characters()
+    check_property(check, examples, st.lists(values, max_size=12))
 
 
 def test_removed_kinds() -> None:

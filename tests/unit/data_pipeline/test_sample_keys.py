@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import hypothesis.strategies as st
 import pytest
 
 from data_pipeline.common.errors import ConfigError, DataError
@@ -17,6 +18,7 @@ from data_pipeline.sample_keys import (
 )
 from data_pipeline.samples import RawSample
 from data_pipeline.shards.indexing import index_shards
+from tests.support.properties import check_property, num_examples
 from tests.support.small_shards import make_png
 from tests.support.tar_archives import archive
 
@@ -56,6 +58,43 @@ def test_image_problem(extensions: tuple[str, ...], keys: tuple[str, ...], expec
 def test_invalid_image_keys(keys: tuple[str, ...]) -> None:
     with pytest.raises(ConfigError, match="image keys"):
         check_image_keys(keys)
+
+
+_ENDS = st.sampled_from(["jpg", "png", "webp", "txt", "caption", "json", "npy"])
+_EXTENSIONS = st.sampled_from(["", "", "", "2.", "v1.", "left.", "a.b."]).flatmap(
+    lambda prefix: _ENDS.map(lambda end: prefix + end)
+)
+_KEYS = st.just(IMAGE_KEYS) | st.lists(_EXTENSIONS, min_size=1, max_size=3).map(tuple)
+
+
+@num_examples
+def test_a_sample_has_one_image_or_one_reason(examples: int) -> None:
+    def check(extensions: list[str], keys: tuple[str, ...]) -> None:
+        candidates = [extension for extension in extensions if extension in keys]
+        ends = {"jpg": "image", "png": "image", "webp": "image", "txt": "text", "caption": "text"}
+        parts = {(name, ends.get(end)) for name, _, end in (e.rpartition(".") for e in extensions)}
+        pairs = {
+            name for name, kind in parts if {(name, "image"), (name, "text")} <= parts and kind
+        }
+        pairs -= {candidate.rpartition(".")[0] for candidate in candidates}
+
+        problem = image_problem(extensions, keys)
+        if len(candidates) > 1:
+            expected = "several-images"
+        elif len(pairs) > 1 - len(candidates):
+            expected = "several-samples"
+        else:
+            expected = "" if candidates else "no-image"
+        assert (problem[0] if problem else "") == expected
+        raw = RawSample("s.tar", "k", {extension: extension.encode() for extension in extensions})
+        if problem:
+            assert all(extension in problem[1] for extension in candidates)
+            with pytest.raises(DataError):
+                image_bytes(raw, keys)
+        else:
+            assert image_bytes(raw, keys).decode() == candidates[0]
+
+    check_property(check, examples, st.lists(_EXTENSIONS, max_size=6, unique=True), _KEYS)
 
 
 def test_index_and_check_count_samples_without_a_unique_image(
