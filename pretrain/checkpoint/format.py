@@ -3,14 +3,15 @@
     checkpoints/
       latest                         text: name of the folder to resume from
       step-00000100/
-        model-00000.safetensors      weights, one file per rank that saves some
-        optimizer-00000.safetensors  optimizer shard, one file per rank
-        rank-00000.json              random states of that rank
-        meta.json                    written last: step, layout, size and hash of each file, state
+        state-00000.safetensors      what rank 0 saves of weights, moments and routing biases
+        meta.json                    written last: parameters, what each file has of them, size and
+                                     hash of each file, state of the training loop
 
-Expert weights are named `NAME@first:last`, the half-open range of global expert indices in that
-file; `weights.load_model_weights` concatenates them. Tensors are safetensors and everything else is
-JSON, so reading a checkpoint never executes code from it.
+A checkpoint does not depend on the layout that wrote it. A rank saves ranges of the values of
+parameters, which are named after the parameter of the whole model; `NAME#start/weight` are the
+values of NAME from index `start` on, float32, and `NAME#start/exp_avg` their moments. All files
+together have every value once. Tensors are safetensors and everything else is JSON, so reading a
+checkpoint never executes code from it.
 """
 
 from __future__ import annotations
@@ -18,26 +19,33 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pretrain.checkpoint.files import FileRecord
 from pretrain.parallel.errors import CheckpointError
 
-VERSION = 3
+VERSION = 4
 LATEST = "latest"
 META = "meta.json"
 WRITING_PREFIX = ".writing-"
 REPLACED_PREFIX = ".replaced-"
-WEIGHTS_PREFIX = "model-"
 
 _STEP_NAME = re.compile(r"step-(\d{8,})")
-_FILE_NAME = re.compile(r"(model|optimizer)-\d{5,}\.safetensors|rank-\d{5,}\.json")
+_FILE_NAME = re.compile(r"state-\d{5,}\.safetensors")
 
 
 class CorruptCheckpointError(CheckpointError):
     """A checkpoint is missing, incomplete or modified; an older one may still be intact."""
+
+
+class SavedParameter(NamedTuple):
+    """A parameter or buffer of the whole model, with the experts of all ranks."""
+
+    shape: tuple[int, ...]
+    steps: int
+    """Adam's step count; 0 if no moments are saved."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +55,14 @@ class Meta:
     step: int
     """Number of completed optimizer steps."""
     layout: dict[str, Any]
-    """Layout of the run that wrote it: world size, expert parallelism, ZeRO stage, precision."""
+    """Layout of the run that wrote it, for information: world size, expert parallelism, ZeRO stage,
+    precision."""
     files: dict[str, FileRecord]
     """Every other file of the folder."""
+    parameters: dict[str, SavedParameter]
+    """All parameters and buffers of the model, in the order of `fragments`."""
+    fragments: dict[str, list[tuple[int, int, int]]]
+    """Of each file: index of a parameter, index of the first value, number of values."""
     state: dict[str, Any]
     """State of the training loop: loader position, schedule, tokenizer fingerprint."""
     version: int = VERSION
@@ -57,8 +70,15 @@ class Meta:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object, with a SHA-256 of its own contents."""
-        contents = asdict(self) | {
-            "files": {name: record._asdict() for name, record in self.files.items()}
+        contents: dict[str, Any] = {
+            "step": self.step,
+            "layout": self.layout,
+            "files": {name: record._asdict() for name, record in self.files.items()},
+            # A list, because the order counts and JSON objects are sorted for hashing.
+            "parameters": [[name, *parameter] for name, parameter in self.parameters.items()],
+            "fragments": self.fragments,
+            "state": self.state,
+            "version": self.version,
         }
         return contents | {"sha256": _hash_of_json(contents)}
 
@@ -92,7 +112,15 @@ class Meta:
             raise CorruptCheckpointError(
                 f"{path} lists {invalid[0]!r}, which is not the name of a checkpoint file"
             )
-        return cls(files=files, **contents)
+        parameters = {
+            name: SavedParameter(tuple(shape), steps)
+            for name, shape, steps in contents.pop("parameters")
+        }
+        fragments = {
+            file: [(index, start, count) for index, start, count in ranges]
+            for file, ranges in contents.pop("fragments").items()
+        }
+        return cls(files=files, parameters=parameters, fragments=fragments, **contents)
 
 
 def step_name(step: int) -> str:
@@ -106,16 +134,14 @@ def parse_step(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def model_file(rank: int) -> str:
-    return f"{WEIGHTS_PREFIX}{rank:05d}.safetensors"
+def state_file(rank: int) -> str:
+    """Name of the file that a rank writes."""
+    return f"state-{rank:05d}.safetensors"
 
 
-def optimizer_file(rank: int) -> str:
-    return f"optimizer-{rank:05d}.safetensors"
-
-
-def rank_file(rank: int) -> str:
-    return f"rank-{rank:05d}.json"
+def tensor_name(name: str, start: int, kind: str) -> str:
+    """Name in a file of the values of a parameter from `start` on."""
+    return f"{name}#{start}/{kind}"
 
 
 def _hash_of_json(value: Any) -> str:

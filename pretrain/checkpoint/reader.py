@@ -4,47 +4,25 @@ A run resumes from the checkpoint that `latest` names. If that one is missing or
 is logged and the newest intact checkpoint is used instead, so only some steps are repeated. If none
 is intact, an error is raised: a run never starts from scratch while there are checkpoints.
 
-All files are hashed before any value is loaded into the engine.
+All files are hashed before any value is loaded into the engine. A run can have another layout than
+the one that wrote the checkpoint: other numbers of ranks, experts per rank, another ZeRO stage,
+precision or engine.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pretrain.checkpoint.format import (
-    LATEST,
-    CorruptCheckpointError,
-    Meta,
-    optimizer_file,
-    parse_step,
-    rank_file,
-)
+from pretrain.checkpoint.format import LATEST, CorruptCheckpointError, parse_step
 from pretrain.checkpoint.retention import list_checkpoints, read_latest, remove_incomplete
+from pretrain.checkpoint.saved_state import SavedState
 from pretrain.checkpoint.verify import check_hashes, check_sizes, read_meta
-from pretrain.checkpoint.weights import TensorFiles, weight_files
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
-
-_HOW_TO_MATCH = {
-    "world_size": "start the run with a world size of {value}",
-    "expert_parallel_size": "set parallel.expert_parallel_size={value}",
-    "zero_stage": "set parallel.deepspeed to a profile with ZeRO stage {value}",
-    "precision": "set precision.compute={value}",
-    "num_experts": "set moe.num_experts={value}",
-}
-"""How to start a run with the same value as the checkpoint, for each field of a layout."""
-
-
-class LoadedState(NamedTuple):
-    """State of a loaded checkpoint other than the engine's tensors."""
-
-    state_json: dict[str, Any]
-    rank_state: dict[str, Any]
 
 
 class ResumedCheckpoint(NamedTuple):
@@ -52,7 +30,8 @@ class ResumedCheckpoint(NamedTuple):
 
     path: Path
     state_json: dict[str, Any]
-    rank_state: dict[str, Any]
+    layout: dict[str, Any]
+    """The layout that wrote it."""
 
 
 def find_latest(root: Path) -> Path | None:
@@ -75,22 +54,22 @@ def find_latest(root: Path) -> Path | None:
     return None
 
 
-def load(engine: Engine, path: Path) -> LoadedState:
+def load(engine: Engine, path: Path) -> ResumedCheckpoint:
     """Load one checkpoint into the engine. Collective.
 
     Raises:
         CorruptCheckpointError: A file is missing or modified; raised on every rank, before the
             engine is changed.
-        CheckpointError: It was written with another layout.
+        CheckpointError: It is one of another model; also before the engine is changed.
     """
-    rank, problem, meta = engine.communicator.rank, None, None
+    rank, world_size = engine.communicator.rank, engine.communicator.world_size
+    problem, state = None, None
     try:
         meta = read_meta(path)
-        _check_layout(path, meta, engine.layout.to_json())
         check_sizes(path, meta)
-        # Each file is hashed by the rank in its name; equal layouts imply that the rank exists.
-        suffix = f"-{rank:05d}."
-        check_hashes(path, meta, [name for name in meta.files if suffix in name])
+        state = SavedState(path, meta)
+        state.check_shapes(engine.shapes())
+        check_hashes(path, meta, sorted(meta.files)[rank::world_size])
     except (CheckpointError, OSError) as error:
         problem = {"message": str(error), "corrupt": type(error) is not CheckpointError}
     problems = [p for p in engine.communicator.all_gather_json(problem) if p is not None]
@@ -98,11 +77,9 @@ def load(engine: Engine, path: Path) -> LoadedState:
         error_class = CorruptCheckpointError if problems[0]["corrupt"] else CheckpointError
         raise error_class(problems[0]["message"])
 
-    assert meta is not None
-    engine.load_model_tensors(TensorFiles(weight_files(path, meta)))
-    shard = optimizer_file(rank)
-    engine.load_optimizer_tensors(dict(TensorFiles([path / shard])) if shard in meta.files else {})
-    return LoadedState(meta.state, json.loads((path / rank_file(rank)).read_bytes()))
+    assert state is not None
+    engine.load_state(state)
+    return ResumedCheckpoint(path, meta.state, meta.layout)
 
 
 def load_latest(engine: Engine, root: Path) -> ResumedCheckpoint | None:
@@ -112,7 +89,7 @@ def load_latest(engine: Engine, root: Path) -> ResumedCheckpoint | None:
         The loaded checkpoint, or None if there are no checkpoints yet.
 
     Raises:
-        CheckpointError: There are checkpoints, but none is intact, or their layout differs.
+        CheckpointError: There are checkpoints, but none is intact, or they are of another model.
     """
     names: list[str] = []
     if engine.communicator.rank == 0:
@@ -121,33 +98,12 @@ def load_latest(engine: Engine, root: Path) -> ResumedCheckpoint | None:
     names = engine.communicator.all_gather_json(names)[0]
     for name in names:
         try:
-            return ResumedCheckpoint(root / name, *load(engine, root / name))
+            return load(engine, root / name)
         except CorruptCheckpointError as error:
             _log_corrupt(root / name, error)
     if names:
         _raise_if_checkpoints_exist(root)
     return None
-
-
-def _check_layout(path: Path, meta: Meta, layout: dict[str, Any]) -> None:
-    names = sorted({*meta.layout, *layout})
-    differing = [name for name in names if meta.layout.get(name) != layout.get(name)]
-    if not differing:
-        return
-    differences = ", ".join(
-        f"{name} {meta.layout.get(name)} (now {layout.get(name)})" for name in differing
-    )
-    how_to_match = " and ".join(_how_to_match(name, meta.layout.get(name)) for name in differing)
-    raise CheckpointError(
-        f"checkpoint {path} was written with another layout: {differences}. To resume from it, "
-        f"{how_to_match}; to start from scratch, use another run folder"
-    )
-
-
-def _how_to_match(name: str, value: Any) -> str:
-    if name == "zero_stage" and value == -1:
-        return "set parallel.engine=plain"
-    return _HOW_TO_MATCH.get(name, f"use {name} {{value}}").format(value=value)
 
 
 def _candidates(root: Path) -> list[Path]:

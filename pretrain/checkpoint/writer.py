@@ -1,6 +1,6 @@
 """Atomic saving: if a save is interrupted or fails, the previous checkpoint stays valid.
 
-    every rank   writes its files into .writing-step-N and fsyncs them
+    every rank   writes its file into .writing-step-N and fsyncs it
     all ranks    exchange sizes, hashes and errors
     rank 0       writes meta.json, renames the folder to step-N, then updates `latest`
     all ranks    exchange the result
@@ -17,9 +17,11 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from data_pipeline.common.tables import counted
 from pretrain.checkpoint.files import (
@@ -35,16 +37,17 @@ from pretrain.checkpoint.format import (
     REPLACED_PREFIX,
     WRITING_PREFIX,
     Meta,
-    model_file,
-    optimizer_file,
-    rank_file,
+    SavedParameter,
+    state_file,
     step_name,
+    tensor_name,
 )
 from pretrain.checkpoint.reader import find_latest
 from pretrain.checkpoint.retention import remove_incomplete, remove_old_checkpoints
 from pretrain.parallel.communicator import Communicator
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.errors import CheckpointError
+from pretrain.parallel.state_fragments import Fragment
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +58,6 @@ def save(
     root: Path,
     step: int,
     state_json: dict[str, Any],
-    rank_state: dict[str, Any],
     keep: int = 2,
 ) -> Path:
     """Save one checkpoint. Collective.
@@ -65,7 +67,6 @@ def save(
         root: The `checkpoints` folder of the run, on a file system that all ranks share.
         step: Number of completed optimizer steps.
         state_json: State of the training loop; the one of rank 0 is saved.
-        rank_state: State of this rank, such as random states.
         keep: Number of newest checkpoints to keep.
 
     Returns:
@@ -82,44 +83,70 @@ def save(
         attempt.run(writing, lambda: _create_folder(writing))
     attempt.synchronize(writing)
 
-    files = _write_rank_files(engine, attempt, writing, rank_state)
-    gathered = attempt.synchronize(writing, result=files)
+    shapes = engine.shapes()
+    path = writing / state_file(engine.communicator.rank)
+    written = attempt.run(path, lambda: _write_fragments(path, engine.state_fragments(), shapes))
+    gathered = attempt.synchronize(writing, result=written)
 
-    records: dict[str, FileRecord] = {}
+    size = 0
     if engine.communicator.rank == 0:
-        for rank_files in gathered:
-            records |= {name: FileRecord(**record) for name, record in rank_files.items()}
-        meta = Meta(step=step, layout=engine.layout.to_json(), files=records, state=state_json)
+        meta = _make_meta(step, engine.layout.to_json(), shapes, gathered, state_json)
         attempt.run(final, lambda: _publish(writing, final, meta))
+        size = sum(record.bytes for record in meta.files.values())
     attempt.synchronize(writing)
 
     if engine.communicator.rank == 0:
         remove_old_checkpoints(root, keep)
-        gib = sum(record.bytes for record in records.values()) / 2**30
-        logger.info("saved %s: %.2f GiB in %.1f s", final, gib, time.monotonic() - started)
+        gib, seconds = size / 2**30, time.monotonic() - started
+        logger.info("saved %s: %.2f GiB in %.1f s", final, gib, seconds)
     return final
 
 
-def _write_rank_files(
-    engine: Engine, attempt: _SaveAttempt, writing: Path, rank_state: dict[str, Any]
-) -> dict[str, dict[str, Any]]:
-    """Write this rank's files; returns the JSON of their `FileRecord`s by name."""
-    files: dict[str, dict[str, Any]] = {}
+def _write_fragments(
+    path: Path, fragments: Iterable[Fragment], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Any]:
+    """Write what one rank saves; returns JSON values for `_make_meta`."""
+    index_of = {name: index for index, name in enumerate(shapes)}
+    tensors: dict[str, Tensor] = {}
+    ranges: list[tuple[int, int, int]] = []
+    steps: dict[int, list[int]] = {}
+    for fragment in fragments:
+        index, count = index_of[fragment.name], len(next(iter(fragment.values.values())))
+        ranges.append((index, fragment.start, count))
+        steps.setdefault(fragment.steps, []).append(index)
+        for kind, values in fragment.values.items():
+            tensors[tensor_name(fragment.name, fragment.start, kind)] = values
+    record = write_tensors(path, tensors)
+    return {
+        "name": path.name,
+        "record": record._asdict(),
+        "ranges": ranges,
+        "steps": [*steps.items()],
+    }
 
-    def write(name: str, write_to: Callable[[Path], FileRecord]) -> None:
-        record = attempt.run(writing / name, lambda: write_to(writing / name))
-        if record is not None:
-            files[name] = record._asdict()
 
-    # Both calls are collective, so they are made even if writing has already failed.
-    model = engine.model_tensors()
-    if model:
-        write(model_file(engine.communicator.rank), lambda path: write_tensors(path, model))
-    optimizer = engine.optimizer_tensors()
-    if optimizer:
-        write(optimizer_file(engine.communicator.rank), lambda path: write_tensors(path, optimizer))
-    write(rank_file(engine.communicator.rank), lambda path: write_json(path, rank_state))
-    return files
+def _make_meta(
+    step: int,
+    layout: dict[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    written: Sequence[dict[str, Any]],
+    state: dict[str, Any],
+) -> Meta:
+    """The meta.json of the files that all ranks have written."""
+    names = list(shapes)
+    steps = dict.fromkeys(names, 0)
+    for rank in written:
+        for count, indices in rank["steps"]:
+            for index in indices:
+                steps[names[index]] = max(steps[names[index]], count)
+    return Meta(
+        step=step,
+        layout=layout,
+        files={rank["name"]: FileRecord(**rank["record"]) for rank in written},
+        parameters={name: SavedParameter(shape, steps[name]) for name, shape in shapes.items()},
+        fragments={rank["name"]: rank["ranges"] for rank in written},
+        state=state,
+    )
 
 
 class _SaveAttempt:

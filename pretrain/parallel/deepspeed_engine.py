@@ -9,7 +9,7 @@ Three things are not left to DeepSpeed 0.19.8:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import deepspeed
@@ -24,16 +24,19 @@ from pretrain.model.vision_language import ModelOutput, VisionLanguageModel
 from pretrain.optim.groups import build_adamw, is_expert, parameter_groups
 from pretrain.parallel.communicator import Communicator, TorchCommunicator
 from pretrain.parallel.deepspeed_moe import expert_group_name
-from pretrain.parallel.deepspeed_state import (
-    full_parameter,
-    load_optimizer_shard,
-    load_partitioned_weights,
-    optimizer_shard,
-)
+from pretrain.parallel.deepspeed_state import load_partitions, partition_fragments
 from pretrain.parallel.engine import GradientObserver
 from pretrain.parallel.inputs import model_inputs
 from pretrain.parallel.layout import Layout
-from pretrain.parallel.load_weights import checked_tensor, load_buffers
+from pretrain.parallel.state_fragments import (
+    Fragment,
+    StateReader,
+    buffer_fragments,
+    global_shapes,
+    load_buffers,
+    load_replicated,
+    replicated_fragments,
+)
 from pretrain.parallel.tensor_names import tensor_name
 
 
@@ -109,32 +112,21 @@ class DeepSpeedEngine:
             weights[self._name(name)] = full.detach().to("cpu", copy=True)
         return weights
 
-    def model_tensors(self) -> dict[str, Tensor]:
-        tensors, rank = {}, self.communicator.rank
-        for name, parameter in self.model.named_parameters():
-            full = full_parameter(parameter)  # collective at stage 3, so every rank calls it
-            writes = self.layout.writes_experts(rank) if is_expert(name) else rank == 0
-            if writes:
-                tensors[self._name(name)] = full
-        if rank == 0:
-            tensors |= {name: buffer.detach() for name, buffer in self.model.named_buffers()}
-        return tensors
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return global_shapes(self.model, self.layout)
 
-    def load_model_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        load_buffers(self.model, tensors)
-        if self.layout.zero_stage == 3:
-            return  # weights are restored from the masters, see `load_optimizer_tensors`
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                parameter.copy_(checked_tensor(tensors, self._name(name), parameter))
+    def state_fragments(self) -> Iterator[Fragment]:
+        save = partition_fragments if self.layout.zero_stage else replicated_fragments
+        yield from save(*self._state())
+        if self.communicator.rank == 0:
+            yield from buffer_fragments(self.model)
 
-    def optimizer_tensors(self) -> dict[str, Tensor]:
-        return optimizer_shard(self._engine.optimizer, self.layout.zero_stage)
-
-    def load_optimizer_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        load_optimizer_shard(self._engine.optimizer, self.layout.zero_stage, tensors)
-        if self.layout.zero_stage == 3:
-            load_partitioned_weights(self._engine.optimizer)
+    def load_state(self, reader: StateReader) -> None:
+        if self.layout.zero_stage:
+            load_partitions(*self._state(), reader)
+        else:
+            load_replicated(*self._state(), reader)
+        load_buffers(self.model, reader)
 
     def _clip_by_global_norm(self) -> float:
         """Clip the gradients by their norm over all ranks; return the norm before clipping.
@@ -161,6 +153,10 @@ class DeepSpeedEngine:
 
     def close(self) -> None:
         self._engine.destroy()
+
+    def _state(self) -> tuple[VisionLanguageModel, Any, Layout, int]:
+        """What the functions for state of a rank need."""
+        return self.model, self._engine.optimizer, self.layout, self.communicator.rank
 
     def _name(self, parameter_name: str) -> str:
         return tensor_name(parameter_name, self.layout, self.communicator.rank)

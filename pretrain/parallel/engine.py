@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from torch import Tensor
@@ -14,6 +14,7 @@ from data_pipeline.samples import Batch
 from pretrain.model.vision_language import ModelOutput, VisionLanguageModel
 from pretrain.parallel.communicator import Communicator
 from pretrain.parallel.layout import Layout
+from pretrain.parallel.state_fragments import Fragment, StateReader
 
 GradientObserver = Callable[[dict[str, Tensor]], None]
 """Receives the gradients of a step by name, see `Engine.gradients`."""
@@ -63,28 +64,27 @@ class Engine(Protocol):
         """The weights that the optimizer updates, float32 on CPU, by name. Collective.
 
         With ZeRO and bfloat16, the weights of the module are rounded copies of these. Unlike
-        `model_tensors`, every rank returns all weights that it holds, so that diverged replicas can
-        be detected.
+        `state_fragments`, every rank returns all weights that it holds, so that diverged replicas
+        can be detected.
         """
         ...
 
-    def model_tensors(self) -> dict[str, Tensor]:
-        """The model tensors that this rank saves, by name. Collective.
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all parameters and buffers of the whole model, with the experts of all
+        ranks."""
+        ...
 
-        Rank 0 saves the dense weights and the expert biases.
+    def state_fragments(self) -> Iterator[Fragment]:
+        """What this rank saves of weights, moments and buffers: over all ranks, every value
+        once."""
+        ...
+
+    def load_state(self, reader: StateReader) -> None:
+        """Load weights, moments and buffers that any layout has saved. Collective.
+
+        Raises:
+            CheckpointError: A value is missing.
         """
-        ...
-
-    def optimizer_tensors(self) -> dict[str, Tensor]:
-        """This rank's optimizer shard: master weights and moments, under stable names."""
-        ...
-
-    def load_model_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Load the weights that this rank needs, named as in `model_tensors`. Collective."""
-        ...
-
-    def load_optimizer_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Load this rank's optimizer shard, saved with the same layout."""
         ...
 
     def close(self) -> None:

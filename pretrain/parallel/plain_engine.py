@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +15,15 @@ from pretrain.parallel.communicator import Communicator, LocalCommunicator
 from pretrain.parallel.engine import GradientObserver
 from pretrain.parallel.inputs import model_inputs
 from pretrain.parallel.layout import Layout
-from pretrain.parallel.load_weights import checked_tensor, load_buffers
+from pretrain.parallel.state_fragments import (
+    Fragment,
+    StateReader,
+    buffer_fragments,
+    global_shapes,
+    load_buffers,
+    load_replicated,
+    replicated_fragments,
+)
 from pretrain.parallel.tensor_names import tensor_name
 
 
@@ -69,32 +77,16 @@ class PlainEngine:
             for name, parameter in self.model.named_parameters()
         }
 
-    def model_tensors(self) -> dict[str, Tensor]:
-        weights = {self._name(n): p.detach() for n, p in self.model.named_parameters()}
-        return weights | {name: buffer.detach() for name, buffer in self.model.named_buffers()}
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return global_shapes(self.model, self.layout)
 
-    def load_model_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                parameter.copy_(checked_tensor(tensors, self._name(name), parameter))
-            load_buffers(self.model, tensors)
+    def state_fragments(self) -> Iterator[Fragment]:
+        yield from replicated_fragments(self.model, self._optimizer, self.layout, 0)
+        yield from buffer_fragments(self.model)
 
-    def optimizer_tensors(self) -> dict[str, Tensor]:
-        return {
-            f"{name}/{key}": value
-            for name, parameter in self.model.named_parameters()
-            for key, value in self._optimizer.state.get(parameter, {}).items()
-        }
-
-    def load_optimizer_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        for name, parameter in self.model.named_parameters():
-            state = {
-                key: tensors[f"{name}/{key}"].to(parameter.device).clone()
-                for key in ("step", "exp_avg", "exp_avg_sq")
-                if f"{name}/{key}" in tensors
-            }
-            if state:
-                self._optimizer.state[parameter] = state
+    def load_state(self, reader: StateReader) -> None:
+        load_replicated(self.model, self._optimizer, self.layout, 0, reader)
+        load_buffers(self.model, reader)
 
     def close(self) -> None:
         return None

@@ -20,7 +20,6 @@ from pretrain.train.caption_samples import CaptionSampleLogger
 from pretrain.train.components import TrainComponents
 from pretrain.train.corrupt_samples import CorruptSampleGuard, empty_batch_error
 from pretrain.train.metrics import RankReport, SourceSize, Window
-from pretrain.train.random_state import get_random_state, set_random_state
 from pretrain.train.reporter import Reporter
 from pretrain.train.signals import StopFlag
 from pretrain.train.skipped_samples import SkippedSampleMonitor
@@ -216,7 +215,6 @@ def _resume(components: TrainComponents) -> TrainState:
             f"data.tokenizer to the tokenizer of this run, or use another run folder"
         )
     state = TrainState.from_json(resumed.state_json["train"])
-    set_random_state(resumed.rank_state["random"])
     pairs = counted(state.samples_seen, "pair")
     logger.info("resumed from %s: step %d, %s seen", resumed.path, state.step, pairs)
     return state
@@ -230,6 +228,5 @@ def _save(components: TrainComponents, state: TrainState, ledger: Ledger | None)
         root=components.checkpoints,
         step=state.step,
         state_json={"train": state.to_json(), "tokenizer": components.tokenizer.fingerprint},
-        rank_state={"random": get_random_state()},
         keep=components.run.checkpoint.keep,
     )

@@ -104,16 +104,16 @@ def train(run: RunConfig, out: Path, stop_after: int) -> tuple[TrainState, dict[
     components = build(run, out)
     state = loop.train(components)
     engine = components.engine
-    tensors = engine.model_tensors() | engine.optimizer_tensors()
+    tensors = {
+        f"{fragment.name}#{fragment.start}/{kind}/{fragment.steps}": values.clone()
+        for fragment in engine.state_fragments()
+        for kind, values in fragment.values.items()
+    }
 
     if not stop_after:
         biases = [buffer for _, buffer in engine.model.named_buffers()]
         assert biases and all(bool(bias.any()) for bias in biases), "a router bias is still zero"
-    if engine.layout.zero_stage == 3:
-        # The master weights include the padding of the partitions, which DeepSpeed does not
-        # initialize. The full weights are still compared.
-        tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("/master")}
-    return state, {name: tensor.clone() for name, tensor in tensors.items()}
+    return state, tensors
 
 
 def comparable_rows(out: Path) -> list[dict[str, Any]]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+
+from pretrain.parallel.state_fragments import MOMENTS, WEIGHT, Fragment, StateReader
 
 R = TypeVar("R")
 
@@ -64,7 +65,7 @@ class FakeCommunicator:
 
 
 class FakeEngine:
-    """Dense weights on rank 0, two experts and an optimizer shard on each rank."""
+    """Dense weights on rank 0, and two experts with moments on each rank."""
 
     def __init__(self, world: FakeWorld, rank: int, *, value: float = 0.0, **layout: Any) -> None:
         self.communicator = FakeCommunicator(world, rank)
@@ -73,30 +74,29 @@ class FakeEngine:
         self._rank = rank
         self.dense = torch.arange(6.0).reshape(2, 3) + value
         self.experts = torch.full((2, 3), 10.0 * rank + value)
-        self.moments = {
-            "moment": torch.full((5,), rank + value, dtype=torch.float64),
-            "half": torch.tensor([1.5, -2.0], dtype=torch.bfloat16),
-            "steps": torch.tensor(7, dtype=torch.int64),
-            "empty": torch.zeros(0, 4),
-        }
-        self.loaded_names: list[str] = []
+        self.moments = {kind: torch.full((6,), rank + value) for kind in MOMENTS}
+        self.error: Exception | None = None
+        """Raised when this rank's state is saved."""
+        self.is_loaded = False
 
-    def model_tensors(self) -> Mapping[str, Tensor]:
-        first = 2 * self._rank
-        tensors = {f"block.experts.w1@{first}:{first + 2}": self.experts}
-        return tensors | ({"dense": self.dense} if self._rank == 0 else {})
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"dense": (2, 3), "block.experts.w1": (self.layout.num_experts, 3)}
 
-    def optimizer_tensors(self) -> Mapping[str, Tensor]:
-        return self.moments
+    def state_fragments(self) -> Iterator[Fragment]:
+        if self.error:
+            raise self.error
+        if self._rank == 0:
+            yield Fragment("dense", 0, {WEIGHT: self.dense.view(-1)})
+        values = {WEIGHT: self.experts.view(-1)} | self.moments
+        yield Fragment("block.experts.w1", 6 * self._rank, values, steps=7)
 
-    def load_model_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        first = 2 * self._rank
-        self.loaded_names = sorted(tensors)
-        self.dense = tensors["dense"]
-        self.experts = tensors[f"block.experts.w1@{first}:{first + 2}"]
-
-    def load_optimizer_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        self.moments = dict(tensors)
+    def load_state(self, reader: StateReader) -> None:
+        name, first = "block.experts.w1", 6 * self._rank
+        self.dense = reader.read("dense", WEIGHT, 0, 6).view(2, 3)
+        self.experts = reader.read(name, WEIGHT, first, 6).view(2, 3)
+        self.moments = {kind: reader.read(name, kind, first, 6) for kind in MOMENTS}
+        assert (reader.steps("dense"), reader.steps(name)) == (0, 7)
+        self.is_loaded = True
 
 
 def one_rank(*, value: float = 0.0, **layout: Any) -> FakeEngine:

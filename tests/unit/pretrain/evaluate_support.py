@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from data_pipeline.common.config import apply_overrides, dump_yaml, from_mapping
 from data_pipeline.content.tokenizer import Tokenizer
@@ -16,6 +15,7 @@ from pretrain.config.schema import RunConfig
 from pretrain.model import VisionLanguageModel, build_model
 from pretrain.parallel.communicator import LocalCommunicator
 from pretrain.parallel.layout import Layout
+from pretrain.parallel.state_fragments import VALUE, WEIGHT, Fragment, StateReader
 from tests.support.shape_dataset import ShapeDataset
 
 SMALL = [
@@ -38,7 +38,7 @@ SMALL = [
 
 @dataclass
 class ExpertParallelWriter:
-    """An engine that saves the tensors of two expert-parallel ranks from one process."""
+    """An engine that saves experts in two parts, as two expert-parallel ranks would."""
 
     model: VisionLanguageModel
 
@@ -52,23 +52,21 @@ class ExpertParallelWriter:
             world_size=2, expert_parallel_size=2, zero_stage=1, precision="fp32", num_experts=4
         )
 
-    def model_tensors(self) -> dict[str, Tensor]:
-        tensors: dict[str, Tensor] = {}
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
+
+    def state_fragments(self) -> Iterator[Fragment]:
+        buffers = {name for name, _ in self.model.named_buffers()}
         for name, tensor in self.model.state_dict().items():
+            values, kind = tensor.reshape(-1), VALUE if name in buffers else WEIGHT
             if ".experts." not in name:
-                tensors[name] = tensor
+                yield Fragment(name, 0, {kind: values})
                 continue
-            for first in (0, 2):
-                tensors[f"{name}@{first}:{first + 2}"] = tensor[first : first + 2]
-        return tensors
+            half = len(values) // 2
+            yield Fragment(name, half, {kind: values[half:]})
+            yield Fragment(name, 0, {kind: values[:half]})
 
-    def optimizer_tensors(self) -> dict[str, Tensor]:
-        return {}
-
-    def load_model_tensors(self, tensors: Any) -> None:
-        raise NotImplementedError
-
-    def load_optimizer_tensors(self, tensors: Any) -> None:
+    def load_state(self, reader: StateReader) -> None:
         raise NotImplementedError
 
 
@@ -98,5 +96,4 @@ class RunFolder:
             root=path / "checkpoints",
             step=12,
             state_json={"tokenizer": self.tokenizer.fingerprint},
-            rank_state={},
         )

@@ -70,7 +70,7 @@ def io_error(name: str) -> None:
 
 def save_step(root: Path, step: int, value: float) -> Path:
     engine = one_rank(value=value)
-    return save(engine, root=root, step=step, state_json={"value": value}, rank_state={}, keep=2)
+    return save(engine, root=root, step=step, state_json={"value": value}, keep=2)
 
 
 def saved_twice(root: Path) -> Path:
@@ -151,7 +151,7 @@ def test_error_of_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     real = os.write
 
     def write(descriptor: int, data: bytes) -> int:
-        if "optimizer" in os.readlink(f"/proc/self/fd/{descriptor}"):
+        if "state-" in os.readlink(f"/proc/self/fd/{descriptor}"):
             disk_full("write")
         return real(descriptor, data)
 
@@ -162,7 +162,7 @@ def test_error_of_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     for part in (
         "step 20",
         "rank 0",
-        "optimizer-00000.safetensors",
+        "state-00000.safetensors",
         "No space left on device",
         "MiB free",
         "lower checkpoint.keep",
@@ -178,12 +178,12 @@ def test_error_on_one_rank_is_raised_on_every_rank(
     world = FakeWorld(2)
 
     def save_on(rank: int) -> Path:
-        return save(FakeEngine(world, rank), root=tmp_path, step=5, state_json={}, rank_state={})
+        return save(FakeEngine(world, rank), root=tmp_path, step=5, state_json={})
 
     real = os.write
 
     def write(descriptor: int, data: bytes) -> int:
-        if f"optimizer-{failing_rank:05d}" in os.readlink(f"/proc/self/fd/{descriptor}"):
+        if f"state-{failing_rank:05d}" in os.readlink(f"/proc/self/fd/{descriptor}"):
             disk_full("write")
         return real(descriptor, data)
 
@@ -200,18 +200,11 @@ def test_error_on_one_rank_is_raised_on_every_rank(
 
 def test_unexpected_error_on_one_rank_does_not_hang_the_other(tmp_path: Path) -> None:
     world = FakeWorld(2)
-    states: list[Any] = [{}, {"not json": object()}]
-    errors = world.run(
-        lambda rank: save(
-            FakeEngine(world, rank),
-            root=tmp_path,
-            step=5,
-            state_json={},
-            rank_state=states[rank],
-        )
-    )
+    engines = [FakeEngine(world, rank) for rank in range(2)]
+    engines[1].error = RuntimeError("not expected")
+    errors = world.run(lambda rank: save(engines[rank], root=tmp_path, step=5, state_json={}))
     assert [type(error) for error in errors] == [CheckpointError] * 2
-    assert "not JSON serializable" in str(errors[0])
+    assert "rank 1 could not write" in str(errors[0]) and "not expected" in str(errors[0])
 
 
 @pytest.fixture
