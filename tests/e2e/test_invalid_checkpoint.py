@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
     [
         (
             "model.width=64",
-            ("[32", "in the checkpoint, and [64", "model, moe and balance", "config.yaml"),
+            ("[16] in the checkpoint, and [32]", "model, moe and balance", "config.yaml"),
         ),
         ("model.num_layers=3", ("'blocks.2.", "none in the checkpoint", "config.yaml")),
         ("moe.num_experts=8", ("[4, ", "in the checkpoint, and [8, ", "config.yaml")),
