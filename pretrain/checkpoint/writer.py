@@ -1,6 +1,7 @@
 """Atomic saving: if a save is interrupted or fails, the previous checkpoint stays valid.
 
-    every rank   writes its file into .writing-step-N and fsyncs it
+    all ranks    copy their state, and train on
+    every rank   writes its copy into .writing-step-N and fsyncs it
     all ranks    exchange sizes, hashes and errors
     rank 0       writes meta.json, renames the folder to step-N, then updates `latest`
     all ranks    exchange the result
@@ -11,30 +12,19 @@ until `latest` is replaced. If anything fails on any rank, every rank raises the
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import logging
-import os
-import shutil
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from data_pipeline.common.tables import counted
-from pretrain.checkpoint.files import (
-    FileRecord,
-    fsync_folder,
-    write_file,
-    write_json,
-    write_tensors,
-)
+from pretrain.checkpoint.files import FileRecord, write_tensors
 from pretrain.checkpoint.format import (
-    LATEST,
-    META,
-    REPLACED_PREFIX,
     WRITING_PREFIX,
     Meta,
     SavedParameter,
@@ -42,64 +32,215 @@ from pretrain.checkpoint.format import (
     step_name,
     tensor_name,
 )
-from pretrain.checkpoint.reader import find_latest
-from pretrain.checkpoint.retention import remove_incomplete, remove_old_checkpoints
-from pretrain.parallel.communicator import Communicator
+from pretrain.checkpoint.publish import create_folder, publish
+from pretrain.checkpoint.retention import remove_old_checkpoints
+from pretrain.checkpoint.save_attempt import SaveAttempt
 from pretrain.parallel.engine import Engine
-from pretrain.parallel.errors import CheckpointError
 from pretrain.parallel.state_fragments import Fragment
 
 logger = logging.getLogger(__name__)
 
 
 def save(
-    engine: Engine,
-    *,
-    root: Path,
-    step: int,
-    state_json: dict[str, Any],
-    keep: int = 2,
+    engine: Engine, *, root: Path, step: int, state_json: dict[str, Any], keep: int = 2
 ) -> Path:
-    """Save one checkpoint. Collective.
+    """Save one checkpoint and wait until it is complete; see `CheckpointWriter`. Collective."""
+    writer = CheckpointWriter(engine, root, keep=keep)
+    writer.start(step, state_json, in_background=False)
+    return writer.finish()
 
-    Args:
-        engine: Provides this rank's tensors and the collectives.
-        root: The `checkpoints` folder of the run, on a file system that all ranks share.
-        step: Number of completed optimizer steps.
-        state_json: State of the training loop; the one of rank 0 is saved.
-        keep: Number of newest checkpoints to keep.
 
-    Returns:
-        The folder of the new checkpoint.
+class CheckpointWriter:
+    """Saves checkpoints while training continues.
 
-    Raises:
-        CheckpointError: Writing failed on some rank; raised on every rank. All files of this
-            checkpoint are removed, and `latest` is unchanged.
+    `start` copies the state of this rank to CPU memory; a thread writes the copy. When all ranks
+    have written, rank 0 publishes the checkpoint, in a thread too. `advance` and `finish` continue
+    on all ranks together; between them, `is_ready` says whether this rank's thread is done.
     """
-    started = time.monotonic()
-    writing, final = root / (WRITING_PREFIX + step_name(step)), root / step_name(step)
-    attempt = _SaveAttempt(engine.communicator, root=root, step=step)
-    if engine.communicator.rank == 0:
-        attempt.run(writing, lambda: _create_folder(writing))
-    attempt.synchronize(writing)
 
-    shapes = engine.shapes()
-    path = writing / state_file(engine.communicator.rank)
-    written = attempt.run(path, lambda: _write_fragments(path, engine.state_fragments(), shapes))
-    gathered = attempt.synchronize(writing, result=written)
+    def __init__(self, engine: Engine, root: Path, *, keep: int = 2) -> None:
+        """Prepare; no file is written.
 
-    size = 0
-    if engine.communicator.rank == 0:
-        meta = _make_meta(step, engine.layout.to_json(), shapes, gathered, state_json)
-        attempt.run(final, lambda: _publish(writing, final, meta))
-        size = sum(record.bytes for record in meta.files.values())
-    attempt.synchronize(writing)
+        Args:
+            engine: Provides this rank's state and the collectives.
+            root: The `checkpoints` folder of the run, on a file system that all ranks share.
+            keep: Number of newest checkpoints to keep.
+        """
+        self._engine, self._root, self._keep = engine, root, keep
+        self._buffers: dict[str, Tensor] = {}
+        """Copies of this rank's tensors, reused by the next checkpoint."""
+        self._save: _Save | None = None
 
-    if engine.communicator.rank == 0:
-        remove_old_checkpoints(root, keep)
-        gib, seconds = size / 2**30, time.monotonic() - started
-        logger.info("saved %s: %.2f GiB in %.1f s", final, gib, seconds)
-    return final
+    @property
+    def is_pending(self) -> bool:
+        """Whether a checkpoint is being saved; the same on every rank."""
+        return self._save is not None
+
+    def is_ready(self) -> bool:
+        """Whether this rank can `advance`: nothing is pending, or its thread is done."""
+        return self._save is None or self._save.task.is_done()
+
+    def start(self, step: int, state_json: dict[str, Any], *, in_background: bool = True) -> None:
+        """Start to save a checkpoint, after the previous one is complete. Collective.
+
+        Args:
+            step: Number of completed optimizer steps.
+            state_json: State of the training loop; the one of rank 0 is saved.
+            in_background: Write while training continues; otherwise nothing is copied, and this
+                rank's part is written when the call returns.
+
+        Raises:
+            CheckpointError: The folder cannot be created, or the previous checkpoint was not saved;
+                raised on every rank.
+        """
+        self.finish()
+        save = _Save(self._engine, self._root, step, state_json, self._keep)
+        save.create_folder()
+        buffers = self._buffers if in_background else None
+        save.write(
+            lambda: _copied(self._engine.state_fragments(), buffers), in_background=in_background
+        )
+        self._save = save
+
+    def advance(self) -> None:
+        """Continue with the pending checkpoint once every rank is ready. Collective.
+
+        Raises:
+            CheckpointError: Writing failed on some rank; raised on every rank. All files of this
+                checkpoint are removed, and `latest` is unchanged.
+        """
+        assert self._save is not None
+        try:
+            if self._save.advance():
+                self._save = None
+        except BaseException:
+            self._save = None
+            raise
+
+    def finish(self) -> Path:
+        """Wait until the pending checkpoint is complete; returns its folder. Collective.
+
+        Raises:
+            CheckpointError: As for `advance`.
+        """
+        final = self._save.final if self._save else self._root
+        while self._save is not None:
+            self._save.task.wait()
+            self.advance()
+        return final
+
+
+class _Save:
+    """One checkpoint that is being saved."""
+
+    def __init__(
+        self, engine: Engine, root: Path, step: int, state_json: dict[str, Any], keep: int
+    ) -> None:
+        self.final = root / step_name(step)
+        self.task = _Task()
+        self._writing = root / (WRITING_PREFIX + step_name(step))
+        self._communicator, self._layout = engine.communicator, engine.layout.to_json()
+        self._shapes = engine.shapes()
+        self._step, self._state_json, self._keep = step, state_json, keep
+        self._attempt = SaveAttempt(engine.communicator, root=root, step=step)
+        self._started, self._bytes, self._is_written = time.monotonic(), 0, False
+
+    def create_folder(self) -> None:
+        """Create the folder of unfinished files. Collective."""
+        if self._communicator.rank == 0:
+            self._attempt.run(self._writing, lambda: create_folder(self._writing))
+        self._attempt.synchronize(self._writing)
+
+    def write(self, copy_state: Callable[[], list[Fragment]], *, in_background: bool) -> None:
+        """Copy this rank's state now, and write it."""
+        path = self._writing / state_file(self._communicator.rank)
+        fragments = self._attempt.run(path, copy_state)
+
+        def work() -> Any:
+            return self._attempt.run(path, lambda: _write_fragments(path, fragments, self._shapes))
+
+        self.task = _Task(work, in_background=in_background)
+
+    def advance(self) -> bool:
+        """Publish once all parts are written, and end once it is published; whether it is complete.
+        Collective."""
+        if self._is_written:
+            self.task.result()
+            self._attempt.synchronize(self._writing)
+            if self._communicator.rank == 0:
+                remove_old_checkpoints(self.final.parent, self._keep)
+                gib, seconds = self._bytes / 2**30, time.monotonic() - self._started
+                logger.info("saved %s: %.2f GiB in %.1f s", self.final, gib, seconds)
+            return True
+
+        gathered = self._attempt.synchronize(self._writing, result=self.task.result())
+        self._is_written = True
+        if self._communicator.rank != 0:
+            self.task = _Task()
+            return False
+        meta = _make_meta(self._step, self._layout, self._shapes, gathered, self._state_json)
+        self._bytes = sum(record.bytes for record in meta.files.values())
+
+        def publish_folder() -> Any:
+            return self._attempt.run(self.final, lambda: publish(self._writing, self.final, meta))
+
+        self.task = _Task(publish_folder, in_background=self.task.in_background)
+        return False
+
+
+class _Task:
+    """Work in a thread that does not keep the process alive, or none."""
+
+    def __init__(
+        self, work: Callable[[], Any] | None = None, *, in_background: bool = False
+    ) -> None:
+        self.in_background = in_background
+        self._future = Future[Any]()
+
+        def run() -> None:
+            try:
+                self._future.set_result(work() if work else None)
+            except BaseException as error:  # noqa: BLE001 - `result` raises it
+                self._future.set_exception(error)
+
+        if in_background:
+            threading.Thread(target=run, name="checkpoint", daemon=True).start()
+        else:
+            run()
+
+    def is_done(self) -> bool:
+        """Whether the work has ended."""
+        return self._future.done()
+
+    def wait(self) -> None:
+        """Wait until it has ended."""
+        wait([self._future])
+
+    def result(self) -> Any:
+        """Its result; raises its exception. Waits until it has ended."""
+        return self._future.result()
+
+
+def _copied(fragments: Iterable[Fragment], buffers: dict[str, Tensor] | None) -> list[Fragment]:
+    """Fragments with values on CPU that do not change any more, in `buffers`; unchanged if None."""
+    if buffers is None:
+        return list(fragments)
+    copies = []
+    on_gpu = False
+    for fragment in fragments:
+        values: dict[str, Tensor] = {}
+        for kind, value in fragment.values.items():
+            name = tensor_name(fragment.name, fragment.start, kind)
+            if name not in buffers or buffers[name].shape != value.shape:
+                buffers[name] = torch.empty(
+                    value.shape, dtype=value.dtype, pin_memory=value.is_cuda
+                )
+            values[kind] = buffers[name].copy_(value, non_blocking=True)
+            on_gpu = on_gpu or value.is_cuda
+        copies.append(fragment._replace(values=values))
+    if on_gpu:
+        torch.cuda.synchronize()
+    return copies
 
 
 def _write_fragments(
@@ -147,114 +288,3 @@ def _make_meta(
         fragments={rank["name"]: rank["ranges"] for rank in written},
         state=state,
     )
-
-
-class _SaveAttempt:
-    """Collects the errors of this rank until all ranks exchange them."""
-
-    def __init__(self, communicator: Communicator, *, root: Path, step: int) -> None:
-        self._communicator, self._root, self._step = communicator, root, step
-        self._problem: str | None = None
-        self._cause: Exception | None = None
-
-    def run(self, path: Path, write: Callable[[], Any]) -> Any:
-        """Run one operation unless an earlier one failed; returns None after a failure."""
-        if self._problem is not None:
-            return None
-        try:
-            return write()
-        except Exception as error:  # noqa: BLE001 - raised on all ranks by `synchronize`
-            self._cause = error
-            reason = _describe_error(error, self._root)
-            self._problem = f"rank {self._communicator.rank} could not write {path}: {reason}"
-            return None
-
-    def synchronize(self, writing: Path, result: Any = None) -> list[Any]:
-        """Exchange results and errors; returns the results in rank order. Collective.
-
-        Raises:
-            CheckpointError: An operation failed on some rank; raised on every rank.
-        """
-        reports = self._communicator.all_gather_json({"problem": self._problem, "result": result})
-        problems = [report["problem"] for report in reports if report["problem"] is not None]
-        if not problems:
-            return [report["result"] for report in reports]
-
-        previous = ""
-        if self._communicator.rank == 0:
-            shutil.rmtree(writing, ignore_errors=True)
-            previous = _describe_previous(self._root)
-        # Also ensures that the folder is removed before any rank continues.
-        previous = self._communicator.all_gather_json(previous)[0]
-        others = f" ({counted(len(problems) - 1, 'more rank')} failed)" if len(problems) > 1 else ""
-        raise CheckpointError(
-            f"checkpoint of step {self._step} was not saved: {problems[0]}{others}. {previous}"
-        ) from self._cause
-
-
-def _create_folder(writing: Path) -> None:
-    writing.parent.mkdir(parents=True, exist_ok=True)
-    remove_incomplete(writing.parent)
-    os.mkdir(writing)
-
-
-def _publish(writing: Path, final: Path, meta: Meta) -> None:
-    """Rename the folder to its final name and update `latest`; undo the rename if that fails."""
-    write_json(writing / META, meta.to_json())
-    fsync_folder(writing)
-    root = final.parent
-    replaced = root / (REPLACED_PREFIX + final.name)
-    if final.exists():
-        # After a rollback to an older checkpoint, the same step is reached a second time.
-        os.rename(final, replaced)
-    try:
-        os.rename(writing, final)
-        fsync_folder(root)
-        _replace_latest(root, final.name)
-    except Exception:
-        if final.exists():
-            os.rename(final, writing)
-        if replaced.exists():
-            os.rename(replaced, final)
-        raise
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _replace_latest(root: Path, name: str) -> None:
-    temporary = root / f".{LATEST}-new"
-    temporary.unlink(missing_ok=True)
-    try:
-        write_file(temporary, [f"{name}\n".encode()])
-        os.replace(temporary, root / LATEST)
-    except Exception:
-        temporary.unlink(missing_ok=True)
-        raise
-    try:
-        fsync_folder(root)
-    except OSError as error:
-        # `latest` is already replaced, but after a power failure its old contents may reappear.
-        logger.warning(
-            "%s names %s, but fsync of its folder failed: %s", root / LATEST, name, error
-        )
-
-
-def _describe_error(error: Exception, root: Path) -> str:
-    """The reason of a failed write, and what to do about it."""
-    if not isinstance(error, OSError):
-        return str(error) if isinstance(error, CheckpointError) else repr(error)
-    reason = f"{error.strerror or error}"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        with contextlib.suppress(OSError):
-            reason += f" ({shutil.disk_usage(root).free / 2**20:,.1f} MiB free)"
-        return f"{reason}; free some space or lower checkpoint.keep, then rerun to resume"
-    if error.errno == errno.ENOENT:
-        return f"{reason}; is the run folder on a file system that all ranks share?"
-    return f"{reason}; fix the file system, then rerun to resume"
-
-
-def _describe_previous(root: Path) -> str:
-    try:
-        path = find_latest(root)
-    except CheckpointError as error:
-        return f"There is no intact earlier checkpoint: {error}"
-    return f"The previous checkpoint {path} is intact" if path else "There is no earlier checkpoint"

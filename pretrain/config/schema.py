@@ -203,13 +203,15 @@ class CheckpointConfig:
 
     every_steps: int = 500
     """Steps between checkpoints, besides the one at the end of the run; 0 writes only that one."""
+    every_minutes: float = 0.0
+    """Save also when this much time has passed since the last checkpoint; 0 disables that."""
     keep: int = 2
     """Number of most recent checkpoints to keep."""
 
     def problems(self) -> list[str]:
         """Numbers that are out of range."""
         found = Problems(self, "checkpoint")
-        found.at_least(0, "every_steps")
+        found.at_least(0, "every_steps", "every_minutes")
         found.at_least(1, "keep")
         return found.messages
 

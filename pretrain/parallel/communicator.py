@@ -34,8 +34,8 @@ class Communicator(Protocol):
         """Sum over ranks, without gradient."""
         ...
 
-    def all_true(self, value: bool) -> bool:
-        """Whether `value` is true on every rank."""
+    def any_true(self, *flags: bool) -> tuple[bool, ...]:
+        """For each flag, whether it is set on any rank."""
         ...
 
     def barrier(self) -> None:
@@ -63,8 +63,8 @@ class LocalCommunicator:
     def all_reduce_sum(self, values: Tensor) -> Tensor:
         return values.detach()
 
-    def all_true(self, value: bool) -> bool:
-        return value
+    def any_true(self, *flags: bool) -> tuple[bool, ...]:
+        return flags
 
     def barrier(self) -> None:
         return None
@@ -90,10 +90,10 @@ class TorchCommunicator:
         dist.all_reduce(summed)
         return summed
 
-    def all_true(self, value: bool) -> bool:
-        num_false = torch.tensor([0 if value else 1], device=self.device)
-        dist.all_reduce(num_false)
-        return int(num_false) == 0
+    def any_true(self, *flags: bool) -> tuple[bool, ...]:
+        counts = torch.tensor(flags, dtype=torch.int32, device=self.device)
+        dist.all_reduce(counts)
+        return tuple(count > 0 for count in counts.tolist())
 
     def barrier(self) -> None:
         dist.barrier()

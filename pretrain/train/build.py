@@ -63,7 +63,7 @@ def build(run: RunConfig, out: Path) -> TrainComponents:
     engine = build_engine(run, environment, batch_plan)
     communicator = engine.communicator
     # All ranks decide together: files on a node's local disk may differ.
-    if not communicator.all_true(sources is not None) or sources is None:
+    if communicator.any_true(sources is None) == (True,) or sources is None:
         sources = index_data(run, out, communicator)
 
     fingerprint = data_fingerprint(sources, run.data.shuffle_window)

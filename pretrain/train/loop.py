@@ -13,7 +13,7 @@ from data_pipeline.loading.ledger import Ledger
 from data_pipeline.loading.loader import Loader
 from data_pipeline.order.state import LoaderState
 from pretrain.checkpoint.reader import load_latest
-from pretrain.checkpoint.writer import save
+from pretrain.checkpoint.writer import CheckpointWriter
 from pretrain.config.schema import RunConfig
 from pretrain.optim.schedule import learning_rate
 from pretrain.train.caption_samples import CaptionSampleLogger
@@ -100,6 +100,7 @@ def _train_loop(
     run, engine = components.run, components.engine
     logs = _WindowLogs(components, loader, reporter, first_sample=state.loader.position)
     captions = CaptionSampleLogger.open(components)
+    checkpoints = _Checkpoints(components, ledger)
     seconds_before = state.seconds
     steps = loader.steps()
     while state.step < run.schedule.total_steps:
@@ -125,9 +126,13 @@ def _train_loop(
         )
         logs.window.add(result, wait_seconds, batches)
 
-        stopping = not engine.communicator.all_true(not stop.is_set)
+        stopping, save_due, save_pending = engine.communicator.any_true(
+            stop.is_set, checkpoints.is_due(), not checkpoints.writer.is_ready()
+        )
         last = stopping or state.step == run.schedule.total_steps
-        saving = last or _is_multiple(state.step, run.checkpoint.every_steps)
+        saving = last or save_due or _is_multiple(state.step, run.checkpoint.every_steps)
+        if checkpoints.writer.is_pending and not save_pending:
+            checkpoints.writer.advance()
         # Logged before every save, so that a resumed run neither repeats nor loses a row.
         if saving or state.step % run.log.every_steps == 0:
             logs.write(state, rate)
@@ -138,7 +143,7 @@ def _train_loop(
             captions.log(reporter, state.step)
             logs.window.exclude_pause()
         if saving:
-            _save(components, state, ledger)
+            checkpoints.save(state, last=last)
             logs.window.exclude_pause()
         if stopping:
             logger.info(
@@ -220,13 +225,26 @@ def _resume(components: TrainComponents) -> TrainState:
     return state
 
 
-def _save(components: TrainComponents, state: TrainState, ledger: Ledger | None) -> None:
-    if ledger is not None:
-        ledger.sync()
-    save(
-        components.engine,
-        root=components.checkpoints,
-        step=state.step,
-        state_json={"train": state.to_json(), "tokenizer": components.tokenizer.fingerprint},
-        keep=components.run.checkpoint.keep,
-    )
+class _Checkpoints:
+    """Saves the checkpoints of a run, in the background except for the last one."""
+
+    def __init__(self, components: TrainComponents, ledger: Ledger | None) -> None:
+        config = components.run.checkpoint
+        self.writer = CheckpointWriter(components.engine, components.checkpoints, keep=config.keep)
+        self._ledger, self._tokenizer = ledger, components.tokenizer.fingerprint
+        self._seconds = config.every_minutes * 60
+        self._last_save = time.monotonic()
+
+    def is_due(self) -> bool:
+        """Whether the time since the last checkpoint has passed on this rank."""
+        return self._seconds > 0 and time.monotonic() - self._last_save >= self._seconds
+
+    def save(self, state: TrainState, *, last: bool) -> None:
+        """Start to save a checkpoint; wait for it if it is the last one. Collective."""
+        if self._ledger is not None:
+            self._ledger.sync()
+        state_json = {"train": state.to_json(), "tokenizer": self._tokenizer}
+        self.writer.start(state.step, state_json, in_background=not last)
+        if last:
+            self.writer.finish()
+        self._last_save = time.monotonic()

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from pretrain.checkpoint import CheckpointError, find_latest, load_latest, load_model_weights, save
+from pretrain.checkpoint.writer import CheckpointWriter
 from tests.unit.pretrain.checkpoint_support import FakeEngine, FakeWorld, one_rank
 
 OPERATIONS = ("open", "write", "fsync", "mkdir", "rename", "replace", "unlink", "rmdir", "close")
@@ -68,9 +69,10 @@ def io_error(name: str) -> None:
     raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
-def save_step(root: Path, step: int, value: float) -> Path:
-    engine = one_rank(value=value)
-    return save(engine, root=root, step=step, state_json={"value": value}, keep=2)
+def save_step(root: Path, step: int, value: float, *, in_background: bool = False) -> Path:
+    writer = CheckpointWriter(one_rank(value=value), root, keep=2)
+    writer.start(step, {"value": value}, in_background=in_background)
+    return writer.finish()
 
 
 def saved_twice(root: Path) -> Path:
@@ -97,16 +99,17 @@ def each_operation(
         yield index, name, saved_twice(tmp_path / f"{index:03d}")
 
 
+@pytest.mark.parametrize("in_background", [False, True])
 @pytest.mark.parametrize("step", [30, 20])
 def test_run_can_resume_after_a_kill_at_any_operation(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, in_background: bool
 ) -> None:
     resumed_values = set()
     for index, name, root in each_operation(tmp_path, monkeypatch, step):
         with monkeypatch.context() as patch:
             FaultInjector(patch, kill, at=index)
             with pytest.raises(Killed):
-                save_step(root, step, 3.0)
+                save_step(root, step, 3.0, in_background=in_background)
         engine = one_rank()
         resumed = load_latest(engine, root)
         assert resumed is not None, f"cannot resume after a kill at operation {index} ({name})"
