@@ -13,7 +13,7 @@ from pretrain.config.presets import load_run, load_unchecked_run
 from pretrain.config.validate import check_run, problems, vocabulary_problems
 from pretrain.parity.case_runs import run_problems
 from pretrain.parity.scale_down import MAX_VOCABULARY, shrink
-from pretrain.train.input_files import input_file_problems
+from pretrain.plan.input_files import input_file_problems
 from tests.support.shape_dataset import ShapeDataset
 
 ZERO = "model.vocab_size=0"
@@ -47,7 +47,7 @@ def test_commands_without_data_need_the_size(
     tokenizer: str, part: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["tiny", ZERO, f"data.tokenizer={tokenizer}"]
-    assert main(["plan", *arguments]) == 2
+    assert main(["plan", *arguments, "--offline"]) == 2
     message = capsys.readouterr().err
     assert "model.vocab_size is 0" in message and part in message and "to a number" in message
     run = load_run(arguments[0], arguments[1:])
