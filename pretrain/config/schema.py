@@ -217,6 +217,32 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """What happens if loss or gradient norm are not finite, or suddenly large.
+
+    Such a step does not update the weights, moments or routing biases.
+    """
+
+    max_skipped_steps: int = 10
+    """Number of steps in a row without an update after which the run goes back to its last
+    checkpoint and leaves out the data of these steps; 0 never goes back."""
+    max_rewinds: int = 3
+    """The run stops with an error if it would go back more often than this."""
+    spike_zscore: float = 0.0
+    """Also skip a step whose loss or gradient norm is more than this many robust standard
+    deviations above the median of the last steps; 0 disables that."""
+    spike_window: int = 200
+    """Number of last steps of that median."""
+
+    def problems(self) -> list[str]:
+        """Numbers that are out of range."""
+        found = Problems(self, "guard")
+        found.at_least(0, "max_skipped_steps", "max_rewinds", "spike_zscore")
+        found.at_least(50, "spike_window")
+        return found.messages
+
+
+@dataclass(frozen=True, kw_only=True)
 class LogConfig:
     """Intervals of logs, metrics and figures."""
 
@@ -257,6 +283,7 @@ class RunConfig:
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     log: LogConfig = field(default_factory=LogConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 

@@ -1,14 +1,16 @@
 """`Engine` on DeepSpeed: ZeRO 0-3 with expert parallelism.
 
-Three things are not left to DeepSpeed 0.19.8:
+Four things are not left to DeepSpeed 0.19.8:
 
 - clipping at ZeRO stage 0, where it would clip by the average of the ranks' norms;
 - scaling for gradient accumulation: each loss passed to `backward` is a term of the step's loss;
+- which steps are skipped, since stage 0 updates weights with gradients that are not finite;
 - checkpoints, since its own are pickles and not written atomically.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,10 +26,12 @@ from pretrain.model.vision_language import ModelOutput, VisionLanguageModel
 from pretrain.optim.groups import build_adamw, is_expert, parameter_groups
 from pretrain.parallel.communicator import Communicator, TorchCommunicator
 from pretrain.parallel.deepspeed_moe import expert_group_name
+from pretrain.parallel.deepspeed_norm import GradientNorm
 from pretrain.parallel.deepspeed_state import load_partitions, partition_fragments
 from pretrain.parallel.engine import GradientObserver
 from pretrain.parallel.inputs import model_inputs
 from pretrain.parallel.layout import Layout
+from pretrain.parallel.plain_engine import is_accepted
 from pretrain.parallel.state_fragments import (
     Fragment,
     StateReader,
@@ -62,6 +66,7 @@ class DeepSpeedEngine:
             model=model, optimizer=optimizer, config=deepspeed_config, dist_init_required=False
         )
         self.model: VisionLanguageModel = self._engine.module
+        self._norm = GradientNorm(self._engine.optimizer, layout.zero_stage)
 
     def forward(
         self, batch: Batch, *, step_seed: int = 0, coactivation: bool = False
@@ -80,15 +85,18 @@ class DeepSpeedEngine:
         if not last:
             self._engine.step()  # only counts the micro-batch before the accumulation boundary
 
-    def step(self, learning_rate: float) -> float:
+    def step(self, learning_rate: float, *, norm_limit: float = math.inf) -> float:
         if self.gradient_observer is not None:
             self.gradient_observer(self.gradients())
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         if self.layout.zero_stage > 0:
+            self._norm.start(norm_limit)
             self._engine.step()
-            return float(self._engine.get_global_grad_norm())
+            return self._norm.value
         norm = self._clip_by_global_norm()
+        if not is_accepted(norm, norm_limit):
+            self._engine.optimizer.zero_grad(set_to_none=True)  # nothing is left to update
         self._engine.step()
         return norm
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
@@ -50,9 +51,13 @@ class Engine(Protocol):
         loss; `last` is set for the last micro-batch of a step."""
         ...
 
-    def step(self, learning_rate: float) -> float:
+    def step(self, learning_rate: float, *, norm_limit: float = math.inf) -> float:
         """Clip the gradients, update the weights and zero the gradients; return the global gradient
-        norm before clipping."""
+        norm before clipping.
+
+        If the norm is not finite or above `norm_limit`, the gradients are zeroed and nothing is
+        updated: neither weights nor moments nor step counts.
+        """
         ...
 
     def gradients(self) -> dict[str, Tensor]:

@@ -13,6 +13,10 @@ class LostRankError(VlmError):
     """Communication between ranks failed, usually because one of them exited."""
 
 
+class TrainingError(VlmError):
+    """Training does not recover from losses or gradients that are not finite."""
+
+
 class CheckpointError(VlmError):
     """A checkpoint cannot be written, is corrupt, or belongs to another model or layout.
 

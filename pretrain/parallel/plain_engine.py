@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -52,7 +53,7 @@ class PlainEngine:
     def backward(self, loss: Tensor, *, last: bool) -> None:
         loss.backward()
 
-    def step(self, learning_rate: float) -> float:
+    def step(self, learning_rate: float, *, norm_limit: float = math.inf) -> float:
         if self.gradient_observer is not None:
             self.gradient_observer(self.gradients())
         for group in self._optimizer.param_groups:
@@ -60,7 +61,8 @@ class PlainEngine:
         norm = clip_gradients(
             [p.grad for p in self.model.parameters() if p.grad is not None], self._clip_norm
         )
-        self._optimizer.step()
+        if is_accepted(norm, norm_limit):
+            self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return norm
 
@@ -93,6 +95,11 @@ class PlainEngine:
 
     def _name(self, parameter_name: str) -> str:
         return tensor_name(parameter_name, self.layout, self.communicator.rank)
+
+
+def is_accepted(norm: float, limit: float) -> bool:
+    """Whether a step with this gradient norm updates the weights."""
+    return math.isfinite(norm) and norm <= limit
 
 
 def clip_gradients(gradients: Sequence[Tensor], max_norm: float) -> float:

@@ -7,6 +7,7 @@ appear as `NAME@first:last`, so the trace of a rank holds its slice.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -170,11 +171,11 @@ class _RoundedEngine(PlainEngine):
         self._round()
         self._round()
 
-    def step(self, learning_rate: float) -> float:
+    def step(self, learning_rate: float, *, norm_limit: float = math.inf) -> float:
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(self.masters[name])
-        norm = super().step(learning_rate)
+        norm = super().step(learning_rate, norm_limit=norm_limit)
         self._round()
         return norm
 

@@ -121,7 +121,10 @@ class LogEntry:
     logit_scale: float
     learning_rate: float
     grad_norm: float
-    """Global gradient norm before clipping, mean over the steps."""
+    """Global gradient norm before clipping, mean over the steps. Like the losses, without the steps
+    that did not update the weights, if there are others."""
+    skipped_updates: int = 0
+    """Steps that did not update the weights."""
     throughput: Throughput
     data: DataMetrics
     layers: tuple[LayerMetrics, ...]
@@ -135,6 +138,7 @@ class LogEntry:
             "loss/logit_scale": self.logit_scale,
             "optim/lr": self.learning_rate,
             "optim/grad_norm": self.grad_norm,
+            "optim/skipped_updates": self.skipped_updates,
         }
         names |= _flatten(self.throughput, lambda name: f"perf/{name}")
         names |= _flatten(self.data, lambda name: f"data/{name}")
@@ -190,6 +194,7 @@ def _parse(row: Row) -> LogEntry:
         logit_scale=float(row["loss/logit_scale"]),
         learning_rate=float(row["optim/lr"]),
         grad_norm=float(row["optim/grad_norm"]),
+        skipped_updates=int(row.get("optim/skipped_updates", 0)),
         throughput=_unflatten(Throughput, row, lambda name: f"perf/{name}"),
         data=_unflatten(DataMetrics, row, lambda name: f"data/{name}"),
         layers=tuple(_parse_layer(row, int(label.removeprefix("layer_"))) for label in labels),

@@ -13,18 +13,19 @@ from data_pipeline.loading.ledger import Ledger
 from data_pipeline.loading.loader import Loader
 from data_pipeline.order.state import LoaderState
 from pretrain.checkpoint.reader import load_latest
-from pretrain.checkpoint.writer import CheckpointWriter
 from pretrain.config.schema import RunConfig
 from pretrain.optim.schedule import learning_rate
 from pretrain.train.caption_samples import CaptionSampleLogger
 from pretrain.train.components import TrainComponents
-from pretrain.train.corrupt_samples import CorruptSampleGuard, empty_batch_error
-from pretrain.train.metrics import RankReport, SourceSize, Window
+from pretrain.train.corrupt_samples import empty_batch_error
+from pretrain.train.events import EventLog
+from pretrain.train.guards import RewindError, StepGuard, log_skipped_step, rewind
+from pretrain.train.periodic_checkpoints import PeriodicCheckpoints
 from pretrain.train.reporter import Reporter
 from pretrain.train.signals import StopFlag
-from pretrain.train.skipped_samples import SkippedSampleMonitor
 from pretrain.train.state import TrainState
 from pretrain.train.step import train_step
+from pretrain.train.window_logs import WindowLogs
 
 logger = logging.getLogger(__name__)
 
@@ -35,10 +36,28 @@ def train(components: TrainComponents) -> TrainState:
     Collective.
     """
     state = _resume(components)
-    total_steps = components.run.schedule.total_steps
-    if state.step >= total_steps:
+    if state.step >= components.run.schedule.total_steps:
         _log_complete(components, state)
         return state
+    events = EventLog(components.out, enabled=components.communicator.rank == 0)
+    events.write("start", state.step, world_size=components.communicator.world_size)
+    num_rewinds = 0
+    while True:
+        try:
+            return _train_from(components, state, events)
+        except RewindError as error:
+            num_rewinds += 1
+            state = rewind(components, error, num_rewinds)
+            events.write("rewind", state.step, reason=str(error), skipped=[error.first, error.end])
+
+
+def _train_from(components: TrainComponents, state: TrainState, events: EventLog) -> TrainState:
+    """Train from a state until the end or a stop signal. Collective.
+
+    Raises:
+        RewindError: The run must continue from its last checkpoint.
+    """
+    total_steps = components.run.schedule.total_steps
     loader = components.open_loader(state.loader)
     _log_phase(state.loader, loader)
     components.save_resolved_config()
@@ -46,7 +65,7 @@ def train(components: TrainComponents) -> TrainState:
     ledger = components.open_ledger(loader, state.step)
     try:
         with StopFlag() as stop:
-            state = _train_loop(components, loader, ledger, state, reporter, stop)
+            state = _train_loop(components, loader, ledger, state, reporter, stop, events)
         if state.step >= total_steps:
             _log_complete(components, state)
         return state
@@ -96,11 +115,13 @@ def _train_loop(
     state: TrainState,
     reporter: Reporter | None,
     stop: StopFlag,
+    events: EventLog,
 ) -> TrainState:
     run, engine = components.run, components.engine
-    logs = _WindowLogs(components, loader, reporter, first_sample=state.loader.position)
+    logs = WindowLogs(components, loader, reporter, first_sample=state.loader.position)
     captions = CaptionSampleLogger.open(components)
-    checkpoints = _Checkpoints(components, ledger)
+    checkpoints = PeriodicCheckpoints(components, ledger)
+    guard = StepGuard(run.guard)
     seconds_before = state.seconds
     steps = loader.steps()
     while state.step < run.schedule.total_steps:
@@ -111,12 +132,19 @@ def _train_loop(
         rate = learning_rate(state.step, run.schedule, run.optim.lr)
         log_routing = is_routing_logged(run, state.step + 1)
         result = train_step(
-            engine, batches, run, step=state.step, learning_rate=rate, coactivation=log_routing
+            engine,
+            batches,
+            run,
+            step=state.step,
+            learning_rate=rate,
+            coactivation=log_routing,
+            limits=guard.limits(),
         )
         if not result.pairs:  # not saved: the run can resume from its last checkpoint
             raise empty_batch_error(state.step + 1, batches)
         if ledger is not None:
             ledger.add(state.step + 1, state.loader.position, loader_state.position, batches)
+        before = state.loader.position
         state = replace(
             state,
             step=state.step + 1,
@@ -125,12 +153,22 @@ def _train_loop(
             loader=loader_state,
         )
         logs.window.add(result, wait_seconds, batches)
+        try:
+            guard.add(result, before=before, after=loader_state.position)
+        except RewindError:
+            checkpoints.writer.finish()  # the checkpoint to go back to may be written now
+            raise
+        finally:
+            if not result.is_updated:
+                log_skipped_step(result, state.step, events)
 
         stopping, save_due, save_pending = engine.communicator.any_true(
             stop.is_set, checkpoints.is_due(), not checkpoints.writer.is_ready()
         )
         last = stopping or state.step == run.schedule.total_steps
         saving = last or save_due or _is_multiple(state.step, run.checkpoint.every_steps)
+        # A run that does not recover goes back to a checkpoint from before its first skipped step.
+        saving = saving and (guard.is_good or last)
         if checkpoints.writer.is_pending and not save_pending:
             checkpoints.writer.advance()
         # Logged before every save, so that a resumed run neither repeats nor loses a row.
@@ -151,50 +189,6 @@ def _train_loop(
             )
             break
     return state
-
-
-class _WindowLogs:
-    """Metrics and corrupt samples of the steps since the last log entry."""
-
-    def __init__(
-        self,
-        components: TrainComponents,
-        loader: Loader,
-        reporter: Reporter | None,
-        *,
-        first_sample: int,
-    ) -> None:
-        run, communicator = components.run, components.communicator
-        sources = [
-            SourceSize(source.name, source.manifest.total_samples) for source in loader.sources
-        ]
-        self.window = Window(run, communicator.world_size, communicator.device, sources)
-        self._skipped = SkippedSampleMonitor(sources, run)
-        self._guard = CorruptSampleGuard(run.data.max_corrupt_ratio, samples_read=first_sample)
-        self._communicator, self._loader, self._reporter = communicator, loader, reporter
-
-    def write(self, state: TrainState, rate: float) -> None:
-        """Log the window and start a new one. Collective.
-
-        Raises:
-            DataError: Too many samples were corrupt; raised on every rank.
-        """
-        gathered = self._communicator.all_gather_json(self.window.rank_report().to_json())
-        reports = [RankReport.from_json(report) for report in gathered]
-        if self._reporter is not None:
-            problems = [problem for report in reports for problem in report.problems]
-            self._reporter.log_corrupt_samples(problems, state.step)
-            entry = self.window.entry(
-                state,
-                reports,
-                learning_rate=rate,
-                consumed=self._loader.order.consumed(state.loader.position),
-                corrupt=self._reporter.corrupt_counts,
-            )
-            self._reporter.log_step(entry)
-            self._skipped.add(reports)
-        self.window.reset()
-        self._guard.add(reports, samples_read=state.loader.position)
 
 
 def is_routing_logged(run: RunConfig, step: int) -> bool:
@@ -223,28 +217,3 @@ def _resume(components: TrainComponents) -> TrainState:
     pairs = counted(state.samples_seen, "pair")
     logger.info("resumed from %s: step %d, %s seen", resumed.path, state.step, pairs)
     return state
-
-
-class _Checkpoints:
-    """Saves the checkpoints of a run, in the background except for the last one."""
-
-    def __init__(self, components: TrainComponents, ledger: Ledger | None) -> None:
-        config = components.run.checkpoint
-        self.writer = CheckpointWriter(components.engine, components.checkpoints, keep=config.keep)
-        self._ledger, self._tokenizer = ledger, components.tokenizer.fingerprint
-        self._seconds = config.every_minutes * 60
-        self._last_save = time.monotonic()
-
-    def is_due(self) -> bool:
-        """Whether the time since the last checkpoint has passed on this rank."""
-        return self._seconds > 0 and time.monotonic() - self._last_save >= self._seconds
-
-    def save(self, state: TrainState, *, last: bool) -> None:
-        """Start to save a checkpoint; wait for it if it is the last one. Collective."""
-        if self._ledger is not None:
-            self._ledger.sync()
-        state_json = {"train": state.to_json(), "tokenizer": self._tokenizer}
-        self.writer.start(state.step, state_json, in_background=not last)
-        if last:
-            self.writer.finish()
-        self._last_save = time.monotonic()

@@ -181,16 +181,18 @@ class Window:
         """
         seconds = max(1e-9, time.perf_counter() - self._start)
         results, last = self._results, self._results[-1]
+        updated = [result for result in results if result.is_updated] or results
         read_S = np.sum([report.read for report in reports], axis=0)
         skipped_S = np.sum([report.skipped for report in reports], axis=0)
         captions = int(read_S.sum() - skipped_S.sum())
         assignments_LME = torch.stack([r.assignments_LME for r in results]).sum(dim=0).numpy()
         return LogEntry(
             step=state.step,
-            losses=self._losses(),
+            losses=_mean_losses(updated),
             logit_scale=last.logit_scale,
             learning_rate=learning_rate,
-            grad_norm=float(np.mean([r.grad_norm for r in results])),
+            grad_norm=float(np.mean([r.grad_norm for r in updated])),
+            skipped_updates=sum(not result.is_updated for result in results),
             throughput=self._throughput(seconds, reports),
             data=DataMetrics(
                 wait_seconds=max(report.wait_seconds for report in reports),
@@ -213,14 +215,6 @@ class Window:
             ),
             layers=layer_metrics(last, assignments_LME, self._run),
         )
-
-    def _losses(self) -> Losses:
-        """Means over the window."""
-        first = self._results[0].losses
-        means = {name: float(np.mean([r.losses[name] for r in self._results])) for name in first}
-        terms = {name: means[name] for name in means if f"weighted/{name}" in means}
-        weighted = {name: means[f"weighted/{name}"] for name in terms}
-        return Losses(total=means["total"], terms=terms, weighted=weighted)
 
     def _throughput(self, seconds: float, reports: list[RankReport]) -> Throughput:
         pairs = sum(r.pairs for r in self._results)
@@ -254,6 +248,13 @@ class Window:
         model = self._run.model
         text_tokens = tokens / max(1, pairs) - model.num_patches
         return pairs * count_flops(model, self._run.moe, text_tokens=max(0.0, text_tokens)).training
+
+
+def _mean_losses(results: Sequence[StepResult]) -> Losses:
+    means = {name: float(np.mean([r.losses[name] for r in results])) for name in results[0].losses}
+    terms = {name: means[name] for name in means if f"weighted/{name}" in means}
+    weighted = {name: means[f"weighted/{name}"] for name in terms}
+    return Losses(total=means["total"], terms=terms, weighted=weighted)
 
 
 def layer_metrics(

@@ -33,6 +33,8 @@ def _parts(entry: LogEntry, run: RunConfig) -> Iterator[str]:
         yield f"max/mean expert load {max_load:.2f}"
         if num_dead := sum(map(_num_dead, entry.layers)):
             yield f"dead experts {num_dead}/{len(entry.layers) * run.moe.num_experts}"
+    if entry.skipped_updates:
+        yield f"skipped updates {entry.skipped_updates}"
     yield f"lr {entry.learning_rate:.2e}"
     yield f"{throughput.samples_per_second:,.0f} samples/s"
     yield f"{throughput.tokens_per_second:,.0f} tokens/s"

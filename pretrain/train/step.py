@@ -39,6 +39,7 @@ from pretrain.moe.bias import bias_rate
 from pretrain.moe.noise import derive_step_seed
 from pretrain.moe.statistics import RouterStats
 from pretrain.parallel.engine import Engine
+from pretrain.parallel.plain_engine import is_accepted
 
 
 class StepResult(NamedTuple):
@@ -47,7 +48,10 @@ class StepResult(NamedTuple):
     losses: dict[str, float]
     """`total`, each unweighted term, and each weighted term as `weighted/...`."""
     grad_norm: float
-    """Global gradient norm before clipping; NaN without an update."""
+    """Global gradient norm before clipping; NaN without pairs."""
+    is_updated: bool
+    """Whether the weights were updated: not without pairs, nor if loss or norm are not finite or
+    above their limits."""
     logit_scale: float
     pairs: int
     """Valid pairs of the global batch."""
@@ -69,6 +73,16 @@ class StepResult(NamedTuple):
         return self.router.assignments_ME
 
 
+class StepLimits(NamedTuple):
+    """Largest values with which a step updates the weights."""
+
+    loss: float = math.inf
+    grad_norm: float = math.inf
+
+
+NO_LIMITS = StepLimits()
+
+
 def train_step(
     engine: Engine,
     batches: Sequence[Batch],
@@ -77,10 +91,13 @@ def train_step(
     step: int,
     learning_rate: float,
     coactivation: bool = False,
+    limits: StepLimits = NO_LIMITS,
 ) -> StepResult:
     """Train on this rank's micro-batches of one step. Collective.
 
-    Nothing is updated if no rank has a valid pair.
+    Nothing is updated if no rank has a valid pair, or if loss or gradient norm are not finite or
+    above their limits: neither weights nor moments nor biases. The decision is the same on every
+    rank.
 
     Args:
         engine: The engine of this rank.
@@ -90,37 +107,39 @@ def train_step(
         step: Index of this step, from 0. It seeds random routing and determines the bias rate.
         learning_rate: Learning rate of this step.
         coactivation: Also count which pairs of experts are selected by the same token.
+        limits: Largest loss and gradient norm of an update; the same on every rank.
     """
     work = _Step(engine, batches, run, derive_step_seed(run.seed, step), coactivation)
     terms, auxiliary, sums, scale = work.backward() if len(batches) == 1 else work.accumulate()
     task_terms = engine.communicator.all_reduce_sum(
         torch.stack([term.detach().double() for term in terms])
     )
-    # Called before the number of pairs is copied to the host. An empty global batch does not change
-    # the biases, since it has no assignments.
-    engine.model.update_biases(
-        sums.router.assignments_ME, bias_rate(run.balance, step, run.schedule.total_steps)
-    )
-
     losses = torch.cat([task_terms, *(value.view(1) for value in auxiliary.values.values())])
-    biases = engine.model.biases().to(engine.communicator.device)
-    on_cpu = copy_to_cpu([losses, scale, sums.pairs, sums.tokens_M, biases, *sums.router])
-    losses, scale, pairs, tokens_M, biases, *router = on_cpu
+    on_cpu = copy_to_cpu([losses, scale, sums.pairs, sums.tokens_M, *sums.router])
+    losses, scale, pairs, tokens_M, *router = on_cpu
     names = (*TaskLosses._fields, *auxiliary.values)
     loss_values = dict(zip(names, losses.tolist(), strict=True))
+    metrics = loss_metrics(loss_values, task_loss_weights(run.loss) | auxiliary.weights)
 
-    grad_norm = math.nan
+    grad_norm, is_updated = math.nan, False
     # The same on every rank. Without pairs, weight decay and momentum would still change weights.
     if int(pairs):
-        grad_norm = engine.step(learning_rate)
+        norm_limit = limits.grad_norm if is_accepted(metrics["total"], limits.loss) else -1.0
+        grad_norm = engine.step(learning_rate, norm_limit=norm_limit)
+        is_updated = is_accepted(grad_norm, norm_limit)
+    if is_updated:
+        engine.model.update_biases(
+            sums.router.assignments_ME, bias_rate(run.balance, step, run.schedule.total_steps)
+        )
     return StepResult(
-        losses=loss_metrics(loss_values, task_loss_weights(run.loss) | auxiliary.weights),
+        losses=metrics,
         grad_norm=grad_norm,
+        is_updated=is_updated,
         logit_scale=float(scale),
         pairs=int(pairs),
         tokens_M=tokens_M,
         router=RouterStats(*router),
-        biases=biases.float(),
+        biases=engine.model.biases().cpu(),
     )
 
 

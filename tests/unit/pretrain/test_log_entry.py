@@ -53,6 +53,7 @@ def test_names_of_metrics() -> None:
     expected = {
         *("step", "loss/total", "loss/contrastive", "loss/caption", "loss/weighted/contrastive"),
         *("loss/weighted/caption", "loss/logit_scale", "optim/lr", "optim/grad_norm"),
+        *("optim/skipped_updates",),
         *("perf/samples_per_second", "perf/tokens_per_second", "perf/seconds_per_step"),
         *("perf/flops_per_second", "perf/memory_gib", "perf/mfu", "data/wait_seconds"),
         *("data/skipped/web/en", "data/truncated"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,11 +21,11 @@ from pretrain.moe.statistics import RouterStats
 from pretrain.parallel.communicator import LocalCommunicator
 from pretrain.train import metrics
 from pretrain.train.log_entry import LogEntry, Losses
-from pretrain.train.loop import _WindowLogs
 from pretrain.train.metrics import PEAK_FLOPS, RankReport, SourceSize, Window
 from pretrain.train.reporter import Reporter
 from pretrain.train.state import TrainState
 from pretrain.train.step import StepResult
+from pretrain.train.window_logs import WindowLogs
 from tests.unit.pretrain.reporter_support import MOE_BLOCKS, RUN, scalars
 
 CPU = torch.device("cpu")
@@ -36,7 +37,7 @@ CORRUPT = SampleProblem("shard.tar", "k1", "corrupt-image", "no image", 3)
 FILTERED = SampleProblem("shard.tar", "k2", "filter:min-side", "", 10)
 
 
-def step_result(factor: float = 1.0, pairs: int = 8) -> StepResult:
+def step_result(factor: float = 1.0, pairs: int = 8, *, is_updated: bool = True) -> StepResult:
     """A step whose losses and gradient norm are multiples of `factor`."""
     shape = (len(MOE_BLOCKS), 2, SMALL_RUN.moe.num_experts)
     zeros = {name: torch.zeros(shape) for name in RouterStats._fields}
@@ -46,6 +47,7 @@ def step_result(factor: float = 1.0, pairs: int = 8) -> StepResult:
     return StepResult(
         losses={name: factor * value for name, value in losses.items()},
         grad_norm=factor,
+        is_updated=is_updated,
         logit_scale=10.0 * factor,
         pairs=pairs,
         tokens_M=torch.tensor([PATCHES * pairs, TEXT_TOKENS * pairs]),
@@ -111,6 +113,14 @@ def test_losses_and_gradient_norm_are_means_over_the_steps() -> None:
     )
     assert entry.grad_norm == 3.0
     assert entry.logit_scale == 60.0  # of the last step
+
+
+def test_means_are_those_of_the_updates() -> None:
+    skipped = step_result(math.nan, is_updated=False)
+    entry = entry_of(window_of(step_result(1), skipped, step_result(3), skipped))
+    assert (entry.losses.total, entry.grad_norm, entry.skipped_updates) == (8.0, 2.0, 2)
+    entry = entry_of(window_of(skipped))
+    assert math.isnan(entry.losses.total) and entry.skipped_updates == 1
 
 
 def test_speed_over_the_time_of_all_steps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,7 +235,7 @@ def test_log_entries_count_the_corrupt_samples_of_all_ranks_so_far(tmp_path: Pat
         order=SimpleNamespace(consumed=lambda position: [Consumed("web", position, 0.5)]),
         sources=sources,
     )
-    logs = _WindowLogs(components, loader, reporter, first_sample=0)
+    logs = WindowLogs(components, loader, reporter, first_sample=0)
     for step in (4, 8):
         logs.window.add(step_result(), 0.0, [skip_batch(CORRUPT)] if step == 4 else [])
         logs.write(TrainState(step=step, loader=LoaderState(position=8 * step)), 1e-3)
