@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError
+from data_pipeline.common.tables import counted
 from data_pipeline.preparing.importers.delimited import Row, detect_dialect, read_rows
 from data_pipeline.preparing.importers.image_url import resolve_image_url
 from data_pipeline.preparing.importers.records import (
@@ -170,7 +171,9 @@ def _record(row: Row, url: str, folder: str, columns: _Columns) -> Record | Skip
     origin = f"{storage.redact(url).rpartition('/')[2]} line {row.line}"
     texts, size = row.fields, row.num_lines
     if len(texts) != len(columns.names):
-        detail = f"{len(texts)} fields, but there are {len(columns.names)} columns"
+        detail = f"{counted(len(texts), 'field')}, but there are {len(columns.names)} columns"
+        if len(texts) > len(columns.names):
+            detail += "; a field that contains the delimiter must be in double quotes"
         return SkippedRow(origin, "malformed-row", detail, size)
 
     captions = tuple(text for index in columns.captions if (text := texts[index].strip()))

@@ -109,6 +109,15 @@ def test_a_header_option_decides_between_delimiters(tmp_path: Path) -> None:
     assert read_captions(Table(files=(str(path),), header=("caption", "image"))) == ["one, two"]
 
 
+def test_rows_with_too_many_fields_say_that_quotes_are_missing(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.csv"
+    path.write_text("image,caption\na.jpg,one, two\nb.jpg\n", encoding="utf-8")
+    rows = list(Table(files=(str(path),))())
+    longer, shorter = (row.detail for row in rows if isinstance(row, SkippedRow))
+    assert longer.startswith("3 fields, but there are 2 columns") and "double quotes" in longer
+    assert shorter == "1 field, but there are 2 columns"
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [

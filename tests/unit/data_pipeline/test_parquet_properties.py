@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import strategies as st
 
+from data_pipeline.preparing.importers import parquet as importer
 from data_pipeline.preparing.importers.load_samples import load_samples
 from data_pipeline.preparing.importers.parquet import Parquet
 from data_pipeline.preparing.importers.records import Record, SkippedRow
@@ -50,7 +51,11 @@ def check_sample(sample: Any, row: tuple[Any, ...]) -> None:
 
 
 @num_examples
-def test_every_row_is_a_sample_or_skipped(examples: int, tmp_path: Path) -> None:
+def test_every_row_is_a_sample_or_skipped(
+    examples: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importer, "_BATCH_ROWS", 2)
+    monkeypatch.setattr(importer, "_KEY_BATCH_ROWS", 3)
     path = tmp_path / "rows.parquet"
     source = Parquet(files=(str(path),))
 
