@@ -19,7 +19,7 @@ from tests.support.launch import run_ranks, torchrun
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_stop_signal_saves_a_checkpoint(
     workspace: Workspace, signal_number: signal.Signals
 ) -> None:
