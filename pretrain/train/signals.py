@@ -17,7 +17,7 @@ STOP_SIGNALS = (
     signal.SIGXCPU,
 )
 REPEAT_SECONDS = 5.0
-"""A second signal within this time is the same one: `scancel` signals torchrun, which sends it on."""
+"""A second signal within this time is the same one: `scancel` signals torchrun, which forwards."""
 
 
 class StopFlag:
