@@ -13,8 +13,10 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
-from pretrain.parallel.errors import LayoutError
+from pretrain.parallel.errors import LayoutError, LostRankError
+from pretrain.parallel.rendezvous import agree_on_store
 
 logger = logging.getLogger(__name__)
 
@@ -94,15 +96,39 @@ def start_process_group(environment: RankEnvironment, timeout_seconds: float) ->
     if environment.world_size == 1 and "MASTER_PORT" not in os.environ:
         rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         os.environ.update(rendezvous | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"})
+    backend = "nccl" if environment.device.type == "cuda" else "gloo"
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    _init_process_group(environment, backend, timeout)
     deepspeed.init_distributed(
-        dist_backend="nccl" if environment.device.type == "cuda" else "gloo",
-        timeout=datetime.timedelta(seconds=timeout_seconds),
-        verbose=False,
-        auto_mpi_discovery=False,
+        dist_backend=backend, timeout=timeout, verbose=False, auto_mpi_discovery=False
     )
     logger.debug(
         "rank %d of %d on %s", environment.rank, environment.world_size, environment.device
     )
+
+
+def _init_process_group(
+    environment: RankEnvironment, backend: str, timeout: datetime.timedelta
+) -> None:
+    """Meet the other ranks of this start, and create the default process group.
+
+    Raises:
+        LostRankError: Some ranks have not started in time.
+    """
+    rank, world_size = environment.rank, environment.world_size
+    store, *_ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
+    store.set_timeout(timeout)
+    try:
+        store = agree_on_store(store, rank, world_size, timeout)
+    except TimeoutError as error:
+        raise LostRankError(
+            f"{error} within {timeout.total_seconds():g} s (parallel.timeout_seconds); look at the "
+            f"logs of those ranks and their nodes"
+        ) from None
+    # Groups that DeepSpeed creates without a timeout have torch's default, 10 or 30 minutes.
+    distributed_c10d.default_pg_timeout = timeout
+    distributed_c10d.default_pg_nccl_timeout = timeout
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def retain_freed_memory() -> None:
