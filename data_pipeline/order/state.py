@@ -194,6 +194,25 @@ def phase_seed(seed: int, phase: int) -> int:
     return seed if phase == 1 else named_seed(seed, "phase", phase)
 
 
+def check_phase(state: LoaderState, phase: int) -> None:
+    """Check that a state can continue in a phase: its own or, if it has begun, the next one.
+
+    Raises:
+        ConfigError: It cannot.
+    """
+    if not state.data and phase != 1:
+        raise ConfigError(
+            f"data.phase is {phase}, but a new run begins with phase 1; a later phase "
+            f"continues a run that has been trained on other data"
+        )
+    if phase not in (state.phase, state.phase + 1):
+        raise ConfigError(
+            f"data.phase is {phase}, but the loader state (position {state.position}) is in phase "
+            f"{state.phase}; set it to {state.phase} to continue with the same data, or to "
+            f"{state.phase + 1} to continue with other data"
+        )
+
+
 def enter_phase(state: LoaderState, *, seed: int, fingerprint: str, phase: int) -> LoaderState:
     """The state from which training continues: in its phase, or at the beginning of the next one.
 
@@ -207,12 +226,8 @@ def enter_phase(state: LoaderState, *, seed: int, fingerprint: str, phase: int) 
         ConfigError: The seed is another one, or `phase` is neither the state's phase nor the next.
         DataError: The phase is the same, but the data is different.
     """
+    check_phase(state, phase)
     if not state.data:
-        if phase != 1:
-            raise ConfigError(
-                f"data.phase is {phase}, but a new run begins with phase 1; a later phase "
-                f"continues a run that has been trained on other data"
-            )
         return replace(state, seed=seed, data=fingerprint)
 
     if state.seed != seed:
@@ -225,12 +240,6 @@ def enter_phase(state: LoaderState, *, seed: int, fingerprint: str, phase: int) 
         skip = tuple((first, min(end, ended.end)) for first, end in state.skip if first < ended.end)
         return replace(
             state, data=fingerprint, skip=skip, ended_phases=(*state.ended_phases, ended)
-        )
-    if phase != state.phase:
-        raise ConfigError(
-            f"data.phase is {phase}, but the loader state (position {state.position}) is in phase "
-            f"{state.phase}; set it to {state.phase} to continue with the same data, or to "
-            f"{state.phase + 1} to continue with other data"
         )
     if state.data != fingerprint:
         raise DataError(

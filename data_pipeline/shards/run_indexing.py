@@ -16,12 +16,13 @@ from collections.abc import Sequence
 from functools import cache
 
 from data_pipeline.common import storage
-from data_pipeline.common.errors import StorageError
+from data_pipeline.common.errors import DataError, StorageError
 from data_pipeline.common.literal_paths import is_pattern
 from data_pipeline.common.processes import SINGLE_PART, Part
+from data_pipeline.common.tables import counted
 from data_pipeline.shards.indexing import index_shards
 from data_pipeline.shards.manifest import MANIFEST_NAME, Manifest, load_manifest
-from data_pipeline.shards.patterns import is_shard_name
+from data_pipeline.shards.patterns import expand_patterns, is_shard_name
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ logger = logging.getLogger(__name__)
 def run_manifest_folder(run_folder: str | os.PathLike[str], address: str, phase: int = 1) -> str:
     """Where a run stores the manifest of the shards at an address, which may have changed between
     phases (`data.phase`)."""
-    name = hashlib.sha256(address.encode()).hexdigest()[:16]
+    name = hashlib.sha256(_absolute(address).encode()).hexdigest()[:16]
     return os.path.join(run_folder, "manifests", name if phase == 1 else f"{name}-phase{phase}")
 
 
@@ -126,10 +127,12 @@ def index_for_run(
         DataError: There are no shards, or they cannot be read.
     """
     patterns = [shards] if isinstance(shards, str) else list(shards)
-    indexed_from = [storage.redact(pattern) for pattern in patterns]
+    indexed_from = [storage.redact(_absolute(pattern)) for pattern in patterns]
     if storage.exists(storage.join(folder, MANIFEST_NAME)):
         manifest = load_manifest(folder)
         if manifest.metadata.get("indexed_from") == indexed_from:
+            if part == SINGLE_PART:
+                _warn_about_other_shards(manifest, patterns)
             return manifest
 
     parts_are_done = part == SINGLE_PART and any(storage.local_path(folder).glob("**/*.index"))
@@ -149,3 +152,31 @@ def index_for_run(
         metadata={"indexed_from": indexed_from},
         timeout_seconds=timeout_seconds,
     )
+
+
+def _absolute(address: str) -> str:
+    """The address, from the working directory if it is a relative path: `config.yaml` of a run
+    folder has absolute ones."""
+    prefix = "@" if address.startswith("@") else ""
+    path = address.removeprefix("@")
+    if storage.is_local(path) and not path.startswith(("/", "file:")):
+        return prefix + os.path.abspath(path)
+    return address
+
+
+def _warn_about_other_shards(manifest: Manifest, patterns: Sequence[str]) -> None:
+    """Warn if the addresses now have other shards than the manifest of the run."""
+    try:
+        now = set(expand_patterns(patterns))
+    except DataError:  # reading the shards reports what is wrong
+        return
+    known = {manifest.shard_url(entry) for entry in manifest.shards}
+    added, removed = len(now - known), len(known - now)
+    if added or removed:
+        logger.warning(
+            "%s: %s added and %d removed since the run indexed them; the run continues with those "
+            "that it knows. Train on others in a new phase (data.phase)",
+            ", ".join(map(storage.redact, patterns)),
+            counted(added, "shard was", "shards were"),
+            removed,
+        )

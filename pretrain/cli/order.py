@@ -18,10 +18,12 @@ _EXAMPLES = """\
   vlmoe data order run.yaml --steps 7 --world-size 2 --json batch.global_batch_size=64
   vlmoe data order run.yaml --quality data.shuffle_window=64
 
-Steps count from 1, as in metrics.jsonl. --quality compares the shuffle with a uniformly random
-permutation. A larger data.shuffle_window is closer to it, but keeps more shards open. Shards
-without a manifest are read once from end to end; for the config.yaml of a run folder, the manifests
-that training stored there are used."""
+Steps count from 1, as in metrics.jsonl. With data.phase above 1, steps and positions, also those
+of --skip, count from the beginning of the phase, which the log of the run and `vlmoe data ledger`
+show. --quality compares the shuffle with a uniformly random permutation. A larger
+data.shuffle_window is closer to it, but keeps more shards open. Shards without a manifest are read
+once from end to end; for the config.yaml of a run folder, the manifests that training stored there
+are used."""
 
 
 def add(subparsers: Subparsers) -> None:

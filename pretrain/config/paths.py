@@ -17,6 +17,7 @@ from data_pipeline.common.literal_paths import PATTERN_CHARACTERS, split_literal
 
 CONFIG_FILE, DEEPSPEED_FILE, TOKENIZER_FILE = "config.yaml", "deepspeed.json", "tokenizer.model"
 """Files of a run folder: the resolved settings, and a copy of the tokenizer."""
+CHECKPOINTS_FOLDER = "checkpoints"
 
 
 def relative_to_file(mapping: Mapping[str, Any], folder: Path) -> dict[str, Any]:

@@ -105,10 +105,17 @@ def _print_order(
             print("\n\n".join(result.text(run.data.shuffle_window) for result in results))
         return
 
+    if run.data.phase > 1 and not options.as_json:
+        print(f"phase {run.data.phase}: steps and positions count from its beginning")
     steps = list_steps(sources, settings, options.steps, keys=options.keys)
     if options.as_json:
         # ASCII only: sample keys are untrusted and could contain terminal control sequences.
-        content = {"run": str(path), "world_size": options.world_size, "steps": list(steps)}
+        content = {
+            "run": str(path),
+            "phase": run.data.phase,
+            "world_size": options.world_size,
+            "steps": list(steps),
+        }
         print(json.dumps(content))
         return
     for step in steps:

@@ -12,6 +12,7 @@ from data_pipeline.common.logs import log_to_file, setup_logging
 from data_pipeline.common.tables import counted
 from data_pipeline.content.tokenizer import Tokenizer
 from data_pipeline.loading.sources import Source, data_fingerprint
+from data_pipeline.order.state import check_phase
 from data_pipeline.reading.local_shards import check_local_shards
 from pretrain.config.batch import BatchPlan, plan_batch
 from pretrain.config.paths import CONFIG_FILE
@@ -39,6 +40,7 @@ from pretrain.plan.sample_check import check_some_samples
 from pretrain.train.components import TrainComponents
 from pretrain.train.data import index_data, open_sources_if_indexed
 from pretrain.train.run_folder import create_run_folder, run_on_rank_zero
+from pretrain.train.state import saved_loader_state
 
 logger = logging.getLogger(__name__)
 
@@ -62,9 +64,12 @@ def build(run: RunConfig, out: Path) -> TrainComponents:
     sources = open_sources_if_indexed(run)
     engine = build_engine(run, environment, batch_plan)
     communicator = engine.communicator
+    lock = run_on_rank_zero(communicator, out, lambda: create_run_folder(run, out, tokenizer))
+    saved = saved_loader_state(out, communicator)
+    check_phase(saved, run.data.phase)
     # All ranks decide together: files on a node's local disk may differ.
     if communicator.any_true(sources is None) == (True,) or sources is None:
-        sources = index_data(run, out, communicator)
+        sources = index_data(run, out, communicator, saved)
 
     fingerprint = data_fingerprint(sources, run.data.shuffle_window)
     check_same_on_all_ranks(communicator, fingerprint, tokenizer.fingerprint)
@@ -73,7 +78,6 @@ def build(run: RunConfig, out: Path) -> TrainComponents:
         communicator, out, lambda: check_local_shards(manifests, run.data.max_corrupt_ratio)
     )
     run_on_rank_zero(communicator, out, lambda: check_some_samples(run, sources, tokenizer))
-    lock = run_on_rank_zero(communicator, out, lambda: create_run_folder(run, out, tokenizer))
     log_to_file(out / "logs" / f"rank-{environment.rank:05d}.log", environment.rank)
     _log_sources(run, environment.world_size, sources)
     return TrainComponents(

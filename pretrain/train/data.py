@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import time
 import uuid
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 from data_pipeline.common.logs import format_duration
 from data_pipeline.common.processes import usable_cpus
 from data_pipeline.loading.sources import Source, open_sources
+from data_pipeline.order.state import LoaderState
 from data_pipeline.shards.run_indexing import (
     index_for_run,
     needs_indexing,
@@ -42,17 +44,26 @@ def open_sources_if_indexed(run: RunConfig) -> tuple[Source, ...] | None:
     return open_sources(run.data.sources, timeout_seconds=min(60.0, run.data.timeout_seconds))
 
 
-def index_data(run: RunConfig, out: Path, communicator: Communicator) -> tuple[Source, ...]:
+def index_data(
+    run: RunConfig, out: Path, communicator: Communicator, saved: LoaderState
+) -> tuple[Source, ...]:
     """Index the sources that have no manifest, and open all sources of a run. Collective.
 
     Args:
         run: The run.
-        out: The run folder, shared by all ranks.
+        out: The run folder, shared by all ranks; locked by this run.
         communicator: Provides the collectives.
+        saved: State of the last checkpoint, or a new one.
 
     Raises:
         DataError: Shards cannot be read, or a drop-list does not belong to its source.
     """
+    if communicator.rank == 0 and run.data.phase > saved.phase:
+        # A start of this phase that did not reach a checkpoint may have seen other shards.
+        for source in run.data.sources:
+            folder = run_manifest_folder(out, source.shards, run.data.phase)
+            shutil.rmtree(folder, ignore_errors=True)
+    communicator.barrier()
     indexed: dict[str, str] = {}
     for address in dict.fromkeys(source.shards for source in run.data.sources):
         indexed[address] = index_address(run, address, out, communicator, phase=run.data.phase)

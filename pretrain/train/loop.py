@@ -7,6 +7,7 @@ import shlex
 import time
 from dataclasses import replace
 
+from data_pipeline.common.errors import ConfigError
 from data_pipeline.common.tables import counted
 from data_pipeline.content.tokenizer import TokenizerError
 from data_pipeline.loading.ledger import Ledger
@@ -37,6 +38,7 @@ def train(components: TrainComponents) -> TrainState:
     """
     state = _resume(components)
     if state.step >= components.run.schedule.total_steps:
+        _check_no_new_phase(components, state)
         _log_complete(components, state)
         return state
     events = EventLog(components.out, enabled=components.communicator.rank == 0)
@@ -75,6 +77,16 @@ def _train_from(components: TrainComponents, state: TrainState, events: EventLog
             ledger.close()
         if reporter is not None:
             reporter.close()
+
+
+def _check_no_new_phase(components: TrainComponents, state: TrainState) -> None:
+    """A complete run has no steps for a new phase of its data."""
+    run = components.run
+    if run.data.phase > state.loader.phase:
+        raise ConfigError(
+            f"data.phase is {run.data.phase}, but {components.out} is complete: step {state.step} "
+            f"of {run.schedule.total_steps}; a new phase needs more schedule.total_steps"
+        )
 
 
 def _log_phase(saved: LoaderState, loader: Loader) -> None:

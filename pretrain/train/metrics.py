@@ -209,7 +209,8 @@ class Window:
                 truncated=sum(report.truncated for report in reports) / max(1, captions),
                 epochs={name: epochs for name, _, epochs in consumed},
                 sample_ratio={
-                    name: samples / max(1, state.loader.position) for name, samples, _ in consumed
+                    name: samples / max(1, sum(source.samples for source in consumed))
+                    for name, samples, _ in consumed
                 },
                 corrupt={reason: float(count) for reason, count in corrupt.items()},
             ),

@@ -16,7 +16,13 @@ from data_pipeline.common.yaml_file import to_yaml
 from data_pipeline.content.tokenizer import Tokenizer, TokenizerError
 from pretrain.checkpoint.retention import list_checkpoints
 from pretrain.config.batch import BatchPlan
-from pretrain.config.paths import CONFIG_FILE, DEEPSPEED_FILE, TOKENIZER_FILE, absolute_paths
+from pretrain.config.paths import (
+    CHECKPOINTS_FOLDER,
+    CONFIG_FILE,
+    DEEPSPEED_FILE,
+    TOKENIZER_FILE,
+    absolute_paths,
+)
 from pretrain.config.schema import RunConfig
 from pretrain.parallel.communicator import Communicator
 from pretrain.parallel.deepspeed_config import load_profile, profile_path, resolve
@@ -24,7 +30,7 @@ from pretrain.train.run_lock import lock_run_folder
 
 T = TypeVar("T")
 
-CHECKPOINTS_FOLDER, LEDGER_FOLDER = "checkpoints", "ledger"
+LEDGER_FOLDER = "ledger"
 
 
 def create_run_folder(run: RunConfig, out: Path, tokenizer: Tokenizer) -> BinaryIO:

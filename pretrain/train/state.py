@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from data_pipeline.order.state import LoaderState
-from pretrain.checkpoint import CheckpointError
+from pretrain.checkpoint import CheckpointError, find_latest, read_meta
+from pretrain.config.paths import CHECKPOINTS_FOLDER
+from pretrain.parallel.communicator import Communicator
 
 STATE_VERSION = 1
 
@@ -47,3 +50,20 @@ class TrainState:
             seconds=value["seconds"],
             loader=LoaderState.from_json(value["loader"]),
         )
+
+
+def saved_loader_state(out: Path, communicator: Communicator) -> LoaderState:
+    """Loader state of the checkpoint from which a run would resume; a new one without checkpoints.
+    Collective.
+
+    Which checkpoint is intact is only known when it is loaded; this one may be newer.
+    """
+    value = None
+    if communicator.rank == 0:
+        try:
+            path = find_latest(out / CHECKPOINTS_FOLDER)
+            value = read_meta(path).state["train"]["loader"] if path else None
+        except CheckpointError:
+            value = None  # loading it reports what is wrong
+    value = communicator.broadcast_json(value)
+    return LoaderState() if value is None else LoaderState.from_json(value)

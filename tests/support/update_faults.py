@@ -106,8 +106,8 @@ def learning_rate_never_updated() -> list[Patch]:
     """The optimizer keeps its initial learning rate."""
     original = deepspeed_engine.DeepSpeedEngine.step
 
-    def step(self: Any, learning_rate: float) -> float:
-        return original(self, self._engine.optimizer.param_groups[0]["lr"])
+    def step(self: Any, learning_rate: float, **limit: float) -> float:
+        return original(self, self._engine.optimizer.param_groups[0]["lr"], **limit)
 
     return [mock.patch.object(deepspeed_engine.DeepSpeedEngine, "step", step)]
 
