@@ -14,6 +14,7 @@ from data_pipeline.commands.options import (
     sample_keys,
     workers_of,
 )
+from data_pipeline.common import storage
 from data_pipeline.common.commands import Subparsers, add_command
 from data_pipeline.common.json_file import write_json
 from data_pipeline.common.tables import counted, join_counts
@@ -28,8 +29,8 @@ _EXAMPLES = """\
 
 Compares the size and SHA-256 of every shard, its index, and the CRC-32 of every sample; --decode
 also decodes every image and reads every caption. The files of shards and folders are then counted a
-second time, with Python's tarfile and the file system: none may be missing from the index. The exit
-status is 1 if there are any findings.
+second time, with Python's tarfile and the file system: no file of a shard may be missing from its
+index, and no shard beside the manifest from that. The exit status is 1 if there are any findings.
 To exclude the corrupt samples from training, set `drop` of the data.train source to the drop-list.
 Unavailable shards are listed, but not added to the drop-list."""
 
@@ -97,6 +98,16 @@ def handle(args: argparse.Namespace) -> int:
             "files_in_samples": report.files.in_samples,
             "files_ignored": report.files.ignored,
             "shards_not_counted": report.not_counted,
+            "folders": [
+                {
+                    "folder": storage.redact(folder.folder),
+                    "shards_not_in_manifest": folder.shards,
+                    "shards_below": folder.shards_below,
+                    "other_files": dict(folder.others),
+                    "problem": folder.problem,
+                }
+                for folder in report.folders
+            ],
             "findings": rows,
         }
         write_json(args.json, content)

@@ -191,7 +191,7 @@ def handle(args: argparse.Namespace) -> None:
 def _print_result(result: WriteResult, args: argparse.Namespace) -> None:
     from data_pipeline.common.storage import join
     from data_pipeline.common.tables import format_bytes, format_table
-    from data_pipeline.preparing.write import SKIPPED_NAME
+    from data_pipeline.shards.manifest import SKIPPED_NAME
 
     reused = f", {result.reused:,} of them already written" if result.reused else ""
     size = format_bytes(result.bytes)

@@ -53,7 +53,7 @@ class Finding(NamedTuple):
     dataset: int
     """Index among the checked datasets."""
     shard: int
-    """Index in its dataset."""
+    """Index in its dataset; -1 for a shard that its manifest does not list."""
     sample: int
     """Index in its shard; -1 for the shard as a whole."""
     name: str
@@ -151,6 +151,12 @@ def check(
             )
 
     folders = [count_folder(manifest) for manifest in manifests] if count else []
+    for dataset, folder in enumerate(folders):
+        detail = "its folder is that of the manifest, which does not list it; `vlmoe data index`"
+        for name in folder.shards:
+            findings.append(
+                Finding(dataset, -1, _WHOLE_SHARD, name, "", "not-in-manifest", f"{detail} adds it")
+            )
     return CheckReport(samples, shards, findings, unavailable, files, not_counted, folders)
 
 

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 from data_pipeline.common import storage
 from data_pipeline.common.errors import StorageError
 from data_pipeline.common.tables import counted, join_counts
-from data_pipeline.shards.manifest import MANIFEST_NAME, Manifest
+from data_pipeline.shards.manifest import MANIFEST_NAME, SKIPPED_NAME, Manifest
 from data_pipeline.shards.patterns import is_shard_name
 from data_pipeline.shards.shard_index import ShardIndex
 
@@ -68,7 +68,9 @@ class FolderCount(NamedTuple):
 
     folder: str
     shards: tuple[str, ...] = ()
-    """Files whose names are those of shards."""
+    """Files beside the manifest whose names are those of shards."""
+    shards_below: tuple[str, ...] = ()
+    """The same in folders below it."""
     others: Mapping[str, int] = MappingProxyType({})
     """Number of other files by extension."""
     problem: str = ""
@@ -79,10 +81,10 @@ class FolderCount(NamedTuple):
         folder = storage.redact(self.folder)
         if self.problem:
             yield f"{folder} cannot be listed, so its files were not counted: {self.problem}"
-        if self.shards:
-            shards = counted(len(self.shards), "shard")
-            names = _first_names(self.shards, f"{folder} has {shards} that the manifest lacks")
-            yield f"{names}; `vlmoe data index {folder}` adds them"
+        if self.shards_below:
+            shards = counted(len(self.shards_below), "shard")
+            names = _first_names(self.shards_below, f"below {folder}, there are {shards}")
+            yield f"{names}; `vlmoe data index '{folder}/**'` includes them"
         if self.others:
             others = counted(sum(self.others.values()), "other file")
             yield f"{folder} has {others} ({join_counts(self.others)})"
@@ -91,7 +93,8 @@ class FolderCount(NamedTuple):
 def count_folder(manifest: Manifest) -> FolderCount:
     """Compare the files of a folder with its manifest; with none if its shards are elsewhere.
 
-    Hidden files and folders are not counted: `vlmoe` stores results of its commands in them.
+    Hidden files and folders are not counted: `vlmoe` stores results of its commands in them. Nor
+    are folders with a manifest of their own.
     """
     if manifest.base != manifest.url:
         return FolderCount(manifest.base)
@@ -99,13 +102,24 @@ def count_folder(manifest: Manifest) -> FolderCount:
         paths = storage.list_tree(manifest.base)
     except StorageError as error:
         return FolderCount(manifest.base, problem=str(error))
-    known = {MANIFEST_NAME}
+    known = {MANIFEST_NAME, SKIPPED_NAME}
     for entry in manifest.shards:
         known |= {entry.name, entry.index, f"{entry.name}.index"}
-    rest = [path for path in paths if path not in known and not f"/{path}".count("/.")]
-    shards = tuple(path for path in rest if is_shard_name(path))
-    others = Counter(_extension(path) for path in rest if not is_shard_name(path))
-    return FolderCount(manifest.base, shards, others)
+    datasets = tuple(
+        path.removesuffix(MANIFEST_NAME) for path in paths if path.endswith(f"/{MANIFEST_NAME}")
+    )
+    rest = [
+        path
+        for path in paths
+        if path not in known and "/." not in f"/{path}" and not path.startswith(datasets)
+    ]
+    shards = [path for path in rest if is_shard_name(path)]
+    return FolderCount(
+        manifest.base,
+        tuple(path for path in shards if "/" not in path),
+        tuple(path for path in shards if "/" in path),
+        Counter(_extension(path) for path in rest if not is_shard_name(path)),
+    )
 
 
 def _members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:

@@ -30,11 +30,16 @@ from data_pipeline.preparing.importers.records import (
     UniqueKeys,
 )
 from data_pipeline.preparing.resumable_shards import PARTS_FOLDER, ShardPlan, ShardWriter
-from data_pipeline.shards.manifest import MANIFEST_NAME, Manifest, ShardEntry, write_manifest
+from data_pipeline.shards.manifest import (
+    MANIFEST_NAME,
+    SKIPPED_NAME,
+    Manifest,
+    ShardEntry,
+    write_manifest,
+)
 
 logger = logging.getLogger(__name__)
 
-SKIPPED_NAME = "skipped.jsonl"
 SOURCE_FIELD = "source_fingerprint"
 """Field of the manifest with the fingerprint of the source."""
 INPUTS_FIELD = "inputs"

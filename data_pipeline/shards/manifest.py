@@ -37,6 +37,7 @@ from data_pipeline.shards.shard_paths import resolve_base
 __all__ = [
     "MANIFEST_NAME",
     "RESERVED_KEYS",
+    "SKIPPED_NAME",
     "Manifest",
     "ShardEntry",
     "make_entry",
@@ -48,6 +49,8 @@ __all__ = [
 ]
 
 MANIFEST_NAME = "manifest.json"
+SKIPPED_NAME = "skipped.jsonl"
+"""List of the source's rows that are not in the shards, written by `vlmoe data write`."""
 VERSION = 3
 _UNFINISHED = {"version": VERSION, "unfinished": True}
 RESERVED_KEYS = ("version", "base", "shards", "total_samples")

@@ -27,7 +27,7 @@ from data_pipeline.common.escaping import escape_control
 from data_pipeline.common.literal_paths import split_literal
 from data_pipeline.common.tables import counted, join_counts
 from data_pipeline.shards.compression import compressed_suffix, how_to_decompress
-from data_pipeline.shards.manifest import MANIFEST_NAME
+from data_pipeline.shards.manifest import MANIFEST_NAME, SKIPPED_NAME
 from data_pipeline.shards.shard_index import INDEX_SUFFIX
 
 logger = logging.getLogger(__name__)
@@ -193,7 +193,8 @@ def _only_shards(names: Iterable[str], pattern: str, others: dict[str, str]) -> 
     """
     names = list(names)
     shards = [name for name in names if is_shard_name(name)]
-    own = {MANIFEST_NAME, *(f"{shard.rpartition('/')[2]}{INDEX_SUFFIX}" for shard in shards)}
+    own = {f"{shard.rpartition('/')[2]}{INDEX_SUFFIX}" for shard in shards}
+    own |= {MANIFEST_NAME, SKIPPED_NAME}
     for name in names:
         if not is_shard_name(name) and name.rpartition("/")[2] not in own and not _is_folder(name):
             others[name] = _ignoring_rule(name)

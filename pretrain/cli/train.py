@@ -43,12 +43,12 @@ def add(subparsers: Subparsers) -> None:
 
 def handle(args: argparse.Namespace) -> None:
     """Run the command."""
-    from pretrain.config.presets import load_unchecked_run
+    from pretrain.config.presets import load_unchecked_run, with_vocab_size
     from pretrain.config.validate import check_run
     from pretrain.plan.input_files import input_file_problems, with_saved_tokenizer
 
     run, origins = load_unchecked_run(args.run, args.overrides)
-    run = with_saved_tokenizer(run, args.out)
+    run = with_vocab_size(with_saved_tokenizer(run, args.out))
     _, world_size = launched_rank_and_world_size()
     check_run(run, world_size, source=origins, more=input_file_problems(run))
     # Imported after validation: an error in the run is reported before torch is loaded.

@@ -66,7 +66,7 @@ def load_run(path_or_preset: str | Path, overrides: Sequence[str] = ()) -> RunCo
         ConfigError: Lists all unknown keys, wrong types and problems of sections, and where their
             values were set.
     """
-    return _load(path_or_preset, overrides, check=True)[0]
+    return with_vocab_size(_load(path_or_preset, overrides, check=True)[0])
 
 
 def load_unchecked_run(
@@ -76,7 +76,8 @@ def load_unchecked_run(
     lists the problems of sections together with those across sections.
 
     Returns:
-        The run, and where its settings were set.
+        The run, without the vocabulary size of its tokenizer (`with_vocab_size`), and where its
+        settings were set.
 
     Raises:
         ConfigError: Lists all unknown keys and wrong types.
@@ -98,11 +99,10 @@ def _load(
         names=setting_names(RunConfig),
     )
     mapping = apply_overrides(merge_layers(layers), overrides)
-    run = from_mapping(RunConfig, mapping, source=origins, check=check)
-    return _with_vocab_size(run), origins
+    return from_mapping(RunConfig, mapping, source=origins, check=check), origins
 
 
-def _with_vocab_size(run: RunConfig) -> RunConfig:
+def with_vocab_size(run: RunConfig) -> RunConfig:
     """The run with the vocabulary size of its tokenizer, if the settings leave it to that.
 
     If the tokenizer cannot be read, the size stays 0, which `validate.check_run` reports.

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pretrain.config.presets import load_unchecked_run, run_path
+from pretrain.config.presets import load_unchecked_run, run_path, with_vocab_size
 from pretrain.config.schema import RunConfig
 from pretrain.config.validate import check_run
 from pretrain.model.dense_baseline import config_overrides, dense_baseline, resolve_text_tokens
@@ -39,6 +39,7 @@ def print_plan(run_file: str, overrides: Sequence[str], options: PlanOptions) ->
     """
     path = run_path(run_file)
     run, origins = load_unchecked_run(path, overrides)
+    run = run if options.offline else with_vocab_size(run)
     world_size = options.world_size or run.parallel.expert_parallel_size
     text_tokens = resolve_text_tokens(options.text_tokens, run.model.context_length)
     # A setting below 1 is reported as such, not as a number of ranks that nobody asked for.

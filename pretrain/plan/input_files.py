@@ -17,7 +17,7 @@ from data_pipeline.common.problems import section_problems
 from data_pipeline.content.tokenizer import Tokenizer
 from data_pipeline.shards.manifest import MANIFEST_NAME, load_manifest
 from data_pipeline.shards.patterns import expand_patterns
-from pretrain.config.paths import TOKENIZER_FILE
+from pretrain.config.paths import CHECKPOINTS_FOLDER, TOKENIZER_FILE
 from pretrain.config.schema import RunConfig
 from pretrain.parallel.deepspeed_config import load_profile, profile_path
 
@@ -25,10 +25,11 @@ logger = logging.getLogger(__name__)
 
 
 def with_saved_tokenizer(run: RunConfig, out: Path) -> RunConfig:
-    """The run with the tokenizer of its run folder, if it has one and `data.tokenizer` is empty or
-    does not exist any more, for example because the run was moved to another machine."""
+    """The run with the tokenizer of its run folder, if it has been trained and `data.tokenizer` is
+    empty or does not exist any more, for example because it was moved to another machine."""
     saved, given = out / TOKENIZER_FILE, run.data.tokenizer
-    if not saved.is_file() or (given and (not storage.is_local(given) or storage.exists(given))):
+    is_trained = saved.is_file() and any((out / CHECKPOINTS_FOLDER).glob("step-*"))
+    if not is_trained or (given and (not storage.is_local(given) or storage.exists(given))):
         return run
     logger.info("data.tokenizer %s; using %s", "does not exist" if given else "is empty", saved)
     return replace(run, data=replace(run.data, tokenizer=str(saved)))

@@ -80,16 +80,18 @@ class TrainComponents:
         )
 
     def open_ledger(self, loader: Loader, step: int) -> Ledger | None:
-        """This rank's ledger of delivered samples, starting at `step`; None unless enabled."""
+        """This rank's ledger of delivered samples, starting at `step`; None unless enabled.
+        Collective."""
         if not self.run.data.ledger:
             return None
+        metadata = LedgerMetadata.of(self.sources, self.run.data.shuffle_window, loader.state)
+        self.on_rank_zero(lambda: metadata.write(self.out / LEDGER_FOLDER))
         return Ledger.open(
             self.out / LEDGER_FOLDER,
             rank=self.environment.rank,
             world_size=self.environment.world_size,
             micro_batch_size=self.run.batch.micro_batch_size,
             resumed_step=step,
-            metadata=LedgerMetadata.of(self.sources, self.run.data.shuffle_window, loader.state),
         )
 
     def on_rank_zero(self, work: Callable[[], T]) -> T | None:

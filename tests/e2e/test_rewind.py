@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
+import subprocess
+import sys
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -130,6 +132,14 @@ def test_a_run_that_never_recovers_ends(
 ) -> None:
     run = run_config(shapes, "guard.max_rewinds=1")
     everything = range(10_000)
+    components = build(run, tmp_path / "locked")
+    other = (
+        "import sys, pathlib; from pretrain.train.run_lock import lock_run_folder\n"
+        "lock_run_folder(pathlib.Path(sys.argv[1]), wait_seconds=0)"
+    )
+    started = [sys.executable, "-c", other, str(tmp_path / "locked")]
+    assert b"is in use by process" in subprocess.run(started, stderr=subprocess.PIPE).stderr
+    assert components.lock is not None
     with pytest.raises(TrainingError, match="there is no checkpoint to go back to"):
         train(run, tmp_path / "start", monkeypatch, everything)
     later = samples_at(run, tmp_path / "order", range(40, 192))

@@ -143,8 +143,11 @@ def test_new_phase_with_more_data(
     for shard in small.folder.glob("*.tar"):
         (folder / f"more-{shard.name}").write_bytes(shard.read_bytes())
 
-    # In the same phase a run continues with the data that it began with.
-    train(run_dir, *settings, "schedule.total_steps=6")
+    # In the same phase a run continues with the data that it began with, also under another name.
+    output = train(run_dir, *settings, "schedule.total_steps=5")
+    assert "2 shards were added and 0 removed" in output
+    relative = os.path.relpath(folder, ROOT)
+    train(run_dir, *settings, f"data.train=[{relative}]", "schedule.total_steps=6")
     new = [*settings, "data.phase=2"]
     output = train(run_dir, *new, "schedule.total_steps=12")
     assert "phase 2 of the data begins at position 48, with data (48 samples)" in output
@@ -157,6 +160,16 @@ def test_new_phase_with_more_data(
     assert "begins at position" not in output and check_ledger(run_dir).returncode == 0
     result = launch(run_dir, *settings, "schedule.total_steps=16")
     assert result.returncodes == (2,) and "data.phase is 1" in result.output
+
+    # A start of the next phase that fails does not decide which shards the phase has.
+    third = [*settings, "data.phase=3"]
+    result = launch(run_dir, *third, "schedule.total_steps=14")
+    assert result.returncodes == (2,) and "needs more schedule.total_steps" in result.output
+    (folder / "last.tar").write_bytes(next(small.folder.glob("*.tar")).read_bytes())
+    output = train(run_dir, *third, "schedule.total_steps=15")
+    assert "phase 3 of the data begins at position 112, with data (56 samples)" in output
+    ratio = read_rows(run_dir / "metrics.jsonl")[-1]["data/sample_ratio/data"]
+    assert ratio == 1.0 and check_ledger(run_dir).returncode == 0
 
 
 def test_truncated_ledger(shapes: ShapeDataset, tmp_path: Path) -> None:

@@ -121,13 +121,23 @@ def test_counts_are_printed_and_stored(tmp_path: Path, capsys: pytest.CaptureFix
 
     flip_bit(shard_path(manifest, 1), 700)
     (folder / "new.tar").write_bytes(b"")
+    (folder / "below").mkdir()
+    (folder / "below" / "a.tar").write_bytes(b"")
+    make_shards(folder / "dataset", count=2)
+    (folder / "skipped.jsonl").write_text("")
     (folder / "notes.txt").write_text("x")
     (folder / ".hidden").write_text("x")
     assert run_data_command(*command) == 1
     output = capsys.readouterr().out
     assert f"counted again: {files * 2 // 3} files in samples" in output
     assert "not counted: 1 corrupt or salvaged shard" in output
-    assert f"{folder} has 1 shard that the manifest lacks 'new.tar'" in output
+    assert "new.tar: not-in-manifest: " in output
+    assert f"below {folder}, there are 1 shard 'below/a.tar'; " in output
+    assert f"`vlmoe data index '{folder}/**'` includes them" in output
+    report = json.loads(report_path.read_text())
+    reasons = [row["reason"] for row in report["findings"] if row["shard"] < 0]
+    assert reasons == ["not-in-manifest"]
+    assert report["folders"][0]["shards_not_in_manifest"] == ["new.tar"]
     assert f"{folder} has 1 other file (.txt 1)" in output
 
     assert run_data_command(*command, "--no-count") == 1

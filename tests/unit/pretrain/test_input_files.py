@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.cli.main import main
-from pretrain.config.presets import load_run
+from pretrain.config.presets import load_run, load_unchecked_run, with_vocab_size
 from pretrain.plan.input_files import input_file_problems, with_saved_tokenizer
 from tests.support.small_shards import make_shards, make_tokenizer
 
@@ -85,8 +85,13 @@ def test_tokenizer_of_the_run_folder(folder: Path, tmp_path: Path) -> None:
     given = str(folder / "tokenizer.model")
     assert used("data.tokenizer=gone.model") == "gone.model" and used() == ""
     saved = shutil.copy(given, tmp_path / "tokenizer.model")
+    assert used("data.tokenizer=gone.model") == "gone.model"  # not trained with it
+    (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
     assert used("data.tokenizer=gone.model") == used() == str(saved)
     assert used(f"data.tokenizer={given}") == given
+    run = load_unchecked_run("tiny", ["data.tokenizer=gone.model", "model.vocab_size=0"])[0]
+    resolved = with_vocab_size(with_saved_tokenizer(run, tmp_path))
+    assert resolved.model.vocab_size == 300 and input_file_problems(resolved) == []
     assert used("data.tokenizer=s3://bucket/t.model") == "s3://bucket/t.model"
 
 

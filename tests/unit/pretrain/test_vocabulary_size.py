@@ -9,7 +9,7 @@ import pytest
 from data_pipeline.common.config import dump_yaml
 from data_pipeline.common.errors import ConfigError
 from pretrain.cli.main import main
-from pretrain.config.presets import load_run, load_unchecked_run
+from pretrain.config.presets import load_run, load_unchecked_run, with_vocab_size
 from pretrain.config.validate import check_run, problems, vocabulary_problems
 from pretrain.parity.case_runs import run_problems
 from pretrain.parity.scale_down import MAX_VOCABULARY, shrink
@@ -22,6 +22,8 @@ ZERO = "model.vocab_size=0"
 def test_the_size_is_that_of_the_tokenizer(shapes: ShapeDataset, tmp_path: Path) -> None:
     data = [f"data.train=[{shapes.folder}]", f"data.tokenizer={shapes.tokenizer}"]
     run, origins = load_unchecked_run("tiny", [*data, ZERO])
+    assert run.model.vocab_size == 0
+    run = with_vocab_size(run)
     assert run.model.vocab_size == shapes.vocab_size
     check_run(run, 1, source=origins, more=input_file_problems(run))
     (tmp_path / "run.yaml").write_text(f"extends: tiny\ndata: {{tokenizer: {shapes.tokenizer}}}\n")

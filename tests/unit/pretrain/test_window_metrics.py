@@ -193,6 +193,10 @@ def test_progress_in_the_data() -> None:
     assert (data.samples_seen, data.epoch_position) == (40.0, 48.0)
     assert data.epochs == {"web": 1.5, "books": 0.25}
     assert data.sample_ratio == {"web": 0.75, "books": 0.25}
+    # In a later phase, only its samples count, and the position is larger.
+    assert entry_of(window_of(step_result()), position=480, consumed=consumed).data == replace(
+        data, epoch_position=480.0
+    )
     assert data.corrupt == {"corrupt-image": 2.0}
 
 
