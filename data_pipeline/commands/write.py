@@ -215,7 +215,17 @@ def _print_result(result: WriteResult, args: argparse.Namespace) -> None:
 
 
 def _importer(args: argparse.Namespace) -> Importer:
-    """The importer for the source."""
+    """The importer for the source.
+
+    Raises:
+        ConfigError: An option does not apply to it.
+    """
+    has_classes = args.kind == "parquet" or (args.kind, args.caption_from) == ("folder", "folder")
+    if args.template != "{}" and not has_classes:
+        raise ConfigError(
+            f"--template {args.template!r} has no effect here: it is for the names of folders "
+            f"(`folder` with --caption-from folder) and of classes (parquet); omit it"
+        )
     factories: dict[str, Callable[[argparse.Namespace, tuple[str, ...]], Importer]] = {
         "csv": _table,
         "folder": _folder,

@@ -1,4 +1,4 @@
-"""A look at some samples of each source before training: what is skipped, what is cut.
+"""A look at some samples of each source before training: what is skipped or truncated.
 
 A filter on a field that a source does not have, or a caption key that it lacks, would otherwise
 drop the whole source while training goes on with the others. The samples are from several shards,
@@ -23,7 +23,6 @@ from data_pipeline.settings import DataConfig
 NUM_SHARDS, SAMPLES_PER_SHARD = 8, 32
 """Evenly spaced shards of a source, and the first samples of each that are processed."""
 _BATCH_SIZE = 32
-_MAX_TOKENS = 1 << 20
 _CONTENT_REASONS = (
     "no-caption",
     "no-image",
@@ -104,10 +103,8 @@ def preview_source(
             if packed.problems and not example:
                 first = packed.problems[0]
                 example = f"{first.key}: {first.reason}: {first.detail}"
-            for caption in packed.captions:
-                length = len(tokenizer.encode_clean(caption, _MAX_TOKENS))
-                truncated += length > batch.context_length
-                tokens += min(length, batch.context_length)
+            truncated += packed.num_truncated
+            tokens += packed.tokens
     finally:
         pipeline.close()
     return SourcePreview(source.name, count, skipped, example, truncated, tokens)

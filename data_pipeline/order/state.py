@@ -107,7 +107,11 @@ class LoaderState:
                 )
             for name, first_version in (("skip", 2), ("ended_phases", 3)):
                 if (name in fields) != (version >= first_version):
-                    raise ValueError(f"version {version} with or without `{name}`")
+                    verb = "has" if name in fields else "lacks"
+                    raise ValueError(
+                        f"it has version {version}, but {verb} `{name}`, which versions from "
+                        f"{first_version} on have"
+                    )
 
             skip = tuple((first, end) for first, end in fields.get("skip", ()))
             ended = tuple(EndedPhase(**phase) for phase in fields.get("ended_phases", ()))

@@ -20,7 +20,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "run",
         metavar="RUN.yaml",
-        help="run file, or the name of a preset: quickstart, tiny, s16, b16, l16, h14",
+        help="run file, or the name of a preset: quickstart, first, tiny, s16, b16, l16, h14",
     )
     parser.add_argument(
         "overrides",

@@ -99,12 +99,12 @@ def _print_error(message: str, rank: int, delay_seconds: float) -> None:
     """Print an error, on ranks other than 0 after a delay."""
     log_to_files_only(message)  # before the delay: the launcher may terminate this rank during it
     time.sleep(max(delay_seconds, _OTHER_RANK_DELAY_SECONDS if rank else 0.0))
-    _tell_torchrun(message)
+    _write_error_file(message)
     suffix = f" (rank {rank})" if launched_rank_and_world_size()[1] > 1 else ""
     print_error(message, label=f"error{suffix}")
 
 
-def _tell_torchrun(message: str) -> None:
+def _write_error_file(message: str) -> None:
     """Write the error where torchrun reads it, so that it ends its report of the failure with it
     (format: `torch.distributed.elastic.multiprocessing.errors.ProcessFailure`)."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE", "")

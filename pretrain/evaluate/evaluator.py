@@ -233,18 +233,18 @@ def distinct_texts(
             texts.append(text)
 
     matches: list[tuple[int, int]] = []
-    missing: dict[str, None] = {}
+    missing: list[str] = []
     for image, of_image in enumerate(captions):
         hashes = dict.fromkeys(hash_caption(text) for text in of_image)
         found = [(image, index_of_hash[item]) for item in hashes if item in index_of_hash]
         matches += found
         if not found:
-            missing[of_image[0]] = None
+            missing.append(of_image[0])
     if missing:
         raise DataError(
-            f"the {counted(len(texts), 'label')} of {name!r} do not include "
-            f"{counted(len(missing), 'caption')} of it, such as {next(iter(missing))!r}; add "
-            f"them to the labels file, or omit the file to rank against the captions of the set"
+            f"the {counted(len(texts), 'label')} of {name!r} include no caption of "
+            f"{counted(len(missing), 'image')} of it, such as {missing[0]!r}; add one for each to "
+            f"the labels file, or omit the file to rank against the captions of the set"
         )
     return texts, matches
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from data_pipeline.common.escaping import escape_control
 from data_pipeline.common.tables import counted, format_table
 from pretrain.evaluate.captions import matching_reference
 from pretrain.evaluate.retrieval import RECALL_AT
@@ -22,9 +23,10 @@ def format_examples(result: Mapping[str, Any]) -> str:
         generated, references = example["generated"], example["references"]
         match = matching_reference(generated, references)
         if match is None:
-            lines.append(f"    {references[0]}   -> generated: {generated}")
+            line = f"    {references[0]}   -> generated: {generated}"
         else:
-            lines.append(f"  = {match}")
+            line = f"  = {match}"
+        lines.append(escape_control(line))
     return "\n".join(lines)
 
 

@@ -17,13 +17,13 @@ from pretrain.config.schema import RunConfig
 logger = logging.getLogger(__name__)
 
 MAX_TRUNCATED_RATIO = 0.01
-"""More captions than this that are cut by the context length are logged."""
+"""More captions than this that are truncated to the context length are logged."""
 
 
 def check_some_samples(
     run: RunConfig, sources: Sequence[Source], tokenizer: Tokenizer
 ) -> list[SourcePreview | None]:
-    """Log what is skipped and cut in some samples of each source.
+    """Log what is skipped and truncated in some samples of each source.
 
     Args:
         run: The run.
@@ -68,8 +68,8 @@ def _report(preview: SourcePreview, max_ratio: float, context_length: int) -> No
         logger.warning("%s; more than data.max_filtered_ratio (%g)", message, max_ratio)
     if preview.truncated > MAX_TRUNCATED_RATIO * preview.used:
         logger.warning(
-            "source %s: %d of %d captions have more than model.context_length (%d) tokens; the "
-            "rest of them is cut",
+            "source %s: %d of %d captions have more than model.context_length (%d) tokens and "
+            "are truncated",
             preview.name,
             preview.truncated,
             preview.used,

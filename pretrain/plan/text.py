@@ -88,7 +88,7 @@ def _data_lines(data: dict[str, Any]) -> list[tuple[str, str]]:
             skipped = join_counts(source["skipped"])
             parts.append(f"{source['mean_tokens']:.1f} tokens per caption")
             parts.append(f"of {tried} tried: {skipped} skipped" if skipped else "")
-            parts.append(f"{source['truncated']} captions cut" if source["truncated"] else "")
+            parts.append(f"{source['truncated']} captions truncated" if source["truncated"] else "")
         name = escape_control(f"source {source['name']}")
         lines.append((name, "; ".join(filter(None, parts))))
     return lines

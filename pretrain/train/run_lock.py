@@ -1,7 +1,7 @@
 """A lock of the run folder: two trainings in one folder would overwrite each other's checkpoints.
 
 The lock is one of the operating system on `lock`, which ends with the process, also if it is
-killed. The file is not deleted: a process that waits for it would lock a file that is gone.
+killed. The file is not deleted: a process that waits for it would lock a deleted file.
 """
 
 from __future__ import annotations

@@ -83,14 +83,17 @@ class Folder:
             record = self._record(folder, path, name, text, fields.get(stem))
             yield record._replace(inputs=1 + len(companions))
 
+        by_stem = _names_by_stem(subfolder.names)
+        used.update(images)
         for name in subfolder.names:
-            if name in used or name in images:
+            if name in used:
                 continue
             extension = _extension(name)
             if extension == "txt" and self.caption_from == "folder":
                 yield Ignored(f"{path}{name}", "text file beside --caption-from folder")
             elif extension in ("txt", "json"):
-                yield SkippedRow(f"{path}{name}", *_why_unused(name, subfolder.names))
+                others = by_stem[strip_extension(name).lower()]
+                yield SkippedRow(f"{path}{name}", *_why_unused(others))
             else:
                 yield Ignored(f"{path}{name}", f".{extension} file" if extension else "other file")
 
@@ -225,14 +228,24 @@ def _extension(name: str) -> str:
     return name.rpartition(".")[2].lower() if "." in name else ""
 
 
-def _why_unused(name: str, names: Sequence[str]) -> tuple[str, str]:
-    """Reason and detail of a text that belongs to no image, by the files with its name."""
-    stem, texts = strip_extension(name).lower(), ("txt", "json")
-    others = [other for other in names if strip_extension(other).lower() == stem]
+def _names_by_stem(names: Sequence[str]) -> dict[str, list[str]]:
+    """All files by their name without extension, in lower case."""
+    by_stem: dict[str, list[str]] = {}
+    for name in names:
+        by_stem.setdefault(strip_extension(name).lower(), []).append(name)
+    return by_stem
+
+
+def _why_unused(others: Sequence[str]) -> tuple[str, str]:
+    """Reason and detail of a text that belongs to no image.
+
+    Args:
+        others: All files with its name but for the extension, itself included.
+    """
     images = [other for other in others if _extension(other) in IMAGE_KEYS]
     if images:
         return "several-texts", f"{images[0]} has another one, which is named like it but for case"
-    if others := [other for other in others if _extension(other) not in texts]:
+    if others := [other for other in others if _extension(other) not in ("txt", "json")]:
         return "no-image", (
             f"{others[0]} beside it does not have the extension of an image; if it is one, rename "
             f"it, or convert it to JPEG or PNG"

@@ -73,15 +73,23 @@ class Parquet:
         """The columns of an open file.
 
         Raises:
-            DataError: As for `find_columns`.
+            DataError: As for `find_columns`, or there is a template but no column of classes.
         """
-        return find_columns(
+        columns = find_columns(
             file.schema_arrow,
             path,
             image=self.image_column,
             captions=self.caption_columns,
             key=self.key_column,
         )
+        if self.template != "{}" and not any(column.classes for column in columns.captions):
+            names = ", ".join(repr(column.name) for column in columns.captions)
+            raise DataError(
+                f"{path}: --template {self.template!r} is for the names of classes, but the "
+                f"captions are text (column {names}); omit --template, or name a column of classes "
+                f"with --caption-column"
+            )
+        return columns
 
 
 class ParquetRow(NamedTuple):

@@ -177,3 +177,20 @@ def test_any_tree_is_accounted_for(examples: int, tmp_path: Path) -> None:
 
     files = st.sets(st.tuples(st.sampled_from(FOLDERS), st.sampled_from(NAMES)), max_size=20)
     check_property(check, examples, files, st.sampled_from(["text", "folder"]))
+
+
+def test_the_time_is_linear_in_the_number_of_texts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, calls = folder.strip_extension, Counter[str]()
+
+    def counted(name: str) -> str:
+        calls["all"] += 1
+        return original(name)
+
+    monkeypatch.setattr(folder, "strip_extension", counted)
+    add_pair(tmp_path, "pair")
+    for number in range(100):
+        (tmp_path / f"{number}.txt").write_text("x")
+    assert read(tmp_path)[1] == {"no-image": 100}
+    assert calls["all"] < 1000

@@ -185,3 +185,12 @@ def test_corrupt_pages_are_an_error(tmp_path: Path) -> None:
     plan = WritePlan(source=Parquet(files=(str(path),)), out=str(tmp_path / "out"))
     with pytest.raises(DataError, match=r"a.parquet is corrupt"):
         write_dataset(plan)
+
+
+def test_a_template_needs_classes(tmp_path: Path) -> None:
+    columns = {"label": [0, 1, 2], "text": ["x", "y", "z"]}
+    path = write_hugging_face(tmp_path / "a.parquet", columns, {"label": CLASSES})
+    with pytest.raises(DataError, match=r"'a \{\}' is for .*captions are text \(column 'text'\)"):
+        list(Parquet(files=(str(path),), template="a {}")())
+    both = Parquet(files=(str(path),), template="a {}", caption_columns=("text", "label"))
+    assert load(both)[0]["json"]["captions"] == ["x", "a tabby cat"]

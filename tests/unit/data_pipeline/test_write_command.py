@@ -254,3 +254,10 @@ def test_another_dataset_is_not_overwritten(tmp_path: Path) -> None:
     assert (out / "manifest.json").read_bytes() == before
     write("second", "--overwrite")
     assert load_manifest(out).total_samples == 4
+
+
+@pytest.mark.parametrize("kind", ["folder", "csv", "coco", "flickr"])
+def test_a_template_without_names_is_an_error(tmp_path: Path, kind: str) -> None:
+    options = (kind, tmp_path, "--out", tmp_path / "out", "--template", "a {}")
+    with pytest.raises(ConfigError, match=r"--template 'a \{\}' has no effect here"):
+        run_data_command("write", *options)

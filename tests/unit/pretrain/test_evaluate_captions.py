@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pretrain.evaluate.captions import exact_match_percent, same_caption, token_accuracy_percent
 from pretrain.evaluate.generation import generate_captions
+from pretrain.evaluate.report import format_examples
 
 START, END, VOCABULARY = 1, 2, 40
 
@@ -80,3 +81,10 @@ def test_token_accuracy_is_over_all_tokens() -> None:
     # The mean of the batches' accuracies would be 75 %.
     assert token_accuracy_percent([(1, 1), (4, 8)]) == pytest.approx(100 * 5 / 9)
     assert token_accuracy_percent([]) == 0.0
+
+
+def test_captions_are_escaped_for_the_terminal() -> None:
+    generated = ["\x1b[2J", "\x1b]0;a"]
+    examples = [{"generated": text, "references": ["\x1b]0;a"]} for text in generated]
+    text = format_examples({"examples": examples})
+    assert "\x1b" not in text and text.count(r"\x1b") == 3

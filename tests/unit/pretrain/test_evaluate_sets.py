@@ -22,7 +22,8 @@ def test_one_caption_of_an_image_must_be_a_label() -> None:
     captions = [["an image of a fox", "fox"], ["owl", "a bird"]]
     texts, pairs = distinct_texts(captions, ["cat", "owl", "fox"])
     assert (texts, pairs) == (["cat", "owl", "fox"], [(0, 2), (1, 1)])
-    with pytest.raises(DataError, match=r"2 labels of 'mine' do not include 1 caption .*'owl'"):
+    captions.append(["owl", "a bird"])
+    with pytest.raises(DataError, match=r"2 labels of 'mine' include no .* of 2 images .*'owl'"):
         distinct_texts(captions, ["cat", "fox"], name="mine")
 
 

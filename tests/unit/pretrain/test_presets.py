@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
+import re
 from pathlib import Path
 
 import pytest
 
 from data_pipeline.common.config import dump_yaml, load_yaml
 from data_pipeline.common.errors import ConfigError
+from pretrain.cli.common import add_run_arguments
 from pretrain.config.presets import load_run, load_unchecked_run, preset_names, preset_path
 from pretrain.config.schema import RunConfig
 from pretrain.config.validate import problems
@@ -151,3 +154,10 @@ def test_defaults_and_suggestions_are_not_set_anywhere(tmp_path: Path) -> None:
 def test_unknown_setting_of_a_source(entry: str, suggestion: str) -> None:
     with pytest.raises(ConfigError, match=rf"data\.train\[0\]\.\w+: .*{suggestion}'"):
         load_run("tiny", [f"data.train=[{entry}]"])
+
+
+def test_the_help_of_commands_lists_the_run_presets() -> None:
+    parser = argparse.ArgumentParser()
+    add_run_arguments(parser)
+    listed = re.search(r"preset:([^-]*)", " ".join(parser.format_help().split()))
+    assert listed and set(RUN_PRESETS) <= set(re.split(r"[ ,]+", listed[1]))
