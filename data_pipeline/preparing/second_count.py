@@ -141,16 +141,17 @@ def _indexed_files(index: ShardIndex) -> Iterator[tuple[int, tuple[int, str]]]:
 
 def _ignoring_rule(member: tarfile.TarInfo) -> str:
     """By which rule a member belongs to no sample; empty if it should belong to one."""
-    if member.isdir():
+    if member.isdir() or member.type == b"D":  # GNU's folder with a list of its files
         return "folder"
     if member.type == b"V":
         return "volume label"
     base, first = member.name.rpartition("/")[2], member.name.partition("/")[0]
     if base.startswith("."):
         return "hidden file"
-    if first.startswith("__") and first.endswith("__") and len(first) >= 4:
-        return "reserved name"
-    return "" if base.partition(".")[2] else "no extension"
+    if not base.partition(".")[2]:
+        return "no extension"
+    is_reserved = first.startswith("__") and first.endswith("__") and len(first) >= 4
+    return "reserved name" if is_reserved else ""
 
 
 def _extension(path: str) -> str:

@@ -4,7 +4,8 @@ The source is read twice: once to count its rows, so that shard sizes differ by 
 once to assign rows to shards. A shard's bytes depend only on its records. The tasks of a job array
 can each write a part of the shards; a call without `part` completes the work and writes the
 manifest and `skipped.jsonl`, the list of all rows that did not become a sample. If too many are
-skipped, the list of those found until then is written before the error.
+skipped, the list of those found until then is written before the error, into `.parts` if the
+folder has a finished dataset.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from data_pipeline.common import storage
-from data_pipeline.common.errors import ConfigError, DataError, StorageError
+from data_pipeline.common.errors import ConfigError, DataError
 from data_pipeline.common.logs import Progress
 from data_pipeline.common.processes import SINGLE_PART, Part, map_in_processes
 from data_pipeline.common.tables import counted, join_counts
@@ -29,9 +30,12 @@ from data_pipeline.preparing.importers.records import (
     SkippedRow,
     UniqueKeys,
 )
-from data_pipeline.preparing.resumable_shards import PARTS_FOLDER, ShardPlan, ShardWriter
+from data_pipeline.preparing.resumable_shards import ShardPlan, ShardWriter
+from data_pipeline.preparing.skipped_list import too_many_skipped, write_skipped
 from data_pipeline.shards.manifest import (
+    INPUTS_FIELD,
     MANIFEST_NAME,
+    SKIPPED_FIELD,
     SKIPPED_NAME,
     Manifest,
     ShardEntry,
@@ -42,8 +46,6 @@ logger = logging.getLogger(__name__)
 
 SOURCE_FIELD = "source_fingerprint"
 """Field of the manifest with the fingerprint of the source."""
-INPUTS_FIELD = "inputs"
-"""Field of the manifest with the numbers of inputs; see `Inputs`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +129,8 @@ def write_dataset(
     total = num_records + len(rejected)
     _check_folder(plan)
     if not num_records:
-        raise _too_many_skipped("the source has no image-text pair to write", rejected, plan, part)
+        problem = "the source has no image-text pair to write"
+        raise too_many_skipped(problem, rejected, plan.out, part)
 
     index, count = part
     skipped = list(rejected) if index == 0 else []
@@ -203,33 +206,19 @@ def _finish(
 ) -> Manifest:
     """Write the manifest and the list of skipped rows."""
     if not entries:
-        raise _too_many_skipped("all rows were skipped; no sample to write", skipped, plan)
+        problem = "all rows were skipped; no sample to write"
+        raise too_many_skipped(problem, skipped, plan.out)
 
     counts = dict(sorted(Counter(row.reason for row in skipped).items()))
-    metadata = dict(about) | ({"skipped": counts} if counts else {})
+    metadata = dict(about) | ({SKIPPED_FIELD: counts} if counts else {})
     metadata |= {SOURCE_FIELD: _source_fingerprint(plan.source)}
     manifest = write_manifest(plan.out, entries, metadata)
 
     if skipped or storage.exists(storage.join(plan.out, SKIPPED_NAME)):
-        _write_skipped(skipped, plan, SINGLE_PART)
+        write_skipped(skipped, plan.out)
 
     _warn_about_other_shards(plan, {entry.name for entry in entries})
     return manifest
-
-
-def _write_skipped(skipped: list[SkippedRow], plan: WritePlan, part: Part) -> str:
-    """Write the list of skipped rows, in `.parts` for a part of the shards.
-
-    Returns:
-        Its address.
-    """
-    name = SKIPPED_NAME
-    if part != SINGLE_PART:  # other parts may be written at the same time
-        name = f"{PARTS_FOLDER}/skipped-{part[0]}-of-{part[1]}.jsonl"
-    url = storage.join(plan.out, name)
-    lines = [json.dumps(row._asdict(), ensure_ascii=False) + "\n" for row in skipped]
-    storage.write_bytes(url, "".join(lines).encode("utf-8", "backslashreplace"))
-    return url
 
 
 def _check_ratio(skipped: list[SkippedRow], total: int, plan: WritePlan, part: Part) -> None:
@@ -238,30 +227,7 @@ def _check_ratio(skipped: list[SkippedRow], total: int, plan: WritePlan, part: P
             f"{len(skipped):,} of {total:,} pairs in the source were skipped, more than "
             f"--max-skipped-ratio {plan.max_skipped_ratio:g} allows"
         )
-        raise _too_many_skipped(problem, skipped, plan, part)
-
-
-def _too_many_skipped(
-    problem: str, skipped: list[SkippedRow], plan: WritePlan, part: Part = SINGLE_PART
-) -> DataError:
-    """The error, after the list of the rows that were skipped so far is written."""
-    message = problem + _examples(skipped)
-    if not skipped:
-        return DataError(message)
-    try:
-        url = _write_skipped(skipped, plan, part)
-    except StorageError as error:
-        return DataError(f"{message}. Their list cannot be written: {error}")
-    return DataError(f"{message}. All that were found until now: {storage.redact(url)}")
-
-
-def _examples(skipped: list[SkippedRow]) -> str:
-    if not skipped:
-        return ""
-    reasons = Counter(row.reason for row in skipped).most_common()
-    counts = ", ".join(f"{reason} {count:,}" for reason, count in reasons)
-    first = "; ".join(f"{row.origin}: {row.reason}: {row.detail}" for row in skipped[:3])
-    return f" ({counts}). First: {first}"
+        raise too_many_skipped(problem, skipped, plan.out, part)
 
 
 def _check_folder(plan: WritePlan) -> None:

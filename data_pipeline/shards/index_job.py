@@ -15,7 +15,7 @@ from typing import NamedTuple
 from data_pipeline.common import storage
 from data_pipeline.common.errors import DataError, StorageError
 from data_pipeline.sample_keys import IMAGE_KEYS, image_problem
-from data_pipeline.shards.scan import scan
+from data_pipeline.shards.scan import count_ignored, scan
 from data_pipeline.shards.shard_entry import ShardEntry, make_entry
 from data_pipeline.shards.shard_index import ShardIndex
 from data_pipeline.shards.shard_stream import CHUNK_BYTES, open_shard_stream
@@ -45,8 +45,8 @@ class IndexResult(NamedTuple):
     """Samples without a unique image: number and first example by reason."""
     files: int
     """Number of files in samples."""
-    ignored: Mapping[str, int]
-    """Number of members that belong to no sample, by rule."""
+    ignored: Mapping[str, int] | None
+    """Number of members that belong to no sample, by rule; None if it is not known."""
 
 
 def run_index_job(job: IndexJob) -> IndexResult:
@@ -85,7 +85,24 @@ def _result(index: ShardIndex, job: IndexJob, data: bytes, *, reused: bool) -> I
             problems[reason] = count + 1, example
     files = len(index.columns["member_size"])
     entry = make_entry(index, job.name, data)
-    return IndexResult(entry, reused, "", problems, files, index.ignored)
+    ignored = _ignored_when_indexed(index, job) if reused else index.ignored
+    return IndexResult(entry, reused, "", problems, files, ignored)
+
+
+def _ignored_when_indexed(index: ShardIndex, job: IndexJob) -> Mapping[str, int] | None:
+    """The ignored members of a shard whose index is reused.
+
+    An index without them has none, or is of a version that did not count them; the headers of a
+    local shard tell, those in a store would need many requests.
+    """
+    if index.ignored:
+        return index.ignored
+    if not storage.is_local(job.url):
+        return None
+    try:
+        return count_ignored(storage.local_path(job.url))
+    except (DataError, OSError):
+        return None
 
 
 def _existing_index(job: IndexJob, total_bytes: int, etag: str) -> tuple[ShardIndex, bytes] | None:

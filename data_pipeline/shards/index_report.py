@@ -98,10 +98,14 @@ def _report_files(results: Sequence[IndexResult]) -> None:
     """Log how many files are in samples, and how many are ignored by which rule."""
     ignored: Counter[str] = Counter()
     for result in results:
-        ignored.update(result.ignored)
+        ignored.update(result.ignored or {})
+    unknown = sum(result.ignored is None for result in results)
     logger.info(
-        "files: %s in samples, %s ignored%s",
+        "files: %s in samples, %s ignored%s%s",
         f"{sum(result.files for result in results):,}",
         f"{sum(ignored.values()):,}",
         f" ({join_counts(ignored)})" if ignored else "",
+        f"; ignored files not counted in {counted(unknown, 'reused index', 'reused indices')}"
+        if unknown
+        else "",
     )

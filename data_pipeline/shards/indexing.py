@@ -19,8 +19,10 @@ from data_pipeline.common.processes import SINGLE_PART, Part, map_in_processes
 from data_pipeline.shards.index_job import IndexJob, IndexResult, run_index_job
 from data_pipeline.shards.index_report import report, report_other_files
 from data_pipeline.shards.manifest import (
+    INPUTS_FIELD,
     MANIFEST_NAME,
     RESERVED_KEYS,
+    SKIPPED_FIELD,
     Manifest,
     write_manifest,
 )
@@ -63,7 +65,7 @@ def index_shards(
         salvage: Keep what can be read of corrupt shards; their rows in the manifest describe what
             is lost.
         metadata: Further keys of the manifest; None keeps those of an existing one (sources,
-            licenses).
+            licenses), and of other shards not the numbers of inputs that became these samples.
         timeout_seconds: Limit for one operation on a store, all attempts together.
 
     Returns:
@@ -97,7 +99,7 @@ def index_shards(
     if part != SINGLE_PART:
         return Manifest(url=folder, base=base, shards=tuple(entries))
     if metadata is None:
-        metadata = _existing_metadata(folder)
+        metadata = _existing_metadata(folder, entries)
     stored_base = "" if is_same_folder(base, folder) else base
     return write_manifest(folder, entries, metadata, base=stored_base)
 
@@ -154,8 +156,8 @@ def _local_bytes(url: str) -> int:
         return 0
 
 
-def _existing_metadata(folder: str) -> dict[str, Any]:
-    """The metadata of the manifest that will be replaced.
+def _existing_metadata(folder: str, entries: Sequence[ShardEntry]) -> dict[str, Any]:
+    """The metadata of the manifest that will be replaced, as far as it is true of `entries`.
 
     Not read with `load_manifest`: shards are often indexed again because it is no longer valid.
     """
@@ -169,4 +171,8 @@ def _existing_metadata(folder: str) -> dict[str, Any]:
             "%s is not a manifest (%s); its metadata is lost", storage.redact(url), error
         )
         return {}
-    return {key: value for key, value in content.items() if key not in RESERVED_KEYS}
+    rows = content.get("shards")
+    known = [row.get("sha256") for row in rows if isinstance(row, dict)] if rows else []
+    is_same = known == [entry.sha256 for entry in entries]
+    omitted = RESERVED_KEYS if is_same else (*RESERVED_KEYS, INPUTS_FIELD, SKIPPED_FIELD)
+    return {key: value for key, value in content.items() if key not in omitted}

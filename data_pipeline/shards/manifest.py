@@ -35,8 +35,10 @@ from data_pipeline.shards.shard_index import ShardIndex
 from data_pipeline.shards.shard_paths import resolve_base
 
 __all__ = [
+    "INPUTS_FIELD",
     "MANIFEST_NAME",
     "RESERVED_KEYS",
+    "SKIPPED_FIELD",
     "SKIPPED_NAME",
     "Manifest",
     "ShardEntry",
@@ -53,6 +55,8 @@ SKIPPED_NAME = "skipped.jsonl"
 """List of the source's rows that are not in the shards, written by `vlmoe data write`."""
 VERSION = 3
 _UNFINISHED = {"version": VERSION, "unfinished": True}
+INPUTS_FIELD, SKIPPED_FIELD = "inputs", "skipped"
+"""Metadata of `vlmoe data write`: numbers of inputs, and of skipped rows by reason."""
 RESERVED_KEYS = ("version", "base", "shards", "total_samples")
 
 

@@ -63,7 +63,7 @@ class SampleRows:
         """
         key, extension = split_name(member.name)
         if not key or member.kind in (FOLDER, LABEL):
-            self.ignored[_ignoring_rule(member)] += 1
+            self.ignored[ignoring_rule(member)] += 1
             return
         if key != self._key:
             self._close_sample()
@@ -157,10 +157,12 @@ class SampleRows:
         return rows, _count_lost(lost, self._reasons)
 
 
-def _ignoring_rule(member: TarMember) -> str:
-    """Why a member belongs to no sample."""
+def ignoring_rule(member: TarMember) -> str:
+    """By which rule a member belongs to no sample; empty if it belongs to one."""
     if member.kind in (FOLDER, LABEL):
         return member.kind
+    if split_name(member.name)[0]:
+        return ""
     base = member.name.rpartition("/")[2]
     if base.startswith("."):
         return "hidden file"

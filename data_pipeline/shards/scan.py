@@ -9,12 +9,12 @@ from __future__ import annotations
 import hashlib
 import os
 import zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 
 from data_pipeline.common.errors import DataError, StorageError
 from data_pipeline.common.tables import counted, join_counts
-from data_pipeline.shards.sample_rows import LostSamples, SampleRows
+from data_pipeline.shards.sample_rows import LostSamples, SampleRows, ignoring_rule
 from data_pipeline.shards.shard_index import ShardIndex
 from data_pipeline.shards.shard_stream import open_shard_stream
 from data_pipeline.shards.tar import BLOCK, find_header, walk
@@ -35,6 +35,23 @@ def index_shard(path: str | os.PathLike[str], *, salvage: bool = False) -> Shard
     where = os.fspath(path)
     with open_shard_stream(where, timeout_seconds=0) as shard:
         return scan(shard.chunks, shard.total_bytes, where, salvage=salvage)
+
+
+def count_ignored(path: str | os.PathLike[str]) -> dict[str, int]:
+    """Number of members of a local shard that belong to no sample, by rule; reads only headers.
+
+    Raises:
+        DataError: A header is corrupt.
+        OSError: The file cannot be read.
+    """
+    with open(path, "rb", buffering=0) as file:
+
+        def read(offset: int, count: int) -> bytes:
+            return os.pread(file.fileno(), count, offset)
+
+        members = walk(read, os.fstat(file.fileno()).st_size, os.fspath(path))
+        counts = Counter(rule for member in members if (rule := ignoring_rule(member)))
+    return dict(sorted(counts.items()))
 
 
 def scan(

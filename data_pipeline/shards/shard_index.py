@@ -182,7 +182,7 @@ class ShardIndex:
             "sha256": sha256,
             "samples": str(len(rows)),
             "extensions": json.dumps(list(extension_ids)),
-            "ignored": json.dumps(dict(ignored or {})),
+            "ignored": json.dumps(dict(ignored or {}), sort_keys=True),
             **optional_metadata,
         }
         return _index_of(arrays, metadata)

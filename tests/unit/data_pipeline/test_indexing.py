@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from data_pipeline.common.errors import DataError
-from data_pipeline.shards import indexing
+from data_pipeline.shards import index_job, indexing
 from data_pipeline.shards.indexing import index_shards
 from data_pipeline.shards.manifest import MANIFEST_NAME, Manifest, load_index, load_manifest
 from data_pipeline.shards.run_indexing import index_for_run
@@ -192,7 +193,7 @@ def test_counts_are_the_same_when_indices_are_reused(
     tmp_path: Path, scans: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    tar_of(tmp_path / "a.tar", ["a.jpg", "a.txt", "._a.jpg", "README"])
+    tar_of(tmp_path / "a.tar", ["a.jpg", "a.txt", "README", "._a.jpg", "d/"])
     tar_of(tmp_path / "b.tar", ["b.jpg", "b.txt"])
     for name in ("._a.tar", ".hidden", "0.tar.gz", "stats.json", "README", "old.tar.index"):
         (tmp_path / name).touch()
@@ -206,7 +207,7 @@ def test_counts_are_the_same_when_indices_are_reused(
     assert scans == ["a.tar", "b.tar"]
     assert counts[0] == counts[1]
     assert counts[0] == [
-        "files: 4 in samples, 2 ignored (hidden file 1, no extension 1)",
+        "files: 4 in samples, 3 ignored (folder 1, hidden file 1, no extension 1)",
         "beside 2 shards: 7 files ignored (hidden file 2, link to a missing file 1, .gz file 1, "
         "other file 1, .index file 1, .json file 1)",
     ]
@@ -221,6 +222,22 @@ def test_counts_are_only_stored_if_there_are_any(tmp_path: Path) -> None:
     assert read.ignored == with_counts.ignored == {"hidden file": 1}
     with pytest.raises(DataError, match="numbers of ignored members"):
         ShardIndex.build([], shard_bytes=0, sha256="0" * 64, ignored={"folder": -1})
+
+
+def test_indices_of_versions_that_did_not_count_ignored_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    tar_of(tmp_path / "a.tar", ["a.jpg", "._a.txt", "a.txt"])
+    index = replace(index_shard(tmp_path / "a.tar"), ignored={})
+    (tmp_path / "a.tar.index").write_bytes(index.to_bytes())
+    index_shards(str(tmp_path))
+    assert caplog.messages[0] == "reused the existing index of 1 of 1 shards"
+    assert caplog.messages[-1] == "files: 2 in samples, 1 ignored (hidden file 1)"
+
+    monkeypatch.setattr(index_job, "_ignored_when_indexed", lambda *_: None)  # as in a store
+    index_shards(str(tmp_path))
+    assert caplog.messages[-1].endswith("0 ignored; ignored files not counted in 1 reused index")
 
 
 def test_index_for_run(

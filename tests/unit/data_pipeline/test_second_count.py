@@ -59,6 +59,26 @@ def test_every_member_of_a_tar_is_in_one_count(format: int, tmp_path: Path) -> N
         assert count.in_samples + count.ignored.total() == len(archive.getmembers())
 
 
+def test_both_counts_have_the_same_rules(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    names = [f"{base}.jpg" for base in ("a", "__a", "__/a", "____/b", "__a__", "_a__/b")]
+    names += ["__meta__/x", "__meta__/x.", "__meta__/.x", "__meta__/x.jpg", "a__/x", "./__b__/x"]
+    names += ["", "x.", ".", "d/.", "...", ".a.jpg", "README", "__README__"]
+    with tarfile.open(path, "w") as archive:
+        for number, name in enumerate(names):
+            archive.addfile(tarfile.TarInfo(f"{name}" or f"n{number}"))
+        for kind in (b"5", b"D", b"V"):
+            for name in ("f", "f.jpg", "__f__/x.jpg", ".f"):
+                member = tarfile.TarInfo(name)
+                member.type = kind
+                archive.addfile(member)
+    index = index_shard(path)
+    with path.open("rb") as file:
+        count = count_members(file, index)
+    assert not count.problems
+    assert count.ignored == index.ignored and count.in_samples == len(index)
+
+
 def test_an_index_of_another_shard(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", tarfile.PAX_FORMAT)
     write_tar(tmp_path / "b.tar", tarfile.PAX_FORMAT, samples=4)

@@ -10,6 +10,7 @@ from data_pipeline.common.errors import ConfigError, DataError
 from data_pipeline.preparing import shard_access
 from data_pipeline.preparing.tasks import shard_tasks
 from data_pipeline.samples import RawSample
+from data_pipeline.shards.indexing import index_shards
 from data_pipeline.shards.manifest import Manifest, load_manifest
 from tests.support.data_commands import run_data_command
 from tests.support.small_shards import make_caption, make_png
@@ -146,6 +147,30 @@ def test_skipped_rows_are_listed_before_the_error(tmp_path: Path) -> None:
         write_csv(table, out, "--samples-per-shard", 5, "--part", "1/2", "--max-skipped-ratio", 0)
     assert len(read_skipped(out / "skipped.jsonl")) == 4
     assert len(read_skipped(out / ".parts" / "skipped-1-of-2.jsonl")) == 2
+
+
+def test_a_failing_write_keeps_the_list_of_a_finished_dataset(tmp_path: Path) -> None:
+    table, out = make_invalid_source(tmp_path), tmp_path / "out"
+    write_csv(table, out, "--max-skipped-ratio", 0.3)
+    before = (out / "skipped.jsonl").read_bytes()
+    table.write_text(table.read_text() + "images/p.02.png,,5\n")
+    with pytest.raises(DataError, match=rf"until now: {out}/\.parts/skipped\.jsonl"):
+        write_csv(table, out)
+    assert (out / "skipped.jsonl").read_bytes() == before
+    assert len(read_skipped(out / ".parts" / "skipped.jsonl")) == 2
+
+
+def test_counts_of_inputs_are_kept_for_the_same_shards_only(tmp_path: Path) -> None:
+    table, out = make_invalid_source(tmp_path), tmp_path / "out"
+    write_csv(table, out, "--samples-per-shard", 8, "--max-skipped-ratio", 0.3)
+    metadata = dict(load_manifest(out).metadata)
+    assert {"inputs", "skipped", "source_fingerprint"} <= set(metadata)
+    index_shards(str(out))
+    assert load_manifest(out).metadata == metadata
+    (out / "shard-000001.tar").unlink()
+    index_shards(str(out))
+    del metadata["inputs"], metadata["skipped"]
+    assert load_manifest(out).metadata == metadata
 
 
 def test_list_of_a_source_without_samples(tmp_path: Path) -> None:
