@@ -37,7 +37,8 @@ class SourceConfig:
     """Address of a manifest (`.../manifest.json`), of a folder that contains one, or of shards
     without a manifest: a folder, braces, wildcards, or a list file `@FILE`; local or in a store."""
     name: str = ""
-    """Name in tables and in TensorBoard; empty uses the last component of the address."""
+    """Name in tables and in TensorBoard; empty uses the last component of the address, with parent
+    folders if another source has the same one."""
     weight: float | None = None
     """Fraction of every global batch, relative to the weights of the other sources. If no source
     has a weight, all sources are concatenated: one epoch visits every sample `repeats` times."""

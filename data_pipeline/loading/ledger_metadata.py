@@ -78,7 +78,8 @@ class LedgerMetadata:
         Sources whose manifest is in the run folder keep that manifest.
 
         Args:
-            given: The sources of the last phase; earlier phases use the addresses that they share.
+            given: The sources of the last phase, by position; in earlier phases an address has the
+                query that one of theirs has.
 
         Raises:
             ConfigError: The settings have other sources than the last phase.
@@ -90,8 +91,24 @@ class LedgerMetadata:
                 f"the settings have other sources than the ledger: {_join_addresses(given)} "
                 f"instead of {_join_addresses(sources)}"
             )
-        new = dict(zip(given_addresses, given, strict=True))
-        return replace(self, phases=tuple(_with_addresses(phase, new) for phase in self.phases))
+        known = {
+            without_secrets(address): address
+            for source in given
+            for address in (source.shards, source.drop)
+            if has_query(address)
+        }
+        earlier = (
+            _with_addresses(phase, [_with_queries(source, known) for source in phase.sources])
+            for phase in self.phases[:-1]
+        )
+        last = _with_addresses(
+            self.phases[-1],
+            [
+                _with_queries(old, {old.shards: new.shards, without_secrets(new.drop): new.drop})
+                for old, new in zip(sources, given, strict=True)
+            ],
+        )
+        return replace(self, phases=(*earlier, last))
 
     def write(self, folder: Path) -> None:
         """Write to the folder of a ledger; earlier phases that it has keep their sources.
@@ -103,7 +120,7 @@ class LedgerMetadata:
         phases = []
         for number, phase in enumerate(self.phases):
             if not phase.sources and number < len(known) and known[number].data == phase.data:
-                phase = known[number]
+                phase = replace(known[number], begin=phase.begin)
             values = [to_mapping(source) for source in phase.sources]
             phases.append(asdict(phase) | {"sources": values})
         content = {"version": LEDGER_VERSION, "seed": self.seed, "skip": self.skip}
@@ -131,14 +148,19 @@ class LedgerMetadata:
             raise DataError(f"{path} is not valid ledger metadata: {error}") from error
 
 
-def _with_addresses(phase: LedgerPhase, given: Mapping[str, SourceConfig]) -> LedgerPhase:
-    """A copy of the phase with the sources' new addresses, by their old ones."""
-    manifests, sources = [], []
-    for url, old in zip(phase.manifests, phase.sources, strict=True):
-        new = given.get(old.shards, old)
-        manifests.append(new.shards if url == _absolute(old.shards) else url)
-        drop = new.drop if has_query(new.drop) else old.drop
-        sources.append(replace(old, shards=new.shards, drop=drop))
+def _with_queries(source: SourceConfig, known: Mapping[str, str]) -> SourceConfig:
+    """A copy of the source with the addresses that `known` has for its own, without a query."""
+    shards = known.get(source.shards, source.shards)
+    drop = known.get(source.drop, source.drop) if source.drop else ""
+    return replace(source, shards=shards, drop=drop if has_query(drop) else source.drop)
+
+
+def _with_addresses(phase: LedgerPhase, sources: Sequence[SourceConfig]) -> LedgerPhase:
+    """A copy of the phase with these sources instead of its own."""
+    manifests = [
+        new.shards if url == _absolute(old.shards) else url
+        for url, old, new in zip(phase.manifests, phase.sources, sources, strict=True)
+    ]
     return replace(phase, manifests=tuple(manifests), sources=tuple(sources))
 
 

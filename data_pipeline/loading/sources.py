@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -40,14 +41,13 @@ class Source:
     """Shard index -> indices of samples that are never read."""
     address: str = ""
     """Where the manifest was read, if not at `config.shards`."""
+    distinct_name: str = ""
+    """A name that no other source of the mixture has; empty if it is alone."""
 
     @property
     def name(self) -> str:
-        """Name for tables: the configured one, or the last component of the address."""
-        if self.config.name:
-            return self.config.name
-        address = storage.redact(self.config.shards).rstrip("/").removesuffix(f"/{MANIFEST_NAME}")
-        return address.rpartition("/")[2] or address
+        """Name for tables: the configured one, or the last components of the address."""
+        return self.distinct_name or _name_components(self.config)[-1]
 
     @property
     def samples(self) -> int:
@@ -85,7 +85,7 @@ def open_sources(
     configs = tuple(configs)
     check_sections(*configs)
     sources = []
-    for config in configs:
+    for config, name in zip(configs, distinct_names(configs), strict=True):
         address = (manifest_urls or {}).get(config.shards, config.shards)
         manifest = load_manifest(address, timeout_seconds=timeout_seconds)
 
@@ -93,8 +93,48 @@ def open_sources(
         if config.drop:
             drop = read_drop_list(config.drop, timeout_seconds=timeout_seconds)
             dropped = apply_drop_list(drop, manifest, storage.redact(config.drop))
-        sources.append(Source(manifest=manifest, config=config, dropped=dropped, address=address))
+        sources.append(
+            Source(
+                manifest=manifest,
+                config=config,
+                dropped=dropped,
+                address=address,
+                distinct_name=name,
+            )
+        )
     return tuple(sources)
+
+
+def distinct_names(configs: Sequence[SourceConfig]) -> list[str]:
+    """The names of sources; equal ones get parent folders (`a/train`), or else a number."""
+    components = [_name_components(config) for config in configs]
+    used = [1] * len(configs)
+    while True:
+        names = ["/".join(parts[-n:]) for parts, n in zip(components, used, strict=True)]
+        counts = Counter(names)
+        clashing = [index for index, name in enumerate(names) if counts[name] > 1]
+        longer = [index for index in clashing if used[index] < len(components[index])]
+        if not longer:
+            break
+        for index in longer:
+            used[index] += 1
+    result: list[str] = []
+    for name in names:
+        number, unique = 1, name
+        while unique in result or (number > 1 and unique in names):
+            number += 1
+            unique = f"{name}-{number}"
+        result.append(unique)
+    return result
+
+
+def _name_components(config: SourceConfig) -> list[str]:
+    """The configured name, or the components of the address, at least one."""
+    if config.name:
+        return [config.name]
+    address = storage.redact(config.shards).rstrip("/").removesuffix(f"/{MANIFEST_NAME}")
+    path = address.rpartition("://")[2]
+    return [part for part in path.split("/") if part] or [address or "/"]
 
 
 def make_order(sources: Sequence[Source], seed: int, shuffle_window: int, begin: int = 0) -> Order:

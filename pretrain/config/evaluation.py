@@ -9,12 +9,15 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from data_pipeline.common.addresses import userinfo_problems, without_secrets
+from data_pipeline.common.addresses import userinfo_problems
 from data_pipeline.common.problems import Problems
 from data_pipeline.settings import DataConfig, caption_key_problems
+from pretrain.config.paths import normalized_address
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _FILE_EXTENSION = re.compile(r"\.(tar|json|txt)$", re.IGNORECASE)
+_PATTERN = re.compile(r"[-_.]*[{*].*")
+"""Of shards: from its first brace or wildcard on."""
 _FALLBACK_NAME = "set"
 
 
@@ -100,16 +103,19 @@ class EvalConfig:
 
 
 def set_names(addresses: Sequence[str], taken: Collection[str] = ()) -> list[str]:
-    """A valid name for the shards at each address: its last component, without an extension.
+    """A valid name for the shards at each address: its last component, without an extension
+    and what follows a brace or wildcard, or its folder if that is empty.
 
     Names that would be equal, or are `taken`, contain parent folders too, and if that does not
-    distinguish them a number. Only an address that is given twice has the same name twice.
+    distinguish them a number. Only an address that is given twice, in any spelling, has the same
+    name twice. Names of relative paths depend on the working directory only if they need its name.
 
     Args:
         addresses: Manifests, folders, or patterns of shards.
         taken: Names of other sets.
     """
-    distinct = list(dict.fromkeys(addresses))
+    normalized = [normalized_address(address) if address else "" for address in addresses]
+    distinct = list(dict.fromkeys(normalized))
     components = [_components(address) for address in distinct]
     used = [1] * len(distinct)
     while True:
@@ -123,18 +129,24 @@ def set_names(addresses: Sequence[str], taken: Collection[str] = ()) -> list[str
             used[index] += 1
     names = _numbered(names, taken)
     name_of = dict(zip(distinct, names, strict=True))
-    return [name_of[address] for address in addresses]
+    return [name_of[address] for address in normalized]
 
 
 def _components(address: str) -> list[str]:
-    """The components of an address that can be part of a name, at least one."""
+    """The components of a normalized address that can be part of a name, at least one."""
     if not address:
         return [_FALLBACK_NAME]
-    path = without_secrets(address).removeprefix("@").removeprefix("file:")
-    path = path.removesuffix("manifest.json").rstrip("/") or "/"
-    path = path.partition("://")[2] if "://" in path else os.path.abspath(path)
-    *folders, last = [part for part in path.split("/") if part] or [_FALLBACK_NAME]
-    return [*folders, _FILE_EXTENSION.sub("", last)]
+    path = address.removeprefix("@")
+    components = _split(path.partition("://")[2] if "://" in path else path)
+    if len(components) < 2 and "://" not in path:  # parents for a name that is not unique
+        components = _split(os.path.abspath(path))
+    if components:
+        components[-1] = _PATTERN.sub("", _FILE_EXTENSION.sub("", components[-1]))
+    return [part for part in components if part] or [_FALLBACK_NAME]
+
+
+def _split(path: str) -> list[str]:
+    return [part for part in path.split("/") if part not in ("", ".", "..")]
 
 
 def _valid_name(components: Sequence[str]) -> str:

@@ -7,17 +7,20 @@ to that. The `config.yaml` of a run folder has absolute paths, so that it can be
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.common import storage
+from data_pipeline.common.addresses import without_secrets
 from data_pipeline.common.errors import DataError
 from data_pipeline.common.literal_paths import PATTERN_CHARACTERS, split_literal
 
 CONFIG_FILE, DEEPSPEED_FILE, TOKENIZER_FILE = "config.yaml", "deepspeed.json", "tokenizer.model"
 """Files of a run folder: the resolved settings, and a copy of the tokenizer."""
 CHECKPOINTS_FOLDER = "checkpoints"
+_MANIFEST = re.compile(r"(^|/)manifest\.json$")
 
 
 def relative_to_file(mapping: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -38,6 +41,13 @@ def relative_to_file(mapping: Mapping[str, Any], folder: Path) -> dict[str, Any]
 def absolute_paths(mapping: Mapping[str, Any]) -> dict[str, Any]:
     """Settings in which relative paths are absolute, from the working directory."""
     return _map_paths(mapping, os.path.abspath)
+
+
+def normalized_address(shards: str) -> str:
+    """The folder of a set of shards that is given by its manifest or by its folder, without
+    secrets, so that spellings of one address compare equal."""
+    folder = _MANIFEST.sub(r"\1", without_secrets(shards).removeprefix("file:"))
+    return folder.rstrip("/") if "://" in folder else os.path.normpath(folder or ".")
 
 
 def _map_paths(mapping: Mapping[str, Any], function: Callable[[str], str]) -> dict[str, Any]:

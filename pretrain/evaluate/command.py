@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.common.addresses import userinfo_problems
+from data_pipeline.common.addresses import userinfo_problems, without_secrets
 from data_pipeline.common.errors import ConfigError
 from data_pipeline.common.json_file import write_json
 from data_pipeline.common.problems import join_problems
@@ -141,7 +141,8 @@ def named_sets(
         caption_keys: Where their captions are, instead of the run's keys.
 
     Raises:
-        ConfigError: An address contains a user or password, or a caption key is invalid.
+        ConfigError: An address contains a user or password, a caption key is invalid, or shards are
+            given twice.
     """
     problems = [text for address in shards for text in userinfo_problems(address, "--shards")]
     if caption_keys is not None:
@@ -149,7 +150,14 @@ def named_sets(
     if problems:
         raise ConfigError(join_problems(problems))
     keys = None if caption_keys is None else tuple(caption_keys)
+    names = set_names(shards)
+    repeated = [
+        address for name, address in zip(names, shards, strict=True) if names.count(name) > 1
+    ]
+    if repeated:
+        given = " and ".join(without_secrets(address) for address in repeated)
+        raise ConfigError(f"--shards: {given} are the same shards; give them once")
     return tuple(
         EvalSet(name=name, shards=address, labels=labels, caption_keys=keys)
-        for name, address in zip(set_names(shards), shards, strict=True)
+        for name, address in zip(names, shards, strict=True)
     )

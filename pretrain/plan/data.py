@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from data_pipeline.common import storage
 from data_pipeline.content.tokenizer import Tokenizer
-from data_pipeline.loading.sources import Source, make_order, open_sources
-from data_pipeline.settings import SourceConfig
+from data_pipeline.loading.sources import distinct_names, make_order, open_sources
 from data_pipeline.shards.patterns import expand_patterns
 from data_pipeline.shards.run_indexing import needs_indexing
 from pretrain.config.schema import RunConfig
@@ -46,12 +44,14 @@ def plan_data(run: RunConfig, total_pairs: int) -> dict[str, Any]:
 
     rows = iter(zip(sources, previews, epochs, strict=True))
     entries = []
-    for config, is_unknown in zip(configs, unknown, strict=True):
+    for config, name, is_unknown in zip(configs, distinct_names(configs), unknown, strict=True):
         if is_unknown:
-            entries.append(_unknown_source(config))
+            shards = len(expand_patterns([config.shards]))
+            entries.append(_row(name, pairs=None, shards=shards, epochs=None))
             continue
         source, preview, times = next(rows)
-        entries.append(_entry(source, times))
+        shards = len(source.manifest.shards)
+        entries.append(_row(name, pairs=source.samples, shards=shards, epochs=times))
         if preview is not None:
             entries[-1] |= {
                 "tried": preview.samples,
@@ -60,17 +60,6 @@ def plan_data(run: RunConfig, total_pairs: int) -> dict[str, Any]:
                 "mean_tokens": preview.tokens / max(1, preview.used),
             }
     return data | ({"sources": entries} if entries else {})
-
-
-def _entry(source: Source, epochs: float | None) -> dict[str, Any]:
-    shards = len(source.manifest.shards)
-    return _row(source.name, pairs=source.samples, shards=shards, epochs=epochs)
-
-
-def _unknown_source(config: SourceConfig) -> dict[str, Any]:
-    """A source whose shards have no manifest."""
-    name = config.name or storage.redact(config.shards).rstrip("/").rpartition("/")[2]
-    return _row(name, pairs=None, shards=len(expand_patterns([config.shards])), epochs=None)
 
 
 def _row(name: str, **values: float | None) -> dict[str, Any]:

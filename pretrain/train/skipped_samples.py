@@ -1,4 +1,4 @@
-"""Warns while a run trains: a source of which most samples are skipped, captions that are cut."""
+"""Warns while a run trains: a source of which most samples are skipped, truncated captions."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ logger = logging.getLogger(__name__)
 
 
 class SkippedSampleMonitor:
-    """Counts what all ranks skip and cut, and warns once for each source; used on rank 0.
+    """Counts what all ranks skip and truncate, and warns once for each source; used on rank 0.
 
-    A look at some samples before training (`plan/sample_check.py`) cannot see what a later part of
-    a source loses.
+    A look at some samples before training (`plan/sample_check.py`) does not show what a later part
+    of a source loses.
     """
 
     MIN_SAMPLES = 1_000
@@ -32,7 +32,8 @@ class SkippedSampleMonitor:
         self._read_S = np.zeros(len(sources), dtype=np.int64)
         self._skipped_S = np.zeros(len(sources), dtype=np.int64)
         self._truncated = 0
-        self._warned: set[str] = set()
+        self._warned: set[int | str] = set()
+        """Indices of sources, and "captions"."""
 
     def add(self, reports: Sequence[RankReport]) -> None:
         """Add what all ranks reported since the last log entry; warn if a limit is exceeded."""
@@ -41,23 +42,24 @@ class SkippedSampleMonitor:
             self._skipped_S += report.skipped
             self._truncated += report.truncated
         rows = zip(self._names, self._read_S.tolist(), self._skipped_S.tolist(), strict=True)
-        for name, read, skipped in rows:
+        for index, (name, read, skipped) in enumerate(rows):
             if read >= self.MIN_SAMPLES and skipped > self._max_skipped * read:
                 self._warn_once(
+                    index,
                     f"source {name}: {skipped:,} of {read:,} samples since the start of this job "
                     f"were skipped, more than data.max_filtered_ratio ({self._max_skipped:g}); see "
-                    f"data/filtered and data/corrupt in TensorBoard"
+                    f"data/filtered and data/corrupt in TensorBoard",
                 )
         captions = int(self._read_S.sum() - self._skipped_S.sum())
         if captions >= self.MIN_SAMPLES and self._truncated > MAX_TRUNCATED_RATIO * captions:
             self._warn_once(
+                "captions",
                 f"{self._truncated:,} of {captions:,} captions since the start of this job have "
-                f"more than model.context_length ({self._context_length}) tokens; the rest of them "
-                f"is cut"
+                f"more than model.context_length ({self._context_length}) tokens and are "
+                f"truncated",
             )
 
-    def _warn_once(self, message: str) -> None:
-        subject = message.partition(":")[0] if message.startswith("source ") else "captions"
+    def _warn_once(self, subject: int | str, message: str) -> None:
         if subject not in self._warned:
             self._warned.add(subject)
             logger.warning("%s", escape_control(message))

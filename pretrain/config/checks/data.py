@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterator
 
 from data_pipeline.common.addresses import without_secrets
 from data_pipeline.common.errors import ConfigError
+from pretrain.config.paths import normalized_address
 from pretrain.config.schema import RunConfig
 
 
 def data_problems(run: RunConfig) -> Iterator[str]:
     """Sources that are repeated, and conditions that cannot be parsed."""
-    counts = Counter(_normalize_address(source.shards) for source in run.data.sources)
+    counts = Counter(normalized_address(source.shards) for source in run.data.sources)
     for address, count in sorted(counts.items()):
         if count > 1:
             yield (
-                f"data.train contains {without_secrets(address)} {count} times; its samples would "
+                f"data.train contains {address} {count} times; its samples would "
                 f"be repeated in every epoch"
             )
     if run.data.filters.require:
@@ -32,17 +32,10 @@ def data_problems(run: RunConfig) -> Iterator[str]:
 
 def eval_problems(run: RunConfig) -> Iterator[str]:
     """Held-out sets that are also used for training."""
-    training_addresses = {_normalize_address(source.shards) for source in run.data.sources}
+    training_addresses = {normalized_address(source.shards) for source in run.data.sources}
     for eval_set in run.eval.sets:
-        if _normalize_address(eval_set.shards) in training_addresses:
+        if normalized_address(eval_set.shards) in training_addresses:
             yield (
                 f"eval.sets {eval_set.name!r} is {without_secrets(eval_set.shards)}, which is also "
                 f"in data.train; a held-out set must not be used for training"
             )
-
-
-def _normalize_address(shards: str) -> str:
-    """The folder of a set of shards that is given by its manifest or by its folder, in normalized
-    form, so that equal folders compare equal."""
-    folder = shards.removesuffix("manifest.json")
-    return folder.rstrip("/") if "://" in shards else os.path.normpath(folder.removeprefix("file:"))

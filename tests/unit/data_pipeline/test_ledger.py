@@ -14,7 +14,7 @@ import pytest
 from data_pipeline.common.errors import DataError, StorageError
 from data_pipeline.loading import ledger as ledger_module
 from data_pipeline.loading.ledger import Ledger, rank_file, rank_files, read_records
-from data_pipeline.loading.ledger_metadata import LedgerMetadata
+from data_pipeline.loading.ledger_metadata import LedgerMetadata, LedgerPhase
 from data_pipeline.order.state import LoaderState
 from data_pipeline.settings import SourceConfig
 from data_pipeline.shards.manifest import Manifest
@@ -117,6 +117,21 @@ def test_metadata_round_trip(training: SimulatedTraining, tmp_path: Path) -> Non
     (tmp_path / "ledger.json").write_text("{}")
     with pytest.raises(DataError, match=r"ledger.json .*expected version 1"):
         LedgerMetadata.read(tmp_path)
+
+
+def test_earlier_phases_keep_their_sources_but_not_their_begin(
+    training: SimulatedTraining, tmp_path: Path
+) -> None:
+    """A run that goes back to an earlier checkpoint can begin a phase at another position."""
+    first, second, third = (
+        LedgerPhase.of(training.sources, 7, begin=begin, data=data)
+        for begin, data in ((0, "a"), (8, "b"), (20, "c"))
+    )
+    LedgerMetadata(seed=1, phases=(first, second)).write(tmp_path)
+    unknown = (LedgerPhase(begin=0, data="a"), LedgerPhase(begin=12, data="b"), third)
+    LedgerMetadata(seed=1, phases=unknown).write(tmp_path)
+    phases = LedgerMetadata.read(tmp_path).phases
+    assert phases == (first, replace(second, begin=12), third)
 
 
 def test_truncate_after_a_step(training: SimulatedTraining) -> None:

@@ -17,7 +17,7 @@ from data_pipeline.common.errors import ConfigError, DataError, StorageError
 from data_pipeline.common.problems import check_sections
 from data_pipeline.common.yaml_file import load_yaml
 from data_pipeline.content.tokenizer import Tokenizer
-from data_pipeline.loading.ledger_metadata import LedgerMetadata
+from data_pipeline.loading.ledger_metadata import LedgerMetadata, LedgerPhase
 from data_pipeline.loading.sources import open_sources
 from data_pipeline.order.state import LoaderState
 from data_pipeline.settings import DataConfig, SourceConfig
@@ -147,6 +147,31 @@ def test_run_folder_contains_no_signature(tmp_path: Path) -> None:
     write_run_files(run, tmp_path, tokenizer, plan)
     text = (tmp_path / "config.yaml").read_text()
     assert "SECRET" not in text and text.count("https://host/data/manifest.json") == 4
+
+
+def test_signatures_for_several_phases() -> None:
+    """In the last phase by position, in earlier ones only for addresses that they have."""
+    data, drops = "https://h/data", ("https://h/a.json", "https://h/b.json")
+    old = tuple(SourceConfig(shards=data, drop=drop) for drop in drops)
+    phases = [
+        LedgerPhase(begin=0, data="x"),
+        phase_of(4, SourceConfig(shards=data), SourceConfig(shards="https://h/other")),
+        phase_of(8, SourceConfig(shards=data, drop="/own.json"), old[1]),
+        phase_of(9, *old),
+    ]
+    given = [SourceConfig(shards=f"{data}?{n}", drop=f"{drops[n]}?{n}") for n in range(2)]
+    metadata = LedgerMetadata(seed=1, phases=tuple(phases)).with_addresses(given)
+    assert metadata.phases[0] == phases[0]
+    second, third, last = ([(s.shards, s.drop) for s in p.sources] for p in metadata.phases[1:])
+    assert last == [(f"{data}?0", f"{drops[0]}?0"), (f"{data}?1", f"{drops[1]}?1")]
+    assert metadata.phases[3].manifests == (f"{data}?0", f"{data}?1")
+    assert second == [(f"{data}?1", ""), ("https://h/other", "")]
+    assert third == [(f"{data}?1", "/own.json"), (f"{data}?1", f"{drops[1]}?1")]
+
+
+def phase_of(begin: int, *sources: SourceConfig) -> LedgerPhase:
+    manifests = tuple(source.shards for source in sources)
+    return LedgerPhase(begin=begin, data="x", manifests=manifests, sources=sources)
 
 
 def test_ledger_contains_no_signature(tmp_path: Path) -> None:

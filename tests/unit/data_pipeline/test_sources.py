@@ -8,8 +8,9 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 
-from data_pipeline.loading.sources import Source, data_fingerprint
+from data_pipeline.loading.sources import Source, data_fingerprint, distinct_names, open_sources
 from data_pipeline.order.state import LoaderState
 from data_pipeline.settings import SourceConfig
 from tests.support.loaders import LoaderFactory, take_steps
@@ -24,6 +25,34 @@ def make_source(folder: Path, count: int, first: int) -> Source:
 def with_weight(source: Source, weight: float) -> Source:
     config = dataclasses.replace(source.config, weight=weight, weight_schedule=())
     return dataclasses.replace(source, config=config)
+
+
+@pytest.mark.parametrize(
+    ("addresses", "names"),
+    [
+        (["x/a", "y/b", "s3://bucket/c/manifest.json"], ["a", "b", "c"]),
+        (["a/train", "b/train/", "b/val"], ["a/train", "b/train", "val"]),
+        (["s3://one/x/t", "s3://two/x/t"], ["one/x/t", "two/x/t"]),
+        (["t", "x/t", "s3://t"], ["t", "x/t", "t-2"]),
+        (["t", "t-2", "t"], ["t", "t-2", "t-3"]),
+        (["/", "/"], ["/", "/-2"]),
+        (["https://h/t/manifest.json?sig=SECRET", "https://h/t"], ["h/t", "h/t-2"]),
+    ],
+)
+def test_names_are_distinct(addresses: list[str], names: list[str]) -> None:
+    assert distinct_names([SourceConfig(shards=address) for address in addresses]) == names
+
+
+def test_configured_names_are_kept(tmp_path: Path) -> None:
+    make_shards(tmp_path / "a" / "t", count=4)
+    make_shards(tmp_path / "b" / "t", count=4)
+    configs = [
+        SourceConfig(shards=str(tmp_path / "a" / "t"), name="t"),
+        SourceConfig(shards=str(tmp_path / "b" / "t")),
+        SourceConfig(shards=str(tmp_path / "a" / "t"), name="t"),
+    ]
+    assert [source.name for source in open_sources(configs)] == ["t", "b/t", "t-2"]
+    assert [source.name for source in open_sources(configs[1:2])] == ["t"]
 
 
 def test_fingerprint_of_a_single_source(factory: LoaderFactory) -> None:

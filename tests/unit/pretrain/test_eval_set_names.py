@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from data_pipeline.common.config import dump_yaml
 from data_pipeline.common.errors import ConfigError
 from pretrain.config.evaluation import set_names
+from pretrain.config.paths import normalized_address
 from pretrain.config.presets import load_run
 from pretrain.config.schema import EvalSet
 from tests.support.properties import check_property, num_examples
@@ -25,7 +26,11 @@ from tests.support.properties import check_property, num_examples
         ("s3://bucket", "bucket"),
         ("https://host/val/manifest.json?signature=secret", "val"),
         ("data/val.tar", "val"),
-        ("data/val-{000..007}.tar", "val-000..007"),
+        ("data/val-{000..007}.tar", "val"),
+        ("data/val/{000..007}.tar", "val"),
+        ("s3://bucket/val/*.tar", "val"),
+        ("data/../val", "val"),
+        ("data/my-manifest.json", "my-manifest"),
         ("@lists/val.txt", "val"),
         ("data/my own set", "my-own-set"),
         ("data/日本", "set"),
@@ -41,6 +46,11 @@ def test_names_of_the_working_directory(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "mine").mkdir()
     monkeypatch.chdir(tmp_path / "mine")
     assert set_names(["."]) == ["mine"]
+    # Where it is not needed, it does not change a name.
+    addresses = ["a", "b", "x/b", "y/c", "z/c"]
+    assert set_names(addresses)[3:] == ["y-c", "z-c"]
+    assert set_names(addresses)[:3] == ["a", "mine-b", "x-b"]
+    assert set_names(["x/{0..9}.tar", "y/x/{0..9}.tar"]) == ["x", "y-x"]
 
 
 def test_equal_components_are_distinguished_by_parent_folders() -> None:
@@ -49,6 +59,7 @@ def test_equal_components_are_distinguished_by_parent_folders() -> None:
     assert set_names(["y/a"], taken=["a"]) == ["y-a"]
     assert set_names(["/a b", "/a-b", "/a?b"]) == ["a-b", "a-b-2", "a-b-3"]
     assert set_names(["/a", "/a"]) == ["a", "a"]
+    assert set_names(["s", "s/", "s/manifest.json", "./s", "t/../s", "b"]) == [*"sssss", "b"]
 
 
 @num_examples
@@ -61,7 +72,10 @@ def test_names_are_valid_and_distinct(examples: int) -> None:
 
     texts = st.text("ab /.-{:?@é", max_size=8)
     check_property(
-        check, examples, st.lists(texts, unique=True), st.sets(st.text("ab-", min_size=1))
+        check,
+        examples,
+        st.lists(texts, unique_by=normalized_address),
+        st.sets(st.text("ab-", min_size=1)),
     )
 
 
@@ -92,6 +106,7 @@ def test_an_address_is_the_same_as_a_section(tmp_path: Path) -> None:
         ("[x, {name: y, shard: y}]", ["eval.sets[1].shard: no such setting", "shards"]),
         ("[x, '']", ["eval.sets 'set' has no shards"]),
         ("[x/a, x/a]", ["eval.sets has 2 sets named 'a'"]),
+        ("[x/a, x/a/manifest.json]", ["eval.sets has 2 sets named 'a'"]),
         ("['s3://user:secret@b/val']", ["eval.sets 'val'", "s3://b/val", "password"]),
     ],
 )

@@ -48,6 +48,8 @@ def test_sets_are_named_after_their_folders() -> None:
         EvalSet(name="a", shards="data/a/manifest.json"),
         EvalSet(name="b", shards="s3://bucket/b/"),
     )
+    with pytest.raises(ConfigError, match=r"--shards: a and a/manifest.json are the same shards"):
+        named_sets(["a", "b", "a/manifest.json"])
     sets = named_sets(["x/a", "y/a"], "labels", ["json:captions"])
     assert [eval_set.name for eval_set in sets] == ["x-a", "y-a"]
     assert {eval_set.caption_keys for eval_set in sets} == {("json:captions",)}

@@ -54,6 +54,13 @@ def test_a_mixture_with_shards_without_manifest(
     assert "source known  32 pairs in 4 shards; " in text and "read" not in text
     assert not (bare / MANIFEST_NAME).exists()
 
+    # Equal names are distinguished, also of a source with a manifest and one without.
+    same = bare.rename(tmp_path / shapes.folder.name)
+    assert plan(*shapes.overrides, f"data.train=[{same}, {shapes.folder}]") == 0
+    text = capsys.readouterr().out
+    for folder in (same, shapes.folder):
+        assert f"source {folder.parent.name}/{folder.name}  " in text
+
 
 def test_problems_and_offline(shapes: ShapeDataset, capsys: pytest.CaptureFixture[str]) -> None:
     for override, message in (

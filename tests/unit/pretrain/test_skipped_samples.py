@@ -63,3 +63,12 @@ def test_truncated_captions(
     assert "21 of 2,000 captions" in text and "model.context_length (64)" in text
     monitor.add([replace(NOTHING, read=(1000, 0), truncated=500)])
     assert not warnings(caplog)
+
+
+def test_every_source_has_its_own_warning(caplog: pytest.LogCaptureFixture) -> None:
+    sources = (SourceSize("web: a", 9_000), SourceSize("web: b", 9_000), SourceSize("web: b", 1))
+    monitor = SkippedSampleMonitor(sources, load_run("tiny"))
+    for _ in range(2):
+        monitor.add([replace(NOTHING, read=(5000,) * 3, skipped=(5000,) * 3)])
+    texts = [text.partition(" of ")[0] for text in warnings(caplog)]
+    assert texts == [f"source web: {name}: 5,000" for name in "abb"]
