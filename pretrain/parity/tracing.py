@@ -25,7 +25,8 @@ from pretrain.parallel.layout import Layout
 from pretrain.parallel.plain_engine import PlainEngine
 from pretrain.parity.batches import GlobalBatch
 from pretrain.parity.replay import RoutingReplay
-from pretrain.train.step import StepResult, train_step
+from pretrain.train.step import train_step
+from pretrain.train.step_result import StepResult
 
 STEPS = 3
 WEIGHT_STEPS = (0, STEPS - 1)

@@ -21,7 +21,7 @@ from pretrain.parallel.errors import TrainingError
 from pretrain.train.components import TrainComponents
 from pretrain.train.events import EventLog
 from pretrain.train.state import TrainState
-from pretrain.train.step import StepLimits, StepResult
+from pretrain.train.step_result import StepLimits, StepResult
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,8 @@ from pretrain.config.schema import RunConfig
 from pretrain.parallel.engine import Engine
 from pretrain.parallel.environment import rank_environment, stop_process_group
 from pretrain.parity.batches import GlobalBatch
-from pretrain.train.step import NO_LIMITS, StepLimits, StepResult, train_step
+from pretrain.train.step import train_step
+from pretrain.train.step_result import NO_LIMITS, StepLimits, StepResult
 
 POISONED = "blocks.1.ffn.experts.w1"
 

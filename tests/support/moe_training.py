@@ -14,7 +14,8 @@ from pretrain.model import build_model
 from pretrain.model.vision_language import valid_positions
 from pretrain.parallel.layout import Layout
 from pretrain.parallel.plain_engine import PlainEngine
-from pretrain.train.step import StepResult, train_step
+from pretrain.train.step import train_step
+from pretrain.train.step_result import StepResult
 
 NUM_PAIRS, NUM_PATCHES, NUM_STEPS, NUM_CLASSES = 32, 16, 100, 12
 

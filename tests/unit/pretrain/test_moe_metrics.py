@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from data_pipeline.order.state import LoaderState
-from pretrain.train.metrics import SourceSize, Window, router_metrics
+from pretrain.train.layer_metrics import router_metrics
+from pretrain.train.metrics import SourceSize, Window
 from pretrain.train.state import TrainState
 from pretrain.train.step import train_step
 from tests.support.moe_training import NUM_STEPS, make_batch, make_engine, small_run

@@ -17,8 +17,8 @@ import torch
 from pretrain.config.schema import RunConfig
 from pretrain.model import VisionLanguageModel
 from pretrain.parallel.inputs import model_inputs
-from pretrain.train.metrics import router_metrics
-from pretrain.train.step import StepResult
+from pretrain.train.layer_metrics import router_metrics
+from pretrain.train.step_result import StepResult
 from tests.support.moe_training import (
     NUM_PAIRS,
     NUM_PATCHES,

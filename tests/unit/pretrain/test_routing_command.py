@@ -69,7 +69,6 @@ def make_run_folder(path: Path, shapes: ShapeDataset, *settings: str) -> RunConf
         root=path / "checkpoints",
         step=3,
         state_json={"tokenizer": tokenizer.fingerprint},
-        rank_state={},
     )
     return run
 

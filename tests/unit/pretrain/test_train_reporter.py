@@ -16,8 +16,8 @@ import pytest
 
 from data_pipeline.samples import SampleProblem
 from pretrain.train.jsonl import read_rows
+from pretrain.train.layer_metrics import max_over_mean
 from pretrain.train.log_entry import Losses
-from pretrain.train.metrics import max_over_mean
 from pretrain.train.progress import progress_line
 from pretrain.train.reporter import Reporter
 from tests.support.log_entries import layer as layer_of

@@ -24,7 +24,7 @@ from pretrain.train.log_entry import LogEntry, Losses
 from pretrain.train.metrics import PEAK_FLOPS, RankReport, SourceSize, Window
 from pretrain.train.reporter import Reporter
 from pretrain.train.state import TrainState
-from pretrain.train.step import StepResult
+from pretrain.train.step_result import StepResult
 from pretrain.train.window_logs import WindowLogs
 from tests.unit.pretrain.reporter_support import MOE_BLOCKS, RUN, scalars
 
