@@ -30,6 +30,7 @@ _DTYPE_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+_DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
 
 
 class FileRecord(NamedTuple):
@@ -97,6 +98,73 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
     header_bytes = len(header_bytes).to_bytes(8, "little") + header_bytes
     values = (_raw_bytes(tensors[name]) for name in names)
     return write_file(path, itertools.chain([header_bytes], values))
+
+
+class TensorFile:
+    """Reads ranges of the tensors of a safetensors file into memory of the caller.
+
+    The library maps files instead, and its tensors become invalid if the file is removed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Read the header.
+
+        Raises:
+            CheckpointError: It is not a safetensors file.
+        """
+        self._path, self._descriptor = path, -1
+        try:
+            size = int.from_bytes(self._bytes(0, 8), "little")
+            header = json.loads(self._bytes(8, size))
+            self._tensors = {
+                name: (_DTYPES[entry["dtype"]], 8 + size + entry["data_offsets"][0])
+                for name, entry in header.items()
+                if name != "__metadata__"
+            }
+        except (ValueError, KeyError, TypeError, OverflowError, MemoryError) as error:
+            raise CheckpointError(f"{path} is not a safetensors file") from error
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Type of the values of a tensor.
+
+        Raises:
+            CheckpointError: There is no such tensor.
+        """
+        if name not in self._tensors:
+            raise CheckpointError(f"{self._path} has no {name!r}")
+        return self._tensors[name][0]
+
+    def read_into(self, out: Tensor, name: str, first: int) -> None:
+        """Read values of a tensor, from index `first` on, into a contiguous tensor on CPU."""
+        assert out.dtype == self.dtype(name)
+        begin = self._tensors[name][1] + first * out.element_size()
+        self._read(_raw_bytes(out), begin)
+
+    def close(self) -> None:
+        """Close the file; it is opened again when needed."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __del__(self) -> None:
+        self.close()
+
+    def _bytes(self, begin: int, count: int) -> bytearray:
+        data = bytearray(count)
+        self._read(memoryview(data), begin)
+        return data
+
+    def _read(self, buffer: memoryview, begin: int) -> None:
+        if self._descriptor < 0:
+            self._descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+        while buffer:
+            count = os.preadv(self._descriptor, [buffer[:_CHUNK_BYTES]], begin)
+            if not count:
+                raise CheckpointError(f"{self._path} ends at byte {begin:,}, inside of a tensor")
+            buffer, begin = buffer[count:], begin + count
 
 
 def fsync_folder(folder: Path) -> None:

@@ -71,7 +71,9 @@ def load(engine: Engine, path: Path) -> ResumedCheckpoint:
         state.check_shapes(engine.shapes())
         check_hashes(path, meta, sorted(meta.files)[rank::world_size])
     except (CheckpointError, OSError) as error:
-        problem = {"message": str(error), "corrupt": type(error) is not CheckpointError}
+        # Other errors, as of a server that does not respond, must not lead to an older checkpoint.
+        is_corrupt = isinstance(error, CorruptCheckpointError | FileNotFoundError)
+        problem = {"message": str(error), "corrupt": is_corrupt}
     problems = [p for p in engine.communicator.all_gather_json(problem) if p is not None]
     if problems:
         error_class = CorruptCheckpointError if problems[0]["corrupt"] else CheckpointError

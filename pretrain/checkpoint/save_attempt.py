@@ -23,6 +23,11 @@ class SaveAttempt:
         self._problem: str | None = None
         self._cause: Exception | None = None
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether an operation of this rank failed."""
+        return self._problem is not None
+
     def run(self, path: Path, write: Callable[[], Any]) -> Any:
         """Run one operation unless an earlier one failed; returns None after a failure."""
         if self._problem is not None:

@@ -7,19 +7,20 @@ import math
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from data_pipeline.common.tables import counted
+from pretrain.checkpoint.files import TensorFile
 from pretrain.checkpoint.format import CorruptCheckpointError, Meta, tensor_name
 from pretrain.checkpoint.verify import check_hashes, check_sizes, read_meta
 from pretrain.parallel.errors import CheckpointError
 from pretrain.parallel.state_fragments import VALUE, WEIGHT
 
-_MAX_OPEN_FILES = 64
+_MAX_OPEN_FILES = 256
+"""Files that are open at the same time; the headers of all are kept."""
 
 
 class _Range(NamedTuple):
@@ -46,7 +47,8 @@ class SavedState:
         for name, ranges in self._ranges.items():
             ranges.sort()
             self._check_complete(name, ranges)
-        self._open: OrderedDict[str, Any] = OrderedDict()
+        self._files: dict[str, TensorFile] = {}
+        self._open: OrderedDict[str, TensorFile] = OrderedDict()
 
     def read(self, name: str, kind: str, start: int, count: int) -> Tensor:
         """See `StateReader.read`."""
@@ -54,21 +56,24 @@ class SavedState:
         if ranges is None:
             raise CheckpointError(f"checkpoint {self._folder} has no {name!r}")
         index = bisect.bisect_right(ranges, start, key=lambda item: item.start) - 1
-        parts, end = list[Tensor](), start + count
+        values: Tensor | None = None
+        end, read = start + count, 0
         for item in ranges[max(0, index) :]:
             first, last = max(start, item.start), min(end, item.end)
             if item.start >= end:
                 break
             if first < last:
-                values = self._file(item.file).get_slice(tensor_name(name, item.start, kind))
-                parts.append(values[first - item.start : last - item.start])
-        values = parts[0] if len(parts) == 1 else torch.cat([*parts, torch.empty(0)])
-        if len(values) != count:
+                file, tensor = self._file(item.file), tensor_name(name, item.start, kind)
+                if values is None:
+                    values = torch.empty(count, dtype=file.dtype(tensor))
+                part = values[first - start : last - start]
+                file.read_into(part, tensor, first - item.start)
+                read += len(part)
+        if read != count:
             raise CheckpointError(
-                f"checkpoint {self._folder} has {len(values)} of the values {start} to {end} of "
-                f"{name!r}"
+                f"checkpoint {self._folder} has {read} of the values {start} to {end} of {name!r}"
             )
-        return values
+        return torch.empty(0) if values is None else values
 
     def steps(self, name: str) -> int:
         """See `StateReader.steps`."""
@@ -101,15 +106,17 @@ class SavedState:
 
     def _has(self, name: str, kind: str) -> bool:
         first = self._ranges[name][0]
-        return tensor_name(name, first.start, kind) in self._file(first.file).keys()  # noqa: SIM118
+        return tensor_name(name, first.start, kind) in self._file(first.file)
 
-    def _file(self, name: str) -> Any:
-        if name not in self._open:
-            if len(self._open) >= _MAX_OPEN_FILES:
-                self._open.popitem(last=False)
-            self._open[name] = safe_open(self._folder / name, framework="pt")
+    def _file(self, name: str) -> TensorFile:
+        if name not in self._files:
+            self._files[name] = TensorFile(self._folder / name)
+        file = self._files[name]
+        self._open[name] = file
         self._open.move_to_end(name)
-        return self._open[name]
+        if len(self._open) > _MAX_OPEN_FILES:
+            self._open.popitem(last=False)[1].close()
+        return file
 
     def _check_complete(self, name: str, ranges: list[_Range]) -> None:
         numel = math.prod(self._meta.parameters[name].shape)

@@ -35,8 +35,10 @@ from pretrain.checkpoint.format import (
 from pretrain.checkpoint.publish import create_folder, publish
 from pretrain.checkpoint.retention import remove_old_checkpoints
 from pretrain.checkpoint.save_attempt import SaveAttempt
+from pretrain.checkpoint.saved_state import SavedState
 from pretrain.parallel.engine import Engine
-from pretrain.parallel.state_fragments import Fragment
+from pretrain.parallel.errors import CheckpointError
+from pretrain.parallel.state_fragments import MOMENTS, Fragment
 
 logger = logging.getLogger(__name__)
 
@@ -168,7 +170,6 @@ class _Save:
             self.task.result()
             self._attempt.synchronize(self._writing)
             if self._communicator.rank == 0:
-                remove_old_checkpoints(self.final.parent, self._keep)
                 gib, seconds = self._bytes / 2**30, time.monotonic() - self._started
                 logger.info("saved %s: %.2f GiB in %.1f s", self.final, gib, seconds)
             return True
@@ -180,9 +181,14 @@ class _Save:
             return False
         meta = _make_meta(self._step, self._layout, self._shapes, gathered, self._state_json)
         self._bytes = sum(record.bytes for record in meta.files.values())
+        # Fails if the ranks have not written every value once.
+        self._attempt.run(self._writing, lambda: SavedState(self._writing, meta))
 
         def publish_folder() -> Any:
-            return self._attempt.run(self.final, lambda: publish(self._writing, self.final, meta))
+            result = self._attempt.run(self.final, lambda: publish(self._writing, self.final, meta))
+            if not self._attempt.has_failed:
+                remove_old_checkpoints(self.final.parent, self._keep)
+            return result
 
         self.task = _Task(publish_folder, in_background=self.task.in_background)
         return False
@@ -253,6 +259,12 @@ def _write_fragments(
     steps: dict[int, list[int]] = {}
     for fragment in fragments:
         index, count = index_of[fragment.name], len(next(iter(fragment.values.values())))
+        sizes = {kind: len(values) for kind, values in fragment.values.items()}
+        if set(sizes.values()) != {count} or (fragment.steps and not sizes.keys() >= set(MOMENTS)):
+            raise CheckpointError(
+                f"the engine has an incomplete state of {fragment.name!r}: {sizes}; checkpoints do "
+                f"not support its DeepSpeed settings"
+            )
         ranges.append((index, fragment.start, count))
         steps.setdefault(fragment.steps, []).append(index)
         for kind, values in fragment.values.items():

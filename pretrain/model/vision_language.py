@@ -226,6 +226,13 @@ class VisionLanguageModel(nn.Module):
         values = [layer.bias.value for layer in self.moe_layers() if layer.bias is not None]
         return torch.stack(values) if values else torch.zeros(0, 1, self.moe.num_experts)
 
+    def set_biases(self, values: Tensor) -> None:
+        """Set the expert biases to the result of an earlier call of `biases`."""
+        layers = [layer for layer in self.moe_layers() if layer.bias is not None]
+        for layer, value in zip(layers, values, strict=True):
+            assert layer.bias is not None
+            layer.bias.value.copy_(value)
+
     def _run(
         self, block: nn.Module, x_TD: Tensor, tokens: TokenBatch
     ) -> tuple[Tensor, RouterStats | None]:

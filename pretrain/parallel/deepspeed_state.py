@@ -81,6 +81,8 @@ def load_partitions(
                     moment.view(-1)[part.offset : end].copy_(value)
         if steps:
             optimizer.optimizer.state[partition] = adam_state(steps, moments, partition.device)
+        else:
+            optimizer.optimizer.state.pop(partition, None)
     if layout.zero_stage == 3:
         _update_partitioned_weights(optimizer)
 

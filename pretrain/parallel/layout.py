@@ -16,7 +16,7 @@ from pretrain.parallel.errors import LayoutError
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Parallel layout of a run. A checkpoint can only be resumed with the layout that wrote it."""
+    """Parallel layout of a run."""
 
     world_size: int
     """Number of ranks."""
@@ -56,10 +56,6 @@ class Layout:
     def first_expert(self, rank: int) -> int:
         """Global index of the first expert that `rank` holds."""
         return self.expert_rank(rank) * self.experts_per_rank
-
-    def writes_experts(self, rank: int) -> bool:
-        """Whether `rank` saves its slice of the experts; only the first copy is saved."""
-        return rank < self.expert_parallel_size
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object from which `Layout(**object)` restores the layout."""

@@ -158,6 +158,8 @@ def load_replicated(
                 for kind in MOMENTS
             }
             optimizer.state[parameter] = adam_state(steps, moments, parameter.device)
+        else:
+            optimizer.state.pop(parameter, None)
 
 
 def load_weights(model: nn.Module, layout: Layout, rank: int, reader: StateReader) -> None:

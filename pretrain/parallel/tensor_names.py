@@ -1,4 +1,4 @@
-"""Names of model tensors in checkpoints and in comparisons of engines.
+"""Names of model tensors in comparisons of engines.
 
 A tensor has the name of its parameter or buffer in the module. Experts that are stacked in one
 tensor are split over ranks: the slice of a rank is named `NAME@first:last`, the half-open range of

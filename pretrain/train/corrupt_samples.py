@@ -12,6 +12,10 @@ from data_pipeline.samples import Batch, SampleProblem
 from pretrain.train.metrics import RankReport
 
 
+class UnusableDataError(DataError):
+    """Too many samples are corrupt or filtered; raised on every rank in the same step."""
+
+
 class _WindowCounts(NamedTuple):
     """Number of samples between two log entries, over all ranks."""
 
@@ -71,7 +75,7 @@ class CorruptSampleGuard:
 
     def _check(self, counts: _WindowCounts, max_ratio: float, noun: str) -> None:
         if counts.corrupt >= self.MIN_CORRUPT and counts.corrupt > max_ratio * counts.read:
-            raise DataError(
+            raise UnusableDataError(
                 f"{counts.corrupt} of {counts.read} {noun} were corrupt, more than {max_ratio:g} "
                 f"(data.max_corrupt_ratio is {self._max_ratio:g}); the first: {counts.first}. All "
                 f"are listed in corrupt_samples.jsonl of the run folder. Fix the shards, or "
@@ -79,11 +83,11 @@ class CorruptSampleGuard:
             )
 
 
-def empty_batch_error(step: int, batches: Sequence[Batch]) -> DataError:
+def empty_batch_error(step: int, batches: Sequence[Batch]) -> UnusableDataError:
     """The error of a step in which no rank has a single valid sample."""
     reasons = Counter(problem.reason for batch in batches for problem in batch.problems)
     counts = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common(3))
-    return DataError(
+    return UnusableDataError(
         f"the global batch of step {step} has no valid sample (on this rank: "
         f"{counts or 'no samples read'}); check data.filters and corrupt_samples.jsonl of the run "
         f"folder"

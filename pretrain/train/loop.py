@@ -18,7 +18,7 @@ from pretrain.config.schema import RunConfig
 from pretrain.optim.schedule import learning_rate
 from pretrain.train.caption_samples import CaptionSampleLogger
 from pretrain.train.components import TrainComponents
-from pretrain.train.corrupt_samples import empty_batch_error
+from pretrain.train.corrupt_samples import UnusableDataError, empty_batch_error
 from pretrain.train.events import EventLog
 from pretrain.train.guards import RewindError, StepGuard, log_skipped_step, rewind
 from pretrain.train.periodic_checkpoints import PeriodicCheckpoints
@@ -65,12 +65,19 @@ def _train_from(components: TrainComponents, state: TrainState, events: EventLog
     components.save_resolved_config()
     reporter = components.on_rank_zero(lambda: Reporter(components.out, components.run, state.step))
     ledger = components.open_ledger(loader, state.step)
+    checkpoints = PeriodicCheckpoints(components, ledger)
     try:
         with StopFlag() as stop:
-            state = _train_loop(components, loader, ledger, state, reporter, stop, events)
+            state = _train_loop(
+                components, loader, ledger, state, reporter, stop, events, checkpoints
+            )
         if state.step >= total_steps:
             _log_complete(components, state)
         return state
+    except (RewindError, UnusableDataError):
+        # Every rank raises these: what is being written can still become a checkpoint.
+        checkpoints.writer.finish()
+        raise
     finally:
         loader.close()
         if ledger is not None:
@@ -128,11 +135,11 @@ def _train_loop(
     reporter: Reporter | None,
     stop: StopFlag,
     events: EventLog,
+    checkpoints: PeriodicCheckpoints,
 ) -> TrainState:
     run, engine = components.run, components.engine
     logs = WindowLogs(components, loader, reporter, first_sample=state.loader.position)
     captions = CaptionSampleLogger.open(components)
-    checkpoints = PeriodicCheckpoints(components, ledger)
     guard = StepGuard(run.guard)
     seconds_before = state.seconds
     steps = loader.steps()
@@ -167,9 +174,6 @@ def _train_loop(
         logs.window.add(result, wait_seconds, batches)
         try:
             guard.add(result, before=before, after=loader_state.position)
-        except RewindError:
-            checkpoints.writer.finish()  # the checkpoint to go back to may be written now
-            raise
         finally:
             if not result.is_updated:
                 log_skipped_step(result, state.step, events)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import time
 
 from data_pipeline.loading.ledger import Ledger
 from pretrain.checkpoint.writer import CheckpointWriter
+from pretrain.parallel.errors import CheckpointError
 from pretrain.train.components import TrainComponents
 from pretrain.train.state import TrainState
+
+logger = logging.getLogger(__name__)
 
 
 class PeriodicCheckpoints:
@@ -28,6 +32,11 @@ class PeriodicCheckpoints:
         """Start to save a checkpoint; wait for it if it is the last one. Collective."""
         if self._ledger is not None:
             self._ledger.sync()
+        if last:
+            try:
+                self.writer.finish()
+            except CheckpointError as error:  # the last state is saved all the same
+                logger.error("%s", error)
         state_json = {"train": state.to_json(), "tokenizer": self._tokenizer}
         self.writer.start(state.step, state_json, in_background=not last)
         if last:

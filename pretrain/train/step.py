@@ -74,9 +74,15 @@ def train_step(
     task_terms = engine.communicator.all_reduce_sum(
         torch.stack([term.detach().double() for term in terms])
     )
+    # Before the copy to the host, and undone if the step is skipped: a second copy would be slower.
+    previous_biases = engine.model.biases()
+    engine.model.update_biases(
+        sums.router.assignments_ME, bias_rate(run.balance, step, run.schedule.total_steps)
+    )
     losses = torch.cat([task_terms, *(value.view(1) for value in auxiliary.values.values())])
-    on_cpu = copy_to_cpu([losses, scale, sums.pairs, sums.tokens_M, *sums.router])
-    losses, scale, pairs, tokens_M, *router = on_cpu
+    biases = engine.model.biases().to(engine.communicator.device)
+    on_cpu = copy_to_cpu([losses, scale, sums.pairs, sums.tokens_M, biases, *sums.router])
+    losses, scale, pairs, tokens_M, biases, *router = on_cpu
     names = (*TaskLosses._fields, *auxiliary.values)
     loss_values = dict(zip(names, losses.tolist(), strict=True))
     metrics = loss_metrics(loss_values, task_loss_weights(run.loss) | auxiliary.weights)
@@ -87,10 +93,9 @@ def train_step(
         norm_limit = limits.grad_norm if is_accepted(metrics["total"], limits.loss) else -1.0
         grad_norm = engine.step(learning_rate, norm_limit=norm_limit)
         is_updated = is_accepted(grad_norm, norm_limit)
-    if is_updated:
-        engine.model.update_biases(
-            sums.router.assignments_ME, bias_rate(run.balance, step, run.schedule.total_steps)
-        )
+    if not is_updated:
+        engine.model.set_biases(previous_biases)
+        biases = previous_biases.cpu()
     return StepResult(
         losses=metrics,
         grad_norm=grad_norm,
@@ -99,7 +104,7 @@ def train_step(
         pairs=int(pairs),
         tokens_M=tokens_M,
         router=RouterStats(*router),
-        biases=engine.model.biases().cpu(),
+        biases=biases.float(),
     )
 
 

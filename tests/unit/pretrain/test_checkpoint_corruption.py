@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from pretrain.checkpoint import (
     CheckpointError,
@@ -31,9 +32,24 @@ def save_step(root: Path, step: int, *, value: float = 0.0, **layout: Any) -> Pa
 
 
 def test_missing_experts(tmp_path: Path) -> None:
-    path = save_step(tmp_path, 1, num_experts=4)
-    with pytest.raises(CorruptCheckpointError, match=r"every value of 'block\.experts\.w1' once"):
-        load_model_weights(path)
+    """A checkpoint without some values is not published, and does not replace others."""
+    path = save_step(tmp_path, 1)
+    with pytest.raises(CheckpointError, match=r"every value of 'block\.experts\.w1' once"):
+        save_step(tmp_path, 2, num_experts=4)
+    assert find_latest(tmp_path) == path
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["latest", path.name]
+
+
+def test_incomplete_state_of_an_engine(tmp_path: Path) -> None:
+    """Such as partitions that DeepSpeed has moved elsewhere."""
+    engine = one_rank()
+    del engine.moments["exp_avg"]
+    with pytest.raises(CheckpointError, match=r"incomplete state of 'block\.experts\.w1'"):
+        save(engine, root=tmp_path, step=1, state_json={})
+    engine = one_rank()
+    engine.moments["exp_avg"] = torch.zeros(0)
+    with pytest.raises(CheckpointError, match=r"'exp_avg': 0"):
+        save(engine, root=tmp_path, step=1, state_json={})
 
 
 @pytest.mark.parametrize(
@@ -57,6 +73,33 @@ def test_other_world_size(tmp_path: Path) -> None:
     assert single.dense[0, 0] == single.experts[0, 0] == 0.5
     weights = load_model_weights(path)
     assert weights["block.experts.w1"][:, 0].tolist() == [0.5, 0.5, 10.5, 10.5]
+
+
+@pytest.mark.parametrize("file", [0, 1])
+def test_fewer_ranks_verify_all_files(tmp_path: Path, file: int) -> None:
+    world = FakeWorld(2)
+    engines = [FakeEngine(world, rank) for rank in range(2)]
+    path = world.run(lambda rank: save(engines[rank], root=tmp_path, step=1, state_json=STATE))[0]
+    flip_last_bit(path / f"state-{file:05d}.safetensors")
+    single = one_rank(num_experts=4)
+    with pytest.raises(CorruptCheckpointError, match=f"state-{file:05d}"):
+        load(single, path)
+    assert not single.is_loaded
+
+
+def test_an_unreachable_server_does_not_lead_to_an_older_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_step(tmp_path, 1)
+    save_step(tmp_path, 2)
+
+    def unreachable(*_: object) -> None:
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr("pretrain.checkpoint.reader.check_hashes", unreachable)
+    with pytest.raises(CheckpointError, match="Stale file handle") as raised:
+        load_latest(one_rank(), tmp_path)
+    assert type(raised.value) is CheckpointError
 
 
 def test_checkpoint_of_another_model_is_an_error_on_every_rank(tmp_path: Path) -> None:

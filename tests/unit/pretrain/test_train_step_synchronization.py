@@ -49,7 +49,7 @@ class _CountSynchronizations(TorchFunctionMode):
 @pytest.mark.parametrize("bias", ["sign", "none"])
 def test_step_synchronizes_once(bias: str, micro_batches: int) -> None:
     engine, run = make_engine(*SMALL, f"balance={{bias: {bias}, bias_per_modality: false}}")
-    engine.step = lambda rate: 1.0  # type: ignore[method-assign]  # clipping reads its norm
+    engine.step = lambda rate, norm_limit: 1.0  # type: ignore[method-assign]  # clipping reads its norm
     batches = [make_batch(4) for _ in range(micro_batches)]
     with _CountSynchronizations() as synchronizations:
         result = train_step(engine, batches, run, step=0, learning_rate=1e-2, coactivation=True)
