@@ -177,7 +177,7 @@ def resolve_for_run(run: RunConfig, run_path: Path, batch_plan: BatchPlan) -> di
 
 def _problems(profile: Mapping[str, Any], path: Path, run_path: Path) -> list[str]:
     """Messages for keys set in both files, unsupported `"auto"` values and unknown keys."""
-    problems: list[str] = []
+    problems = _unsupported_zero_settings(profile.get("zero_optimization"), path)
     for key, value in profile.items():
         if key in YAML_KEYS:
             if value != "auto":
@@ -200,6 +200,24 @@ def _problems(profile: Mapping[str, Any], path: Path, run_path: Path) -> list[st
                 else f" ({', '.join(sorted(JSON_KEYS))})"
             )
             problems.append(f"{path}: {key}: unknown key" + hint)
+    return problems
+
+
+def _unsupported_zero_settings(section: Any, path: Path) -> list[str]:
+    """Settings whose state checkpoints cannot read, or with which DeepSpeed mixes up gradients."""
+    if not isinstance(section, Mapping):
+        return []
+    problems = [
+        f'{path}: zero_optimization.{name}.device is "nvme", which checkpoints do not support; use '
+        f'"cpu"'
+        for name in ("offload_optimizer", "offload_param")
+        if isinstance(section.get(name), Mapping) and section[name].get("device") == "nvme"
+    ]
+    problems += [
+        f"{path}: zero_optimization.{name} is not supported; remove it"
+        for name in ("mics_shard_size", "zenflow", "round_robin_gradients")
+        if section.get(name) not in (None, False, -1)
+    ]
     return problems
 
 

@@ -206,3 +206,27 @@ def test_key_tables_are_disjoint_and_listed_in_the_readme() -> None:
     assert not JSON_KEYS & set(YAML_KEYS)
     readme = (ROOT / "ds_configs" / "README.md").read_text()
     assert [key for key in [*YAML_KEYS, *JSON_KEYS] if f"`{key}`" not in readme] == []
+
+
+@pytest.mark.parametrize(
+    ("section", "part"),
+    [
+        ({"offload_optimizer": {"device": "nvme", "nvme_path": "/x"}}, '"nvme"'),
+        ({"offload_param": {"device": "nvme"}}, "offload_param"),
+        ({"mics_shard_size": 2}, "mics_shard_size is not supported"),
+        ({"zenflow": {"topk_ratio": 0.1}}, "zenflow is not supported"),
+        ({"round_robin_gradients": True}, "round_robin_gradients is not supported"),
+    ],
+)
+def test_zero_settings_that_checkpoints_do_not_support(
+    section: dict[str, Any], part: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "profile.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3} | section}))
+    run = load_run("tiny", [f"parallel.deepspeed={path}"])
+    with pytest.raises(ConfigError) as error:
+        resolve_for_run(run, tmp_path / "run.yaml", plan_batch(256, 64, 1))
+    assert part in str(error.value)
+    supported = {"round_robin_gradients": False, "offload_optimizer": {"device": "cpu"}}
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2} | supported}))
+    resolve_for_run(run, tmp_path / "run.yaml", plan_batch(256, 64, 1))
