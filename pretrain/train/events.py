@@ -20,6 +20,13 @@ class EventLog:
 
     def __init__(self, run_dir: Path, *, enabled: bool) -> None:
         self._path, self._enabled = run_dir / EVENTS_FILE, enabled
+        self._has_started = False
+
+    def start(self, step: int, **fields: object) -> None:
+        """Append the event of this start, once: a run may go back to a checkpoint later."""
+        if not self._has_started:
+            self.write("start", step, **fields)
+        self._has_started = True
 
     def write(self, event: str, step: int, **fields: object) -> None:
         """Append one event.

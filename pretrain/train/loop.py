@@ -42,7 +42,6 @@ def train(components: TrainComponents) -> TrainState:
         _log_complete(components, state)
         return state
     events = EventLog(components.out, enabled=components.communicator.rank == 0)
-    events.write("start", state.step, world_size=components.communicator.world_size)
     num_rewinds = 0
     while True:
         try:
@@ -66,6 +65,7 @@ def _train_from(components: TrainComponents, state: TrainState, events: EventLog
     reporter = components.on_rank_zero(lambda: Reporter(components.out, components.run, state.step))
     ledger = components.open_ledger(loader, state.step)
     checkpoints = PeriodicCheckpoints(components, ledger)
+    events.start(state.step, world_size=components.communicator.world_size)
     try:
         with StopFlag() as stop:
             state = _train_loop(
