@@ -6,6 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from pretrain.parity import launch as launch_module
 from pretrain.parity.cases import Case
 from pretrain.parity.job import Job, read_messages
 from pretrain.parity.launch import launch_local_ranks
@@ -59,7 +62,10 @@ def test_ranks_that_exit_early_without_an_error(tmp_path: Path) -> None:
     assert "after 1 case" in report.results[1].reason
 
 
-def test_a_result_that_is_written_after_a_failure_of_the_next_case(tmp_path: Path) -> None:
+def test_a_result_that_is_written_after_a_failure_of_the_next_case(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch_module, "REPORT_SECONDS", 4.0)  # enough on a busy machine
     program = """
 if job.first == 0:
     if rank == 1:
