@@ -57,7 +57,8 @@ def test_fuzz_long(target: str, part: int) -> None:
 
 def check(report: dict[str, Any], target: str, count: int) -> None:
     outcomes = report["outcomes"]
-    assert set(outcomes) == OUTCOMES[target]
+    # Random bytes are rarely the signature of a format that is not supported.
+    assert set(outcomes) - {"unsupported-format"} == OUTCOMES[target]
     assert sum(outcomes.values()) == count
     assert outcomes["accepted"] > count / 20
     assert report["slowest"][0] < MAX_SECONDS, f"input with seed {report['slowest'][1]}"
