@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from data_pipeline.common import storage
 from data_pipeline.common.addresses import without_secrets
+from data_pipeline.common.distinct_names import lengthen_equal_names
 from data_pipeline.common.problems import check_sections
 from data_pipeline.order.drop_list import (
     Dropped,
@@ -108,16 +108,7 @@ def open_sources(
 def distinct_names(configs: Sequence[SourceConfig]) -> list[str]:
     """The names of sources; equal ones get parent folders (`a/train`), or else a number."""
     components = [_name_components(config) for config in configs]
-    used = [1] * len(configs)
-    while True:
-        names = ["/".join(parts[-n:]) for parts, n in zip(components, used, strict=True)]
-        counts = Counter(names)
-        clashing = [index for index, name in enumerate(names) if counts[name] > 1]
-        longer = [index for index in clashing if used[index] < len(components[index])]
-        if not longer:
-            break
-        for index in longer:
-            used[index] += 1
+    names = lengthen_equal_names(components, "/".join)
     result: list[str] = []
     for name in names:
         number, unique = 1, name

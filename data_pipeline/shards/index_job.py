@@ -92,8 +92,8 @@ def _result(index: ShardIndex, job: IndexJob, data: bytes, *, reused: bool) -> I
 def _ignored_when_indexed(index: ShardIndex, job: IndexJob) -> Mapping[str, int] | None:
     """The ignored members of a shard whose index is reused.
 
-    An index without them has none, or is of a version that did not count them; the headers of a
-    local shard tell, those in a store would need many requests.
+    An index without them has none, or is of a version that did not count them. Then the
+    headers of a local shard are read; those of a shard in a store would need many requests.
     """
     if index.ignored:
         return index.ignored

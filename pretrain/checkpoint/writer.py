@@ -13,16 +13,14 @@ until `latest` is replaced. If anything fails on any rank, every rank raises the
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from pretrain.checkpoint.background import Task, copy_to_buffers
 from pretrain.checkpoint.files import FileRecord, write_tensors
 from pretrain.checkpoint.format import (
     WRITING_PREFIX,
@@ -100,7 +98,8 @@ class CheckpointWriter:
         save.create_folder()
         buffers = self._buffers if in_background else None
         save.write(
-            lambda: _copied(self._engine.state_fragments(), buffers), in_background=in_background
+            lambda: copy_to_buffers(self._engine.state_fragments(), buffers),
+            in_background=in_background,
         )
         self._save = save
 
@@ -139,7 +138,7 @@ class _Save:
         self, engine: Engine, root: Path, step: int, state_json: dict[str, Any], keep: int
     ) -> None:
         self.final = root / step_name(step)
-        self.task = _Task()
+        self.task = Task()
         self._writing = root / (WRITING_PREFIX + step_name(step))
         self._communicator, self._layout = engine.communicator, engine.layout.to_json()
         self._shapes = engine.shapes()
@@ -161,7 +160,7 @@ class _Save:
         def work() -> Any:
             return self._attempt.run(path, lambda: _write_fragments(path, fragments, self._shapes))
 
-        self.task = _Task(work, in_background=in_background)
+        self.task = Task(work, in_background=in_background)
 
     def advance(self) -> bool:
         """Publish once all parts are written, and end once it is published; whether it is complete.
@@ -177,7 +176,7 @@ class _Save:
         gathered = self._attempt.synchronize(self._writing, result=self.task.result())
         self._is_written = True
         if self._communicator.rank != 0:
-            self.task = _Task()
+            self.task = Task()
             return False
         meta = _make_meta(self._step, self._layout, self._shapes, gathered, self._state_json)
         self._bytes = sum(record.bytes for record in meta.files.values())
@@ -190,63 +189,8 @@ class _Save:
                 remove_old_checkpoints(self.final.parent, self._keep)
             return result
 
-        self.task = _Task(publish_folder, in_background=self.task.in_background)
+        self.task = Task(publish_folder, in_background=self.task.in_background)
         return False
-
-
-class _Task:
-    """Work in a thread that does not keep the process alive, or none."""
-
-    def __init__(
-        self, work: Callable[[], Any] | None = None, *, in_background: bool = False
-    ) -> None:
-        self.in_background = in_background
-        self._future = Future[Any]()
-
-        def run() -> None:
-            try:
-                self._future.set_result(work() if work else None)
-            except BaseException as error:  # noqa: BLE001 - `result` raises it
-                self._future.set_exception(error)
-
-        if in_background:
-            threading.Thread(target=run, name="checkpoint", daemon=True).start()
-        else:
-            run()
-
-    def is_done(self) -> bool:
-        """Whether the work has ended."""
-        return self._future.done()
-
-    def wait(self) -> None:
-        """Wait until it has ended."""
-        wait([self._future])
-
-    def result(self) -> Any:
-        """Its result; raises its exception. Waits until it has ended."""
-        return self._future.result()
-
-
-def _copied(fragments: Iterable[Fragment], buffers: dict[str, Tensor] | None) -> list[Fragment]:
-    """Fragments with values on CPU that do not change any more, in `buffers`; unchanged if None."""
-    if buffers is None:
-        return list(fragments)
-    copies = []
-    on_gpu = False
-    for fragment in fragments:
-        values: dict[str, Tensor] = {}
-        for kind, value in fragment.values.items():
-            name = tensor_name(fragment.name, fragment.start, kind)
-            if name not in buffers or buffers[name].shape != value.shape:
-                buffers[name] = torch.empty(
-                    value.shape, dtype=value.dtype, pin_memory=value.is_cuda
-                )
-            values[kind] = buffers[name].copy_(value, non_blocking=True)
-            on_gpu = on_gpu or value.is_cuda
-        copies.append(fragment._replace(values=values))
-    if on_gpu:
-        torch.cuda.synchronize()
-    return copies
 
 
 def _write_fragments(

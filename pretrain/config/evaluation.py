@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from data_pipeline.common.addresses import userinfo_problems
+from data_pipeline.common.distinct_names import lengthen_equal_names
 from data_pipeline.common.problems import Problems
 from data_pipeline.settings import DataConfig, caption_key_problems
 from pretrain.config.paths import normalized_address
@@ -117,16 +118,7 @@ def set_names(addresses: Sequence[str], taken: Collection[str] = ()) -> list[str
     normalized = [normalized_address(address) if address else "" for address in addresses]
     distinct = list(dict.fromkeys(normalized))
     components = [_components(address) for address in distinct]
-    used = [1] * len(distinct)
-    while True:
-        names = [_valid_name(parts[-n:]) for parts, n in zip(components, used, strict=True)]
-        counts = Counter([*names, *taken])
-        clashing = [i for i, name in enumerate(names) if counts[name] > 1]
-        longer = [i for i in clashing if used[i] < len(components[i])]
-        if not longer:
-            break
-        for index in longer:
-            used[index] += 1
+    names = lengthen_equal_names(components, _valid_name, taken)
     names = _numbered(names, taken)
     name_of = dict(zip(distinct, names, strict=True))
     return [name_of[address] for address in normalized]

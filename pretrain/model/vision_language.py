@@ -215,8 +215,7 @@ class VisionLanguageModel(nn.Module):
         return [block.ffn for block in self.blocks if isinstance(block.ffn, MoELayer)]
 
     def update_biases(self, assignments_LME: Tensor, rate: float) -> None:
-        """Update the expert biases of all layers after a step, given the assignments of the global
-        batch."""
+        """Update the expert biases after a step, given the assignments of the global batch."""
         for layer, assignments_ME in zip(self.moe_layers(), assignments_LME, strict=True):
             layer.update_bias(assignments_ME, rate)
 
@@ -228,10 +227,9 @@ class VisionLanguageModel(nn.Module):
 
     def set_biases(self, values: Tensor) -> None:
         """Set the expert biases to the result of an earlier call of `biases`."""
-        layers = [layer for layer in self.moe_layers() if layer.bias is not None]
-        for layer, value in zip(layers, values, strict=True):
-            assert layer.bias is not None
-            layer.bias.value.copy_(value)
+        biases = [layer.bias for layer in self.moe_layers() if layer.bias is not None]
+        for bias, value in zip(biases, values, strict=True):
+            bias.value.copy_(value)
 
     def _run(
         self, block: nn.Module, x_TD: Tensor, tokens: TokenBatch

@@ -88,6 +88,8 @@ def _make_sample(
     sample: Sample = {"__key__": record.key, extension: data, "txt": record.captions[0]}
     fields = dict(record.fields)
     if len(record.captions) > 1:
+        if "captions" in fields:  # another column of that name is kept
+            fields["source_captions"] = fields["captions"]
         fields["captions"] = list(record.captions)
     return sample | ({"json": fields} if fields else {})
 

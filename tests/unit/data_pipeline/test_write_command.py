@@ -8,6 +8,8 @@ import pytest
 
 from data_pipeline.common.errors import ConfigError, DataError
 from data_pipeline.preparing import shard_access
+from data_pipeline.preparing.importers.load_samples import _make_sample
+from data_pipeline.preparing.importers.records import Record
 from data_pipeline.preparing.tasks import shard_tasks
 from data_pipeline.samples import RawSample
 from data_pipeline.shards.indexing import index_shards
@@ -286,3 +288,11 @@ def test_a_template_without_names_is_an_error(tmp_path: Path, kind: str) -> None
     options = (kind, tmp_path, "--out", tmp_path / "out", "--template", "a {}")
     with pytest.raises(ConfigError, match=r"--template 'a \{\}' has no effect here"):
         run_data_command("write", *options)
+
+
+def test_a_column_named_captions_is_kept_beside_several_captions() -> None:
+    record = Record("k", "", ("one", "two"), {"captions": "third", "n": 1}, "row 1")
+    sample = _make_sample(record, lambda: make_png(1), decode=False)
+    assert isinstance(sample, dict)
+    fields = {"captions": ["one", "two"], "source_captions": "third", "n": 1}
+    assert sample["json"] == fields
